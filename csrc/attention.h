@@ -1,0 +1,66 @@
+// What the attention kernels are told: addresses, sizes and strides. Nothing here knows of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace sgalign {
+
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+// A [B, H, L, D] tensor with unit stride along D; strides count elements.
+struct Matrix {
+    void* data = nullptr;
+    int64_t batch = 0, head = 0, row = 0;
+};
+
+// One softmax over the keys. A query may have two: a supervised branch, and a mirrored one with the random mask.
+struct Branch {
+    Matrix out;
+    void* log_sum = nullptr;  // [B, H, Lq] float32 (float64 for float64): log2 of the sum of 2^score, +inf if all dropped
+    Matrix grad_out;
+    bool random = false;  // drops entries by the random mask
+};
+
+// Rows that are multiplied with the keys once, whatever the number of branches that use the scores.
+struct QueryGroup {
+    Matrix query, grad_query;
+    Branch branches[2];
+    int count = 0;
+};
+
+struct Attention {
+    DType dtype = DType::float32;
+    int64_t batch = 0, heads = 0, queries = 0, keys = 0, dim = 0;
+    QueryGroup groups[2];
+    int group_count = 0;
+    Matrix key, value, grad_key, grad_value;
+
+    const uint8_t* mask = nullptr;  // explicit mask, non-zero = dropped, any strides (0 where broadcast)
+    int64_t mask_strides[4] = {0, 0, 0, 0};
+    const uint8_t* key_padding = nullptr;  // [B, Lk], non-zero = ignored
+    int64_t key_padding_strides[2] = {0, 0};
+
+    uint64_t seed = 0;
+    uint32_t stream = 0;
+    int mask_threshold = 0, dropout_threshold = 0;  // probability times 65536
+    double scale = 1;
+    int threads = 1;
+};
+
+// The random mask by itself: uint8 [batch_heads, queries, keys].
+struct RandomMask {
+    uint8_t* out = nullptr;
+    int64_t batch_heads = 0, queries = 0, keys = 0;
+    uint64_t seed = 0;
+    uint32_t stream = 0;
+    int threshold = 0, threads = 1;
+};
+
+// The entry points of one instruction set; cpu/attention.cpp is compiled once for each.
+struct Kernels {
+    void (*attention_forward)(const Attention&);
+    void (*attention_backward)(const Attention&);
+    void (*random_mask)(const RandomMask&);
+};
+
+}  // namespace sgalign

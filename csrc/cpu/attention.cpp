@@ -1,0 +1,675 @@
+// Masked attention on the CPU, forward and backward, for any number of softmax branches over the same keys.
+//
+// Keys are taken in chunks of 256 (what one row of Philox calls decides), queries in tiles of a few rows. Everything
+// but the softmax is one matrix product, multiply(), whose accumulators stay in registers; no tensor of Lq x Lk exists.
+// Scores are kept in units of log2, so that the softmax is 2^(score - log_sum).
+//
+// Results do not depend on the number of threads: a row of the output, or a chunk of key gradients, is computed by one
+// task in one order, and tasks are cut by shape alone wherever their results are added.
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <cstdlib>
+#include <initializer_list>
+#include <new>
+
+#include "../attention.h"
+#include "../philox.h"
+#include "simd.h"
+
+namespace {
+
+using namespace sgalign;
+
+inline int thread_index() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Rows of a register tile; a tile is two vectors wide. AVX-512 and NEON have 32 registers.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;
+#else
+constexpr int kTileRows = 6;
+#endif
+constexpr int kForwardRows = 4 * kTileRows, kBackwardRows = 8 * kTileRows;
+
+// A forward task's queries share one packing of the keys; fewer where threads would idle.
+constexpr int64_t kQueryBlock = 192;
+// The backward is cut into at least this many tasks, if there are as many chunks of keys, whatever the threads.
+constexpr int64_t kBackwardTasks = 16;
+
+template <class R>
+constexpr int kPanel = 2 * Real<R>::lanes;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class R>
+inline int64_t round_to_panel(int64_t n) {
+    return divide_up(n, kPanel<R>) * kPanel<R>;
+}
+
+// Row length of a packed [*, D] matrix: whole panels, and no multiple of 512 bytes, which would share few cache sets.
+template <class R>
+inline int64_t packed_row(int64_t dim) {
+    const int64_t row = round_to_panel<R>(dim);
+    return row * sizeof(R) % 512 ? row : row + kPanel<R>;
+}
+
+template <class T>
+inline T* row_of(const Matrix& m, int64_t b, int64_t h, int64_t row) {
+    return (T*)m.data + b * m.batch + h * m.head + row * m.row;
+}
+
+// ---------------------------------------------------------------------------------------------- matrix product
+
+// C [Rows, kPanel] (+)= A [Rows, depth] B [depth, kPanel]
+template <class R, int Rows, bool accumulate>
+inline void tile(int64_t depth, const R* a, int64_t a_row, int64_t a_step, const R* b, int64_t b_row, R* c,
+                 int64_t c_row) {
+    constexpr int lanes = Real<R>::lanes;
+    Vector<R> sum[Rows][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < Rows; ++i) {
+        sum[i][0] = accumulate ? load(c + i * c_row) : Vector<R>{};
+        sum[i][1] = accumulate ? load(c + i * c_row + lanes) : Vector<R>{};
+    }
+    for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_row) {
+        const Vector<R> left = load(b), right = load(b + lanes);
+#pragma GCC unroll 12
+        for (int i = 0; i < Rows; ++i) {
+            sum[i][0] += a[i * a_row] * left;
+            sum[i][1] += a[i * a_row] * right;
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < Rows; ++i) {
+        store(c + i * c_row, sum[i][0]);
+        store(c + i * c_row + lanes, sum[i][1]);
+    }
+}
+
+template <class R, bool accumulate, int Rows = kTileRows - 1>
+inline void last_tile(int64_t rows, int64_t depth, const R* a, int64_t a_row, int64_t a_step, const R* b,
+                      int64_t b_row, R* c, int64_t c_row) {
+    if constexpr (Rows > 0) {
+        if (rows == Rows)
+            tile<R, Rows, accumulate>(depth, a, a_row, a_step, b, b_row, c, c_row);
+        else
+            last_tile<R, accumulate, Rows - 1>(rows, depth, a, a_row, a_step, b, b_row, c, c_row);
+    }
+}
+
+// A as rows and steps, so that a transposed operand is the same call.
+template <class R>
+struct Left {
+    const R* data;
+    int64_t row, step;
+};
+
+// B in panels of kPanel columns.
+template <class R>
+struct Right {
+    const R* data;
+    int64_t row, panel;
+};
+
+// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; columns are whole panels.
+template <class R, bool accumulate>
+void multiply(int64_t rows, int64_t columns, int64_t depth, Left<R> a, Right<R> b, R* c, int64_t c_row) {
+    for (int64_t column = 0; column < columns; column += kPanel<R>, b.data += b.panel) {
+        int64_t i = 0;
+        for (; i + kTileRows <= rows; i += kTileRows)
+            tile<R, kTileRows, accumulate>(depth, a.data + i * a.row, a.row, a.step, b.data, b.row,
+                                           c + i * c_row + column, c_row);
+        last_tile<R, accumulate>(rows - i, depth, a.data + i * a.row, a.row, a.step, b.data, b.row,
+                                 c + i * c_row + column, c_row);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------ masks
+
+struct MaskBits {
+    uint32_t lane[kMaskLanes];
+};
+
+inline bool is_dropped(const MaskBits& bits, int64_t key) { return bits.lane[key % 32] >> (key / 32) & 1; }
+
+// One row of a chunk, drawn in registers: each 64-bit lane holds one 32-bit word of one Philox call.
+void add_random(MaskBits& bits, uint64_t seed, int64_t chunk, int64_t query, int64_t batch_head, uint32_t stream,
+                int threshold) {
+    using Words = Vector<uint64_t>;
+    constexpr int lanes = kVectorBytes / 8;
+    const Words low_half = Words{} + 0xffffffffu;
+    Words first_column;
+    for (int i = 0; i < lanes; ++i) first_column[i] = uint64_t(kMaskLanes * chunk + 2 * i);
+    for (int column = 0; column < kMaskLanes; column += 2 * lanes) {
+        Words words[2][4];  // even and odd columns
+        for (int odd = 0; odd < 2; ++odd) {
+            Words c0 = first_column + uint64_t(column + odd), c1 = Words{} + uint64_t(query),
+                  c2 = Words{} + uint64_t(batch_head), c3 = Words{} + uint64_t(stream);
+            uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+            for (int round = 0; round < kPhiloxRounds; ++round) {
+                const Words product0 = multiply_words(c0, Words{} + kPhiloxMultiplier0);
+                const Words product1 = multiply_words(c2, Words{} + kPhiloxMultiplier1);
+                // The upper halves fill with rubbish, which multiply_words and the packing below ignore.
+                c0 = (product1 >> 32) ^ c1 ^ (Words{} + key0);
+                c2 = (product0 >> 32) ^ c3 ^ (Words{} + key1);
+                c1 = product1;
+                c3 = product0;
+                key0 += kPhiloxWeyl0;
+                key1 += kPhiloxWeyl1;
+            }
+            words[odd][0] = c0;
+            words[odd][1] = c1;
+            words[odd][2] = c2;
+            words[odd][3] = c3;
+        }
+        using Lanes = Vector<int32_t>;
+        Lanes dropped;
+        memcpy(&dropped, bits.lane + column, sizeof dropped);
+        for (int word = 0; word < 4; ++word) {
+            const auto both = (Vector<uint32_t>)((words[0][word] & low_half) | words[1][word] << 32);
+            dropped |= ((Lanes)(both & 0xffffu) < threshold) & (1 << 2 * word);
+            dropped |= ((Lanes)(both >> 16) < threshold) & (2 << 2 * word);
+        }
+        memcpy(bits.lane + column, &dropped, sizeof dropped);
+    }
+}
+
+// Bytes of keys [first, first + count) of a boolean row, non-zero = dropped.
+inline void add_bytes(MaskBits& bits, const uint8_t* row, int64_t stride, int64_t first, int64_t count) {
+    row += first * stride;
+    if (stride == 1 && count == kChunk) {
+        for (int group = 0; group < kMaskGroups; ++group)
+            for (int lane = 0; lane < kMaskLanes; ++lane)
+                bits.lane[lane] |= uint32_t(row[group * kMaskLanes + lane] != 0) << group;
+        return;
+    }
+    for (int64_t k = 0; k < count; ++k) bits.lane[k % 32] |= uint32_t(row[k * stride] != 0) << (k / 32);
+}
+
+// What a chunk drops in every row: padding, and the columns that fill up the last panel.
+template <class R>
+bool chunk_bits(const Attention& a, int64_t b, int64_t first, int64_t count, MaskBits& bits) {
+    bits = {};
+    if (a.key_padding)
+        add_bytes(bits, a.key_padding + b * a.key_padding_strides[0], a.key_padding_strides[1], first, count);
+    for (int64_t k = count; k < round_to_panel<R>(count); ++k) bits.lane[k % 32] |= 1u << (k / 32);
+    return a.key_padding || count % kPanel<R>;
+}
+
+struct RowMasks {
+    MaskBits shared, random, dropout;
+    bool any_shared, any_random, any_dropout;
+};
+
+// The masks of one row of one chunk; `random` includes `shared`.
+inline void row_masks(const Attention& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t count,
+                      const MaskBits& chunk, bool any_chunk, bool wants_random, RowMasks& masks) {
+    const int64_t chunk_index = first / kChunk, batch_head = b * a.heads + h;
+    masks.any_shared = any_chunk || a.mask;
+    if (masks.any_shared) masks.shared = chunk;
+    if (a.mask)
+        add_bytes(masks.shared, a.mask + b * a.mask_strides[0] + h * a.mask_strides[1] + query * a.mask_strides[2],
+                  a.mask_strides[3], first, count);
+    masks.any_random = wants_random && a.mask_threshold > 0;
+    if (masks.any_random) {
+        masks.random = masks.any_shared ? masks.shared : MaskBits{};
+        add_random(masks.random, a.seed, chunk_index, query, batch_head, a.stream, a.mask_threshold);
+    }
+    masks.any_dropout = a.dropout_threshold > 0;
+    if (masks.any_dropout) {
+        masks.dropout = {};
+        add_random(masks.dropout, a.seed, chunk_index, query, batch_head, a.stream | kDropoutStreamBit,
+                   a.dropout_threshold);
+    }
+}
+
+template <class R>
+inline R dropout_scale(const Attention& a) {
+    return a.dropout_threshold < 65536 ? R(65536.0 / (65536 - a.dropout_threshold)) : R(0);
+}
+
+// All-ones lanes where the bits of `group` say dropped, for the keys at lanes [lane, lane + vector).
+template <class R>
+inline Vector<typename Real<R>::Int> dropped_lanes(const MaskBits& bits, int lane, int group) {
+    typedef uint32_t Narrow __attribute__((vector_size(4 * Real<R>::lanes)));
+    Narrow narrow;
+    memcpy(&narrow, bits.lane + lane, sizeof narrow);
+    const auto wide = __builtin_convertvector(narrow, Vector<typename Real<R>::Int>);
+    return (wide & (typename Real<R>::Int(1) << group)) != 0;
+}
+
+template <class R>
+inline void apply_dropout(R* row, int64_t columns, const MaskBits& bits, R scale) {
+    for (int64_t i = 0; i < columns; i += Real<R>::lanes) {
+        const auto dropped = dropped_lanes<R>(bits, i % kMaskLanes, i / kMaskLanes);
+        store<R>(row + i, dropped ? Vector<R>{} : load(row + i) * scale);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- packing
+
+// [count, D] with any row stride to rows of `packed_row`, times a factor. Dropped rows become zeros: 0 times whatever
+// they held could be NaN.
+template <class T, class R>
+void pack_rows(const T* source, int64_t stride, int64_t count, int64_t dim, R factor, const MaskBits* dropped, R* out) {
+    const int64_t row = packed_row<R>(dim);
+    for (int64_t i = 0; i < count; ++i, out += row) {
+        const bool zero = dropped && is_dropped(*dropped, i);
+        for (int64_t d = 0; d < dim; ++d) out[d] = zero ? R(0) : Storage<T>::read(source[i * stride + d]) * factor;
+        for (int64_t d = dim; d < row; ++d) out[d] = 0;
+    }
+}
+
+// Rows of `packed_row` to panels of kPanel rows, transposed: [panel][D][kPanel].
+template <class R>
+void transpose_rows(const R* rows, int64_t count, int64_t dim, R* out) {
+    const int64_t row = packed_row<R>(dim);
+    for (int64_t first = 0; first < count; first += kPanel<R>, out += dim * kPanel<R>)
+        for (int64_t d = 0; d < dim; ++d)
+            for (int64_t i = 0; i < kPanel<R>; ++i)
+                out[d * kPanel<R> + i] = first + i < count ? rows[(first + i) * row + d] : R(0);
+}
+
+// A thread's working memory, cut from one allocation made before the threads start.
+class Scratch {
+  public:
+    Scratch(int64_t threads, int64_t bytes) : bytes_(divide_up(bytes, 4096) * 4096 + 64 * 7) {
+        memory_ = (char*)malloc(size_t(threads * bytes_ + 64));
+        if (!memory_) throw std::bad_alloc();
+#ifdef SGALIGN_POISON
+        memset(memory_, 0xff, size_t(threads * bytes_ + 64));  // NaN in every type
+#endif
+    }
+    ~Scratch() { free(memory_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    char* of_thread(int64_t thread) const { return memory_ + thread * bytes_; }
+
+  private:
+    int64_t bytes_;
+    char* memory_;
+};
+
+template <class R>
+R* take(char*& cursor, int64_t count) {
+    cursor = (char*)(((uintptr_t)cursor + 63) / 64 * 64);
+    R* result = (R*)cursor;
+    cursor += count * int64_t(sizeof(R));
+    return result;
+}
+
+// ---------------------------------------------------------------------------------------------------- forward
+
+// One step of the online softmax: scores become 2^(score - top), `sum` and the output row follow the new maximum.
+template <class R>
+void softmax_row(R* row, int64_t columns, const MaskBits* dropped, R& top, R& sum, R* out[], R* sums[], int branches,
+                 int64_t out_columns) {
+    constexpr R infinity = __builtin_inf();
+    Vector<R> largest = broadcast(-infinity);
+    for (int64_t i = 0; i < columns; i += Real<R>::lanes) {
+        Vector<R> scores = load(row + i);
+        if (dropped) {
+            scores = dropped_lanes<R>(*dropped, i % kMaskLanes, i / kMaskLanes) ? broadcast(-infinity) : scores;
+            store<R>(row + i, scores);
+        }
+        largest = scores > largest ? scores : largest;
+    }
+    const R chunk_top = largest_lane<R>(largest);
+    if (chunk_top > top) {
+        const bool first = top == -infinity;
+        const R rescale = first ? R(0) : exp2_scalar(top - chunk_top);
+        top = chunk_top;
+        if (first) branches = 0;  // nothing to rescale yet
+        sum *= rescale;
+        for (int branch = 0; branch < branches; ++branch) {
+            if (sums[branch] != &sum) *sums[branch] *= rescale;
+            for (int64_t d = 0; d < out_columns; d += Real<R>::lanes)
+                store<R>(out[branch] + d, load(out[branch] + d) * rescale);
+        }
+    }
+    const R shift = top == -infinity ? R(0) : top;
+    Vector<R> total{};
+    for (int64_t i = 0; i < columns; i += Real<R>::lanes) {
+        const Vector<R> weights = exp2<R>(load(row + i) - shift);
+        total += weights;
+        store<R>(row + i, weights);
+    }
+    sum += sum_lanes<R>(total);
+}
+
+// The mirror's weights are the supervised ones without the dropped entries; returns their sum.
+template <class R>
+R copy_kept(const R* row, int64_t columns, const MaskBits& dropped, R* out) {
+    Vector<R> total{};
+    for (int64_t i = 0; i < columns; i += Real<R>::lanes) {
+        const auto lanes = dropped_lanes<R>(dropped, i % kMaskLanes, i / kMaskLanes);
+        const Vector<R> weights = lanes ? Vector<R>{} : load(row + i);
+        total += weights;
+        store<R>(out + i, weights);
+    }
+    return sum_lanes<R>(total);
+}
+
+template <class R>
+struct ForwardScratch {
+    R *query, *out[2], *top, *sum[2], *key, *key_panels, *value, *weights[2];
+    int64_t* rows;
+
+    static int64_t bytes(int64_t dim) {
+        const int64_t row = packed_row<R>(dim);
+        return sizeof(R) * (kQueryBlock * (3 * row + 3) + kChunk * 3 * row + 2 * kForwardRows * kChunk) +
+               8 * kQueryBlock + 64 * 12;
+    }
+    ForwardScratch(char* cursor, int64_t dim) {
+        const int64_t row = packed_row<R>(dim);
+        query = take<R>(cursor, kQueryBlock * row);
+        top = take<R>(cursor, kQueryBlock);
+        for (int i = 0; i < 2; ++i) {
+            out[i] = take<R>(cursor, kQueryBlock * row);
+            sum[i] = take<R>(cursor, kQueryBlock);
+            weights[i] = take<R>(cursor, kForwardRows * kChunk);
+        }
+        key = take<R>(cursor, kChunk * row);
+        key_panels = take<R>(cursor, kChunk * row);
+        value = take<R>(cursor, kChunk * row);
+        rows = take<int64_t>(cursor, kQueryBlock);
+    }
+};
+
+// Output and log_sum of the given queries, for the first `count` branches listed.
+template <class T, class R = typename Storage<T>::R>
+void forward_rows(const Attention& a, int64_t b, int64_t h, const Matrix& query, const Branch* const* branches,
+                  int count, const int64_t* rows, int64_t row_count, const ForwardScratch<R>& s) {
+    const int64_t row = packed_row<R>(a.dim), dim = round_to_panel<R>(a.dim);
+    constexpr R infinity = __builtin_inf();
+    for (int64_t i = 0; i < row_count; ++i) {
+        pack_rows(row_of<const T>(query, b, h, rows[i]), 0, 1, a.dim, R(a.scale * kLog2e), nullptr, s.query + i * row);
+        s.top[i] = -infinity;
+        for (int branch = 0; branch < count; ++branch) {
+            s.sum[branch][i] = 0;
+            memset(s.out[branch] + i * row, 0, sizeof(R) * row);
+        }
+    }
+    for (int64_t first = 0; first < a.keys; first += kChunk) {
+        const int64_t keys = smaller(kChunk, a.keys - first), columns = round_to_panel<R>(keys);
+        MaskBits chunk;
+        const bool any_chunk = chunk_bits<R>(a, b, first, keys, chunk);
+        const MaskBits* padding = a.key_padding ? &chunk : nullptr;
+        pack_rows(row_of<const T>(a.key, b, h, first), a.key.row, keys, a.dim, R(1), padding, s.key);
+        transpose_rows(s.key, keys, a.dim, s.key_panels);
+        pack_rows(row_of<const T>(a.value, b, h, first), a.value.row, keys, a.dim, R(1), padding, s.value);
+        for (int64_t start = 0; start < row_count; start += kForwardRows) {
+            const int64_t tile_rows = smaller(kForwardRows, row_count - start);
+            multiply<R, false>(tile_rows, columns, a.dim, {s.query + start * row, row, 1},
+                        {s.key_panels, kPanel<R>, a.dim * kPanel<R>}, s.weights[0], kChunk);
+            for (int64_t i = 0; i < tile_rows; ++i) {
+                const int64_t at = start + i;
+                R* weights = s.weights[0] + i * kChunk;
+                RowMasks masks;
+                row_masks(a, b, h, rows[at], first, keys, chunk, any_chunk, branches[count - 1]->random, masks);
+                const MaskBits* shared = masks.any_shared ? &masks.shared : nullptr;
+                R* out[2] = {s.out[0] + at * row, s.out[1] + at * row};
+                R* sums[2] = {s.sum[0] + at, s.sum[1] + at};
+                const bool alone_random = count == 1 && masks.any_random;
+                softmax_row<R>(weights, columns, alone_random ? &masks.random : shared, s.top[at], s.sum[0][at], out,
+                               sums, count, dim);
+                if (count == 2) {
+                    R* mirrored = s.weights[1] + i * kChunk;
+                    if (!masks.any_random) masks.random = masks.any_shared ? masks.shared : MaskBits{};
+                    s.sum[1][at] += copy_kept(weights, columns, masks.random, mirrored);
+                    if (masks.any_dropout) apply_dropout(mirrored, columns, masks.dropout, dropout_scale<R>(a));
+                }
+                if (masks.any_dropout) apply_dropout(weights, columns, masks.dropout, dropout_scale<R>(a));
+            }
+            for (int branch = 0; branch < count; ++branch)
+                multiply<R, true>(tile_rows, dim, keys, {s.weights[branch], kChunk, 1}, {s.value, row, kPanel<R>},
+                            s.out[branch] + start * row, row);
+        }
+    }
+    for (int branch = 0; branch < count; ++branch)
+        for (int64_t i = 0; i < row_count; ++i) {
+            const R sum = s.sum[branch][i], inverse = sum == 0 ? R(0) : 1 / sum;
+            T* out = row_of<T>(branches[branch]->out, b, h, rows[i]);
+            for (int64_t d = 0; d < a.dim; ++d)
+                out[d] = Storage<T>::write(s.out[branch][i * row + d] * inverse);
+            R* log_sum = (R*)branches[branch]->log_sum + (b * a.heads + h) * a.queries + rows[i];
+            *log_sum = sum == 0 ? infinity : s.top[i] + log2_scalar(sum);
+        }
+}
+
+template <class T>
+void forward(const Attention& a) {
+    using R = typename Storage<T>::R;
+    // Below this the mirror's weights, which are relative to the supervised maximum, may have lost digits.
+    constexpr R smallest_sum = sizeof(R) == 4 ? R(0x1p-80) : R(0x1p-900);
+    int64_t block = kQueryBlock;
+    const int64_t heads = a.batch * a.heads * a.group_count;
+    while (block > kForwardRows && heads * divide_up(a.queries, block) < 4 * a.threads) block /= 2;
+    const int64_t blocks = divide_up(a.queries, block), tasks = heads * blocks;
+    const Scratch scratch(a.threads, ForwardScratch<R>::bytes(a.dim));
+#pragma omp parallel for schedule(dynamic) num_threads(a.threads)
+    for (int64_t task = 0; task < tasks; ++task) {
+        const ForwardScratch<R> s(scratch.of_thread(thread_index()), a.dim);
+        const QueryGroup& group = a.groups[task / blocks % a.group_count];
+        const int64_t head = task / blocks / a.group_count, b = head / a.heads, h = head % a.heads;
+        const int64_t first = task % blocks * block, count = smaller(block, a.queries - first);
+        const Branch* branches[2] = {&group.branches[0], &group.branches[1]};
+        for (int64_t i = 0; i < count; ++i) s.rows[i] = first + i;
+        forward_rows<T>(a, b, h, group.query, branches, group.count, s.rows, count, s);
+        if (group.count == 2) {
+            int64_t again = 0;
+            for (int64_t i = 0; i < count; ++i)
+                if (!(s.sum[1][i] >= smallest_sum)) s.rows[again++] = first + i;
+            if (again) forward_rows<T>(a, b, h, group.query, branches + 1, 1, s.rows, again, s);
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------- backward
+
+template <class R>
+struct BackwardScratch {
+    R *query[2], *grad_out[2][2], *delta[2][2], *key, *key_panels, *value, *value_panels, *grad_key, *grad_value;
+    R *scores, *weights, *grad_weights, *grad_scores;
+    RowMasks* masks;
+
+    static int64_t bytes(const Attention& a) {
+        const int64_t row = packed_row<R>(a.dim);
+        return sizeof(R) * (a.queries * (6 * row + 4) + kChunk * 6 * row + 4 * kBackwardRows * kChunk) +
+               sizeof(RowMasks) * kBackwardRows + 64 * 24;
+    }
+    BackwardScratch(char* cursor, const Attention& a) {
+        const int64_t row = packed_row<R>(a.dim);
+        for (int g = 0; g < a.group_count; ++g) {
+            query[g] = take<R>(cursor, a.queries * row);
+            for (int branch = 0; branch < a.groups[g].count; ++branch) {
+                grad_out[g][branch] = take<R>(cursor, a.queries * row);
+                delta[g][branch] = take<R>(cursor, a.queries);
+            }
+        }
+        for (R** chunk : {&key, &key_panels, &value, &value_panels, &grad_key, &grad_value})
+            *chunk = take<R>(cursor, kChunk * row);
+        for (R** rows : {&scores, &weights, &grad_weights, &grad_scores})
+            *rows = take<R>(cursor, kBackwardRows * kChunk);
+        masks = take<RowMasks>(cursor, kBackwardRows);
+    }
+};
+
+// From scores and dP to P (in `weights`, after dropout) and dS (added to `grad_scores` if `accumulate`).
+template <class R>
+void softmax_backward_row(const R* scores, const R* grad_weights, int64_t columns, R log_sum, R delta,
+                          const MaskBits* dropped, const MaskBits* dropout, R scale, R* weights, R* grad_scores,
+                          bool accumulate) {
+    for (int64_t i = 0; i < columns; i += Real<R>::lanes) {
+        Vector<R> p = exp2<R>(load(scores + i) - log_sum), dp = load(grad_weights + i);
+        if (dropped) p = dropped_lanes<R>(*dropped, i % kMaskLanes, i / kMaskLanes) ? Vector<R>{} : p;
+        Vector<R> kept = p;
+        if (dropout) {
+            const auto lanes = dropped_lanes<R>(*dropout, i % kMaskLanes, i / kMaskLanes);
+            kept = lanes ? Vector<R>{} : p * scale;
+            dp = lanes ? Vector<R>{} : dp * scale;
+        }
+        store<R>(weights + i, kept);
+        const Vector<R> ds = p * (dp - delta);
+        store<R>(grad_scores + i, accumulate ? load(grad_scores + i) + ds : ds);
+    }
+}
+
+// One chunk of keys against every query: dK and dV whole, and this chunk's share of dQ.
+template <class T, class R = typename Storage<T>::R>
+void backward_chunk(const Attention& a, int64_t b, int64_t h, int64_t first, R* const* grad_query,
+                    const BackwardScratch<R>& s) {
+    const int64_t row = packed_row<R>(a.dim), dim = round_to_panel<R>(a.dim);
+    const int64_t keys = smaller(kChunk, a.keys - first), columns = round_to_panel<R>(keys);
+    MaskBits chunk;
+    const bool any_chunk = chunk_bits<R>(a, b, first, keys, chunk);
+    const MaskBits* padding = a.key_padding ? &chunk : nullptr;
+    pack_rows(row_of<const T>(a.key, b, h, first), a.key.row, keys, a.dim, R(1), padding, s.key);
+    pack_rows(row_of<const T>(a.value, b, h, first), a.value.row, keys, a.dim, R(1), padding, s.value);
+    transpose_rows(s.key, keys, a.dim, s.key_panels);
+    transpose_rows(s.value, keys, a.dim, s.value_panels);
+    memset(s.grad_key, 0, sizeof(R) * keys * row);
+    memset(s.grad_value, 0, sizeof(R) * keys * row);
+    for (int g = 0; g < a.group_count; ++g) {
+        const QueryGroup& group = a.groups[g];
+        for (int64_t start = 0; start < a.queries; start += kBackwardRows) {
+            const int64_t rows = smaller(kBackwardRows, a.queries - start);
+            const R* query = s.query[g] + start * row;
+            multiply<R, false>(rows, columns, a.dim, {query, row, 1}, {s.key_panels, kPanel<R>, a.dim * kPanel<R>}, s.scores,
+                        kChunk);
+            for (int64_t i = 0; i < rows; ++i)
+                row_masks(a, b, h, start + i, first, keys, chunk, any_chunk, group.branches[group.count - 1].random,
+                          s.masks[i]);
+            for (int branch = 0; branch < group.count; ++branch) {
+                const R* grad_out = s.grad_out[g][branch] + start * row;
+                const R* log_sum =
+                    (const R*)group.branches[branch].log_sum + (b * a.heads + h) * a.queries + start;
+                multiply<R, false>(rows, columns, a.dim, {grad_out, row, 1}, {s.value_panels, kPanel<R>, a.dim * kPanel<R>},
+                            s.grad_weights, kChunk);
+                for (int64_t i = 0; i < rows; ++i) {
+                    const RowMasks& masks = s.masks[i];
+                    const bool random = group.branches[branch].random && masks.any_random;
+                    const MaskBits* dropped =
+                        random ? &masks.random : (masks.any_shared ? &masks.shared : nullptr);
+                    softmax_backward_row<R>(s.scores + i * kChunk, s.grad_weights + i * kChunk, columns, log_sum[i],
+                                            s.delta[g][branch][start + i], dropped,
+                                            masks.any_dropout ? &masks.dropout : nullptr, dropout_scale<R>(a),
+                                            s.weights + i * kChunk, s.grad_scores + i * kChunk, branch > 0);
+                }
+                multiply<R, true>(keys, dim, rows, {s.weights, 1, kChunk}, {grad_out, row, kPanel<R>}, s.grad_value, row);
+            }
+            multiply<R, true>(rows, dim, keys, {s.grad_scores, kChunk, 1}, {s.key, row, kPanel<R>},
+                        grad_query[g] + start * row, row);
+            multiply<R, true>(keys, dim, rows, {s.grad_scores, 1, kChunk}, {query, row, kPanel<R>}, s.grad_key, row);
+        }
+    }
+    for (int64_t k = 0; k < keys; ++k) {
+        T* grad_key = row_of<T>(a.grad_key, b, h, first + k);
+        T* grad_value = row_of<T>(a.grad_value, b, h, first + k);
+        for (int64_t d = 0; d < a.dim; ++d) {
+            // the packed queries carry scale * log2(e), of which dK needs only the scale
+            grad_key[d] = Storage<T>::write(s.grad_key[k * row + d] * R(kLn2));
+            grad_value[d] = Storage<T>::write(s.grad_value[k * row + d]);
+        }
+    }
+}
+
+template <class T>
+void backward(const Attention& a) {
+    using R = typename Storage<T>::R;
+    const int64_t row = packed_row<R>(a.dim), heads = a.batch * a.heads, chunks = divide_up(a.keys, kChunk);
+    if (heads == 0) return;
+    // Each task adds up dQ over its chunks in a matrix of its own; these are added in a fixed order afterwards.
+    const int64_t splits = chunks ? smaller(chunks, divide_up(kBackwardTasks, heads)) : 1;
+    const int64_t partial = a.queries * row;
+    const Scratch scratch(a.threads, BackwardScratch<R>::bytes(a));
+    const Scratch partials(1, heads * a.group_count * splits * partial * int64_t(sizeof(R)) + 64);
+    char* cursor = partials.of_thread(0);
+    R* const all_partials = take<R>(cursor, heads * a.group_count * splits * partial);  // [head][group][split]
+#pragma omp parallel for schedule(dynamic) num_threads(a.threads)
+    for (int64_t task = 0; task < heads * splits; ++task) {
+        const BackwardScratch<R> s(scratch.of_thread(thread_index()), a);
+        const int64_t head = task / splits, split = task % splits, b = head / a.heads, h = head % a.heads;
+        R* grad_query[2] = {};
+        for (int g = 0; g < a.group_count; ++g) {
+            const QueryGroup& group = a.groups[g];
+            grad_query[g] = all_partials + ((head * a.group_count + g) * splits + split) * partial;
+            memset(grad_query[g], 0, sizeof(R) * partial);
+            pack_rows(row_of<const T>(group.query, b, h, 0), group.query.row, a.queries, a.dim, R(a.scale * kLog2e),
+                      nullptr, s.query[g]);
+            for (int branch = 0; branch < group.count; ++branch) {
+                const Matrix &out = group.branches[branch].out, &grad_out = group.branches[branch].grad_out;
+                pack_rows(row_of<const T>(grad_out, b, h, 0), grad_out.row, a.queries, a.dim, R(1), nullptr,
+                          s.grad_out[g][branch]);
+                for (int64_t i = 0; i < a.queries; ++i) {
+                    // sum_k P dP = sum_d O dO, with or without dropout
+                    pack_rows(row_of<const T>(out, b, h, i), 0, 1, a.dim, R(1), nullptr, s.key);
+                    Vector<R> delta{};
+                    for (int64_t d = 0; d < row; d += Real<R>::lanes)
+                        delta += load(s.key + d) * load(s.grad_out[g][branch] + i * row + d);
+                    s.delta[g][branch][i] = sum_lanes<R>(delta);
+                }
+            }
+        }
+        for (int64_t chunk = chunks * split / splits; chunk < chunks * (split + 1) / splits; ++chunk)
+            backward_chunk<T>(a, b, h, chunk * kChunk, grad_query, s);
+    }
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+    for (int64_t head = 0; head < heads; ++head)
+        for (int g = 0; g < a.group_count; ++g)
+            for (int64_t i = 0; i < a.queries; ++i) {
+                R* sum = all_partials + (head * a.group_count + g) * splits * partial + i * row;
+                for (int64_t split = 1; split < splits; ++split)
+                    for (int64_t d = 0; d < a.dim; ++d) sum[d] += sum[split * partial + d];
+                T* out = row_of<T>(a.groups[g].grad_query, head / a.heads, head % a.heads, i);
+                for (int64_t d = 0; d < a.dim; ++d) out[d] = Storage<T>::write(sum[d] * R(a.scale));
+            }
+}
+
+// ------------------------------------------------------------------------------------------------ entry points
+
+void attention_forward(const Attention& a) {
+    switch (a.dtype) {
+        case DType::float32: return forward<float>(a);
+        case DType::float64: return forward<double>(a);
+        case DType::bfloat16: return forward<BFloat16>(a);
+        case DType::float16: return forward<Half>(a);
+    }
+}
+
+void attention_backward(const Attention& a) {
+    switch (a.dtype) {
+        case DType::float32: return backward<float>(a);
+        case DType::float64: return backward<double>(a);
+        case DType::bfloat16: return backward<BFloat16>(a);
+        case DType::float16: return backward<Half>(a);
+    }
+}
+
+void random_mask(const RandomMask& m) {
+    const int64_t rows = m.batch_heads * m.queries;
+#pragma omp parallel for schedule(static) num_threads(m.threads)
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t first = 0; first < m.keys; first += kChunk) {
+            MaskBits bits{};
+            add_random(bits, m.seed, first / kChunk, row % m.queries, row / m.queries, m.stream, m.threshold);
+            uint8_t* out = m.out + row * m.keys + first;
+            for (int64_t k = 0; k < smaller(kChunk, m.keys - first); ++k) out[k] = is_dropped(bits, k);
+        }
+}
+
+}  // namespace
+
+namespace sgalign {
+extern const Kernels SGALIGN_KERNELS;  // kernels_avx2, say
+const Kernels SGALIGN_KERNELS = {attention_forward, attention_backward, random_mask};
+}  // namespace sgalign

@@ -1,0 +1,102 @@
+"""Builds the compiled core sgalign._C with ninja. Knows nothing of torch: the core takes addresses, not tensors."""
+
+import os
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+
+# One compilation of csrc/cpu/attention.cpp each: name, bytes of a vector, flags. The fastest that the processor runs
+# is picked at run time, so nothing here depends on the machine that builds.
+INSTRUCTION_SETS = [("baseline", 16, [])]
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS += [
+        ("avx2", 32, ["-mavx2", "-mfma", "-mf16c"]),
+        # gcc 12 warns about an uninitialised variable inside its own avx512fintrin.h
+        ("avx512", 64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized"]),
+    ]
+
+
+def find_compiler() -> str:
+    """CXX, else the first of g++, clang++ and c++ that is on PATH and speaks C++20."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    for compiler in candidates:
+        if compiles(compiler, []):
+            return compiler
+    sys.exit(f"sgalign: no C++20 compiler found (tried {', '.join(candidates)}): install g++ 11 or clang 14, or set CXX")
+
+
+def compiles(compiler: str, flags: list[str]) -> bool:
+    """Whether a C++20 program with these flags compiles and links."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <bit>\nint main() { return std::popcount(0u); }\n")
+        command = [*compiler.split(), "-std=c++20", *flags, str(source), "-o", str(source.with_suffix(""))]
+        try:
+            return subprocess.run(command, capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+
+class NinjaBuild(build_ext):
+    """Objects in parallel, only what changed; the module also stays in the source folder, for use from the root."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        module = folder / target.name
+        self.write_ninja_file(folder, module)
+        import ninja
+
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)
+        for destination in (target, ROOT / "sgalign" / target.name):
+            # Replaced, not overwritten: a process may have the old one loaded.
+            shutil.copy2(module, destination.with_suffix(".new"))
+            os.replace(destination.with_suffix(".new"), destination)
+
+    def write_ninja_file(self, folder: Path, module: Path) -> None:
+        import pybind11
+        from ninja import ninja_syntax
+
+        compiler = find_compiler()
+        openmp = ["-fopenmp"] if compiles(compiler, ["-fopenmp"]) else []
+        if not openmp:
+            print(f"sgalign: {compiler} has no OpenMP here, so the kernels will use one thread", file=sys.stderr)
+        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+        digest = runpy.run_path(str(ROOT / "sgalign" / "_source_digest.py"))["source_digest"](ROOT / "csrc")
+        includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+        bindings = [*includes, f'-DSGALIGN_SOURCES=\\"{digest}\\"', f"-DSGALIGN_COMPILER='\"{version}\"'"]
+        bindings += [f"-DSGALIGN_{name.upper()}" for name, _, _ in INSTRUCTION_SETS]
+        link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        objects = [("bindings", "bindings.cpp", bindings)] + [
+            (
+                name,
+                "cpu/attention.cpp",
+                [*flags, f"-DSGALIGN_VECTOR_BYTES={width}", f"-DSGALIGN_KERNELS=kernels_{name}"],
+            )
+            for name, width, flags in INSTRUCTION_SETS
+        ]
+        with open(folder / "build.ninja", "w") as file:
+            writer = ninja_syntax.Writer(file, width=10_000)
+            command = " ".join([compiler, *FLAGS, *openmp])
+            writer.rule("compile", f"{command} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+            writer.rule("link", " ".join([compiler, "-shared", *openmp, *link, "$in -o $out"]))
+            for name, source, flags in objects:
+                path = ninja_syntax.escape_path(str(ROOT / "csrc" / source))
+                writer.build(f"{name}.o", "compile", path, variables={"flags": " ".join(flags)})
+            writer.build(module.name, "link", [f"{name}.o" for name, _, _ in objects])
+
+
+setup(ext_modules=[Extension("sgalign._C", ["csrc/bindings.cpp"])], cmdclass={"build_ext": NinjaBuild})
