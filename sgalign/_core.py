@@ -1,0 +1,41 @@
+"""The compiled core `sgalign._C`, loaded at its first use, and why it cannot be."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+from sgalign._source_digest import source_digest
+
+ROOT = Path(__file__).resolve().parent.parent  # the source tree, if this is one
+BUILD = "run `pip install .` in its root"
+
+
+@functools.cache
+def load() -> ModuleType:
+    """`sgalign._C`.
+
+    Raises:
+        ImportError: it was never built, was built from other sources, or does not load; the message says what to run.
+    """
+    try:
+        core = importlib.import_module("sgalign._C")
+    except ModuleNotFoundError as error:
+        if error.name != "sgalign._C":
+            raise
+        raise ImportError(f"sgalign's compiled core is not built in {ROOT}: {BUILD}") from None
+    if (ROOT / "csrc").is_dir() and core.sources != source_digest(ROOT / "csrc"):
+        raise ImportError(f"sgalign's compiled core is older than its sources in {ROOT}: {BUILD}")
+    return core
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why the core cannot be used, in one sentence, or None."""
+    try:
+        load()
+    except ImportError as error:
+        return str(error)
+    return None

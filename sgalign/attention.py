@@ -1,0 +1,468 @@
+"""Masked attention, for one branch or for a supervised and a mirrored one in a single pass over the keys.
+
+From the public function to the kernel: `fused_masked_attention` checks its arguments and calls `_Attention` (autograd),
+which calls the registered operation ``sgalign::attention`` (fake implementation, torch.compile), which calls the compiled
+core. Both public functions are the same operation on one or two branches.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgalign import _core, backends, reference
+from sgalign.random_mask import STEPS, check_stream, ratio_threshold, seed_tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/attention.h
+MAX_DIM = 256
+
+
+def fused_masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    mask_ratio: float = 0.0,
+    mask_seed: int | Tensor | None = None,
+    mask_stream: int = 0,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention whose entries are dropped *before* the softmax at random, by a mask that is never stored.
+
+    ``S = scale * Q K^T``; an entry is dropped by `mask`, by `key_padding_mask` or, with probability `mask_ratio`, at
+    random; ``out = softmax over what is kept, times V``. The random mask is not dropout: what is kept is a softmax
+    again, and nothing is rescaled by ``1 / (1 - mask_ratio)``. A row with nothing kept gives zeros and zero gradients.
+    This is the masking of the mirrored branch of Xu, Liao and Sigal, "Self-Supervised Relation Alignment for Scene
+    Graph Generation", WACV 2024.
+
+    The backward pass draws the same mask again from the seed, is deterministic, and keeps only ``out`` and one number
+    a row. It is differentiable once in query, key and value.
+
+    Args:
+        query: ``[B, H, Lq, D]``, float32, float64, bfloat16 or float16; D at most 256.
+        key, value: ``[B, H, Lk, D]`` of the query's dtype and device. Any strides; a last stride other than 1 is copied.
+        mask: bool, broadcastable to ``[B, H, Lq, Lk]``, True = dropped.
+        mask_ratio: probability of the random mask, in [0, 1], rounded to a multiple of 1/65536.
+        mask_seed: int or int64 scalar tensor on the query's device. None draws one from torch's generator, so that
+            `torch.manual_seed` reproduces it; it is drawn only if `mask_ratio` or `dropout_p` is positive.
+        mask_stream: in [0, 2**31), tells apart the attention blocks that share a seed.
+        key_padding_mask: bool ``[B, Lk]``, True = ignored, as in `torch.nn.MultiheadAttention`. Whatever such keys and
+            values hold, NaN too, has no effect.
+        dropout_p: ordinary dropout of the softmax, in [0, 1], rescaled by ``1 / (1 - dropout_p)``, from the same seed.
+        scale: of the scores; None means ``1 / sqrt(D)``.
+        backend: "cpu" (compiled) or "reference" (plain PyTorch); None takes the fastest that serves the device.
+
+    Returns:
+        ``[B, H, Lq, D]`` in the query's dtype, with the query's memory order.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or range.
+        RuntimeError: the backend asked for is not available.
+
+    Under autocast the inputs are cast as for `torch.nn.functional.scaled_dot_product_attention`.
+    """
+    (out,) = _attention(
+        [query], 1, key, value, mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend
+    )
+    return out
+
+
+def dual_branch_attention(
+    query: Tensor,
+    mirrored_query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    mask_ratio: float = 0.0,
+    mask_seed: int | Tensor | None = None,
+    mask_stream: int = 0,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The supervised and the mirrored branch of relation alignment in one pass over keys and values.
+
+    ``out`` is `fused_masked_attention` of `query` without the random mask, ``mirrored_out`` of `mirrored_query` with
+    it. `mask`, `key_padding_mask` and the dropout noise are the same in both, so that the random mask is the only
+    difference between the branches. If `mirrored_query` *is* `query` (the same tensor object, as in a decoder's first
+    layer), scores and exponentials are computed once.
+
+    Args:
+        query, mirrored_query: ``[B, H, Lq, D]``.
+        key, value: ``[B, H, Lk, D]``.
+        mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend: as in
+            `fused_masked_attention`.
+
+    Returns:
+        ``(out, mirrored_out)``, each ``[B, H, Lq, D]``.
+
+    Raises:
+        As `fused_masked_attention`.
+    """
+    queries = [query] if mirrored_query is query else [query, mirrored_query]
+    out, mirrored_out = _attention(
+        queries, 2, key, value, mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend
+    )
+    return out, mirrored_out
+
+
+def _attention(
+    queries: list[Tensor],
+    branches: int,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    mask_ratio: float,
+    mask_seed: int | Tensor | None,
+    mask_stream: int,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    """The outputs of one or two branches; the random mask applies to the last. One query may serve both."""
+    _check_tensors(queries, key, value, mask, key_padding_mask)
+    query = queries[0]
+    mask_threshold = ratio_threshold(mask_ratio, "mask_ratio")
+    dropout_threshold = ratio_threshold(dropout_p, "dropout_p")
+    check_stream(mask_stream, "mask_stream")
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    backend = backends.choose(backend, query.device)
+    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(query.device.type)
+        queries, key, value = [q.to(dtype) for q in queries], key.to(dtype), value.to(dtype)
+    seed = None
+    if mask_threshold or dropout_threshold:
+        seed = seed_tensor(mask_seed, query.device, "mask_seed")
+    if backend == "reference":
+        return _reference(
+            queries, branches, key, value, mask, key_padding_mask, seed, mask_threshold, dropout_threshold, mask_stream,
+            scale,
+        )
+    if mask is not None:
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+    return _Attention.apply(
+        branches, key, value, mask, key_padding_mask, seed, mask_threshold, dropout_threshold, mask_stream, scale,
+        *queries,
+    )[:branches]
+
+
+def _check_tensors(
+    queries: list[Tensor], key: Tensor, value: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None
+) -> None:
+    names = ["query", "mirrored_query"][: len(queries)] + ["key", "value"]
+    tensors = [*queries, key, value]
+    for name, tensor in zip(names, tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions: {list(tensor.shape)}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+    query = queries[0]
+    batch, heads, length, dim = query.shape
+    keys = key.shape[2]
+    expected = {"mirrored_query": (batch, heads, length, dim), "key": (batch, heads, keys, dim)}
+    expected["value"] = expected["key"]
+    for name, tensor in zip(names[1:], tensors[1:]):
+        if tensor.shape != expected[name]:
+            raise ValueError(
+                f"{name} must be {list(expected[name])} to go with query {list(query.shape)}"
+                f"{' and key ' + str(list(key.shape)) if name == 'value' else ''}, got {list(tensor.shape)}"
+            )
+        if tensor.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
+    if dim > MAX_DIM:
+        raise ValueError(f"query must have at most {MAX_DIM} channels a head (D), got {dim}")
+    for name, boolean, shape in (
+        ("mask", mask, (batch, heads, length, keys)),
+        ("key_padding_mask", key_padding_mask, (batch, keys)),
+    ):
+        if boolean is None:
+            continue
+        if not isinstance(boolean, Tensor) or boolean.dtype != torch.bool:
+            got = boolean.dtype if isinstance(boolean, Tensor) else type(boolean).__name__
+            raise TypeError(f"{name} must be a bool tensor, True = dropped, got {got}")
+        if boolean.device != query.device:
+            raise ValueError(f"{name} must be on the query's device {query.device}, got {boolean.device}")
+        if name == "mask":
+            fits = boolean.dim() <= 4 and all(
+                size in (1, full) for size, full in zip(boolean.shape[::-1], shape[::-1])
+            )
+        else:
+            fits = boolean.shape == shape
+        if not fits:
+            how = "broadcastable to" if name == "mask" else "of shape"
+            raise ValueError(f"{name} must be {how} {list(shape)}, got {list(boolean.shape)}")
+
+
+def _reference(
+    queries: list[Tensor],
+    branches: int,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    mask_threshold: int,
+    dropout_threshold: int,
+    stream: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Materialises the masks and calls `reference.attention` for each branch."""
+    batch, heads, length, _ = queries[0].shape
+
+    def draw(threshold: int, stream: int) -> Tensor:
+        assert seed is not None
+        random = reference.random_mask(
+            batch * heads, length, key.shape[2], threshold=threshold, seed=seed, stream=stream, device=key.device
+        )
+        return random.view(batch, heads, length, key.shape[2])
+
+    dropout_keep = ~draw(dropout_threshold, stream | reference.DROPOUT_STREAM_BIT) if dropout_threshold else None
+    dropout_scale = STEPS / (STEPS - dropout_threshold) if dropout_threshold < STEPS else 0.0
+    outs = []
+    for branch in range(branches):
+        dropped = mask
+        if branch == branches - 1 and mask_threshold:
+            random = draw(mask_threshold, stream)
+            dropped = random if mask is None else mask | random
+        outs.append(
+            reference.attention(
+                queries[min(branch, len(queries) - 1)],
+                key,
+                value,
+                dropped=dropped,
+                key_padding_mask=key_padding_mask,
+                dropout_keep=dropout_keep,
+                dropout_scale=dropout_scale,
+                scale=scale,
+            )
+        )
+    return tuple(outs)
+
+
+class _Attention(torch.autograd.Function):
+    """Autograd over the registered operations: far cheaper a call than `torch.library.register_autograd`."""
+
+    @staticmethod
+    def forward(
+        branches: int,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        seed: Tensor | None,
+        mask_threshold: int,
+        dropout_threshold: int,
+        stream: int,
+        scale: float,
+        *queries: Tensor,
+    ) -> tuple[Tensor, ...]:
+        outs = torch.ops.sgalign.attention(
+            list(queries), branches, key, value, mask, key_padding_mask, seed, mask_threshold, dropout_threshold,
+            stream, scale,
+        )
+        return tuple(outs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        branches, key, value, mask, key_padding_mask, seed, *ctx.settings = inputs[:10]
+        ctx.branches = branches
+        ctx.mark_non_differentiable(*output[branches:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(key, value, mask, key_padding_mask, seed, *inputs[10:], *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        key, value, mask, key_padding_mask, seed, *rest = ctx.saved_tensors
+        queries, outputs = rest[: -2 * ctx.branches], rest[-2 * ctx.branches :]
+        outs, log_sums = outputs[: ctx.branches], outputs[ctx.branches :]
+        grad_outs = [torch.zeros_like(out) if grad is None else grad for grad, out in zip(grads, outs)]
+        *grad_queries, grad_key, grad_value = torch.ops.sgalign.attention_backward(
+            grad_outs, queries, outs, log_sums, key, value, mask, key_padding_mask, seed, *ctx.settings
+        )
+        return None, grad_key, grad_value, *[None] * 7, *grad_queries
+
+
+_OPTIONS = (
+    "Tensor? mask, Tensor? key_padding_mask, Tensor? seed, int mask_threshold, int dropout_threshold, int stream,"
+    " float scale"
+)
+_library = torch.library.Library("sgalign", "FRAGMENT")
+# -> the branches' outputs, then their log sums
+_library.define(f"attention(Tensor[] queries, int branches, Tensor key, Tensor value, {_OPTIONS}) -> Tensor[]")
+# -> the gradients of the queries, of key and of value
+_library.define(
+    "attention_backward(Tensor[] grad_outs, Tensor[] queries, Tensor[] outs, Tensor[] log_sums, Tensor key, Tensor value,"
+    f" {_OPTIONS}) -> Tensor[]"
+)
+
+
+def _empty_outputs(queries: list[Tensor], branches: int) -> tuple[list[Tensor], list[Tensor]]:
+    # The memory order of a [B, L, H * D] projection survives, so that the way back to it needs no copy.
+    query = queries[0]
+    outs = [torch.empty_like(queries[min(branch, len(queries) - 1)]) for branch in range(branches)]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return outs, [query.new_empty(query.shape[:3], dtype=dtype) for _ in range(branches)]
+
+
+@torch.library.register_fake("sgalign::attention")
+def _attention_fake(
+    queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any
+) -> list[Tensor]:
+    outs, log_sums = _empty_outputs([_unit_stride(query) for query in queries], branches)
+    return [*outs, *log_sums]
+
+
+@torch.library.register_fake("sgalign::attention_backward")
+def _attention_backward_fake(
+    grad_outs: list[Tensor],
+    queries: list[Tensor],
+    outs: list[Tensor],
+    log_sums: list[Tensor],
+    key: Tensor,
+    value: Tensor,
+    *options: Any,
+) -> list[Tensor]:
+    return [torch.empty_like(_unit_stride(tensor)) for tensor in (*queries, key, value)]
+
+
+@torch.library.impl(_library, "attention", "CPU")
+def _attention_cpu(
+    queries: list[Tensor],
+    branches: int,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    mask_threshold: int,
+    dropout_threshold: int,
+    stream: int,
+    scale: float,
+) -> list[Tensor]:
+    queries = [_unit_stride(query) for query in queries]
+    key, value = _unit_stride(key), _unit_stride(value)
+    outs, log_sums = _empty_outputs(queries, branches)
+    _core.load().attention_forward(
+        DTYPES.index(key.dtype),
+        (*queries[0].shape[:3], *key.shape[2:]),
+        _groups(queries, outs, log_sums),
+        _matrix(key),
+        _matrix(value),
+        *_options(mask, key_padding_mask, seed, mask_threshold, dropout_threshold, stream, scale),
+    )
+    return [*outs, *log_sums]
+
+
+@torch.library.impl(_library, "attention_backward", "CPU")
+def _attention_backward_cpu(
+    grad_outs: list[Tensor],
+    queries: list[Tensor],
+    outs: list[Tensor],
+    log_sums: list[Tensor],
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    mask_threshold: int,
+    dropout_threshold: int,
+    stream: int,
+    scale: float,
+) -> list[Tensor]:
+    queries, grad_outs = [_unit_stride(query) for query in queries], [_unit_stride(grad) for grad in grad_outs]
+    key, value = _unit_stride(key), _unit_stride(value)
+    grads = [torch.empty_like(tensor) for tensor in (*queries, key, value)]
+    _core.load().attention_backward(
+        DTYPES.index(key.dtype),
+        (*queries[0].shape[:3], *key.shape[2:]),
+        _groups(queries, outs, log_sums, grad_outs, grads),
+        _matrix(key),
+        _matrix(value),
+        *_options(mask, key_padding_mask, seed, mask_threshold, dropout_threshold, stream, scale),
+        _matrix(grads[-2]),
+        _matrix(grads[-1]),
+    )
+    return grads
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _matrix(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.stride()
+
+
+def _groups(
+    queries: list[Tensor],
+    outs: list[Tensor],
+    log_sums: list[Tensor],
+    grad_outs: list[Tensor] | None = None,
+    grad_queries: list[Tensor] | None = None,
+) -> list[tuple[Any, ...]]:
+    """Query groups as csrc/bindings.cpp takes them: two branches share one query, or each has its own."""
+    branches = [
+        (
+            _matrix(out),
+            log_sums[i].data_ptr(),
+            i == len(outs) - 1,
+            None if grad_outs is None else _matrix(grad_outs[i]),
+        )
+        for i, out in enumerate(outs)
+    ]
+    return [
+        (
+            _matrix(query),
+            branches if len(queries) == 1 else [branches[i]],
+            None if grad_queries is None else _matrix(grad_queries[i]),
+        )
+        for i, query in enumerate(queries)
+    ]
+
+
+def _options(
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    mask_threshold: int,
+    dropout_threshold: int,
+    stream: int,
+    scale: float,
+) -> tuple[Any, ...]:
+    return (
+        None if mask is None else _matrix(mask),
+        None if key_padding_mask is None else _matrix(key_padding_mask),
+        0 if seed is None else seed.item(),
+        stream,
+        mask_threshold,
+        dropout_threshold,
+        scale,
+        torch.get_num_threads(),
+    )
+
+
+def _no_second_order(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "sgalign: second-order gradients of fused attention are not supported (create_graph=True, or a gradient of a "
+        "gradient); backend='reference' has them"
+    )
+
+
+torch.library.register_autograd("sgalign::attention_backward", _no_second_order)

@@ -1,0 +1,114 @@
+"""The random mask on its own, and the two numbers that define it: a 16-bit threshold and a 64-bit seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sgalign import _core, reference
+
+STEPS = 1 << 16  # the quantum of a ratio is 1/65536
+
+
+def random_attention_mask(
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    *,
+    ratio: float,
+    seed: int | Tensor,
+    stream: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The mask that `fused_masked_attention` draws for the same ratio, seed and stream.
+
+    An entry depends on ``seed``, ``stream`` and its indices ``(b * heads + h, q, k)`` alone, and is the same on every
+    device and for every backend (`sgalign.reference.random_mask` is the definition).
+
+    Args:
+        batch, heads, queries, keys: the mask's shape, each at least 0.
+        ratio: probability of dropping an entry, in [0, 1], rounded to a multiple of 1/65536.
+        seed: an integer in [-2**63, 2**63), or an int64 tensor with one element.
+        stream: in [0, 2**31), tells apart masks drawn from one seed.
+        device: where the mask is made; by default the seed's device, or the CPU.
+
+    Returns:
+        bool ``[batch, heads, queries, keys]``, True = dropped.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of its range.
+    """
+    for name, size in (("batch", batch), ("heads", heads), ("queries", queries), ("keys", keys)):
+        if size < 0:
+            raise ValueError(f"{name} must be at least 0, got {size}")
+    check_stream(stream, "stream")
+    threshold = ratio_threshold(ratio, "ratio")
+    if device is None:
+        device = seed.device if isinstance(seed, Tensor) else "cpu"
+    seed = seed_tensor(seed, torch.device(device), "seed")
+    return torch.ops.sgalign.random_mask(seed, batch, heads, queries, keys, threshold, stream)
+
+
+def ratio_threshold(ratio: float, name: str) -> int:
+    """``round(65536 * ratio)``; a random 16-bit number below it is a dropped entry."""
+    if not 0 <= ratio <= 1:  # also catches NaN
+        raise ValueError(f"{name} must be in [0, 1], got {ratio}")
+    return round(STEPS * ratio)
+
+
+def check_stream(stream: int, name: str) -> None:
+    if isinstance(stream, bool) or not isinstance(stream, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(stream).__name__}")
+    if not 0 <= stream < reference.DROPOUT_STREAM_BIT:
+        raise ValueError(f"{name} must be in [0, 2**31), got {stream}")
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device, name: str) -> Tensor:
+    """The seed as an int64 scalar on `device`; None draws one from torch's generator of that device.
+
+    A new seed is drawn as a tensor, never as a Python number: torch.compile and CUDA graphs would bake a number in.
+    """
+    if seed is None:
+        return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"{name} must hold one int64, got {seed.dtype} of shape {list(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"{name} must be on {device}, got {seed.device}")
+        return seed.reshape(())
+    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, an int64 tensor or None, got {type(seed).__name__}")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"{name} must be in [-2**63, 2**63), got {seed}")
+    return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
+_library = torch.library.Library("sgalign", "FRAGMENT")
+_library.define(
+    "random_mask(Tensor seed, SymInt batch, SymInt heads, SymInt queries, SymInt keys, int threshold, int stream)"
+    " -> Tensor"
+)
+
+
+@torch.library.impl(_library, "random_mask", "CompositeExplicitAutograd")
+def _random_mask(
+    seed: Tensor, batch: int, heads: int, queries: int, keys: int, threshold: int, stream: int
+) -> Tensor:
+    if seed.device.type == "cpu":
+        mask = torch.empty((batch, heads, queries, keys), dtype=torch.bool)
+        _core.load().random_mask(
+            mask.data_ptr(), batch * heads, queries, keys, seed.item(), stream, threshold, torch.get_num_threads()
+        )
+        return mask
+    mask = reference.random_mask(
+        batch * heads, queries, keys, threshold=threshold, seed=seed, stream=stream, device=seed.device
+    )
+    return mask.view(batch, heads, queries, keys)
+
+
+@torch.library.register_fake("sgalign::random_mask")
+def _random_mask_fake(
+    seed: Tensor, batch: int, heads: int, queries: int, keys: int, threshold: int, stream: int
+) -> Tensor:
+    return seed.new_empty((batch, heads, queries, keys), dtype=torch.bool)

@@ -1,0 +1,31 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def vrd_root() -> Path:
+    """The folder with the VRD annotations: SGALIGN_VRD, or shared data beside the source tree."""
+    root = Path(os.environ.get("SGALIGN_VRD", ROOT.parent / "shared" / "data" / "vrd"))
+    if not (root / "annotations_train.json").is_file():
+        pytest.skip(f"no VRD annotations in {root}; set SGALIGN_VRD to the folder that has annotations_train.json")
+    return root
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor that is allocated without being filled starts as NaN, so that an unwritten element shows."""
+
+    def poison(allocate):
+        def allocate_poisoned(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return allocate_poisoned
+
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
