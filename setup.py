@@ -33,7 +33,9 @@ def find_compiler() -> str:
     for compiler in candidates:
         if compiles(compiler, []):
             return compiler
-    sys.exit(f"sgalign: no C++20 compiler found (tried {', '.join(candidates)}): install g++ 11 or clang 14, or set CXX")
+    sys.exit(
+        f"sgalign: no C++20 compiler found (tried {', '.join(candidates)}): install g++ 11 or clang 14, or set CXX"
+    )
 
 
 def compiles(compiler: str, flags: list[str]) -> bool:
@@ -74,7 +76,9 @@ class NinjaBuild(build_ext):
         openmp = ["-fopenmp"] if compiles(compiler, ["-fopenmp"]) else []
         if not openmp:
             print(f"sgalign: {compiler} has no OpenMP here, so the kernels will use one thread", file=sys.stderr)
-        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.splitlines()[
+            0
+        ]
         digest = runpy.run_path(str(ROOT / "sgalign" / "_source_digest.py"))["source_digest"](ROOT / "csrc")
         includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
         bindings = [*includes, f'-DSGALIGN_SOURCES=\\"{digest}\\"', f"-DSGALIGN_COMPILER='\"{version}\"'"]

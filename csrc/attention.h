@@ -16,7 +16,8 @@ struct Matrix {
 // One softmax over the keys. A query may have two: a supervised branch, and a mirrored one with the random mask.
 struct Branch {
     Matrix out;
-    void* log_sum = nullptr;  // [B, H, Lq] float32 (float64 for float64): log2 of the sum of 2^score, +inf if all dropped
+    // [B, H, Lq] float32 (float64 for float64): log2 of the sum of 2^score, +inf if all are dropped
+    void* log_sum = nullptr;
     Matrix grad_out;
     bool random = false;  // drops entries by the random mask
 };

@@ -53,8 +53,7 @@ using BranchArgument = std::tuple<MatrixArgument, Address, bool, std::optional<M
 using GroupArgument = std::tuple<MatrixArgument, std::vector<BranchArgument>, std::optional<MatrixArgument>>;
 
 Attention attention(int dtype, std::array<int64_t, 5> sizes, const std::vector<GroupArgument>& groups,
-                    const MatrixArgument& key, const MatrixArgument& value,
-                    const std::optional<MatrixArgument>& mask,
+                    const MatrixArgument& key, const MatrixArgument& value, const std::optional<MatrixArgument>& mask,
                     const std::optional<std::pair<Address, std::array<int64_t, 2>>>& key_padding_mask, int64_t seed,
                     uint32_t stream, int mask_threshold, int dropout_threshold, double scale, int threads) {
     Attention a;
@@ -97,20 +96,26 @@ PYBIND11_MODULE(_C, m) {
 #else
     m.attr("openmp") = false;
 #endif
-    m.def("instruction_sets", [] {
-        std::vector<std::string> names;
-        for (const auto& [name, _] : supported_kernels()) names.push_back(name);
-        return names;
-    }, "The instruction sets that this processor can run, the fastest first.");
+    m.def(
+        "instruction_sets",
+        [] {
+            std::vector<std::string> names;
+            for (const auto& [name, _] : supported_kernels()) names.push_back(name);
+            return names;
+        },
+        "The instruction sets that this processor can run, the fastest first.");
     m.def("instruction_set", [] { return kernels.first; }, "The instruction set in use.");
-    m.def("use_instruction_set", [](const std::string& name) {
-        for (const NamedKernels& supported : supported_kernels())
-            if (name == supported.first) {
-                kernels = supported;
-                return;
-            }
-        throw std::invalid_argument("this processor cannot run '" + name + "'");
-    }, "Choose an instruction set, for tests.");
+    m.def(
+        "use_instruction_set",
+        [](const std::string& name) {
+            for (const NamedKernels& supported : supported_kernels())
+                if (name == supported.first) {
+                    kernels = supported;
+                    return;
+                }
+            throw std::invalid_argument("this processor cannot run '" + name + "'");
+        },
+        "Choose an instruction set, for tests.");
 
     m.def("attention_forward",
           [](int dtype, std::array<int64_t, 5> sizes, const std::vector<GroupArgument>& groups,
@@ -137,7 +142,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("random_mask", [](Address out, int64_t batch_heads, int64_t queries, int64_t keys, int64_t seed,
                             uint32_t stream, int threshold, int threads) {
         py::gil_scoped_release unlocked;
-        kernels.second->random_mask({reinterpret_cast<uint8_t*>(out), batch_heads, queries, keys, uint64_t(seed), stream,
-                              threshold, threads});
+        kernels.second->random_mask(
+            {reinterpret_cast<uint8_t*>(out), batch_heads, queries, keys, uint64_t(seed), stream, threshold, threads});
     });
 }

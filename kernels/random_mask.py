@@ -26,9 +26,7 @@ def random_mask_kernel(out, seed, queries, keys, stream, threshold):
         tl.store(out + row * keys + key, number.to(tl.int32) < threshold, mask=key < keys)
 
 
-def random_mask(
-    batch_heads: int, queries: int, keys: int, *, threshold: int, seed: Tensor, stream: int
-) -> Tensor:
+def random_mask(batch_heads: int, queries: int, keys: int, *, threshold: int, seed: Tensor, stream: int) -> Tensor:
     """`sgalign.reference.random_mask` on the seed's device: bool ``[batch_heads, queries, keys]``, True = dropped."""
     out = torch.empty((batch_heads, queries, keys), dtype=torch.bool, device=seed.device)
     if out.numel():

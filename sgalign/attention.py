@@ -1,8 +1,8 @@
 """Masked attention, for one branch or for a supervised and a mirrored one in a single pass over the keys.
 
 From the public function to the kernel: `fused_masked_attention` checks its arguments and calls `_Attention` (autograd),
-which calls the registered operation ``sgalign::attention`` (fake implementation, torch.compile), which calls the compiled
-core. Both public functions are the same operation on one or two branches.
+which calls the registered operation ``sgalign::attention`` (fake implementation, torch.compile), which calls the
+compiled core. Both public functions are the same operation on one or two branches.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sgalign.random_mask import STEPS, check_stream, ratio_threshold, seed_tenso
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/attention.h
 MAX_DIM = 256
+Settings = tuple[int, int, int, float]  # mask threshold, dropout threshold, stream, scale
 
 
 def fused_masked_attention(
@@ -47,7 +48,7 @@ def fused_masked_attention(
 
     Args:
         query: ``[B, H, Lq, D]``, float32, float64, bfloat16 or float16; D at most 256.
-        key, value: ``[B, H, Lk, D]`` of the query's dtype and device. Any strides; a last stride other than 1 is copied.
+        key, value: ``[B, H, Lk, D]`` of the query's dtype and device. Any strides; copied if the last is not 1.
         mask: bool, broadcastable to ``[B, H, Lq, Lk]``, True = dropped.
         mask_ratio: probability of the random mask, in [0, 1], rounded to a multiple of 1/65536.
         mask_seed: int or int64 scalar tensor on the query's device. None draws one from torch's generator, so that
@@ -146,17 +147,12 @@ def _attention(
     seed = None
     if mask_threshold or dropout_threshold:
         seed = seed_tensor(mask_seed, query.device, "mask_seed")
+    settings = (mask_threshold, dropout_threshold, mask_stream, scale)
     if backend == "reference":
-        return _reference(
-            queries, branches, key, value, mask, key_padding_mask, seed, mask_threshold, dropout_threshold, mask_stream,
-            scale,
-        )
+        return _reference(queries, branches, key, value, mask, key_padding_mask, seed, settings)
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
-    return _Attention.apply(
-        branches, key, value, mask, key_padding_mask, seed, mask_threshold, dropout_threshold, mask_stream, scale,
-        *queries,
-    )[:branches]
+    return _Attention.apply(branches, key, value, mask, key_padding_mask, seed, settings, *queries)[:branches]
 
 
 def _check_tensors(
@@ -200,9 +196,7 @@ def _check_tensors(
         if boolean.device != query.device:
             raise ValueError(f"{name} must be on the query's device {query.device}, got {boolean.device}")
         if name == "mask":
-            fits = boolean.dim() <= 4 and all(
-                size in (1, full) for size, full in zip(boolean.shape[::-1], shape[::-1])
-            )
+            fits = boolean.dim() <= 4 and all(size in (1, full) for size, full in zip(boolean.shape[::-1], shape[::-1]))
         else:
             fits = boolean.shape == shape
         if not fits:
@@ -218,13 +212,11 @@ def _reference(
     mask: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
-    mask_threshold: int,
-    dropout_threshold: int,
-    stream: int,
-    scale: float,
+    settings: Settings,
 ) -> tuple[Tensor, ...]:
     """Materialises the masks and calls `reference.attention` for each branch."""
     batch, heads, length, _ = queries[0].shape
+    mask_threshold, dropout_threshold, stream, scale = settings
 
     def draw(threshold: int, stream: int) -> Tensor:
         assert seed is not None
@@ -267,25 +259,18 @@ class _Attention(torch.autograd.Function):
         mask: Tensor | None,
         key_padding_mask: Tensor | None,
         seed: Tensor | None,
-        mask_threshold: int,
-        dropout_threshold: int,
-        stream: int,
-        scale: float,
+        settings: Settings,
         *queries: Tensor,
     ) -> tuple[Tensor, ...]:
-        outs = torch.ops.sgalign.attention(
-            list(queries), branches, key, value, mask, key_padding_mask, seed, mask_threshold, dropout_threshold,
-            stream, scale,
-        )
-        return tuple(outs)
+        operation = torch.ops.sgalign.attention
+        return tuple(operation(list(queries), branches, key, value, mask, key_padding_mask, seed, *settings))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        branches, key, value, mask, key_padding_mask, seed, *ctx.settings = inputs[:10]
-        ctx.branches = branches
-        ctx.mark_non_differentiable(*output[branches:])
+        ctx.branches, key, value, mask, key_padding_mask, seed, ctx.settings, *queries = inputs
+        ctx.mark_non_differentiable(*output[ctx.branches :])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(key, value, mask, key_padding_mask, seed, *inputs[10:], *output)
+        ctx.save_for_backward(key, value, mask, key_padding_mask, seed, *queries, *output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -296,7 +281,7 @@ class _Attention(torch.autograd.Function):
         *grad_queries, grad_key, grad_value = torch.ops.sgalign.attention_backward(
             grad_outs, queries, outs, log_sums, key, value, mask, key_padding_mask, seed, *ctx.settings
         )
-        return None, grad_key, grad_value, *[None] * 7, *grad_queries
+        return None, grad_key, grad_value, *[None] * 4, *grad_queries
 
 
 _OPTIONS = (
@@ -308,8 +293,8 @@ _library = torch.library.Library("sgalign", "FRAGMENT")
 _library.define(f"attention(Tensor[] queries, int branches, Tensor key, Tensor value, {_OPTIONS}) -> Tensor[]")
 # -> the gradients of the queries, of key and of value
 _library.define(
-    "attention_backward(Tensor[] grad_outs, Tensor[] queries, Tensor[] outs, Tensor[] log_sums, Tensor key, Tensor value,"
-    f" {_OPTIONS}) -> Tensor[]"
+    "attention_backward(Tensor[] grad_outs, Tensor[] queries, Tensor[] outs, Tensor[] log_sums, Tensor key,"
+    f" Tensor value, {_OPTIONS}) -> Tensor[]"
 )
 
 
@@ -322,9 +307,7 @@ def _empty_outputs(queries: list[Tensor], branches: int) -> tuple[list[Tensor], 
 
 
 @torch.library.register_fake("sgalign::attention")
-def _attention_fake(
-    queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any
-) -> list[Tensor]:
+def _attention_fake(queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any) -> list[Tensor]:
     outs, log_sums = _empty_outputs([_unit_stride(query) for query in queries], branches)
     return [*outs, *log_sums]
 
@@ -343,29 +326,12 @@ def _attention_backward_fake(
 
 
 @torch.library.impl(_library, "attention", "CPU")
-def _attention_cpu(
-    queries: list[Tensor],
-    branches: int,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    mask_threshold: int,
-    dropout_threshold: int,
-    stream: int,
-    scale: float,
-) -> list[Tensor]:
+def _attention_cpu(queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any) -> list[Tensor]:
     queries = [_unit_stride(query) for query in queries]
-    key, value = _unit_stride(key), _unit_stride(value)
     outs, log_sums = _empty_outputs(queries, branches)
+    groups = _groups(queries, outs, log_sums)
     _core.load().attention_forward(
-        DTYPES.index(key.dtype),
-        (*queries[0].shape[:3], *key.shape[2:]),
-        _groups(queries, outs, log_sums),
-        _matrix(key),
-        _matrix(value),
-        *_options(mask, key_padding_mask, seed, mask_threshold, dropout_threshold, stream, scale),
+        *_core_arguments(groups, queries[0], _unit_stride(key), _unit_stride(value), *options)
     )
     return [*outs, *log_sums]
 
@@ -378,26 +344,14 @@ def _attention_backward_cpu(
     log_sums: list[Tensor],
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    mask_threshold: int,
-    dropout_threshold: int,
-    stream: int,
-    scale: float,
+    *options: Any,
 ) -> list[Tensor]:
     queries, grad_outs = [_unit_stride(query) for query in queries], [_unit_stride(grad) for grad in grad_outs]
     key, value = _unit_stride(key), _unit_stride(value)
     grads = [torch.empty_like(tensor) for tensor in (*queries, key, value)]
+    groups = _groups(queries, outs, log_sums, grad_outs, grads)
     _core.load().attention_backward(
-        DTYPES.index(key.dtype),
-        (*queries[0].shape[:3], *key.shape[2:]),
-        _groups(queries, outs, log_sums, grad_outs, grads),
-        _matrix(key),
-        _matrix(value),
-        *_options(mask, key_padding_mask, seed, mask_threshold, dropout_threshold, stream, scale),
-        _matrix(grads[-2]),
-        _matrix(grads[-1]),
+        *_core_arguments(groups, queries[0], key, value, *options), _matrix(grads[-2]), _matrix(grads[-1])
     )
     return grads
 
@@ -437,7 +391,11 @@ def _groups(
     ]
 
 
-def _options(
+def _core_arguments(
+    groups: list[tuple[Any, ...]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     mask: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
@@ -446,7 +404,13 @@ def _options(
     stream: int,
     scale: float,
 ) -> tuple[Any, ...]:
+    """In the order of csrc/bindings.cpp."""
     return (
+        DTYPES.index(key.dtype),
+        (*query.shape[:3], *key.shape[2:]),
+        groups,
+        _matrix(key),
+        _matrix(value),
         None if mask is None else _matrix(mask),
         None if key_padding_mask is None else _matrix(key_padding_mask),
         0 if seed is None else seed.item(),

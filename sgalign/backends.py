@@ -24,9 +24,8 @@ def choose(backend: str | None, device: torch.device) -> str:
         return "cpu" if device.type == "cpu" else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
-    if backend == "cpu":
-        if device.type != "cpu":
-            raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {device}; backend 'reference' serves any device")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {device}; 'reference' serves any device")
     return backend
 
 

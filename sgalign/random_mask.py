@@ -92,9 +92,7 @@ _library.define(
 
 
 @torch.library.impl(_library, "random_mask", "CompositeExplicitAutograd")
-def _random_mask(
-    seed: Tensor, batch: int, heads: int, queries: int, keys: int, threshold: int, stream: int
-) -> Tensor:
+def _random_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, threshold: int, stream: int) -> Tensor:
     if seed.device.type == "cpu":
         mask = torch.empty((batch, heads, queries, keys), dtype=torch.bool)
         _core.load().random_mask(

@@ -96,8 +96,8 @@ inline void tile(int64_t depth, const R* a, int64_t a_row, int64_t a_step, const
 }
 
 template <class R, bool accumulate, int Rows = kTileRows - 1>
-inline void last_tile(int64_t rows, int64_t depth, const R* a, int64_t a_row, int64_t a_step, const R* b,
-                      int64_t b_row, R* c, int64_t c_row) {
+inline void last_tile(int64_t rows, int64_t depth, const R* a, int64_t a_row, int64_t a_step, const R* b, int64_t b_row,
+                      R* c, int64_t c_row) {
     if constexpr (Rows > 0) {
         if (rows == Rows)
             tile<R, Rows, accumulate>(depth, a, a_row, a_step, b, b_row, c, c_row);
@@ -410,7 +410,7 @@ void forward_rows(const Attention& a, int64_t b, int64_t h, const Matrix& query,
         for (int64_t start = 0; start < row_count; start += kForwardRows) {
             const int64_t tile_rows = smaller(kForwardRows, row_count - start);
             multiply<R, false>(tile_rows, columns, a.dim, {s.query + start * row, row, 1},
-                        {s.key_panels, kPanel<R>, a.dim * kPanel<R>}, s.weights[0], kChunk);
+                               {s.key_panels, kPanel<R>, a.dim * kPanel<R>}, s.weights[0], kChunk);
             for (int64_t i = 0; i < tile_rows; ++i) {
                 const int64_t at = start + i;
                 R* weights = s.weights[0] + i * kChunk;
@@ -432,15 +432,14 @@ void forward_rows(const Attention& a, int64_t b, int64_t h, const Matrix& query,
             }
             for (int branch = 0; branch < count; ++branch)
                 multiply<R, true>(tile_rows, dim, keys, {s.weights[branch], kChunk, 1}, {s.value, row, kPanel<R>},
-                            s.out[branch] + start * row, row);
+                                  s.out[branch] + start * row, row);
         }
     }
     for (int branch = 0; branch < count; ++branch)
         for (int64_t i = 0; i < row_count; ++i) {
             const R sum = s.sum[branch][i], inverse = sum == 0 ? R(0) : 1 / sum;
             T* out = row_of<T>(branches[branch]->out, b, h, rows[i]);
-            for (int64_t d = 0; d < a.dim; ++d)
-                out[d] = Storage<T>::write(s.out[branch][i * row + d] * inverse);
+            for (int64_t d = 0; d < a.dim; ++d) out[d] = Storage<T>::write(s.out[branch][i * row + d] * inverse);
             R* log_sum = (R*)branches[branch]->log_sum + (b * a.heads + h) * a.queries + rows[i];
             *log_sum = sum == 0 ? infinity : s.top[i] + log2_scalar(sum);
         }
@@ -544,31 +543,30 @@ void backward_chunk(const Attention& a, int64_t b, int64_t h, int64_t first, R* 
         for (int64_t start = 0; start < a.queries; start += kBackwardRows) {
             const int64_t rows = smaller(kBackwardRows, a.queries - start);
             const R* query = s.query[g] + start * row;
-            multiply<R, false>(rows, columns, a.dim, {query, row, 1}, {s.key_panels, kPanel<R>, a.dim * kPanel<R>}, s.scores,
-                        kChunk);
+            multiply<R, false>(rows, columns, a.dim, {query, row, 1}, {s.key_panels, kPanel<R>, a.dim * kPanel<R>},
+                               s.scores, kChunk);
             for (int64_t i = 0; i < rows; ++i)
                 row_masks(a, b, h, start + i, first, keys, chunk, any_chunk, group.branches[group.count - 1].random,
                           s.masks[i]);
             for (int branch = 0; branch < group.count; ++branch) {
                 const R* grad_out = s.grad_out[g][branch] + start * row;
-                const R* log_sum =
-                    (const R*)group.branches[branch].log_sum + (b * a.heads + h) * a.queries + start;
-                multiply<R, false>(rows, columns, a.dim, {grad_out, row, 1}, {s.value_panels, kPanel<R>, a.dim * kPanel<R>},
-                            s.grad_weights, kChunk);
+                const R* log_sum = (const R*)group.branches[branch].log_sum + (b * a.heads + h) * a.queries + start;
+                multiply<R, false>(rows, columns, a.dim, {grad_out, row, 1},
+                                   {s.value_panels, kPanel<R>, a.dim * kPanel<R>}, s.grad_weights, kChunk);
                 for (int64_t i = 0; i < rows; ++i) {
                     const RowMasks& masks = s.masks[i];
                     const bool random = group.branches[branch].random && masks.any_random;
-                    const MaskBits* dropped =
-                        random ? &masks.random : (masks.any_shared ? &masks.shared : nullptr);
+                    const MaskBits* dropped = random ? &masks.random : (masks.any_shared ? &masks.shared : nullptr);
                     softmax_backward_row<R>(s.scores + i * kChunk, s.grad_weights + i * kChunk, columns, log_sum[i],
                                             s.delta[g][branch][start + i], dropped,
                                             masks.any_dropout ? &masks.dropout : nullptr, dropout_scale<R>(a),
                                             s.weights + i * kChunk, s.grad_scores + i * kChunk, branch > 0);
                 }
-                multiply<R, true>(keys, dim, rows, {s.weights, 1, kChunk}, {grad_out, row, kPanel<R>}, s.grad_value, row);
+                multiply<R, true>(keys, dim, rows, {s.weights, 1, kChunk}, {grad_out, row, kPanel<R>}, s.grad_value,
+                                  row);
             }
             multiply<R, true>(rows, dim, keys, {s.grad_scores, kChunk, 1}, {s.key, row, kPanel<R>},
-                        grad_query[g] + start * row, row);
+                              grad_query[g] + start * row, row);
             multiply<R, true>(keys, dim, rows, {s.grad_scores, 1, kChunk}, {query, row, kPanel<R>}, s.grad_key, row);
         }
     }

@@ -32,8 +32,12 @@ struct Real<float> {
     static constexpr float rounder = 12582912.0f + 127;  // 1.5 * 2^23 leaves round(x) + bias in the low bits
     static constexpr float smallest_exponent = -126;
     // 2^x on [-1/2, 1/2], minimax in relative error: 1.9e-9
-    static constexpr float coefficients[] = {1.53458121621316296e-4f, 1.33999311772397380e-3f, 9.61848895633118162e-3f,
-                                             5.55032877710532480e-2f, 2.40226468906455207e-1f, 6.93147205737197151e-1f,
+    static constexpr float coefficients[] = {1.53458121621316296e-4f,
+                                             1.33999311772397380e-3f,
+                                             9.61848895633118162e-3f,
+                                             5.55032877710532480e-2f,
+                                             2.40226468906455207e-1f,
+                                             6.93147205737197151e-1f,
                                              1.0f};
 };
 
@@ -45,10 +49,10 @@ struct Real<double> {
     static constexpr double rounder = 6755399441055744.0 + 1023;
     static constexpr double smallest_exponent = -1022;
     // minimax in relative error: 3.1e-18
-    static constexpr double coefficients[] = {
-        4.43528270695727715e-10, 7.07410561350814280e-9, 1.01781980216719308e-7, 1.32154330896763992e-6,
-        1.52527334899885256e-5,  1.54035304625144321e-4, 1.33335581467898922e-3, 9.61812910758833524e-3,
-        5.55041086648199216e-2,  2.40226506959101562e-1, 6.93147180559945331e-1, 1.0};
+    static constexpr double coefficients[] = {4.43528270695727715e-10, 7.07410561350814280e-9, 1.01781980216719308e-7,
+                                              1.32154330896763992e-6,  1.52527334899885256e-5, 1.54035304625144321e-4,
+                                              1.33335581467898922e-3,  9.61812910758833524e-3, 5.55041086648199216e-2,
+                                              2.40226506959101562e-1,  6.93147180559945331e-1, 1.0};
 };
 
 template <class R>
