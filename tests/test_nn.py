@@ -1,0 +1,93 @@
+import pytest
+import torch
+from torch import nn
+
+import sgalign
+from sgalign.nn import MaskedMultiheadAttention
+
+E, H = 24, 4
+
+
+def pair(**options):
+    """torch's module and ours with its weights."""
+    theirs = nn.MultiheadAttention(E, H, **options)
+    ours = MaskedMultiheadAttention(E, H, **options)
+    nn.init.normal_(theirs.in_proj_bias) if theirs.in_proj_bias is not None else None
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}, {"kdim": 10, "vdim": 6}])
+@pytest.mark.parametrize("batched", [True, False])
+def test_equals_torch(options, batched):
+    theirs, ours = pair(**options)
+    kdim, vdim = options.get("kdim", E), options.get("vdim", E)
+    shape = (lambda length: (3, length)) if options.get("batch_first") else (lambda length: (length, 3))
+    shape = shape if batched else (lambda length: (length,))
+    query, key, value = torch.randn(*shape(5), E), torch.randn(*shape(7), kdim), torch.randn(*shape(7), vdim)
+    padding = torch.tensor([[0, 0, 0, 1, 0, 0, 1]] * 3, dtype=torch.bool)[slice(None) if batched else 0]
+    mask = torch.rand(3 * H if batched else H, 5, 7) < 0.3
+    expected, _ = theirs(query, key, value, key_padding_mask=padding, attn_mask=mask)
+    out, weights = ours(query, key, value, key_padding_mask=padding, attn_mask=mask)
+    assert weights is None and out.shape == expected.shape
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    out, _ = ours(query, key, value, attn_mask=mask[0])
+    torch.testing.assert_close(out, theirs(query, key, value, attn_mask=mask[0])[0], atol=1e-5, rtol=1e-4)
+
+
+def test_same_initial_values_and_state_dict_both_ways():
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(E, H)
+    torch.manual_seed(0)
+    ours = MaskedMultiheadAttention(E, H)
+    theirs_state, ours_state = theirs.state_dict(), ours.state_dict()
+    assert list(theirs_state) == list(ours_state)
+    assert set(map(tuple, (v.shape for v in theirs_state.values()))) == set(
+        map(tuple, (v.shape for v in ours_state.values()))
+    )
+    theirs.load_state_dict(ours_state)
+    assert torch.equal(theirs_state["in_proj_weight"].std(), theirs.in_proj_weight.std())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_dual_branch(same):
+    module = MaskedMultiheadAttention(E, H, mask_ratio=0.4, batch_first=True).double()
+    query, other, memory = (torch.randn(2, length, E, dtype=torch.float64) for length in (5, 5, 300))
+    mirrored_query = query if same else other
+    out, mirrored = module.dual_branch(query, mirrored_query, memory, memory, mask_seed=3, mask_stream=2)
+    expected_mirrored, _ = module(mirrored_query, memory, memory, mask_seed=3, mask_stream=2)
+    torch.testing.assert_close(mirrored, expected_mirrored)
+    assert not torch.allclose(out, mirrored)
+    module.eval()
+    expected, _ = module(query, memory, memory)
+    torch.testing.assert_close(out, expected)
+    out, mirrored = module.dual_branch(query, query, memory, memory)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(mirrored, expected)
+
+
+def test_gradients_reach_every_parameter():
+    module = MaskedMultiheadAttention(E, H, dropout=0.1, mask_ratio=0.1)
+    query, memory = torch.randn(5, 2, E), torch.randn(9, 2, E)
+    sum(out.square().sum() for out in module.dual_branch(query, query, memory, memory)).backward()
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in module.named_parameters() if "bias" not in name)
+
+
+def test_head_layout_needs_no_copy():
+    module = MaskedMultiheadAttention(E, H, batch_first=True)
+    heads = module._split_heads(torch.randn(2, 5, E))
+    out = sgalign.fused_masked_attention(heads, heads, heads)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_errors():
+    module = MaskedMultiheadAttention(E, H)
+    tensor = torch.randn(5, 2, E)
+    with pytest.raises(ValueError, match="need_weights must be False"):
+        module(tensor, tensor, tensor, need_weights=True)
+    with pytest.raises(ValueError, match=r"key must be \[L, B, E\]"):
+        module(tensor, tensor[0], tensor)
+    with pytest.raises(TypeError, match="mask must be a bool tensor"):
+        module(tensor, tensor, tensor, attn_mask=torch.zeros(5, 5))
+    with pytest.raises(ValueError, match="num_heads must divide embed_dim"):
+        MaskedMultiheadAttention(10, 3)
