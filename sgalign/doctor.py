@@ -1,0 +1,83 @@
+"""`sgalign doctor`: what is installed, what runs, and what to do about what does not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from sgalign import _core, _version, backends, dual_branch_attention
+
+EXTRAS = {
+    "train": ("lightning", "torchmetrics", "jsonargparse", "tensorboard", "matplotlib", "pillow"),
+    "test": ("pytest", "pytest-benchmark", "hypothesis"),
+}
+
+
+def main() -> int:
+    """Prints the report; 0 if the package works, 1 if not."""
+    print(f"sgalign {_version.__version__} in {Path(__file__).parent}")
+    print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}")
+    for extra, packages in EXTRAS.items():
+        versions = {package: _installed_version(package) for package in packages}
+        missing = [package for package, version in versions.items() if version is None]
+        found = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
+        remedy = f"; missing {', '.join(missing)}: pip install 'sgalign[{extra}]'" if missing else ""
+        print(f"[{extra}] {found or 'nothing'}{remedy}")
+    print("backends")
+    for backend in backends.BACKENDS:
+        print(f"  {backend}: {backends.unavailable(backend) or 'available'}")
+    print(f"  chosen for CPU tensors: {backends.choose(None, torch.device('cpu'))}", end="")
+    print(f"; for CUDA tensors: {backends.choose(None, torch.device('cuda'))} (no fused GPU kernels yet)")
+    if _core.problem():
+        return 1
+    core = _core.load()
+    sets = core.instruction_sets()
+    print(f"core built by {core.compiler}")
+    print(f"  instruction set {core.instruction_set()} (this processor also runs {', '.join(sets[1:]) or 'no other'})")
+    print(f"  {_threads(core.openmp)}")
+    error = _largest_error()
+    works = error < 1e-5
+    print(f"  dual-branch attention differs from the reference by {error:.1e}: {'fine' if works else 'WRONG'}")
+    return 0 if works else 1
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _threads(openmp: bool) -> str:
+    if not openmp:
+        return "1 thread: the core was built without OpenMP"
+    count = f"{torch.get_num_threads()} threads (torch.get_num_threads)"
+    runtimes = openmp_runtimes()
+    if runtimes is None:
+        return count
+    if len(runtimes) == 1:
+        return f"{count}, in torch's pool: one OpenMP runtime, {runtimes[0]}"
+    return f"{count}, in a pool of their own beside torch's: {len(runtimes)} OpenMP runtimes, {', '.join(runtimes)}"
+
+
+def openmp_runtimes() -> list[str] | None:
+    """The OpenMP runtimes loaded into this process; more than one means several thread pools. None if unknown."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    _core.load()
+    return sorted(set(re.findall(r"\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*", maps.read_text())))
+
+
+def _largest_error() -> float:
+    generator = torch.Generator().manual_seed(0)
+    query, mirrored, key, value = (torch.randn(2, 2, length, 32, generator=generator) for length in (9, 9, 300, 300))
+    ours, definition = (
+        dual_branch_attention(query, mirrored, key, value, mask_ratio=0.1, mask_seed=0, backend=backend)
+        for backend in ("cpu", "reference")
+    )
+    return max((a - b).abs().max().item() for a, b in zip(ours, definition))
