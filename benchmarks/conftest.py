@@ -1,0 +1,39 @@
+"""The closing tables: ratios within this run, since absolute times say little on a shared machine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+# Filled by test_attention.py.
+seconds: dict[str, dict[str, float]] = defaultdict(dict)  # group -> contender -> fastest round
+flops: dict[str, int] = {}  # group -> of the matrix products of both branches
+peak_memory: dict[str, float] = {}  # contender -> MiB
+sgemm_rate: list[float] = []  # flops per second
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not seconds:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("ratios of this run (times are the fastest round's, in ms)")
+    write(f"{'':42}{'dual':>8}{'best alternative':>28}{'ratio':>8}{'/ single':>10}{'same query':>12}{'of sgemm':>10}")
+    for group, entries in seconds.items():
+        others = {name: time for name, time in entries.items() if not name.startswith("sgalign")}
+        if "sgalign dual" not in entries or not others:
+            continue
+        dual, best = entries["sgalign dual"], min(others, key=lambda name: others[name])
+        line = f"{group:42}{1e3 * dual:8.2f}{best:>20}{1e3 * others[best]:8.2f}{others[best] / dual:7.2f}x"
+        if group in flops:
+            line += f"{dual / entries['sgalign single']:9.2f}x"
+            line += f"{entries['sgalign same query'] / entries['sgalign single, masked']:11.2f}x"
+            line += f"{flops[group] / dual / sgemm_rate[0]:10.0%}" if sgemm_rate else ""
+        write(line)
+    write("ratio: best alternative / dual.  / single: dual / one unmasked branch.  same query: dual with one query for")
+    write("both branches / one masked branch.  of sgemm: the matrix products' operations a second, as a share of what")
+    write("torch's float32 matrix product of two 1024 x 1024 matrices reaches here.")
+    if peak_memory:
+        terminalreporter.section("peak memory of forward + backward beyond the inputs, MiB")
+        for contender, mebibytes in peak_memory.items():
+            write(f"{contender:30}{mebibytes:10.1f}")

@@ -1,0 +1,183 @@
+"""Both branches of relation alignment: ours beside what one would write in PyTorch. Drawing the mask counts for all."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+
+import conftest
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from sgalign import dual_branch_attention, fused_masked_attention
+from sgalign.nn import MaskedMultiheadAttention
+
+RATIO = 0.1
+# B, H, Lq, Lk, D: SGTR's subject and object decoders (100 entities) and predicate decoder (image memory of 600 x 800,
+# 600 x 1000 and a padded 1024), then a long memory and a wider head
+SHAPES = [(batch, 8, 180, keys, 32) for batch in (4, 8) for keys in (100, 475, 608, 1024)]
+SHAPES += [(1, 8, 300, 2000, 32), (2, 8, 128, 512, 64)]
+Contender = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def random_kept(query: Tensor, key: Tensor) -> Tensor:
+    return torch.rand(*query.shape[:3], key.shape[2], device=query.device) >= RATIO
+
+
+def sdpa_twice(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    kept = random_kept(query, key)
+    return (
+        scaled_dot_product_attention(query, key, value),
+        scaled_dot_product_attention(mirrored, key, value, attn_mask=kept),
+    )
+
+
+def sdpa_concatenated(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    kept = random_kept(query, key)
+    both = torch.cat([query, mirrored], 2)
+    out = scaled_dot_product_attention(both, key, value, attn_mask=torch.cat([torch.ones_like(kept), kept], 2))
+    return out.split(query.shape[2], 2)
+
+
+def eager(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    scale = query.shape[-1] ** -0.5
+    scores = query @ key.transpose(-1, -2) * scale
+    mirrored_scores = mirrored @ key.transpose(-1, -2) * scale
+    mirrored_scores = mirrored_scores.masked_fill(~random_kept(query, key), -torch.inf)
+    return scores.softmax(-1) @ value, mirrored_scores.softmax(-1) @ value
+
+
+compiled = torch.compile(eager)
+
+
+def ours_dual(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    return dual_branch_attention(query, mirrored, key, value, mask_ratio=RATIO)
+
+
+def ours_same_query(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    return dual_branch_attention(query, query, key, value, mask_ratio=RATIO)
+
+
+def ours_single(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    return (fused_masked_attention(query, key, value),)
+
+
+def ours_single_masked(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    return (fused_masked_attention(query, key, value, mask_ratio=RATIO),)
+
+
+CONTENDERS: dict[str, Contender] = {
+    "sgalign dual": ours_dual,
+    "sgalign same query": ours_same_query,
+    "sgalign single": ours_single,
+    "sgalign single, masked": ours_single_masked,
+    "sdpa twice": sdpa_twice,
+    "sdpa concatenated": sdpa_concatenated,
+    "eager": eager,
+    "compiled eager": compiled,
+}
+COMPILED_SHAPES = [(4, 8, 180, 100, 32), (8, 8, 180, 1024, 32)]  # compiling takes most of a minute each
+
+
+def inputs(shape: tuple[int, ...], requires_grad: bool) -> list[Tensor]:
+    batch, heads, queries, keys, dim = shape
+    lengths = (queries, queries, keys, keys)
+    return [torch.randn(batch, heads, length, dim, requires_grad=requires_grad) for length in lengths]
+
+
+def step(contender: Contender, tensors: list[Tensor]) -> Callable[[], None]:
+    """One forward, and the backward too if the tensors require gradients."""
+    grad = torch.ones_like(tensors[0])
+
+    def run() -> None:
+        outs = contender(*tensors)
+        if tensors[0].requires_grad:
+            torch.autograd.backward(outs, [grad] * len(outs), inputs=[t for t in tensors if t.requires_grad])
+
+    return run
+
+
+def measure(benchmark, contender: str, run: Callable[[], None]) -> None:
+    run()
+    start = time.perf_counter()
+    run()
+    rounds = min(max(int(0.3 / (time.perf_counter() - start)), 4), 40)
+    benchmark.pedantic(run, rounds=rounds)
+    if benchmark.enabled:
+        conftest.seconds[benchmark.group][contender] = benchmark.stats.stats.min
+
+
+def test_sgemm(benchmark):
+    """What the machine's own matrix product reaches, the unit of the table's last column."""
+    benchmark.group = "sgemm 1024"
+    matrix = torch.randn(1024, 1024)
+    measure(benchmark, "torch", lambda: torch.mm(matrix, matrix))
+    conftest.sgemm_rate.append(2 * 1024**3 / conftest.seconds[benchmark.group]["torch"])
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dual_branch(benchmark, shape, backward, contender):
+    if contender == "compiled eager" and shape not in COMPILED_SHAPES:
+        pytest.skip("compiled at two shapes only")
+    torch.manual_seed(0)
+    batch, heads, queries, keys, dim = shape
+    benchmark.group = f"{shape} {'forward+backward' if backward else 'forward'}"
+    products = (2 + 5) if backward else 2  # of Lq x Lk x D, in each branch
+    conftest.flops[benchmark.group] = 2 * products * 2 * batch * heads * queries * keys * dim
+    with torch.set_grad_enabled(backward):
+        measure(benchmark, contender, step(CONTENDERS[contender], inputs(shape, backward)))
+
+
+@pytest.mark.parametrize("contender", ["sgalign dual", "nn.MultiheadAttention"])
+def test_module(benchmark, contender):
+    """The whole module, projections included: ours in both branches, torch's called twice with a fresh mask."""
+    torch.manual_seed(0)
+    batch, queries, keys, embed, heads = 4, 180, 608, 256, 8
+    benchmark.group = "module, B 4, Lq 180, Lk 608, forward+backward"
+    theirs = nn.MultiheadAttention(embed, heads, batch_first=True)
+    ours = MaskedMultiheadAttention(embed, heads, batch_first=True, mask_ratio=RATIO)
+    query, mirrored, memory = (torch.randn(batch, length, embed) for length in (queries, queries, keys))
+
+    def run() -> None:
+        if contender == "sgalign dual":
+            outs = ours.dual_branch(query, mirrored, memory, memory)
+        else:
+            dropped = torch.rand(batch * heads, queries, keys) < RATIO
+            outs = (
+                theirs(query, memory, memory, need_weights=False)[0],
+                theirs(mirrored, memory, memory, need_weights=False, attn_mask=dropped)[0],
+            )
+        torch.autograd.backward(outs, [torch.ones_like(query)] * 2)
+
+    measure(benchmark, contender, run)
+
+
+@pytest.mark.parametrize("contender", ["sgalign dual", "sdpa twice", "sdpa concatenated", "eager"])
+def test_peak_memory(benchmark, contender):
+    """Growth of the resident set over one step; Linux only."""
+    try:
+        reset = open("/proc/self/clear_refs", "w")
+    except OSError:
+        pytest.skip("needs /proc/self/clear_refs, to reset the kernel's record of the peak")
+    shape = (8, 8, 180, 1024, 32)
+    run = step(CONTENDERS[contender], inputs(shape, True))
+    run()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with reset:
+        reset.write("5")
+    before = status_kib("VmRSS")
+    benchmark.group = "peak memory"
+    benchmark.pedantic(run, rounds=1)
+    conftest.peak_memory[contender] = (status_kib("VmHWM") - before) / 1024
+
+
+def status_kib(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
