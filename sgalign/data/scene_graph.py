@@ -1,0 +1,88 @@
+"""One annotated image: objects with boxes, and the relations between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BACKGROUND = "__background__"
+
+
+@dataclass(frozen=True, eq=False)
+class SceneGraph:
+    """An image's objects and relations; no objects and no relations are both fine.
+
+    Attributes:
+        image_id: names the image in its data set.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        boxes: float32 `[N, 4]`, x1, y1, x2, y2 in pixels.
+        labels: int64 `[N]`, object classes from 1.
+        relations: int64 `[M, 3]`, subject index, object index, predicate from 1. A pair may have several predicates,
+            rows may repeat, and an object may relate to itself: graphs are kept as they were annotated.
+        image: loads or draws the image when called; None where there is none.
+
+    Raises:
+        ValueError: a field has the wrong type, shape or range; names the image and the field.
+    """
+
+    image_id: str
+    width: int
+    height: int
+    boxes: Tensor
+    labels: Tensor
+    relations: Tensor
+    image: Callable[[], Image.Image] | None = None
+
+    def __post_init__(self) -> None:
+        where = f"image {self.image_id!r}: "
+        for field in ("width", "height"):
+            if not isinstance(size := getattr(self, field), int) or size < 1:
+                raise ValueError(f"{where}{field} must be an int of at least 1, got {size!r}")
+        check_objects(where, self.boxes, self.labels, (torch.float32,))
+        check_tensor(where, "relations", self.relations, (None, 3), (torch.int64,))
+        check_range(where, "relations[:, :2]", self.relations[:, :2], 0, len(self.labels) - 1)
+        check_range(where, "relations[:, 2]", self.relations[:, 2], 1)
+
+
+def check_objects(where: str, boxes: Any, labels: Any, box_dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises ValueError unless boxes are `[N, 4]`, finite and ordered, and labels int64 `[N]` from 1."""
+    check_tensor(where, "boxes", boxes, (None, 4), box_dtypes)
+    check_tensor(where, "labels", labels, (len(boxes),), (torch.int64,))
+    # One comparison serves NaN, infinity and both extents.
+    extent = boxes[:, 2:] - boxes[:, :2]
+    valid = ((extent >= 0) & extent.isfinite()).all(1)
+    if not valid.all():
+        row = int((~valid).nonzero()[0])
+        raise ValueError(
+            f"{where}boxes must be finite with x1 <= x2 and y1 <= y2, got {boxes[row].tolist()} in row {row}"
+        )
+    check_range(where, "labels", labels, 1)
+
+
+def check_tensor(
+    where: str, field: str, value: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Raises ValueError unless `value` is a tensor of one of `dtypes` and of `shape`, where None fits any length."""
+    wanted = f"a tensor of {' or '.join(map(str, dtypes))} and shape {shape}".replace("None", "any")
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{where}{field} must be {wanted}, got {type(value).__name__}")
+    fits = len(shape) == value.dim() and all(want in (None, got) for want, got in zip(shape, value.shape, strict=True))
+    if value.dtype not in dtypes or not fits:
+        raise ValueError(f"{where}{field} must be {wanted}, got {value.dtype} and {tuple(value.shape)}")
+
+
+def check_range(where: str, field: str, value: Tensor, lowest: int, highest: int | None = None) -> None:
+    """Raises ValueError unless every element lies in `lowest` to `highest`, both inclusive."""
+    outside = value < lowest if highest is None else (value < lowest) | (value > highest)
+    if outside.any():
+        place = outside.nonzero()[0].tolist()
+        bounds = f"at least {lowest}" if highest is None else f"in {lowest} to {highest}"
+        raise ValueError(f"{where}{field} must be {bounds}, got {value[tuple(place)].item()} in row {place[0]}")

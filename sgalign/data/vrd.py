@@ -1,0 +1,162 @@
+"""The Visual Relationship Detection data set (Lu, Krishna, Bernstein, Fei-Fei, ECCV 2016), from its official files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sgalign.data.scene_graph import BACKGROUND, SceneGraph
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SPLITS = ("train", "validation", "test")
+REMEDY = "download the annotations again from https://cs.stanford.edu/people/ranjaykrishna/vrd/"
+_KEYS = {"subject", "predicate", "object"}
+
+
+class VRDDataset(Dataset[SceneGraph]):
+    """VRD's scene graphs: 100 object classes, 70 predicates, 4000 training and 1000 test photographs.
+
+    Categories of the files count from 0, here from 1; their boxes are [ymin, ymax, xmin, xmax] in 0-based pixels.
+    Objects of an image that share box and class are one object. Nothing is filtered: images without relations,
+    relations of an object with itself, repeated relations and several predicates a pair load as they are. An image's
+    size is that of `images/NAME` where it exists, else the extent of its boxes.
+
+    Args:
+        root: folder with annotations_train.json, annotations_test.json, objects.json, predicates.json and, if wanted,
+            images/.
+        split: "validation" is held out of annotations_train.json, "train" is the rest.
+        validation_images: how many to hold out: those whose names hash lowest, so that the choice depends on neither
+            file order nor a random generator, and a larger part contains a smaller one.
+
+    Attributes:
+        object_names: class names, `__background__` first.
+        predicate_names: predicate names, `__background__` first.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not what it should be; names file, image and row.
+    """
+
+    def __init__(
+        self, root: str | Path, split: Literal["train", "validation", "test"], *, validation_images: int = 600
+    ) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+        self.root = Path(root)
+        self.object_names = _read_names(self.root / "objects.json")
+        self.predicate_names = _read_names(self.root / "predicates.json")
+        path = self.root / f"annotations_{'test' if split == 'test' else 'train'}.json"
+        annotations = _read_json(path)
+        if not isinstance(annotations, dict):
+            raise ValueError(f"{path}: must be an object of image names, got {type(annotations).__name__}; {REMEDY}")
+        if split != "test":
+            if not 0 <= validation_images <= len(annotations):
+                raise ValueError(
+                    f"validation_images must be in 0 to {len(annotations)}, what {path} has, got {validation_images}"
+                )
+            held_out = set(sorted(annotations, key=_stable_hash)[:validation_images])
+            annotations = {n: rows for n, rows in annotations.items() if (n in held_out) == (split == "validation")}
+        self._images = [(name, *self._parse(path, name, rows)) for name, rows in annotations.items()]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> SceneGraph:
+        name, boxes, labels, relations = self._images[index]
+        path = self.root / "images" / name
+        if path.is_file():
+            width, height = _image_size(path)
+            return SceneGraph(name, width, height, boxes, labels, relations, partial(_load_image, path))
+        # Coordinates name pixels from 0, so the last one needs a size one larger.
+        width, height = (boxes[:, 2:].amax(0).int() + 1).tolist() if len(boxes) else (1, 1)
+        return SceneGraph(name, width, height, boxes, labels, relations)
+
+    def _parse(self, path: Path, name: str, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, labels and relations of one image, objects in order of first mention."""
+        if not isinstance(rows, list):
+            raise ValueError(
+                f"{path}, image {name!r}: must be a list of relations, got {type(rows).__name__}; {REMEDY}"
+            )
+        objects: dict[tuple[int, ...], int] = {}
+        relations = []
+        for number, row in enumerate(rows):
+            where = f"{path}, image {name!r}, row {number}"
+            if not isinstance(row, dict) or not row.keys() >= _KEYS:
+                raise ValueError(f"{where}: must have subject, predicate and object, got {row!r}; {REMEDY}")
+            subject, object_ = (
+                objects.setdefault(_parse_object(f"{where}, {role}", row[role], self.object_names), len(objects))
+                for role in ("subject", "object")
+            )
+            predicate = _category(f"{where}, predicate", row["predicate"], self.predicate_names)
+            relations.append((subject, object_, predicate))
+        return (
+            torch.tensor([key[1:] for key in objects], dtype=torch.float32).reshape(-1, 4),
+            torch.tensor([key[0] for key in objects], dtype=torch.int64),
+            torch.tensor(relations, dtype=torch.int64).reshape(-1, 3),
+        )
+
+
+def _parse_object(where: str, entry: Any, names: list[str]) -> tuple[int, ...]:
+    """Class from 1, then x1, y1, x2, y2."""
+    if not isinstance(entry, dict) or not entry.keys() >= {"category", "bbox"}:
+        raise ValueError(f"{where}: must have category and bbox, got {entry!r}; {REMEDY}")
+    box = entry["bbox"]
+    if not isinstance(box, list) or len(box) != 4 or any(type(value) is not int for value in box):
+        raise ValueError(f"{where}: bbox must be 4 integers [ymin, ymax, xmin, xmax], got {box!r}; {REMEDY}")
+    top, bottom, left, right = box
+    if top >= bottom or left >= right:
+        raise ValueError(f"{where}: bbox [ymin, ymax, xmin, xmax] must have an extent, got {box}; correct or remove it")
+    return _category(f"{where}, category", entry["category"], names), left, top, right, bottom
+
+
+def _category(where: str, value: Any, names: list[str]) -> int:
+    """The class from 1 of a 0-based one; `names` has the background first."""
+    if type(value) is not int or not 0 <= value < len(names) - 1:
+        raise ValueError(f"{where}: must be an integer in 0 to {len(names) - 2}, got {value!r}; {REMEDY}")
+    return value + 1
+
+
+def _read_names(path: Path) -> list[str]:
+    names = _read_json(path)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: must be a list of names; {REMEDY}")
+    return [BACKGROUND, *names]
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: {REMEDY}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path}: not JSON, or cut short ({error}); {REMEDY}") from error
+
+
+def _stable_hash(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise ValueError(f"{path}: not an image that can be read ({error}); replace or remove it") from error
+
+
+def _load_image(path: Path) -> Image.Image:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")

@@ -1,0 +1,362 @@
+"""The evaluator against an oracle of plain loops, and each of its rules by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgalign.metrics import SceneGraphEvaluator
+
+PREDICATES = 3
+NAMES = ["__background__", "on", "near", "has"]
+TOP_K = (1, 2, 5)
+
+
+def evaluate(predictions, targets, top_k=TOP_K, num_predicates=PREDICATES, predicate_names=NAMES):
+    metric = SceneGraphEvaluator("predcls", num_predicates, top_k=top_k, predicate_names=predicate_names)
+    metric.update(predictions, targets)
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+# ---- the oracle
+
+
+def iou(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0]) + 1
+    height = min(a[3], b[3]) - max(a[1], b[1]) + 1
+    common = max(width, 0) * max(height, 0)
+    area = [(c[2] - c[0] + 1) * (c[3] - c[1] + 1) for c in (a, b)]
+    return common / (area[0] + area[1] - common)
+
+
+def found_relations(prediction, target, k):
+    """Indices of the relations that the first k triplets find."""
+    boxes, labels = prediction["boxes"].tolist(), prediction["labels"].tolist()
+    true_boxes, true_labels = target["boxes"].tolist(), target["labels"].tolist()
+    scores = prediction["scores"].double().tolist()
+    triplets = []
+    for row, (s, o) in enumerate(prediction["pairs"].tolist()):
+        by_predicate = prediction["predicate_scores"][row].double().tolist()
+        best = max(range(1, len(by_predicate)), key=lambda p: by_predicate[p])
+        triplets.append((-(scores[s] * scores[o] * by_predicate[best]), row, s, o, best))
+    found = set()
+    for _, _, s, o, p in sorted(triplets)[:k]:
+        for index, (ts, to, tp) in enumerate(target["relations"].tolist()):
+            same_classes = (labels[s], labels[o], p) == (true_labels[ts], true_labels[to], tp)
+            if same_classes and iou(boxes[s], true_boxes[ts]) >= 0.5 and iou(boxes[o], true_boxes[to]) >= 0.5:
+                found.add(index)
+    return found
+
+
+def oracle(predictions, targets):
+    def mean(values):
+        return sum(values) / len(values) if values else 0.0
+
+    result = {}
+    for k in TOP_K:
+        recalls, by_predicate = [], {p: [] for p in range(1, PREDICATES + 1)}
+        pooled = {p: [0, 0] for p in by_predicate}
+        for prediction, target in zip(predictions, targets, strict=True):
+            relations = target["relations"].tolist()
+            if not relations:
+                continue
+            found = found_relations(prediction, target, k)
+            recalls.append(len(found) / len(relations))
+            for p in {r[2] for r in relations}:
+                own = [i for i, r in enumerate(relations) if r[2] == p]
+                by_predicate[p].append(len(found & set(own)) / len(own))
+                pooled[p][0] += len(found & set(own))
+                pooled[p][1] += len(own)
+        result[f"R@{k}"] = mean(recalls)
+        result[f"mR@{k}"] = mean([mean(values) for values in by_predicate.values()])
+        result[f"mR_pooled@{k}"] = mean([hits / total if total else 0.0 for hits, total in pooled.values()])
+        result |= {f"R@{k}/{NAMES[p]}": mean(values) for p, values in by_predicate.items()}
+    return result
+
+
+# ---- scenes made by hypothesis: coarse boxes, few classes and coarse scores make ties and borderline IoUs common
+
+
+@st.composite
+def objects(draw, at_least=0):
+    boxes = draw(st.lists(st.tuples(*[st.integers(0, 3)] * 4), min_size=at_least, max_size=5))
+    boxes = [(x, y, x + w, y + h) for x, y, w, h in boxes]
+    labels = draw(st.lists(st.integers(1, 2), min_size=len(boxes), max_size=len(boxes)))
+    return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(labels, dtype=torch.int64)
+
+
+def rows(draw, width, element, size):
+    return draw(st.lists(st.tuples(*[element] * width), min_size=0, max_size=size))
+
+
+@st.composite
+def images(draw):
+    boxes, labels = draw(objects())
+    count = len(labels)
+    relations = []
+    if count:
+        index = st.integers(0, count - 1)
+        relations = draw(st.lists(st.tuples(index, index, st.integers(1, PREDICATES)), max_size=6))
+    target = {
+        "boxes": boxes,
+        "labels": labels,
+        "relations": torch.tensor(relations, dtype=torch.int64).reshape(-1, 3),
+    }
+    if draw(st.booleans()):
+        boxes, labels = draw(objects())
+    count = len(labels)
+    pairs = rows(draw, 2, st.integers(0, count - 1), 8) if count else []
+    coarse = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+    scores = draw(st.lists(coarse, min_size=count, max_size=count))
+    predicate_scores = [draw(st.tuples(*[coarse] * (PREDICATES + 1))) for _ in pairs]
+    prediction = {
+        "boxes": boxes,
+        "labels": labels,
+        "scores": torch.tensor(scores),
+        "pairs": torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        "predicate_scores": torch.tensor(predicate_scores).reshape(-1, PREDICATES + 1),
+    }
+    return prediction, target
+
+
+batches = st.lists(images(), max_size=4)
+
+
+def split(batch):
+    return [p for p, _ in batch], [t for _, t in batch]
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches)
+def test_agrees_with_oracle(batch):
+    assert evaluate(*split(batch)) == pytest.approx(oracle(*split(batch)), abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches, batches)
+def test_merged_and_streamed_states_equal_one_update(first, second):
+    whole = evaluate(*split(first + second))
+    streamed, merged, other = (
+        SceneGraphEvaluator("predcls", PREDICATES, top_k=TOP_K, predicate_names=NAMES) for _ in range(3)
+    )
+    for prediction, target in first + second:
+        streamed.update([prediction], [target])
+    merged.update(*split(first))
+    other.update(*split(second))
+    merged.merge_state(other)
+    for metric in (streamed, merged):
+        assert {k: v.item() for k, v in metric.compute().items()} == pytest.approx(whole, abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(images(), min_size=1, max_size=3), st.randoms(use_true_random=False))
+def test_order_of_images_objects_and_relations_is_free(batch, random):
+    """Only the order of `pairs` decides, among equal scores."""
+
+    def shuffled(count):
+        return torch.tensor(random.sample(range(count), count), dtype=torch.int64)
+
+    moved = []
+    for prediction, target in batch:
+        order, true_order = shuffled(len(prediction["labels"])), shuffled(len(target["labels"]))
+        relations = target["relations"][shuffled(len(target["relations"]))].clone()
+        relations[:, :2] = true_order.argsort()[relations[:, :2]]
+        moved.append(
+            (
+                prediction
+                | {name: prediction[name][order] for name in ("boxes", "labels", "scores")}
+                | {"pairs": order.argsort()[prediction["pairs"]]},
+                {
+                    "boxes": target["boxes"][true_order],
+                    "labels": target["labels"][true_order],
+                    "relations": relations,
+                },
+            )
+        )
+    random.shuffle(moved)
+    assert evaluate(*split(moved)) == pytest.approx(evaluate(*split(batch)), abs=1e-12)
+
+
+# ---- the rules by hand
+
+
+def objects_at(*boxes, labels=None):
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32),
+        "labels": torch.tensor(labels or range(1, len(boxes) + 1)),
+    }
+
+
+TWO = objects_at((0, 0, 9, 9), (20, 0, 29, 9))
+
+
+def predict(pairs, predicate_scores, scores=None, of=TWO):
+    return of | {
+        "scores": torch.ones(len(of["labels"])) if scores is None else torch.tensor(scores),
+        "pairs": torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        "predicate_scores": torch.tensor(predicate_scores).reshape(-1, PREDICATES + 1),
+    }
+
+
+def truth(*relations, of=TWO):
+    return of | {"relations": torch.tensor(relations, dtype=torch.int64).reshape(-1, 3)}
+
+
+def test_background_is_never_predicted_and_a_pair_predicts_once():
+    prediction = predict([(0, 1)], [0.9, 0.02, 0.05, 0.03])
+    result = evaluate([prediction], [truth((0, 1, 2), (0, 1, 3))])
+    assert result["R@5"] == 0.5 and result["R@5/near"] == 1 and result["R@5/has"] == 0
+
+
+def test_equal_predicates_favour_the_lower():
+    prediction = predict([(0, 1)], [0.0, 0.1, 0.4, 0.4])
+    assert evaluate([prediction], [truth((0, 1, 2))])["R@1"] == 1
+    assert evaluate([prediction], [truth((0, 1, 3))])["R@1"] == 0
+
+
+def test_equal_triplets_keep_the_order_of_pairs():
+    # Many, since a sort that is not stable may be so by chance for few.
+    pairs = [(0, 1)] * 40 + [(1, 0)] + [(0, 1)] * 100
+    result = evaluate([predict(pairs, [[0.0, 0.0, 0.5, 0.5]] * 141)], [truth((1, 0, 2))], top_k=(40, 41))
+    assert result["R@40"] == 0 and result["R@41"] == 1
+
+
+def test_score_is_the_product_of_three():
+    three = objects_at((0, 0, 9, 9), (20, 0, 29, 9), (40, 0, 49, 9))
+    prediction = predict([(0, 1), (0, 2)], [[0, 0.9, 0, 0], [0, 0.5, 0, 0]], scores=[1.0, 0.5, 1.0], of=three)
+    result = evaluate([prediction], [truth((0, 2, 1), of=three)])
+    assert result["R@1"] == 1
+
+
+def test_scores_are_multiplied_in_float64():
+    # Both products are 1 - 2^-23 in float32; exactly, the second is larger by 2^-48.
+    below = 1 - 2**-24
+    assert torch.tensor(below) * torch.tensor(below) == torch.tensor(1 - 2**-23)
+    three = objects_at((0, 0, 9, 9), (20, 0, 29, 9), (40, 0, 49, 9))
+    prediction = predict([(1, 0), (1, 2)], [[0, 1 - 2**-23, 0, 0], [0, below, 0, 0]], [1.0, 1.0, below], of=three)
+    assert evaluate([prediction], [truth((1, 2, 1), of=three)])["R@1"] == 1
+
+
+@pytest.mark.parametrize("other, finds", [((0, 0, 9, 4), True), ((0, 0, 9, 3), False), ((0, 0, 9, 3.99), False)])
+def test_iou_of_one_half_with_whole_pixels_is_enough(other, finds):
+    """Ten pixels by ten against ten by five: one half; without the pixel it would be 4 / 9."""
+    prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=objects_at(other, (20, 0, 29, 9)))
+    assert evaluate([prediction], [truth((0, 1, 1))])["R@1"] == finds
+    assert evaluate([predict([(1, 0)], [0.0, 1, 0, 0], of=prediction)], [truth((1, 0, 1))])["R@1"] == finds
+
+
+def test_classes_must_agree():
+    for labels in ([1, 1], [2, 2]):
+        prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=TWO | {"labels": torch.tensor(labels)})
+        assert evaluate([prediction], [truth((0, 1, 1))])["R@1"] == 0
+
+
+def test_a_triplet_finds_several_relations_and_a_relation_counts_once():
+    doubled = objects_at((0, 0, 9, 9), (20, 0, 29, 9), (0, 0, 9, 8), labels=[1, 2, 1])
+    prediction = predict([(0, 1), (0, 1)], [[0.0, 1, 0, 0]] * 2)
+    result = evaluate([prediction], [truth((0, 1, 1), (2, 1, 1), (0, 1, 1), (0, 1, 2), of=doubled)])
+    assert result["R@1"] == 0.75 and result["R@2"] == 0.75 and result["R@2/on"] == 1
+
+
+def test_relations_with_oneself_count():
+    assert evaluate([predict([(0, 0)], [0.0, 1, 0, 0])], [truth((0, 0, 1))])["R@1"] == 1
+    assert evaluate([predict([(0, 1)], [0.0, 1, 0, 0])], [truth((0, 0, 1))])["R@1"] == 0
+
+
+def test_means():
+    """Two images: 1 of 1 `on` found; 1 of 3 `on` and 0 of 1 `near`; `has` never seen."""
+    boxes = objects_at(*((20 * i, 0, 20 * i + 9, 9) for i in range(4)))
+    first = predict([(0, 1)], [0.0, 1, 0, 0], of=boxes), truth((0, 1, 1), of=boxes)
+    second = first[0], truth((0, 1, 1), (0, 2, 1), (0, 3, 1), (2, 3, 2), of=boxes)
+    result = evaluate([first[0], second[0]], [first[1], second[1]])
+    assert result["R@5"] == pytest.approx((1 + 1 / 4) / 2)
+    assert result["mR@5"] == pytest.approx(((1 + 1 / 3) / 2 + 0 + 0) / 3)
+    assert result["mR_pooled@5"] == pytest.approx((2 / 4 + 0 + 0) / 3)
+
+
+def test_images_without_relations_never_count_and_those_without_pairs_count_0():
+    good = predict([(0, 1)], [0.0, 1, 0, 0]), truth((0, 1, 1))
+    assert evaluate([good[0]] * 2, [good[1], truth()])["R@1"] == 1
+    nothing = predict([], []) | {name: good[0][name][:0] for name in ("boxes", "labels", "scores")}
+    for empty in (predict([], []), nothing):
+        assert evaluate([good[0], empty], [good[1]] * 2)["R@1"] == 0.5
+
+
+def test_nothing_seen_is_0():
+    assert set(evaluate([], []).values()) == {0.0}
+
+
+def test_names_are_optional_and_state_does_not_grow():
+    metric = SceneGraphEvaluator("predcls", PREDICATES)
+    before = {name: value.shape for name, value in metric.metric_state.items()}
+    metric.update([predict([(0, 1)], [0.0, 1, 0, 0])], [truth((0, 1, 1))])
+    assert {name: value.shape for name, value in metric.metric_state.items()} == before
+    assert all(value.dtype == torch.float64 for value in metric.metric_state.values())
+    assert set(metric.compute()) == {f"{name}@{k}" for name in ("R", "mR", "mR_pooled") for k in (20, 50, 100)}
+    metric.reset()
+    assert metric.compute()["R@20"] == 0
+
+
+# ---- refusals
+
+GOOD = predict([(0, 1)], [0.1, 0.5, 0.2, 0.2], of=TWO), truth((0, 1, 1))
+BAD_PREDICTIONS = {
+    "scores": [torch.tensor([math.nan, 1]), torch.tensor([1.0, -1]), torch.ones(3), torch.ones(2, dtype=torch.int64)],
+    "predicate_scores": [
+        torch.full((1, 4), math.nan),
+        torch.full((1, 4), math.inf),
+        torch.ones(1, 3),
+        torch.ones(2, 4),
+    ],
+    "pairs": [torch.tensor([[0, 2]]), torch.tensor([[-1, 0]]), torch.tensor([0, 1]), torch.tensor([[0.0, 1.0]])],
+    "boxes": [
+        torch.tensor([[5.0, 0, 4, 9], [0, 0, 1, 1]]),
+        torch.full((2, 4), math.nan),
+        torch.zeros(2, 5),
+        [[0] * 4] * 2,
+    ],
+    "labels": [torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([1.0, 2.0])],
+}
+BAD_TARGETS = {
+    "boxes": [torch.tensor([[0.0, 5, 4, 4], [0, 0, 1, 1]])],
+    "labels": [torch.tensor([1, -1])],
+    "relations": [torch.tensor([[0, 2, 1]]), torch.tensor([[0, 1, 0]]), torch.tensor([[0, 1, 4]]), torch.ones(1, 3)],
+}
+
+
+@pytest.mark.parametrize("field, value", [(field, v) for field, values in BAD_PREDICTIONS.items() for v in values])
+def test_malformed_predictions_are_refused_by_name(field, value):
+    metric = SceneGraphEvaluator("predcls", PREDICATES)
+    with pytest.raises(ValueError, match=rf"image number 1 .*prediction {field}"):
+        metric.update([GOOD[0], GOOD[0] | {field: value}], [GOOD[1]] * 2)
+    assert metric.images == 0, "the good image of a refused update was added"
+
+
+@pytest.mark.parametrize("field, value", [(field, v) for field, values in BAD_TARGETS.items() for v in values])
+def test_malformed_targets_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=rf"image 'a\.jpg': target {field}"):
+        evaluate([GOOD[0]], [GOOD[1] | {"image_id": "a.jpg", field: value}])
+
+
+def test_missing_fields_and_images_are_refused():
+    with pytest.raises(ValueError, match="prediction must have pairs"):
+        evaluate([{k: v for k, v in GOOD[0].items() if k != "pairs"}], [GOOD[1]])
+    with pytest.raises(ValueError, match="predictions and targets must be as many, got 1 and 0"):
+        evaluate([GOOD[0]], [])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"protocol": "sgdet"}, "protocol .* predcls, got 'sgdet'"),
+        ({"num_predicates": 0}, "num_predicates .* got 0"),
+        ({"top_k": ()}, "top_k"),
+        ({"top_k": (20, 0)}, "top_k .* got"),
+        ({"predicate_names": ["on", "near", "has"]}, "predicate_names must be 4"),
+    ],
+)
+def test_arguments_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SceneGraphEvaluator(**({"protocol": "predcls", "num_predicates": PREDICATES} | arguments))
