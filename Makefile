@@ -1,0 +1,45 @@
+# `make demo` and `make test` need nothing but Python 3.10 to 3.13 and a C++ compiler; see README.md for the plain
+# pip lines that they stand for.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc kernels sgalign -name '*.py' -o -name '*.cpp' -o -name '*.h')
+DATA ?=
+
+.PHONY: demo test test-all lint benchmark doctor clean
+
+demo: $(VENV)/train
+	$(BIN)/sgalign compare $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/test
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(VENV)/test
+	$(BIN)/pytest
+
+benchmark: $(VENV)/test
+	$(BIN)/pytest benchmarks/ --benchmark-only
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+
+doctor: $(VENV)/train
+	$(BIN)/sgalign doctor
+
+# Each stamp stands for one set of extras; a changed source installs again.
+$(VENV)/train $(VENV)/test $(VENV)/lint: $(SOURCES) | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[$(EXTRAS)]'
+	touch $@
+$(VENV)/train: EXTRAS := train
+$(VENV)/test: EXTRAS := train,test
+$(VENV)/lint: EXTRAS := train,test,lint
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+clean:
+	rm -rf build $(VENV) sgalign/_C.*.so *.egg-info
