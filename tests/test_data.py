@@ -51,7 +51,7 @@ def test_graph_is_frozen_and_may_be_empty():
         ("boxes", torch.zeros(2, 5), r"boxes must be .* got torch.float32 and \(2, 5\)"),
         ("boxes", torch.zeros(2, 4).double(), r"boxes must be .*torch.float32.* got torch.float64"),
         ("boxes", [[0, 0, 1, 1]], "boxes must be a tensor .* got list"),
-        ("boxes", torch.tensor([[0.0, 0, 9, 9], [5, 5, 4, 5]]), r"boxes must be .* got \[5.0, 5.0, 4.0, 5.0\] in row 1"),
+        ("boxes", torch.tensor([[0.0, 0, 9, 9], [5, 5, 4, 5]]), r"boxes must .* got \[5.0, 5.0, 4.0, 5.0\] in row 1"),
         ("boxes", torch.tensor([[0.0, float("nan"), 9, 9], [0, 0, 1, 1]]), "boxes must be finite"),
         ("boxes", torch.tensor([[0.0, 0, float("inf"), 9], [0, 0, 1, 1]]), "boxes must be finite"),
         ("labels", torch.tensor([1]), r"labels must be .* shape \(2,\), got .* \(1,\)"),
