@@ -138,12 +138,13 @@ def _attention(
     check_stream(mask_stream, "mask_stream")
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
+    elif not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     backend = backends.choose(backend, query.device)
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(query.device.type)
-        queries, key, value = [q.to(dtype) for q in queries], key.to(dtype), value.to(dtype)
+    dtype = _computed_dtype(query)
+    queries, key, value = [q.to(dtype) for q in queries], key.to(dtype), value.to(dtype)
     seed = None
     if mask_threshold or dropout_threshold:
         seed = seed_tensor(mask_seed, query.device, "mask_seed")
@@ -152,7 +153,9 @@ def _attention(
         return _reference(queries, branches, key, value, mask, key_padding_mask, seed, settings)
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
-    return _Attention.apply(branches, key, value, mask, key_padding_mask, seed, settings, *queries)[:branches]
+    mirrored_query = queries[1] if len(queries) == 2 else None
+    operands = queries[0], mirrored_query, branches, key, value, mask, key_padding_mask, seed, settings
+    return _Attention.apply(*operands)[:branches]
 
 
 def _check_tensors(
@@ -178,10 +181,10 @@ def _check_tensors(
                 f"{name} must be {list(expected[name])} to go with query {list(query.shape)}"
                 f"{' and key ' + str(list(key.shape)) if name == 'value' else ''}, got {list(tensor.shape)}"
             )
-        if tensor.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
-            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
+        if _computed_dtype(tensor) != _computed_dtype(query):
+            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {tensor.dtype}")
     if dim > MAX_DIM:
         raise ValueError(f"query must have at most {MAX_DIM} channels a head (D), got {dim}")
     for name, boolean, shape in (
@@ -202,6 +205,14 @@ def _check_tensors(
         if not fits:
             how = "broadcastable to" if name == "mask" else "of shape"
             raise ValueError(f"{name} must be {how} {list(shape)}, got {list(boolean.shape)}")
+
+
+def _computed_dtype(tensor: Tensor) -> torch.dtype:
+    """The tensor's own, or what autocast makes of it."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def _reference(
@@ -253,6 +264,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        query: Tensor,
+        mirrored_query: Tensor | None,
         branches: int,
         key: Tensor,
         value: Tensor,
@@ -260,28 +273,73 @@ class _Attention(torch.autograd.Function):
         key_padding_mask: Tensor | None,
         seed: Tensor | None,
         settings: Settings,
-        *queries: Tensor,
     ) -> tuple[Tensor, ...]:
+        queries = [query] if mirrored_query is None else [query, mirrored_query]
         operation = torch.ops.sgalign.attention
-        return tuple(operation(list(queries), branches, key, value, mask, key_padding_mask, seed, *settings))
+        return tuple(operation(queries, branches, key, value, mask, key_padding_mask, seed, *settings))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.branches, key, value, mask, key_padding_mask, seed, ctx.settings, *queries = inputs
-        ctx.mark_non_differentiable(*output[ctx.branches :])
+        query, mirrored_query, branches, *options, ctx.settings = inputs
+        outs, log_sums = output[:branches], output[branches:]
+        ctx.mark_non_differentiable(*log_sums)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(key, value, mask, key_padding_mask, seed, *queries, *output)
+        unused = [None] * (2 - branches)
+        ctx.save_for_backward(query, mirrored_query, *outs, *unused, *log_sums, *unused, *options)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        key, value, mask, key_padding_mask, seed, *rest = ctx.saved_tensors
-        queries, outputs = rest[: -2 * ctx.branches], rest[-2 * ctx.branches :]
-        outs, log_sums = outputs[: ctx.branches], outputs[ctx.branches :]
-        grad_outs = [torch.zeros_like(out) if grad is None else grad for grad, out in zip(grads, outs)]
-        *grad_queries, grad_key, grad_value = torch.ops.sgalign.attention_backward(
-            grad_outs, queries, outs, log_sums, key, value, mask, key_padding_mask, seed, *ctx.settings
+    def backward(ctx: Any, *grad_outs: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out, mirrored_grad_out = (*grad_outs, None)[:2]
+        query, mirrored_query, out, mirrored_out, *rest = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        if mirrored_out is None:
+            mirrored_grad_out = None
+        elif mirrored_grad_out is None:
+            mirrored_grad_out = torch.zeros_like(mirrored_out)
+        grads = _AttentionBackward.apply(
+            grad_out, mirrored_grad_out, query, mirrored_query, out, mirrored_out, *rest, ctx.settings
         )
-        return None, grad_key, grad_value, *[None] * 4, *grad_queries
+        *grad_queries, grad_key, grad_value = grads
+        grad_query, mirrored_grad_query = (*grad_queries, None)[:2]
+        return grad_query, mirrored_grad_query, None, grad_key, grad_value, None, None, None, None
+
+
+class _AttentionBackward(torch.autograd.Function):
+    """The backward operation, which cannot be differentiated again, and says so."""
+
+    @staticmethod
+    def forward(
+        grad_out: Tensor,
+        mirrored_grad_out: Tensor | None,
+        query: Tensor,
+        mirrored_query: Tensor | None,
+        out: Tensor,
+        mirrored_out: Tensor | None,
+        log_sum: Tensor,
+        mirrored_log_sum: Tensor | None,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        seed: Tensor | None,
+        settings: Settings,
+    ) -> tuple[Tensor, ...]:
+        pairs = (grad_out, mirrored_grad_out), (query, mirrored_query), (out, mirrored_out), (log_sum, mirrored_log_sum)
+        branches = [[tensor for tensor in pair if tensor is not None] for pair in pairs]
+        operation = torch.ops.sgalign.attention_backward
+        return tuple(operation(*branches, key, value, mask, key_padding_mask, seed, *settings))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            "sgalign: second-order gradients of fused attention are not supported (create_graph=True, or a gradient of"
+            " a gradient); backend='reference' has them"
+        )
 
 
 _OPTIONS = (
@@ -328,11 +386,10 @@ def _attention_backward_fake(
 @torch.library.impl(_library, "attention", "CPU")
 def _attention_cpu(queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any) -> list[Tensor]:
     queries = [_unit_stride(query) for query in queries]
+    key, value = _unit_stride(key), _unit_stride(value)
     outs, log_sums = _empty_outputs(queries, branches)
     groups = _groups(queries, outs, log_sums)
-    _core.load().attention_forward(
-        *_core_arguments(groups, queries[0], _unit_stride(key), _unit_stride(value), *options)
-    )
+    _core.load().attention_forward(*_core_arguments(groups, queries[0], key, value, *options))
     return [*outs, *log_sums]
 
 
@@ -420,13 +477,3 @@ def _core_arguments(
         scale,
         torch.get_num_threads(),
     )
-
-
-def _no_second_order(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(
-        "sgalign: second-order gradients of fused attention are not supported (create_graph=True, or a gradient of a "
-        "gradient); backend='reference' has them"
-    )
-
-
-torch.library.register_autograd("sgalign::attention_backward", _no_second_order)

@@ -46,12 +46,16 @@ def random_attention_mask(
     threshold = ratio_threshold(ratio, "ratio")
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
+    if seed is None:
+        raise TypeError("seed must be an int or an int64 tensor, got None")
     seed = seed_tensor(seed, torch.device(device), "seed")
     return torch.ops.sgalign.random_mask(seed, batch, heads, queries, keys, threshold, stream)
 
 
 def ratio_threshold(ratio: float, name: str) -> int:
     """``round(65536 * ratio)``; a random 16-bit number below it is a dropped entry."""
+    if not isinstance(ratio, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(ratio).__name__}")
     if not 0 <= ratio <= 1:  # also catches NaN
         raise ValueError(f"{name} must be in [0, 1], got {ratio}")
     return round(STEPS * ratio)

@@ -448,8 +448,9 @@ void forward_rows(const Attention& a, int64_t b, int64_t h, const Matrix& query,
 template <class T>
 void forward(const Attention& a) {
     using R = typename Storage<T>::R;
-    // Below this the mirror's weights, which are relative to the supervised maximum, may have lost digits.
-    constexpr R smallest_sum = sizeof(R) == 4 ? R(0x1p-80) : R(0x1p-900);
+    // The mirror's weights are relative to the supervised maximum. Where it dropped nearly all of a row's weight, small
+    // products would underflow and the log sum lose digits.
+    constexpr R smallest_sum = 0x1p-12;
     int64_t block = kQueryBlock;
     const int64_t heads = a.batch * a.heads * a.group_count;
     while (block > kForwardRows && heads * divide_up(a.queries, block) < 4 * a.threads) block /= 2;

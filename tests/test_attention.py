@@ -1,0 +1,570 @@
+"""What the compiled kernels compute, against `sgalign.reference` in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgalign import _core, dual_branch_attention, fused_masked_attention, random_attention_mask, reference
+
+SEED, STREAM = 5, 3
+BRANCHES = ("single", "dual", "same query")
+# B, H, Lq, Lk, D: keys around the chunk of 256, rows and channels that fill no tile
+SHAPES = [(2, 3, 17, 33, 8), (1, 2, 5, 7, 3), (2, 2, 40, 300, 32), (1, 1, 70, 513, 64), (1, 2, 9, 260, 20)]
+SHAPES += [(1, 1, 3, 65, 256)]
+OPTIONS = ("none", "random", "mask", "padding", "dropout", "all")
+
+
+@pytest.fixture(params=_core.load().instruction_sets())
+def instruction_set(request):
+    core = _core.load()
+    before = core.instruction_set()
+    core.use_instruction_set(request.param)
+    yield request.param
+    core.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def make(shape, dtype=torch.float32, seed=0):
+    """query, mirrored query, key, value and a gradient for each branch's output."""
+    batch, heads, queries, keys, dim = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(length):
+        return torch.randn(batch, heads, length, dim, generator=generator, dtype=torch.float64).to(dtype)
+
+    tensors = [normal(queries), normal(queries), normal(keys), normal(keys)]
+    return tensors, [normal(queries), normal(queries)]
+
+
+def make_options(name, shape):
+    batch, _, queries, keys, _ = shape
+    generator = torch.Generator().manual_seed(1)
+    options = {
+        "random": {"mask_ratio": 0.4},
+        "mask": {"mask": torch.rand(batch, 1, queries, keys, generator=generator) < 0.3},
+        "padding": {"key_padding_mask": torch.rand(batch, keys, generator=generator) < 0.3},
+        "dropout": {"dropout_p": 0.25},
+    }
+    chosen = options.values() if name == "all" else [options.get(name, {})]
+    return {"mask_seed": SEED, "mask_stream": STREAM} | {k: v for option in chosen for k, v in option.items()}
+
+
+def attend(branches, tensors, **options):
+    """The outputs of one branch or of both."""
+    query, mirrored_query, key, value = tensors
+    if branches == "single":
+        return (fused_masked_attention(query, key, value, **options),)
+    return dual_branch_attention(query, query if branches == "same query" else mirrored_query, key, value, **options)
+
+
+def run(branches, tensors, grad_outs, **options):
+    """Outputs and the gradients of query, mirrored query (None unless it is used), key and value."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    outs = attend(branches, tensors, **options)
+    torch.autograd.backward(outs, grad_outs[: len(outs)])
+    return [out.detach() for out in outs], [tensor.grad for tensor in tensors]
+
+
+def run_float64(branches, tensors, grad_outs, **options):
+    doubles = [[tensor.double() for tensor in group] for group in (tensors, grad_outs)]
+    return run(branches, *doubles, backend="reference", **options)
+
+
+def assert_accurate(branches, tensors, grad_outs, *, floor=0.0, **options):
+    """At most a small multiple of plain PyTorch's error in the same dtype, and a few units in the last place.
+
+    `floor` is the least magnitude that these units are taken of, for results that cancel to nothing.
+    """
+    dtype = tensors[0].dtype
+    exact = run_float64(branches, tensors, grad_outs, **options)
+    plain = run(branches, tensors, grad_outs, backend="reference", **options)
+    fused = run(branches, tensors, grad_outs, backend="cpu", **options)
+    for factor, *results in zip((2, 3), exact, plain, fused):
+        for i, (expected, theirs, ours) in enumerate(zip(*results)):
+            if expected is None:
+                assert ours is None
+                continue
+            assert ours.dtype == dtype and ours.shape == expected.shape
+            magnitude = max(floor, expected.abs().max().item())
+            if dtype == torch.float64:
+                allowed = 1e-12 * magnitude
+            else:
+                allowed = factor * (theirs - expected).abs().max().item() + 8 * torch.finfo(dtype).eps * magnitude
+            error = (ours - expected).abs().max().item()
+            assert error <= allowed, f"{'output' if factor == 2 else 'gradient'} {i}: {error} > {allowed}"
+
+
+def assert_same(result, expected):
+    for ours, theirs in zip(result, expected):
+        for a, b in zip(ours, theirs):
+            assert a is b is None or torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------------------ accuracy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("branches", BRANCHES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accuracy(shape, branches, options, dtype, instruction_set, poisoned):
+    assert_accurate(branches, *make(shape, dtype), **make_options(options, shape))
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "projection": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "slice": lambda x: torch.nn.functional.pad(x, (1, 2, 3, 1))[:, :, 3:-1, 1:-2],
+    "every other row": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+    "channels first": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every other channel": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "one batch": lambda x: x[:1].expand_as(x),
+    "one head": lambda x: x[:, :1].expand_as(x),
+    "one row": lambda x: x[:, :, :1].expand_as(x),
+    "one channel": lambda x: x[..., :1].expand_as(x),
+    "one number": lambda x: x[:1, :1, :1, :1].expand_as(x),
+}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(*(st.integers(1, top) for top in (2, 3, 60, 300, 40))),
+    layouts=st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=6, max_size=6),
+    branches=st.sampled_from(BRANCHES),
+    options=st.sampled_from(OPTIONS),
+    scale=st.sampled_from([None, 0.0, -0.7, 3.0]),
+)
+def test_any_shape_layout_and_option(shape, layouts, branches, options, scale):
+    tensors, grad_outs = make(shape, torch.float64)
+    strided = [LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, tensors + grad_outs)]
+    assert_accurate(branches, strided[:4], strided[4:], floor=1.0, scale=scale, **make_options(options, shape))
+
+
+@pytest.mark.parametrize("options", ["none", "all"])
+@pytest.mark.parametrize("branches", BRANCHES)
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_layout_changes_no_bit(layout, branches, options):
+    shape = (2, 3, 20, 70, 12)
+    tensors, grad_outs = ([LAYOUTS[layout](tensor) for tensor in group] for group in make(shape))
+    options = make_options(options, shape)
+    contiguous = ([tensor.contiguous() for tensor in group] for group in (tensors, grad_outs))
+    assert_same(run(branches, tensors, grad_outs, **options), run(branches, *contiguous, **options))
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_overlapping_windows(branches):
+    """Rows and channels both have stride 1, which leaves it open which of them is the inner one of a new tensor."""
+    tensors = [torch.randn(27, generator=torch.Generator().manual_seed(i)).unfold(0, 8, 1) for i in range(6)]
+    tensors = [tensor.expand(2, 3, 20, 8) for tensor in tensors]
+    contiguous = [tensor.contiguous() for tensor in tensors]
+    assert_same(run(branches, tensors[:4], tensors[4:]), run(branches, contiguous[:4], contiguous[4:]))
+
+
+def test_output_keeps_the_memory_order_of_a_projection():
+    tensors, _ = make((2, 3, 5, 7, 4))
+    query = LAYOUTS["projection"](tensors[0])
+    out = fused_masked_attention(query, *tensors[2:])
+    assert out.stride() == query.stride()
+
+
+def test_mask_and_padding_of_any_strides():
+    shape = (2, 3, 6, 290, 4)
+    tensors, grad_outs = make(shape)
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(290, 6, 2, 3, generator=generator) < 0.3).permute(2, 3, 1, 0)
+    padding = (torch.rand(290, 2, generator=generator) < 0.3).t()
+    expected = run("dual", tensors, grad_outs, mask=mask.contiguous(), key_padding_mask=padding.contiguous())
+    assert_same(run("dual", tensors, grad_outs, mask=mask, key_padding_mask=padding), expected)
+
+
+@pytest.mark.parametrize(
+    "size", [(), (1,), (7,), (5, 1), (5, 7), (3, 1, 7), (1, 5, 7), (2, 1, 1, 7), (2, 3, 5, 1)], ids=str
+)
+def test_mask_broadcasts(size):
+    shape = (2, 3, 5, 7, 4)
+    tensors, grad_outs = make(shape)
+    mask = torch.rand(size, generator=torch.Generator().manual_seed(2)) < 0.4
+    full = mask.expand(2, 3, 5, 7).contiguous()
+    assert_same(run("dual", tensors, grad_outs, mask=mask), run("dual", tensors, grad_outs, mask=full))
+
+
+# ----------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("options", ["none", "random", "padding", "dropout", "all"])
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_gradcheck(branches, options):
+    shape = (1, 2, 4, 6, 3)
+    tensors, _ = make(shape, torch.float64)
+    options = make_options(options, shape)
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    used = tensors[:: 2 if branches == "single" else 1][:4]
+    if branches == "single":
+        query, _, key, value = tensors
+        assert torch.autograd.gradcheck(lambda *t: fused_masked_attention(*t, **options), (query, key, value))
+    elif branches == "same query":
+        query, _, key, value = tensors
+        assert torch.autograd.gradcheck(lambda q, *t: dual_branch_attention(q, q, *t, **options), (query, key, value))
+    else:
+        assert torch.autograd.gradcheck(lambda *t: dual_branch_attention(*t, **options), used)
+
+
+def test_one_query_for_both_branches_adds_their_gradients():
+    shape = (2, 2, 20, 270, 8)
+    tensors, grad_outs = make(shape, torch.float64)
+    options = make_options("all", shape)
+    _, (together, unused, key, value) = run("same query", tensors, grad_outs, **options)
+    _, (first, mirrored, *expected) = run("dual", [tensors[0], tensors[0].clone(), *tensors[2:]], grad_outs, **options)
+    assert unused is None
+    torch.testing.assert_close(together, first + mirrored, rtol=0, atol=1e-12)
+    torch.testing.assert_close([key, value], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("branches", ["dual", "same query"])
+@pytest.mark.parametrize("used", [0, 1])
+def test_loss_on_one_of_two_outputs(branches, used):
+    shape = (1, 2, 9, 40, 8)
+    tensors, grad_outs = make(shape)
+    options = make_options("random", shape)
+    inputs = [tensor.requires_grad_() for tensor in tensors]
+    attend(branches, inputs, **options)[used].backward(grad_outs[used])
+    alone = [tensor.detach().requires_grad_() for tensor in tensors]
+    query = alone[used] if branches == "dual" else alone[0]
+    if used == 0:
+        options = {}
+    fused_masked_attention(query, *alone[2:], **options).backward(grad_outs[used])
+    for ours, theirs in zip(inputs, alone):
+        expected = torch.zeros_like(ours) if theirs.grad is None else theirs.grad
+        grad = torch.zeros_like(ours) if ours.grad is None else ours.grad
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("needed", range(4))
+def test_gradient_of_one_input_alone(needed):
+    tensors, grad_outs = make((1, 2, 9, 40, 8))
+    _, grads = run("dual", tensors, grad_outs)
+    tensors[needed].requires_grad_()
+    torch.autograd.backward(attend("dual", tensors), grad_outs)
+    assert torch.equal(tensors[needed].grad, grads[needed])
+    assert [tensor.grad is None for tensor in tensors] == [i != needed for i in range(4)]
+
+
+# --------------------------------------------------------------------------------------------------- two branches
+
+
+def test_equal_branches_are_equal_to_the_bit():
+    tensors, _ = make((2, 2, 40, 300, 16))
+    tensors[1] = tensors[0].clone()
+    for branches in ("dual", "same query"):
+        out, mirrored_out = attend(branches, tensors)
+        assert torch.equal(out, mirrored_out)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_same_query_is_as_good_as_its_clone(options):
+    shape = (2, 2, 40, 300, 16)
+    tensors, _ = make(shape)
+    tensors[1] = tensors[0].clone()
+    options = make_options(options, shape)
+    torch.testing.assert_close(attend("same query", tensors, **options), attend("dual", tensors, **options))
+
+
+@pytest.mark.parametrize("branches", ["dual", "same query"])
+def test_each_branch_is_the_single_one(branches):
+    shape = (2, 2, 40, 300, 16)
+    tensors, _ = make(shape)
+    options = make_options("all", shape)
+    query, mirrored_query, key, value = tensors
+    if branches == "same query":
+        mirrored_query = query
+    out, mirrored_out = attend(branches, tensors, **options)
+    torch.testing.assert_close(mirrored_out, fused_masked_attention(mirrored_query, key, value, **options))
+    torch.testing.assert_close(out, fused_masked_attention(query, key, value, **{**options, "mask_ratio": 0}))
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_explicit_mask_is_added_to_the_random_one(branches):
+    shape = (2, 2, 12, 40, 8)
+    tensors, grad_outs = make(shape, torch.float64)
+    mask = make_options("mask", shape)["mask"]
+    random = random_attention_mask(*shape[:4], ratio=0.4, seed=SEED)
+    outs, _ = run(branches, tensors, grad_outs, mask=mask, mask_ratio=0.4, mask_seed=SEED)
+    expected = [fused_masked_attention(tensors[0], *tensors[2:], mask=mask)] if branches != "single" else []
+    mirrored_query = tensors[1] if branches == "dual" else tensors[0]
+    expected.append(fused_masked_attention(mirrored_query, *tensors[2:], mask=mask | random))
+    torch.testing.assert_close(outs, expected, rtol=0, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- rows, NaN and extremes
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_everything_dropped_gives_zeros(branches, instruction_set, poisoned):
+    tensors, grad_outs = make((2, 2, 20, 270, 8))
+    outs, grads = run(branches, tensors, grad_outs, mask_ratio=1, mask_seed=SEED)
+    assert not outs[-1].any()
+    if branches == "single":
+        assert not any(grad.any() for grad in grads if grad is not None)
+    else:  # the supervised branch is as if it were alone
+        alone_outs, alone_grads = run("single", tensors, grad_outs)
+        torch.testing.assert_close(outs[0], alone_outs[0])
+        torch.testing.assert_close([grads[0], *grads[2:]], [alone_grads[0], *alone_grads[2:]])
+        assert branches == "same query" or not grads[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_rows_with_nothing_kept(branches, dtype, instruction_set, poisoned):
+    """Rows 0 to 4 lose everything, row 2 by the mask alone and the others by mask and padding together."""
+    shape = (2, 2, 14, 300, 8)
+    tensors, grad_outs = make(shape, dtype)
+    padding = torch.zeros(2, 300, dtype=torch.bool)
+    padding[:, 100:] = True
+    mask = torch.zeros(14, 300, dtype=torch.bool)
+    mask[:5, :100] = True
+    mask[2] = True
+    options = {"mask": mask, "key_padding_mask": padding, "mask_ratio": 0.3, "mask_seed": SEED}
+    outs, grads = run(branches, tensors, grad_outs, **options)
+    for out in outs:
+        assert not out[:, :, :5].any() and out[:, :, 5:].all()
+    for grad in grads[:2]:
+        assert grad is None or not grad[:, :, :5].any()
+    assert_accurate(branches, tensors, grad_outs, **options)
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("branches", BRANCHES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_padded_keys_and_values_leak_nowhere(branches, junk, backend, instruction_set, poisoned):
+    shape = (2, 2, 14, 300, 8)
+    tensors, grad_outs = make(shape)
+    options = make_options("all", shape) | {"backend": backend}
+    padding = options["key_padding_mask"]
+    expected = run(branches, tensors, grad_outs, **options)
+    for tensor in tensors[2:]:
+        tensor[padding[:, None].expand(tensor.shape[:3])] = junk
+    result = run(branches, tensors, grad_outs, **options)
+    assert_same(result, expected)
+    for grad in result[1][2:]:
+        assert not grad[padding[:, None].expand(grad.shape[:3])].any()
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_nan_that_is_kept_is_not_hidden(branches):
+    tensors, _ = make((1, 1, 3, 300, 4))
+    tensors[2][0, 0, 270, 1] = math.nan
+    assert all(out.isnan().all() for out in attend(branches, tensors))
+
+
+GAPS = [(torch.float32, gap) for gap in (20, 50, 54, 60, 90, 200)]
+GAPS += [(torch.float64, gap) for gap in (200, 600, 650, 1000)] + [(torch.bfloat16, gap) for gap in (50, 200)]
+
+
+@pytest.mark.parametrize("dtype, gap", GAPS, ids=str)
+@pytest.mark.parametrize("peak", [0, 30, 280, 511])
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_dropped_key_far_above_the_kept_ones(branches, peak, dtype, gap, instruction_set):
+    """The supervised maximum is `gap` above all that the mirror keeps, in an early or a late chunk of keys."""
+    tensors, grad_outs = make((1, 1, 30, 512, 8), dtype)
+    random = random_attention_mask(1, 1, 30, 512, ratio=0.3, seed=11)
+    peak_is_dropped = random[..., peak, None]
+    assert 0 < peak_is_dropped.sum() < 30
+    tensors[0][..., 0] = tensors[1][..., 0] = 1
+    tensors[2][..., 0] = 0
+    tensors[2][..., peak, :] = 0
+    tensors[2][..., peak, 0] = gap
+    # Where the peak is kept, gradients are nothing but differences of equal numbers.
+    grad_outs = [grad_outs[0] * 0, grad_outs[1] * peak_is_dropped][branches == "single" :]
+    assert_accurate(branches, tensors, grad_outs, mask_ratio=0.3, mask_seed=11, scale=1.0)
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_scores_that_rise_by_chunks(branches, dtype, instruction_set):
+    """The running maximum, and with it every earlier sum, changes in each chunk; the last keys are padded away."""
+    tensors, grad_outs = make((1, 2, 30, 1100, 8), dtype)
+    tensors[0][..., 0] = tensors[1][..., 0] = 1
+    tensors[2][..., 0] = torch.arange(1100) / 40
+    padding = torch.arange(1100)[None] >= 1000
+    options = {"mask_ratio": 0.9, "mask_seed": SEED, "key_padding_mask": padding, "scale": 1.0}
+    assert_accurate(branches, tensors, grad_outs, **options)
+
+
+def test_large_scores_do_not_overflow(instruction_set):
+    tensors, grad_outs = make((1, 1, 20, 100, 16))
+    tensors = [tensor * 100 for tensor in tensors[:3]] + tensors[3:]
+    for branches in BRANCHES:
+        outs, grads = run(branches, tensors, grad_outs, mask_ratio=0.5, mask_seed=SEED)
+        assert all(tensor.isfinite().all() for tensor in (*outs, *grads) if tensor is not None)
+
+
+# -------------------------------------------------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_dropout_is_that_of_its_own_stream(branches):
+    batch, heads, queries, keys, dim = shape = (2, 3, 17, 300, 8)
+    tensors, grad_outs = make(shape, torch.float64)
+    threshold = round(0.3 * 65536)
+    dropped = reference.random_mask(
+        batch * heads, queries, keys, threshold=threshold, seed=torch.tensor(SEED), stream=STREAM | 2**31, device="cpu"
+    ).view(batch, heads, queries, keys)
+    random = random_attention_mask(batch, heads, queries, keys, ratio=0.4, seed=SEED, stream=STREAM)
+    outs, _ = run(branches, tensors, grad_outs, mask_ratio=0.4, dropout_p=0.3, mask_seed=SEED, mask_stream=STREAM)
+    queries = {"single": tensors[:1], "dual": tensors[:2], "same query": [tensors[0]] * 2}[branches]
+    for i, (query, out) in enumerate(zip(queries, outs)):
+        scores = query @ tensors[2].mT / math.sqrt(dim)
+        if i == len(outs) - 1:
+            scores = scores.masked_fill(random, -math.inf)
+        weights = scores.softmax(-1) * ~dropped * (65536 / (65536 - threshold))
+        torch.testing.assert_close(out, weights @ tensors[3], rtol=0, atol=1e-12)
+
+
+def test_dropout_keeps_the_mean():
+    """All weights are 1 / Lk and all values 1, so that a row is its fraction of kept keys, rescaled."""
+    keys = 1000
+    zeros, ones = torch.zeros(1, 4, 200, 1), torch.ones(1, 4, keys, 1)
+    for p in (0.1, 0.5, 0.9):
+        out = fused_masked_attention(zeros, ones, ones, dropout_p=p, mask_seed=SEED)
+        deviation = math.sqrt(p / (1 - p) / (out.numel() * keys))
+        assert abs(out.double().mean().item() - 1) < 5 * deviation
+        assert out.double().std().item() == pytest.approx(math.sqrt(p / (1 - p) / keys), rel=0.15)
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_dropout_of_everything_gives_zeros(branches, poisoned):
+    outs, grads = run(branches, *make((1, 2, 9, 40, 8)), dropout_p=1, mask_seed=SEED)
+    assert not any(tensor.any() for tensor in (*outs, *grads) if tensor is not None)
+
+
+def test_both_branches_have_the_same_dropout():
+    tensors, _ = make((2, 2, 20, 300, 8))
+    tensors[1] = tensors[0].clone()
+    for branches in ("dual", "same query"):
+        out, mirrored_out = attend(branches, tensors, dropout_p=0.5, mask_seed=SEED)
+        assert torch.equal(out, mirrored_out)
+        assert not torch.allclose(out, attend(branches, tensors)[0])
+
+
+# ----------------------------------------------------------------------------------------------- threads and sizes
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 50, 700, 16), (2, 3, 33, 270, 8), (1, 1, 500, 40, 20)], ids=str)
+@pytest.mark.parametrize("branches", BRANCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_number_of_threads_changes_no_bit(shape, branches, dtype, threads, instruction_set):
+    tensors, grad_outs = make(shape, dtype)
+    options = make_options("all", shape)
+    threads(1)
+    expected = run(branches, tensors, grad_outs, **options)
+    for count in (2, 3, 5):
+        threads(count)
+        assert_same(run(branches, tensors, grad_outs, **options), expected)
+
+
+@pytest.mark.parametrize("options", ["none", "all"])
+@pytest.mark.parametrize("branches", BRANCHES)
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 2, 0, 4, 5), (2, 2, 3, 0, 5), (2, 2, 3, 4, 0)])
+def test_empty(shape, branches, options, poisoned):
+    tensors, grad_outs = make(shape)
+    options = make_options(options, shape)
+    result = run(branches, tensors, grad_outs, backend="cpu", **options)
+    for tensor in (*result[0], *result[1]):
+        assert tensor is None or not tensor.any()  # what has elements at all is zero, not NaN
+    expected = run(branches, tensors, grad_outs, backend="reference", **options)
+    assert_same(result[:1], expected[:1])
+    for out, query in zip(result[0], tensors):
+        assert out.shape == query.shape
+    for i, (grad, theirs) in enumerate(zip(result[1], expected[1])):
+        unused = i == 1 and branches != "dual"
+        assert unused == (grad is None)
+        assert unused or grad.shape == tensors[i].shape
+        assert theirs is None or torch.equal(grad, theirs)
+
+
+def test_scale():
+    tensors, _ = make((1, 2, 9, 40, 16))
+    default = attend("dual", tensors)
+    assert_same([attend("dual", tensors, scale=0.25)], [default])
+    query, mirrored_query, *others = tensors
+    torch.testing.assert_close(
+        attend("dual", tensors, scale=0.5), attend("dual", [2 * query, 2 * mirrored_query, *others])
+    )
+    means = others[1].mean(2, keepdim=True).expand_as(query)
+    torch.testing.assert_close(attend("dual", tensors, scale=0), (means, means))
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_what_is_kept_for_the_backward_grows_with_rows_alone(branches):
+    batch, heads, queries, keys, dim = shape = (1, 2, 200, 1000, 8)
+    tensors, _ = make(shape)
+    padding = torch.zeros(batch, keys, dtype=torch.bool)
+    inputs = {tensor.untyped_storage().data_ptr() for tensor in (*tensors, padding)}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in inputs:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        outs = attend(branches, tensors, mask_ratio=0.4, mask_seed=SEED, dropout_p=0.1, key_padding_mask=padding)
+    assert sum(kept.values()) == len(outs) * batch * heads * queries * (dim + 1) * 4 + 8  # out, log_sum and the seed
+
+
+# ------------------------------------------------------------------------------------------------------- the seed
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_no_seed_is_drawn_in_vain(branches):
+    tensors, _ = make((1, 1, 3, 5, 4))
+    before = torch.get_rng_state()
+    attend(branches, tensors)
+    attend(branches, tensors, mask_ratio=0.5, dropout_p=0.5, mask_seed=SEED)
+    attend(branches, tensors, mask_ratio=1e-9)
+    assert torch.equal(torch.get_rng_state(), before)
+    attend(branches, tensors, mask_ratio=0.5)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("option", ["mask_ratio", "dropout_p"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_seed_comes_from_torch(option, backend):
+    tensors, _ = make((1, 1, 9, 50, 4))
+    options = {option: 0.5, "backend": backend}
+    torch.manual_seed(0)
+    first, second = attend("single", tensors, **options), attend("single", tensors, **options)
+    assert not torch.equal(first[0], second[0])
+    torch.manual_seed(0)
+    assert_same([attend("single", tensors, **options), attend("single", tensors, **options)], [first, second])
+
+
+@pytest.mark.parametrize("seed", [0, -1, 7, 2**63 - 1, -(2**63)])
+def test_seeds(seed):
+    tensors, _ = make((1, 2, 9, 50, 4))
+    options = {"mask_ratio": 0.5, "dropout_p": 0.1}
+    (out,) = attend("single", tensors, mask_seed=seed, **options)
+    for same in (torch.tensor(seed), torch.tensor([[seed]])):
+        assert_same([attend("single", tensors, mask_seed=same, **options)], [[out]])
+    (expected,) = attend("single", tensors, mask_seed=seed, backend="reference", **options)
+    torch.testing.assert_close(out, expected)
+    assert not torch.allclose(out, attend("single", tensors, mask_seed=seed ^ 1, **options)[0])
+
+
+def test_streams_have_different_masks_and_dropout():
+    tensors, _ = make((1, 2, 9, 50, 4))
+    for option in ("mask_ratio", "dropout_p"):
+        outs = [attend("single", tensors, mask_seed=SEED, mask_stream=s, **{option: 0.5})[0] for s in (0, 1, 2**31 - 1)]
+        assert not any(torch.allclose(a, b) for a, b in ((outs[0], outs[1]), (outs[0], outs[2]), (outs[1], outs[2])))

@@ -1,0 +1,224 @@
+"""The compiled core as a thing that is built, loaded and run: memory, import, stale builds, sanitizers."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import sgalign
+from sgalign import _core
+from sgalign._source_digest import source_digest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(sgalign.__file__).resolve().parent.parent  # where the tested package lies, installed or not
+
+
+def run_python(code, folder=PACKAGE, **environment):
+    """The output of `code`, run where `import sgalign` takes the package in `folder`."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+MEMORY = """
+import os
+import torch
+from sgalign import dual_branch_attention, fused_masked_attention
+
+def peak():  # KiB
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+def attend(length):
+    query, mirrored_query, key, value = (torch.randn(1, 1, length, 32, requires_grad=True) for _ in range(4))
+    options = {"mask_ratio": 0.4, "mask_seed": 0, "dropout_p": 0.1}
+    if os.environ["KIND"] == "single":
+        outs = (fused_masked_attention(query, key, value, **options),)
+    else:
+        mirrored_query = query if os.environ["KIND"] == "same" else mirrored_query
+        outs = dual_branch_attention(query, mirrored_query, key, value, **options)
+    sum(out.sum() for out in outs).backward()
+
+torch.set_num_threads(2)  # every thread has a share of working memory
+attend(300)  # libraries and threads have started
+before = peak()
+attend(16384)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
+@pytest.mark.parametrize("kind", ["single", "dual", "same"])
+def test_memory_has_no_square(kind):
+    """One byte for each of 16384 x 16384 pairs would be 256 MiB."""
+    assert int(run_python(MEMORY, KIND=kind)) < 128 * 1024
+
+
+IMPORT = """
+import sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import sgalign
+print(time.perf_counter() - start)
+print(*(name for name in set(sys.modules) - before if "." not in name))
+"""
+
+
+def test_import_is_light():
+    runs = [run_python(IMPORT).split("\n") for _ in range(3)]
+    assert min(float(seconds) for seconds, _ in runs) < 0.6
+    heavy = {"triton", "lightning", "pytorch_lightning", "matplotlib", "torchmetrics", "h5py", "tensorboard", "PIL"}
+    assert not heavy & set(runs[0][1].split())
+
+
+def test_core_is_loaded_at_first_use():
+    assert run_python("import sgalign, sys; print('sgalign._C' in sys.modules)") == "False"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A source tree of its own, with the built core."""
+    for folder in ("sgalign", "kernels", "csrc"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "_C.*"))
+    shutil.copy2(_core.load().__file__, tmp_path / "sgalign")
+    return tmp_path
+
+
+USE = """
+import torch
+from sgalign import _core, fused_masked_attention, random_attention_mask
+x = torch.ones(1, 1, 2, 3)
+for call in (lambda: fused_masked_attention(x, x, x), lambda: random_attention_mask(1, 1, 2, 2, ratio=0.5, seed=0)):
+    try:
+        call()
+        print("fine")
+    except ImportError as error:
+        print(error)
+        assert _core.problem() == str(error)
+fused_masked_attention(x, x, x, mask_ratio=0.5, backend="reference")  # needs no core
+"""
+
+
+def test_the_copy_works(copy):
+    assert run_python(USE, copy) == "fine\nfine"
+
+
+def test_missing_core(copy):
+    for core in (copy / "sgalign").glob("_C.*"):
+        core.unlink()
+    message = f"sgalign's compiled core is not built in {copy}: run `pip install .` in its root"
+    assert run_python(USE, copy) == f"{message}\n{message}"
+
+
+@pytest.mark.parametrize("source", ["attention.h", "cpu/attention.cpp"])
+def test_stale_core(copy, source):
+    with (copy / "csrc" / source).open("a") as file:
+        file.write("// changed\n")
+    message = f"sgalign's compiled core is older than its sources in {copy}: run `pip install .` in its root"
+    assert run_python(USE, copy) == f"{message}\n{message}"
+
+
+def test_core_without_sources_is_not_stale(copy):
+    """As installed: no csrc beside the package."""
+    shutil.rmtree(copy / "csrc")
+    assert run_python(USE, copy) == "fine\nfine"
+
+
+def test_source_digest_sees_names_contents_and_nothing_else(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "a.cpp").write_text("1")
+    digests = [source_digest(tmp_path)]
+    (tmp_path / "notes.txt").write_text("2")
+    assert source_digest(tmp_path) == digests[0]
+    (tmp_path / "cpu" / "a.cpp").write_text("2")
+    digests.append(source_digest(tmp_path))
+    (tmp_path / "cpu" / "a.cpp").rename(tmp_path / "a.cpp")
+    digests.append(source_digest(tmp_path))
+    (tmp_path / "b.cu").write_text("")
+    digests.append(source_digest(tmp_path))
+    assert len(set(digests)) == 4
+
+
+def test_kernels_are_not_a_package_of_their_own():
+    code = """
+try:
+    import kernels
+except ImportError as error:
+    print(error)
+import sgalign.kernels
+"""
+    assert run_python(code, ROOT) == "this folder is the package sgalign.kernels: `import sgalign.kernels`"
+
+
+def test_instruction_sets():
+    core = _core.load()
+    sets = core.instruction_sets()
+    assert sets[-1] == "baseline" and core.instruction_set() in sets
+    with pytest.raises(ValueError, match="this processor cannot run 'abacus'"):
+        core.use_instruction_set("abacus")
+
+
+# ------------------------------------------------------------------------------------------------------ sanitizers
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+# Name of the kernels, bytes of a vector and flags. Wide vectors on AVX2, which the compiler splits, stand in for the
+# AVX-512 code where no processor has that.
+SANITIZED = [("baseline", 16, []), ("avx2", 32, AVX2), ("avx2", 64, AVX2)]
+# Every dtype, and what walks along the edges of memory; sanitized code takes seconds where it took milliseconds.
+SANITIZED_TESTS = (
+    "test_accuracy and (all or none) or layout_changes or overlapping or any_strides or broadcasts or nothing_kept"
+    " or leak or rise or empty or number_of_threads or compiled_mask"
+)
+
+
+def build_sanitized(folder, width, flags):
+    """Replaces the core in `folder` by one with these kernels alone, under the name of the baseline."""
+    import pybind11
+
+    module = next((folder / "sgalign").glob("_C.*"))
+    module.unlink()
+    digest = source_digest(folder / "csrc")
+    subprocess.run(
+        ["g++", "-shared", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wno-psabi"]
+        + [*SANITIZE, *flags, "-DSGALIGN_POISON", f"-DSGALIGN_VECTOR_BYTES={width}"]
+        + ["-DSGALIGN_KERNELS=kernels_baseline", f'-DSGALIGN_SOURCES="{digest}"', '-DSGALIGN_COMPILER="g++"']
+        + [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+        + ["csrc/bindings.cpp", "csrc/cpu/attention.cpp", "-o", str(module)],
+        cwd=folder,
+        check=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ and its sanitizers")
+@pytest.mark.parametrize("name, width, flags", SANITIZED, ids=lambda value: str(value) if value != AVX2 else "")
+def test_sanitizers_and_poisoned_memory(copy, name, width, flags):
+    """No access out of bounds, no undefined behaviour, and no result that depends on memory never written."""
+    if name not in _core.load().instruction_sets():
+        pytest.skip(f"this processor does not run {name}")
+    pytest.importorskip("pybind11")
+    build_sanitized(copy, width, flags)
+    (copy / "tests").mkdir()
+    for file in ("conftest.py", "test_attention.py", "test_random_mask.py"):
+        shutil.copy2(ROOT / "tests" / file, copy / "tests")
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "tests"] + ["-k", SANITIZED_TESTS],
+        cwd=copy,
+        env=os.environ
+        | {"PYTHONPATH": str(copy), "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[:3000]
