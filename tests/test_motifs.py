@@ -1,0 +1,168 @@
+import pytest
+import torch
+
+from sgalign.data import SceneGraph, ScenesDataset, collate
+from sgalign.models import FrequencyBaseline, Motifs, predicate_counts
+from sgalign.models.motifs import box_features, pair_features, right_to_left
+
+OBJECTS, PREDICATES = 16, 20
+
+
+def graph(boxes, labels, relations, image_id="a.jpg"):
+    boxes, relations = torch.tensor(boxes, dtype=torch.float32), torch.tensor(relations, dtype=torch.int64)
+    return SceneGraph(image_id, 100, 50, boxes.reshape(-1, 4), torch.tensor(labels).long(), relations.reshape(-1, 3))
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [ScenesDataset("train")[index] for index in range(40)]
+
+
+@pytest.fixture(scope="module")
+def counts(scenes):
+    return predicate_counts(scenes, OBJECTS, PREDICATES)
+
+
+@pytest.fixture
+def motifs(counts):
+    torch.manual_seed(0)
+    return Motifs(counts, embed_dim=12, hidden_dim=8, relation_dim=16)
+
+
+# ---- batches
+
+
+def test_batch_holds_every_ordered_pair_and_its_predicates():
+    two = graph([[0, 0, 9, 9], [5, 5, 20, 20]], [3, 4], [[0, 1, 2], [0, 1, 5], [0, 0, 7]])
+    none, one = graph([], [], [], "none"), graph([[1, 1, 2, 2]], [1], [], "one")
+    three = graph([[0, 0, 9, 9]] * 3, [1, 2, 3], [[2, 0, 1], [2, 0, 1]])
+    batch = collate([two, none, one, three], 7)
+    assert batch.lengths.tolist() == [2, 0, 1, 3] and batch.image_ids == ["a.jpg", "none", "one", "a.jpg"]
+    assert batch.images.tolist() == [0, 0, 2, 3, 3, 3] and batch.positions.tolist() == [0, 1, 0, 0, 1, 2]
+    assert batch.pairs.tolist() == [[0, 1], [1, 0], [3, 4], [3, 5], [4, 3], [4, 5], [5, 3], [5, 4]]
+    expected = torch.zeros(8, 8)
+    expected[:, 0] = 1
+    expected[0, [0, 2, 5]] = torch.tensor([0, 0.5, 0.5])  # two predicates share the pair
+    expected[6, [0, 1]] = torch.tensor([0.0, 1])  # repeated is not more
+    assert torch.equal(batch.targets, expected)
+    assert torch.equal(batch.relations[0], two.relations), "the evaluation sees relations with itself"
+
+
+def test_batch_without_pairs():
+    batch = collate([graph([[1, 1, 2, 2]], [1], [])], 7)
+    assert batch.pairs.shape == (0, 2) and batch.targets.shape == (0, 8)
+
+
+def test_batch_refuses_predicates_beyond_the_classes():
+    with pytest.raises(ValueError, match=r"image 'a\.jpg': relations\[:, 2\] must be in 1 to 4, got 5"):
+        collate([graph([[0, 0, 9, 9]] * 2, [1, 1], [[0, 1, 5]])], 4)
+
+
+# ---- frequency baseline
+
+
+def test_counts_by_hand():
+    graphs = [graph([[0, 0, 9, 9]] * 3, [1, 2, 2], [[0, 1, 3], [0, 1, 3], [0, 2, 1]])]
+    counts = predicate_counts(graphs, 2, 3)
+    assert counts[1, 2].tolist() == [0, 1, 0, 2] and counts[2, 2].tolist() == [2, 0, 0, 0]
+    assert counts[2, 1].tolist() == [2, 0, 0, 0] and not counts[0].any() and not counts[1, 1].any()
+
+
+def test_frequency_baseline_is_the_log_of_smoothed_counts(counts, scenes):
+    batch = collate(scenes[:3], PREDICATES)
+    logits = FrequencyBaseline(counts)(batch)
+    subject, object_ = batch.labels[batch.pairs[5]]
+    row = counts[subject, object_].clone()
+    row[0] += 1
+    torch.testing.assert_close(logits[5], torch.log(row / row.sum() + 1e-3))
+    assert not list(p for p in FrequencyBaseline(counts).parameters() if p.requires_grad)
+
+
+# ---- Motifs
+
+
+def test_box_features_by_hand():
+    features = box_features(torch.tensor([[10.0, 20, 29, 29]]), torch.tensor([[100.0, 50]]))
+    expected = [20 / 100, 10 / 50, 20 / 100, 25 / 50, 10 / 100, 20 / 50, 29 / 100, 29 / 50, 0.2 * 0.2]
+    torch.testing.assert_close(features, torch.tensor([expected]))
+
+
+def test_pair_features_by_hand():
+    batch = collate([graph([[0, 0, 9, 9], [5, 0, 24, 9]], [1, 2], [])], 3)
+    relative = pair_features(batch)[0, 27:]
+    expected = torch.tensor([torch.asinh(torch.tensor(10 / 10)), 0, torch.log(torch.tensor(2.0)), 0, 50 / 250])
+    torch.testing.assert_close(relative, expected)
+    around = pair_features(batch)[:, 18:27]
+    torch.testing.assert_close(around[0], box_features(torch.tensor([[0.0, 0, 24, 9]]), torch.tensor([[100.0, 50]]))[0])
+    assert torch.equal(around[0], around[1])
+
+
+def test_objects_stand_from_right_to_left():
+    first = graph([[0, 0, 9, 9], [50, 0, 59, 9], [20, 0, 29, 9]], [1, 1, 1], [])
+    second = graph([[80, 0, 89, 9], [80, 5, 89, 9]], [1, 1], [])
+    assert right_to_left(collate([first, second], 3)).tolist() == [2, 0, 1, 0, 1]
+
+
+def test_images_of_a_batch_do_not_meet(motifs, scenes):
+    motifs.eval()
+    empty = graph([], [], [])
+    together = motifs(collate([scenes[0], empty, scenes[1], scenes[2]], PREDICATES))
+    apart = torch.cat([motifs(collate([scene], PREDICATES)) for scene in scenes[:3]])
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+    assert motifs(collate([empty], PREDICATES)).shape == (0, PREDICATES + 1)
+
+
+def test_order_of_objects_does_not_matter(motifs, scenes):
+    motifs.eval()
+    scene, order = scenes[0], torch.randperm(len(scenes[0].labels), generator=torch.Generator().manual_seed(1))
+    moved = SceneGraph(
+        "b", scene.width, scene.height, scene.boxes[order], scene.labels[order], torch.zeros(0, 3).long()
+    )
+    before, after = collate([scene], PREDICATES), collate([moved], PREDICATES)
+    row = {tuple(pair): logits for pair, logits in zip(before.pairs.tolist(), motifs(before))}
+    expected = torch.stack([row[int(order[s]), int(order[o])] for s, o in after.pairs.tolist()])
+    torch.testing.assert_close(motifs(after), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_equals_the_usual_form_of_the_relation_head(motifs, scenes):
+    """Concatenating the two vectors of each pair and multiplying once, as the public code does."""
+    batch = collate(scenes[:3], PREDICATES)
+    shared = motifs.shared(batch)
+    (edge,) = motifs.edge_context([shared.edge_input], batch, shared.places)
+    head, tail = motifs.head_tail(edge).chunk(2, dim=1)
+    pair = motifs.pair(torch.cat([head[batch.pairs[:, 0]], tail[batch.pairs[:, 1]]], dim=1))
+    usual = motifs.predicate(pair * shared.union) + shared.bias
+    torch.testing.assert_close(motifs.branches(batch, shared, [shared.edge_input], [motifs.predicate])[0], usual)
+
+
+def test_gradients_reach_every_parameter(motifs, scenes):
+    motifs(collate(scenes[:4], PREDICATES)).square().sum().backward()
+    assert [name for name, p in motifs.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_mirror_without_mask_and_with_tied_head_is_the_supervised_branch(motifs, scenes):
+    batch = collate(scenes[:6], PREDICATES)
+    nothing = torch.zeros(len(batch.labels), 1, dtype=torch.bool)
+    logits, mirrored = motifs.dual_branch(batch, nothing, motifs.predicate)
+    assert torch.equal(logits, mirrored)
+    torch.testing.assert_close(motifs.eval()(batch), motifs.dual_branch(batch, nothing, motifs.predicate)[0])
+
+
+def test_mask_reaches_the_mirror_alone(motifs, scenes):
+    motifs.eval()
+    batch = collate(scenes[:2], PREDICATES)
+    dropped = torch.zeros(len(batch.labels), 1, dtype=torch.bool)
+    dropped[0] = True
+    logits, mirrored = motifs.dual_branch(batch, dropped, motifs.predicate)
+    torch.testing.assert_close(logits, motifs(batch))
+    changed = (logits - mirrored).abs().amax(1) > 1e-6
+    of_first_image = batch.images[batch.pairs[:, 0]] == 0
+    assert changed[of_first_image].any() and not changed[~of_first_image].any()
+
+
+def test_class_vectors_are_the_initial_embeddings(counts):
+    vectors = torch.randn(OBJECTS + 1, 12)
+    motifs = Motifs(counts, embed_dim=12, hidden_dim=8, relation_dim=16, class_vectors=vectors)
+    assert torch.equal(motifs.object_embedding.weight, vectors) and torch.equal(motifs.edge_embedding.weight, vectors)
+    with pytest.raises(ValueError, match=r"class_vectors must be \[17, embed_dim = 10\], got \[17, 12\]"):
+        Motifs(counts, embed_dim=10, class_vectors=vectors)
