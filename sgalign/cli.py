@@ -1,0 +1,79 @@
+"""The command line. Each command imports only what it needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+USAGE = """\
+usage: sgalign COMMAND ...
+
+  doctor    what is installed, what runs, what to do about the rest
+  compare   train and evaluate the frequency baseline, Motifs and Align-Motifs
+  fit, validate, test, predict
+            one system: sgalign fit --config configs/align_motifs_small.yaml
+
+sgalign COMMAND --help has each command's options."""
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command == "--version":
+        from sgalign import __version__
+
+        print(__version__)
+        return 0
+    if command == "doctor":
+        from sgalign import doctor
+
+        return doctor.main()
+    if command != "compare" and command not in TRAINER_COMMANDS:
+        print(f"sgalign: no command {command!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        import jsonargparse  # noqa: F401
+        import lightning  # noqa: F401
+        import matplotlib  # noqa: F401
+        import tensorboard  # noqa: F401
+        import torchmetrics  # noqa: F401
+    except ModuleNotFoundError as error:
+        print(f"sgalign: {command} needs {error.name}: pip install 'sgalign[train]'", file=sys.stderr)
+        return 1
+    try:
+        if command == "compare":
+            from sgalign import compare
+
+            return compare.main(rest)
+        _lightning([command, *rest])
+    except (FileNotFoundError, ValueError) as error:
+        # Said of input or data: the sentence is what helps, a traceback is not.
+        print(f"sgalign: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _lightning(arguments: list[str]) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    from sgalign.training import FrequencyModule, RelationModule, SceneGraphData
+
+    class CLI(LightningCLI):
+        def _needs_checkpoint(self) -> None:
+            if not isinstance(self.model, FrequencyModule) and not self.config[self.config.subcommand].ckpt_path:
+                raise ValueError(f"{self.config.subcommand} needs --ckpt_path FILE, a checkpoint that fit has written")
+
+        before_validate = before_test = before_predict = _needs_checkpoint
+
+    CLI(
+        RelationModule,
+        SceneGraphData,
+        subclass_mode_model=True,
+        save_config_kwargs={"overwrite": True},
+        args=arguments,
+    )

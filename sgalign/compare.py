@@ -1,0 +1,167 @@
+"""`sgalign compare`: the frequency baseline, Motifs and Align-Motifs on one data set, and what the mirror costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from sgalign.data import GraphBatch
+from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, RelationModule, SceneGraphData
+
+METRICS = ("R@20", "R@50", "R@100", "mR@20", "mR@50", "mR@100")
+COST_STEPS = 40
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sgalign compare", description=__doc__)
+    parser.add_argument("--data", metavar="FOLDER", help="the VRD annotations; without it, generated scenes")
+    parser.add_argument("--epochs", type=int, default=6, help="of each training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and image order (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for all results (default: a new one in runs/)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parser().parse_args(arguments)
+    if options.epochs < 1:
+        parser().error(f"--epochs must be at least 1, got {options.epochs}")
+    out = options.out or Path("runs") / time.strftime("compare_%Y-%m-%d_%H-%M-%S")
+    if out.exists() and any(out.iterdir()):
+        parser().error(f"--out must be a new or an empty folder, {out} has files")
+    # Advice on worker processes and devices that does not apply: batches take a millisecond to make.
+    warnings.filterwarnings("ignore", module="lightning.*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    data = SceneGraphData(options.data, seed=options.seed)
+    print(f"{data.name}: {len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test images")
+    out.mkdir(parents=True, exist_ok=True)
+    modules: dict[str, RelationModule] = {}
+    history: dict[str, list[dict[str, float]]] = {}
+    results: dict[str, dict[str, float]] = {}
+    for name, make in (("Frequency", FrequencyModule), ("Motifs", MotifsModule), ("Align-Motifs", AlignMotifsModule)):
+        pl.seed_everything(options.seed, verbose=False)
+        modules[name] = make()
+        trainer, history[name] = _trainer(out / name, options.epochs, trains=name != "Frequency")
+        if name != "Frequency":
+            print(f"training {name}, epochs: {options.epochs}")
+            trainer.fit(modules[name], datamodule=data)
+        trainer.test(modules[name], datamodule=data, verbose=False)
+        results[name] = {key: float(value) for key, value in modules[name].test_recall.compute().items()}
+
+    motifs, mirrored = (modules[name] for name in ("Motifs", "Align-Motifs"))
+    assert isinstance(motifs, MotifsModule) and isinstance(mirrored, AlignMotifsModule)
+    seconds = step_seconds([motifs, mirrored], list(data.train_dataloader()))
+    report: dict[str, Any] = {"data": data.name, "epochs": options.epochs, "seed": options.seed}
+    report |= {"test": results, "validation": history, "step_seconds": dict(zip(("Motifs", "Align-Motifs"), seconds))}
+    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(out / "comparison.png", data, history, results)
+
+    print(f"\n{table(results)}\n")
+    print(f"One run each on {data.name}, seed {options.seed}, PredCls, test part: differences of a point or two are")
+    print("within the spread between seeds (docs/training.md).")
+    print(f"A training step takes {1e3 * seconds[0]:.1f} ms, with the mirror {1e3 * seconds[1]:.1f} ms: ", end="")
+    print(f"{seconds[1] / seconds[0]:.2f} times as long.")
+    print(f"figure      {out / 'comparison.png'}")
+    print(f"figures     {out / 'results.json'}")
+    for name in ("Motifs", "Align-Motifs"):
+        print(f"checkpoint  {out / name / 'last.ckpt'}")
+    return 0
+
+
+class _History(Callback):
+    """Validation recall after each epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, RelationModule)
+        recall = pl_module.val_recall.compute()
+        self.epochs.append({name: float(recall[name]) for name in METRICS})
+
+
+def _trainer(folder: Path, epochs: int, *, trains: bool) -> tuple[pl.Trainer, list[dict[str, float]]]:
+    history = _History()
+    checkpoint = ModelCheckpoint(folder, "last", enable_version_counter=False)
+    trainer = pl.Trainer(
+        accelerator="auto",
+        devices=1,
+        max_epochs=epochs,
+        num_sanity_val_steps=0,
+        logger=[CSVLogger(folder, "", ""), TensorBoardLogger(folder, "", "")] if trains else False,
+        callbacks=[history, checkpoint, TQDMProgressBar(refresh_rate=10)] if trains else None,
+        enable_checkpointing=trains,
+        enable_progress_bar=trains,
+        enable_model_summary=False,
+    )
+    return trainer, history.epochs
+
+
+def step_seconds(modules: Sequence[MotifsModule], batches: Sequence[GraphBatch]) -> list[float]:
+    """Median time of a training step of each module, steps of all taken in turn, so that all meet the same machine."""
+    device = modules[0].device
+    optimizers = [module.configure_optimizers() for module in modules]
+    taken: list[list[float]] = [[] for _ in modules]
+    for step in range(COST_STEPS):
+        batch = modules[0].transfer_batch_to_device(batches[step % len(batches)], device, 0)
+        for module, optimizer, times in zip(modules, optimizers, taken):
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            loss, _ = module.train().losses(batch, step)
+            loss.backward()
+            optimizer.step()
+            loss.item()  # waits for the device
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in taken]
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Recalls in percent, a line a model."""
+    lines = [f"{'':14}" + "".join(f"{metric:>8}" for metric in METRICS)]
+    for name, recall in results.items():
+        lines.append(f"{name:14}" + "".join(f"{100 * recall[metric]:8.1f}" for metric in METRICS))
+    return "\n".join(lines)
+
+
+def draw(
+    path: Path,
+    data: SceneGraphData,
+    history: dict[str, list[dict[str, float]]],
+    results: dict[str, dict[str, float]],
+) -> None:
+    """Recall by epoch, and what the mirror changed for each predicate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=[1, 2])
+    for color, name in zip(("tab:gray", "tab:orange"), ("Motifs", "Align-Motifs")):
+        epochs = range(1, len(history[name]) + 1)
+        for style, metric in (("-", "R@50"), ("--", "mR@50")):
+            values = [100 * epoch[metric] for epoch in history[name]]
+            curves.plot(epochs, values, style, color=color, marker=".", label=f"{name} {metric}")
+    curves.set(xlabel="epoch", ylabel="validation recall, %", title="Training")
+    curves.legend(fontsize=8)
+
+    predicates = torch.cat([graph.relations for graph in data.train])[:, 2]
+    counts = torch.bincount(predicates, minlength=len(data.predicate_names))
+    order = counts[1:].argsort(descending=True, stable=True) + 1
+    names = [data.predicate_names[index] for index in order]
+    change = [100 * (results["Align-Motifs"][f"R@50/{name}"] - results["Motifs"][f"R@50/{name}"]) for name in names]
+    bars.bar(range(len(names)), change, color="tab:orange")
+    bars.set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 30 else 5)
+    bars.axhline(0, color="black", linewidth=0.5)
+    bars.set(ylabel="points of R@50", title="Align-Motifs less Motifs, predicates by falling frequency, test part")
+    figure.savefig(path, dpi=150)

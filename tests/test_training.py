@@ -1,0 +1,323 @@
+"""Training, evaluation and the command line, on a few images for a step or two unless marked slow."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+import lightning.pytorch as pl  # noqa: E402
+
+from sgalign import cli, compare  # noqa: E402
+from sgalign.data import collate  # noqa: E402
+from sgalign.training import (  # noqa: E402
+    AlignMotifsModule,
+    FrequencyModule,
+    MotifsModule,
+    SceneGraphData,
+    mask_seed,
+    relation_loss,
+)
+
+SMALL = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    data = SceneGraphData()
+    data.train, data.validation, data.test = data.train[:96], data.validation[:32], data.test[:32]
+    return data
+
+
+def trainer(**options) -> pl.Trainer:
+    defaults = {"max_epochs": 1, "enable_checkpointing": False, "logger": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(accelerator="cpu", **(defaults | quiet | options))
+
+
+def fit(module, data, *, seed=0, **options) -> pl.Trainer:
+    pl.seed_everything(seed, verbose=False)
+    run = trainer(**options)
+    run.fit(module, datamodule=data)
+    return run
+
+
+def made(module, data):
+    """The module with its network, without any training."""
+    fit(module, data, max_epochs=0)
+    return module
+
+
+def same_weights(first, second) -> bool:
+    first, second = first.network.state_dict(), second.network.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_lowers_the_loss(scenes):
+    module = made(AlignMotifsModule(**SMALL, learning_rate=0.01), scenes)
+    batch = collate(scenes.train, 20)
+    before = relation_loss(module(batch), batch.targets)
+    fit(module, scenes, max_epochs=2)
+    assert relation_loss(module(batch), batch.targets) < 0.9 * before
+
+
+def test_runs_repeat_and_seeds_differ(scenes):
+    first, again, other = (AlignMotifsModule(**SMALL) for _ in range(3))
+    for module, seed in ((first, 0), (again, 0), (other, 1)):
+        fit(module, scenes, seed=seed)
+    assert same_weights(first, again) and not same_weights(first, other)
+
+
+def test_a_resumed_run_goes_on_as_the_first_would_have(scenes, tmp_path):
+    whole, halves = AlignMotifsModule(**SMALL), AlignMotifsModule(**SMALL)
+    fit(whole, scenes, max_epochs=2)
+    fit(halves, scenes, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = AlignMotifsModule(**SMALL)
+    pl.seed_everything(5, verbose=False)
+    trainer(max_epochs=2).fit(resumed, datamodule=scenes, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.run_seed == whole.run_seed and same_weights(whole, resumed)
+
+
+def test_a_checkpoint_needs_neither_data_nor_word_vectors(scenes, tmp_path):
+    vectors = tmp_path / "vectors.txt"
+    vectors.write_text("dog " + "1 " * 12 + "\ncat " + "2 " * 12 + "\n")
+    module = AlignMotifsModule(**SMALL, word_vectors=str(vectors), mask_ratio=0.3)
+    fit(module, scenes, max_epochs=0).save_checkpoint(tmp_path / "model.ckpt")
+    assert module.network.object_embedding.weight[scenes.object_names.index("dog")].tolist() == [1.0] * 12
+    vectors.unlink()
+    loaded = AlignMotifsModule.load_from_checkpoint(tmp_path / "model.ckpt")
+    assert loaded.predicate_names == scenes.predicate_names and loaded.options.mask_ratio == 0.3
+    assert same_weights(module, loaded)
+    batch = collate(scenes.test[:3], 20)
+    assert torch.equal(loaded.eval()(batch), module.eval()(batch))
+
+
+def test_the_mirror_is_gone_at_evaluation(scenes):
+    aligned, plain = made(AlignMotifsModule(**SMALL), scenes), made(MotifsModule(**SMALL), scenes)
+    plain.network.load_state_dict(aligned.network.state_dict())
+    batch = collate(scenes.test[:5], 20)
+    assert torch.equal(aligned.eval()(batch), plain.eval()(batch))
+
+
+def test_a_checkpoint_of_other_classes_is_refused(scenes, tmp_path):
+    module = MotifsModule(**SMALL)
+    fit(module, scenes, max_epochs=0).save_checkpoint(tmp_path / "model.ckpt")
+    loaded = MotifsModule.load_from_checkpoint(tmp_path / "model.ckpt")
+    other = SceneGraphData()
+    other.predicate_names = [*other.predicate_names[:-1], "beneath"]
+    with pytest.raises(ValueError, match="predicate classes of the model .* differ in .*beneath"):
+        trainer().test(loaded, datamodule=other, verbose=False)
+
+
+def test_mask_seeds_differ_in_every_argument_and_repeat():
+    seeds = {mask_seed(*arguments) for arguments in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0)]}
+    seeds |= {mask_seed(0, 0, 0, 1), mask_seed(2**63, 0, 0, 0), mask_seed(-1, 0, 0, 0)}
+    assert len(seeds) == 7 and all(-(2**63) <= seed < 2**63 for seed in seeds)
+    assert mask_seed(3, 4, 5, 6) == mask_seed(3, 4, 5, 6)
+
+
+# ---- each option of the mirror changes what it says and nothing else
+
+
+def mirror(scenes, **options):
+    """Loss, parts, and the gradients that reach network and head."""
+    module = made(AlignMotifsModule(**SMALL, **options), scenes).eval()
+    module.run_seed = 0
+    batch = collate(scenes.train[:8], 20)
+    loss, parts = module.losses(batch, 0)
+    return module, batch, loss, parts
+
+
+def test_loss_is_the_weighted_sum_of_its_parts(scenes):
+    _, _, loss, parts = mirror(scenes, alignment_weight=3.0)
+    torch.testing.assert_close(loss, parts["loss"] + 3 * parts["alignment"])
+    _, _, silent, parts = mirror(scenes, alignment_weight=0.0)
+    assert torch.equal(silent, parts["loss"])
+
+
+def test_the_supervised_loss_is_that_of_motifs_whatever_the_mirror(scenes):
+    plain = made(MotifsModule(**SMALL), scenes).eval()
+    expected, _ = plain.losses(collate(scenes.train[:8], 20), 0)
+    for options in ({}, {"mask_ratio": 1.0}, {"mask_granularity": "feature"}, {"tied_head": True}):
+        torch.testing.assert_close(mirror(scenes, **options)[3]["loss"], expected)
+
+
+def test_tied_head_and_no_mask_leave_nothing_to_align(scenes):
+    assert mirror(scenes, tied_head=True, mask_ratio=0.0)[3]["alignment"].abs() < 1e-6
+    assert mirror(scenes, tied_head=False, mask_ratio=0.0)[3]["alignment"] > 1e-4
+    assert mirror(scenes, tied_head=True, mask_ratio=0.5)[3]["alignment"] > 1e-6
+
+
+def test_untied_head_learns_from_the_alignment_alone(scenes):
+    module, _, loss, _ = mirror(scenes)
+    loss.backward()
+    assert module.mirrored_head.weight.grad.any() and module.mirrored_head is not module.network.predicate
+    module, _, loss, parts = mirror(scenes)
+    parts["loss"].backward()
+    assert module.mirrored_head.weight.grad is None
+
+
+def test_mask_granularity(scenes):
+    module, batch, *_ = mirror(scenes, mask_ratio=0.5)
+    rows = module.draw_mask(batch, 0)
+    assert rows.shape == (len(batch.labels), 1) and 0.2 < rows.float().mean() < 0.8
+    assert not torch.equal(rows, module.draw_mask(batch, 1))
+    module, batch, *_ = mirror(scenes, mask_ratio=0.5, mask_granularity="feature")
+    features = module.draw_mask(batch, 0)
+    assert features.shape == (len(batch.labels), module.network.edge_input_dim)
+    assert 0.45 < features.float().mean() < 0.55
+
+
+def test_row_mask_is_that_of_attention_with_one_head_and_query(scenes):
+    from sgalign import random_attention_mask
+
+    module, batch, *_ = mirror(scenes, mask_ratio=0.5)
+    seed = mask_seed(0, module.global_step, 0, 0)
+    whole = random_attention_mask(8, 1, 1, int(batch.lengths.max()), ratio=0.5, seed=seed)
+    expected = [whole[image, 0, 0, place] for image, place in zip(batch.images, batch.positions)]
+    assert torch.equal(module.draw_mask(batch, 0)[:, 0], torch.stack(expected))
+
+
+def test_aligned_relations(scenes):
+    module, batch, *_ = mirror(scenes, aligned_relations="foreground")
+    dropped = torch.zeros(len(batch.labels), 1, dtype=torch.bool)
+    assert torch.equal(module._weights(batch, dropped), (batch.targets[:, 1:].sum(1) > 0).float())
+    module, batch, *_ = mirror(scenes, aligned_relations="masked")
+    dropped[3] = True
+    assert torch.equal(module._weights(batch, dropped) > 0, (batch.pairs == 3).any(1))
+
+
+def test_reduction_direction_and_warmup(scenes):
+    element = mirror(scenes)[3]["alignment"]
+    relation = mirror(scenes, reduction="relation")[3]["alignment"]
+    torch.testing.assert_close(relation, 21 * element)
+    assert mirror(scenes, direction="student_to_teacher")[3]["alignment"] != element
+    _, _, loss, parts = mirror(scenes, alignment_warmup=100)
+    assert torch.equal(loss, parts["loss"]), "the weight starts at 0"
+
+
+def test_supervised_mirror(scenes):
+    _, _, loss, parts = mirror(scenes, supervise_mirror=True, alignment_weight=0.0)
+    assert loss > parts["loss"] * 1.5
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"mask_ratio": 1.5}, "mask_ratio"), ({"alignment_weight": -1}, "weight")]
+)
+def test_bad_options_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        AlignMotifsModule(**options)
+
+
+def test_images_without_objects_or_pairs_are_evaluated(scenes):
+    module = made(MotifsModule(**SMALL), scenes).eval()
+    scene = scenes.test[0]
+    none = type(scene)("none", 9, 9, torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0, 3).long())
+    one = type(scene)("one", 9, 9, torch.tensor([[0.0, 0, 5, 5]]), torch.tensor([1]), torch.tensor([[0, 0, 1]]))
+    for graphs in ([none, one], [scene, none, one]):
+        predictions = module.predictions(collate(graphs, 20))
+        assert [len(p["labels"]) for p in predictions[-2:]] == [0, 1] and len(predictions[-1]["pairs"]) == 0
+
+
+# ---- the first main job, on real data
+
+
+def test_motifs_beats_the_frequency_baseline_on_vrd(vrd_root):
+    data = SceneGraphData(str(vrd_root))
+    frequency = trainer().test(FrequencyModule(), datamodule=data, verbose=False)[0]
+    module = MotifsModule()
+    motifs = fit(module, data, max_epochs=2, limit_val_batches=0).test(module, datamodule=data, verbose=False)[0]
+    for metric in ("test/R@50", "test/mR@50"):
+        assert motifs[metric] > frequency[metric] + 0.01, metric
+
+
+# ---- command line
+
+
+def run(*arguments, cwd, **options):
+    command = [sys.executable, "-c", "import sys; from sgalign.cli import main; sys.exit(main())", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)
+
+
+def test_compare_writes_what_it_says(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "COST_STEPS", 2)
+    monkeypatch.setattr("sgalign.data.scenes.SIZES", {"train": 48, "validation": 16, "test": 16})
+    assert cli.main(["compare", "--epochs", "2", "--out", "out"]) == 0
+    printed = capfd.readouterr().out
+    for name in ("Frequency", "Motifs", "Align-Motifs"):
+        assert f"\n{name} " in printed
+    for path in ("comparison.png", "results.json", "Motifs/last.ckpt", "Align-Motifs/last.ckpt", "Motifs/metrics.csv"):
+        assert (tmp_path / "out" / path).stat().st_size > 100
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["validation"]["Motifs"]) == 2 and 0 < results["test"]["Motifs"]["R@50"] < 1
+    assert "times as long" in printed and results["step_seconds"]["Motifs"] > 0
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--out", "out"])
+    assert "must be a new or an empty folder" in capfd.readouterr().err
+
+
+def test_fit_test_predict(tmp_path):
+    config = ROOT / "configs" / "align_motifs_small.yaml"
+    short = ["--config", config, "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
+    fitted = run("fit", *short, "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", cwd=tmp_path)
+    assert fitted.returncode == 0, fitted.stderr
+    checkpoints = tmp_path / "runs/align_motifs_small/version_0/checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert (tmp_path / "runs/align_motifs_small/version_0/metrics.csv").exists()
+    refused = run("test", *short, cwd=tmp_path)
+    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("sgalign: test needs --ckpt_path")
+    tested = run("test", *short, "--ckpt_path", checkpoints / "last.ckpt", cwd=tmp_path)
+    assert tested.returncode == 0 and "test/mR@100" in tested.stdout, tested.stderr
+    limit = "--trainer.limit_predict_batches=2"
+    predicted = run("predict", *short, limit, "--ckpt_path", checkpoints / "best.ckpt", cwd=tmp_path)
+    assert predicted.returncode == 0, predicted.stderr
+    lines = (tmp_path / "runs/align_motifs_small/predictions.jsonl").read_text().splitlines()
+    graph = json.loads(lines[0])
+    assert len(lines) == 32 and graph["objects"][0].keys() == {"label", "box"}
+    scores = [triplet["score"] for triplet in graph["triplets"]]
+    assert scores == sorted(scores, reverse=True) and graph["triplets"][0]["predicate"] != "__background__"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_configs_are_valid(config, tmp_path):
+    printed = run("fit", "--config", config, "--print_config", cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+
+
+def test_configs_spell_out_the_defaults():
+    """So that `sgalign compare`, which takes the defaults, and the configs are the same systems."""
+    yaml = pytest.importorskip("yaml")
+    for name, module in (("motifs_small", MotifsModule), ("align_motifs_small", AlignMotifsModule)):
+        config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+        assert config["model"]["class_path"] == f"sgalign.training.{module.__name__}"
+        assert config["model"]["init_args"] == {k: v for k, v in module().hparams.items() if k != "word_vectors"}
+        assert config["trainer"]["max_epochs"] == compare.parser().get_default("epochs")
+
+
+def test_missing_data_is_one_sentence(tmp_path):
+    missing = run("compare", "--data", tmp_path / "nowhere", cwd=tmp_path)
+    assert missing.returncode == 1 and missing.stderr.strip().count("\n") == 0
+    assert "objects.json not found: download" in missing.stderr and not (tmp_path / "runs").exists()
+
+
+def test_missing_extra_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    assert cli.main(["compare"]) == 1
+    assert capsys.readouterr().err == "sgalign: compare needs lightning: pip install 'sgalign[train]'\n"
+
+
+def test_usage(capsys):
+    assert cli.main(["--help"]) == 0 and cli.main(["train"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("usage: sgalign") and "no command 'train'" in captured.err
+
+
+def test_doctor_finds_the_package_working(capfd):
+    assert cli.main(["doctor"]) == 0
+    assert "cpu: available" in capfd.readouterr().out
