@@ -12,10 +12,10 @@ demo: $(VENV)/train
 	$(BIN)/sgalign compare $(if $(DATA),--data $(DATA))
 
 test: $(VENV)/test
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest
 
 test-all: $(VENV)/test
-	$(BIN)/pytest
+	$(BIN)/pytest -m "slow or not slow"
 
 benchmark: $(VENV)/test
 	$(BIN)/pytest benchmarks/ --benchmark-only

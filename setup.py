@@ -76,9 +76,8 @@ class NinjaBuild(build_ext):
         openmp = ["-fopenmp"] if compiles(compiler, ["-fopenmp"]) else []
         if not openmp:
             print(f"sgalign: {compiler} has no OpenMP here, so the kernels will use one thread", file=sys.stderr)
-        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout.splitlines()[
-            0
-        ]
+        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
+        version = version.partition("\n")[0]
         digest = runpy.run_path(str(ROOT / "sgalign" / "_source_digest.py"))["source_digest"](ROOT / "csrc")
         includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
         bindings = [*includes, f'-DSGALIGN_SOURCES=\\"{digest}\\"', f"-DSGALIGN_COMPILER='\"{version}\"'"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import pytest
@@ -11,20 +12,22 @@ seconds: dict[str, dict[str, float]] = defaultdict(dict)  # group -> contender -
 flops: dict[str, int] = {}  # group -> of the matrix products of both branches
 peak_memory: dict[str, float] = {}  # contender -> MiB
 sgemm_rate: list[float] = []  # flops per second
+SPLIT_SHAPE = (8, 8, 180, 1024)  # B, H, Lq, Lk of the split into matrix products and the rest
 
 
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark's own tables
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not seconds:
         return
     write = terminalreporter.write_line
     terminalreporter.section("ratios of this run (times are the fastest round's, in ms)")
-    write(f"{'':42}{'dual':>8}{'best alternative':>28}{'ratio':>8}{'/ single':>10}{'same query':>12}{'of sgemm':>10}")
+    write(f"{'':46}{'dual':>8}{'best alternative':>30}{'ratio':>8}{'/ single':>10}{'same query':>12}{'of sgemm':>10}")
     for group, entries in seconds.items():
         others = {name: time for name, time in entries.items() if not name.startswith("sgalign")}
         if "sgalign dual" not in entries or not others:
             continue
         dual, best = entries["sgalign dual"], min(others, key=lambda name: others[name])
-        line = f"{group:42}{1e3 * dual:8.2f}{best:>20}{1e3 * others[best]:8.2f}{others[best] / dual:7.2f}x"
+        line = f"{group:46}{1e3 * dual:8.2f}{best:>22}{1e3 * others[best]:8.2f}{others[best] / dual:7.2f}x"
         if group in flops:
             line += f"{dual / entries['sgalign single']:9.2f}x"
             line += f"{entries['sgalign same query'] / entries['sgalign single, masked']:11.2f}x"
@@ -33,6 +36,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     write("ratio: best alternative / dual.  / single: dual / one unmasked branch.  same query: dual with one query for")
     write("both branches / one masked branch.  of sgemm: the matrix products' operations a second, as a share of what")
     write("torch's float32 matrix product of two 1024 x 1024 matrices reaches here.")
+    narrow, wide = seconds.get("one branch, D 32"), seconds.get("one branch, D 128")
+    if narrow and wide and sgemm_rate:
+        terminalreporter.section(f"one branch forward at {SPLIT_SHAPE}: matrix products and the rest")
+        for contender, time in narrow.items():
+            channel = (wide[contender] - time) / (128 - 32)
+            rate = 4 * math.prod(SPLIT_SHAPE) / channel
+            line = f"{contender:24}products at D 32 {1e3 * 32 * channel:6.2f} ms, {rate / sgemm_rate[0]:.0%} of sgemm's"
+            write(f"{line} rate; the rest {1e3 * (time - 32 * channel):6.2f} ms")
     if peak_memory:
         terminalreporter.section("peak memory of forward + backward beyond the inputs, MiB")
         for contender, mebibytes in peak_memory.items():

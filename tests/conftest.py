@@ -13,6 +13,7 @@ def vrd_root() -> Path:
     root = Path(os.environ.get("SGALIGN_VRD", ROOT.parent / "shared" / "data" / "vrd"))
     if not (root / "annotations_train.json").is_file():
         pytest.skip(f"no VRD annotations in {root}; set SGALIGN_VRD to the folder that has annotations_train.json")
+    pytest.importorskip("PIL", reason="Pillow reads the sizes of images")
     return root
 
 
