@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"A training step takes {1e3 * seconds[0]:.1f} ms, with the mirror {1e3 * seconds[1]:.1f} ms: ", end="")
     print(f"{seconds[1] / seconds[0]:.2f} times as long.")
     print(f"figure      {out / 'comparison.png'}")
-    print(f"figures     {out / 'results.json'}")
+    print(f"numbers     {out / 'results.json'}")
     for name in ("Motifs", "Align-Motifs"):
         print(f"checkpoint  {out / name / 'last.ckpt'}")
     return 0
