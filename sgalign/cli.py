@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 USAGE = """\
 usage: sgalign COMMAND ...
@@ -51,10 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return compare.main(rest)
         _lightning([command, *rest])
-    except (FileNotFoundError, ValueError) as error:
-        # Said of input or data: the sentence is what helps, a traceback is not.
-        print(f"sgalign: {error}", file=sys.stderr)
-        return 1
+    except (OSError, ValueError) as error:
+        # Of what our own checks and the file system say, the sentence is what helps. Anything else is a defect.
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, OSError) or Path(__file__).parent in raised_in.parents:
+            print(f"sgalign: {error}", file=sys.stderr)
+            return 1
+        raise
     return 0
 
 

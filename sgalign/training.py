@@ -234,16 +234,14 @@ class MotifsModule(RelationModule):
         return self.hparams
 
     def make_network(self, counts: Tensor) -> None:
-        options, vectors = self.options, None
-        if options.word_vectors is not None and self._trainer is not None:
-            vectors = read_word_vectors(options.word_vectors, self.object_names)
-        self.network = Motifs(
-            counts,
-            embed_dim=options.embed_dim,
-            hidden_dim=options.hidden_dim,
-            relation_dim=options.relation_dim,
-            class_vectors=vectors,
-        )
+        sizes = {name: self.options[name] for name in ("embed_dim", "hidden_dim", "relation_dim")}
+        self.network = Motifs(counts, **sizes)
+
+    def setup(self, stage: str) -> None:
+        is_new = self.network is None
+        super().setup(stage)
+        if is_new and self.options.word_vectors is not None:
+            self.network.load_class_vectors(read_word_vectors(self.options.word_vectors, self.object_names))
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and its parts by name."""

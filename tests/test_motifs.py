@@ -160,9 +160,9 @@ def test_mask_reaches_the_mirror_alone(motifs, scenes):
     assert changed[of_first_image].any() and not changed[~of_first_image].any()
 
 
-def test_class_vectors_are_the_initial_embeddings(counts):
+def test_class_vectors_are_the_initial_embeddings(motifs):
     vectors = torch.randn(OBJECTS + 1, 12)
-    motifs = Motifs(counts, embed_dim=12, hidden_dim=8, relation_dim=16, class_vectors=vectors)
+    motifs.load_class_vectors(vectors)
     assert torch.equal(motifs.object_embedding.weight, vectors) and torch.equal(motifs.edge_embedding.weight, vectors)
-    with pytest.raises(ValueError, match=r"class_vectors must be \[17, embed_dim = 10\], got \[17, 12\]"):
-        Motifs(counts, embed_dim=10, class_vectors=vectors)
+    with pytest.raises(ValueError, match=r"vectors must be \[17, 12\], classes and embed_dim, got \[17, 10\]"):
+        motifs.load_class_vectors(vectors[:, :10])

@@ -39,30 +39,13 @@ class Motifs(nn.Module):
         embed_dim: channels of a class embedding.
         hidden_dim: of each direction of both LSTMs, and of the contexts.
         relation_dim: channels of a pair's features.
-        class_vectors: `[num_objects + 1, embed_dim]`, initial class embeddings, for instance of `read_word_vectors`;
-            None for random ones.
     """
 
-    def __init__(
-        self,
-        counts: Tensor,
-        *,
-        embed_dim: int = 200,
-        hidden_dim: int = 128,
-        relation_dim: int = 512,
-        class_vectors: Tensor | None = None,
-    ) -> None:
+    def __init__(self, counts: Tensor, *, embed_dim: int = 200, hidden_dim: int = 128, relation_dim: int = 512) -> None:
         super().__init__()
         classes, _, predicates = counts.shape
-        if class_vectors is not None and class_vectors.shape != (classes, embed_dim):
-            raise ValueError(
-                f"class_vectors must be [{classes}, embed_dim = {embed_dim}], got {list(class_vectors.shape)}"
-            )
         self.object_embedding = nn.Embedding(classes, embed_dim)
         self.edge_embedding = nn.Embedding(classes, embed_dim)
-        if class_vectors is not None:
-            for embedding in (self.object_embedding, self.edge_embedding):
-                embedding.weight.data.copy_(class_vectors)
         self.position = nn.Sequential(
             nn.Linear(BOX_FEATURES, 32), nn.BatchNorm1d(32), nn.Linear(32, 128), nn.ReLU(inplace=True)
         )
@@ -84,6 +67,14 @@ class Motifs(nn.Module):
         head = nn.Linear(self.pair.out_features, self.num_predicates + 1)
         nn.init.xavier_normal_(head.weight)
         return head
+
+    def load_class_vectors(self, vectors: Tensor) -> None:
+        """Starts both class embeddings from `vectors`, `[num_objects + 1, embed_dim]`, as of `read_word_vectors`."""
+        wanted = self.object_embedding.weight.shape
+        if vectors.shape != wanted:
+            raise ValueError(f"vectors must be {list(wanted)}, classes and embed_dim, got {list(vectors.shape)}")
+        for embedding in (self.object_embedding, self.edge_embedding):
+            embedding.weight.data.copy_(vectors)
 
     def forward(self, batch: GraphBatch) -> Tensor:
         """Logits `[R, num_predicates + 1]` of the batch's pairs, column 0 the background."""
