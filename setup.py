@@ -3,6 +3,7 @@
 import os
 import platform
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,7 @@ class NinjaBuild(build_ext):
         version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
         version = version.partition("\n")[0]
         digest = runpy.run_path(str(ROOT / "sgalign" / "_source_digest.py"))["source_digest"](ROOT / "csrc")
-        includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+        includes = [shlex.quote(f"-I{path}") for path in (sysconfig.get_path("include"), pybind11.get_include())]
         bindings = [*includes, f'-DSGALIGN_SOURCES=\\"{digest}\\"', f"-DSGALIGN_COMPILER='\"{version}\"'"]
         bindings += [f"-DSGALIGN_{name.upper()}" for name, _, _ in INSTRUCTION_SETS]
         link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []

@@ -59,7 +59,9 @@ Attention attention(int dtype, std::array<int64_t, 5> sizes, const std::vector<G
     Attention a;
     a.dtype = DType(dtype);
     a.batch = sizes[0], a.heads = sizes[1], a.queries = sizes[2], a.keys = sizes[3], a.dim = sizes[4];
+    if (groups.size() > 2) throw std::invalid_argument("at most two queries");
     for (const auto& [query, branches, grad_query] : groups) {
+        if (groups.size() * branches.size() > 2) throw std::invalid_argument("at most two branches");
         QueryGroup& group = a.groups[a.group_count++];
         group.query = matrix(query);
         if (grad_query) group.grad_query = matrix(*grad_query);
@@ -117,28 +119,16 @@ PYBIND11_MODULE(_C, m) {
         },
         "Choose an instruction set, for tests.");
 
-    m.def("attention_forward",
-          [](int dtype, std::array<int64_t, 5> sizes, const std::vector<GroupArgument>& groups,
-             const MatrixArgument& key, const MatrixArgument& value, const std::optional<MatrixArgument>& mask,
-             const std::optional<std::pair<Address, std::array<int64_t, 2>>>& key_padding_mask, int64_t seed,
-             uint32_t stream, int mask_threshold, int dropout_threshold, double scale, int threads) {
-              const Attention a = attention(dtype, sizes, groups, key, value, mask, key_padding_mask, seed, stream,
-                                            mask_threshold, dropout_threshold, scale, threads);
-              py::gil_scoped_release unlocked;
-              kernels.second->attention_forward(a);
-          });
-    m.def("attention_backward",
-          [](int dtype, std::array<int64_t, 5> sizes, const std::vector<GroupArgument>& groups,
-             const MatrixArgument& key, const MatrixArgument& value, const std::optional<MatrixArgument>& mask,
-             const std::optional<std::pair<Address, std::array<int64_t, 2>>>& key_padding_mask, int64_t seed,
-             uint32_t stream, int mask_threshold, int dropout_threshold, double scale, int threads,
-             const MatrixArgument& grad_key, const MatrixArgument& grad_value) {
-              Attention a = attention(dtype, sizes, groups, key, value, mask, key_padding_mask, seed, stream,
-                                      mask_threshold, dropout_threshold, scale, threads);
-              a.grad_key = matrix(grad_key), a.grad_value = matrix(grad_value);
-              py::gil_scoped_release unlocked;
-              kernels.second->attention_backward(a);
-          });
+    py::class_<Attention>(m, "Attention").def(py::init(&attention));
+    m.def("attention_forward", [](const Attention& a) {
+        py::gil_scoped_release unlocked;
+        kernels.second->attention_forward(a);
+    });
+    m.def("attention_backward", [](Attention a, const MatrixArgument& grad_key, const MatrixArgument& grad_value) {
+        a.grad_key = matrix(grad_key), a.grad_value = matrix(grad_value);
+        py::gil_scoped_release unlocked;
+        kernels.second->attention_backward(a);
+    });
     m.def("random_mask", [](Address out, int64_t batch_heads, int64_t queries, int64_t keys, int64_t seed,
                             uint32_t stream, int threshold, int threads) {
         py::gil_scoped_release unlocked;

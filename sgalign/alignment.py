@@ -39,7 +39,8 @@ def relation_alignment_loss(
         mirrored_logits: ``[R, K]`` of the mirrored branch.
         kind: "softmax" (classes exclude one another, background among them) or "sigmoid".
         reduction: "element" or "relation".
-        weight: ``[R]``, at least 0; None weighs all relations the same.
+        weight: ``[R]``, at least 0 (which is not checked: that would wait for the device); None weighs all relations
+            the same.
         direction: "teacher_to_student", "student_to_teacher" or "symmetric".
 
     Returns:
@@ -56,13 +57,16 @@ def relation_alignment_loss(
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     for name, tensor in (("logits", logits), ("mirrored_logits", mirrored_logits)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating point tensor, got {got}")
     if logits.dim() != 2 or not logits.shape[1]:
         raise ValueError(f"logits must be [R, K] with K at least 1, got {list(logits.shape)}")
     if mirrored_logits.shape != logits.shape:
         raise ValueError(f"mirrored_logits must be {list(logits.shape)} like logits, got {list(mirrored_logits.shape)}")
     relations, classes = logits.shape
+    if weight is not None and not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor or None, got {type(weight).__name__}")
     if weight is not None and weight.shape != (relations,):
         raise ValueError(f"weight must be [{relations}], one a relation, got {list(weight.shape)}")
 

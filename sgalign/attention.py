@@ -8,6 +8,7 @@ compiled core. Both public functions are the same operation on one or two branch
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sgalign.random_mask import STEPS, check_stream, ratio_threshold, seed_tenso
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/attention.h
 MAX_DIM = 256
+MAX_SCALE = torch.finfo(torch.float32).max
 Settings = tuple[int, int, int, float]  # mask threshold, dropout threshold, stream, scale
 
 
@@ -65,7 +67,7 @@ def fused_masked_attention(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or range.
-        RuntimeError: the backend asked for is not available.
+        ImportError: the compiled core is not built, or older than its sources.
 
     Under autocast the inputs are cast as for `torch.nn.functional.scaled_dot_product_attention`.
     """
@@ -138,9 +140,9 @@ def _attention(
     check_stream(mask_stream, "mask_stream")
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
-    elif not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+    elif isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
+    elif not -MAX_SCALE <= scale <= MAX_SCALE:  # also catches NaN
         raise ValueError(f"scale must be finite, got {scale}")
     backend = backends.choose(backend, query.device)
     dtype = _computed_dtype(query)
@@ -210,9 +212,10 @@ def _check_tensors(
 def _computed_dtype(tensor: Tensor) -> torch.dtype:
     """The tensor's own, or what autocast makes of it."""
     device = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    # torch.is_autocast_enabled knows no meta tensors.
+    if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return tensor.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _reference(
@@ -356,10 +359,19 @@ _library.define(
 )
 
 
+def _empty_like(tensor: Tensor) -> Tensor:
+    """Uninitialised, with unit last stride, and if it can be the tensor's memory order.
+
+    The order of a ``[B, L, H * D]`` projection survives, so that the way back to it needs no copy.
+    """
+    out = torch.empty_like(tensor)
+    # Of a tensor that overlaps itself empty_like makes an order of its own.
+    return out if out.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def _empty_outputs(queries: list[Tensor], branches: int) -> tuple[list[Tensor], list[Tensor]]:
-    # The memory order of a [B, L, H * D] projection survives, so that the way back to it needs no copy.
     query = queries[0]
-    outs = [torch.empty_like(queries[min(branch, len(queries) - 1)]) for branch in range(branches)]
+    outs = [_empty_like(queries[min(branch, len(queries) - 1)]) for branch in range(branches)]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return outs, [query.new_empty(query.shape[:3], dtype=dtype) for _ in range(branches)]
 
@@ -380,7 +392,7 @@ def _attention_backward_fake(
     value: Tensor,
     *options: Any,
 ) -> list[Tensor]:
-    return [torch.empty_like(_unit_stride(tensor)) for tensor in (*queries, key, value)]
+    return [_empty_like(_unit_stride(tensor)) for tensor in (*queries, key, value)]
 
 
 @torch.library.impl(_library, "attention", "CPU")
@@ -389,7 +401,7 @@ def _attention_cpu(queries: list[Tensor], branches: int, key: Tensor, value: Ten
     key, value = _unit_stride(key), _unit_stride(value)
     outs, log_sums = _empty_outputs(queries, branches)
     groups = _groups(queries, outs, log_sums)
-    _core.load().attention_forward(*_core_arguments(groups, queries[0], key, value, *options))
+    _core.load().attention_forward(_description(groups, queries[0], key, value, *options))
     return [*outs, *log_sums]
 
 
@@ -405,11 +417,10 @@ def _attention_backward_cpu(
 ) -> list[Tensor]:
     queries, grad_outs = [_unit_stride(query) for query in queries], [_unit_stride(grad) for grad in grad_outs]
     key, value = _unit_stride(key), _unit_stride(value)
-    grads = [torch.empty_like(tensor) for tensor in (*queries, key, value)]
+    grads = [_empty_like(tensor) for tensor in (*queries, key, value)]
     groups = _groups(queries, outs, log_sums, grad_outs, grads)
-    _core.load().attention_backward(
-        *_core_arguments(groups, queries[0], key, value, *options), _matrix(grads[-2]), _matrix(grads[-1])
-    )
+    description = _description(groups, queries[0], key, value, *options)
+    _core.load().attention_backward(description, _matrix(grads[-2]), _matrix(grads[-1]))
     return grads
 
 
@@ -448,7 +459,7 @@ def _groups(
     ]
 
 
-def _core_arguments(
+def _description(
     groups: list[tuple[Any, ...]],
     query: Tensor,
     key: Tensor,
@@ -460,9 +471,9 @@ def _core_arguments(
     dropout_threshold: int,
     stream: int,
     scale: float,
-) -> tuple[Any, ...]:
-    """In the order of csrc/bindings.cpp."""
-    return (
+) -> Any:
+    """The call as the core takes it (csrc/attention.h). It holds addresses: the tensors must outlive it."""
+    return _core.load().Attention(
         DTYPES.index(key.dtype),
         (*query.shape[:3], *key.shape[2:]),
         groups,

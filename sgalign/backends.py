@@ -18,7 +18,6 @@ def choose(backend: str | None, device: torch.device) -> str:
 
     Raises:
         ValueError: no such backend, or it does not serve the device.
-        RuntimeError: it is not built.
     """
     if backend is None:
         return "cpu" if device.type == "cpu" else "reference"

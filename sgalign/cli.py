@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,21 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if command == "doctor":
-        from sgalign import doctor
-
-        return doctor.main()
-    if command != "compare" and command not in TRAINER_COMMANDS:
+    if command not in ("doctor", "compare", *TRAINER_COMMANDS):
         print(f"sgalign: no command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
-    try:
-        import jsonargparse  # noqa: F401
-        import lightning  # noqa: F401
-        import matplotlib  # noqa: F401
-        import tensorboard  # noqa: F401
-        import torchmetrics  # noqa: F401
-    except ModuleNotFoundError as error:
-        print(f"sgalign: {command} needs {error.name}: pip install 'sgalign[train]'", file=sys.stderr)
+    from sgalign import doctor
+
+    if command == "doctor":
+        argparse.ArgumentParser("sgalign doctor", description=doctor.__doc__).parse_args(rest)
+        return doctor.main()
+    if missing := doctor.missing("train"):
+        print(f"sgalign: {command} cannot run, {missing[0]}", file=sys.stderr)
         return 1
     try:
         if command == "compare":

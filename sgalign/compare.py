@@ -22,6 +22,7 @@ from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, R
 
 METRICS = ("R@20", "R@50", "R@100", "mR@20", "mR@50", "mR@100")
 COST_STEPS = 40
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.epochs < 1:
         parser().error(f"--epochs must be at least 1, got {options.epochs}")
     out = options.out or Path("runs") / time.strftime("compare_%Y-%m-%d_%H-%M-%S")
-    if out.exists() and any(out.iterdir()):
-        parser().error(f"--out must be a new or an empty folder, {out} has files")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        parser().error(f"--out must be a new or an empty folder, {out} is not")
     # Advice on worker processes and devices that does not apply: batches take a millisecond to make.
     warnings.filterwarnings("ignore", module="lightning.*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
@@ -59,11 +60,11 @@ def main(arguments: Sequence[str]) -> int:
             print(f"training {name}, epochs: {options.epochs}")
             trainer.fit(modules[name], datamodule=data)
         trainer.test(modules[name], datamodule=data, verbose=False)
-        results[name] = {key: float(value) for key, value in modules[name].test_recall.compute().items()}
+        results[name] = {key: float(value) for key, value in modules[name].recall.compute().items()}
 
     motifs, mirrored = (modules[name] for name in ("Motifs", "Align-Motifs"))
     assert isinstance(motifs, MotifsModule) and isinstance(mirrored, AlignMotifsModule)
-    seconds = step_seconds([motifs, mirrored], list(data.train_dataloader()))
+    seconds = step_seconds([motifs.to(DEVICE), mirrored.to(DEVICE)], list(data.train_dataloader()))
     report: dict[str, Any] = {"data": data.name, "epochs": options.epochs, "seed": options.seed}
     report |= {"test": results, "validation": history, "step_seconds": dict(zip(("Motifs", "Align-Motifs"), seconds))}
     (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -89,7 +90,7 @@ class _History(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, RelationModule)
-        recall = pl_module.val_recall.compute()
+        recall = pl_module.recall.compute()
         self.epochs.append({name: float(recall[name]) for name in METRICS})
 
 
@@ -97,7 +98,7 @@ def _trainer(folder: Path, epochs: int, *, trains: bool) -> tuple[pl.Trainer, li
     history = _History()
     checkpoint = ModelCheckpoint(folder, "last", enable_version_counter=False)
     trainer = pl.Trainer(
-        accelerator="auto",
+        accelerator="gpu" if DEVICE == "cuda" else "cpu",
         devices=1,
         max_epochs=epochs,
         num_sanity_val_steps=0,

@@ -23,10 +23,8 @@ def main() -> int:
     print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}")
     for extra, packages in EXTRAS.items():
         versions = {package: _installed_version(package) for package in packages}
-        missing = [package for package, version in versions.items() if version is None]
         found = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
-        remedy = f"; missing {', '.join(missing)}: pip install 'sgalign[{extra}]'" if missing else ""
-        print(f"[{extra}] {found or 'nothing'}{remedy}")
+        print("; ".join([f"[{extra}] {found or 'nothing'}", *missing(extra)]))
     print("backends")
     for backend in backends.BACKENDS:
         print(f"  {backend}: {backends.unavailable(backend) or 'available'}")
@@ -43,6 +41,12 @@ def main() -> int:
     works = error < 1e-5
     print(f"  dual-branch attention differs from the reference by {error:.1e}: {'fine' if works else 'WRONG'}")
     return 0 if works else 1
+
+
+def missing(extra: str) -> list[str]:
+    """A sentence about what of an extra is not installed; empty if all is."""
+    packages = [package for package in EXTRAS[extra] if _installed_version(package) is None]
+    return [f"missing {', '.join(packages)}: pip install 'sgalign[{extra}]'"] if packages else []
 
 
 def _installed_version(package: str) -> str | None:

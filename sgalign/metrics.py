@@ -16,7 +16,7 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class SceneGraphEvaluator(Metric):
-    """R@K and mR@K under the graph constraint: each pair predicts its best predicate alone.
+    """R@K and mR@K under the graph constraint: each row of `pairs` predicts its best predicate alone.
 
     A pair's triplet scores subject score x object score x predicate score, multiplied in float64, and the image's
     triplets are ranked by it; equal scores keep the order of `pairs`, and equal predicates of a pair favour the lower.
@@ -66,9 +66,11 @@ class SceneGraphEvaluator(Metric):
             raise ValueError(f"protocol must be one of those supported, {', '.join(PROTOCOLS)}, got {protocol!r}")
         if num_predicates < 1:
             raise ValueError(f"num_predicates must be at least 1, got {num_predicates}")
-        if not top_k or any(type(k) is not int or k < 1 for k in top_k):
+        if not isinstance(top_k, Sequence) or not top_k or any(type(k) is not int or k < 1 for k in top_k):
             raise ValueError(f"top_k must be integers of at least 1, got {top_k!r}")
-        if predicate_names is not None and len(set(predicate_names)) != num_predicates + 1:
+        if predicate_names is not None and not (
+            len(predicate_names) == len(set(predicate_names)) == num_predicates + 1
+        ):
             raise ValueError(
                 f"predicate_names must be {num_predicates + 1} different names, background first, got {predicate_names}"
             )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sgalign.attention import dual_branch_attention, fused_masked_attention
+from sgalign.random_mask import ratio_threshold
 
 
 class MaskedMultiheadAttention(nn.Module):
@@ -36,10 +37,10 @@ class MaskedMultiheadAttention(nn.Module):
         num_heads: int,
         dropout: float = 0.0,
         bias: bool = True,
+        *,
         kdim: int | None = None,
         vdim: int | None = None,
         batch_first: bool = False,
-        *,
         mask_ratio: float = 0.0,
         backend: str | None = None,
         device: torch.device | str | None = None,
@@ -48,9 +49,11 @@ class MaskedMultiheadAttention(nn.Module):
         super().__init__()
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim, both positive, got {num_heads} and {embed_dim}")
+        ratio_threshold(dropout, "dropout")
+        ratio_threshold(mask_ratio, "mask_ratio")
         self.embed_dim, self.num_heads, self.batch_first = embed_dim, num_heads, batch_first
         self.dropout, self.mask_ratio, self.backend = dropout, mask_ratio, backend
-        kdim, vdim = kdim or embed_dim, vdim or embed_dim
+        self.kdim, self.vdim = kdim, vdim = kdim or embed_dim, vdim or embed_dim
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -83,6 +86,8 @@ class MaskedMultiheadAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
         *,
         mask_seed: int | Tensor | None = None,
         mask_stream: int = 0,
@@ -95,6 +100,8 @@ class MaskedMultiheadAttention(nn.Module):
             key_padding_mask: bool ``[B, Lk]`` (``[Lk]`` without a batch), True = ignored.
             need_weights: must be False.
             attn_mask: bool ``[Lq, Lk]`` or ``[B * num_heads, Lq, Lk]``, True = dropped.
+            average_attn_weights: of the weights that there are not; has no effect.
+            is_causal: says of `attn_mask` that it is causal, which makes no difference here; needs `attn_mask`.
             mask_seed, mask_stream: as in `fused_masked_attention`.
 
         Returns:
@@ -108,6 +115,8 @@ class MaskedMultiheadAttention(nn.Module):
                 "need_weights must be False, got True: the fused kernels never form the [Lq, Lk] attention weights; "
                 "sgalign.random_attention_mask gives the random mask alone"
             )
+        if is_causal and attn_mask is None:
+            raise ValueError("attn_mask must be given where is_causal is True, as torch.nn.MultiheadAttention asks")
         (out,) = self._attend([query], key, value, key_padding_mask, attn_mask, mask_seed, mask_stream, dual=False)
         return out, None
 
@@ -153,12 +162,13 @@ class MaskedMultiheadAttention(nn.Module):
     ) -> list[Tensor]:
         batched = queries[0].dim() == 3
         names = ["query", "mirrored_query"][: len(queries)] + ["key", "value"]
-        for name, tensor in zip(names, [*queries, key, value], strict=True):
-            if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched:
-                layout = "[B, L, E]" if self.batch_first else "[L, B, E]"
-                raise ValueError(f"{name} must be {layout}, or [L, E] like every other, got {list(tensor.shape)}")
-        if attn_mask is not None and attn_mask.dim() == 3:
-            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
+        channels = [self.embed_dim] * len(queries) + [self.kdim, self.vdim]
+        for name, tensor, width in zip(names, [*queries, key, value], channels, strict=True):
+            if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched or tensor.shape[-1] != width:
+                layout = f"[B, L, {width}]" if self.batch_first else f"[L, B, {width}]"
+                raise ValueError(f"{name} must be {layout}, or [L, {width}] like every other, got {list(tensor.shape)}")
+        if attn_mask is not None:
+            attn_mask = self._mask_by_head(attn_mask)
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask[None]
         weights = self._projection_weights()
@@ -181,6 +191,17 @@ class MaskedMultiheadAttention(nn.Module):
             else [fused_masked_attention(heads[0], keys, values, **options)]
         )
         return [self.out_proj(self._merge_heads(out, batched)) for out in outs]
+
+    def _mask_by_head(self, attn_mask: Tensor) -> Tensor:
+        if not isinstance(attn_mask, Tensor) or attn_mask.dtype != torch.bool:
+            got = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+            raise TypeError(f"attn_mask must be a bool tensor, True = dropped, got {got}")
+        if attn_mask.dim() == 2:
+            return attn_mask
+        if attn_mask.dim() != 3 or attn_mask.shape[0] % self.num_heads:
+            wanted = f"[Lq, Lk] or [B * {self.num_heads}, Lq, Lk]"
+            raise ValueError(f"attn_mask must be {wanted}, got {list(attn_mask.shape)}")
+        return attn_mask.unflatten(0, (-1, self.num_heads))
 
     def _projection_weights(self) -> tuple[Tensor, ...]:
         if self.in_proj_weight is not None:

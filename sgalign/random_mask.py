@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,7 @@ def random_attention_mask(
         TypeError, ValueError: an argument is of the wrong type or out of its range.
     """
     for name, size in (("batch", batch), ("heads", heads), ("queries", queries), ("keys", keys)):
+        check_int(size, name)
         if size < 0:
             raise ValueError(f"{name} must be at least 0, got {size}")
     check_stream(stream, "stream")
@@ -54,16 +57,20 @@ def random_attention_mask(
 
 def ratio_threshold(ratio: float, name: str) -> int:
     """``round(65536 * ratio)``; a random 16-bit number below it is a dropped entry."""
-    if not isinstance(ratio, (int, float)):
+    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(ratio).__name__}")
     if not 0 <= ratio <= 1:  # also catches NaN
         raise ValueError(f"{name} must be in [0, 1], got {ratio}")
     return round(STEPS * ratio)
 
 
+def check_int(value: int, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
 def check_stream(stream: int, name: str) -> None:
-    if isinstance(stream, bool) or not isinstance(stream, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {type(stream).__name__}")
+    check_int(stream, name)
     if not 0 <= stream < reference.DROPOUT_STREAM_BIT:
         raise ValueError(f"{name} must be in [0, 2**31), got {stream}")
 
@@ -81,7 +88,7 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device, name: str) -> T
         if seed.device != device:
             raise ValueError(f"{name} must be on {device}, got {seed.device}")
         return seed.reshape(())
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+    if isinstance(seed, bool) or not isinstance(seed, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int, an int64 tensor or None, got {type(seed).__name__}")
     if not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"{name} must be in [-2**63, 2**63), got {seed}")

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import lightning.pytorch as pl
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, DistributedSampler
 
-from sgalign.alignment import relation_alignment_loss
+from sgalign.alignment import DIRECTIONS, REDUCTIONS, relation_alignment_loss
 from sgalign.data import GraphBatch, SceneGraph, ScenesDataset, VRDDataset, collate, read_word_vectors
 from sgalign.metrics import SceneGraphEvaluator
 from sgalign.models import FrequencyBaseline, Motifs, predicate_counts
@@ -80,8 +80,7 @@ class RelationModule(pl.LightningModule):
     Subclasses say how the network is made from the training part (`make_network`), and how it is trained.
     """
 
-    val_recall: SceneGraphEvaluator
-    test_recall: SceneGraphEvaluator
+    recall: SceneGraphEvaluator
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,10 +107,7 @@ class RelationModule(pl.LightningModule):
     def _set_classes(self, object_names: Sequence[str], predicate_names: Sequence[str], whose: str) -> None:
         if self.network is None:
             self.object_names, self.predicate_names = list(object_names), list(predicate_names)
-            self.val_recall, self.test_recall = (
-                SceneGraphEvaluator("predcls", len(predicate_names) - 1, predicate_names=predicate_names)
-                for _ in ("validation", "test")
-            )
+            self.recall = SceneGraphEvaluator("predcls", len(predicate_names) - 1, predicate_names=predicate_names)
         for kind, ours, theirs in (
             ("object", self.object_names, object_names),
             ("predicate", self.predicate_names, predicate_names),
@@ -144,27 +140,22 @@ class RelationModule(pl.LightningModule):
             self.run_seed = torch.initial_seed()
 
     def on_validation_epoch_start(self) -> None:
-        self.val_recall.reset()
+        self.recall.reset()
 
     def validation_step(self, batch: GraphBatch) -> None:
-        self.val_recall.update(self.predictions(batch), ground_truth(batch))
+        self.recall.update(self.predictions(batch), ground_truth(batch))
 
     def on_validation_epoch_end(self) -> None:
-        self._log_recall("val", self.val_recall)
-
-    def on_test_epoch_start(self) -> None:
-        self.test_recall.reset()
-
-    def test_step(self, batch: GraphBatch) -> None:
-        self.test_recall.update(self.predictions(batch), ground_truth(batch))
-
-    def on_test_epoch_end(self) -> None:
-        self._log_recall("test", self.test_recall)
-
-    def _log_recall(self, part: str, recall: SceneGraphEvaluator) -> None:
-        for name, value in recall.compute().items():
+        part = "test" if self.trainer.testing else "val"
+        for name, value in self.recall.compute().items():
             if "/" not in name:
                 self.log(f"{part}/{name}", value.float(), prog_bar=name in ("R@50", "mR@50"))
+
+    on_test_epoch_start, test_step, on_test_epoch_end = (
+        on_validation_epoch_start,
+        validation_step,
+        on_validation_epoch_end,
+    )
 
     def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
         return self.predictions(batch)
@@ -200,6 +191,11 @@ def _objects(batch: GraphBatch) -> list[dict[str, Any]]:
 
 class FrequencyModule(RelationModule):
     """The frequency baseline: nothing to train, so `sgalign test --model FrequencyModule` is all it takes."""
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            raise ValueError("FrequencyModule has nothing to fit: sgalign test --model FrequencyModule evaluates it")
+        super().setup(stage)
 
     def make_network(self, counts: Tensor) -> None:
         self.network = FrequencyBaseline(counts)
@@ -240,7 +236,7 @@ class MotifsModule(RelationModule):
     def setup(self, stage: str) -> None:
         is_new = self.network is None
         super().setup(stage)
-        if is_new and self.options.word_vectors is not None:
+        if is_new and stage == "fit" and self.options.word_vectors is not None:
             self.network.load_class_vectors(read_word_vectors(self.options.word_vectors, self.object_names))
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -297,8 +293,17 @@ class AlignMotifsModule(MotifsModule):
         super().__init__(embed_dim, hidden_dim, relation_dim, word_vectors, learning_rate)
         if not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be in [0, 1], got {mask_ratio}")
-        if not alignment_weight >= 0:
-            raise ValueError(f"alignment_weight must be at least 0, got {alignment_weight}")
+        for name, value in (("alignment_weight", alignment_weight), ("alignment_warmup", alignment_warmup)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+        for name, choice, choices in (
+            ("mask_granularity", mask_granularity, ("row", "feature")),
+            ("reduction", reduction, REDUCTIONS),
+            ("direction", direction, DIRECTIONS),
+            ("aligned_relations", aligned_relations, ("all", "foreground", "masked")),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {choice!r}")
 
     def make_network(self, counts: Tensor) -> None:
         super().make_network(counts)
@@ -362,7 +367,12 @@ class TripletWriter(BasePredictionWriter):
     Args:
         path: the file, replaced when the prediction is complete.
         top_k: triplets an image.
+
+    Raises:
+        ValueError: the trainer has several processes, which would write one file.
     """
+
+    _file: TextIO
 
     def __init__(self, path: str = "predictions.jsonl", top_k: int = 100) -> None:
         super().__init__("batch")
@@ -373,6 +383,8 @@ class TripletWriter(BasePredictionWriter):
         return self.path.with_name(self.path.name + ".partial")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.world_size > 1:
+            raise ValueError(f"trainer must predict in one process (--trainer.devices 1), got {trainer.world_size}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("w", encoding="utf-8")
 

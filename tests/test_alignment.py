@@ -109,7 +109,11 @@ def test_half_precision_is_summed_in_float32():
         ({"weight": torch.ones(6)}, ValueError, r"weight must be \[7\], one a relation, got \[6\]"),
         ({"mirrored_logits": torch.zeros(7, 4)}, ValueError, r"mirrored_logits must be \[7, 5\].* got \[7, 4\]"),
         ({"logits": torch.zeros(7)}, ValueError, r"logits must be \[R, K\].* got \[7\]"),
-        ({"logits": torch.zeros(7, 5, dtype=torch.int64)}, TypeError, "logits must be floating point, got torch.int64"),
+        (
+            {"logits": torch.zeros(7, 5, dtype=torch.int64)},
+            TypeError,
+            "logits must be a floating point tensor, got torch.int64",
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name(change, error, message):

@@ -161,11 +161,12 @@ def test_layout_changes_no_bit(layout, branches, options):
     assert_same(run(branches, tensors, grad_outs, **options), run(branches, *contiguous, **options))
 
 
+@pytest.mark.parametrize("rows", [5, 20])
 @pytest.mark.parametrize("branches", BRANCHES)
-def test_overlapping_windows(branches):
+def test_overlapping_windows(branches, rows):
     """Rows and channels both have stride 1, which leaves it open which of them is the inner one of a new tensor."""
-    tensors = [torch.randn(27, generator=torch.Generator().manual_seed(i)).unfold(0, 8, 1) for i in range(6)]
-    tensors = [tensor.expand(2, 3, 20, 8) for tensor in tensors]
+    tensors = [torch.randn(rows + 7, generator=torch.Generator().manual_seed(i)).unfold(0, 8, 1) for i in range(6)]
+    tensors = [tensor.expand(2, 3, rows, 8) for tensor in tensors]
     contiguous = [tensor.contiguous() for tensor in tensors]
     assert_same(run(branches, tensors[:4], tensors[4:]), run(branches, contiguous[:4], contiguous[4:]))
 
@@ -568,3 +569,14 @@ def test_streams_have_different_masks_and_dropout():
     for option in ("mask_ratio", "dropout_p"):
         outs = [attend("single", tensors, mask_seed=SEED, mask_stream=s, **{option: 0.5})[0] for s in (0, 1, 2**31 - 1)]
         assert not any(torch.allclose(a, b) for a, b in ((outs[0], outs[1]), (outs[0], outs[2]), (outs[1], outs[2])))
+
+
+def test_half_subnormals_survive_a_thread_that_flushes_them():
+    values = torch.tensor([3e-6, 6e-8, -5e-5, 6.1e-5], dtype=torch.float16).reshape(1, 1, 1, 4)
+    zero = torch.zeros(1, 1, 1, 4, dtype=torch.float16)
+    torch.set_flush_denormal(True)
+    try:
+        out = fused_masked_attention(zero, zero, values)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(out, values)

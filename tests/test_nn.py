@@ -86,9 +86,41 @@ def test_errors():
     tensor = torch.randn(5, 2, E)
     with pytest.raises(ValueError, match="need_weights must be False"):
         module(tensor, tensor, tensor, need_weights=True)
-    with pytest.raises(ValueError, match=r"key must be \[L, B, E\]"):
+    with pytest.raises(ValueError, match=rf"key must be \[L, B, {E}\]"):
         module(tensor, tensor[0], tensor)
     with pytest.raises(TypeError, match="mask must be a bool tensor"):
         module(tensor, tensor, tensor, attn_mask=torch.zeros(5, 5))
     with pytest.raises(ValueError, match="num_heads must divide embed_dim"):
         MaskedMultiheadAttention(10, 3)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"query": torch.zeros(3, 5, E + 1)}, ValueError, rf"query must be \[B, L, {E}\].* got \[3, 5, {E + 1}\]"),
+        ({"value": torch.zeros(7, E)}, ValueError, rf"value must be \[B, L, {E}\].* got \[7, {E}\]"),
+        ({"attn_mask": torch.zeros(3, 5, 7)}, TypeError, "attn_mask must be a bool tensor.* got torch.float32"),
+        ({"attn_mask": torch.zeros(H + 1, 5, 7) > 0}, ValueError, rf"attn_mask must be .* got \[{H + 1}, 5, 7\]"),
+        ({"is_causal": True}, ValueError, "attn_mask must be given where is_causal is True"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, error, message):
+    arguments = {"query": torch.zeros(3, 5, E), "key": torch.zeros(3, 7, E), "value": torch.zeros(3, 7, E)} | change
+    with pytest.raises(error, match=message):
+        MaskedMultiheadAttention(E, H, batch_first=True)(**arguments)
+
+
+def test_bad_ratios_are_refused_when_the_module_is_made():
+    for name in ("mask_ratio", "dropout"):
+        with pytest.raises(ValueError, match=f"{name} must be in"):
+            MaskedMultiheadAttention(E, H, **{name: 2})
+
+
+def test_works_as_the_attention_of_a_transformer_layer():
+    theirs = torch.nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True)
+    ours = torch.nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True)
+    ours.load_state_dict(theirs.state_dict())
+    ours.self_attn = MaskedMultiheadAttention(E, H, batch_first=True)
+    ours.self_attn.load_state_dict(theirs.self_attn.state_dict())
+    x = torch.randn(3, 5, E)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)

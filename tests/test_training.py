@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
 
-from sgalign import cli, compare  # noqa: E402
+from sgalign import cli, compare, doctor  # noqa: E402
 from sgalign.data import collate  # noqa: E402
 from sgalign.training import (  # noqa: E402
     AlignMotifsModule,
@@ -307,9 +307,10 @@ def test_missing_data_is_one_sentence(tmp_path):
 
 
 def test_missing_extra_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.setitem(doctor.EXTRAS, "train", ("torch", "no-such-package"))
     assert cli.main(["compare"]) == 1
-    assert capsys.readouterr().err == "sgalign: compare needs lightning: pip install 'sgalign[train]'\n"
+    expected = "sgalign: compare cannot run, missing no-such-package: pip install 'sgalign[train]'\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_usage(capsys):
@@ -321,3 +322,5 @@ def test_usage(capsys):
 def test_doctor_finds_the_package_working(capfd):
     assert cli.main(["doctor"]) == 0
     assert "cpu: available" in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--fix"])

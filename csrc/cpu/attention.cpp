@@ -11,7 +11,6 @@
 #endif
 
 #include <cstdlib>
-#include <initializer_list>
 #include <new>
 
 #include "../attention.h"
@@ -40,8 +39,9 @@ constexpr int kTileRows = 6;
 #endif
 constexpr int kForwardRows = 4 * kTileRows, kBackwardRows = 8 * kTileRows;
 
-// A forward task's queries share one packing of the keys; fewer where threads would idle.
-constexpr int64_t kQueryBlock = 192;
+// The rows of a forward task, of both branches where each has a query of its own, share one packing of the keys; fewer
+// where threads would idle.
+constexpr int64_t kRowBlock = 384;
 // The backward is cut into at least this many tasks, if there are as many chunks of keys, whatever the threads.
 constexpr int64_t kBackwardTasks = 16;
 
@@ -366,33 +366,34 @@ struct ForwardScratch {
 
     static int64_t bytes(int64_t dim) {
         const int64_t row = packed_row<R>(dim);
-        return sizeof(R) * (kQueryBlock * (3 * row + 3) + kChunk * 3 * row + 2 * kForwardRows * kChunk) +
-               8 * kQueryBlock + 64 * 12;
+        return sizeof(R) * (kRowBlock * (3 * row + 3) + kChunk * 3 * row + 2 * kForwardRows * kChunk) + 8 * kRowBlock +
+               64 * 12;
     }
     ForwardScratch(char* cursor, int64_t dim) {
         const int64_t row = packed_row<R>(dim);
-        query = take<R>(cursor, kQueryBlock * row);
-        top = take<R>(cursor, kQueryBlock);
+        query = take<R>(cursor, kRowBlock * row);
+        top = take<R>(cursor, kRowBlock);
         for (int i = 0; i < 2; ++i) {
-            out[i] = take<R>(cursor, kQueryBlock * row);
-            sum[i] = take<R>(cursor, kQueryBlock);
+            out[i] = take<R>(cursor, kRowBlock * row);
+            sum[i] = take<R>(cursor, kRowBlock);
             weights[i] = take<R>(cursor, kForwardRows * kChunk);
         }
         key = take<R>(cursor, kChunk * row);
         key_panels = take<R>(cursor, kChunk * row);
         value = take<R>(cursor, kChunk * row);
-        rows = take<int64_t>(cursor, kQueryBlock);
+        rows = take<int64_t>(cursor, kRowBlock);
     }
 };
 
-// Output and log_sum of the given queries, for the first `count` branches listed.
+// Output and log_sum of rows of the groups' queries, one group after the other, for `count` branches of each.
 template <class T, class R = typename Storage<T>::R>
-void forward_rows(const Attention& a, int64_t b, int64_t h, const Matrix& query, const Branch* const* branches,
-                  int count, const int64_t* rows, int64_t row_count, const ForwardScratch<R>& s) {
+void forward_rows(const Attention& a, int64_t b, int64_t h, int first_branch, int count, const int64_t* rows,
+                  int64_t row_count, const ForwardScratch<R>& s) {
     const int64_t row = packed_row<R>(a.dim), dim = round_to_panel<R>(a.dim);
     constexpr R infinity = __builtin_inf();
     for (int64_t i = 0; i < row_count; ++i) {
-        pack_rows(row_of<const T>(query, b, h, rows[i]), 0, 1, a.dim, R(a.scale * kLog2e), nullptr, s.query + i * row);
+        const T* query = row_of<const T>(a.groups[rows[i] / a.queries].query, b, h, rows[i] % a.queries);
+        pack_rows(query, 0, 1, a.dim, R(a.scale * kLog2e), nullptr, s.query + i * row);
         s.top[i] = -infinity;
         for (int branch = 0; branch < count; ++branch) {
             s.sum[branch][i] = 0;
@@ -414,8 +415,9 @@ void forward_rows(const Attention& a, int64_t b, int64_t h, const Matrix& query,
             for (int64_t i = 0; i < tile_rows; ++i) {
                 const int64_t at = start + i;
                 R* weights = s.weights[0] + i * kChunk;
+                const Branch& last = a.groups[rows[at] / a.queries].branches[first_branch + count - 1];
                 RowMasks masks;
-                row_masks(a, b, h, rows[at], first, keys, chunk, any_chunk, branches[count - 1]->random, masks);
+                row_masks(a, b, h, rows[at] % a.queries, first, keys, chunk, any_chunk, last.random, masks);
                 const MaskBits* shared = masks.any_shared ? &masks.shared : nullptr;
                 R* out[2] = {s.out[0] + at * row, s.out[1] + at * row};
                 R* sums[2] = {s.sum[0] + at, s.sum[1] + at};
@@ -437,10 +439,12 @@ void forward_rows(const Attention& a, int64_t b, int64_t h, const Matrix& query,
     }
     for (int branch = 0; branch < count; ++branch)
         for (int64_t i = 0; i < row_count; ++i) {
+            const Branch& target = a.groups[rows[i] / a.queries].branches[first_branch + branch];
+            const int64_t query = rows[i] % a.queries;
             const R sum = s.sum[branch][i], inverse = sum == 0 ? R(0) : 1 / sum;
-            T* out = row_of<T>(branches[branch]->out, b, h, rows[i]);
+            T* out = row_of<T>(target.out, b, h, query);
             for (int64_t d = 0; d < a.dim; ++d) out[d] = Storage<T>::write(s.out[branch][i * row + d] * inverse);
-            R* log_sum = (R*)branches[branch]->log_sum + (b * a.heads + h) * a.queries + rows[i];
+            R* log_sum = (R*)target.log_sum + (b * a.heads + h) * a.queries + query;
             *log_sum = sum == 0 ? infinity : s.top[i] + log2_scalar(sum);
         }
 }
@@ -451,25 +455,24 @@ void forward(const Attention& a) {
     // The mirror's weights are relative to the supervised maximum. Where it dropped nearly all of a row's weight, small
     // products would underflow and the log sum lose digits.
     constexpr R smallest_sum = 0x1p-12;
-    int64_t block = kQueryBlock;
-    const int64_t heads = a.batch * a.heads * a.group_count;
-    while (block > kForwardRows && heads * divide_up(a.queries, block) < 4 * a.threads) block /= 2;
-    const int64_t blocks = divide_up(a.queries, block), tasks = heads * blocks;
+    const int64_t heads = a.batch * a.heads, rows = a.group_count * a.queries;
+    const int branches = a.groups[0].count;
+    int64_t block = kRowBlock;
+    while (block > kForwardRows && heads * divide_up(rows, block) < 4 * a.threads) block /= 2;
+    const int64_t blocks = divide_up(rows, block);
     const Scratch scratch(a.threads, ForwardScratch<R>::bytes(a.dim));
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
-    for (int64_t task = 0; task < tasks; ++task) {
+    for (int64_t task = 0; task < heads * blocks; ++task) {
         const ForwardScratch<R> s(scratch.of_thread(thread_index()), a.dim);
-        const QueryGroup& group = a.groups[task / blocks % a.group_count];
-        const int64_t head = task / blocks / a.group_count, b = head / a.heads, h = head % a.heads;
-        const int64_t first = task % blocks * block, count = smaller(block, a.queries - first);
-        const Branch* branches[2] = {&group.branches[0], &group.branches[1]};
+        const int64_t b = task / blocks / a.heads, h = task / blocks % a.heads;
+        const int64_t first = task % blocks * block, count = smaller(block, rows - first);
         for (int64_t i = 0; i < count; ++i) s.rows[i] = first + i;
-        forward_rows<T>(a, b, h, group.query, branches, group.count, s.rows, count, s);
-        if (group.count == 2) {
+        forward_rows<T>(a, b, h, 0, branches, s.rows, count, s);
+        if (branches == 2) {
             int64_t again = 0;
             for (int64_t i = 0; i < count; ++i)
                 if (!(s.sum[1][i] >= smallest_sum)) s.rows[again++] = first + i;
-            if (again) forward_rows<T>(a, b, h, group.query, branches + 1, 1, s.rows, again, s);
+            if (again) forward_rows<T>(a, b, h, 1, 1, s.rows, again, s);
         }
     }
 }
@@ -484,7 +487,8 @@ struct BackwardScratch {
 
     static int64_t bytes(const Attention& a) {
         const int64_t row = packed_row<R>(a.dim);
-        return sizeof(R) * (a.queries * (6 * row + 4) + kChunk * 6 * row + 4 * kBackwardRows * kChunk) +
+        // at most two queries and two branches altogether
+        return sizeof(R) * (a.queries * (4 * row + 2) + kChunk * 6 * row + 4 * kBackwardRows * kChunk) +
                sizeof(RowMasks) * kBackwardRows + 64 * 24;
     }
     BackwardScratch(char* cursor, const Attention& a) {
@@ -496,10 +500,10 @@ struct BackwardScratch {
                 delta[g][branch] = take<R>(cursor, a.queries);
             }
         }
-        for (R** chunk : {&key, &key_panels, &value, &value_panels, &grad_key, &grad_value})
-            *chunk = take<R>(cursor, kChunk * row);
-        for (R** rows : {&scores, &weights, &grad_weights, &grad_scores})
-            *rows = take<R>(cursor, kBackwardRows * kChunk);
+        R** const chunks[] = {&key, &key_panels, &value, &value_panels, &grad_key, &grad_value};
+        for (R** chunk : chunks) *chunk = take<R>(cursor, kChunk * row);
+        R** const tiles[] = {&scores, &weights, &grad_weights, &grad_scores};
+        for (R** tile : tiles) *tile = take<R>(cursor, kBackwardRows * kChunk);
         masks = take<RowMasks>(cursor, kBackwardRows);
     }
 };

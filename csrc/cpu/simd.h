@@ -170,10 +170,13 @@ template <>
 struct Storage<Half> {
     using R = float;
     static float read(Half x) {
-        // Shifted into place, the exponent is 112 too small; the product also normalises subnormal numbers.
-        const float magnitude = bits_as<float>(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
-        const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
-        return bits_as<float>(bits_as<uint32_t>(magnitude) | special | uint32_t(x.bits & 0x8000) << 16);
+        // No step takes or gives a subnormal float, which a thread may be set to flush to zero.
+        const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;  // the exponent is 112 too small
+        const uint32_t normal = magnitude + (112u << 23), special = magnitude | 0x7f800000u;
+        const uint32_t small = bits_as<uint32_t>(float(x.bits & 0x3ff) * 0x1p-24f);
+        uint32_t bits = magnitude < 0x400u << 13 ? small : normal;
+        bits = magnitude >= 0x7c00u << 13 ? special : bits;
+        return bits_as<float>(bits | uint32_t(x.bits & 0x8000) << 16);
     }
     static Half write(float x) {
         const uint32_t bits = bits_as<uint32_t>(x), magnitude = bits & 0x7fffffff;

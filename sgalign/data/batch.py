@@ -52,8 +52,10 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int) -> GraphBatch:
         num_predicates: without the background.
 
     Raises:
-        ValueError: a predicate is beyond `num_predicates`; names the image.
+        ValueError: there is no graph, or a predicate is beyond `num_predicates`; names the image.
     """
+    if not graphs:
+        raise ValueError("graphs must be at least one scene graph, got none")
     lengths = torch.tensor([len(graph.labels) for graph in graphs])
     images = torch.repeat_interleave(torch.arange(len(graphs)), lengths)
     starts = lengths.cumsum(0) - lengths

@@ -101,9 +101,9 @@ class ScenesDataset(Dataset[SceneGraph]):
 
     A scene is a function of (seed, split, index) alone, the same on every machine. What holds between two things is
     decided by rules (`docs/data.md`) on their boxes, their classes and the things around them, so that the labels of
-    "validation" and "test" are all the relations and the right ones. "train" is as an annotator leaves it: a third of
-    the relations is missing and one label in twenty is a confusable one. Scenes are made when asked for, and drawn only
-    when a graph's `image` is called.
+    "validation" and "test" are all the relations and the right ones. "train" is as an annotator leaves it: three
+    of ten relations are missing and one label in twenty is a confusable one. Scenes are made when asked for, and drawn
+    only when a graph's `image` is called.
 
     Args:
         split: which of the three independent parts.

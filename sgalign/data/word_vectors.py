@@ -35,7 +35,8 @@ def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
     wanted = {word for pair in candidates.values() for word in pair}
     rows: dict[str, Tensor] = {}
     dimension = 0
-    with path.open(encoding="utf-8") as lines:
+    # Public files have stray bytes in words that nobody asks for.
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             # Only rows asked for are split: GloVe has 400 thousand others.
             if dimension and line.partition(" ")[0] not in wanted:
