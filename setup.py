@@ -22,7 +22,7 @@ FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"
 INSTRUCTION_SETS = [("baseline", 16, [])]
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS += [
-        ("avx2", 32, ["-mavx2", "-mfma", "-mf16c"]),
+        ("avx2", 32, ["-mavx2", "-mfma"]),
         # gcc 12 warns about an uninitialised variable inside its own avx512fintrin.h
         ("avx512", 64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized"]),
     ]

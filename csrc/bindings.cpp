@@ -30,8 +30,7 @@ std::vector<NamedKernels> supported_kernels() {
         result.emplace_back("avx512", &kernels_avx512);
 #endif
 #ifdef SGALIGN_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        result.emplace_back("avx2", &kernels_avx2);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) result.emplace_back("avx2", &kernels_avx2);
 #endif
     result.emplace_back("baseline", &kernels_baseline);
     return result;
