@@ -19,7 +19,7 @@ from sgalign.random_mask import STEPS, check_stream, ratio_threshold, seed_tenso
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/attention.h
 MAX_DIM = 256
-MAX_SCALE = torch.finfo(torch.float32).max
+MAX_SCALE = torch.finfo(torch.float32).max / 2  # the kernels multiply it by log2(e)
 Settings = tuple[int, int, int, float]  # mask threshold, dropout threshold, stream, scale
 
 

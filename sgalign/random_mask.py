@@ -61,7 +61,7 @@ def ratio_threshold(ratio: float, name: str) -> int:
         raise TypeError(f"{name} must be a number, got {type(ratio).__name__}")
     if not 0 <= ratio <= 1:  # also catches NaN
         raise ValueError(f"{name} must be in [0, 1], got {ratio}")
-    return round(STEPS * ratio)
+    return round(STEPS * float(ratio))
 
 
 def check_int(value: int, name: str) -> None:

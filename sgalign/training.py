@@ -35,20 +35,26 @@ class SceneGraphData(pl.LightningDataModule):
         batch_size: images a step and process.
         seed: of the order of training images, which depends on it and on the epoch alone, so that a resumed run goes on
             as the first would have.
+        validation_images: how many of VRD's training images are held out.
     """
 
-    def __init__(self, root: str | None = None, batch_size: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self, root: str | None = None, batch_size: int = 16, seed: int = 0, validation_images: int = 600
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.root, self.batch_size, self.seed = root, batch_size, seed
+        self.root, self.batch_size, self.seed, self.validation_images = root, batch_size, seed, validation_images
         self.name = "generated scenes" if root is None else f"VRD in {root}"
         train = self._read("train")
         self.train = [graph for graph in train if (graph.relations[:, 0] != graph.relations[:, 1]).any()]
         self.validation, self.test = self._read("validation"), self._read("test")
 
     def _read(self, split: Literal["train", "validation", "test"]) -> list[SceneGraph]:
-        dataset = ScenesDataset(split) if self.root is None else VRDDataset(self.root, split)
+        if self.root is None:
+            dataset: ScenesDataset | VRDDataset = ScenesDataset(split)
+        else:
+            dataset = VRDDataset(self.root, split, validation_images=self.validation_images)
         self.object_names, self.predicate_names = dataset.object_names, dataset.predicate_names
         return [dataset[index] for index in range(len(dataset))]
 

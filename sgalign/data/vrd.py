@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SPLITS = ("train", "validation", "test")
+LARGEST = 1 << 24  # beyond, float32 does not hold every integer
 REMEDY = "download the annotations again from https://cs.stanford.edu/people/ranjaykrishna/vrd/"
 _KEYS = {"subject", "predicate", "object"}
 
@@ -110,7 +111,7 @@ def _parse_object(where: str, entry: Any, names: list[str]) -> tuple[int, ...]:
     if not isinstance(entry, dict) or not entry.keys() >= {"category", "bbox"}:
         raise ValueError(f"{where}: must have category and bbox, got {entry!r}; {REMEDY}")
     box = entry["bbox"]
-    if not isinstance(box, list) or len(box) != 4 or any(type(value) is not int for value in box):
+    if not isinstance(box, list) or len(box) != 4 or any(type(v) is not int or abs(v) > LARGEST for v in box):
         raise ValueError(f"{where}: bbox must be 4 integers [ymin, ymax, xmin, xmax], got {box!r}; {REMEDY}")
     top, bottom, left, right = box
     if top >= bottom or left >= right:
@@ -137,7 +138,7 @@ def _read_json(path: Path) -> Any:
         raise FileNotFoundError(f"{path} not found: {REMEDY}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{path}: not JSON, or cut short ({error}); {REMEDY}") from error
 
 
@@ -151,7 +152,7 @@ def _image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except OSError as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not an image that can be read ({error}); replace or remove it") from error
 
 
