@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 USAGE = """\
 usage: sgalign COMMAND ...
@@ -62,12 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _lightning(arguments: list[str]) -> None:
     from lightning.pytorch.cli import LightningCLI
 
-    from sgalign.training import FrequencyModule, RelationModule, SceneGraphData
+    from sgalign.training import FrequencyModule, RelationModule, SceneGraphData, read_checkpoint
 
     class CLI(LightningCLI):
         def _needs_checkpoint(self) -> None:
             if not isinstance(self.model, FrequencyModule) and not self.config[self.config.subcommand].ckpt_path:
                 raise ValueError(f"{self.config.subcommand} needs --ckpt_path FILE, a checkpoint that fit has written")
+
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            super().parse_arguments(parser, args)
+            path = self.config[self.config.subcommand].get("ckpt_path")
+            if path not in (None, "best", "last", "hpc", "registry"):  # words that Lightning resolves
+                read_checkpoint(path)  # before Lightning does, whose errors do not say what is wrong with the file
 
         before_validate = before_test = before_predict = _needs_checkpoint
 

@@ -28,6 +28,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sgalign compare", description=__doc__)
     parser.add_argument("--data", metavar="FOLDER", help="the VRD annotations; without it, generated scenes")
+    parser.add_argument(
+        "--validation-images",
+        type=int,
+        default=600,
+        metavar="N",
+        help="how many of VRD's training images are held out (default: %(default)s)",
+    )
     parser.add_argument("--epochs", type=int, default=6, help="of each training (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and image order (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for all results (default: a new one in runs/)")
@@ -46,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
-    data = SceneGraphData(options.data, seed=options.seed)
+    data = SceneGraphData(options.data, seed=options.seed, validation_images=options.validation_images)
     print(f"{data.name}: {len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test images")
     out.mkdir(parents=True, exist_ok=True)
     modules: dict[str, RelationModule] = {}

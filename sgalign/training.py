@@ -59,6 +59,8 @@ class SceneGraphData(pl.LightningDataModule):
         return [dataset[index] for index in range(len(dataset))]
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
+        if not self.train:
+            raise ValueError(f"{self.name}: no training image has a relation between two objects, nothing to fit")
         # Also where there is one process: Lightning tells it the epoch, also after a resume.
         assert self.trainer is not None
         world, rank = self.trainer.world_size, self.trainer.global_rank
@@ -180,6 +182,24 @@ class RelationModule(pl.LightningModule):
         ]  # fmt: skip
 
 
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint that this package saved; nothing but tensors and plain values is unpickled from the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, is cut short, or another program wrote it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises nearly anything
+        raise ValueError(f"{path}: not a checkpoint, or cut short ({type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or "sgalign" not in checkpoint:
+        raise ValueError(f"{path}: must be a checkpoint that sgalign fit has written, has no class names")
+    return checkpoint
+
+
 def ground_truth(batch: GraphBatch) -> list[dict[str, Any]]:
     """The targets of `SceneGraphEvaluator`, a dict for each image of the batch."""
     return [{**image, "relations": rows} for image, rows in zip(_objects(batch), batch.relations, strict=True)]
@@ -228,6 +248,11 @@ class MotifsModule(RelationModule):
         learning_rate: float = 1e-3,
     ) -> None:
         super().__init__()
+        for name, size in (("embed_dim", embed_dim), ("hidden_dim", hidden_dim), ("relation_dim", relation_dim)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if not 0 < learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be above 0 and finite, got {learning_rate}")
         self.save_hyperparameters()
 
     @property
@@ -254,6 +279,9 @@ class MotifsModule(RelationModule):
         loss, parts = self.losses(batch, batch_index)
         parts = {f"train/{name}": part for name, part in parts.items()}
         self.log_dict(parts, batch_size=len(batch.image_ids), prog_bar=True)
+        if not loss.isfinite():
+            values = ", ".join(f"{name} {part.item():.3g}" for name, part in parts.items())
+            raise ValueError(f"the loss must be finite, got {values} at step {self.global_step}: lower learning_rate")
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -207,7 +207,13 @@ def test_supervised_mirror(scenes):
 
 
 @pytest.mark.parametrize(
-    "options, message", [({"mask_ratio": 1.5}, "mask_ratio"), ({"alignment_weight": -1}, "weight")]
+    "options, message",
+    [
+        ({"mask_ratio": 1.5}, "mask_ratio"),
+        ({"alignment_weight": -1}, "alignment_weight"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"hidden_dim": 0}, "hidden_dim"),
+    ],
 )
 def test_bad_options_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
@@ -298,6 +304,30 @@ def test_configs_spell_out_the_defaults():
         assert config["model"]["class_path"] == f"sgalign.training.{module.__name__}"
         assert config["model"]["init_args"] == {k: v for k, v in module().hparams.items() if k != "word_vectors"}
         assert config["trainer"]["max_epochs"] == compare.parser().get_default("epochs")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no checkpoint"), (b"PK\x03\x04 cut", "cut short"), ({"a": 1}, "no class names")]
+)
+def test_bad_checkpoints_are_one_sentence(tmp_path, capsys, content, message):
+    path = tmp_path / "bad.ckpt"
+    if isinstance(content, dict):
+        torch.save(content, path)
+    elif content is not None:
+        path.write_bytes(content)
+    for command in ("fit", "test"):
+        assert cli.main([command, "--config", str(CONFIGS[0]), "--ckpt_path", str(path)]) == 1
+        error = capsys.readouterr().err
+        assert message in error and str(path) in error and "Traceback" not in error
+
+
+def test_training_without_relations_or_with_a_diverging_loss_says_so(scenes):
+    data = SceneGraphData()
+    data.train, data.validation, data.test = [], scenes.validation, scenes.test
+    with pytest.raises(ValueError, match="no training image has a relation"):
+        fit(MotifsModule(**SMALL), data)
+    with pytest.raises(ValueError, match="loss must be finite, got train/loss .* at step"):
+        fit(MotifsModule(**SMALL, learning_rate=1e30), scenes)
 
 
 def test_missing_data_is_one_sentence(tmp_path):
