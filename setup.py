@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 
-# One compilation of csrc/cpu/attention.cpp each: name, bytes of a vector, flags. The fastest that the processor runs
+# One compilation of each of csrc/cpu/*.cpp: name, bytes of a vector, flags. The fastest that the processor runs
 # is picked at run time, so nothing here depends on the machine that builds.
 INSTRUCTION_SETS = [("baseline", 16, [])]
 if platform.machine() in ("x86_64", "AMD64"):
@@ -86,10 +86,11 @@ class NinjaBuild(build_ext):
         link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         objects = [("bindings", "bindings.cpp", bindings)] + [
             (
-                name,
-                "cpu/attention.cpp",
-                [*flags, f"-DSGALIGN_VECTOR_BYTES={width}", f"-DSGALIGN_KERNELS=kernels_{name}"],
+                f"{source.stem}_{name}",
+                f"cpu/{source.name}",
+                [*flags, f"-DSGALIGN_VECTOR_BYTES={width}", f"-DSGALIGN_KERNELS={source.stem}_{name}"],
             )
+            for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
             for name, width, flags in INSTRUCTION_SETS
         ]
         with open(folder / "build.ninja", "w") as file:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import time
 from collections.abc import Callable
 
 import conftest
@@ -101,16 +100,6 @@ def step(contender: Contender, tensors: list[Tensor]) -> Callable[[], None]:
     return run
 
 
-def measure(benchmark, contender: str, run: Callable[[], None]) -> None:
-    run()
-    start = time.perf_counter()
-    run()
-    rounds = min(max(int(0.3 / (time.perf_counter() - start)), 4), 40)
-    benchmark.pedantic(run, rounds=rounds)
-    if benchmark.enabled:
-        conftest.seconds[benchmark.group][contender] = benchmark.stats.stats.min
-
-
 def test_sgemm(benchmark):
     """What the machine's own matrix product reaches, the unit of the table's last column."""
     benchmark.group = "sgemm 1024"
@@ -132,7 +121,7 @@ def test_dual_branch(benchmark, shape, backward, contender):
     products = (2 + 5) if backward else 2  # of Lq x Lk x D, in each branch
     conftest.flops[benchmark.group] = 2 * products * 2 * batch * heads * queries * keys * dim
     with torch.set_grad_enabled(backward):
-        measure(benchmark, contender, step(CONTENDERS[contender], inputs(shape, backward)))
+        conftest.measure(benchmark, contender, step(CONTENDERS[contender], inputs(shape, backward)))
 
 
 @pytest.mark.parametrize("contender", ["sgalign single", "sgalign single, masked"])
@@ -142,7 +131,7 @@ def test_products_and_the_rest(benchmark, dim, contender):
     torch.manual_seed(0)
     benchmark.group = f"one branch, D {dim}"
     with torch.no_grad():
-        measure(benchmark, contender, step(CONTENDERS[contender], inputs((*conftest.SPLIT_SHAPE, dim), False)))
+        conftest.measure(benchmark, contender, step(CONTENDERS[contender], inputs((*conftest.SPLIT_SHAPE, dim), False)))
 
 
 @pytest.mark.parametrize("contender", ["sgalign dual", "nn.MultiheadAttention"])
@@ -166,7 +155,7 @@ def test_module(benchmark, contender):
             )
         torch.autograd.backward(outs, [torch.ones_like(query)] * 2)
 
-    measure(benchmark, contender, run)
+    conftest.measure(benchmark, contender, run)
 
 
 @pytest.mark.parametrize("contender", ["sgalign dual", "sdpa twice", "sdpa concatenated", "eager"])

@@ -8,35 +8,42 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
+#include "kernels.h"
 
 namespace py = pybind11;
 using namespace sgalign;
 
 namespace sgalign {
-extern const Kernels kernels_baseline, kernels_avx2, kernels_avx512;  // setup.py says which are built
+// setup.py says which are built
+extern const AttentionKernels attention_baseline, attention_avx2, attention_avx512;
+extern const RelationKernels relation_baseline, relation_avx2, relation_avx512;
 }  // namespace sgalign
 
 namespace {
 
-using NamedKernels = std::pair<std::string, const Kernels*>;
+struct Kernels {
+    std::string instruction_set;
+    AttentionKernels attention;
+    RelationKernels relation;
+};
 
 // What this processor can run, the fastest first.
-std::vector<NamedKernels> supported_kernels() {
-    std::vector<NamedKernels> result;
+std::vector<Kernels> supported_kernels() {
+    std::vector<Kernels> result;
 #ifdef SGALIGN_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-        result.emplace_back("avx512", &kernels_avx512);
+        result.push_back({"avx512", attention_avx512, relation_avx512});
 #endif
 #ifdef SGALIGN_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) result.emplace_back("avx2", &kernels_avx2);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        result.push_back({"avx2", attention_avx2, relation_avx2});
 #endif
-    result.emplace_back("baseline", &kernels_baseline);
+    result.push_back({"baseline", attention_baseline, relation_baseline});
     return result;
 }
 
-NamedKernels kernels = supported_kernels().front();
+Kernels kernels = supported_kernels().front();
 
 using Address = std::uintptr_t;
 using MatrixArgument = std::pair<Address, std::array<int64_t, 4>>;  // data, strides of [B, H, L, D] in elements
@@ -87,6 +94,38 @@ Attention attention(int dtype, std::array<int64_t, 5> sizes, const std::vector<G
     return a;
 }
 
+using RowsArgument = std::pair<Address, int64_t>;  // data and the stride of rows, in elements
+// One branch: subject, object, weight, bias (or 0), logits.
+using RelationBranchArgument = std::tuple<RowsArgument, RowsArgument, RowsArgument, Address, Address>;
+// Its gradients: of logits, subject, object and weight.
+using RelationGradients = std::array<Address, 4>;
+
+RelationLogits relation_logits(int dtype, std::array<int64_t, 4> sizes,
+                               const std::vector<RelationBranchArgument>& branches, const RowsArgument& union_,
+                               Address pairs, int threads) {
+    RelationLogits a;
+    a.dtype = DType(dtype);
+    a.objects = sizes[0], a.relations = sizes[1], a.channels = sizes[2], a.classes = sizes[3];
+    a.pairs = reinterpret_cast<const int64_t*>(pairs);
+    for (int64_t i = 0; i < 2 * a.relations; ++i)
+        if (a.pairs[i] < 0 || a.pairs[i] >= a.objects)
+            throw std::out_of_range("pairs must be in 0 to " + std::to_string(a.objects - 1) +
+                                    ", one less than the objects, got " + std::to_string(a.pairs[i]) + " in row " +
+                                    std::to_string(i / 2));
+    if (branches.size() > 2) throw std::invalid_argument("at most two branches");
+    const auto address = [](Address value) { return reinterpret_cast<void*>(value); };
+    for (const auto& [subject, object, weight, bias, logits] : branches) {
+        RelationBranch& branch = a.branches[a.count++];
+        branch.subject = address(subject.first), branch.subject_row = subject.second;
+        branch.object = address(object.first), branch.object_row = object.second;
+        branch.weight = address(weight.first), branch.weight_row = weight.second;
+        branch.bias = address(bias), branch.logits = address(logits);
+    }
+    a.union_ = address(union_.first), a.union_row = union_.second;
+    a.threads = threads;
+    return a;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -101,16 +140,16 @@ PYBIND11_MODULE(_C, m) {
         "instruction_sets",
         [] {
             std::vector<std::string> names;
-            for (const auto& [name, _] : supported_kernels()) names.push_back(name);
+            for (const Kernels& supported : supported_kernels()) names.push_back(supported.instruction_set);
             return names;
         },
         "The instruction sets that this processor can run, the fastest first.");
-    m.def("instruction_set", [] { return kernels.first; }, "The instruction set in use.");
+    m.def("instruction_set", [] { return kernels.instruction_set; }, "The instruction set in use.");
     m.def(
         "use_instruction_set",
         [](const std::string& name) {
-            for (const NamedKernels& supported : supported_kernels())
-                if (name == supported.first) {
+            for (const Kernels& supported : supported_kernels())
+                if (name == supported.instruction_set) {
                     kernels = supported;
                     return;
                 }
@@ -121,17 +160,37 @@ PYBIND11_MODULE(_C, m) {
     py::class_<Attention>(m, "Attention").def(py::init(&attention));
     m.def("attention_forward", [](const Attention& a) {
         py::gil_scoped_release unlocked;
-        kernels.second->attention_forward(a);
+        kernels.attention.forward(a);
     });
     m.def("attention_backward", [](Attention a, const MatrixArgument& grad_key, const MatrixArgument& grad_value) {
         a.grad_key = matrix(grad_key), a.grad_value = matrix(grad_value);
         py::gil_scoped_release unlocked;
-        kernels.second->attention_backward(a);
+        kernels.attention.backward(a);
     });
     m.def("random_mask", [](Address out, int64_t batch_heads, int64_t queries, int64_t keys, int64_t seed,
                             uint32_t stream, int threshold, int threads) {
         py::gil_scoped_release unlocked;
-        kernels.second->random_mask(
+        kernels.attention.random_mask(
             {reinterpret_cast<uint8_t*>(out), batch_heads, queries, keys, uint64_t(seed), stream, threshold, threads});
     });
+
+    py::class_<RelationLogits>(m, "RelationLogits").def(py::init(&relation_logits));
+    m.def("relation_forward", [](const RelationLogits& a) {
+        py::gil_scoped_release unlocked;
+        kernels.relation.forward(a);
+    });
+    m.def("relation_backward",
+          [](RelationLogits a, const std::vector<RelationGradients>& gradients, Address grad_union) {
+              for (int b = 0; b < a.count; ++b) {
+                  const auto& [logits, subject, object, weight] = gradients.at(b);
+                  RelationBranch& branch = a.branches[b];
+                  branch.grad_logits = reinterpret_cast<void*>(logits);
+                  branch.grad_subject = reinterpret_cast<void*>(subject);
+                  branch.grad_object = reinterpret_cast<void*>(object);
+                  branch.grad_weight = reinterpret_cast<void*>(weight);
+              }
+              a.grad_union = reinterpret_cast<void*>(grad_union);
+              py::gil_scoped_release unlocked;
+              kernels.relation.backward(a);
+          });
 }

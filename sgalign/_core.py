@@ -26,7 +26,7 @@ def load() -> ModuleType:
         if error.name != "sgalign._C":
             raise
         raise ImportError(f"sgalign's compiled core is not built in {ROOT}: {BUILD}") from None
-    if (ROOT / "csrc" / "attention.h").exists() and core.sources != source_digest(ROOT / "csrc"):
+    if (ROOT / "csrc" / "kernels.h").exists() and core.sources != source_digest(ROOT / "csrc"):
         raise ImportError(f"sgalign's compiled core is older than its sources in {ROOT}: {BUILD}")
     return core
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sgalign import _core, backends, reference
 from sgalign.random_mask import STEPS, check_stream, ratio_threshold, seed_tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/attention.h
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/kernels.h
 MAX_DIM = 256
 MAX_SCALE = torch.finfo(torch.float32).max / 2  # the kernels multiply it by log2(e)
 Settings = tuple[int, int, int, float]  # mask threshold, dropout threshold, stream, scale
@@ -145,7 +145,7 @@ def _attention(
     elif not -MAX_SCALE <= scale <= MAX_SCALE:  # also catches NaN
         raise ValueError(f"scale must be finite, got {scale}")
     backend = backends.choose(backend, query.device)
-    dtype = _computed_dtype(query)
+    dtype = computed_dtype(query)
     queries, key, value = [q.to(dtype) for q in queries], key.to(dtype), value.to(dtype)
     seed = None
     if mask_threshold or dropout_threshold:
@@ -185,7 +185,7 @@ def _check_tensors(
             )
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
-        if _computed_dtype(tensor) != _computed_dtype(query):
+        if computed_dtype(tensor) != computed_dtype(query):
             raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {tensor.dtype}")
     if dim > MAX_DIM:
         raise ValueError(f"query must have at most {MAX_DIM} channels a head (D), got {dim}")
@@ -209,7 +209,7 @@ def _check_tensors(
             raise ValueError(f"{name} must be {how} {list(shape)}, got {list(boolean.shape)}")
 
 
-def _computed_dtype(tensor: Tensor) -> torch.dtype:
+def computed_dtype(tensor: Tensor) -> torch.dtype:
     """The tensor's own, or what autocast makes of it."""
     device = tensor.device.type
     # torch.is_autocast_enabled knows no meta tensors.
@@ -378,7 +378,7 @@ def _empty_outputs(queries: list[Tensor], branches: int) -> tuple[list[Tensor], 
 
 @torch.library.register_fake("sgalign::attention")
 def _attention_fake(queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any) -> list[Tensor]:
-    outs, log_sums = _empty_outputs([_unit_stride(query) for query in queries], branches)
+    outs, log_sums = _empty_outputs([unit_stride(query) for query in queries], branches)
     return [*outs, *log_sums]
 
 
@@ -392,13 +392,13 @@ def _attention_backward_fake(
     value: Tensor,
     *options: Any,
 ) -> list[Tensor]:
-    return [_empty_like(_unit_stride(tensor)) for tensor in (*queries, key, value)]
+    return [_empty_like(unit_stride(tensor)) for tensor in (*queries, key, value)]
 
 
 @torch.library.impl(_library, "attention", "CPU")
 def _attention_cpu(queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any) -> list[Tensor]:
-    queries = [_unit_stride(query) for query in queries]
-    key, value = _unit_stride(key), _unit_stride(value)
+    queries = [unit_stride(query) for query in queries]
+    key, value = unit_stride(key), unit_stride(value)
     outs, log_sums = _empty_outputs(queries, branches)
     groups = _groups(queries, outs, log_sums)
     _core.load().attention_forward(_description(groups, queries[0], key, value, *options))
@@ -415,8 +415,8 @@ def _attention_backward_cpu(
     value: Tensor,
     *options: Any,
 ) -> list[Tensor]:
-    queries, grad_outs = [_unit_stride(query) for query in queries], [_unit_stride(grad) for grad in grad_outs]
-    key, value = _unit_stride(key), _unit_stride(value)
+    queries, grad_outs = [unit_stride(query) for query in queries], [unit_stride(grad) for grad in grad_outs]
+    key, value = unit_stride(key), unit_stride(value)
     grads = [_empty_like(tensor) for tensor in (*queries, key, value)]
     groups = _groups(queries, outs, log_sums, grad_outs, grads)
     description = _description(groups, queries[0], key, value, *options)
@@ -424,7 +424,7 @@ def _attention_backward_cpu(
     return grads
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
+def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -472,7 +472,7 @@ def _description(
     stream: int,
     scale: float,
 ) -> Any:
-    """The call as the core takes it (csrc/attention.h). It holds addresses: the tensors must outlive it."""
+    """The call as the core takes it (csrc/kernels.h). It holds addresses: the tensors must outlive it."""
     return _core.load().Attention(
         DTYPES.index(key.dtype),
         (*query.shape[:3], *key.shape[2:]),

@@ -115,3 +115,15 @@ def attention(
     if dropout_keep is not None:
         weights = weights * dropout_keep * dropout_scale
     return weights @ value
+
+
+def relation_logits(
+    subject: Tensor, object: Tensor, union: Tensor, pairs: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``logits[r] = weight ((subject[s] + object[o]) * union[r]) + bias`` with ``s, o = pairs[r]``: ``[R, K]``.
+
+    Args:
+        subject, object: ``[N, C]``; union: ``[R, C]``; pairs: int64 ``[R, 2]``; weight: ``[K, C]``; bias: ``[K]``.
+    """
+    pair = subject[pairs[:, 0]] + object[pairs[:, 1]]
+    return torch.nn.functional.linear(pair * union, weight, bias)

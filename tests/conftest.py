@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sgalign import _core
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,3 +32,19 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(params=_core.load().instruction_sets())
+def instruction_set(request):
+    core = _core.load()
+    before = core.instruction_set()
+    core.use_instruction_set(request.param)
+    yield request.param
+    core.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgalign import _core, dual_branch_attention, fused_masked_attention, random_attention_mask, reference
+from sgalign import dual_branch_attention, fused_masked_attention, random_attention_mask, reference
 
 SEED, STREAM = 5, 3
 BRANCHES = ("single", "dual", "same query")
@@ -15,22 +15,6 @@ BRANCHES = ("single", "dual", "same query")
 SHAPES = [(2, 3, 17, 33, 8), (1, 2, 5, 7, 3), (2, 2, 40, 300, 32), (1, 1, 70, 513, 64), (1, 2, 9, 260, 20)]
 SHAPES += [(1, 1, 3, 65, 256)]
 OPTIONS = ("none", "random", "mask", "padding", "dropout", "all")
-
-
-@pytest.fixture(params=_core.load().instruction_sets())
-def instruction_set(request):
-    core = _core.load()
-    before = core.instruction_set()
-    core.use_instruction_set(request.param)
-    yield request.param
-    core.use_instruction_set(before)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def make(shape, dtype=torch.float32, seed=0):

@@ -120,7 +120,7 @@ def test_missing_core(copy):
     assert run_python(USE, copy) == f"{message}\n{message}"
 
 
-@pytest.mark.parametrize("source", ["attention.h", "cpu/attention.cpp"])
+@pytest.mark.parametrize("source", ["kernels.h", "cpu/attention.cpp"])
 def test_stale_core(copy, source):
     with (copy / "csrc" / source).open("a") as file:
         file.write("// changed\n")
@@ -189,15 +189,16 @@ def build_sanitized(folder, width, flags):
     module = next((folder / "sgalign").glob("_C.*"))
     module.unlink()
     digest = source_digest(folder / "csrc")
-    subprocess.run(
-        ["g++", "-shared", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wno-psabi"]
-        + [*SANITIZE, *flags, "-DSGALIGN_POISON", f"-DSGALIGN_VECTOR_BYTES={width}"]
-        + ["-DSGALIGN_KERNELS=kernels_baseline", f'-DSGALIGN_SOURCES="{digest}"', '-DSGALIGN_COMPILER="g++"']
-        + [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-        + ["csrc/bindings.cpp", "csrc/cpu/attention.cpp", "-o", str(module)],
-        cwd=folder,
-        check=True,
-    )
+    command = ["g++", "-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wno-psabi"]
+    command += [*SANITIZE, *flags, "-DSGALIGN_POISON", f"-DSGALIGN_VECTOR_BYTES={width}"]
+    command += [f'-DSGALIGN_SOURCES="{digest}"', '-DSGALIGN_COMPILER="g++"']
+    command += [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    for name in ("cpu/attention", "cpu/relation", "bindings"):
+        kernels = f"-DSGALIGN_KERNELS={Path(name).name}_baseline"
+        target = f"{Path(name).name}.o"
+        subprocess.run([*command, kernels, "-c", f"csrc/{name}.cpp", "-o", target], cwd=folder, check=True)
+    objects = ["attention.o", "relation.o", "bindings.o"]
+    subprocess.run([*command, "-shared", *objects, "-o", str(module)], cwd=folder, check=True)
 
 
 @pytest.mark.slow
@@ -210,7 +211,7 @@ def test_sanitizers_and_poisoned_memory(copy, name, width, flags):
     pytest.importorskip("pybind11")
     build_sanitized(copy, width, flags)
     (copy / "tests").mkdir()
-    for file in ("conftest.py", "test_attention.py", "test_random_mask.py"):
+    for file in ("conftest.py", "test_attention.py", "test_random_mask.py", "test_relation.py"):
         shutil.copy2(ROOT / "tests" / file, copy / "tests")
     library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     result = subprocess.run(

@@ -6,37 +6,16 @@
 //
 // Results do not depend on the number of threads: a row of the output, or a chunk of key gradients, is computed by one
 // task in one order, and tasks are cut by shape alone wherever their results are added.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#include <cstdlib>
-#include <new>
-
-#include "../attention.h"
+#include "../kernels.h"
 #include "../philox.h"
-#include "simd.h"
+#include "product.h"
 
 namespace {
 
 using namespace sgalign;
 
-inline int thread_index() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
-// Rows of a register tile; a tile is two vectors wide. AVX-512 and NEON have 32 registers.
-#if defined(__AVX512F__)
-constexpr int kTileRows = 12;
-#else
-constexpr int kTileRows = 6;
-#endif
 constexpr int kForwardRows = 4 * kTileRows, kBackwardRows = 8 * kTileRows;
 
 // The rows of a forward task, of both branches where each has a query of its own, share one packing of the keys; fewer
@@ -44,16 +23,6 @@ constexpr int kForwardRows = 4 * kTileRows, kBackwardRows = 8 * kTileRows;
 constexpr int64_t kRowBlock = 384;
 // The backward is cut into at least this many tasks, if there are as many chunks of keys, whatever the threads.
 constexpr int64_t kBackwardTasks = 16;
-
-template <class R>
-constexpr int kPanel = 2 * Real<R>::lanes;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-template <class R>
-inline int64_t round_to_panel(int64_t n) {
-    return divide_up(n, kPanel<R>) * kPanel<R>;
-}
 
 // Row length of a packed [*, D] matrix: whole panels, and no multiple of 512 bytes, which would share few cache sets.
 template <class R>
@@ -65,72 +34,6 @@ inline int64_t packed_row(int64_t dim) {
 template <class T>
 inline T* row_of(const Matrix& m, int64_t b, int64_t h, int64_t row) {
     return (T*)m.data + b * m.batch + h * m.head + row * m.row;
-}
-
-// ---------------------------------------------------------------------------------------------- matrix product
-
-// C [Rows, kPanel] (+)= A [Rows, depth] B [depth, kPanel]
-template <class R, int Rows, bool accumulate>
-inline void tile(int64_t depth, const R* a, int64_t a_row, int64_t a_step, const R* b, int64_t b_row, R* c,
-                 int64_t c_row) {
-    constexpr int lanes = Real<R>::lanes;
-    Vector<R> sum[Rows][2];
-#pragma GCC unroll 12
-    for (int i = 0; i < Rows; ++i) {
-        sum[i][0] = accumulate ? load(c + i * c_row) : Vector<R>{};
-        sum[i][1] = accumulate ? load(c + i * c_row + lanes) : Vector<R>{};
-    }
-    for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_row) {
-        const Vector<R> left = load(b), right = load(b + lanes);
-#pragma GCC unroll 12
-        for (int i = 0; i < Rows; ++i) {
-            sum[i][0] += a[i * a_row] * left;
-            sum[i][1] += a[i * a_row] * right;
-        }
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < Rows; ++i) {
-        store(c + i * c_row, sum[i][0]);
-        store(c + i * c_row + lanes, sum[i][1]);
-    }
-}
-
-template <class R, bool accumulate, int Rows = kTileRows - 1>
-inline void last_tile(int64_t rows, int64_t depth, const R* a, int64_t a_row, int64_t a_step, const R* b, int64_t b_row,
-                      R* c, int64_t c_row) {
-    if constexpr (Rows > 0) {
-        if (rows == Rows)
-            tile<R, Rows, accumulate>(depth, a, a_row, a_step, b, b_row, c, c_row);
-        else
-            last_tile<R, accumulate, Rows - 1>(rows, depth, a, a_row, a_step, b, b_row, c, c_row);
-    }
-}
-
-// A as rows and steps, so that a transposed operand is the same call.
-template <class R>
-struct Left {
-    const R* data;
-    int64_t row, step;
-};
-
-// B in panels of kPanel columns.
-template <class R>
-struct Right {
-    const R* data;
-    int64_t row, panel;
-};
-
-// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; columns are whole panels.
-template <class R, bool accumulate>
-void multiply(int64_t rows, int64_t columns, int64_t depth, Left<R> a, Right<R> b, R* c, int64_t c_row) {
-    for (int64_t column = 0; column < columns; column += kPanel<R>, b.data += b.panel) {
-        int64_t i = 0;
-        for (; i + kTileRows <= rows; i += kTileRows)
-            tile<R, kTileRows, accumulate>(depth, a.data + i * a.row, a.row, a.step, b.data, b.row,
-                                           c + i * c_row + column, c_row);
-        last_tile<R, accumulate>(rows - i, depth, a.data + i * a.row, a.row, a.step, b.data, b.row,
-                                 c + i * c_row + column, c_row);
-    }
 }
 
 // ------------------------------------------------------------------------------------------------------ masks
@@ -277,34 +180,6 @@ void transpose_rows(const R* rows, int64_t count, int64_t dim, R* out) {
         for (int64_t d = 0; d < dim; ++d)
             for (int64_t i = 0; i < kPanel<R>; ++i)
                 out[d * kPanel<R> + i] = first + i < count ? rows[(first + i) * row + d] : R(0);
-}
-
-// A thread's working memory, cut from one allocation made before the threads start.
-class Scratch {
-  public:
-    Scratch(int64_t threads, int64_t bytes) : bytes_(divide_up(bytes, 4096) * 4096 + 64 * 7) {
-        memory_ = (char*)malloc(size_t(threads * bytes_ + 64));
-        if (!memory_) throw std::bad_alloc();
-#ifdef SGALIGN_POISON
-        memset(memory_, 0xff, size_t(threads * bytes_ + 64));  // NaN in every type
-#endif
-    }
-    ~Scratch() { free(memory_); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-    char* of_thread(int64_t thread) const { return memory_ + thread * bytes_; }
-
-  private:
-    int64_t bytes_;
-    char* memory_;
-};
-
-template <class R>
-R* take(char*& cursor, int64_t count) {
-    cursor = (char*)(((uintptr_t)cursor + 63) / 64 * 64);
-    R* result = (R*)cursor;
-    cursor += count * int64_t(sizeof(R));
-    return result;
 }
 
 // ---------------------------------------------------------------------------------------------------- forward
@@ -673,6 +548,6 @@ void random_mask(const RandomMask& m) {
 }  // namespace
 
 namespace sgalign {
-extern const Kernels SGALIGN_KERNELS;  // kernels_avx2, say
-const Kernels SGALIGN_KERNELS = {attention_forward, attention_backward, random_mask};
+extern const AttentionKernels SGALIGN_KERNELS;  // attention_avx2, say
+const AttentionKernels SGALIGN_KERNELS = {attention_forward, attention_backward, random_mask};
 }  // namespace sgalign

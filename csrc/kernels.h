@@ -1,4 +1,4 @@
-// What the attention kernels are told: addresses, sizes and strides. Nothing here knows of torch.
+// What the kernels are told: addresses, sizes and strides. Nothing here knows of torch.
 #pragma once
 
 #include <cstdint>
@@ -57,11 +57,38 @@ struct RandomMask {
     int threshold = 0, threads = 1;
 };
 
-// The entry points of one instruction set; cpu/attention.cpp is compiled once for each.
-struct Kernels {
-    void (*attention_forward)(const Attention&);
-    void (*attention_backward)(const Attention&);
+// One branch of the relation head. Matrices have unit stride along their last dimension; `row` counts elements.
+struct RelationBranch {
+    const void *subject = nullptr, *object = nullptr, *weight = nullptr,
+               *bias = nullptr;  // [N, C], [N, C], [K, C], [K]
+    int64_t subject_row = 0, object_row = 0, weight_row = 0;
+    void* logits = nullptr;                                                        // [R, K], contiguous
+    const void* grad_logits = nullptr;                                             // [R, K], contiguous
+    void *grad_subject = nullptr, *grad_object = nullptr, *grad_weight = nullptr;  // contiguous
+};
+
+// logits[r] = weight ((subject[pairs[r, 0]] + object[pairs[r, 1]]) * union[r]) + bias, for branches that share `union`.
+struct RelationLogits {
+    DType dtype = DType::float32;
+    int64_t objects = 0, relations = 0, channels = 0, classes = 0;  // N, R, C, K
+    RelationBranch branches[2];
+    int count = 0;
+    const int64_t* pairs = nullptr;  // [R, 2], contiguous, in 0 to N - 1
+    const void* union_ = nullptr;    // [R, C]
+    int64_t union_row = 0;
+    void* grad_union = nullptr;  // [R, C], contiguous; null if not wanted
+    int threads = 1;
+};
+
+// The entry points of one instruction set; cpu/attention.cpp and cpu/relation.cpp are compiled once for each.
+struct AttentionKernels {
+    void (*forward)(const Attention&);
+    void (*backward)(const Attention&);
     void (*random_mask)(const RandomMask&);
+};
+struct RelationKernels {
+    void (*forward)(const RelationLogits&);
+    void (*backward)(const RelationLogits&);
 };
 
 }  // namespace sgalign

@@ -1,0 +1,98 @@
+"""The relation head of Motifs in both branches: ours beside the usual form and its cheaper algebra in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import conftest
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from sgalign import dual_branch_relation_logits, fused_relation_logits
+
+# R, N, C, K: one image and four at the published sizes, and a small model on VRD
+SHAPES = [(1024, 40, 4096, 51), (4096, 160, 4096, 51), (600, 100, 512, 71)]
+HIDDEN = 512  # what edge context gives for each end of a pair
+
+
+class Head(nn.Module):
+    """Both branches' inputs and weights: heads and tails `[N, HIDDEN]` through post_cat, then rel_compress."""
+
+    def __init__(self, shape: tuple[int, int, int, int], requires_grad: bool) -> None:
+        super().__init__()
+        relations, objects, channels, classes = shape
+        self.pairs = torch.randint(objects, (relations, 2))
+        self.union = nn.Parameter(torch.randn(relations, channels))
+        self.heads = nn.ParameterList(torch.randn(objects, HIDDEN) for _ in range(2))
+        self.tails = nn.ParameterList(torch.randn(objects, HIDDEN) for _ in range(2))
+        self.post_cat = nn.Linear(2 * HIDDEN, channels)
+        self.rel_compress = nn.ModuleList(nn.Linear(channels, classes) for _ in range(2))
+        self.requires_grad_(requires_grad)
+
+    def usual(self) -> list[Tensor]:
+        """As in Scene-Graph-Benchmark, once a branch."""
+        subject, object_ = self.pairs.unbind(1)
+        return [
+            rel_compress(self.post_cat(torch.cat([head[subject], tail[object_]], 1)) * self.union)
+            for head, tail, rel_compress in zip(self.heads, self.tails, self.rel_compress)
+        ]
+
+    def ends(self) -> list[tuple[Tensor, Tensor]]:
+        """post_cat's two halves, of N objects instead of R pairs."""
+        as_subject, as_object = self.post_cat.weight.chunk(2, 1)
+        return [
+            (linear(head, as_subject, self.post_cat.bias), linear(tail, as_object))
+            for head, tail in zip(self.heads, self.tails)
+        ]
+
+    def decomposed(self) -> list[Tensor]:
+        subject, object_ = self.pairs.unbind(1)
+        return [
+            rel_compress((as_subject[subject] + as_object[object_]) * self.union)
+            for (as_subject, as_object), rel_compress in zip(self.ends(), self.rel_compress)
+        ]
+
+    def ours_dual(self) -> list[Tensor]:
+        (subject, object_), (mirrored_subject, mirrored_object) = self.ends()
+        own, mirrored = self.rel_compress
+        return list(
+            dual_branch_relation_logits(
+                subject, object_, mirrored_subject, mirrored_object, self.union, self.pairs,
+                own.weight, own.bias, mirrored.weight, mirrored.bias,
+            )
+        )  # fmt: skip
+
+    def ours_single(self) -> list[Tensor]:
+        (subject, object_), _ = self.ends()
+        head = self.rel_compress[0]
+        return [fused_relation_logits(subject, object_, self.union, self.pairs, head.weight, head.bias)]
+
+
+CONTENDERS: dict[str, Callable[[Head], list[Tensor]]] = {
+    "sgalign dual": Head.ours_dual,
+    "sgalign single": Head.ours_single,
+    "usual form": Head.usual,
+    "decomposed": Head.decomposed,
+}
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_relation_head(benchmark, shape, backward, contender):
+    torch.manual_seed(0)
+    relations, objects, channels, classes = shape
+    benchmark.group = f"relation head {shape} {'forward+backward' if backward else 'forward'}"
+    products = relations * classes + 2 * objects * HIDDEN  # of C channels, in each branch
+    conftest.flops[benchmark.group] = 2 * (3 if backward else 1) * 2 * products * channels
+    head = Head(shape, backward)
+    grad = torch.ones(relations, classes)
+
+    def run() -> None:
+        logits = CONTENDERS[contender](head)
+        if backward:
+            torch.autograd.backward(logits, [grad] * len(logits))
+
+    conftest.measure(benchmark, contender, run)

@@ -1,0 +1,132 @@
+// What the kernels of every operation share: the matrix product, whose accumulators stay in registers, and a thread's
+// working memory. In an unnamed namespace, for the reason that simd.h gives.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <cstdlib>
+#include <new>
+
+#include "simd.h"
+
+namespace {
+
+inline int thread_index() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+// Rows of a register tile; a tile is two vectors wide. AVX-512 and NEON have 32 registers.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;
+#else
+constexpr int kTileRows = 6;
+#endif
+template <class R>
+constexpr int kPanel = 2 * Real<R>::lanes;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class R>
+inline int64_t round_to_panel(int64_t n) {
+    return divide_up(n, kPanel<R>) * kPanel<R>;
+}
+
+// C [Rows, kPanel] (+)= A [Rows, depth] B [depth, kPanel]
+template <class R, int Rows, bool accumulate>
+inline void tile(int64_t depth, const R* a, int64_t a_row, int64_t a_step, const R* b, int64_t b_row, R* c,
+                 int64_t c_row) {
+    constexpr int lanes = Real<R>::lanes;
+    Vector<R> sum[Rows][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < Rows; ++i) {
+        sum[i][0] = accumulate ? load(c + i * c_row) : Vector<R>{};
+        sum[i][1] = accumulate ? load(c + i * c_row + lanes) : Vector<R>{};
+    }
+    for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_row) {
+        const Vector<R> left = load(b), right = load(b + lanes);
+#pragma GCC unroll 12
+        for (int i = 0; i < Rows; ++i) {
+            sum[i][0] += a[i * a_row] * left;
+            sum[i][1] += a[i * a_row] * right;
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < Rows; ++i) {
+        store(c + i * c_row, sum[i][0]);
+        store(c + i * c_row + lanes, sum[i][1]);
+    }
+}
+
+template <class R, bool accumulate, int Rows = kTileRows - 1>
+inline void last_tile(int64_t rows, int64_t depth, const R* a, int64_t a_row, int64_t a_step, const R* b, int64_t b_row,
+                      R* c, int64_t c_row) {
+    if constexpr (Rows > 0) {
+        if (rows == Rows)
+            tile<R, Rows, accumulate>(depth, a, a_row, a_step, b, b_row, c, c_row);
+        else
+            last_tile<R, accumulate, Rows - 1>(rows, depth, a, a_row, a_step, b, b_row, c, c_row);
+    }
+}
+
+// A as rows and steps, so that a transposed operand is the same call.
+template <class R>
+struct Left {
+    const R* data;
+    int64_t row, step;
+};
+
+// B in panels of kPanel columns.
+template <class R>
+struct Right {
+    const R* data;
+    int64_t row, panel;
+};
+
+// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; columns are whole panels.
+template <class R, bool accumulate>
+void multiply(int64_t rows, int64_t columns, int64_t depth, Left<R> a, Right<R> b, R* c, int64_t c_row) {
+    for (int64_t column = 0; column < columns; column += kPanel<R>, b.data += b.panel) {
+        int64_t i = 0;
+        for (; i + kTileRows <= rows; i += kTileRows)
+            tile<R, kTileRows, accumulate>(depth, a.data + i * a.row, a.row, a.step, b.data, b.row,
+                                           c + i * c_row + column, c_row);
+        last_tile<R, accumulate>(rows - i, depth, a.data + i * a.row, a.row, a.step, b.data, b.row,
+                                 c + i * c_row + column, c_row);
+    }
+}
+
+// A thread's working memory, cut from one allocation made before the threads start.
+class Scratch {
+  public:
+    Scratch(int64_t threads, int64_t bytes) : bytes_(divide_up(bytes, 4096) * 4096 + 64 * 7) {
+        memory_ = (char*)malloc(size_t(threads * bytes_ + 64));
+        if (!memory_) throw std::bad_alloc();
+#ifdef SGALIGN_POISON
+        memset(memory_, 0xff, size_t(threads * bytes_ + 64));  // NaN in every type
+#endif
+    }
+    ~Scratch() { free(memory_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    char* of_thread(int64_t thread) const { return memory_ + thread * bytes_; }
+
+  private:
+    int64_t bytes_;
+    char* memory_;
+};
+
+template <class R>
+R* take(char*& cursor, int64_t count) {
+    cursor = (char*)(((uintptr_t)cursor + 63) / 64 * 64);
+    R* result = (R*)cursor;
+    cursor += count * int64_t(sizeof(R));
+    return result;
+}
+
+}  // namespace
