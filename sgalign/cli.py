@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,11 +15,15 @@ usage: sgalign COMMAND ...
 
   doctor    what is installed, what runs, what to do about the rest
   compare   train and evaluate the frequency baseline, Motifs and Align-Motifs
-  fit, validate, test, predict
-            one system: sgalign fit --config configs/align_motifs_small.yaml
+  cache-features
+            what a model's detector and extractors see of a data set, for fast training
+  predict   the scene graphs of an image or of a folder of images, with a trained model
+  fit, validate, test, predict --config FILE
+            one system on a data set: sgalign fit --config configs/align_motifs_small.yaml
 
 sgalign COMMAND --help has each command's options."""
 
+COMMANDS = {"cache-features": "features", "compare": "compare"}  # and the modules whose main they are
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -33,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if command not in ("doctor", "compare", *TRAINER_COMMANDS):
+    if command not in ("doctor", *COMMANDS, *TRAINER_COMMANDS):
         print(f"sgalign: no command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     from sgalign import doctor
@@ -45,10 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sgalign: {command} cannot run, {missing[0]}", file=sys.stderr)
         return 1
     try:
-        if command == "compare":
-            from sgalign import compare
-
-            return compare.main(rest)
+        module = COMMANDS.get(command)
+        if command == "predict" and not any(argument.startswith("--config") for argument in rest):
+            module = "prediction"
+        if module is not None:
+            return importlib.import_module(f"sgalign.{module}").main(rest)
         _lightning([command, *rest])
     except (OSError, ValueError) as error:
         # Of what our own checks and the file system say, the sentence is what helps. Anything else is a defect.
@@ -63,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _lightning(arguments: list[str]) -> None:
     from lightning.pytorch.cli import LightningCLI
 
-    from sgalign.training import FrequencyModule, RelationModule, SceneGraphData, read_checkpoint
+    from sgalign.datamodule import SceneGraphData
+    from sgalign.training import FrequencyModule, RelationModule, read_checkpoint
 
     class CLI(LightningCLI):
         def _needs_checkpoint(self) -> None:

@@ -18,7 +18,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from sgalign.data import GraphBatch
-from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, RelationModule, SceneGraphData
+from sgalign.datamodule import SceneGraphData
+from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, RelationModule
 
 METRICS = ("R@20", "R@50", "R@100", "mR@20", "mR@50", "mR@100")
 COST_STEPS = 40
@@ -31,9 +32,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--validation-images",
         type=int,
-        default=600,
         metavar="N",
-        help="how many of VRD's training images are held out (default: %(default)s)",
+        help="how many training images are held out where there is no validation part (default: the data set's)",
     )
     parser.add_argument("--epochs", type=int, default=6, help="of each training (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and image order (default: %(default)s)")
@@ -121,7 +121,7 @@ def _trainer(folder: Path, epochs: int, *, trains: bool) -> tuple[pl.Trainer, li
 def step_seconds(modules: Sequence[MotifsModule], batches: Sequence[GraphBatch]) -> list[float]:
     """Median time of a training step of each module, steps of all taken in turn, so that all meet the same machine."""
     device = modules[0].device
-    optimizers = [module.configure_optimizers() for module in modules]
+    optimizers = [module.make_optimizer() for module in modules]
     taken: list[list[float]] = [[] for _ in modules]
     for step in range(COST_STEPS):
         batch = modules[0].transfer_batch_to_device(batches[step % len(batches)], device, 0)

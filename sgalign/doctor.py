@@ -12,7 +12,16 @@ import torch
 from sgalign import _core, _version, backends, dual_branch_attention
 
 EXTRAS = {
-    "train": ("lightning", "torchmetrics", "jsonargparse", "tensorboard", "matplotlib", "pillow"),
+    "train": (
+        "lightning",
+        "torchmetrics",
+        "torchvision",
+        "jsonargparse",
+        "tensorboard",
+        "matplotlib",
+        "pillow",
+        "h5py",
+    ),
     "test": ("pytest", "pytest-benchmark", "hypothesis"),
 }
 

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from sgalign.data.scene_graph import check_objects, check_range, check_tensor
 
-PROTOCOLS = ("predcls",)
+PROTOCOLS = ("predcls", "sgcls", "sgdet")
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -35,7 +35,8 @@ class SceneGraphEvaluator(Metric):
     The state is sums alone, in float64: it does not grow, and adds up over processes and files.
 
     Args:
-        protocol: "predcls": boxes and labels of the predictions are the ground truth's, in any order.
+        protocol: what was given to the model, for the record; what is compared is the same. "predcls": boxes and labels
+            of the predictions are the ground truth's, in any order; "sgcls": the boxes are; "sgdet": nothing is.
         num_predicates: without the background.
         top_k: the K's.
         predicate_names: `num_predicates + 1` different names, background first.

@@ -1,85 +1,35 @@
-"""Training and evaluation with Lightning: the data module, and one module for each system."""
+"""Training and evaluation with Lightning: one module for each system."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, DistributedSampler
+from torchvision.ops import box_iou
 
 from sgalign.alignment import DIRECTIONS, REDUCTIONS, relation_alignment_loss
-from sgalign.data import GraphBatch, SceneGraph, ScenesDataset, VRDDataset, collate, read_word_vectors
-from sgalign.metrics import SceneGraphEvaluator
-from sgalign.models import FrequencyBaseline, Motifs, predicate_counts
+from sgalign.data import GraphBatch, Objects, read_word_vectors
+from sgalign.metrics import PROTOCOLS, SceneGraphEvaluator
+from sgalign.models import (
+    Detector,
+    FrequencyBaseline,
+    ImageFeatures,
+    Motifs,
+    Prediction,
+    RegionFeatures,
+    predicate_counts,
+)
 from sgalign.random_mask import random_attention_mask
-
-
-class SceneGraphData(pl.LightningDataModule):
-    """Training, validation and test part of a data set; `predict` reads the test part.
-
-    Training images without a related pair are left out, as in the public code. Graphs are kept in memory, a few
-    kilobytes each.
-
-    Args:
-        root: folder of the VRD annotations (`sgalign.data.VRDDataset`); None for the generated scenes.
-        batch_size: images a step and process.
-        seed: of the order of training images, which depends on it and on the epoch alone, so that a resumed run goes on
-            as the first would have.
-        validation_images: how many of VRD's training images are held out.
-    """
-
-    def __init__(
-        self, root: str | None = None, batch_size: int = 16, seed: int = 0, validation_images: int = 600
-    ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.root, self.batch_size, self.seed, self.validation_images = root, batch_size, seed, validation_images
-        self.name = "generated scenes" if root is None else f"VRD in {root}"
-        train = self._read("train")
-        self.train = [graph for graph in train if (graph.relations[:, 0] != graph.relations[:, 1]).any()]
-        self.validation, self.test = self._read("validation"), self._read("test")
-
-    def _read(self, split: Literal["train", "validation", "test"]) -> list[SceneGraph]:
-        if self.root is None:
-            dataset: ScenesDataset | VRDDataset = ScenesDataset(split)
-        else:
-            dataset = VRDDataset(self.root, split, validation_images=self.validation_images)
-        self.object_names, self.predicate_names = dataset.object_names, dataset.predicate_names
-        return [dataset[index] for index in range(len(dataset))]
-
-    def train_dataloader(self) -> DataLoader[GraphBatch]:
-        if not self.train:
-            raise ValueError(f"{self.name}: no training image has a relation between two objects, nothing to fit")
-        # Also where there is one process: Lightning tells it the epoch, also after a resume.
-        assert self.trainer is not None
-        world, rank = self.trainer.world_size, self.trainer.global_rank
-        images = range(len(self.train))
-        sampler: DistributedSampler[int] = DistributedSampler(images, num_replicas=world, rank=rank, seed=self.seed)  # type: ignore[arg-type]
-        return self._loader(self.train, sampler=sampler)
-
-    def val_dataloader(self) -> DataLoader[GraphBatch]:
-        return self._loader(self.validation)
-
-    def test_dataloader(self) -> DataLoader[GraphBatch]:
-        return self._loader(self.test)
-
-    predict_dataloader = test_dataloader
-
-    def _loader(self, graphs: Sequence[SceneGraph], **options: Any) -> DataLoader[GraphBatch]:
-        # Putting a batch together takes a millisecond: no worker processes.
-        collate_fn = partial(collate, num_predicates=len(self.predicate_names) - 1)
-        return DataLoader(graphs, batch_size=self.batch_size, collate_fn=collate_fn, **options)  # type: ignore[arg-type]
+from sgalign.sampling import match_detections, sample_pairs
 
 
 class RelationModule(pl.LightningModule):
@@ -89,6 +39,7 @@ class RelationModule(pl.LightningModule):
     """
 
     recall: SceneGraphEvaluator
+    protocol = "predcls"
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,10 +52,14 @@ class RelationModule(pl.LightningModule):
         """Sets `self.network`, and modules beside it, for the classes that `predicate_counts` tells of."""
         raise NotImplementedError(f"{type(self).__name__} must override make_network")
 
-    def forward(self, batch: GraphBatch) -> Tensor:
-        """Predicate logits `[R, num_predicates + 1]` of the batch's pairs."""
+    def forward(self, batch: GraphBatch) -> Prediction:
+        """What the network says of a batch that `see` has completed."""
         assert self.network is not None, "the network is made when a trainer or a checkpoint tells the classes"
         return self.network(batch)
+
+    def see(self, batch: GraphBatch, batch_index: int = 0) -> GraphBatch:
+        """The batch with what a model finds in it before it relates anything: objects, features, sampled pairs."""
+        return batch
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -115,7 +70,7 @@ class RelationModule(pl.LightningModule):
     def _set_classes(self, object_names: Sequence[str], predicate_names: Sequence[str], whose: str) -> None:
         if self.network is None:
             self.object_names, self.predicate_names = list(object_names), list(predicate_names)
-            self.recall = SceneGraphEvaluator("predcls", len(predicate_names) - 1, predicate_names=predicate_names)
+            self.recall = SceneGraphEvaluator(self.protocol, len(predicate_names) - 1, predicate_names=predicate_names)
         for kind, ours, theirs in (
             ("object", self.object_names, object_names),
             ("predicate", self.predicate_names, predicate_names),
@@ -131,6 +86,7 @@ class RelationModule(pl.LightningModule):
             "object_names": self.object_names,
             "predicate_names": self.predicate_names,
             "run_seed": self.run_seed,
+            "module": type(self).__name__,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -151,7 +107,7 @@ class RelationModule(pl.LightningModule):
         self.recall.reset()
 
     def validation_step(self, batch: GraphBatch) -> None:
-        self.recall.update(self.predictions(batch), ground_truth(batch))
+        self.recall.update(self.predictions(batch), batch.truth)
 
     def on_validation_epoch_end(self) -> None:
         part = "test" if self.trainer.testing else "val"
@@ -169,17 +125,34 @@ class RelationModule(pl.LightningModule):
         return self.predictions(batch)
 
     def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
-        """What `SceneGraphEvaluator` and `TripletWriter` read, a dict for each image of the batch."""
-        probabilities = self(batch).float().softmax(1)
-        pairs_of = torch.bincount(batch.images[batch.pairs[:, 0]], minlength=len(batch.lengths)).tolist()
-        starts = batch.lengths.cumsum(0) - batch.lengths
-        return [
-            {**image, "scores": torch.ones_like(image["labels"], dtype=torch.float32), "pairs": pairs - start,
-             "predicate_scores": scores}
-            for image, pairs, scores, start in zip(
-                _objects(batch), batch.pairs.split(pairs_of), probabilities.split(pairs_of), starts, strict=True
-            )
-        ]  # fmt: skip
+        """What `SceneGraphEvaluator` and `TripletWriter` read, a dict for each image of the batch.
+
+        A decoded object's score is the probability of its class, its box the detector's for that class.
+        """
+        batch = self.see(batch)
+        prediction = self(batch)
+        labels, boxes, scores = prediction.labels, batch.boxes, batch.scores
+        if prediction.object_logits is not None:
+            scores = prediction.object_logits.float().softmax(1).gather(1, labels[:, None])[:, 0]
+        elif scores is None:
+            scores = torch.ones_like(labels, dtype=torch.float32)
+        if batch.boxes_per_class is not None:
+            boxes = batch.boxes_per_class[torch.arange(len(labels), device=labels.device), labels]
+        probabilities = prediction.logits.float().softmax(1)
+        lengths = batch.lengths.tolist()
+        pairs_of = torch.bincount(batch.images[batch.pairs[:, 0]], minlength=len(lengths)).tolist()
+        starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
+        images = zip(
+            batch.image_ids,
+            boxes.split(lengths),
+            labels.split(lengths),
+            scores.split(lengths),
+            (pairs - start for pairs, start in zip(batch.pairs.split(pairs_of), starts)),
+            probabilities.split(pairs_of),
+            strict=True,
+        )
+        fields = "image_id", "boxes", "labels", "scores", "pairs", "predicate_scores"
+        return [dict(zip(fields, image, strict=True)) for image in images]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -200,21 +173,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def ground_truth(batch: GraphBatch) -> list[dict[str, Any]]:
-    """The targets of `SceneGraphEvaluator`, a dict for each image of the batch."""
-    return [{**image, "relations": rows} for image, rows in zip(_objects(batch), batch.relations, strict=True)]
-
-
-def _objects(batch: GraphBatch) -> list[dict[str, Any]]:
-    lengths = batch.lengths.tolist()
-    return [
-        {"image_id": image_id, "boxes": boxes, "labels": labels}
-        for image_id, boxes, labels in zip(
-            batch.image_ids, batch.boxes.split(lengths), batch.labels.split(lengths), strict=True
-        )
-    ]
-
-
 class FrequencyModule(RelationModule):
     """The frequency baseline: nothing to train, so `sgalign test --model FrequencyModule` is all it takes."""
 
@@ -226,34 +184,133 @@ class FrequencyModule(RelationModule):
     def make_network(self, counts: Tensor) -> None:
         self.network = FrequencyBaseline(counts)
 
+    def forward(self, batch: GraphBatch) -> Prediction:
+        assert self.network is not None
+        return Prediction(self.network(batch), batch.labels)
 
-class MotifsModule(RelationModule):
-    """Neural Motifs: the mean cross-entropy over all pairs, Adam.
+
+class DetectorModule(RelationModule):
+    """The object detector that the models of protocol sgdet and sgcls look through, trained first and by itself.
 
     Args:
+        backbone, min_size, max_size: of `sgalign.models.Detector`.
+        weights: of `Detector.load_weights`, read when training starts; None starts from nothing.
+        learning_rate: of Adam. Another optimizer: ``--optimizer`` of the command line.
+    """
+
+    network: Detector
+
+    def __init__(
+        self,
+        backbone: Literal["resnet18", "resnet50", "resnext101_32x8d"] = "resnet50",
+        min_size: int = 600,
+        max_size: int = 1000,
+        weights: str | None = None,
+        learning_rate: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def make_network(self, counts: Tensor) -> None:
+        options: Any = self.hparams
+        self.network = Detector(
+            len(counts), backbone=options.backbone, min_size=options.min_size, max_size=options.max_size
+        )
+
+    def setup(self, stage: str) -> None:
+        is_new = self.network is None
+        super().setup(stage)
+        if is_new and stage == "fit" and self.hparams["weights"] is not None:
+            self.network.load_weights(self.hparams["weights"])
+
+    def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
+        lengths = batch.lengths.tolist()
+        losses = self.network.losses(pixels_of(batch), batch.boxes.split(lengths), batch.labels.split(lengths))
+        losses = {name.removeprefix("loss_"): loss for name, loss in losses.items()}
+        self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=len(lengths), prog_bar=True)
+        return torch.stack(list(losses.values())).sum()
+
+    def validation_step(self, batch: GraphBatch) -> None:
+        """Logs `found`: annotated objects that a detection of their class overlaps with an IoU of at least 0.5."""
+        found = self.network.detect(self.network.features(pixels_of(batch)))
+        hits = [
+            ((box_iou(d.boxes, truth["boxes"]) >= 0.5) & (d.labels[:, None] == truth["labels"])).any(0).sum()
+            for d, truth in zip(found, batch.truth, strict=True)
+        ]
+        objects = len(batch.labels)
+        part = "test" if self.trainer.testing else "val"
+        share = torch.stack(hits).sum() / max(objects, 1)
+        self.log(f"{part}/found", share, batch_size=max(objects, 1), prog_bar=True, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        pass
+
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.hparams["learning_rate"], fused=True)
+
+
+class MotifsModule(RelationModule):
+    """Neural Motifs: the mean cross-entropy over pairs, and over objects where classes are decoded.
+
+    Args:
+        protocol: "predcls" (boxes and classes are given), "sgcls" (boxes are given) or "sgdet" (nothing is).
+        vision: what is seen of images. "none": nothing, boxes and classes are all; "cached": features that
+            `sgalign cache-features` wrote; "images": a detector, which is not trained, and region features of
+            `relation_dim` channels, which are.
         embed_dim, hidden_dim, relation_dim: as in `sgalign.models.Motifs`.
         word_vectors: text file of word vectors of `embed_dim` numbers, the class embeddings' initial values; None for
             random ones. Read when training starts, not when a checkpoint is loaded.
-        learning_rate: of Adam. Another optimizer: ``--optimizer`` of the command line.
+        backbone, min_size, max_size: of `sgalign.models.Detector`.
+        detector_weights: as `weights` of `sgalign.models.Detector`, read when training starts.
+        relations_per_image: pairs sampled in training, a quarter of them related, as in the public code.
+        optimizer: "adam", or "sgd" as published: momentum 0.9, weight decay 1e-4 but for biases, a tenth of the
+            learning rate after three validations without a better R@100.
+        learning_rate: for batches of `learning_rate_images` images over all processes, and in proportion for others.
+        learning_rate_images: None for a learning rate that no batch size changes.
+        warmup_steps: over which the learning rate grows from a tenth.
     """
 
     network: Motifs
 
     def __init__(
         self,
+        protocol: Literal["predcls", "sgcls", "sgdet"] = "predcls",
+        vision: Literal["none", "cached", "images"] = "none",
         embed_dim: int = 200,
         hidden_dim: int = 128,
         relation_dim: int = 512,
         word_vectors: str | None = None,
+        backbone: Literal["resnet18", "resnet50", "resnext101_32x8d"] = "resnet50",
+        min_size: int = 600,
+        max_size: int = 1000,
+        detector_weights: str | None = None,
+        relations_per_image: int = 1024,
+        optimizer: Literal["adam", "sgd"] = "adam",
         learning_rate: float = 1e-3,
+        learning_rate_images: int | None = None,
+        warmup_steps: int = 0,
     ) -> None:
         super().__init__()
-        for name, size in (("embed_dim", embed_dim), ("hidden_dim", hidden_dim), ("relation_dim", relation_dim)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.save_hyperparameters()
+        options = self.options
+        for name in ("embed_dim", "hidden_dim", "relation_dim", "relations_per_image", "min_size", "max_size"):
+            if options[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {options[name]}")
+        if learning_rate_images is not None and learning_rate_images < 1:
+            raise ValueError(f"learning_rate_images must be at least 1, got {learning_rate_images}")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         if not 0 < learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be above 0 and finite, got {learning_rate}")
-        self.save_hyperparameters()
+        check_choice("protocol", protocol, PROTOCOLS)
+        check_choice("vision", vision, ("none", "cached", "images"))
+        check_choice("optimizer", optimizer, ("adam", "sgd"))
+        needed = {"predcls": ("none", "cached", "images"), "sgcls": ("cached", "images"), "sgdet": ("images",)}
+        if vision not in needed[protocol]:
+            raise ValueError(f"vision must be {' or '.join(needed[protocol])} for {protocol}, got {vision!r}")
+        self.protocol = protocol
 
     @property
     def options(self) -> Any:
@@ -261,19 +318,131 @@ class MotifsModule(RelationModule):
         return self.hparams
 
     def make_network(self, counts: Tensor) -> None:
-        sizes = {name: self.options[name] for name in ("embed_dim", "hidden_dim", "relation_dim")}
-        self.network = Motifs(counts, **sizes)
+        options = self.options
+        sizes = {name: options[name] for name in ("embed_dim", "hidden_dim", "relation_dim")}
+        object_dim = 0 if options.vision == "none" else options.relation_dim
+        self.network = Motifs(counts, **sizes, object_dim=object_dim, decodes_labels=self.protocol != "predcls")
+        if options.vision == "images":
+            sizes = {name: options[name] for name in ("backbone", "min_size", "max_size")}
+            self.detector = Detector(len(counts), **sizes)
+            self.detector.freeze()
+            self.regions = RegionFeatures(dim=options.relation_dim)
 
     def setup(self, stage: str) -> None:
         is_new = self.network is None
         super().setup(stage)
-        if is_new and stage == "fit" and self.options.word_vectors is not None:
-            self.network.load_class_vectors(read_word_vectors(self.options.word_vectors, self.object_names))
+        options = self.options
+        if not is_new or stage != "fit":
+            return
+        if options.word_vectors is not None:
+            self.network.load_class_vectors(read_word_vectors(options.word_vectors, self.object_names))
+        if options.vision == "images" and options.detector_weights is not None:
+            self.detector.load_weights(options.detector_weights)
+            self.regions.load_box_head(self.detector)
+
+    # ---- what is seen
+
+    def see(self, batch: GraphBatch, batch_index: int = 0) -> GraphBatch:
+        if self.options.vision != "images":
+            return self._sample(batch, batch_index) if self.training else batch
+        features = self.detector.features(pixels_of(batch))
+        if self.protocol == "sgcls":
+            boxes = batch.boxes.split(batch.lengths.tolist())
+            batch = batch._replace(logits=self.detector.classify(features, boxes))
+        elif self.protocol == "sgdet":
+            batch = self._detect(batch, features, batch_index)
+        if self.training and self.protocol != "sgdet":
+            batch = self._sample(batch, batch_index)
+        lengths = batch.lengths.tolist()
+        pairs_of = torch.bincount(batch.images[batch.pairs[:, 0]], minlength=len(lengths)).tolist()
+        starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
+        boxes = batch.boxes.split(lengths)
+        pairs = [pairs - start for pairs, start in zip(batch.pairs.split(pairs_of), starts)]
+        return batch._replace(
+            object_features=self.regions.objects(features, boxes),
+            union_features=self.regions.pairs(features, boxes, pairs),
+        )
+
+    def _sample(self, batch: GraphBatch, batch_index: int) -> GraphBatch:
+        rows = sample_pairs(
+            batch.targets[:, 0] < 1,
+            batch.images[batch.pairs[:, 0]],
+            limit=self.options.relations_per_image,
+            generator=self._generator(batch_index),
+        )
+        return batch if len(rows) == len(batch.pairs) else batch.keep_pairs(rows)
+
+    def _detect(self, batch: GraphBatch, features: ImageFeatures, batch_index: int) -> GraphBatch:
+        """The batch of what the detector finds; in training the annotated boxes are among its proposals."""
+        found = self.detector.detect(features)
+        boxes, logits = [d.boxes for d in found], [d.logits for d in found]
+        if self.training:
+            annotated = batch.boxes.split(batch.lengths.tolist())
+            annotated_logits = self.detector.classify(features, annotated).split(batch.lengths.tolist())
+            boxes = [torch.cat(both) for both in zip(boxes, annotated, strict=True)]
+            logits = [torch.cat(both) for both in zip(logits, annotated_logits, strict=True)]
+        objects = Objects.of(torch.tensor([len(b) for b in boxes], device=batch.boxes.device))
+        pairs, targets, labels = objects.pairs, batch.targets[:0], torch.cat([d.labels for d in found])
+        if self.training:
+            generator = self._generator(batch_index)
+            matched = [
+                match_detections(
+                    image_boxes,
+                    truth["boxes"],
+                    truth["labels"],
+                    truth["relations"],
+                    generator=generator,
+                    limit=self.options.relations_per_image,
+                    num_predicates=batch.targets.shape[1] - 1,
+                )
+                for image_boxes, truth in zip(boxes, batch.truth, strict=True)
+            ]
+            pairs = torch.cat([m[0] + start for m, start in zip(matched, objects.starts.tolist())])
+            targets, labels = torch.cat([m[1] for m in matched]), torch.cat([m[2] for m in matched])
+        else:
+            targets = targets.new_zeros(len(pairs), targets.shape[1])
+        return batch._replace(
+            lengths=objects.lengths,
+            images=objects.images,
+            positions=objects.positions,
+            boxes=torch.cat(boxes),
+            labels=labels,
+            logits=torch.cat(logits),
+            boxes_per_class=None if self.training else torch.cat([d.boxes_per_class for d in found]),
+            pairs=pairs,
+            targets=targets,
+        )
+
+    def _generator(self, batch_index: int) -> torch.Generator:
+        """Of the step's samples; as the mask, it repeats in a resumed run and differs between ranks."""
+        seed = mask_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose="samples")
+        return torch.Generator().manual_seed(seed)
+
+    # ---- training
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and its parts by name."""
-        loss = relation_loss(self.network(batch), batch.targets)
-        return loss, {"loss": loss}
+        batch = self.see(batch, batch_index)
+        return self.supervised_loss(self.network(batch), batch)
+
+    def supervised_loss(self, prediction: Prediction, batch: GraphBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of relations, and of objects where their classes are decoded."""
+        loss = relation_loss(prediction.logits, batch.targets) * self.share(len(batch.targets))
+        parts = {"loss": loss}
+        if prediction.object_logits is not None:
+            objects = functional.cross_entropy(prediction.object_logits, batch.labels, reduction="sum")
+            parts["objects"] = objects / max(len(batch.labels), 1) * self.share(len(batch.labels))
+            loss = loss + parts["objects"]
+        return loss, parts
+
+    def share(self, count: float) -> float:
+        """This process's part of all elements, times the processes: makes the mean of their means that of them all."""
+        world = self.trainer.world_size if self._trainer is not None else 1
+        if world == 1:
+            return 1.0
+        total = torch.tensor(float(count), device=self.device)
+        torch.distributed.all_reduce(total)
+        return world * count / max(total.item(), 1.0)
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
         loss, parts = self.losses(batch, batch_index)
@@ -284,8 +453,34 @@ class MotifsModule(RelationModule):
             raise ValueError(f"the loss must be finite, got {values} at step {self.global_step}: lower learning_rate")
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.options.learning_rate, fused=True)
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        options, rate = self.options, self.options.learning_rate
+        if options.learning_rate_images is not None and self._trainer is not None:
+            images = self.trainer.datamodule.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+            rate *= images / options.learning_rate_images
+            rank_zero_info(f"learning rate {rate:g}: {options.learning_rate:g} for {options.learning_rate_images} "
+                           f"images, {images} a step here")  # fmt: skip
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        if options.optimizer == "adam":
+            return torch.optim.Adam([p for _, p in trained], lr=rate, fused=True)
+        groups = [
+            {"params": [p for name, p in trained if not name.endswith("bias")], "weight_decay": 1e-4},
+            {"params": [p for name, p in trained if name.endswith("bias")], "weight_decay": 0.0},
+        ]
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9)
+
+    def configure_optimizers(self) -> Any:
+        options, optimizer = self.options, self.make_optimizer()
+        schedulers: list[dict[str, Any]] = []
+        if options.warmup_steps:
+            warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=options.warmup_steps)
+            schedulers.append({"scheduler": warmup, "interval": "step"})
+        if options.optimizer == "sgd":
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer, mode="max", factor=0.1, patience=2, threshold=1e-3, threshold_mode="abs"
+            )
+            schedulers.append({"scheduler": plateau, "monitor": "val/R@100", "strict": False})
+        return [optimizer], schedulers
 
 
 class AlignMotifsModule(MotifsModule):
@@ -296,48 +491,41 @@ class AlignMotifsModule(MotifsModule):
     defaults are the paper's where it says something; docs/training.md has the reasons for the others.
 
     Args:
-        embed_dim, hidden_dim, relation_dim, word_vectors, learning_rate: as in `MotifsModule`.
         mask_ratio: p, the probability of masking.
         alignment_weight: lambda.
-        mask_granularity: "row" masks whole objects, "feature" single numbers.
+        mask_granularity: "row" masks whole objects, "feature" single numbers of them, "union" the union features of
+            whole pairs instead.
         tied_head: the mirror has the supervised head instead of its own.
         reduction, direction: of `relation_alignment_loss`.
-        aligned_relations: "all" pairs, annotated ("foreground") ones, or those with a "masked" object.
+        aligned_relations: "all" pairs, annotated ("foreground") ones, or those with a "masked" object or union.
         alignment_warmup: steps over which the weight grows from 0 to `alignment_weight`.
         supervise_mirror: adds the supervised loss of the mirror's logits.
+        motifs: the arguments of `MotifsModule`.
     """
 
     def __init__(
         self,
-        embed_dim: int = 200,
-        hidden_dim: int = 128,
-        relation_dim: int = 512,
-        word_vectors: str | None = None,
-        learning_rate: float = 1e-3,
         mask_ratio: float = 0.1,
         alignment_weight: float = 10.0,
-        mask_granularity: Literal["row", "feature"] = "row",
+        mask_granularity: Literal["row", "feature", "union"] = "row",
         tied_head: bool = False,
         reduction: Literal["element", "relation"] = "element",
         direction: Literal["teacher_to_student", "student_to_teacher", "symmetric"] = "teacher_to_student",
         aligned_relations: Literal["all", "foreground", "masked"] = "all",
         alignment_warmup: int = 0,
         supervise_mirror: bool = False,
+        **motifs: Any,
     ) -> None:
-        super().__init__(embed_dim, hidden_dim, relation_dim, word_vectors, learning_rate)
+        super().__init__(**motifs)
         if not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be in [0, 1], got {mask_ratio}")
         for name, value in (("alignment_weight", alignment_weight), ("alignment_warmup", alignment_warmup)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-        for name, choice, choices in (
-            ("mask_granularity", mask_granularity, ("row", "feature")),
-            ("reduction", reduction, REDUCTIONS),
-            ("direction", direction, DIRECTIONS),
-            ("aligned_relations", aligned_relations, ("all", "foreground", "masked")),
-        ):
-            if choice not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {choice!r}")
+        check_choice("mask_granularity", mask_granularity, ("row", "feature", "union"))
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("direction", direction, DIRECTIONS)
+        check_choice("aligned_relations", aligned_relations, ("all", "foreground", "masked"))
 
     def make_network(self, counts: Tensor) -> None:
         super().make_network(counts)
@@ -345,37 +533,59 @@ class AlignMotifsModule(MotifsModule):
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
         options = self.options
+        batch = self.see(batch, batch_index)
         dropped = self.draw_mask(batch, batch_index)
-        logits, mirrored_logits = self.network.dual_branch(batch, dropped, self.mirrored_head)
-        supervised = relation_loss(logits, batch.targets)
+        mask = {"dropped_union" if options.mask_granularity == "union" else "dropped": dropped}
+        prediction, mirrored_logits = self.network.dual_branch(batch, self.mirrored_head, **mask)
+        loss, parts = self.supervised_loss(prediction, batch)
+        weight = self._weights(batch, dropped)
         alignment = relation_alignment_loss(
-            logits,
+            prediction.logits,
             mirrored_logits,
             reduction=options.reduction,
             direction=options.direction,
-            weight=self._weights(batch, dropped),
+            weight=weight,
         )
+        counted = len(batch.pairs) if weight is None else weight.sum().item()
+        parts["alignment"] = alignment * self.share(counted)
         warmup = min(1.0, self.global_step / options.alignment_warmup) if options.alignment_warmup else 1.0
-        loss = supervised + options.alignment_weight * warmup * alignment
+        loss = loss + options.alignment_weight * warmup * parts["alignment"]
         if options.supervise_mirror:
-            loss = loss + relation_loss(mirrored_logits, batch.targets)
-        return loss, {"loss": supervised, "alignment": alignment}
+            loss = loss + relation_loss(mirrored_logits, batch.targets) * self.share(len(batch.targets))
+        return loss, parts
 
     def draw_mask(self, batch: GraphBatch, batch_index: int) -> Tensor:
-        """What this step's mirror does not see: bool `[T, 1]` or `[T, F]`, drawn as attention masks are."""
+        """What this step's mirror does not see, drawn as attention masks are: bool `[T, 1]` (row), `[T, F]` (feature)
+        or `[R, 1]` (union)."""
         seed = mask_seed(self.run_seed, self.global_step, batch_index, self.global_rank)
         images, objects = len(batch.lengths), int(batch.lengths.max())
         draw = partial(random_attention_mask, ratio=self.options.mask_ratio, seed=seed, device=batch.boxes.device)
         if self.options.mask_granularity == "row":
             return draw(images, 1, 1, objects)[batch.images, 0, 0, batch.positions, None]
-        return draw(images, 1, objects, self.network.edge_input_dim)[batch.images, 0, batch.positions]
+        if self.options.mask_granularity == "feature":
+            return draw(images, 1, objects, self.network.edge_input_dim)[batch.images, 0, batch.positions]
+        subject, object_ = batch.positions[batch.pairs].unbind(1)
+        return draw(images, 1, objects, objects)[batch.images[batch.pairs[:, 0]], 0, subject, object_, None]
 
     def _weights(self, batch: GraphBatch, dropped: Tensor) -> Tensor | None:
         if self.options.aligned_relations == "foreground":
             return 1 - batch.targets[:, 0]
         if self.options.aligned_relations == "masked":
+            if self.options.mask_granularity == "union":
+                return dropped[:, 0].float()
             return dropped.any(1)[batch.pairs].any(1).float()
         return None
+
+
+def pixels_of(batch: GraphBatch) -> list[Tensor]:
+    if batch.pixels is None:
+        raise ValueError("data must have images: true for a model that looks at images")
+    return batch.pixels
+
+
+def check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
+    if choice not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {choice!r}")
 
 
 def relation_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -383,78 +593,11 @@ def relation_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits, targets, reduction="sum") / max(len(targets), 1)
 
 
-def mask_seed(run_seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """A seed in the range of int64 for one step's mask; any change of an argument gives an unrelated one.
+def mask_seed(run_seed: int, step: int, micro_batch: int, rank: int, *, purpose: str = "mask") -> int:
+    """A seed in the range of int64 for what one step draws; any change of an argument gives an unrelated one.
 
     Of explicit arguments rather than of torch's generator, so that ranks differ and a resumed run repeats.
     """
     packed = struct.pack("<4q", *(value % (1 << 64) - (1 << 63) for value in (run_seed, step, micro_batch, rank)))
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little", signed=True)
-
-
-class TripletWriter(BasePredictionWriter):
-    """Writes what `sgalign predict` finds, an image a line of JSON.
-
-    A line has `image_id`, `objects` (`label`, `box` x1, y1, x2, y2 in pixels) and `triplets` by falling score
-    (`subject` and `object`, indices of objects; `predicate`; `score`), the best predicate of each pair.
-
-    Args:
-        path: the file, replaced when the prediction is complete.
-        top_k: triplets an image.
-
-    Raises:
-        ValueError: the trainer has several processes, which would write one file.
-    """
-
-    _file: TextIO
-
-    def __init__(self, path: str = "predictions.jsonl", top_k: int = 100) -> None:
-        super().__init__("batch")
-        self.path, self.top_k = Path(path), top_k
-
-    @property
-    def _partial(self) -> Path:
-        return self.path.with_name(self.path.name + ".partial")
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.world_size > 1:
-            raise ValueError(f"trainer must predict in one process (--trainer.devices 1), got {trainer.world_size}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("w", encoding="utf-8")
-
-    def write_on_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Iterable[dict[str, Any]], *args: Any
-    ) -> None:
-        assert isinstance(pl_module, RelationModule)
-        for image in prediction:
-            graph = describe(image, pl_module.object_names, pl_module.predicate_names, self.top_k)
-            self._file.write(json.dumps(graph) + "\n")
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._file.close()
-        self._partial.replace(self.path)
-        print(f"wrote {self.path}")
-
-
-def describe(
-    prediction: dict[str, Any], object_names: list[str], predicate_names: list[str], top_k: int
-) -> dict[str, Any]:
-    """A prediction of `RelationModule.predictions` in names and plain numbers, best triplets first."""
-    score, predicate = prediction["predicate_scores"][:, 1:].max(1)
-    best = score.argsort(descending=True, stable=True)[:top_k].tolist()
-    return {
-        "image_id": prediction["image_id"],
-        "objects": [
-            {"label": object_names[label], "box": box}
-            for label, box in zip(prediction["labels"].tolist(), prediction["boxes"].tolist(), strict=True)
-        ],
-        "triplets": [
-            {
-                "subject": int(prediction["pairs"][row, 0]),
-                "predicate": predicate_names[int(predicate[row]) + 1],
-                "object": int(prediction["pairs"][row, 1]),
-                "score": round(float(score[row]), 6),
-            }
-            for row in best
-        ],
-    }
+    digest = hashlib.blake2b(packed, digest_size=8, person=b"" if purpose == "mask" else purpose.encode())
+    return int.from_bytes(digest.digest(), "little", signed=True)

@@ -351,7 +351,7 @@ def test_missing_fields_and_images_are_refused():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"protocol": "sgdet"}, "protocol .* predcls, got 'sgdet'"),
+        ({"protocol": "phrdet"}, "protocol .* predcls, sgcls, sgdet, got 'phrdet'"),
         ({"num_predicates": 0}, "num_predicates .* got 0"),
         ({"top_k": ()}, "top_k"),
         ({"top_k": (20, 0)}, "top_k .* got"),

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+pytest.importorskip("torchvision")
+
 from sgalign.data import SceneGraph, ScenesDataset, collate
 from sgalign.models import FrequencyBaseline, Motifs, predicate_counts
 from sgalign.models.motifs import box_features, pair_features, right_to_left
@@ -45,7 +47,7 @@ def test_batch_holds_every_ordered_pair_and_its_predicates():
     expected[0, [0, 2, 5]] = torch.tensor([0, 0.5, 0.5])  # two predicates share the pair
     expected[6, [0, 1]] = torch.tensor([0.0, 1])  # repeated is not more
     assert torch.equal(batch.targets, expected)
-    assert torch.equal(batch.relations[0], two.relations), "the evaluation sees relations with itself"
+    assert torch.equal(batch.truth[0]["relations"], two.relations), "the evaluation sees relations with itself"
 
 
 def test_batch_without_pairs():
@@ -106,10 +108,10 @@ def test_objects_stand_from_right_to_left():
 def test_images_of_a_batch_do_not_meet(motifs, scenes):
     motifs.eval()
     empty = graph([], [], [])
-    together = motifs(collate([scenes[0], empty, scenes[1], scenes[2]], PREDICATES))
-    apart = torch.cat([motifs(collate([scene], PREDICATES)) for scene in scenes[:3]])
+    together = motifs(collate([scenes[0], empty, scenes[1], scenes[2]], PREDICATES)).logits
+    apart = torch.cat([motifs(collate([scene], PREDICATES)).logits for scene in scenes[:3]])
     torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
-    assert motifs(collate([empty], PREDICATES)).shape == (0, PREDICATES + 1)
+    assert motifs(collate([empty], PREDICATES)).logits.shape == (0, PREDICATES + 1)
 
 
 def test_order_of_objects_does_not_matter(motifs, scenes):
@@ -119,9 +121,9 @@ def test_order_of_objects_does_not_matter(motifs, scenes):
         "b", scene.width, scene.height, scene.boxes[order], scene.labels[order], torch.zeros(0, 3).long()
     )
     before, after = collate([scene], PREDICATES), collate([moved], PREDICATES)
-    row = {tuple(pair): logits for pair, logits in zip(before.pairs.tolist(), motifs(before))}
+    row = {tuple(pair): logits for pair, logits in zip(before.pairs.tolist(), motifs(before).logits)}
     expected = torch.stack([row[int(order[s]), int(order[o])] for s, o in after.pairs.tolist()])
-    torch.testing.assert_close(motifs(after), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(motifs(after).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_equals_the_usual_form_of_the_relation_head(motifs, scenes):
@@ -136,16 +138,17 @@ def test_equals_the_usual_form_of_the_relation_head(motifs, scenes):
 
 
 def test_gradients_reach_every_parameter(motifs, scenes):
-    motifs(collate(scenes[:4], PREDICATES)).square().sum().backward()
+    motifs(collate(scenes[:4], PREDICATES)).logits.square().sum().backward()
     assert [name for name, p in motifs.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_mirror_without_mask_and_with_tied_head_is_the_supervised_branch(motifs, scenes):
     batch = collate(scenes[:6], PREDICATES)
     nothing = torch.zeros(len(batch.labels), 1, dtype=torch.bool)
-    logits, mirrored = motifs.dual_branch(batch, nothing, motifs.predicate)
-    assert torch.equal(logits, mirrored)
-    torch.testing.assert_close(motifs.eval()(batch), motifs.dual_branch(batch, nothing, motifs.predicate)[0])
+    prediction, mirrored = motifs.dual_branch(batch, motifs.predicate, dropped=nothing)
+    assert torch.equal(prediction.logits, mirrored)
+    prediction, _ = motifs.eval().dual_branch(batch, motifs.predicate, dropped=nothing)
+    torch.testing.assert_close(motifs(batch).logits, prediction.logits)
 
 
 def test_mask_reaches_the_mirror_alone(motifs, scenes):
@@ -153,9 +156,9 @@ def test_mask_reaches_the_mirror_alone(motifs, scenes):
     batch = collate(scenes[:2], PREDICATES)
     dropped = torch.zeros(len(batch.labels), 1, dtype=torch.bool)
     dropped[0] = True
-    logits, mirrored = motifs.dual_branch(batch, dropped, motifs.predicate)
-    torch.testing.assert_close(logits, motifs(batch))
-    changed = (logits - mirrored).abs().amax(1) > 1e-6
+    prediction, mirrored = motifs.dual_branch(batch, motifs.predicate, dropped=dropped)
+    torch.testing.assert_close(prediction.logits, motifs(batch).logits)
+    changed = (prediction.logits - mirrored).abs().amax(1) > 1e-6
     of_first_image = batch.images[batch.pairs[:, 0]] == 0
     assert changed[of_first_image].any() and not changed[~of_first_image].any()
 

@@ -1,9 +1,25 @@
 """Scene graphs: the type every part of the package reads, and the data sets that yield it."""
 
-from sgalign.data.batch import GraphBatch, collate
+from sgalign.data.batch import GraphBatch, Objects, collate, collate_detected
+from sgalign.data.detections import Detections, read_detections
+from sgalign.data.open import open_dataset
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.data.scenes import ScenesDataset
-from sgalign.data.vrd import VRDDataset
+from sgalign.data.vrd import VRDDataset, image_size, load_image
 from sgalign.data.word_vectors import read_word_vectors
 
-__all__ = ["GraphBatch", "SceneGraph", "ScenesDataset", "VRDDataset", "collate", "read_word_vectors"]
+__all__ = [
+    "Detections",
+    "GraphBatch",
+    "Objects",
+    "SceneGraph",
+    "ScenesDataset",
+    "VRDDataset",
+    "collate",
+    "collate_detected",
+    "image_size",
+    "load_image",
+    "open_dataset",
+    "read_detections",
+    "read_word_vectors",
+]

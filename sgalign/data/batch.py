@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sgalign.data.detections import Detections
 from sgalign.data.scene_graph import SceneGraph
 
 
 class GraphBatch(NamedTuple):
-    """B images; their T objects one after the other, and all R ordered pairs of different objects of one image.
+    """B images; their T objects one after the other, and R ordered pairs of different objects of one image.
+
+    The first fields are always there. The others depend on what the model reads, and on the protocol.
 
     Attributes:
         image_ids: names of the images.
         sizes: float32 `[B, 2]`, width and height in pixels.
         lengths: int64 `[B]`, objects of each image.
         boxes: float32 `[T, 4]`, x1, y1, x2, y2 in pixels.
-        labels: int64 `[T]`, from 1.
+        labels: int64 `[T]`, from 1. Where a label decoder predicts them: what it is trained towards, 0 for a detection
+            of nothing.
         images: int64 `[T]`, the image of each object.
         positions: int64 `[T]`, its place in its image, from 0.
         pairs: int64 `[R, 2]`, subject and object among the T; the pairs of an image stand together.
         targets: float32 `[R, num_predicates + 1]`, the distribution of the pair's annotated predicates, or the
             background (column 0) for a pair without any.
-        relations: int64 `[M, 3]` for each image, as annotated.
+        truth: `image_id`, `boxes`, `labels` and `relations` of each image as annotated, for the evaluation.
+        scores: float32 `[T]` of detected objects.
+        logits: float32 `[T, num_objects + 1]` of the detector, from which labels are decoded.
+        boxes_per_class: float32 `[T, num_objects + 1, 4]`, the detector's box for each class.
+        object_features: float32 `[T, F]`, what the image shows of each object.
+        union_features: float32 `[R, G]`, what it shows of each pair.
+        pixels: float32 `[3, H, W]` of each image, in 0 to 1.
     """
 
     image_ids: list[str]
@@ -37,10 +48,43 @@ class GraphBatch(NamedTuple):
     positions: Tensor
     pairs: Tensor
     targets: Tensor
-    relations: list[Tensor]
+    truth: list[dict[str, Any]]
+    scores: Tensor | None = None
+    logits: Tensor | None = None
+    boxes_per_class: Tensor | None = None
+    object_features: Tensor | None = None
+    union_features: Tensor | None = None
+    pixels: list[Tensor] | None = None
+
+    def keep_pairs(self, rows: Tensor) -> GraphBatch:
+        """The batch with these rows of `pairs` alone."""
+        union = None if self.union_features is None else self.union_features[rows]
+        return self._replace(pairs=self.pairs[rows], targets=self.targets[rows], union_features=union)
 
 
-def collate(graphs: Sequence[SceneGraph], num_predicates: int) -> GraphBatch:
+class Objects(NamedTuple):
+    """Where the objects of a batch are: `lengths`, `images`, `positions` and all `pairs` of `GraphBatch`."""
+
+    lengths: Tensor
+    images: Tensor
+    positions: Tensor
+    pairs: Tensor
+    starts: Tensor  # [B], of each image among the T
+
+    @classmethod
+    def of(cls, lengths: Tensor) -> Objects:
+        """From the number of objects of each image, int64 `[B]`."""
+        device = lengths.device
+        images = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+        starts = lengths.cumsum(0) - lengths
+        positions = torch.arange(len(images), device=device) - starts[images]
+        partner = torch.arange(int(lengths.max()) if len(lengths) else 0, device=device)
+        is_pair = (partner < lengths[images, None]) & (partner != positions[:, None])
+        subject, column = is_pair.nonzero(as_tuple=True)
+        return cls(lengths, images, positions, torch.stack([subject, starts[images[subject]] + column], dim=1), starts)
+
+
+def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool = False) -> GraphBatch:
     """Puts scene graphs together.
 
     Of several predicates of a pair Motifs' public code trains on one at random; the target here is their mean, which
@@ -50,28 +94,20 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int) -> GraphBatch:
     Args:
         graphs: at least one.
         num_predicates: without the background.
+        pixels: reads the images too.
 
     Raises:
-        ValueError: there is no graph, or a predicate is beyond `num_predicates`; names the image.
+        ValueError: there is no graph, a predicate is beyond `num_predicates`, or an image is not there; names it.
     """
     if not graphs:
         raise ValueError("graphs must be at least one scene graph, got none")
-    lengths = torch.tensor([len(graph.labels) for graph in graphs])
-    images = torch.repeat_interleave(torch.arange(len(graphs)), lengths)
-    starts = lengths.cumsum(0) - lengths
-    total = len(images)
+    objects = Objects.of(torch.tensor([len(graph.labels) for graph in graphs]))
     # rows[subject, object within its image] is the pair's place in `pairs`
-    longest = int(lengths.max())
-    partner = torch.arange(longest)
-    positions = torch.arange(total) - starts[images]
-    is_pair = (partner < lengths[images, None]) & (partner != positions[:, None])
-    subject, column = is_pair.nonzero(as_tuple=True)
-    pairs = torch.stack([subject, starts[images[subject]] + column], dim=1)
-    rows = torch.full((total, longest), -1)
-    rows[subject, column] = torch.arange(len(pairs))
+    rows = torch.full((len(objects.images), int(objects.lengths.max())), -1)
+    rows[objects.pairs[:, 0], objects.positions[objects.pairs[:, 1]]] = torch.arange(len(objects.pairs))
 
-    targets = torch.zeros(len(pairs), num_predicates + 1)
-    for graph, start in zip(graphs, starts.tolist()):
+    targets = torch.zeros(len(objects.pairs), num_predicates + 1)
+    for graph, start in zip(graphs, objects.starts.tolist()):
         if len(graph.relations) and int(graph.relations[:, 2].max()) > num_predicates:
             raise ValueError(
                 f"image {graph.image_id!r}: relations[:, 2] must be in 1 to {num_predicates}, "
@@ -84,12 +120,53 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int) -> GraphBatch:
     return GraphBatch(
         image_ids=[graph.image_id for graph in graphs],
         sizes=torch.tensor([(graph.width, graph.height) for graph in graphs], dtype=torch.float32),
-        lengths=lengths,
+        lengths=objects.lengths,
         boxes=torch.cat([graph.boxes for graph in graphs]),
         labels=torch.cat([graph.labels for graph in graphs]),
-        images=images,
-        positions=positions,
-        pairs=pairs,
+        images=objects.images,
+        positions=objects.positions,
+        pairs=objects.pairs,
         targets=targets / count.clamp(min=1),
-        relations=[graph.relations for graph in graphs],
+        truth=[_truth(graph) for graph in graphs],
+        pixels=[read_pixels(graph) for graph in graphs] if pixels else None,
     )
+
+
+def collate_detected(
+    graphs: Sequence[SceneGraph], detections: Mapping[str, Detections], num_predicates: int, *, pixels: bool = False
+) -> GraphBatch:
+    """As `collate`, but with the detected objects of each image, which has none if `detections` does not know it.
+
+    Targets are all background: what is detected is not what was annotated. The `truth` remains.
+    """
+    nothing = Detections(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    found = [detections.get(graph.image_id, nothing) for graph in graphs]
+    seen = [
+        replace(graph, boxes=image.boxes, labels=image.labels, relations=graph.relations[:0])
+        for graph, image in zip(graphs, found, strict=True)
+    ]
+    scores = torch.cat([image.scores for image in found])
+    return collate(seen, num_predicates, pixels=pixels)._replace(truth=[_truth(g) for g in graphs], scores=scores)
+
+
+def _truth(graph: SceneGraph) -> dict[str, Any]:
+    return {"image_id": graph.image_id, "boxes": graph.boxes, "labels": graph.labels, "relations": graph.relations}
+
+
+def read_pixels(graph: SceneGraph) -> Tensor:
+    """The graph's image, float32 `[3, height, width]` in 0 to 1.
+
+    A file of another size than the graph says, as some of Visual Genome's are, is resized, so that boxes fit.
+
+    Raises:
+        ValueError: the graph has no image, or it cannot be read.
+    """
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    if graph.image is None:
+        raise ValueError(f"image {graph.image_id!r}: must be there for a model that reads images, got boxes alone")
+    image = graph.image()
+    if image.size != (graph.width, graph.height):
+        image = image.resize((graph.width, graph.height), Image.Resampling.BILINEAR)
+    return pil_to_tensor(image.convert("RGB")).float() / 255

@@ -75,8 +75,8 @@ class VRDDataset(Dataset[SceneGraph]):
         name, boxes, labels, relations = self._images[index]
         path = self.root / "images" / name
         if path.is_file():
-            width, height = _image_size(path)
-            return SceneGraph(name, width, height, boxes, labels, relations, partial(_load_image, path))
+            width, height = image_size(path)
+            return SceneGraph(name, width, height, boxes, labels, relations, partial(load_image, path))
         # Coordinates name pixels from 0, so the last one needs a size one larger.
         width, height = (boxes[:, 2:].amax(0).int() + 1).tolist() if len(boxes) else (1, 1)
         return SceneGraph(name, width, height, boxes, labels, relations)
@@ -146,7 +146,7 @@ def _stable_hash(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def _image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     from PIL import Image
 
     try:
@@ -156,7 +156,7 @@ def _image_size(path: Path) -> tuple[int, int]:
         raise ValueError(f"{path}: not an image that can be read ({error}); replace or remove it") from error
 
 
-def _load_image(path: Path) -> Image.Image:
+def load_image(path: Path) -> Image.Image:
     from PIL import Image
 
     with Image.open(path) as image:

@@ -1,6 +1,19 @@
-"""Scene graph models: each maps a `GraphBatch` to the predicate logits of its pairs."""
+"""Scene graph models: each maps a `GraphBatch` to a `Prediction`; and what they see of images."""
 
+from sgalign.models.detector import Detector, ImageFeatures, ObjectDetections
 from sgalign.models.frequency import FrequencyBaseline, predicate_counts
-from sgalign.models.motifs import Motifs
+from sgalign.models.label_decoder import LabelDecoder
+from sgalign.models.motifs import Motifs, Prediction
+from sgalign.models.regions import RegionFeatures
 
-__all__ = ["FrequencyBaseline", "Motifs", "predicate_counts"]
+__all__ = [
+    "Detector",
+    "FrequencyBaseline",
+    "ImageFeatures",
+    "LabelDecoder",
+    "Motifs",
+    "ObjectDetections",
+    "Prediction",
+    "RegionFeatures",
+    "predicate_counts",
+]

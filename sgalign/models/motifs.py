@@ -1,4 +1,4 @@
-"""Neural Motifs (Zellers, Yatskar, Thomson, Choi, CVPR 2018) for PredCls from labels and boxes.
+"""Neural Motifs (Zellers, Yatskar, Thomson, Choi, CVPR 2018), in both branches of relation alignment.
 
 Layers and their order are those of the public Scene-Graph-Benchmark (`LSTMContext` and `MotifPredictor`). Without
 images two of its inputs are missing: the objects' region features are left out, and the pairs' union features come from
@@ -16,9 +16,19 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from sgalign.data import GraphBatch
 from sgalign.models.frequency import FrequencyBaseline
+from sgalign.models.label_decoder import LabelDecoder
+from sgalign.relation import dual_branch_relation_logits, fused_relation_logits
 
 BOX_FEATURES = 9
 PAIR_FEATURES = 3 * BOX_FEATURES + 5
+
+
+class Prediction(NamedTuple):
+    """What a model says of a batch."""
+
+    logits: Tensor  # [R, num_predicates + 1], column 0 the background
+    labels: Tensor  # int64 [T], given or decoded
+    object_logits: Tensor | None = None  # [T, num_objects + 1], of the label decoder
 
 
 class Shared(NamedTuple):
@@ -28,10 +38,12 @@ class Shared(NamedTuple):
     edge_input: Tensor  # [T, F], what the edge context reads and the mirror masks
     union: Tensor  # [R, relation_dim]
     bias: Tensor  # [R, K + 1], of the class frequencies
+    labels: Tensor  # [T]
+    object_logits: Tensor | None  # [T, num_objects + 1]
 
 
 class Motifs(nn.Module):
-    """Predicate logits of all pairs of objects, given their classes and boxes.
+    """Predicate logits of pairs of objects: given their classes and boxes, or what an image shows of them as well.
 
     Args:
         counts: `predicate_counts` of the training part: their logarithm is the frequency bias, and their shape tells
@@ -39,23 +51,39 @@ class Motifs(nn.Module):
         embed_dim: channels of a class embedding.
         hidden_dim: of each direction of both LSTMs, and of the contexts.
         relation_dim: channels of a pair's features.
+        object_dim: channels of the batch's `object_features`; its `union_features` have `relation_dim` then. 0 for a
+            model without images.
+        decodes_labels: object classes are predicted from the batch's `logits` (SGCls, SGDet) rather than given
+            (PredCls).
     """
 
-    def __init__(self, counts: Tensor, *, embed_dim: int = 200, hidden_dim: int = 128, relation_dim: int = 512) -> None:
+    def __init__(
+        self,
+        counts: Tensor,
+        *,
+        embed_dim: int = 200,
+        hidden_dim: int = 128,
+        relation_dim: int = 512,
+        object_dim: int = 0,
+        decodes_labels: bool = False,
+    ) -> None:
         super().__init__()
         classes, _, predicates = counts.shape
+        self.object_dim = object_dim
         self.object_embedding = nn.Embedding(classes, embed_dim)
         self.edge_embedding = nn.Embedding(classes, embed_dim)
         self.position = nn.Sequential(
             nn.Linear(BOX_FEATURES, 32), nn.BatchNorm1d(32), nn.Linear(32, 128), nn.ReLU(inplace=True)
         )
-        self.object_context = _Context(embed_dim + 128, hidden_dim)
-        self.edge_context = _Context(embed_dim + hidden_dim, hidden_dim)
+        seen_dim = object_dim + embed_dim + 128
+        self.object_context = _Context(seen_dim, hidden_dim)
+        self.label_decoder = (
+            LabelDecoder(seen_dim + hidden_dim, hidden_dim, classes, embed_dim) if decodes_labels else None
+        )
+        self.edge_context = _Context(embed_dim + object_dim + hidden_dim, hidden_dim)
         self.head_tail = nn.Linear(hidden_dim, 2 * hidden_dim)  # post_emb: of each object as subject and as object
         self.pair = nn.Linear(2 * hidden_dim, relation_dim)  # post_cat
-        self.union = nn.Sequential(
-            nn.Linear(PAIR_FEATURES, 256), nn.ReLU(inplace=True), nn.Linear(256, relation_dim), nn.ReLU(inplace=True)
-        )
+        self.union = None if object_dim else _GeometryUnion(relation_dim)
         self.num_predicates = predicates - 1
         self.predicate = self.new_predicate_head()  # rel_compress
         self.frequency_bias = FrequencyBaseline(counts, trainable=True)
@@ -69,33 +97,45 @@ class Motifs(nn.Module):
         return head
 
     def load_class_vectors(self, vectors: Tensor) -> None:
-        """Starts both class embeddings from `vectors`, `[num_objects + 1, embed_dim]`, as of `read_word_vectors`."""
+        """Starts all class embeddings from `vectors`, `[num_objects + 1, embed_dim]`, as of `read_word_vectors`."""
         wanted = self.object_embedding.weight.shape
         if vectors.shape != wanted:
             raise ValueError(f"vectors must be {list(wanted)}, classes and embed_dim, got {list(vectors.shape)}")
         for embedding in (self.object_embedding, self.edge_embedding):
             embedding.weight.data.copy_(vectors)
+        if self.label_decoder is not None:
+            self.label_decoder.load_class_vectors(vectors)
 
-    def forward(self, batch: GraphBatch) -> Tensor:
-        """Logits `[R, num_predicates + 1]` of the batch's pairs, column 0 the background."""
+    def forward(self, batch: GraphBatch) -> Prediction:
+        """What the supervised branch alone says of the batch: all there is at evaluation."""
         shared = self.shared(batch)
-        return self.branches(batch, shared, [shared.edge_input], [self.predicate])[0]
+        (logits,) = self.branches(batch, shared, [shared.edge_input], [self.predicate])
+        return Prediction(logits, shared.labels, shared.object_logits)
 
-    def dual_branch(self, batch: GraphBatch, dropped: Tensor, mirrored_head: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Both branches of relation alignment.
+    def dual_branch(
+        self,
+        batch: GraphBatch,
+        mirrored_head: nn.Linear,
+        *,
+        dropped: Tensor | None = None,
+        dropped_union: Tensor | None = None,
+    ) -> tuple[Prediction, Tensor]:
+        """Both branches of relation alignment. What the mirror does not see is set to 0, and nothing is rescaled.
 
         Args:
-            dropped: bool, broadcastable to the edge context's input `[T, F]`: what the mirror does not see. It is set
-                to 0 and nothing is rescaled.
             mirrored_head: the mirror's predicate head; `self.predicate` ties it.
+            dropped: bool, broadcastable to the edge context's input `[T, F]`.
+            dropped_union: bool, broadcastable to the union features `[R, relation_dim]`.
 
         Returns:
-            The logits of `forward` and the mirror's, each `[R, num_predicates + 1]`.
+            What `forward` gives, and the mirror's logits `[R, num_predicates + 1]`.
         """
         shared = self.shared(batch)
-        inputs = [shared.edge_input, shared.edge_input.masked_fill(dropped, 0)]
-        logits, mirrored_logits = self.branches(batch, shared, inputs, [self.predicate, mirrored_head])
-        return logits, mirrored_logits
+        edge = shared.edge_input if dropped is None else shared.edge_input.masked_fill(dropped, 0)
+        union = None if dropped_union is None else shared.union.masked_fill(dropped_union, 0)
+        inputs, heads = [shared.edge_input, edge], [self.predicate, mirrored_head]
+        logits, mirrored_logits = self.branches(batch, shared, inputs, heads, mirrored_union=union)
+        return Prediction(logits, shared.labels, shared.object_logits), mirrored_logits
 
     @property
     def edge_input_dim(self) -> int:
@@ -103,31 +143,84 @@ class Motifs(nn.Module):
 
     def shared(self, batch: GraphBatch) -> Shared:
         """Everything before the mirror's mask, and what does not depend on it."""
-        geometry = box_features(batch.boxes, batch.sizes[batch.images])
-        seen = torch.cat([self.object_embedding(batch.labels), self.position(geometry)], dim=1)
+        region: list[Tensor] = []
+        if self.object_dim:
+            if batch.object_features is None or batch.union_features is None:
+                raise ValueError("batch must have object_features and union_features for a model with object_dim")
+            region = [batch.object_features]
         places = right_to_left(batch)
+        position = self.position(box_features(batch.boxes, batch.sizes[batch.images]))
+        seen = torch.cat([*region, self._embed(batch), position], dim=1)
         (context,) = self.object_context([seen], batch, places)
+        labels, object_logits = batch.labels, None
+        if self.label_decoder is not None:
+            object_logits, labels = self.label_decoder(
+                torch.cat([seen, context], dim=1),
+                batch.lengths,
+                places,
+                labels=batch.labels if self.training else None,
+                boxes_per_class=None if self.training else batch.boxes_per_class,
+            )
+        union = batch.union_features if self.union is None else self.union(batch)
+        assert union is not None
         return Shared(
             places=places,
-            edge_input=torch.cat([self.edge_embedding(batch.labels), context], dim=1),
-            union=self.union(pair_features(batch)),
-            bias=self.frequency_bias(batch),
+            edge_input=torch.cat([self.edge_embedding(labels), *region, context], dim=1),
+            union=union,
+            bias=self.frequency_bias(batch._replace(labels=labels)),
+            labels=labels,
+            object_logits=object_logits,
         )
 
+    def _embed(self, batch: GraphBatch) -> Tensor:
+        """Of the classes where they are given, else the mean embedding under the detector's distribution: `[T, E]`."""
+        if self.label_decoder is None:
+            return self.object_embedding(batch.labels)
+        if batch.logits is None:
+            raise ValueError("batch must have the detector's logits for a model that decodes labels")
+        return batch.logits.detach().softmax(1) @ self.object_embedding.weight
+
     def branches(
-        self, batch: GraphBatch, shared: Shared, edge_inputs: list[Tensor], heads: list[nn.Linear]
+        self,
+        batch: GraphBatch,
+        shared: Shared,
+        edge_inputs: list[Tensor],
+        heads: list[nn.Linear],
+        *,
+        mirrored_union: Tensor | None = None,
     ) -> list[Tensor]:
         """Each branch's logits; the edge context runs once, on all branches' sequences."""
-        logits = []
-        for edge, head in zip(self.edge_context(edge_inputs, batch, shared.places), heads, strict=True):
+        as_subject, as_object = self.pair.weight.chunk(2, dim=1)
+        ends = []
+        for edge in self.edge_context(edge_inputs, batch, shared.places):
             # A linear layer of two concatenated vectors is a sum of two layers, each of N objects instead of N^2 pairs.
-            as_subject, as_object = self.head_tail(edge).chunk(2, dim=1)
-            subject_weight, object_weight = self.pair.weight.chunk(2, dim=1)
-            subject = linear(as_subject, subject_weight, self.pair.bias)
-            object_ = linear(as_object, object_weight)
-            pair = subject[batch.pairs[:, 0]] + object_[batch.pairs[:, 1]]
-            logits.append(head(pair * shared.union) + shared.bias)
-        return logits
+            head, tail = self.head_tail(edge).chunk(2, dim=1)
+            ends.append((linear(head, as_subject, self.pair.bias), linear(tail, as_object)))
+        if len(ends) == 2 and mirrored_union is None:
+            (own, mirrored), (own_head, mirrored_head) = ends, heads
+            logits: tuple[Tensor, ...] = dual_branch_relation_logits(
+                *own, *mirrored, shared.union, batch.pairs,
+                own_head.weight, own_head.bias, mirrored_head.weight, mirrored_head.bias,
+            )  # fmt: skip
+        else:
+            unions = [shared.union, mirrored_union][: len(ends)]
+            logits = tuple(
+                fused_relation_logits(*end, union, batch.pairs, head.weight, head.bias)  # type: ignore[arg-type]
+                for end, union, head in zip(ends, unions, heads, strict=True)
+            )
+        return [branch + shared.bias for branch in logits]
+
+
+class _GeometryUnion(nn.Sequential):
+    """Union features from the boxes alone."""
+
+    def __init__(self, relation_dim: int) -> None:
+        super().__init__(
+            nn.Linear(PAIR_FEATURES, 256), nn.ReLU(inplace=True), nn.Linear(256, relation_dim), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, batch: GraphBatch) -> Tensor:
+        return super().forward(pair_features(batch))
 
 
 class _Context(nn.Module):

@@ -1,0 +1,72 @@
+"""Objects that a detector found, from a JSON file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgalign.data.scene_graph import check_objects
+
+_FIELDS = ("boxes_xyxy", "labels", "scores")
+
+
+class Detections(NamedTuple):
+    """The detected objects of one image."""
+
+    boxes: Tensor  # float32 [N, 4], x1, y1, x2, y2 in pixels
+    labels: Tensor  # int64 [N], from 1
+    scores: Tensor  # float32 [N], in 0 to 1
+
+
+def read_detections(path: str | Path, num_objects: int) -> dict[str, Detections]:
+    """Reads a JSON object of image names, each with equally long lists.
+
+    `boxes_xyxy` has x1, y1, x2, y2 in 0-based pixels, `labels` the classes from 0 in the order of the data set's
+    (here they count from 1), `scores` how sure the detector is.
+
+    Args:
+        num_objects: classes, without the background.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not what it should be; names file, image and field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of detections")
+    try:
+        images = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path}: not JSON, or cut short ({error}); write it again") from error
+    if not isinstance(images, dict):
+        raise ValueError(f"{path}: must be an object of image names, got {type(images).__name__}")
+    return {name: _parse(f"{path}, image {name!r}: ", image, num_objects) for name, image in images.items()}
+
+
+def _parse(where: str, image: Any, num_objects: int) -> Detections:
+    if not isinstance(image, dict) or not image.keys() >= set(_FIELDS):
+        raise ValueError(
+            f"{where}must have {', '.join(_FIELDS)}, got {list(image) if isinstance(image, dict) else image!r}"
+        )
+    lists = [image[field] for field in _FIELDS]
+    if not all(isinstance(values, list) for values in lists) or len({len(values) for values in lists}) != 1:
+        raise ValueError(f"{where}{', '.join(_FIELDS)} must be equally long lists")
+    boxes, labels, scores = lists
+    for row, (box, label, score) in enumerate(zip(boxes, labels, scores)):
+        if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
+            raise ValueError(f"{where}boxes_xyxy must be of 4 numbers each, got {box!r} in row {row}")
+        if type(label) is not int or not 0 <= label < num_objects:
+            raise ValueError(f"{where}labels must be integers in 0 to {num_objects - 1}, got {label!r} in row {row}")
+        if type(score) not in (int, float) or not 0 <= score <= 1:
+            raise ValueError(f"{where}scores must be in 0 to 1, got {score!r} in row {row}")
+    found = Detections(
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.tensor(labels, dtype=torch.int64) + 1,
+        torch.tensor(scores, dtype=torch.float32),
+    )
+    check_objects(where, found.boxes, found.labels, (torch.float32,))
+    return found

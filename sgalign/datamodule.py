@@ -1,0 +1,141 @@
+"""What trainers read: the parts of a data set as batches of scene graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader, DistributedSampler
+
+from sgalign.data import (
+    Detections,
+    GraphBatch,
+    SceneGraph,
+    ScenesDataset,
+    collate,
+    collate_detected,
+    open_dataset,
+    read_detections,
+)
+from sgalign.features import FeatureCache
+
+Split = Literal["train", "validation", "test"]
+
+
+class SceneGraphData(pl.LightningDataModule):
+    """Training, validation and test part of a data set; `predict` reads the test part.
+
+    Training images without a related pair are left out, as in the public code. Graphs are kept in memory, a few
+    kilobytes each, a part from when it is first asked for; images are read when their batch is made.
+
+    Args:
+        root: folder of a data set in one of the layouts that `sgalign.data.open_dataset` knows; None for the generated
+            scenes.
+        batch_size: images a step and process.
+        seed: of the order of training images, which depends on it and on the epoch alone, so that a resumed run goes on
+            as the first would have.
+        validation_images: how many of the training images are held out, where the data set has no validation part of
+            its own; None for the data set's default.
+        images: reads the images too, for models that look at them.
+        features: file of `sgalign cache-features` for models that read what was seen before.
+        detections: file of `sgalign.data.read_detections`, whose objects take the place of the annotated ones in the
+            test part (SGDet of a model of labels and boxes).
+        num_workers: processes that read images; 0 reads them in the training process.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+        validation_images: int | None = None,
+        images: bool = False,
+        features: str | None = None,
+        detections: str | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.root, self.batch_size, self.seed, self.validation_images = root, batch_size, seed, validation_images
+        self.images, self.num_workers = images, num_workers
+        self.name = "generated scenes" if root is None else f"the data in {root}"
+        dataset = self._open("validation")
+        self.object_names, self.predicate_names = dataset.object_names, dataset.predicate_names
+        self.cache = None if features is None else FeatureCache(features)
+        self.detections = None if detections is None else read_detections(detections, len(self.object_names) - 1)
+
+    @cached_property
+    def train(self) -> list[SceneGraph]:
+        return [g for g in self._read("train") if (g.relations[:, 0] != g.relations[:, 1]).any()]
+
+    @cached_property
+    def validation(self) -> list[SceneGraph]:
+        return self._read("validation")
+
+    @cached_property
+    def test(self) -> list[SceneGraph]:
+        return self._read("test")
+
+    def _open(self, split: Split) -> Any:
+        if self.root is None:
+            return ScenesDataset(split)
+        options = {} if self.validation_images is None else {"validation_images": self.validation_images}
+        return open_dataset(self.root, split, **options)
+
+    def _read(self, split: Split) -> list[SceneGraph]:
+        dataset = self._open(split)
+        return [dataset[index] for index in range(len(dataset))]
+
+    def train_dataloader(self) -> DataLoader[GraphBatch]:
+        if not self.train:
+            raise ValueError(f"{self.name}: no training image has a relation between two objects, nothing to fit")
+        # Also where there is one process: Lightning tells it the epoch, also after a resume.
+        assert self.trainer is not None
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        images = range(len(self.train))
+        sampler: DistributedSampler[int] = DistributedSampler(images, num_replicas=world, rank=rank, seed=self.seed)  # type: ignore[arg-type]
+        return self._loader(self.train, sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader[GraphBatch]:
+        return self._loader(self.validation)
+
+    def test_dataloader(self) -> DataLoader[GraphBatch]:
+        return self._loader(self.test, self.detections)
+
+    predict_dataloader = test_dataloader
+
+    def _loader(
+        self, graphs: Sequence[SceneGraph], detections: dict[str, Detections] | None = None, **options: Any
+    ) -> DataLoader[GraphBatch]:
+        collate_fn = partial(
+            collate_for,
+            num_predicates=len(self.predicate_names) - 1,
+            pixels=self.images,
+            cache=self.cache,
+            detections=detections,
+        )
+        return DataLoader(
+            graphs,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            collate_fn=collate_fn,
+            num_workers=self.num_workers,
+            **options,
+        )
+
+
+def collate_for(
+    graphs: Sequence[SceneGraph],
+    num_predicates: int,
+    *,
+    pixels: bool = False,
+    cache: FeatureCache | None = None,
+    detections: dict[str, Detections] | None = None,
+) -> GraphBatch:
+    """`collate`, with what else the model reads."""
+    if detections is not None:
+        return collate_detected(graphs, detections, num_predicates, pixels=pixels)
+    batch = collate(graphs, num_predicates, pixels=pixels)
+    return batch if cache is None else cache.add_to(batch)

@@ -1,0 +1,139 @@
+"""The label decoder of Neural Motifs: object classes one after the other, each knowing the one before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, linear
+
+GATES = 6  # input, forget, candidate, output, highway gate, highway input; the last has no share of the state
+
+
+class LabelDecoder(nn.Module):
+    """A highway LSTM over the objects of each image, as Scene-Graph-Benchmark's `DecoderRNN`.
+
+    Each step reads an object and the class before it; images go side by side, so that there are as many steps as the
+    longest has objects.
+
+    Args:
+        input_dim: channels of an object.
+        hidden_dim: of the LSTM.
+        num_classes: object classes, background (0) included.
+        embed_dim: channels of a class embedding.
+        dropout: of the state between steps, the same channels in all steps, in training.
+    """
+
+    def __init__(
+        self, input_dim: int, hidden_dim: int, num_classes: int, embed_dim: int = 200, dropout: float = 0.2
+    ) -> None:
+        super().__init__()
+        self.hidden_dim, self.num_classes, self.dropout = hidden_dim, num_classes, dropout
+        self.embedding = nn.Embedding(num_classes + 1, embed_dim)  # the last stands before the first object
+        self.input = nn.Linear(input_dim + embed_dim, GATES * hidden_dim)
+        self.state = nn.Linear(hidden_dim, (GATES - 1) * hidden_dim)
+        self.out = nn.Linear(hidden_dim, num_classes)
+        with torch.no_grad():
+            for layer in (self.input, self.state):
+                for gate in layer.weight.split(hidden_dim):
+                    nn.init.orthogonal_(gate)
+                layer.bias.zero_()
+            self.state.bias[hidden_dim : 2 * hidden_dim] = 1  # of the forget gate
+
+    def load_class_vectors(self, vectors: Tensor) -> None:
+        """Starts the class embeddings from `vectors`, `[num_classes, embed_dim]`."""
+        self.embedding.weight.data[:-1].copy_(vectors)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        lengths: Tensor,
+        places: Tensor,
+        labels: Tensor | None = None,
+        boxes_per_class: Tensor | None = None,
+        nms_threshold: float = 0.5,
+    ) -> tuple[Tensor, Tensor]:
+        """Decodes the T objects of B images.
+
+        Args:
+            inputs: `[T, input_dim]`, the objects of an image one after the other.
+            lengths: int64 `[B]`, objects of each image.
+            places: int64 `[T]`, when an object's turn comes in its image, from 0.
+            labels: int64 `[T]` for teacher forcing: each step is told the annotated class before it, or what it would
+                have said where that is the background.
+            boxes_per_class: `[T, num_classes, 4]`, x1, y1, x2, y2 in pixels: classes are committed by
+                `commit_labels` (SGDet). None: each object's best.
+            nms_threshold: of `commit_labels`.
+
+        Returns:
+            Logits `[T, num_classes]` and classes int64 `[T]`, from 1: with `labels` these, as the steps were told.
+        """
+        images = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        rows = places.new_zeros(len(lengths), int(lengths.max()) if len(lengths) else 0)
+        rows[images, places] = torch.arange(len(images), device=places.device)
+        longest_first = lengths.argsort(descending=True, stable=True)
+        rows = rows[longest_first].t()
+        active = (lengths[:, None] > torch.arange(len(rows), device=lengths.device)).sum(0).tolist()
+
+        weight, label_weight = self.input.weight.split([inputs.shape[1], self.embedding.embedding_dim], dim=1)
+        projected = linear(inputs, weight, self.input.bias)
+        embedded = linear(self.embedding.weight, label_weight)  # of every class: [num_classes + 1, GATES * hidden_dim]
+        hidden = memory = inputs.new_zeros(len(lengths), self.hidden_dim)
+        kept = dropout(torch.ones_like(hidden), self.dropout, self.training)
+        previous = torch.full_like(lengths, self.num_classes)
+        logits, said = [], []
+        for step, count in enumerate(active):
+            now = rows[step, :count]
+            hidden, memory = self._cell(projected[now] + embedded[previous[:count]], hidden[:count], memory[:count])
+            hidden = hidden * kept[:count]
+            logits.append(self.out(hidden))
+            previous = logits[-1][:, 1:].argmax(1) + 1
+            if labels is not None:
+                previous = torch.where(labels[now] > 0, labels[now], previous)
+            said.append(previous)
+        if not logits:
+            return inputs.new_zeros(0, self.num_classes), places.new_zeros(0)
+        back = torch.cat([rows[step, :count] for step, count in enumerate(active)]).argsort()
+        decoded, predicted = torch.cat(logits)[back], torch.cat(said)[back]
+        if labels is None and boxes_per_class is not None:
+            per_image = lengths.tolist()
+            committed = zip(decoded.split(per_image), boxes_per_class.split(per_image))
+            predicted = torch.cat([commit_labels(image, boxes, nms_threshold) for image, boxes in committed])
+        return decoded, predicted
+
+    def _cell(self, projected: Tensor, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        *gates, highway_input = projected.chunk(GATES, dim=1)
+        summed = [gate + state for gate, state in zip(gates, self.state(hidden).chunk(GATES - 1, dim=1))]
+        enter, forget, candidate, leave, highway = summed
+        memory = enter.sigmoid() * candidate.tanh() + forget.sigmoid() * memory
+        out = leave.sigmoid() * memory.tanh()
+        return torch.lerp(highway_input, out, highway.sigmoid()), memory
+
+
+def commit_labels(logits: Tensor, boxes: Tensor, threshold: float) -> Tensor:
+    """Classes of one image's detections, so that two detections of one thing are not both of its class.
+
+    The likeliest (detection, class) is settled first; the class is then ruled out for every detection whose box of that
+    class overlaps with an IoU above `threshold`, and so on: Motifs' non-maximum suppression at evaluation.
+
+    Args:
+        logits: `[N, C]`, column 0 the background, which is never chosen.
+        boxes: `[N, C, 4]`, x1, y1, x2, y2 of each class, edges being whole pixels (widths are x2 - x1 + 1).
+
+    Returns:
+        int64 `[N]`, from 1.
+    """
+    count, classes = logits.shape
+    scores = logits.detach().float().softmax(1)
+    scores[:, 0] = -1
+    low = torch.maximum(boxes[:, None, :, :2], boxes[None, :, :, :2])
+    high = torch.minimum(boxes[:, None, :, 2:], boxes[None, :, :, 2:])
+    common = (high - low + 1).clamp(min=0).prod(-1)
+    area = (boxes[..., 2:] - boxes[..., :2] + 1).prod(-1)
+    overlaps = common > threshold * (area[:, None] + area[None] - common)  # [N, N, C]
+    labels = torch.zeros(count, dtype=torch.int64, device=logits.device)
+    for _ in range(count):
+        row, label = divmod(int(scores.argmax()), classes)
+        labels[row] = label
+        scores[:, label] = scores[:, label].masked_fill(overlaps[row, :, label] & (scores[:, label] > 0), 0)
+        scores[row] = -1
+    return labels

@@ -1,0 +1,91 @@
+"""What images show of objects, and of pairs of objects: region and union features of Neural Motifs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+from sgalign.models.detector import Detector, ImageFeatures
+
+LEVELS = ("0", "1", "2", "3")  # P2 to P5
+RECTANGLES = 27  # side of the two masks
+
+
+class RegionFeatures(nn.Module):
+    """The extractors of Scene-Graph-Benchmark's relation head: one for objects, one for pairs, both trained.
+
+    Args:
+        dim: channels of the features; 4096 as published.
+        channels: of the feature pyramid.
+        resolution: bins of a region, a side.
+    """
+
+    def __init__(self, *, dim: int = 4096, channels: int = 256, resolution: int = 7) -> None:
+        super().__init__()
+        self.pool = MultiScaleRoIAlign(list(LEVELS), resolution, sampling_ratio=2)
+        self.object_head = TwoMLPHead(channels * resolution**2, dim)
+        self.union_reduce = nn.Conv2d(channels * len(LEVELS), channels, 3, padding=1)
+        self.rectangles = nn.Sequential(
+            nn.Conv2d(2, channels // 2, 7, stride=2, padding=3),
+            nn.ReLU(inplace=True),
+            nn.BatchNorm2d(channels // 2, momentum=0.01),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            nn.Conv2d(channels // 2, channels, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.BatchNorm2d(channels, momentum=0.01),
+        )
+        self.union_head = TwoMLPHead(channels * resolution**2, dim)
+        self.resolution = resolution
+
+    def load_box_head(self, detector: Detector) -> None:
+        """Starts both extractors' layers from the detector's box head, where both have as many channels."""
+        state = detector.model.roi_heads.box_head.state_dict()
+        for head in (self.object_head, self.union_head):
+            own = head.state_dict()
+            head.load_state_dict({name: v for name, v in state.items() if v.shape == own[name].shape}, strict=False)
+
+    def objects(self, features: ImageFeatures, boxes: Sequence[Tensor]) -> Tensor:
+        """Features `[T, dim]` of boxes `[N, 4]` of each image, in its own pixels."""
+        resized = features.resized(boxes)
+        return self.object_head(self.pool(features.levels, resized, features.images.image_sizes))
+
+    def pairs(self, features: ImageFeatures, boxes: Sequence[Tensor], pairs: Sequence[Tensor]) -> Tensor:
+        """Features `[R, dim]` of pairs.
+
+        The box around both is pooled from every level of the pyramid; to these a convolution of two masks of the whole
+        image, 27 x 27, is added, 1 where subject and object lie.
+
+        Args:
+            boxes: `[N, 4]` of each image, in its own pixels.
+            pairs: int64 `[R, 2]` of each image, its subject and object among the image's boxes.
+        """
+        resized = features.resized(boxes)
+        ends = [of_image[pair] for of_image, pair in zip(resized, pairs, strict=True)]  # [R, 2, 4]
+        around = [torch.cat([e[..., :2].amin(1), e[..., 2:].amax(1)], 1) for e in ends]
+        pooled = [
+            # A level's scale is what MultiScaleRoIAlign takes too: the nearest power of two.
+            roi_align(level, around, self.resolution, _scale(level, features), 2)
+            for level in (features.levels[name] for name in LEVELS)
+        ]
+        visual = self.union_reduce(torch.cat(pooled, 1)).relu()
+        sizes = [e.new_tensor(size[::-1]) for e, size in zip(ends, features.images.image_sizes)]
+        masks = torch.cat([rectangle_masks(e / size.repeat(2)) for e, size in zip(ends, sizes)])
+        return self.union_head(visual + self.rectangles(masks))
+
+
+def rectangle_masks(boxes: Tensor) -> Tensor:
+    """Masks of boxes `[..., 4]` in units of their image's sides: `[..., 27, 27]`, 1 in bins that a box touches."""
+    low = (boxes[..., :2] * RECTANGLES).floor().clamp(0, RECTANGLES - 1)
+    high = (boxes[..., 2:] * RECTANGLES).ceil().clamp(1, RECTANGLES)
+    bins = torch.arange(RECTANGLES, device=boxes.device)
+    inside = (bins >= low[..., None]) & (bins < torch.maximum(high, low + 1)[..., None])  # [..., 2, 27]: x, y
+    return (inside[..., 1, :, None] & inside[..., 0, None, :]).to(boxes.dtype)
+
+
+def _scale(level: Tensor, features: ImageFeatures) -> float:
+    padded = features.images.tensors.shape[-1]
+    return 2.0 ** round(torch.log2(torch.tensor(level.shape[-1] / padded)).item())

@@ -1,0 +1,240 @@
+"""What a model says of images, as JSON and as pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from sgalign import training
+from sgalign.data import SceneGraph, collate, collate_detected, image_size, load_image, read_detections
+from sgalign.training import MotifsModule, RelationModule, read_checkpoint
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+EPILOG = """\
+A model of protocol sgdet finds the objects itself. Any other needs to be told: --detections takes a file of boxes and
+classes, as docs/data.md describes it."""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sgalign predict", description=__doc__, epilog=EPILOG)
+    parser.add_argument("images", type=Path, help="an image or a folder of images")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="that sgalign fit has written")
+    parser.add_argument("--out", type=Path, default=Path("graphs.json"), help="JSON file (default: %(default)s)")
+    parser.add_argument("--draw", action="store_true", help="pictures too, in a folder named like the JSON file")
+    parser.add_argument("--detections", metavar="FILE", help="the images' objects")
+    parser.add_argument("--top-k", type=int, default=20, help="triplets an image (default: %(default)s)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`sgalign predict IMAGE_OR_FOLDER`. Images that cannot be read are named and left out; the exit code is 1 then."""
+    options = parser().parse_args(arguments)
+    if options.top_k < 1:
+        parser().error(f"--top-k must be at least 1, got {options.top_k}")
+    module = load_module(options.checkpoint)
+    if not isinstance(module, MotifsModule):
+        raise ValueError(f"{options.checkpoint}: must be a checkpoint of Motifs, got {type(module).__name__}")
+    if options.detections is None and module.protocol != "sgdet":
+        raise ValueError(f"{options.checkpoint} is of protocol {module.protocol}: it needs --detections FILE")
+    if module.options.vision == "cached":
+        raise ValueError(f"{options.checkpoint} reads cached features: it has no detector to look at images with")
+    detections = None
+    if options.detections is not None:
+        detections = read_detections(options.detections, len(module.object_names) - 1)
+    paths = image_files(options.images)
+    folder = options.out.with_suffix("")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.draw:
+        folder.mkdir(parents=True, exist_ok=True)
+    graphs, failed = [], 0
+    for path in paths:
+        try:
+            graph = predict_image(module, path, detections, options.top_k)
+        except ValueError as error:
+            print(f"sgalign: left out: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        graphs.append(graph)
+        if options.draw:
+            draw(path, graph, folder / f"{path.stem}.png")
+    partial = options.out.with_name(options.out.name + ".partial")
+    partial.write_text(json.dumps(graphs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(options.out)
+    print(f"wrote {options.out}: {len(graphs)} images" + (f", drawn in {folder}" if options.draw else ""))
+    return 1 if failed else 0
+
+
+def load_module(path: str | Path) -> RelationModule:
+    """The module of a checkpoint, in evaluation mode on the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_checkpoint`.
+    """
+    name = read_checkpoint(path)["sgalign"].get("module", "")
+    kind = getattr(training, name, None)
+    if not isinstance(kind, type) or not issubclass(kind, RelationModule):
+        raise ValueError(f"{path}: must be of a module of sgalign.training, got {name!r}")
+    return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+
+
+def image_files(path: Path) -> list[Path]:
+    """The image, or the images of a folder by name.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if path.is_file():
+        return [path]
+    files = sorted(p for p in path.glob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else []
+    if not files:
+        raise FileNotFoundError(f"{path}: must be an image or a folder of images ({', '.join(sorted(SUFFIXES))})")
+    return files
+
+
+@torch.no_grad()
+def predict_image(module: MotifsModule, path: Path, detections: dict[str, Any] | None, top_k: int) -> dict[str, Any]:
+    """The scene graph of an image file, as `describe` puts it."""
+    width, height = image_size(path)
+    objects = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)
+    graph = SceneGraph(path.name, width, height, *objects, lambda: load_image(path))
+    predicates, pixels = len(module.predicate_names) - 1, module.options.vision == "images"
+    if detections is None:
+        batch = collate([graph], predicates, pixels=pixels)
+    elif path.name in detections:
+        batch = collate_detected([graph], detections, predicates, pixels=pixels)
+    else:
+        raise ValueError(f"{path}: the detections know no image {path.name!r}")
+    (prediction,) = module.predictions(batch)
+    return describe(prediction, module.object_names, module.predicate_names, top_k)
+
+
+def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
+    """The image with the boxes of the graph's objects, and the graph beside it."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    pixels = load_image(image)
+    used = sorted({end for triplet in graph["triplets"] for end in (triplet["subject"], triplet["object"])})
+    colors = {index: colormaps["tab20"](place % 20) for place, index in enumerate(used)}
+    figure = Figure(figsize=(14, 7 * min(max(pixels.height / pixels.width, 0.5), 1.2)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(pixels)
+    for index in used:
+        x1, y1, x2, y2 = graph["objects"][index]["box"]
+        left.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=2, edgecolor=colors[index]))
+        left.text(x1, y1, _name(graph, index), fontsize=8, va="bottom", bbox={"facecolor": colors[index], "pad": 1})
+    left.set_axis_off()
+    _draw_graph(right, graph, colors, pixels.width, pixels.height)
+    figure.savefig(out, dpi=100)
+
+
+def _draw_graph(axes: Axes, graph: dict[str, Any], colors: dict[int, Any], width: int, height: int) -> None:
+    """Objects where their boxes' middles are, pulled towards a ring so that they part; relations as arrows."""
+    import math
+
+    middles = {}
+    for place, index in enumerate(colors):
+        x1, y1, x2, y2 = graph["objects"][index]["box"]
+        angle = 2 * math.pi * place / len(colors)
+        middles[index] = (
+            0.4 * (x1 + x2) / 2 / width + 0.6 * (0.5 + 0.45 * math.cos(angle)),
+            0.4 * (y1 + y2) / 2 / height + 0.6 * (0.5 + 0.45 * math.sin(angle)),
+        )
+    for number, triplet in enumerate(graph["triplets"]):
+        start, end = middles[triplet["subject"]], middles[triplet["object"]]
+        arrow = {"arrowstyle": "->", "color": "gray", "shrinkA": 14, "shrinkB": 14, "connectionstyle": "arc3,rad=0.15"}
+        axes.annotate("", end, start, arrowprops=arrow)
+        share = 0.4 + 0.05 * (number % 5)  # labels of neighbouring arrows apart
+        x, y = (s + share * (e - s) for s, e in zip(start, end))
+        axes.text(x, y, triplet["predicate"], fontsize=8, ha="center", color="darkblue")
+    for index, (x, y) in middles.items():
+        axes.text(x, y, _name(graph, index), ha="center", va="center", bbox={"facecolor": colors[index], "pad": 3})
+    axes.set(xlim=(-0.05, 1.05), ylim=(1.05, -0.05))
+    axes.set_axis_off()
+
+
+def _name(graph: dict[str, Any], index: int) -> str:
+    return f"{graph['objects'][index]['label']} {index}"
+
+
+class TripletWriter(BasePredictionWriter):
+    """Writes what `sgalign predict` finds, an image a line of JSON.
+
+    A line has `image_id`, `objects` (`label`, `box` x1, y1, x2, y2 in pixels) and `triplets` by falling score
+    (`subject` and `object`, indices of objects; `predicate`; `score`), the best predicate of each pair.
+
+    Args:
+        path: the file, replaced when the prediction is complete.
+        top_k: triplets an image.
+
+    Raises:
+        ValueError: the trainer has several processes, which would write one file.
+    """
+
+    _file: TextIO
+
+    def __init__(self, path: str = "predictions.jsonl", top_k: int = 100) -> None:
+        super().__init__("batch")
+        self.path, self.top_k = Path(path), top_k
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(self.path.name + ".partial")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.world_size > 1:
+            raise ValueError(f"trainer must predict in one process (--trainer.devices 1), got {trainer.world_size}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial.open("w", encoding="utf-8")
+
+    def write_on_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Iterable[dict[str, Any]], *args: Any
+    ) -> None:
+        assert isinstance(pl_module, RelationModule)
+        for image in prediction:
+            graph = describe(image, pl_module.object_names, pl_module.predicate_names, self.top_k)
+            self._file.write(json.dumps(graph) + "\n")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._file.close()
+        self._partial.replace(self.path)
+        print(f"wrote {self.path}")
+
+
+def describe(
+    prediction: dict[str, Any], object_names: list[str], predicate_names: list[str], top_k: int
+) -> dict[str, Any]:
+    """A prediction of `RelationModule.predictions` in names and plain numbers, best triplets first."""
+    score, predicate = prediction["predicate_scores"][:, 1:].max(1)
+    score = score * prediction["scores"][prediction["pairs"]].prod(1)
+    best = score.argsort(descending=True, stable=True)[:top_k].tolist()
+    return {
+        "image_id": prediction["image_id"],
+        "objects": [
+            {"label": object_names[label], "box": box, "score": round(score, 6)}
+            for label, box, score in zip(
+                prediction["labels"].tolist(), prediction["boxes"].tolist(), prediction["scores"].tolist(), strict=True
+            )
+        ],
+        "triplets": [
+            {
+                "subject": int(prediction["pairs"][row, 0]),
+                "predicate": predicate_names[int(predicate[row]) + 1],
+                "object": int(prediction["pairs"][row, 1]),
+                "score": round(float(score[row]), 6),
+            }
+            for row in best
+        ],
+    }
