@@ -262,7 +262,7 @@ class MotifsModule(RelationModule):
         embed_dim, hidden_dim, relation_dim: as in `sgalign.models.Motifs`.
         word_vectors: text file of word vectors of `embed_dim` numbers, the class embeddings' initial values; None for
             random ones. Read when training starts, not when a checkpoint is loaded.
-        backbone, min_size, max_size: of `sgalign.models.Detector`.
+        backbone, min_size, max_size, detections_per_image: of `sgalign.models.Detector`.
         detector_weights: as `weights` of `sgalign.models.Detector`, read when training starts.
         relations_per_image: pairs sampled in training, a quarter of them related, as in the public code.
         optimizer: "adam", or "sgd" as published: momentum 0.9, weight decay 1e-4 but for biases, a tenth of the
@@ -285,6 +285,7 @@ class MotifsModule(RelationModule):
         backbone: Literal["resnet18", "resnet50", "resnext101_32x8d"] = "resnet50",
         min_size: int = 600,
         max_size: int = 1000,
+        detections_per_image: int = 80,
         detector_weights: str | None = None,
         relations_per_image: int = 1024,
         optimizer: Literal["adam", "sgd"] = "adam",
@@ -295,7 +296,15 @@ class MotifsModule(RelationModule):
         super().__init__()
         self.save_hyperparameters()
         options = self.options
-        for name in ("embed_dim", "hidden_dim", "relation_dim", "relations_per_image", "min_size", "max_size"):
+        for name in (
+            "embed_dim",
+            "hidden_dim",
+            "relation_dim",
+            "relations_per_image",
+            "min_size",
+            "max_size",
+            "detections_per_image",
+        ):
             if options[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {options[name]}")
         if learning_rate_images is not None and learning_rate_images < 1:
@@ -323,7 +332,7 @@ class MotifsModule(RelationModule):
         object_dim = 0 if options.vision == "none" else options.relation_dim
         self.network = Motifs(counts, **sizes, object_dim=object_dim, decodes_labels=self.protocol != "predcls")
         if options.vision == "images":
-            sizes = {name: options[name] for name in ("backbone", "min_size", "max_size")}
+            sizes = {name: options[name] for name in ("backbone", "min_size", "max_size", "detections_per_image")}
             self.detector = Detector(len(counts), **sizes)
             self.detector.freeze()
             self.regions = RegionFeatures(dim=options.relation_dim)

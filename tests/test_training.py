@@ -304,7 +304,7 @@ def test_configs_spell_out_the_defaults():
         assert config["model"]["class_path"] == f"sgalign.training.{module.__name__}"
         spelled, defaults = config["model"]["init_args"], module().hparams
         assert spelled.items() <= defaults.items()
-        of_images = {"backbone", "min_size", "max_size", "detector_weights", "word_vectors"}
+        of_images = {"backbone", "min_size", "max_size", "detections_per_image", "detector_weights", "word_vectors"}
         assert defaults.keys() - spelled.keys() == of_images | {"learning_rate_images"}
         assert config["trainer"]["max_epochs"] == compare.parser().get_default("epochs")
 

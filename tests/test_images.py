@@ -1,0 +1,401 @@
+"""What is seen of images: detector, region and union features, their cache, and prediction. All of it untrained."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("h5py")
+pytest.importorskip("lightning")
+from torchvision.ops import box_iou, roi_align  # noqa: E402
+
+from sgalign import cli  # noqa: E402
+from sgalign.data import SceneGraph, ScenesDataset, collate  # noqa: E402
+from sgalign.data.batch import read_pixels  # noqa: E402
+from sgalign.features import FeatureCache, cache_features  # noqa: E402
+from sgalign.models import Detector, RegionFeatures  # noqa: E402
+from sgalign.models.regions import rectangle_masks  # noqa: E402
+
+CLASSES = 17
+SIZES = {"backbone": "resnet18", "min_size": 64, "max_size": 96}
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [ScenesDataset("validation", size=4)[index] for index in range(4)]
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    detector = Detector(CLASSES, **SIZES)
+    # Untrained scores are all alike; wide ones make some classes likely.
+    torch.nn.init.normal_(detector.model.roi_heads.box_predictor.cls_score.weight, std=0.1)
+    detector.freeze()
+    return detector
+
+
+@pytest.fixture(scope="module")
+def regions():
+    torch.manual_seed(1)
+    return RegionFeatures(dim=24).eval()
+
+
+@pytest.fixture(scope="module")
+def features(detector, scenes):
+    return detector.features([read_pixels(graph) for graph in scenes])
+
+
+def pixels_are_resized_to_fit_the_boxes(scene):
+    smaller = SceneGraph("x", 40, 30, scene.boxes[:0], scene.labels[:0], scene.relations[:0], scene.image)
+    return read_pixels(smaller).shape == (3, 30, 40)
+
+
+def test_pixels(scenes):
+    pixels = read_pixels(scenes[0])
+    assert pixels.shape == (3, scenes[0].height, scenes[0].width) and 0 <= pixels.min() < pixels.max() <= 1
+    assert pixels_are_resized_to_fit_the_boxes(scenes[0])
+    with pytest.raises(ValueError, match="must be there for a model that reads images"):
+        collate(
+            [SceneGraph("x", 9, 9, torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0, 3).long())], 3, pixels=True
+        )
+
+
+# ---- detector
+
+
+def test_detections_by_hand(detector, features, scenes):
+    """Threshold, suppression by class, best class of a proposal, limit: in loops."""
+    detector.detections_per_image = 15
+    proposals, _ = detector.model.rpn(features.images, features.levels)
+    logits, boxes = detector._box_head(features, proposals)
+    counts = [len(p) for p in proposals]
+    for found, graph, image_logits, image_boxes, size in zip(
+        detector.detect(features), scenes, logits.split(counts), boxes.split(counts), features.images.image_sizes
+    ):
+        scores = image_logits.softmax(1)
+        limits = torch.tensor([size[1], size[0]] * 2)
+        image_boxes = image_boxes.clamp(min=0).minimum(limits)
+        survivors = []
+        for label in range(1, CLASSES):
+            above = (scores[:, label] > 0.01).nonzero()[:, 0]
+            kept = []
+            for row in above[scores[above, label].argsort(descending=True, stable=True)].tolist():
+                one = image_boxes[row, label][None]
+                if all(box_iou(one, image_boxes[k, label][None]) <= 0.3 for k in kept):
+                    kept.append(row)
+            survivors += [(float(scores[row, label]), row, label) for row in kept]
+        best = {}
+        for score, row, label in sorted(survivors, reverse=True):
+            best.setdefault(row, (score, label))
+        expected = sorted(((score, label, row) for row, (score, label) in best.items()), reverse=True)[:15]
+        assert found.labels.tolist() == [label for _, label, _ in expected] and len(expected) == 15
+        torch.testing.assert_close(found.scores, torch.tensor([score for score, _, _ in expected]))
+        scale = torch.tensor([graph.width / size[1], graph.height / size[0]] * 2)
+        rows = [row for _, _, row in expected]
+        torch.testing.assert_close(found.boxes, image_boxes[rows, found.labels] * scale)
+        assert torch.equal(found.logits, image_logits[rows])
+        torch.testing.assert_close(found.boxes_per_class, image_boxes[rows] * scale)
+    detector.detections_per_image = 80
+
+
+def test_nothing_detected(detector, features):
+    detector.box_score_threshold = 1.1
+    for image in detector.detect(features):
+        assert image.boxes.shape == (0, 4) and image.boxes_per_class.shape == (0, CLASSES, 4)
+    detector.box_score_threshold = 0.01
+
+
+def test_given_boxes_are_classified(detector, features, scenes):
+    boxes = [graph.boxes for graph in scenes]
+    logits = detector.classify(features, boxes)
+    assert logits.shape == (sum(map(len, boxes)), CLASSES)
+    assert torch.equal(
+        detector.classify(features, [b.flip(0) for b in boxes])[: len(boxes[0])], logits[: len(boxes[0])].flip(0)
+    )
+    assert not torch.allclose(logits[0], logits[1])
+
+
+def test_a_frozen_detector_stays_in_evaluation_mode(detector):
+    holder = torch.nn.ModuleList([detector]).train()
+    assert not any(module.training for module in holder[0].modules())
+    assert not any(p.requires_grad for p in detector.parameters())
+
+
+def test_losses_train_every_layer(scenes):
+    detector = Detector(CLASSES, **SIZES).train()
+    losses = detector.losses([read_pixels(g) for g in scenes[:2]], *zip(*((g.boxes, g.labels) for g in scenes[:2])))
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in detector.model.roi_heads.parameters())
+
+
+def test_weights(detector, tmp_path):
+    path = tmp_path / "weights.pt"
+    for state in (
+        detector.state_dict(),
+        {"state_dict": {f"detector.{k}": v for k, v in detector.state_dict().items()} | {"network.x": torch.zeros(1)}},
+    ):
+        torch.save(state, path)
+        other = Detector(CLASSES, **SIZES)
+        other.load_weights(str(path))
+        assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), detector.state_dict().values()))
+    with pytest.raises(ValueError, match="backbone 'resnet18' and 5 classes"):
+        Detector(5, **SIZES).load_weights(str(path))
+    path.write_bytes(b"junk")
+    with pytest.raises(ValueError, match="no file of weights, or cut short"):
+        other.load_weights(str(path))
+    with pytest.raises(FileNotFoundError, match="no detector weights"):
+        other.load_weights("nowhere.pt")
+    with pytest.raises(ValueError, match="backbone must be one of"):
+        Detector(5, backbone="vgg16")
+
+
+# ---- regions
+
+
+def test_union_features_are_pooled_from_every_level(regions, features, scenes):
+    boxes, pairs = [g.boxes for g in scenes], [torch.tensor([[0, 1], [2, 0]])] * 4
+    ours = regions.pairs(features, boxes, pairs)
+    assert ours.shape == (8, 24)
+    image, subject, object_ = 1, 2, 0
+    (resized,) = features.resized(boxes)[image : image + 1]
+    low = torch.minimum(resized[subject], resized[object_])[:2]
+    high = torch.maximum(resized[subject], resized[object_])[2:]
+    region = torch.tensor([[image, *low, *high]])
+    pooled = [roi_align(features.levels[str(i)], region, 7, 2.0**-2 / 2**i, 2) for i in range(4)]
+    visual = regions.union_reduce(torch.cat(pooled, 1)).relu()
+    height, width = features.images.image_sizes[image]
+    both = torch.stack([resized[subject], resized[object_]]) / torch.tensor([width, height] * 2)
+    expected = regions.union_head(visual + regions.rectangles(rectangle_masks(both)[None]))
+    torch.testing.assert_close(ours[3:4], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_rectangles():
+    masks = rectangle_masks(torch.tensor([[0.0, 0, 1, 1], [0.5, 0, 0.51, 1], [0.1, 0.2, 0.3, 0.9], [1, 1, 1, 1]]))
+    assert masks.shape == (4, 27, 27) and masks[0].all() and masks[1].sum() == 27 and masks[3].sum() == 1
+    for y in range(27):
+        for x in range(27):
+            touches = x + 1 > 2.7 and x < 8.1 and y + 1 > 5.4 and y < 24.3
+            assert masks[2, y, x] == touches
+
+
+def test_no_objects_and_no_pairs(regions, features, scenes):
+    boxes = [scenes[0].boxes, torch.zeros(0, 4), scenes[2].boxes[:1], torch.zeros(0, 4)]
+    none = torch.zeros(0, 2, dtype=torch.int64)
+    assert regions.objects(features, boxes).shape == (len(scenes[0].boxes) + 1, 24)
+    assert regions.pairs(features, boxes, [none] * 4).shape == (0, 24)
+
+
+def test_heads_start_as_the_detectors(detector):
+    regions = RegionFeatures(dim=1024)
+    regions.load_box_head(detector)
+    theirs = detector.model.roi_heads.box_head
+    assert torch.equal(regions.object_head.fc6.weight, theirs.fc6.weight)
+    assert torch.equal(regions.union_head.fc7.bias, theirs.fc7.bias)
+
+
+# ---- cache
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_cached_features_are_those_seen(detector, regions, scenes, tmp_path, half):
+    cache_features(scenes, detector, regions, tmp_path, half=half)
+    cache = pickle.loads(pickle.dumps(FeatureCache(tmp_path)))
+    batch = cache.add_to(collate(scenes, 20))
+    with torch.no_grad():
+        for graph, objects, logits in zip(
+            scenes,
+            batch.object_features.split(batch.lengths.tolist()),
+            batch.logits.split(batch.lengths.tolist()),
+        ):
+            alone = detector.features([read_pixels(graph)])
+            tolerance = {"atol": 1e-2, "rtol": 1e-2} if half else {"atol": 1e-5, "rtol": 1e-5}
+            torch.testing.assert_close(objects, regions.objects(alone, [graph.boxes]), **tolerance)
+            torch.testing.assert_close(logits, detector.classify(alone, [graph.boxes]), **tolerance)
+        pairs = collate(scenes[:1], 20).pairs
+        union = regions.pairs(detector.features([read_pixels(scenes[0])]), [scenes[0].boxes], [pairs])
+        torch.testing.assert_close(batch.union_features[: len(pairs)], union, **tolerance)
+
+
+def test_an_interrupted_cache_goes_on(detector, regions, scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("sgalign.features.IMAGES_A_FILE", 1)
+
+    def fails():
+        raise OSError("the disk is full")
+
+    broken = SceneGraph("broken", 9, 9, scenes[0].boxes[:0], scenes[0].labels[:0], scenes[0].relations[:0], fails)
+    with pytest.raises(OSError, match="disk is full"):
+        cache_features([scenes[0], broken, scenes[1]], detector, regions, tmp_path)
+    assert scenes[0].image_id in FeatureCache(tmp_path) and "broken" not in FeatureCache(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.h5")}
+    cache_features(scenes[:2], detector, regions, tmp_path)
+    assert scenes[1].image_id in FeatureCache(tmp_path)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "what was there is left alone"
+
+
+def test_caches_of_other_weights_boxes_or_images_are_refused(detector, regions, scenes, tmp_path):
+    torn = tmp_path / "torn"
+    cache_features(scenes[:1], detector, regions, torn)
+    path = next(torn.glob("*.h5"))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{path.name}: not a file of features, or cut short"):
+        FeatureCache(torn)["x"]
+    cache_features(scenes[:1], detector, regions, tmp_path)
+    with pytest.raises(ValueError, match="has features of weights .* choose another folder"):
+        cache_features(scenes[:1], detector, RegionFeatures(dim=24), tmp_path)
+    cache = FeatureCache(tmp_path)
+    with pytest.raises(KeyError, match="has no features of image"):
+        cache.add_to(collate(scenes[1:2], 20))
+    batch = collate(scenes[:1], 20)
+    with pytest.raises(ValueError, match="seen with other boxes"):
+        cache.add_to(batch._replace(boxes=batch.boxes + 1))
+
+
+# ---- training and prediction, of every protocol
+
+
+@pytest.fixture(scope="module")
+def data():
+    from sgalign.datamodule import SceneGraphData
+
+    data = SceneGraphData(images=True, batch_size=2)
+    data.train, data.validation, data.test = data.train[:4], data.validation[:2], data.test[:2]
+    return data
+
+
+def fitted(kind, data, tmp_path=None, **options):
+    import lightning.pytorch as pl
+
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    sizes = SIZES | {"detections_per_image": 6, "embed_dim": 8, "hidden_dim": 8, "relation_dim": 16, "vision": "images"}
+    pl.seed_everything(0, verbose=False)
+    module = kind(**(sizes | options))
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, num_sanity_val_steps=0, **quiet)
+    trainer.fit(module, datamodule=data)
+    if tmp_path is not None:
+        trainer.save_checkpoint(tmp_path / "model.ckpt")
+    return module, trainer
+
+
+@pytest.mark.parametrize("protocol", ["predcls", "sgcls", "sgdet"])
+def test_protocols_train_from_images(data, protocol):
+    from sgalign.training import AlignMotifsModule
+
+    module, trainer = fitted(AlignMotifsModule, data, protocol=protocol)
+    metrics = trainer.callback_metrics
+    assert ("train/objects" in metrics) == (protocol != "predcls") and metrics["train/alignment"] >= 0
+    assert 0 <= metrics["val/R@100"] <= 1
+    batch = module.see(collate(data.train[:2], 20, pixels=True))
+    if protocol == "sgdet":
+        assert len(batch.boxes) != len(collate(data.train[:2], 20).boxes), "objects are detections"
+    module.train()
+    loss, _ = module.losses(collate(data.train[:2], 20, pixels=True), 0)
+    module.zero_grad()
+    loss.backward()
+    missing = {n for n, p in module.named_parameters() if p.requires_grad and p.grad is None}
+    assert not missing and all(p.grad is None for p in module.detector.parameters())
+
+
+def test_decoded_labels_are_not_told_at_evaluation(data):
+    from sgalign.training import MotifsModule
+
+    module, _ = fitted(MotifsModule, data, protocol="sgcls")
+    batch = collate(data.test, 20, pixels=True)
+    told = batch._replace(labels=torch.ones_like(batch.labels))
+    module.eval()
+    for ours, theirs in zip(module.predictions(batch), module.predictions(told)):
+        assert torch.equal(ours["labels"], theirs["labels"])
+        torch.testing.assert_close(ours["predicate_scores"], theirs["predicate_scores"])
+
+
+def test_training_from_the_cache_equals_training_from_images(data, tmp_path):
+    """With what is before the cache not trained: logits of the same network."""
+    from sgalign.datamodule import SceneGraphData, collate_for
+    from sgalign.training import MotifsModule
+
+    module, _ = fitted(MotifsModule, data, protocol="sgcls")
+    cache_features(data.test, module.detector, module.regions, tmp_path)
+    cached = MotifsModule(protocol="sgcls", vision="cached", embed_dim=8, hidden_dim=8, relation_dim=16)
+    cached.network = module.network.eval()
+    batch = collate_for(data.test[:1], 20, cache=FeatureCache(tmp_path))
+    module.eval()
+    expected = module(module.see(collate(data.test[:1], 20, pixels=True)))
+    ours = cached.eval()(cached.see(batch))
+    torch.testing.assert_close(ours.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="vision must be images for sgdet, got 'cached'"):
+        MotifsModule(protocol="sgdet", vision="cached")
+    assert SceneGraphData(features=str(tmp_path)).cache is not None
+
+
+def test_detector_trains(data):
+    import lightning.pytorch as pl
+
+    from sgalign.training import DetectorModule
+
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, logger=False,
+                         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)  # fmt: skip
+    trainer.fit(DetectorModule(**SIZES), datamodule=data)
+    assert 0 <= trainer.callback_metrics["val/found"] <= 1
+
+
+def test_a_model_that_looks_needs_images(data):
+    from sgalign.training import MotifsModule
+
+    module, _ = fitted(MotifsModule, data, protocol="predcls")
+    with pytest.raises(ValueError, match="data must have images: true"):
+        module.see(collate(data.test, 20))
+
+
+@pytest.mark.parametrize("protocol", ["predcls", "sgdet"])
+def test_predict_images(data, tmp_path, capsys, protocol):
+    from sgalign.training import MotifsModule
+
+    fitted(MotifsModule, data, tmp_path, protocol=protocol)
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for number, graph in enumerate(data.test):
+        graph.image().save(folder / f"{number}.jpg")
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "torn.png").write_bytes(b"\x89PNG torn")
+    arguments = [
+        "predict",
+        str(folder),
+        "--checkpoint",
+        str(tmp_path / "model.ckpt"),
+        "--out",
+        str(tmp_path / "g.json"),
+    ]
+    if protocol == "predcls":
+        assert cli.main(arguments) == 1
+        assert "is of protocol predcls: it needs --detections FILE" in capsys.readouterr().err
+        boxes = [graph.boxes.tolist() for graph in data.test]
+        found = {
+            f"{i}.jpg": {"boxes_xyxy": b, "labels": [1] * len(b), "scores": [0.5] * len(b)} for i, b in enumerate(boxes)
+        }
+        (tmp_path / "d.json").write_text(json.dumps(found))
+        arguments += ["--detections", str(tmp_path / "d.json")]
+    assert cli.main([*arguments, "--draw", "--top-k", "5"]) == 1  # for the torn one
+    assert "left out: " in (error := capsys.readouterr().err) and "torn.png" in error
+    graphs = json.loads((tmp_path / "g.json").read_text())
+    assert [graph["image_id"] for graph in graphs] == ["0.jpg", "1.jpg"]
+    for graph in graphs:
+        assert len(graph["triplets"]) <= 5 and graph["objects"][0].keys() == {"label", "box", "score"}
+        for triplet in graph["triplets"]:
+            assert 0 <= triplet["subject"] < len(graph["objects"]) and 0 <= triplet["score"] <= 1
+    assert sorted(p.name for p in (tmp_path / "g").iterdir()) == ["0.png", "1.png"]
+    (folder / "torn.png").unlink()
+    assert cli.main(arguments) == 0
+
+
+def test_predict_says_what_is_wrong(tmp_path, capsys):
+    for arguments, message in (
+        (["nowhere", "--checkpoint", "none.ckpt"], "no checkpoint none.ckpt"),
+        (["nowhere"], None),
+    ):
+        if message is None:
+            with pytest.raises(SystemExit):
+                cli.main(["predict", *arguments])
+        else:
+            assert cli.main(["predict", *arguments]) == 1 and message in capsys.readouterr().err
