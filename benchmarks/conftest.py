@@ -13,6 +13,8 @@ import pytest
 seconds: dict[str, dict[str, float]] = defaultdict(dict)  # group -> contender -> fastest round
 flops: dict[str, int] = {}  # group -> of the matrix products of both branches
 peak_memory: dict[str, float] = {}  # contender -> MiB
+# case -> seconds and peak memory (MiB) of each contender, and the ratio that counting arithmetic gives
+training_steps: dict[str, tuple[dict[str, float], dict[str, float], float]] = {}
 sgemm_rate: list[float] = []  # flops per second
 SPLIT_SHAPE = (8, 8, 180, 1024)  # B, H, Lq, Lk of the split into matrix products and the rest
 
@@ -28,9 +30,15 @@ def measure(benchmark, contender: str, run: Callable[[], None]) -> None:
         seconds[benchmark.group][contender] = benchmark.stats.stats.min
 
 
+def status_kib(field: str) -> int:
+    """A figure of this process from the kernel, in KiB; Linux only."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
+
+
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own tables
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not seconds:
+    if not seconds and not training_steps:
         return
     write = terminalreporter.write_line
     terminalreporter.section("ratios of this run (times are the fastest round's, in ms)")
@@ -64,3 +72,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("peak memory of forward + backward beyond the inputs, MiB")
         for contender, mebibytes in peak_memory.items():
             write(f"{contender:30}{mebibytes:10.1f}")
+    for case, (taken, peaks, counted) in training_steps.items():
+        terminalreporter.section(f"training step at the published sizes, {case}")
+        for contender, time_taken in taken.items():
+            ratio, memory = time_taken / taken["Motifs"], peaks[contender] / peaks["Motifs"]
+            line = f"{contender:16}{time_taken:8.2f} s{ratio:7.2f}x Motifs{peaks[contender]:10.0f} MiB{memory:7.2f}x"
+            write(line + (f"   counted: {counted:.2f}x" if contender == "Align-Motifs" else ""))

@@ -172,12 +172,7 @@ def test_peak_memory(benchmark, contender):
     ctypes.CDLL(None).malloc_trim(0)
     with reset:
         reset.write("5")
-    before = status_kib("VmRSS")
+    before = conftest.status_kib("VmRSS")
     benchmark.group = "peak memory"
     benchmark.pedantic(run, rounds=1)
-    conftest.peak_memory[contender] = (status_kib("VmHWM") - before) / 1024
-
-
-def status_kib(field: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field))
+    conftest.peak_memory[contender] = (conftest.status_kib("VmHWM") - before) / 1024

@@ -15,6 +15,8 @@ usage: sgalign COMMAND ...
 
   doctor    what is installed, what runs, what to do about the rest
   compare   train and evaluate the frequency baseline, Motifs and Align-Motifs
+  make-dataset
+            generated scenes as files, or a data set as COCO with relations
   cache-features
             what a model's detector and extractors see of a data set, for fast training
   predict   the scene graphs of an image or of a folder of images, with a trained model
@@ -23,7 +25,11 @@ usage: sgalign COMMAND ...
 
 sgalign COMMAND --help has each command's options."""
 
-COMMANDS = {"cache-features": "features", "compare": "compare"}  # and the modules whose main they are
+COMMANDS = {
+    "cache-features": "features",
+    "compare": "compare",
+    "make-dataset": "make_dataset",
+}  # and the modules whose main they are
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 

@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from sgalign.data import (
@@ -100,12 +101,19 @@ class SceneGraphData(pl.LightningDataModule):
         return self._loader(self.train, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[GraphBatch]:
-        return self._loader(self.validation)
+        return self._loader(self.validation, sampler=self._shard(self.validation))
 
     def test_dataloader(self) -> DataLoader[GraphBatch]:
-        return self._loader(self.test, self.detections)
+        return self._loader(self.test, self.detections, sampler=self._shard(self.test))
 
     predict_dataloader = test_dataloader
+
+    def _shard(self, graphs: Sequence[SceneGraph]) -> UnrepeatedDistributedSampler | None:
+        """This process's part; Lightning's own sampler repeats images to make parts equal, which would count twice."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return None
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        return UnrepeatedDistributedSampler(range(len(graphs)), num_replicas=world, rank=rank, shuffle=False)
 
     def _loader(
         self, graphs: Sequence[SceneGraph], detections: dict[str, Detections] | None = None, **options: Any

@@ -266,7 +266,7 @@ class MotifsModule(RelationModule):
         detector_weights: as `weights` of `sgalign.models.Detector`, read when training starts.
         relations_per_image: pairs sampled in training, a quarter of them related, as in the public code.
         optimizer: "adam", or "sgd" as published: momentum 0.9, weight decay 1e-4 but for biases, a tenth of the
-            learning rate after three validations without a better R@100.
+            learning rate after three epochs without a better validation R@100.
         learning_rate: for batches of `learning_rate_images` images over all processes, and in proportion for others.
         learning_rate_images: None for a learning rate that no batch size changes.
         warmup_steps: over which the learning rate grows from a tenth.

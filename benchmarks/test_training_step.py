@@ -1,0 +1,141 @@
+"""A training step of Motifs at the published sizes: without the mirror, with it, and with it written in two passes.
+
+What the detector sees is given; the relation head's own extractors are in the second case alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+
+import conftest
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, linear
+
+pytest.importorskip("torchvision")
+from torchvision.models.detection.faster_rcnn import TwoMLPHead  # noqa: E402
+
+from sgalign import relation_alignment_loss  # noqa: E402
+from sgalign.data import GraphBatch, SceneGraph, collate  # noqa: E402
+from sgalign.models import Motifs  # noqa: E402
+from sgalign.training import relation_loss  # noqa: E402
+
+IMAGES, OBJECTS, PAIRS = 4, 40, 1024
+CLASSES, PREDICATES, DIM, HIDDEN = 151, 51, 4096, 512
+REGION = 256 * 7 * 7
+
+
+class Step:
+    """A model, its inputs, and the losses of one training step in three ways."""
+
+    def __init__(self, *, extractors: bool) -> None:
+        torch.manual_seed(0)
+        self.motifs = Motifs(
+            torch.ones(CLASSES, CLASSES, PREDICATES), hidden_dim=HIDDEN, relation_dim=DIM, object_dim=DIM
+        ).train()
+        self.mirrored_head = self.motifs.new_predicate_head()
+        graphs = []
+        for _ in range(IMAGES):
+            corner = torch.rand(OBJECTS, 2) * 300
+            boxes = torch.cat([corner, corner + 20 + torch.rand(OBJECTS, 2) * 200], 1)
+            relations = torch.stack(
+                [torch.randperm(OBJECTS), torch.randperm(OBJECTS), torch.randint(1, 51, (OBJECTS,))], 1
+            )
+            labels = torch.randint(1, CLASSES, (OBJECTS,))
+            graphs.append(SceneGraph("", 600, 600, boxes, labels, relations))
+        batch = collate(graphs, PREDICATES - 1)
+        rows = torch.cat([image * OBJECTS * (OBJECTS - 1) + torch.randperm(OBJECTS * (OBJECTS - 1))[:PAIRS].sort()[0]
+                          for image in range(IMAGES)])  # fmt: skip
+        self.batch = batch.keep_pairs(rows)
+        self.heads = nn.ModuleList(TwoMLPHead(REGION, DIM) for _ in range(2)) if extractors else None
+        width = REGION if extractors else DIM
+        self.regions = [torch.rand(IMAGES * OBJECTS, width), torch.rand(IMAGES * PAIRS, width)]
+        self.parameters = [*self.motifs.parameters(), *self.mirrored_head.parameters()]
+        self.parameters += list(self.heads.parameters()) if self.heads is not None else []
+
+    def seen(self) -> GraphBatch:
+        heads = self.heads if self.heads is not None else [nn.Identity(), nn.Identity()]
+        objects, union = (head(region) for head, region in zip(heads, self.regions))
+        return self.batch._replace(object_features=objects, union_features=union)
+
+    def dropped(self) -> Tensor:
+        return torch.rand(IMAGES * OBJECTS, 1) < 0.1
+
+    def motifs_alone(self) -> Tensor:
+        return relation_loss(self.motifs(self.seen()).logits, self.batch.targets)
+
+    def align_motifs(self) -> Tensor:
+        prediction, mirrored = self.motifs.dual_branch(self.seen(), self.mirrored_head, dropped=self.dropped())
+        alignment = relation_alignment_loss(prediction.logits, mirrored)
+        return relation_loss(prediction.logits, self.batch.targets) + 10 * alignment
+
+    def two_passes(self) -> Tensor:
+        """The relation branch as in the public code, run again on masked input; what lies before it runs once."""
+        batch = self.seen()
+        shared = self.motifs.shared(batch)
+        logits = self.usual_branch(batch, shared, shared.edge_input, self.motifs.predicate)
+        masked = shared.edge_input.masked_fill(self.dropped(), 0)
+        mirrored = self.usual_branch(batch, shared, masked, self.mirrored_head)
+        teacher = logits.detach().log_softmax(1)
+        alignment = kl_div(mirrored.log_softmax(1), teacher, log_target=True, reduction="sum") / logits.numel()
+        return cross_entropy(logits, batch.targets) + 10 * alignment
+
+    def usual_branch(self, batch: GraphBatch, shared, edge: Tensor, head: nn.Linear) -> Tensor:
+        (context,) = self.motifs.edge_context([edge], batch, shared.places)
+        as_subject, as_object = self.motifs.head_tail(context).chunk(2, 1)
+        subject, object_ = batch.pairs.unbind(1)
+        pair = linear(
+            torch.cat([as_subject[subject], as_object[object_]], 1), self.motifs.pair.weight, self.motifs.pair.bias
+        )
+        return head(pair * shared.union) + shared.bias
+
+    def counted(self) -> float:
+        """Multiplications of Align-Motifs by those of Motifs, from the layers' sizes."""
+        objects, pairs = IMAGES * OBJECTS, IMAGES * PAIRS
+        lstm = lambda width: 2 * objects * 4 * HIDDEN * (width + HIDDEN) + objects * 2 * HIDDEN * HIDDEN  # noqa: E731
+        object_context = lstm(DIM + 200 + 128)
+        branch = lstm(self.motifs.edge_input_dim) + objects * HIDDEN * 2 * HIDDEN + objects * 2 * HIDDEN * DIM
+        branch += pairs * DIM * (PREDICATES + 1)
+        extractors = (objects + pairs) * (REGION + DIM) * DIM if self.heads is not None else 0
+        alone = object_context + branch + extractors
+        return (alone + branch) / alone
+
+
+CONTENDERS: dict[str, Callable[[Step], Tensor]] = {
+    "Motifs": Step.motifs_alone,
+    "Align-Motifs": Step.align_motifs,
+    "two passes": Step.two_passes,
+}
+
+
+@pytest.mark.parametrize("extractors", [False, True], ids=["cached features", "extractors trained"])
+def test_training_step(benchmark, extractors):
+    """All three in turn, so that they meet the same machine; the benchmark's own figure is Align-Motifs'."""
+    step = Step(extractors=extractors)
+    case = "extractors trained" if extractors else "cached features"
+
+    def run(contender: str) -> float:
+        start = time.perf_counter()
+        for parameter in step.parameters:
+            parameter.grad = None
+        CONTENDERS[contender](step).backward()
+        return time.perf_counter() - start
+
+    peaks = {}
+    for contender in CONTENDERS:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as reset:
+            reset.write("5")
+        run(contender)
+        peaks[contender] = conftest.status_kib("VmHWM") / 1024
+    rounds = [{name: run(name) for name in CONTENDERS} for _ in range(1 if extractors else 5)]
+    taken = {name: min(times[name] for times in rounds) for name in CONTENDERS}
+    benchmark.group = f"training step, {case}"
+    benchmark.pedantic(lambda: run("Align-Motifs"), rounds=1)
+    if benchmark.enabled:
+        conftest.training_steps[case] = (taken, peaks, step.counted())

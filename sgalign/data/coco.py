@@ -1,0 +1,181 @@
+"""Boxes in COCO's format and relations beside them: the layout for data of one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset
+
+from sgalign.data.scene_graph import BACKGROUND, SceneGraph
+from sgalign.data.vg150 import _load, _read_json
+from sgalign.data.vrd import SPLITS
+
+FILES = {"train": "train", "validation": "val", "test": "test"}
+
+
+class CocoDataset(Dataset[SceneGraph]):
+    """Scene graphs of `train.json`, `val.json`, `test.json` in COCO's format and of `rel.json`, as RelTR and EGTR read.
+
+    A part's file has `images` (`id`, `file_name`, `width`, `height`), `annotations` (`image_id`, `category_id`, `bbox`
+    as x, y, width, height) and `categories` (`id`, `name`), whose ids may be any integers. `rel.json` has
+    `rel_categories`, names of predicates with or without a background first, and for each part the relations of each
+    image id: `[subject, object, predicate]`, the first two counting the image's annotations from 0 in the order of the
+    file, the last counting `rel_categories` from 0.
+
+    Args:
+        root: folder of these files; images, if wanted, are there or in its `images/`.
+        split: "train", "validation" (val) or "test".
+
+    Attributes:
+        object_names, predicate_names: class names, `__background__` first; any names.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not what it should be; names file, image and row.
+    """
+
+    def __init__(self, root: str | Path, split: Literal["train", "validation", "test"]) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+        self.root = Path(root)
+        path, rel = self.root / f"{FILES[split]}.json", self.root / "rel.json"
+        content, relations = _read_json(path), _read_json(rel)
+        for where, value, fields in (
+            (path, content, ("images", "annotations", "categories")),
+            (rel, relations, ("rel_categories", FILES[split])),
+        ):
+            if not isinstance(value, dict) or (missing := [field for field in fields if field not in value]):
+                raise ValueError(f"{where}: must have {', '.join(fields)}, misses {', '.join(missing)}")
+        try:
+            categories = sorted(content["categories"], key=lambda category: category["id"])
+            label_of = {category["id"]: index + 1 for index, category in enumerate(categories)}
+            self.object_names = [BACKGROUND, *(str(category["name"]) for category in categories)]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: categories must have id and name, misses {error}") from error
+        predicates = [str(name) for name in relations["rel_categories"]]
+        self._first = 0 if predicates[:1] == [BACKGROUND] else 1
+        self.predicate_names = [BACKGROUND, *predicates[1 - self._first :]]
+        self._images = _parse(path, content, label_of)
+        by_id = relations[FILES[split]]
+        for image in self._images.values():
+            triplets = by_id.get(str(image["id"]), [])
+            image["relations"] = self._relations(f"{rel}, {FILES[split]}, image {image['id']}", triplets, image)
+        self._order = list(self._images)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> SceneGraph:
+        image = self._images[self._order[index]]
+        boxes = torch.tensor(image["boxes"], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        name = image["file_name"]
+        path = next((p for p in (self.root / name, self.root / "images" / name) if p.is_file()), None)
+        return SceneGraph(
+            name,
+            image["width"],
+            image["height"],
+            boxes,
+            torch.tensor(image["labels"], dtype=torch.int64),
+            torch.tensor(image["relations"], dtype=torch.int64).reshape(-1, 3),
+            None if path is None else partial(_load, path),
+        )
+
+    def _relations(self, where: str, triplets: Any, image: dict[str, Any]) -> list[list[int]]:
+        objects, lowest = len(image["labels"]), 1 - self._first
+        highest = len(self.predicate_names) - 1 - self._first
+        for row, triplet in enumerate(triplets):
+            if not isinstance(triplet, list) or len(triplet) != 3 or any(type(v) is not int for v in triplet):
+                raise ValueError(f"{where}: must be [subject, object, predicate], got {triplet!r} in row {row}")
+            if not 0 <= min(triplet[:2]) <= max(triplet[:2]) < objects:
+                raise ValueError(f"{where}: objects must be in 0 to {objects - 1}, got {triplet[:2]} in row {row}")
+            if not lowest <= triplet[2] <= highest:
+                raise ValueError(f"{where}: predicate must be in {lowest} to {highest}, got {triplet[2]} in row {row}")
+        return [[s, o, p + self._first] for s, o, p in triplets]
+
+
+def _parse(path: Path, content: dict[str, Any], label_of: Mapping[Any, int]) -> dict[Any, dict[str, Any]]:
+    """The images of a COCO file by id, each with its `boxes` (x, y, width, height) and `labels`."""
+    images: dict[Any, dict[str, Any]] = {}
+    for number, image in enumerate(content["images"]):
+        fields = ("id", "file_name", "width", "height")
+        if not isinstance(image, dict) or not image.keys() >= set(fields):
+            raise ValueError(f"{path}, images, row {number}: must have {', '.join(fields)}, got {image!r}")
+        images[image["id"]] = {field: image[field] for field in fields} | {"boxes": [], "labels": []}
+    for number, annotation in enumerate(content["annotations"]):
+        where = f"{path}, annotations, row {number}"
+        if not isinstance(annotation, dict) or not annotation.keys() >= {"image_id", "category_id", "bbox"}:
+            raise ValueError(f"{where}: must have image_id, category_id and bbox, got {annotation!r}")
+        box = annotation["bbox"]
+        if annotation["image_id"] not in images:
+            raise ValueError(f"{where}: image_id must be of an image, got {annotation['image_id']!r}")
+        if annotation["category_id"] not in label_of:
+            raise ValueError(f"{where}: category_id must be of a category, got {annotation['category_id']!r}")
+        if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
+            raise ValueError(f"{where}: bbox must be 4 numbers x, y, width, height, got {box!r}")
+        if not (box[2] > 0 and box[3] > 0):
+            raise ValueError(f"{where}: bbox must have a width and a height above 0, got {box}")
+        images[annotation["image_id"]]["boxes"].append(box)
+        images[annotation["image_id"]]["labels"].append(label_of[annotation["category_id"]])
+    return images
+
+
+def write_coco(
+    parts: Mapping[str, Iterable[SceneGraph]],
+    object_names: list[str],
+    predicate_names: list[str],
+    root: str | Path,
+    *,
+    images: bool = False,
+) -> None:
+    """Writes scene graphs of any data set as `CocoDataset` reads them.
+
+    Args:
+        parts: graphs of "train", "validation" and "test".
+        object_names, predicate_names: of their data set, background first.
+        root: folder, made if it is not there.
+        images: draws or copies the images too, into `images/`, as JPEG.
+    """
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    categories = [{"id": index, "name": name} for index, name in enumerate(object_names)][1:]
+    relations: dict[str, Any] = {"rel_categories": predicate_names}
+    for part, graphs in parts.items():
+        content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
+        of_part = relations[FILES[part]] = {}
+        for number, graph in enumerate(graphs):
+            name = graph.image_id if "." in graph.image_id else f"{graph.image_id.replace('/', '_')}.jpg"
+            if images:
+                save_image(graph, root / "images" / name)
+            size = {"width": graph.width, "height": graph.height}
+            content["images"].append({"id": number, "file_name": name} | size)
+            for (x1, y1, x2, y2), label in zip(graph.boxes.tolist(), graph.labels.tolist(), strict=True):
+                content["annotations"].append(
+                    {
+                        "id": len(content["annotations"]),
+                        "image_id": number,
+                        "category_id": label,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": (x2 - x1) * (y2 - y1),
+                        "iscrowd": 0,
+                    }
+                )
+            of_part[str(number)] = graph.relations.tolist()
+        write_json(root / f"{FILES[part]}.json", content)
+    write_json(root / "rel.json", relations)
+
+
+def save_image(graph: SceneGraph, path: Path) -> None:
+    """Writes a graph's image, if it has one."""
+    if graph.image is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        graph.image().convert("RGB").save(path, quality=92)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")

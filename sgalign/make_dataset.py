@@ -1,0 +1,155 @@
+"""Writes a data set in one of the layouts that are read: generated scenes, or another data set as COCO."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from sgalign.data import SceneGraph, ScenesDataset, open_dataset
+from sgalign.data.coco import save_image, write_coco, write_json
+from sgalign.data.vrd import SPLITS
+
+LONG_SIDE = 1024
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sgalign make-dataset", description=__doc__)
+    parser.add_argument("out", type=Path, help="a new or an empty folder")
+    parser.add_argument("--format", choices=["vg150", "vrd", "coco"], default="vg150", help="(default: %(default)s)")
+    sizes = parser.add_argument
+    sizes("--sizes", type=int, nargs=3, default=[300, 50, 80], metavar="N", help="training, validation, test scenes")
+    parser.add_argument("--source", metavar="FOLDER", help="converts this data set to COCO's format instead")
+    parser.add_argument("--no-images", action="store_true", help="annotations alone")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`sgalign make-dataset`. What is in `out` when it is interrupted is nothing at all."""
+    options = parser().parse_args(arguments)
+    if min(options.sizes) < 0:
+        parser().error(f"--sizes must be at least 0, got {options.sizes}")
+    if options.source is not None and options.format != "coco":
+        parser().error("--source needs --format coco")
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        parser().error(f"out must be a new or an empty folder, {options.out} is not")
+    if options.source is None:
+        datasets: dict[str, Any] = {s: ScenesDataset(s, size=n) for s, n in zip(SPLITS, options.sizes)}  # type: ignore[arg-type]
+    else:
+        datasets = {split: open_dataset(options.source, split) for split in SPLITS}
+    parts = {split: [dataset[i] for i in range(len(dataset))] for split, dataset in datasets.items()}
+    names = datasets["train"].object_names, datasets["train"].predicate_names
+    partial = options.out.with_name(options.out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        WRITERS[options.format](parts, *names, partial, images=not options.no_images)
+        if options.out.exists():
+            options.out.rmdir()
+        partial.rename(options.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"wrote {options.out}: {', '.join(f'{len(graphs)} {split}' for split, graphs in parts.items())} images")
+    return 0
+
+
+def write_vrd(
+    parts: Mapping[str, Sequence[SceneGraph]],
+    object_names: list[str],
+    predicate_names: list[str],
+    root: Path,
+    *,
+    images: bool = False,
+) -> None:
+    """VRD's layout, in which objects without relations do not exist; validation images are training images."""
+    root.mkdir(parents=True)
+    write_json(root / "objects.json", object_names[1:])
+    write_json(root / "predicates.json", predicate_names[1:])
+    for name, splits in (("train", ("train", "validation")), ("test", ("test",))):
+        content = {}
+        for graph in (graph for split in splits for graph in parts.get(split, [])):
+            file_name = graph.image_id.replace("/", "_") + ".jpg"
+            if images:
+                save_image(graph, root / "images" / file_name)
+            ends = [
+                {"category": label - 1, "bbox": [round(y1), round(y2), round(x1), round(x2)]}
+                for (x1, y1, x2, y2), label in zip(graph.boxes.tolist(), graph.labels.tolist(), strict=True)
+            ]
+            content[file_name] = [
+                {"subject": ends[s], "predicate": p - 1, "object": ends[o]} for s, o, p in graph.relations.tolist()
+            ]
+        write_json(root / f"annotations_{name}.json", content)
+
+
+def write_vg150(
+    parts: Mapping[str, Sequence[SceneGraph]],
+    object_names: list[str],
+    predicate_names: list[str],
+    root: Path,
+    *,
+    images: bool = False,
+) -> None:
+    """The layout of VG150's official files, with a validation part of its own (split 1)."""
+    root.mkdir(parents=True)
+    boxes: list[np.ndarray] = []
+    labels: list[int] = []
+    pairs: list[list[int]] = []
+    predicates: list[int] = []
+    columns: dict[str, list[int]] = {f"img_to_{e}_{w}": [] for e in ("first", "last") for w in ("box", "rel")}
+    rows: list[dict[str, int]] = []
+    splits: list[int] = []
+    seen: set[tuple[int, int, int]] = set()
+    for number, split in enumerate(SPLITS):
+        for graph in parts.get(split, []):
+            image_id = len(rows) + 1
+            rows.append({"image_id": image_id, "width": graph.width, "height": graph.height})
+            splits.append(number)
+            if images:
+                save_image(graph, root / "VG_100K" / f"{image_id}.jpg")
+            for what, start, count in (
+                ("box", len(labels), len(graph.labels)),
+                ("rel", len(predicates), len(graph.relations)),
+            ):
+                columns[f"img_to_first_{what}"].append(start if count else -1)
+                columns[f"img_to_last_{what}"].append(start + count - 1 if count else -1)
+            start = len(labels)
+            corners = np.floor(graph.boxes.numpy() * LONG_SIDE / max(graph.width, graph.height))
+            extent = np.maximum(corners[:, 2:] - corners[:, :2], 1)
+            boxes.append(np.concatenate([corners[:, :2] + np.floor(extent / 2), extent], 1).astype(np.int32))
+            labels += graph.labels.tolist()
+            for subject, object_, predicate in graph.relations.tolist():
+                pairs.append([start + subject, start + object_])
+                predicates.append(predicate)
+                if split == "train":
+                    seen.add((labels[start + subject], labels[start + object_], predicate))
+    with h5py.File(root / "VG-SGG.h5", "w") as file:
+        all_boxes = np.concatenate(boxes) if boxes else np.zeros((0, 4), np.int32)
+        file["boxes_1024"], file["boxes_512"] = all_boxes, np.maximum(all_boxes // 2, [0, 0, 1, 1]).astype(np.int32)
+        file["labels"] = np.array(labels, np.int64).reshape(-1, 1)
+        file["relationships"] = np.array(pairs, np.int32).reshape(-1, 2)
+        file["predicates"] = np.array(predicates, np.int64).reshape(-1, 1)
+        file["split"] = np.array(splits, np.int32)
+        for name, column in columns.items():
+            file[name] = np.array(column, np.int32)
+    counts = Counter(labels), Counter(predicates)
+    dicts: dict[str, Any] = {}
+    for what, names, found in zip(("label", "predicate"), (object_names, predicate_names), counts):
+        dicts[f"idx_to_{what}"] = {str(i): name for i, name in enumerate(names) if i}
+        dicts[f"{what}_to_idx"] = {name: i for i, name in enumerate(names) if i}
+        of = "object" if what == "label" else what
+        dicts[f"{of}_count"] = {name: found[i] for i, name in enumerate(names) if i}
+    write_json(root / "VG-SGG-dicts.json", dicts)
+    write_json(root / "image_data.json", rows)
+    tested = {
+        (int(g.labels[s]), int(g.labels[o]), p) for g in parts.get("test", []) for s, o, p in g.relations.tolist()
+    }
+    lines = ["subject,object,predicate", *(",".join(map(str, triplet)) for triplet in sorted(tested - seen))]
+    (root / "zeroshot_triplets.csv").write_text("\n".join(lines) + "\n")
+
+
+WRITERS = {"vg150": write_vg150, "vrd": write_vrd, "coco": write_coco}

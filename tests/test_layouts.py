@@ -1,0 +1,317 @@
+"""Files in the layouts of VG150, VRD and COCO with relations: what is written is read back, and bad files are named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+h5py = pytest.importorskip("h5py")
+pytest.importorskip("PIL")
+import numpy as np  # noqa: E402
+
+from sgalign import cli, make_dataset  # noqa: E402
+from sgalign.data import SceneGraph, ScenesDataset, VRDDataset, open_dataset  # noqa: E402
+from sgalign.data.coco import CocoDataset, write_coco  # noqa: E402
+from sgalign.data.vg150 import VG150Dataset, read_zero_shot_triplets  # noqa: E402
+
+SPLITS = ("train", "validation", "test")
+SIZES = {"train": 12, "validation": 4, "test": 5}
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return {split: [ScenesDataset(split, size=SIZES[split])[i] for i in range(SIZES[split])] for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def folders(scenes, tmp_path_factory):
+    names = ScenesDataset("train").object_names, ScenesDataset("train").predicate_names
+    root = tmp_path_factory.mktemp("layouts")
+    for layout, write in make_dataset.WRITERS.items():
+        write(scenes, *names, root / layout, images=layout == "vg150")
+    return root
+
+
+@pytest.fixture
+def vg150(folders, tmp_path):
+    return shutil.copytree(folders / "vg150", tmp_path / "vg150")
+
+
+def edit(root, name, change):
+    """Replaces an array of the HDF5 file; None removes it."""
+    with h5py.File(root / "VG-SGG.h5", "a") as file:
+        value = file[name][()]
+        del file[name]
+        if (value := change(value)) is not None:
+            file[name] = value
+
+
+def triples(graph):
+    return sorted((int(graph.labels[s]), int(graph.labels[o]), p) for s, o, p in graph.relations.tolist())
+
+
+# ---- what is written is read back
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_vg150_round_trip(scenes, folders, split):
+    dataset = open_dataset(folders / "vg150", split)
+    assert isinstance(dataset, VG150Dataset) and dataset.object_names == ScenesDataset("train").object_names
+    expected = [g for g in scenes[split] if len(g.relations)]
+    assert len(dataset) == len(expected)
+    for graph, scene in zip((dataset[i] for i in range(len(dataset))), expected):
+        assert (graph.width, graph.height) == (scene.width, scene.height)
+        assert graph.image().size == (scene.width, scene.height)
+        if split != "train":  # training images lose relations of boxes apart
+            assert torch.equal(graph.labels, scene.labels) and torch.equal(graph.relations, scene.relations)
+            unit = max(scene.width, scene.height) / 1024
+            assert (graph.boxes - scene.boxes).abs().max() <= 2 * unit + 1e-3
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_coco_round_trip(scenes, folders, split):
+    dataset = open_dataset(folders / "coco", split)
+    assert isinstance(dataset, CocoDataset) and dataset.predicate_names == ScenesDataset("train").predicate_names
+    for graph, scene in zip((dataset[i] for i in range(len(dataset))), scenes[split], strict=True):
+        torch.testing.assert_close(graph.boxes, scene.boxes)
+        assert torch.equal(graph.labels, scene.labels) and torch.equal(graph.relations, scene.relations)
+
+
+def test_vrd_round_trip(scenes, folders):
+    parts = [open_dataset(folders / "vrd", split, validation_images=4) for split in ("train", "validation")]
+    assert all(isinstance(part, VRDDataset) for part in parts)
+    read = sorted(triples(part[i]) for part in parts for i in range(len(part)))
+    assert read == sorted(triples(scene) for split in ("train", "validation") for scene in scenes[split])
+
+
+def test_conversion(folders, tmp_path, capsys):
+    out = tmp_path / "converted"
+    assert (
+        cli.main(["make-dataset", str(out), "--format", "coco", "--source", str(folders / "vg150"), "--no-images"]) == 0
+    )
+    before, after = VG150Dataset(folders / "vg150", "test"), CocoDataset(out, "test")
+    for i in range(len(before)):
+        assert triples(before[i]) == triples(after[i]) and before[i].image_id == after[i].image_id
+        torch.testing.assert_close(before[i].boxes, after[i].boxes)
+
+
+def test_make_dataset(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "new"
+    assert cli.main(["make-dataset", str(out), "--sizes", "3", "2", "2", "--format", "vrd"]) == 0
+    assert "wrote" in capsys.readouterr().out and len(list((out / "images").iterdir())) == 7
+    with pytest.raises(SystemExit):
+        cli.main(["make-dataset", str(out)])
+    assert "must be a new or an empty folder" in capsys.readouterr().err
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sgalign.make_dataset.save_image", full)
+    assert cli.main(["make-dataset", str(tmp_path / "full"), "--sizes", "1", "1", "1"]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new"], "nothing half made"
+
+
+def test_no_layout(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"annotations_train.json \(VRD\), a .h5 file \(VG150\) or rel.json"):
+        open_dataset(tmp_path, "train")
+
+
+# ---- VG150 in detail
+
+
+def small_vg150(root, **arrays):
+    """Two training images, one test image: by hand."""
+    content = {
+        "boxes_1024": np.array([[101, 51, 101, 51], [300, 300, 200, 200], [512, 512, 64, 65], [600, 512, 200, 64],
+                                [900, 100, 300, 100], [50, 50, 100, 100]], np.int32),
+        "labels": np.array([[1], [2], [3], [1], [2], [3]]),
+        "relationships": np.array([[0, 1], [1, 0], [2, 3], [2, 3], [4, 5]], np.int32),
+        "predicates": np.array([[1], [2], [1], [2], [2]]),
+        "split": np.array([0, 0, 2], np.int32),
+        "img_to_first_box": np.array([0, 2, 4]), "img_to_last_box": np.array([1, 3, 5]),
+        "img_to_first_rel": np.array([0, 2, 4]), "img_to_last_rel": np.array([1, 3, 4]),
+    }  # fmt: skip
+    root.mkdir(exist_ok=True)
+    with h5py.File(root / "VG-SGG-with-attri.h5", "w") as file:
+        for name, value in (content | arrays).items():
+            if value is not None:
+                file[name] = value
+    names = {"1": "α", "2": "b", "3": "c"}
+    dicts = {"idx_to_label": names, "idx_to_predicate": {"1": "on", "2": "by"}}
+    (root / "VG-SGG-dicts-with-attri.json").write_text(json.dumps(dicts))
+    sizes = [{"image_id": i, "width": 1024, "height": 768} for i in (7, 8, 9)]
+    (root / "image_data.json").write_text(json.dumps(sizes))
+    return root
+
+
+def test_boxes_are_cut_off_in_integers(tmp_path):
+    dataset = VG150Dataset(small_vg150(tmp_path / "vg"), "test")
+    # 900 - 150, 100 - 50; the third dimension is not clipped in the test part: 1050
+    assert dataset[0].boxes.tolist() == [[750, 50, 1050, 150], [0, 0, 100, 100]]
+    train = VG150Dataset(tmp_path / "vg", "train", validation_images=0)
+    # the boxes of the first image do not overlap: it has no relation left
+    assert [train[i].image_id for i in range(len(train))] == ["8.jpg"]
+    # 512 - 32.5 = 479.5 becomes 479
+    assert train[0].boxes.tolist() == [[480, 479, 544, 544], [500, 480, 700, 544]]
+    assert train[0].relations.tolist() == [[0, 1, 1], [0, 1, 2]], "several predicates of a pair are kept"
+    assert train.object_names == ["__background__", "α", "b", "c"]
+
+
+def test_validation_images_are_the_first(tmp_path):
+    root = small_vg150(tmp_path / "vg")
+    assert VG150Dataset(root, "validation", validation_images=1)[0].image_id == "7.jpg"
+    with pytest.raises(ValueError, match="validation_images must be in 0 to 2"):
+        VG150Dataset(root, "train")
+    own = small_vg150(tmp_path / "own", split=np.array([0, 1, 2]))
+    assert VG150Dataset(own, "validation")[0].image_id == "8.jpg"
+
+
+def test_training_boxes_are_clipped_and_the_empty_removed(tmp_path):
+    boxes = np.array([[10, 10, 40, 40], [600, 900, 100, 100], [512, 512, 64, 64], [600, 512, 200, 64],
+                      [900, 100, 300, 100], [50, 50, 100, 100]], np.int32)  # fmt: skip
+    boxes[1] = [20, 20, 60, 2000]  # beyond the lower edge
+    root = small_vg150(tmp_path / "vg", boxes_1024=boxes)
+    first = VG150Dataset(root, "train", validation_images=0)[0]
+    assert first.boxes.tolist() == [[0, 0, 30, 30], [0, 0, 50, 767]]
+
+
+@pytest.mark.parametrize("variant", ["floats", "flat", "int8", "only 512"])
+def test_variants_of_the_layout(tmp_path, variant):
+    plain = VG150Dataset(small_vg150(tmp_path / "plain"), "test")[0]
+    with h5py.File(tmp_path / "plain" / "VG-SGG-with-attri.h5") as file:
+        content = {name: file[name][()] for name in file}
+    changed = {
+        "floats": {"boxes_1024": content["boxes_1024"].astype(np.float32)},
+        "flat": {"predicates": content["predicates"].ravel(), "labels": content["labels"].ravel()},
+        "int8": {"split": content["split"].astype(np.int8), "labels": content["labels"].astype(np.uint8)},
+        "only 512": {"boxes_512": content["boxes_1024"] // 2, "boxes_1024": None},
+    }[variant]
+    graph = VG150Dataset(small_vg150(tmp_path / "other", **changed), "test")[0]
+    torch.testing.assert_close(graph.boxes, plain.boxes)
+    assert torch.equal(graph.relations, plain.relations) and torch.equal(graph.labels, plain.labels)
+
+
+def test_images_known_to_be_corrupt_are_left_out_of_image_data(tmp_path):
+    root = small_vg150(tmp_path / "vg")
+    rows = [{"image_id": i, "width": 1024, "height": 768} for i in (7, 1592, 8, 1722, 4616, 4617, 9)]
+    (root / "image_data.json").write_text(json.dumps(rows))
+    assert VG150Dataset(root, "test")[0].image_id == "9.jpg"
+    (root / "image_data.json").write_text(json.dumps(rows[:-1]))
+    with pytest.raises(ValueError, match="image_data.json: must have the 3 images of .*, got 6"):
+        VG150Dataset(root, "test")
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("predicates", lambda a: None, "arrays predicates: must be there"),
+        ("boxes_1024", lambda a: a[:-1], r"array boxes_1024: must be \[\d+, 4\]"),
+        ("boxes_1024", lambda a: a * [1, 1, 0, 1], "must have an extent, got .* in row 0"),
+        ("labels", lambda a: a + 99, r"array labels: must be in 1 to 16, got \d+ in row 0"),
+        ("predicates", lambda a: a * 0, "array predicates: must be in 1 to 20, got 0 in row 0"),
+        ("split", lambda a: a + 3, "array split: must be in 0 to 2"),
+        ("relationships", lambda a: a[:, :1], "array relationships: must be"),
+        ("relationships", lambda a: a + 40, "array relationships: must be of boxes of image 0, got .* in row 0"),
+        ("img_to_last_box", lambda a: a + 100000, "img_to_last_box: must be in 0 to"),
+        ("img_to_first_rel", lambda a: a[:-1], "img_to_last_rel: must have 21 rows as split has"),
+    ],
+)
+def test_bad_arrays_are_named(vg150, name, change, message):
+    edit(vg150, name, change)
+    with pytest.raises(ValueError, match=message) as error:
+        VG150Dataset(vg150, "train")
+    assert str(vg150) in str(error.value)
+
+
+def test_truncated_and_missing_files(vg150):
+    path = vg150 / "VG-SGG.h5"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="VG-SGG.h5: not an HDF5 file, or cut short"):
+        VG150Dataset(vg150, "train")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="must have VG-SGG-with-attri.h5 or VG-SGG.h5"):
+        VG150Dataset(vg150, "train")
+
+
+def test_missing_and_torn_images(vg150):
+    dataset = VG150Dataset(vg150, "test")
+    graph = dataset[0]
+    (vg150 / "VG_100K" / graph.image_id).write_bytes(b"torn")
+    with pytest.raises(ValueError, match=f"{graph.image_id}: must be an image that can be read"):
+        graph.image()
+    shutil.rmtree(vg150 / "VG_100K")
+    assert VG150Dataset(vg150, "test")[0].image is None
+
+
+def test_workers_share_the_data(vg150):
+    dataset = VG150Dataset(vg150, "test")
+    loader = DataLoader(dataset, num_workers=2, collate_fn=lambda graphs: graphs[0].image_id)
+    assert list(loader) == [dataset[i].image_id for i in range(len(dataset))]
+
+
+def test_zero_shot_triplets(folders, tmp_path):
+    dataset = VG150Dataset(folders / "vg150", "test")
+    seen = {triplet for i in range(len(dataset)) for triplet in triples(dataset[i])}
+    triplets = read_zero_shot_triplets(folders / "vg150" / "zeroshot_triplets.csv")
+    assert len(triplets) and {tuple(t) for t in triplets.tolist()} <= seen
+    torch.save(triplets, tmp_path / "z.pytorch", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_zero_shot_triplets(tmp_path / "z.pytorch"), triplets)
+    (tmp_path / "bare.csv").write_text("1,2,3\n")
+    assert read_zero_shot_triplets(tmp_path / "bare.csv").tolist() == [[1, 2, 3]]
+    for content in ("1,2\n", "", "a,b,c\n0,1,2\n"):
+        (tmp_path / "bad.csv").write_text(content)
+        with pytest.raises(ValueError, match="bad.csv: must be rows of subject"):
+            read_zero_shot_triplets(tmp_path / "bad.csv")
+
+
+# ---- COCO in detail
+
+
+def test_coco_ids_names_and_predicates_without_background(tmp_path):
+    boxes, labels = torch.tensor([[1.0, 2, 11.5, 22], [5, 5, 6, 6]]), torch.tensor([2, 1])
+    graph = SceneGraph("späti.png", 40, 30, boxes, labels, torch.tensor([[0, 1, 2]]))
+    write_coco({"test": [graph]}, ["__background__", "猫", "hut"], ["__background__", "auf", "über"], tmp_path)
+    content = json.loads((tmp_path / "test.json").read_text())
+    for entry in (*content["categories"], *content["annotations"]):
+        key = "category_id" if "category_id" in entry else "id"
+        entry[key] = 10 * entry[key]  # ids with gaps
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    rel = {"rel_categories": ["auf", "über"], "test": {"0": [[0, 1, 1]]}}
+    for relations in (rel, json.loads((tmp_path / "rel.json").read_text())):
+        (tmp_path / "rel.json").write_text(json.dumps(relations))
+        dataset = CocoDataset(tmp_path, "test")
+        assert dataset.object_names[1:] == ["猫", "hut"] and dataset.predicate_names[1:] == ["auf", "über"]
+        read = dataset[0]
+        assert read.image_id == "späti.png" and torch.equal(read.labels, labels) and torch.equal(read.boxes, boxes)
+        assert read.relations.tolist() == [[0, 1, 2]] and read.image is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c, r: c.pop("categories"), "test.json: must have images, annotations, categories, misses categories"),
+        (
+            lambda c, r: c["annotations"][0].update(image_id=99),
+            "annotations, row 0: image_id must be of an image, got 99",
+        ),
+        (lambda c, r: c["annotations"][0].update(category_id=99), "category_id must be of a category, got 99"),
+        (lambda c, r: c["annotations"][0].update(bbox=[1, 2, 0, 4]), "bbox must have a width and a height above 0"),
+        (lambda c, r: c["annotations"][0].update(bbox=[1, 2, 3]), "bbox must be 4 numbers"),
+        (lambda c, r: c["images"][0].pop("width"), "images, row 0: must have id, file_name, width, height"),
+        (lambda c, r: r["test"]["0"].append([0, 99, 1]), r"rel.json, test, image 0: objects must be in 0 to \d+"),
+        (lambda c, r: r["test"]["0"].append([0, 1, 0]), "predicate must be in 1 to 20, got 0"),
+        (lambda c, r: r["test"]["0"].append([0, 1]), r"must be \[subject, object, predicate\]"),
+        (lambda c, r: r.pop("test"), "rel.json: must have rel_categories, test, misses test"),
+    ],
+)
+def test_bad_coco_files_are_named(folders, tmp_path, change, message):
+    root = shutil.copytree(folders / "coco", tmp_path / "coco")
+    content, relations = (json.loads((root / name).read_text()) for name in ("test.json", "rel.json"))
+    change(content, relations)
+    (root / "test.json").write_text(json.dumps(content))
+    (root / "rel.json").write_text(json.dumps(relations))
+    with pytest.raises(ValueError, match=message):
+        CocoDataset(root, "test")
