@@ -8,9 +8,9 @@ import conftest
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import kl_div, linear
 
-from sgalign import dual_branch_relation_logits, fused_relation_logits
+from sgalign import dual_branch_relation_logits, fused_relation_logits, relation_alignment_loss
 
 # R, N, C, K: one image and four at the published sizes, and a small model on VRD
 SHAPES = [(1024, 40, 4096, 51), (4096, 160, 4096, 51), (600, 100, 512, 71)]
@@ -94,5 +94,25 @@ def test_relation_head(benchmark, shape, backward, contender):
         logits = CONTENDERS[contender](head)
         if backward:
             torch.autograd.backward(logits, [grad] * len(logits))
+
+    conftest.measure(benchmark, contender, run)
+
+
+def plain_loss(logits: Tensor, mirrored: Tensor) -> Tensor:
+    teacher = logits.detach().log_softmax(1)
+    return kl_div(mirrored.log_softmax(1), teacher, reduction="mean", log_target=True)
+
+
+@pytest.mark.parametrize("contender", ["sgalign dual", "kl_div of log_softmax"])
+def test_alignment_loss(benchmark, contender):
+    torch.manual_seed(0)
+    benchmark.group = "alignment loss (4096, 51) forward+backward"
+    logits, mirrored = torch.randn(2, 4096, 51)
+    mirrored.requires_grad_()
+    loss = relation_alignment_loss if contender == "sgalign dual" else plain_loss
+
+    def run() -> None:
+        mirrored.grad = None
+        loss(logits, mirrored).backward()
 
     conftest.measure(benchmark, contender, run)

@@ -17,6 +17,7 @@ namespace sgalign {
 // setup.py says which are built
 extern const AttentionKernels attention_baseline, attention_avx2, attention_avx512;
 extern const RelationKernels relation_baseline, relation_avx2, relation_avx512;
+extern const AlignmentKernels alignment_baseline, alignment_avx2, alignment_avx512;
 }  // namespace sgalign
 
 namespace {
@@ -25,6 +26,7 @@ struct Kernels {
     std::string instruction_set;
     AttentionKernels attention;
     RelationKernels relation;
+    AlignmentKernels alignment;
 };
 
 // What this processor can run, the fastest first.
@@ -33,13 +35,13 @@ std::vector<Kernels> supported_kernels() {
 #ifdef SGALIGN_AVX512
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-        result.push_back({"avx512", attention_avx512, relation_avx512});
+        result.push_back({"avx512", attention_avx512, relation_avx512, alignment_avx512});
 #endif
 #ifdef SGALIGN_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        result.push_back({"avx2", attention_avx2, relation_avx2});
+        result.push_back({"avx2", attention_avx2, relation_avx2, alignment_avx2});
 #endif
-    result.push_back({"baseline", attention_baseline, relation_baseline});
+    result.push_back({"baseline", attention_baseline, relation_baseline, alignment_baseline});
     return result;
 }
 
@@ -192,5 +194,25 @@ PYBIND11_MODULE(_C, m) {
               a.grad_union = reinterpret_cast<void*>(grad_union);
               py::gil_scoped_release unlocked;
               kernels.relation.backward(a);
+          });
+
+    m.def("alignment_loss",
+          [](int dtype, std::array<int64_t, 2> sizes, const RowsArgument& logits, const RowsArgument& mirrored,
+             Address weight, double scale, bool sigmoid, int direction, Address losses, Address grad, int threads) {
+              py::gil_scoped_release unlocked;
+              kernels.alignment.loss({.dtype = DType(dtype),
+                                      .relations = sizes[0],
+                                      .classes = sizes[1],
+                                      .logits = reinterpret_cast<void*>(logits.first),
+                                      .mirrored = reinterpret_cast<void*>(mirrored.first),
+                                      .logits_row = logits.second,
+                                      .mirrored_row = mirrored.second,
+                                      .weight = reinterpret_cast<void*>(weight),
+                                      .scale = scale,
+                                      .sigmoid = sigmoid,
+                                      .direction = direction,
+                                      .losses = reinterpret_cast<void*>(losses),
+                                      .grad = reinterpret_cast<void*>(grad),
+                                      .threads = threads});
           });
 }

@@ -80,7 +80,22 @@ struct RelationLogits {
     int threads = 1;
 };
 
-// The entry points of one instruction set; cpu/attention.cpp and cpu/relation.cpp are compiled once for each.
+// Divergence of each relation's two predictions, times `scale` and its weight, and the gradient in the mirrored one.
+struct AlignmentLoss {
+    DType dtype = DType::float32;
+    int64_t relations = 0, classes = 0;
+    const void *logits = nullptr, *mirrored = nullptr;  // [R, K], unit stride along K
+    int64_t logits_row = 0, mirrored_row = 0;
+    const void* weight = nullptr;  // [R], float32 (float64 for float64); null: all the same
+    double scale = 1;
+    bool sigmoid = false;
+    int direction = 0;       // 0: KL(teacher || student), 1: KL(student || teacher), 2: their mean
+    void* losses = nullptr;  // [R], float32 (float64 for float64)
+    void* grad = nullptr;    // [R, K], contiguous
+    int threads = 1;
+};
+
+// The entry points of one instruction set; each of cpu/*.cpp is compiled once for each.
 struct AttentionKernels {
     void (*forward)(const Attention&);
     void (*backward)(const Attention&);
@@ -89,6 +104,9 @@ struct AttentionKernels {
 struct RelationKernels {
     void (*forward)(const RelationLogits&);
     void (*backward)(const RelationLogits&);
+};
+struct AlignmentKernels {
+    void (*loss)(const AlignmentLoss&);
 };
 
 }  // namespace sgalign

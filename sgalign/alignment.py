@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from sgalign import _core, backends, reference
+from sgalign.attention import DTYPES, unit_stride
 
 KINDS = ("softmax", "sigmoid")
 REDUCTIONS = ("element", "relation")
@@ -19,6 +23,7 @@ def relation_alignment_loss(
     reduction: str = "element",
     weight: Tensor | None = None,
     direction: str = "teacher_to_student",
+    backend: str | None = None,
 ) -> Tensor:
     """Divergence between the predictions of the supervised branch (teacher, detached) and of the mirror (student).
 
@@ -34,14 +39,18 @@ def relation_alignment_loss(
     2024, who leave reduction and direction open: "element" is the mean over all elements, what
     `torch.nn.functional.kl_div` has called "mean" so far, and K times weaker than "relation".
 
+    Loss and gradient are computed in one pass over the logits, in float32 (float64 for float64), and stay the same bits
+    for any number of threads. Differentiable once, in `mirrored_logits` alone.
+
     Args:
-        logits: ``[R, K]`` of the supervised branch, floating point; no gradient flows into them.
+        logits: ``[R, K]`` of the supervised branch, float32, float64, bfloat16 or float16; no gradient flows into them.
         mirrored_logits: ``[R, K]`` of the mirrored branch.
         kind: "softmax" (classes exclude one another, background among them) or "sigmoid".
         reduction: "element" or "relation".
         weight: ``[R]``, at least 0 (which is not checked: that would wait for the device); None weighs all relations
             the same.
         direction: "teacher_to_student", "student_to_teacher" or "symmetric".
+        backend: "cpu" (compiled) or "reference" (plain PyTorch); None takes the fastest that serves the device.
 
     Returns:
         A scalar, float32 (float64 for float64); 0 with zero gradients if there is no relation or all weights are 0.
@@ -57,9 +66,9 @@ def relation_alignment_loss(
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     for name, tensor in (("logits", logits), ("mirrored_logits", mirrored_logits)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a floating point tensor, got {got}")
+            raise TypeError(f"{name} must be a tensor of float32, float64, bfloat16 or float16, got {got}")
     if logits.dim() != 2 or not logits.shape[1]:
         raise ValueError(f"logits must be [R, K] with K at least 1, got {list(logits.shape)}")
     if mirrored_logits.shape != logits.shape:
@@ -70,32 +79,79 @@ def relation_alignment_loss(
     if weight is not None and weight.shape != (relations,):
         raise ValueError(f"weight must be [{relations}], one a relation, got {list(weight.shape)}")
 
-    teacher, student = (_log_probabilities(x, kind) for x in (logits.detach(), mirrored_logits))
-    if direction == "teacher_to_student":
-        divergence = _divergence(teacher, student)
-    elif direction == "student_to_teacher":
-        divergence = _divergence(student, teacher)
-    else:
-        divergence = (_divergence(teacher, student) + _divergence(student, teacher)) / 2
+    if mirrored_logits.device != logits.device:
+        raise ValueError(
+            f"mirrored_logits must be on the device of logits, {logits.device}, got {mirrored_logits.device}"
+        )
+    backend = backends.choose(backend, logits.device)
+    dtype = torch.promote_types(logits.dtype, mirrored_logits.dtype)
+    logits, mirrored_logits = logits.detach().to(dtype), mirrored_logits.to(dtype)
+    scale = 1 / classes if reduction == "element" else 1.0
     if weight is None:
-        total, weights = divergence.sum(), divergence.new_tensor(relations)
+        scale /= max(relations, 1)
     else:
-        weight = weight.to(divergence.dtype)
-        total, weights = (divergence * weight).sum(), weight.sum()
-    loss = total / weights.where(weights > 0, 1)
-    return loss / classes if reduction == "element" else loss
+        weight = weight.detach().to(torch.float64 if dtype == torch.float64 else torch.float32)
+        total = weight.sum()
+        weight = weight / total.where(total > 0, 1)
+    if backend == "reference":
+        divergence = reference.alignment_divergence(logits, mirrored_logits, kind, direction)
+        return (divergence if weight is None else divergence * weight).sum() * scale
+    settings = scale, kind == "sigmoid", DIRECTIONS.index(direction)
+    return _AlignmentLoss.apply(mirrored_logits, logits, weight, *settings)[0]
 
 
-def _log_probabilities(logits: Tensor, kind: str) -> Tensor:
-    """``[R, K, 1]`` of one distribution over K classes, or ``[R, K, 2]`` of K distributions over yes and no."""
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    if kind == "softmax":
-        return functional.log_softmax(logits, dim=1)[..., None]
-    return torch.stack([functional.logsigmoid(logits), functional.logsigmoid(-logits)], dim=-1)
+class _AlignmentLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        mirrored: Tensor, logits: Tensor, weight: Tensor | None, scale: float, sigmoid: bool, direction: int
+    ) -> tuple[Tensor, Tensor]:
+        losses, grad = torch.ops.sgalign.alignment_loss(mirrored, logits, weight, scale, sigmoid, direction)
+        return losses.sum(), grad
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return (grad * grad_loss).to(grad.dtype), None, None, None, None, None
 
 
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    p = log_p.exp()
-    # 0 * (-inf - x) would be NaN, forward and backward.
-    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(dim=(1, 2))
+_library = torch.library.Library("sgalign", "FRAGMENT")
+# -> each relation's share of the loss, and the gradient of their sum in `mirrored`
+_library.define(
+    "alignment_loss(Tensor mirrored, Tensor logits, Tensor? weight, float scale, bool sigmoid, int direction)"
+    " -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("sgalign::alignment_loss")
+def _loss_fake(mirrored: Tensor, logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if mirrored.dtype == torch.float64 else torch.float32
+    return mirrored.new_empty(mirrored.shape[0], dtype=dtype), mirrored.new_empty(mirrored.shape)
+
+
+@torch.library.impl(_library, "alignment_loss", "CPU")
+def _loss_cpu(
+    mirrored: Tensor, logits: Tensor, weight: Tensor | None, scale: float, sigmoid: bool, direction: int
+) -> tuple[Tensor, Tensor]:
+    losses, grad = _loss_fake(mirrored, logits)
+    mirrored, logits = unit_stride(mirrored), unit_stride(logits)
+    weight = None if weight is None else weight.contiguous()
+    _core.load().alignment_loss(
+        DTYPES.index(mirrored.dtype),
+        tuple(mirrored.shape),
+        (logits.data_ptr(), logits.stride(0)),
+        (mirrored.data_ptr(), mirrored.stride(0)),
+        0 if weight is None else weight.data_ptr(),
+        scale,
+        sigmoid,
+        direction,
+        losses.data_ptr(),
+        grad.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return losses, grad

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 LANES = 32  # neighbouring keys that share one 16-bit half of the Philox output words
 GROUPS = 8  # halves in four 32-bit words: one call decides 8 keys that lie 32 apart
@@ -126,4 +127,29 @@ def relation_logits(
         subject, object: ``[N, C]``; union: ``[R, C]``; pairs: int64 ``[R, 2]``; weight: ``[K, C]``; bias: ``[K]``.
     """
     pair = subject[pairs[:, 0]] + object[pairs[:, 1]]
-    return torch.nn.functional.linear(pair * union, weight, bias)
+    return functional.linear(pair * union, weight, bias)
+
+
+def alignment_divergence(logits: Tensor, mirrored_logits: Tensor, kind: str, direction: str) -> Tensor:
+    """Divergence of each relation's predictions, `[R]`, as `sgalign.relation_alignment_loss` defines it."""
+    teacher, student = (_log_probabilities(x, kind) for x in (logits, mirrored_logits))
+    if direction == "teacher_to_student":
+        return _divergence(teacher, student)
+    if direction == "student_to_teacher":
+        return _divergence(student, teacher)
+    return (_divergence(teacher, student) + _divergence(student, teacher)) / 2
+
+
+def _log_probabilities(logits: Tensor, kind: str) -> Tensor:
+    """``[R, K, 1]`` of one distribution over K classes, or ``[R, K, 2]`` of K distributions over yes and no."""
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if kind == "softmax":
+        return functional.log_softmax(logits, dim=1)[..., None]
+    return torch.stack([functional.logsigmoid(logits), functional.logsigmoid(-logits)], dim=-1)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p = log_p.exp()
+    # 0 * (-inf - x) would be NaN, forward and backward.
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(dim=(1, 2))

@@ -4,13 +4,20 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sgalign.alignment import relation_alignment_loss
+from sgalign import relation_alignment_loss
 
 
 def logits(relations=7, classes=5, *, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     teacher, student = torch.randn(2, relations, classes, generator=generator, dtype=dtype) * 3
     return teacher.requires_grad_(), student.requires_grad_()
+
+
+@pytest.fixture(params=["cpu", "reference"], autouse=True)
+def backend(request, monkeypatch):
+    """Every test with both, by what None stands for."""
+    monkeypatch.setattr("sgalign.backends.choose", lambda backend, device: backend or request.param)
+    return request.param
 
 
 def kl(p, q, kind):
@@ -112,7 +119,7 @@ def test_half_precision_is_summed_in_float32():
         (
             {"logits": torch.zeros(7, 5, dtype=torch.int64)},
             TypeError,
-            "logits must be a floating point tensor, got torch.int64",
+            "logits must be a tensor of float32, .* got torch.int64",
         ),
     ],
 )
@@ -121,3 +128,72 @@ def test_bad_input_is_refused_by_name(change, error, message):
     first, second = arguments.pop("logits"), arguments.pop("mirrored_logits")
     with pytest.raises(error, match=message):
         relation_alignment_loss(first, second, **arguments)
+
+
+# ---- the compiled loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher", "symmetric"])
+@pytest.mark.parametrize("spread", [1e-3, 1, 30])
+def test_compiled_is_as_good_as_plain(kind, direction, dtype, spread, instruction_set, poisoned):
+    for shape in ((1, 1), (9, 51), (3, 64), (40, 130)):
+        teacher, student = (
+            torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * spread
+        )
+        weight = torch.rand(shape[0], generator=torch.Generator().manual_seed(1))
+        results = []
+        for backend, precise in (("reference", True), ("reference", False), ("cpu", False)):
+            t, s = (x.to(dtype).double() if precise else x.to(dtype) for x in (teacher, student))
+            s = s.requires_grad_()
+            loss = relation_alignment_loss(t, s, kind=kind, direction=direction, weight=weight, backend=backend)
+            loss.backward()
+            results.append((loss.detach().double(), s.grad.double()))
+        for factor, exact, plain, ours in zip((2, 3), *results):
+            # Probabilities and their logarithms are rounded, so that what nearly cancels keeps an absolute error.
+            floor = 1 / shape[1] if factor == 2 else 1 / (shape[0] * shape[1])
+            eps = torch.finfo(dtype if factor == 3 else {torch.float64: dtype}.get(dtype, torch.float32)).eps
+            allowed = factor * (plain - exact).abs().max().item()
+            allowed += 16 * eps * max(exact.abs().max().item(), floor)
+            assert (ours - exact).abs().max().item() <= allowed, (shape, factor)
+
+
+def test_strides_and_threads_change_no_bit(threads):
+    wide = torch.randn(2, 30, 102)
+    teacher, student = wide[0, :, ::2], wide[1].t().contiguous().t()[:, :51]
+
+    def run(count, *tensors):
+        threads(count)
+        s = tensors[1].detach().requires_grad_()
+        loss = relation_alignment_loss(tensors[0], s, backend="cpu")
+        loss.backward()
+        return loss.detach(), s.grad
+
+    expected = run(1, teacher.contiguous(), student.contiguous())
+    for count in (1, 2, 5):
+        assert all(torch.equal(a, b) for a, b in zip(run(count, teacher, student), expected))
+
+
+def test_opcheck_and_compile():
+    teacher, student = torch.randn(2, 6, 5)
+    for weight in (None, torch.rand(6)):
+        torch.library.opcheck(torch.ops.sgalign.alignment_loss.default, (student, teacher, weight, 0.5, False, 2))
+
+    def grad(function):
+        leaf = student.clone().requires_grad_()
+        function(teacher, leaf).backward()
+        return leaf.grad
+
+    compiled = torch.compile(relation_alignment_loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(grad(compiled), grad(relation_alignment_loss))
+
+
+def test_second_order_is_refused(backend):
+    teacher, student = logits()
+    (grad,) = torch.autograd.grad(relation_alignment_loss(teacher, student).square(), student, create_graph=True)
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+    else:
+        grad.sum().backward()

@@ -193,11 +193,11 @@ def build_sanitized(folder, width, flags):
     command += [*SANITIZE, *flags, "-DSGALIGN_POISON", f"-DSGALIGN_VECTOR_BYTES={width}"]
     command += [f'-DSGALIGN_SOURCES="{digest}"', '-DSGALIGN_COMPILER="g++"']
     command += [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    for name in ("cpu/attention", "cpu/relation", "bindings"):
+    for name in ("cpu/attention", "cpu/relation", "cpu/alignment", "bindings"):
         kernels = f"-DSGALIGN_KERNELS={Path(name).name}_baseline"
         target = f"{Path(name).name}.o"
         subprocess.run([*command, kernels, "-c", f"csrc/{name}.cpp", "-o", target], cwd=folder, check=True)
-    objects = ["attention.o", "relation.o", "bindings.o"]
+    objects = ["attention.o", "relation.o", "alignment.o", "bindings.o"]
     subprocess.run([*command, "-shared", *objects, "-o", str(module)], cwd=folder, check=True)
 
 
@@ -211,7 +211,7 @@ def test_sanitizers_and_poisoned_memory(copy, name, width, flags):
     pytest.importorskip("pybind11")
     build_sanitized(copy, width, flags)
     (copy / "tests").mkdir()
-    for file in ("conftest.py", "test_attention.py", "test_random_mask.py", "test_relation.py"):
+    for file in ("conftest.py", "test_attention.py", "test_random_mask.py", "test_relation.py", "test_alignment.py"):
         shutil.copy2(ROOT / "tests" / file, copy / "tests")
     library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     result = subprocess.run(

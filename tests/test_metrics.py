@@ -15,8 +15,8 @@ NAMES = ["__background__", "on", "near", "has"]
 TOP_K = (1, 2, 5)
 
 
-def evaluate(predictions, targets, top_k=TOP_K, num_predicates=PREDICATES, predicate_names=NAMES):
-    metric = SceneGraphEvaluator("predcls", num_predicates, top_k=top_k, predicate_names=predicate_names)
+def evaluate(predictions, targets, top_k=TOP_K, num_predicates=PREDICATES, predicate_names=NAMES, protocol="predcls"):
+    metric = SceneGraphEvaluator(protocol, num_predicates, top_k=top_k, predicate_names=predicate_names)
     metric.update(predictions, targets)
     return {name: value.item() for name, value in metric.compute().items()}
 
@@ -298,6 +298,60 @@ def test_names_are_optional_and_state_does_not_grow():
     assert set(metric.compute()) == {f"{name}@{k}" for name in ("R", "mR", "mR_pooled") for k in (20, 50, 100)}
     metric.reset()
     assert metric.compute()["R@20"] == 0
+
+
+# ---- predicted labels and boxes
+
+
+@pytest.mark.parametrize("labels, recall", [([1, 2], 1), ([1, 1], 0), ([2, 1], 0), ([3, 2], 0)])
+def test_sgcls_a_wrong_label_misses_every_relation_of_the_object(labels, recall):
+    prediction = predict([(0, 1), (1, 0)], [[0.0, 1, 0, 0]] * 2, [0.9, 0.8], of=TWO | {"labels": torch.tensor(labels)})
+    assert evaluate([prediction], [truth((0, 1, 1), (1, 0, 1))], protocol="sgcls")["R@2"] == recall
+
+
+def test_sgcls_sure_labels_rank_before_sure_predicates():
+    three = objects_at((0, 0, 9, 9), (20, 0, 29, 9), (40, 0, 49, 9))
+    prediction = predict([(0, 1), (0, 2)], [[0.1, 0.9, 0, 0], [0.4, 0.6, 0, 0]], [0.9, 0.5, 0.9], of=three)
+    assert evaluate([prediction], [truth((0, 2, 1), of=three)], protocol="sgcls")["R@1"] == 1
+    assert evaluate([prediction], [truth((0, 1, 1), of=three)], protocol="sgcls")["R@1"] == 0
+
+
+@pytest.mark.parametrize("protocol", ["sgcls", "sgdet"])
+@pytest.mark.parametrize("end", ["subject", "object"])
+@pytest.mark.parametrize("bottom, finds", [(4, True), (3, False)])
+def test_both_detected_boxes_must_overlap_by_one_half(protocol, end, bottom, finds):
+    """Ten rows of pixels against the first five: exactly one half, which is enough."""
+    boxes = {"subject": (0, 0, 9, 9), "object": (20, 0, 29, 9)}
+    boxes[end] = (boxes[end][0], 0, boxes[end][2], bottom)
+    prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=objects_at(*boxes.values()))
+    assert evaluate([prediction], [truth((0, 1, 1))], protocol=protocol)["R@1"] == finds
+
+
+def test_sgdet_several_detections_of_an_object():
+    """The second-best detection finds the relation as well; doing so again neither counts nor is forgiven its rank."""
+    boxes = (0, 0, 9, 9), (1, 0, 9, 9), (0, 0, 9, 8), (20, 0, 29, 9), (60, 0, 69, 9)
+    found = objects_at(*boxes, labels=[3, 1, 1, 2, 2])
+    pairs = [(0, 3), (1, 3), (2, 3), (1, 4)]
+    prediction = predict(pairs, [[0.0, 1, 0, 0]] * 4, [0.9, 0.8, 0.7, 0.9, 0.3], of=found)
+    target = truth((0, 1, 1), (0, 2, 1), of=objects_at((0, 0, 9, 9), (20, 0, 29, 9), (60, 0, 69, 9), labels=[1, 2, 2]))
+    result = evaluate([prediction], [target], top_k=(1, 2, 3, 4), protocol="sgdet")
+    # In turn: a wrong label, the first relation, the same again, the second relation.
+    assert [result[f"R@{k}"] for k in (1, 2, 3, 4)] == [0, 0.5, 0.5, 1]
+    assert result["mR_pooled@3"] == pytest.approx(0.5 / PREDICATES)
+
+
+def test_sgdet_one_detection_of_two_objects():
+    """Two annotated objects of a class that overlap by more than one half are both found by one box."""
+    doubled = objects_at((0, 0, 9, 9), (0, 0, 9, 7), (20, 0, 29, 9), labels=[1, 1, 2])
+    prediction = predict([(0, 1)], [0.0, 0, 0, 1], of=objects_at((0, 0, 9, 8), (20, 0, 29, 9)))
+    target = truth((0, 2, 3), (1, 2, 3), (1, 2, 1), of=doubled)
+    assert evaluate([prediction], [target], protocol="sgdet")["R@1"] == pytest.approx(2 / 3)
+
+
+def test_sgdet_without_detections_counts_0():
+    nothing = predict([], []) | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
+    good = predict([(0, 1)], [0.0, 1, 0, 0]), truth((0, 1, 1))
+    assert evaluate([nothing, good[0]], [good[1]] * 2, protocol="sgdet")["R@1"] == 0.5
 
 
 # ---- refusals

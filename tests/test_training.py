@@ -173,6 +173,20 @@ def test_mask_granularity(scenes):
     assert 0.45 < features.float().mean() < 0.55
 
 
+def test_union_mask_hides_whole_pairs_from_the_mirror_alone(scenes):
+    module, batch, _, parts = mirror(scenes, mask_ratio=0.5, mask_granularity="union", tied_head=True)
+    hidden = module.draw_mask(batch, 0)
+    assert hidden.shape == (len(batch.pairs), 1) and 0.4 < hidden.float().mean() < 0.6
+    prediction, mirrored = module.network.dual_branch(batch, module.mirrored_head, dropped_union=hidden)
+    torch.testing.assert_close(prediction.logits, module.network(batch).logits)
+    # What is left without union features: the head's bias and the class frequencies.
+    alone = module.network.predicate.bias + module.network.frequency_bias(batch)
+    torch.testing.assert_close(mirrored[hidden[:, 0]], alone[hidden[:, 0]])
+    torch.testing.assert_close(mirrored[~hidden[:, 0]], prediction.logits[~hidden[:, 0]])
+    module.options.aligned_relations = "masked"
+    assert torch.equal(module._weights(batch, hidden), hidden[:, 0].float())
+
+
 def test_row_mask_is_that_of_attention_with_one_head_and_query(scenes):
     from sgalign import random_attention_mask
 
@@ -336,7 +350,7 @@ def test_training_without_relations_or_with_a_diverging_loss_says_so(scenes):
 def test_missing_data_is_one_sentence(tmp_path):
     missing = run("compare", "--data", tmp_path / "nowhere", cwd=tmp_path)
     assert missing.returncode == 1 and missing.stderr.strip().count("\n") == 0
-    assert "objects.json not found: download" in missing.stderr and not (tmp_path / "runs").exists()
+    assert "must be a folder with annotations_train.json" in missing.stderr and not (tmp_path / "runs").exists()
 
 
 def test_missing_extra_is_one_sentence(monkeypatch, capsys):

@@ -1,0 +1,157 @@
+// The alignment loss on the CPU: each relation's divergence and its gradient in the mirrored logits, in one pass.
+#include "../kernels.h"
+#include "product.h"
+
+namespace {
+
+using namespace sgalign;
+
+constexpr double kLog2e = 1.4426950408889634;
+
+template <class R>
+constexpr R kInfinity = __builtin_inf();
+
+// log(1 + u) for u in [0, 1]: 2 atanh(u / (2 + u)), a series of positive terms whose ratio is at most 1/9.
+template <class R>
+inline Vector<R> log1p(Vector<R> u) {
+    constexpr int terms = sizeof(R) == 4 ? 8 : 17;
+    const Vector<R> f = u / (u + R(2)), square = f * f;
+    Vector<R> sum = broadcast<R>(R(1) / (2 * terms - 1));
+    for (int i = terms - 1; i >= 1; --i) sum = sum * square + R(1) / (2 * i - 1);
+    return R(2) * f * sum;
+}
+
+template <class R>
+inline Vector<R> exp(Vector<R> x) {
+    return exp2<R>(x * R(kLog2e));
+}
+
+template <class T, class R = typename Storage<T>::R>
+inline void read_row(const T* source, int64_t count, int64_t padded, R fill, R* out) {
+    for (int64_t k = 0; k < count; ++k) out[k] = Storage<T>::read(source[k]);
+    for (int64_t k = count; k < padded; ++k) out[k] = fill;
+}
+
+// x becomes x - log(sum of e^x) and p e^that; padding has the weight 0. A row of -inf stays one, with p = 0.
+template <class R>
+void log_softmax(R* x, R* p, int64_t padded) {
+    Vector<R> top = broadcast(-kInfinity<R>);
+    for (int64_t k = 0; k < padded; k += Real<R>::lanes) top = load(x + k) > top ? load(x + k) : top;
+    const R largest = largest_lane<R>(top);
+    Vector<R> sum{};
+    for (int64_t k = 0; k < padded; k += Real<R>::lanes) sum += exp<R>(load(x + k) - largest);
+    const R log_sum = log2_scalar(sum_lanes<R>(sum)) / R(kLog2e);
+    for (int64_t k = 0; k < padded; k += Real<R>::lanes) {
+        store<R>(x + k, load(x + k) - largest - log_sum);  // in two steps: large logits cancel without a rounding
+        store<R>(p + k, exp<R>(load(x + k)));
+    }
+}
+
+// What a class adds to KL(p || q) of two distributions: 0 where p is 0, whatever log q says.
+template <class R>
+inline Vector<R> divergence(Vector<R> p, Vector<R> log_p, Vector<R> log_q) {
+    return p == R(0) ? Vector<R>{} : p * (log_p - log_q);
+}
+
+struct Directions {
+    bool forward, backward;  // KL(teacher || student), KL(student || teacher); both: their mean
+};
+
+// One categorical distribution a row. Teacher x, student y; the gradient goes to `grad`, times `factor`.
+template <class R>
+R softmax_row(R* x, R* y, R* t, R* s, int64_t padded, Directions directions, R factor, R* grad) {
+    log_softmax(x, t, padded);
+    log_softmax(y, s, padded);
+    Vector<R> ahead{}, back{};
+    for (int64_t k = 0; k < padded; k += Real<R>::lanes) {
+        ahead += divergence<R>(load(t + k), load(x + k), load(y + k));
+        back += divergence<R>(load(s + k), load(y + k), load(x + k));
+    }
+    const R forward = sum_lanes<R>(ahead), backward = sum_lanes<R>(back);
+    const R half = directions.forward && directions.backward ? R(0.5) : R(1);
+    for (int64_t k = 0; k < padded; k += Real<R>::lanes) {
+        Vector<R> g{};
+        if (directions.forward) g += load(s + k) - load(t + k);
+        if (directions.backward) g += divergence<R>(load(s + k), load(y + k), load(x + k)) - load(s + k) * backward;
+        store<R>(grad + k, g * (half * factor));
+    }
+    return half * ((directions.forward ? forward : R(0)) + (directions.backward ? backward : R(0)));
+}
+
+template <class R>
+struct Bernoulli {
+    Vector<R> p, q, log_p, log_q;
+    explicit Bernoulli(Vector<R> x) {
+        const Vector<R> below = x < R(0) ? x : Vector<R>{}, above = x > R(0) ? x : Vector<R>{};
+        const Vector<R> u = exp<R>(below - above), tail = log1p<R>(u);
+        const Vector<R> likely = R(1) / (u + R(1)), unlikely = u / (u + R(1));
+        p = x < R(0) ? unlikely : likely;
+        q = x < R(0) ? likely : unlikely;
+        log_p = below - tail;
+        log_q = -above - tail;
+    }
+};
+
+// One yes or no a class. Padding is equal in teacher and student, and so adds nothing.
+template <class R>
+R sigmoid_row(const R* x, const R* y, int64_t padded, Directions directions, R factor, R* grad) {
+    const R half = directions.forward && directions.backward ? R(0.5) : R(1);
+    Vector<R> sum{};
+    for (int64_t k = 0; k < padded; k += Real<R>::lanes) {
+        const Bernoulli<R> t(load(x + k)), s(load(y + k));
+        Vector<R> g{};
+        if (directions.forward) {
+            sum += divergence<R>(t.p, t.log_p, s.log_p) + divergence<R>(t.q, t.log_q, s.log_q);
+            g += s.p - t.p;
+        }
+        if (directions.backward) {
+            sum += divergence<R>(s.p, s.log_p, t.log_p) + divergence<R>(s.q, s.log_q, t.log_q);
+            const Vector<R> spread = s.p * s.q;
+            g += spread == R(0) ? Vector<R>{} : spread * (load(y + k) - load(x + k));
+        }
+        store<R>(grad + k, g * (half * factor));
+    }
+    return half * sum_lanes<R>(sum);
+}
+
+template <class T>
+void align(const AlignmentLoss& a) {
+    using R = typename Storage<T>::R;
+    const int64_t padded = round_to_panel<R>(a.classes);
+    const Directions directions{a.direction != 1, a.direction != 0};
+    const Scratch scratch(a.threads, 5 * padded * int64_t(sizeof(R)) + 64 * 5);
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+    for (int64_t row = 0; row < a.relations; ++row) {
+        char* cursor = scratch.of_thread(thread_index());
+        R* const x = take<R>(cursor, padded);
+        R* const y = take<R>(cursor, padded);
+        R* const t = take<R>(cursor, padded);
+        R* const s = take<R>(cursor, padded);
+        R* const grad = take<R>(cursor, padded);
+        const R fill = a.sigmoid ? R(0) : -kInfinity<R>;
+        read_row((const T*)a.logits + row * a.logits_row, a.classes, padded, fill, x);
+        read_row((const T*)a.mirrored + row * a.mirrored_row, a.classes, padded, fill, y);
+        const R factor = R(a.scale) * (a.weight ? ((const R*)a.weight)[row] : R(1));
+        const R loss = a.sigmoid ? sigmoid_row<R>(x, y, padded, directions, factor, grad)
+                                 : softmax_row<R>(x, y, t, s, padded, directions, factor, grad);
+        ((R*)a.losses)[row] = factor == R(0) ? R(0) : factor * loss;
+        T* const out = (T*)a.grad + row * a.classes;
+        for (int64_t k = 0; k < a.classes; ++k) out[k] = Storage<T>::write(factor == R(0) ? R(0) : grad[k]);
+    }
+}
+
+void alignment_loss(const AlignmentLoss& a) {
+    switch (a.dtype) {
+        case DType::float32: return align<float>(a);
+        case DType::float64: return align<double>(a);
+        case DType::bfloat16: return align<BFloat16>(a);
+        case DType::float16: return align<Half>(a);
+    }
+}
+
+}  // namespace
+
+namespace sgalign {
+extern const AlignmentKernels SGALIGN_KERNELS;  // alignment_avx2, say
+const AlignmentKernels SGALIGN_KERNELS = {alignment_loss};
+}  // namespace sgalign
