@@ -104,7 +104,7 @@ def commit_by_hand(logits, boxes, threshold):
         larger = boxes[:, c].clone()
         larger[:, 2:] += 1
         iou = box_iou(larger, larger)[i]
-        ruled_out |= {(j, c) for j in range(len(logits)) if iou[j] > threshold}
+        ruled_out |= {(j, c) for j in range(len(logits)) if iou[j] >= threshold}
     return torch.tensor([labels[i] for i in range(len(logits))])
 
 

@@ -113,7 +113,7 @@ def commit_labels(logits: Tensor, boxes: Tensor, threshold: float) -> Tensor:
     """Classes of one image's detections, so that two detections of one thing are not both of its class.
 
     The likeliest (detection, class) is settled first; the class is then ruled out for every detection whose box of that
-    class overlaps with an IoU above `threshold`, and so on: Motifs' non-maximum suppression at evaluation.
+    class overlaps with an IoU of at least `threshold`, and so on: Motifs' non-maximum suppression at evaluation.
 
     Args:
         logits: `[N, C]`, column 0 the background, which is never chosen.
@@ -129,7 +129,7 @@ def commit_labels(logits: Tensor, boxes: Tensor, threshold: float) -> Tensor:
     high = torch.minimum(boxes[:, None, :, 2:], boxes[None, :, :, 2:])
     common = (high - low + 1).clamp(min=0).prod(-1)
     area = (boxes[..., 2:] - boxes[..., :2] + 1).prod(-1)
-    overlaps = common > threshold * (area[:, None] + area[None] - common)  # [N, N, C]
+    overlaps = common >= threshold * (area[:, None] + area[None] - common)  # [N, N, C]
     labels = torch.zeros(count, dtype=torch.int64, device=logits.device)
     for _ in range(count):
         row, label = divmod(int(scores.argmax()), classes)
