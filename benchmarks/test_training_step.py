@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, linear
 
 pytest.importorskip("torchvision")
+pytest.importorskip("lightning")
 from torchvision.models.detection.faster_rcnn import TwoMLPHead  # noqa: E402
 
 from sgalign import relation_alignment_loss  # noqa: E402

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from sgalign.training import MotifsModule, RelationModule, read_checkpoint
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+DRAWN = 12  # triplets of a picture; more are not to be told apart
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 EPILOG = """\
 A model of protocol sgdet finds the objects itself. Any other needs to be told: --detections takes a file of boxes and
@@ -120,15 +122,16 @@ def predict_image(module: MotifsModule, path: Path, detections: dict[str, Any] |
 
 
 def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
-    """The image with the boxes of the graph's objects, and the graph beside it."""
+    """The image with the boxes of the graph's objects, and the graph of its best triplets beside it."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     pixels = load_image(image)
-    used = sorted({end for triplet in graph["triplets"] for end in (triplet["subject"], triplet["object"])})
+    triplets = graph["triplets"][:DRAWN]
+    used = sorted({end for triplet in triplets for end in (triplet["subject"], triplet["object"])})
     colors = {index: colormaps["tab20"](place % 20) for place, index in enumerate(used)}
-    figure = Figure(figsize=(14, 7 * min(max(pixels.height / pixels.width, 0.5), 1.2)), layout="constrained")
+    figure = Figure(figsize=(14, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.imshow(pixels)
     for index in used:
@@ -136,32 +139,29 @@ def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
         left.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=2, edgecolor=colors[index]))
         left.text(x1, y1, _name(graph, index), fontsize=8, va="bottom", bbox={"facecolor": colors[index], "pad": 1})
     left.set_axis_off()
-    _draw_graph(right, graph, colors, pixels.width, pixels.height)
+    _draw_graph(right, graph, triplets, colors)
     figure.savefig(out, dpi=100)
 
 
-def _draw_graph(axes: Axes, graph: dict[str, Any], colors: dict[int, Any], width: int, height: int) -> None:
-    """Objects where their boxes' middles are, pulled towards a ring so that they part; relations as arrows."""
-    import math
-
-    middles = {}
-    for place, index in enumerate(colors):
-        x1, y1, x2, y2 = graph["objects"][index]["box"]
-        angle = 2 * math.pi * place / len(colors)
-        middles[index] = (
-            0.4 * (x1 + x2) / 2 / width + 0.6 * (0.5 + 0.45 * math.cos(angle)),
-            0.4 * (y1 + y2) / 2 / height + 0.6 * (0.5 + 0.45 * math.sin(angle)),
-        )
-    for number, triplet in enumerate(graph["triplets"]):
-        start, end = middles[triplet["subject"]], middles[triplet["object"]]
-        arrow = {"arrowstyle": "->", "color": "gray", "shrinkA": 14, "shrinkB": 14, "connectionstyle": "arc3,rad=0.15"}
-        axes.annotate("", end, start, arrowprops=arrow)
-        share = 0.4 + 0.05 * (number % 5)  # labels of neighbouring arrows apart
-        x, y = (s + share * (e - s) for s, e in zip(start, end))
-        axes.text(x, y, triplet["predicate"], fontsize=8, ha="center", color="darkblue")
-    for index, (x, y) in middles.items():
-        axes.text(x, y, _name(graph, index), ha="center", va="center", bbox={"facecolor": colors[index], "pad": 3})
-    axes.set(xlim=(-0.05, 1.05), ylim=(1.05, -0.05))
+def _draw_graph(axes: Axes, graph: dict[str, Any], triplets: list[dict[str, Any]], colors: dict[int, Any]) -> None:
+    """Objects on a ring, in the order in which their boxes' middles lie around the image's; relations as arrows."""
+    middles = {i: [sum(graph["objects"][i]["box"][axis::2]) / 2 for axis in (0, 1)] for i in colors}
+    centre = [sum(middle[axis] for middle in middles.values()) / max(len(middles), 1) for axis in (0, 1)]
+    around = sorted(middles, key=lambda i: math.atan2(middles[i][1] - centre[1], middles[i][0] - centre[0]))
+    angles = {index: 2 * math.pi * place / len(around) - math.pi for place, index in enumerate(around)}
+    at = {index: (math.cos(angle), math.sin(angle)) for index, angle in angles.items()}
+    bend = 0.15
+    for triplet in triplets:
+        (x1, y1), (x2, y2) = at[triplet["subject"]], at[triplet["object"]]
+        style = {"arrowstyle": "->", "color": "gray", "shrinkA": 16, "shrinkB": 16}
+        axes.annotate("", (x2, y2), (x1, y1), arrowprops=style | {"connectionstyle": f"arc3,rad={bend}"})
+        # Nearer to the subject than to the object, so that two opposite arrows keep their labels apart.
+        x, y = 0.6 * x1 + 0.4 * x2 - bend / 2 * (y2 - y1), 0.6 * y1 + 0.4 * y2 + bend / 2 * (x2 - x1)
+        label = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+        axes.text(x, y, triplet["predicate"], fontsize=9, ha="center", va="center", color="darkblue", bbox=label)
+    for index, (x, y) in at.items():
+        axes.text(x, y, _name(graph, index), ha="center", va="center", bbox={"facecolor": colors[index], "pad": 4})
+    axes.set(xlim=(-1.2, 1.2), ylim=(1.2, -1.2), aspect="equal")
     axes.set_axis_off()
 
 
