@@ -352,6 +352,11 @@ class MotifsModule(RelationModule):
     # ---- what is seen
 
     def see(self, batch: GraphBatch, batch_index: int = 0) -> GraphBatch:
+        if self.options.vision == "cached":
+            if batch.object_features is None:
+                raise ValueError("data must have features: FOLDER for a model whose vision is 'cached'")
+            if (dim := batch.object_features.shape[1]) != self.options.relation_dim:
+                raise ValueError(f"relation_dim must be that of the features, {dim}, got {self.options.relation_dim}")
         if self.options.vision != "images":
             return self._sample(batch, batch_index) if self.training else batch
         features = self.detector.features(pixels_of(batch))

@@ -178,7 +178,7 @@ SANITIZED = [("baseline", 16, []), ("avx2", 32, AVX2), ("avx2", 64, AVX2)]
 # Every dtype, and what walks along the edges of memory; sanitized code takes seconds where it took milliseconds.
 SANITIZED_TESTS = (
     "test_accuracy and (all or none) or layout_changes or overlapping or any_strides or broadcasts or nothing_kept"
-    " or leak or rise or empty or number_of_threads or compiled_mask"
+    " or leak or rise or empty or number_of_threads or compiled_mask or shape_and_stride or compiled_is_as_good"
 )
 
 

@@ -172,6 +172,13 @@ def test_union_features_are_pooled_from_every_level(regions, features, scenes):
     torch.testing.assert_close(ours[3:4], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_pairs_in_parts_are_pairs_at_once(regions, features, scenes, monkeypatch):
+    boxes, pairs = [g.boxes for g in scenes], [torch.tensor([[0, 1], [2, 0], [1, 2]])] * 4
+    at_once = regions.pairs(features, boxes, pairs)
+    monkeypatch.setattr("sgalign.models.regions.PAIRS_AT_ONCE", 5)
+    torch.testing.assert_close(regions.pairs(features, boxes, pairs), at_once, atol=1e-5, rtol=1e-4)
+
+
 def test_rectangles():
     masks = rectangle_masks(torch.tensor([[0.0, 0, 1, 1], [0.5, 0, 0.51, 1], [0.1, 0.2, 0.3, 0.9], [1, 1, 1, 1]]))
     assert masks.shape == (4, 27, 27) and masks[0].all() and masks[1].sum() == 27 and masks[3].sum() == 1
@@ -324,6 +331,11 @@ def test_training_from_the_cache_equals_training_from_images(data, tmp_path):
     expected = module(module.see(collate(data.test[:1], 20, pixels=True)))
     ours = cached.eval()(cached.see(batch))
     torch.testing.assert_close(ours.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="data must have features: FOLDER"):
+        cached.see(collate(data.test[:1], 20))
+    cached.options.relation_dim = 8
+    with pytest.raises(ValueError, match="relation_dim must be that of the features, 16, got 8"):
+        cached.see(batch)
     with pytest.raises(ValueError, match="vision must be images for sgdet, got 'cached'"):
         MotifsModule(protocol="sgdet", vision="cached")
     assert SceneGraphData(features=str(tmp_path)).cache is not None

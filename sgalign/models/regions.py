@@ -13,6 +13,7 @@ from sgalign.models.detector import Detector, ImageFeatures
 
 LEVELS = ("0", "1", "2", "3")  # P2 to P5
 RECTANGLES = 27  # side of the two masks
+PAIRS_AT_ONCE = 1024
 
 
 class RegionFeatures(nn.Module):
@@ -65,16 +66,25 @@ class RegionFeatures(nn.Module):
         """
         resized = features.resized(boxes)
         ends = [of_image[pair] for of_image, pair in zip(resized, pairs, strict=True)]  # [R, 2, 4]
-        around = [torch.cat([e[..., :2].amin(1), e[..., 2:].amax(1)], 1) for e in ends]
+        images = [e.new_full((len(e), 1), image) for image, e in enumerate(ends)]
+        sizes = [e.new_tensor(size[::-1]).repeat(2) for e, size in zip(ends, features.images.image_sizes)]
+        relative = torch.cat([e / size for e, size in zip(ends, sizes)])
+        both = torch.cat(ends)
+        around = torch.cat([torch.cat(images), both[..., :2].amin(1), both[..., 2:].amax(1)], 1)
+        # Evaluation scores all pairs, thousands an image: a part at a time takes a fixed amount of memory.
+        step = len(around) if self.training else PAIRS_AT_ONCE
+        parts = zip(around.split(max(step, 1)), relative.split(max(step, 1)))
+        return torch.cat([self._union(features, regions, ends) for regions, ends in parts])
+
+    def _union(self, features: ImageFeatures, regions: Tensor, ends: Tensor) -> Tensor:
+        """Of regions `[R, 5]`, image and box, and both ends `[R, 2, 4]` in units of their image's sides."""
         pooled = [
             # A level's scale is what MultiScaleRoIAlign takes too: the nearest power of two.
-            roi_align(level, around, self.resolution, _scale(level, features), 2)
+            roi_align(level, regions, self.resolution, _scale(level, features), 2)
             for level in (features.levels[name] for name in LEVELS)
         ]
         visual = self.union_reduce(torch.cat(pooled, 1)).relu()
-        sizes = [e.new_tensor(size[::-1]) for e, size in zip(ends, features.images.image_sizes)]
-        masks = torch.cat([rectangle_masks(e / size.repeat(2)) for e, size in zip(ends, sizes)])
-        return self.union_head(visual + self.rectangles(masks))
+        return self.union_head(visual + self.rectangles(rectangle_masks(ends)))
 
 
 def rectangle_masks(boxes: Tensor) -> Tensor:
