@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--draw", action="store_true", help="pictures too, in a folder named like the JSON file")
     parser.add_argument("--detections", metavar="FILE", help="the images' objects")
     parser.add_argument("--top-k", type=int, default=20, help="triplets an image (default: %(default)s)")
+    parser.add_argument("--all-predicates", action="store_true", help="a pair may have several predicates")
     return parser
 
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     graphs, failed = [], 0
     for path in paths:
         try:
-            graph = predict_image(module, path, detections, options.top_k)
+            graph = predict_image(module, path, detections, options.top_k, options.all_predicates)
         except ValueError as error:
             print(f"sgalign: left out: {error}", file=sys.stderr)
             failed += 1
@@ -105,7 +106,9 @@ def image_files(path: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def predict_image(module: MotifsModule, path: Path, detections: dict[str, Any] | None, top_k: int) -> dict[str, Any]:
+def predict_image(
+    module: MotifsModule, path: Path, detections: dict[str, Any] | None, top_k: int, all_predicates: bool
+) -> dict[str, Any]:
     """The scene graph of an image file, as `describe` puts it."""
     width, height = image_size(path)
     objects = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)
@@ -118,7 +121,8 @@ def predict_image(module: MotifsModule, path: Path, detections: dict[str, Any] |
     else:
         raise ValueError(f"{path}: the detections know no image {path.name!r}")
     (prediction,) = module.predictions(batch)
-    return describe(prediction, module.object_names, module.predicate_names, top_k)
+    names = module.object_names, module.predicate_names
+    return describe(prediction, *names, top_k, all_predicates=all_predicates)
 
 
 def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
@@ -173,11 +177,12 @@ class TripletWriter(BasePredictionWriter):
     """Writes what `sgalign predict` finds, an image a line of JSON.
 
     A line has `image_id`, `objects` (`label`, `box` x1, y1, x2, y2 in pixels) and `triplets` by falling score
-    (`subject` and `object`, indices of objects; `predicate`; `score`), the best predicate of each pair.
+    (`subject` and `object`, indices of objects; `predicate`; `score`), as `describe` chooses them.
 
     Args:
         path: the file, replaced when the prediction is complete.
         top_k: triplets an image.
+        all_predicates: of `describe`.
 
     Raises:
         ValueError: the trainer has several processes, which would write one file.
@@ -185,9 +190,9 @@ class TripletWriter(BasePredictionWriter):
 
     _file: TextIO
 
-    def __init__(self, path: str = "predictions.jsonl", top_k: int = 100) -> None:
+    def __init__(self, path: str = "predictions.jsonl", top_k: int = 100, all_predicates: bool = False) -> None:
         super().__init__("batch")
-        self.path, self.top_k = Path(path), top_k
+        self.path, self.top_k, self.all_predicates = Path(path), top_k, all_predicates
 
     @property
     def _partial(self) -> Path:
@@ -204,7 +209,8 @@ class TripletWriter(BasePredictionWriter):
     ) -> None:
         assert isinstance(pl_module, RelationModule)
         for image in prediction:
-            graph = describe(image, pl_module.object_names, pl_module.predicate_names, self.top_k)
+            names = pl_module.object_names, pl_module.predicate_names
+            graph = describe(image, *names, self.top_k, all_predicates=self.all_predicates)
             self._file.write(json.dumps(graph) + "\n")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -214,12 +220,27 @@ class TripletWriter(BasePredictionWriter):
 
 
 def describe(
-    prediction: dict[str, Any], object_names: list[str], predicate_names: list[str], top_k: int
+    prediction: dict[str, Any],
+    object_names: list[str],
+    predicate_names: list[str],
+    top_k: int,
+    *,
+    all_predicates: bool = False,
 ) -> dict[str, Any]:
-    """A prediction of `RelationModule.predictions` in names and plain numbers, best triplets first."""
-    score, predicate = prediction["predicate_scores"][:, 1:].max(1)
-    score = score * prediction["scores"][prediction["pairs"]].prod(1)
-    best = score.argsort(descending=True, stable=True)[:top_k].tolist()
+    """A prediction of `RelationModule.predictions` in names and plain numbers, best triplets first.
+
+    A triplet's score is that of both objects and of the predicate, multiplied. Each pair has its best predicate (the
+    graph constraint), or with `all_predicates` all of them.
+    """
+    foreground = prediction["predicate_scores"][:, 1:]
+    score = foreground * prediction["scores"][prediction["pairs"]].prod(1, keepdim=True)
+    if not all_predicates:
+        best_of_pair = torch.zeros_like(score, dtype=torch.bool)
+        if score.numel():
+            best_of_pair.scatter_(1, foreground.argmax(1, keepdim=True), True)
+        score = score.masked_fill(~best_of_pair, -1)
+    best = score.flatten().sort(descending=True, stable=True).indices[:top_k].tolist()
+    found = [divmod(place, score.shape[1]) for place in best]
     return {
         "image_id": prediction["image_id"],
         "objects": [
@@ -231,10 +252,11 @@ def describe(
         "triplets": [
             {
                 "subject": int(prediction["pairs"][row, 0]),
-                "predicate": predicate_names[int(predicate[row]) + 1],
+                "predicate": predicate_names[predicate + 1],
                 "object": int(prediction["pairs"][row, 1]),
-                "score": round(float(score[row]), 6),
+                "score": round(float(score[row, predicate]), 6),
             }
-            for row in best
+            for row, predicate in found
+            if score[row, predicate] >= 0
         ],
     }

@@ -401,6 +401,28 @@ def test_predict_images(data, tmp_path, capsys, protocol):
     assert cli.main(arguments) == 0
 
 
+def test_triplets_by_pair_or_by_predicate():
+    from sgalign.prediction import describe
+
+    prediction = {
+        "image_id": "x", "boxes": torch.zeros(3, 4), "labels": torch.tensor([1, 2, 1]),
+        "scores": torch.tensor([1.0, 0.5, 0.1]), "pairs": torch.tensor([[0, 1], [1, 2]]),
+        "predicate_scores": torch.tensor([[0.1, 0.5, 0.4], [0.0, 0.3, 0.7]]),
+    }  # fmt: skip
+    names = ["bg", "cat", "mat"], ["bg", "on", "by"]
+
+    def triplets(**options):
+        found = describe(prediction, *names, **options)["triplets"]
+        return [(t["subject"], t["predicate"], t["object"], t["score"]) for t in found]
+
+    best = [(0, "on", 1, 0.25), (1, "by", 2, 0.035)]
+    assert triplets(top_k=9) == best and triplets(top_k=1) == best[:1]
+    every = [(0, "on", 1, 0.25), (0, "by", 1, 0.2), (1, "by", 2, 0.035), (1, "on", 2, 0.015)]
+    assert triplets(top_k=9, all_predicates=True) == every
+    none = {"pairs": torch.zeros(0, 2).long(), "predicate_scores": torch.zeros(0, 3)}
+    assert describe(prediction | none, *names, 5)["triplets"] == []
+
+
 def test_predict_says_what_is_wrong(tmp_path, capsys):
     for arguments, message in (
         (["nowhere", "--checkpoint", "none.ckpt"], "no checkpoint none.ckpt"),
