@@ -97,13 +97,12 @@ class Step:
     def counted(self) -> float:
         """Multiplications of Align-Motifs by those of Motifs, from the layers' sizes."""
         objects, pairs = IMAGES * OBJECTS, IMAGES * PAIRS
-        lstm = lambda width: 2 * objects * 4 * HIDDEN * (width + HIDDEN) + objects * 2 * HIDDEN * HIDDEN  # noqa: E731
-        object_context = lstm(DIM + 200 + 128)
-        branch = lstm(self.motifs.edge_input_dim) + objects * HIDDEN * 2 * HIDDEN + objects * 2 * HIDDEN * DIM
-        branch += pairs * DIM * (PREDICATES + 1)
-        extractors = (objects + pairs) * (REGION + DIM) * DIM if self.heads is not None else 0
-        alone = object_context + branch + extractors
-        return (alone + branch) / alone
+        project = lambda width: 2 * objects * 4 * HIDDEN * width  # noqa: E731
+        recur = 2 * objects * 4 * HIDDEN * HIDDEN + 2 * objects * HIDDEN * HIDDEN  # and the layer after it
+        before = project(DIM + 200 + 128) + recur + project(self.motifs.edge_input_dim)
+        branch = recur + objects * HIDDEN * 2 * HIDDEN + 2 * objects * HIDDEN * DIM + pairs * DIM * (PREDICATES + 1)
+        before += (objects + pairs) * (REGION + DIM) * DIM if self.heads is not None else 0
+        return (before + 2 * branch) / (before + branch)
 
 
 CONTENDERS: dict[str, Callable[[Step], Tensor]] = {

@@ -113,7 +113,7 @@ class RelationModule(pl.LightningModule):
         part = "test" if self.trainer.testing else "val"
         for name, value in self.recall.compute().items():
             if "/" not in name:
-                self.log(f"{part}/{name}", value.float(), prog_bar=name in ("R@50", "mR@50"))
+                self.log(f"{part}/{name}", value.float(), prog_bar=name in ("R@50", "mR@50"), sync_dist=True)
 
     on_test_epoch_start, test_step, on_test_epoch_end = (
         on_validation_epoch_start,

@@ -5,7 +5,7 @@ pytest.importorskip("torchvision")
 
 from sgalign.data import SceneGraph, ScenesDataset, collate
 from sgalign.models import FrequencyBaseline, Motifs, predicate_counts
-from sgalign.models.motifs import box_features, pair_features, right_to_left
+from sgalign.models.motifs import _Context, box_features, pair_features, right_to_left
 
 OBJECTS, PREDICATES = 16, 20
 
@@ -134,7 +134,7 @@ def test_equals_the_usual_form_of_the_relation_head(motifs, scenes):
     head, tail = motifs.head_tail(edge).chunk(2, dim=1)
     pair = motifs.pair(torch.cat([head[batch.pairs[:, 0]], tail[batch.pairs[:, 1]]], dim=1))
     usual = motifs.predicate(pair * shared.union) + shared.bias
-    torch.testing.assert_close(motifs.branches(batch, shared, [shared.edge_input], [motifs.predicate])[0], usual)
+    torch.testing.assert_close(motifs.branches(batch, shared, [edge], [motifs.predicate])[0], usual)
 
 
 def test_gradients_reach_every_parameter(motifs, scenes):
@@ -161,6 +161,45 @@ def test_mask_reaches_the_mirror_alone(motifs, scenes):
     changed = (prediction.logits - mirrored).abs().amax(1) > 1e-6
     of_first_image = batch.images[batch.pairs[:, 0]] == 0
     assert changed[of_first_image].any() and not changed[~of_first_image].any()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.4, 1.0])
+def test_rows_projected_once_are_rows_projected_twice(scenes, ratio):
+    """In float64: outputs, and the gradients of every weight and of the input."""
+    torch.manual_seed(0)
+    context = _Context(40, 6).double()
+    batch = collate([scenes[0], graph([], [], []), *scenes[1:4], graph([[1, 1, 9, 9]], [1], [])], PREDICATES)
+    places, inputs = right_to_left(batch), torch.randn(len(batch.labels), 40, dtype=torch.float64)
+    dropped = torch.rand(len(inputs), 1) < ratio
+    results = []
+    for once in (False, True):
+        context.zero_grad()
+        leaf = inputs.clone().requires_grad_()
+        if once:
+            outs = context.with_dropped_rows(leaf, dropped, batch, places)
+        else:
+            outs = context([leaf, leaf.masked_fill(dropped, 0)], batch, places)
+        (outs[0].sin().sum() + outs[1].square().sum()).backward()
+        results.append([*outs, leaf.grad, *(p.grad.clone() for p in context.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_a_wide_input_is_projected_once(counts, scenes):
+    torch.manual_seed(0)
+    wide = Motifs(counts, embed_dim=60, hidden_dim=4, relation_dim=16)
+    batch = collate(scenes[:4], PREDICATES)
+    dropped = torch.rand(len(batch.labels), 1) < 0.3
+    called = []
+    wide.edge_context.lstm.register_forward_hook(lambda *_: called.append(1))
+    (prediction, mirrored) = wide.dual_branch(batch, wide.predicate, dropped=dropped)
+    assert not called
+    shared = wide.shared(batch)
+    edges = wide.edge_context([shared.edge_input, shared.edge_input.masked_fill(dropped, 0)], batch, shared.places)
+    for ours, theirs in zip((prediction.logits, mirrored), wide.branches(batch, shared, edges, [wide.predicate] * 2)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    same, mirror = wide.dual_branch(batch, wide.predicate, dropped=torch.zeros_like(dropped))
+    assert torch.equal(same.logits, mirror)
 
 
 def test_class_vectors_are_the_initial_embeddings(motifs):

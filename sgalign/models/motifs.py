@@ -7,10 +7,11 @@ the geometry of the two boxes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -109,7 +110,8 @@ class Motifs(nn.Module):
     def forward(self, batch: GraphBatch) -> Prediction:
         """What the supervised branch alone says of the batch: all there is at evaluation."""
         shared = self.shared(batch)
-        (logits,) = self.branches(batch, shared, [shared.edge_input], [self.predicate])
+        edges = self.edge_context([shared.edge_input], batch, shared.places)
+        (logits,) = self.branches(batch, shared, edges, [self.predicate])
         return Prediction(logits, shared.labels, shared.object_logits)
 
     def dual_branch(
@@ -131,10 +133,10 @@ class Motifs(nn.Module):
             What `forward` gives, and the mirror's logits `[R, num_predicates + 1]`.
         """
         shared = self.shared(batch)
-        edge = shared.edge_input if dropped is None else shared.edge_input.masked_fill(dropped, 0)
         union = None if dropped_union is None else shared.union.masked_fill(dropped_union, 0)
-        inputs, heads = [shared.edge_input, edge], [self.predicate, mirrored_head]
-        logits, mirrored_logits = self.branches(batch, shared, inputs, heads, mirrored_union=union)
+        edges = self._edges(batch, shared, dropped)
+        heads = [self.predicate, mirrored_head]
+        logits, mirrored_logits = self.branches(batch, shared, edges, heads, mirrored_union=union)
         return Prediction(logits, shared.labels, shared.object_logits), mirrored_logits
 
     @property
@@ -180,19 +182,29 @@ class Motifs(nn.Module):
             raise ValueError("batch must have the detector's logits for a model that decodes labels")
         return batch.logits.detach().softmax(1) @ self.object_embedding.weight
 
+    def _edges(self, batch: GraphBatch, shared: Shared, dropped: Tensor | None) -> list[Tensor]:
+        """Both branches' edge context, in one call."""
+        lstm = self.edge_context.lstm
+        # A wide input is most of the layer. On a GPU the library's LSTM is far ahead of one of ours.
+        is_wide = lstm.input_size > 4 * lstm.hidden_size and shared.edge_input.device.type == "cpu"
+        if is_wide and dropped is not None and dropped.shape[1] == 1:
+            return self.edge_context.with_dropped_rows(shared.edge_input, dropped, batch, shared.places)
+        mirrored = shared.edge_input if dropped is None else shared.edge_input.masked_fill(dropped, 0)
+        return self.edge_context([shared.edge_input, mirrored], batch, shared.places)
+
     def branches(
         self,
         batch: GraphBatch,
         shared: Shared,
-        edge_inputs: list[Tensor],
+        edges: list[Tensor],
         heads: list[nn.Linear],
         *,
         mirrored_union: Tensor | None = None,
     ) -> list[Tensor]:
-        """Each branch's logits; the edge context runs once, on all branches' sequences."""
+        """Each branch's logits, from its edge context `[T, hidden_dim]` and its head."""
         as_subject, as_object = self.pair.weight.chunk(2, dim=1)
         ends = []
-        for edge in self.edge_context(edge_inputs, batch, shared.places):
+        for edge in edges:
             # A linear layer of two concatenated vectors is a sum of two layers, each of N objects instead of N^2 pairs.
             head, tail = self.head_tail(edge).chunk(2, dim=1)
             ends.append((linear(head, as_subject, self.pair.bias), linear(tail, as_object)))
@@ -242,6 +254,87 @@ class _Context(nn.Module):
         out, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=shape[2])
         out = self.project(out.unflatten(0, shape[:2])[:, batch.images, places])
         return list(out)
+
+    def with_dropped_rows(self, inputs: Tensor, dropped: Tensor, batch: GraphBatch, places: Tensor) -> list[Tensor]:
+        """As `forward` of `inputs` and of `inputs` with dropped rows set to 0, which are projected once for both.
+
+        Args:
+            inputs: `[T, F]`; dropped: bool `[T, 1]`.
+        """
+        weights = self.lstm.all_weights  # of each direction: of input and state, and their biases
+        input_weight, weight, *biases = (torch.stack(both) for both in zip(*weights))
+        bias = torch.stack(biases).sum(0).flatten()
+        projected = linear(inputs, input_weight.flatten(0, 1), bias)
+        # A row of zeros projects to the bias.
+        gates = torch.stack([projected, torch.where(dropped, bias, projected)]).unflatten(2, (2, -1))
+        images, longest = len(batch.lengths), max(int(batch.lengths.max()), 1)
+        # Each direction reads an image's objects from its own end; what follows the last is read by nobody.
+        steps = torch.stack([places, batch.lengths[batch.images] - 1 - places])
+        direction = torch.arange(2, device=places.device)[:, None]
+        sequences = gates.new_zeros(2, longest, images, 2, gates.shape[3])
+        sequences = sequences.index_put((direction, steps, batch.images), gates.permute(2, 1, 0, 3))
+        hidden = _Recurrence.apply(sequences.flatten(2, 3), weight)[0].unflatten(2, (images, 2))
+        out = hidden[direction, steps, batch.images]  # [2 directions, T, 2 branches, H]
+        return list(self.project(out.permute(2, 1, 0, 3).flatten(2)))
+
+
+class _Recurrence(torch.autograd.Function):
+    """The recurrent part of a bidirectional LSTM, given what its inputs add to the gates.
+
+    For `nn.LSTM`, which projects its own inputs, both branches' inputs would have to be projected.
+    """
+
+    @staticmethod
+    def forward(gates: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        """From gates before activation `[2, L, S, 4 * H]` (input, forget, candidate, output), weight `[2, 4 * H, H]`.
+
+        Returns:
+            hidden and cell states `[2, L, S, H]` and the gates after activation.
+        """
+        directions, length, sequences, width = gates.shape
+        hidden = gates.new_empty(directions, length, sequences, width // 4)
+        cells, active = torch.empty_like(hidden), torch.empty_like(gates)
+        back = weight.transpose(1, 2)
+        h = c = hidden.new_zeros(directions, sequences, width // 4)
+        for step in range(length):
+            enter, forget, candidate, leave = torch.baddbmm(gates[:, step], h, back).chunk(4, dim=2)
+            enter, forget, leave, candidate = enter.sigmoid(), forget.sigmoid(), leave.sigmoid(), candidate.tanh()
+            c = torch.addcmul(forget * c, enter, candidate)
+            h = leave * c.tanh()
+            active[:, step] = torch.cat([enter, forget, candidate, leave], dim=2)
+            hidden[:, step], cells[:, step] = h, c
+        return hidden, cells, active
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(inputs[1], *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        weight, hidden, cells, active = ctx.saved_tensors
+        grad_gates = torch.empty_like(active)
+        first = torch.zeros_like(hidden[:, :1])
+        before, cells_before = torch.cat([first, hidden[:, :-1]], 1), torch.cat([first, cells[:, :-1]], 1)
+        grad_h = grad_c = first[:, 0]
+        for step in reversed(range(hidden.shape[1])):
+            enter, forget, candidate, leave = active[:, step].chunk(4, dim=2)
+            out = cells[:, step].tanh()
+            grad_h = grad_h + grad_hidden[:, step]
+            grad_c = grad_c + grad_h * leave * (1 - out * out)
+            grad_gates[:, step] = torch.cat(
+                [
+                    grad_c * candidate * enter * (1 - enter),
+                    grad_c * cells_before[:, step] * forget * (1 - forget),
+                    grad_c * enter * (1 - candidate * candidate),
+                    grad_h * out * leave * (1 - leave),
+                ],
+                dim=2,
+            )
+            grad_h, grad_c = torch.bmm(grad_gates[:, step], weight), grad_c * forget
+        # One product for all steps, instead of one for each.
+        return grad_gates, grad_gates.flatten(1, 2).transpose(1, 2) @ before.flatten(1, 2)
 
 
 def right_to_left(batch: GraphBatch) -> Tensor:
