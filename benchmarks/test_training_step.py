@@ -86,7 +86,7 @@ class Step:
         return cross_entropy(logits, batch.targets) + 10 * alignment
 
     def usual_branch(self, batch: GraphBatch, shared, edge: Tensor, head: nn.Linear) -> Tensor:
-        (context,) = self.motifs.edge_context([edge], batch, shared.places)
+        (context,) = self.motifs.edge_context.packed([edge], batch, shared.places)
         as_subject, as_object = self.motifs.head_tail(context).chunk(2, 1)
         subject, object_ = batch.pairs.unbind(1)
         pair = linear(

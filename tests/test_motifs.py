@@ -130,7 +130,7 @@ def test_equals_the_usual_form_of_the_relation_head(motifs, scenes):
     """Concatenating the two vectors of each pair and multiplying once, as the public code does."""
     batch = collate(scenes[:3], PREDICATES)
     shared = motifs.shared(batch)
-    (edge,) = motifs.edge_context([shared.edge_input], batch, shared.places)
+    (edge,) = motifs.edge_context(shared.edge_input, batch, shared.places)
     head, tail = motifs.head_tail(edge).chunk(2, dim=1)
     pair = motifs.pair(torch.cat([head[batch.pairs[:, 0]], tail[batch.pairs[:, 1]]], dim=1))
     usual = motifs.predicate(pair * shared.union) + shared.bias
@@ -176,9 +176,9 @@ def test_rows_projected_once_are_rows_projected_twice(scenes, ratio):
         context.zero_grad()
         leaf = inputs.clone().requires_grad_()
         if once:
-            outs = context.with_dropped_rows(leaf, dropped, batch, places)
+            outs = context.projected_once(leaf, batch, places, dropped)
         else:
-            outs = context([leaf, leaf.masked_fill(dropped, 0)], batch, places)
+            outs = context.packed([leaf, leaf.masked_fill(dropped, 0)], batch, places)
         (outs[0].sin().sum() + outs[1].square().sum()).backward()
         results.append([*outs, leaf.grad, *(p.grad.clone() for p in context.parameters())])
     for ours, theirs in zip(*results, strict=True):
@@ -195,9 +195,12 @@ def test_a_wide_input_is_projected_once(counts, scenes):
     (prediction, mirrored) = wide.dual_branch(batch, wide.predicate, dropped=dropped)
     assert not called
     shared = wide.shared(batch)
-    edges = wide.edge_context([shared.edge_input, shared.edge_input.masked_fill(dropped, 0)], batch, shared.places)
+    inputs = [shared.edge_input, shared.edge_input.masked_fill(dropped, 0)]
+    edges = wide.edge_context.packed(inputs, batch, shared.places)
     for ours, theirs in zip((prediction.logits, mirrored), wide.branches(batch, shared, edges, [wide.predicate] * 2)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    (alone,) = wide.edge_context(shared.edge_input, batch, shared.places)
+    torch.testing.assert_close(alone, edges[0], rtol=1e-4, atol=1e-4)
     same, mirror = wide.dual_branch(batch, wide.predicate, dropped=torch.zeros_like(dropped))
     assert torch.equal(same.logits, mirror)
 

@@ -110,7 +110,7 @@ class Motifs(nn.Module):
     def forward(self, batch: GraphBatch) -> Prediction:
         """What the supervised branch alone says of the batch: all there is at evaluation."""
         shared = self.shared(batch)
-        edges = self.edge_context([shared.edge_input], batch, shared.places)
+        edges = self.edge_context(shared.edge_input, batch, shared.places)
         (logits,) = self.branches(batch, shared, edges, [self.predicate])
         return Prediction(logits, shared.labels, shared.object_logits)
 
@@ -134,7 +134,8 @@ class Motifs(nn.Module):
         """
         shared = self.shared(batch)
         union = None if dropped_union is None else shared.union.masked_fill(dropped_union, 0)
-        edges = self._edges(batch, shared, dropped)
+        edges = self.edge_context(shared.edge_input, batch, shared.places, dropped)
+        edges = edges if len(edges) == 2 else edges * 2
         heads = [self.predicate, mirrored_head]
         logits, mirrored_logits = self.branches(batch, shared, edges, heads, mirrored_union=union)
         return Prediction(logits, shared.labels, shared.object_logits), mirrored_logits
@@ -153,7 +154,7 @@ class Motifs(nn.Module):
         places = right_to_left(batch)
         position = self.position(box_features(batch.boxes, batch.sizes[batch.images]))
         seen = torch.cat([*region, self._embed(batch), position], dim=1)
-        (context,) = self.object_context([seen], batch, places)
+        (context,) = self.object_context(seen, batch, places)
         labels, object_logits = batch.labels, None
         if self.label_decoder is not None:
             object_logits, labels = self.label_decoder(
@@ -181,16 +182,6 @@ class Motifs(nn.Module):
         if batch.logits is None:
             raise ValueError("batch must have the detector's logits for a model that decodes labels")
         return batch.logits.detach().softmax(1) @ self.object_embedding.weight
-
-    def _edges(self, batch: GraphBatch, shared: Shared, dropped: Tensor | None) -> list[Tensor]:
-        """Both branches' edge context, in one call."""
-        lstm = self.edge_context.lstm
-        # A wide input is most of the layer. On a GPU the library's LSTM is far ahead of one of ours.
-        is_wide = lstm.input_size > 4 * lstm.hidden_size and shared.edge_input.device.type == "cpu"
-        if is_wide and dropped is not None and dropped.shape[1] == 1:
-            return self.edge_context.with_dropped_rows(shared.edge_input, dropped, batch, shared.places)
-        mirrored = shared.edge_input if dropped is None else shared.edge_input.masked_fill(dropped, 0)
-        return self.edge_context([shared.edge_input, mirrored], batch, shared.places)
 
     def branches(
         self,
@@ -243,8 +234,22 @@ class _Context(nn.Module):
         self.lstm = nn.LSTM(input_dim, hidden_dim, bidirectional=True, batch_first=True)
         self.project = nn.Linear(2 * hidden_dim, hidden_dim)
 
-    def forward(self, inputs: list[Tensor], batch: GraphBatch, places: Tensor) -> list[Tensor]:
-        """`[T, F]` for each branch to `[T, hidden_dim]`, all branches' images in one packed batch."""
+    def forward(self, inputs: Tensor, batch: GraphBatch, places: Tensor, dropped: Tensor | None = None) -> list[Tensor]:
+        """`[T, F]` to `[T, hidden_dim]`, and where `dropped` is given once more with what it drops set to 0.
+
+        Args:
+            dropped: bool `[T, 1]` or `[T, F]`.
+        """
+        # Where the input is wide its projection is most of the layer, and masking whole rows commutes with it. On a GPU
+        # the library's LSTM is far ahead of a loop.
+        is_wide = self.lstm.input_size > 4 * self.lstm.hidden_size and inputs.device.type == "cpu"
+        if is_wide and (dropped is None or dropped.shape[1] == 1):
+            return self.projected_once(inputs, batch, places, dropped)
+        branches = [inputs] if dropped is None else [inputs, inputs.masked_fill(dropped, 0)]
+        return self.packed(branches, batch, places)
+
+    def packed(self, inputs: list[Tensor], batch: GraphBatch, places: Tensor) -> list[Tensor]:
+        """The library's LSTM on all branches' images in one packed batch: `[T, F]` each to `[T, hidden_dim]`."""
         shape = len(inputs), len(batch.lengths), max(int(batch.lengths.max()), 1)
         sequences = inputs[0].new_zeros(*shape, inputs[0].shape[1])
         sequences[:, batch.images, places] = torch.stack(inputs)
@@ -255,26 +260,23 @@ class _Context(nn.Module):
         out = self.project(out.unflatten(0, shape[:2])[:, batch.images, places])
         return list(out)
 
-    def with_dropped_rows(self, inputs: Tensor, dropped: Tensor, batch: GraphBatch, places: Tensor) -> list[Tensor]:
-        """As `forward` of `inputs` and of `inputs` with dropped rows set to 0, which are projected once for both.
-
-        Args:
-            inputs: `[T, F]`; dropped: bool `[T, 1]`.
-        """
+    def projected_once(self, inputs: Tensor, batch: GraphBatch, places: Tensor, dropped: Tensor | None) -> list[Tensor]:
+        """As `packed` of `inputs` `[T, F]`, and of `inputs` with the rows of `dropped` `[T, 1]` set to 0."""
         weights = self.lstm.all_weights  # of each direction: of input and state, and their biases
         input_weight, weight, *biases = (torch.stack(both) for both in zip(*weights))
         bias = torch.stack(biases).sum(0).flatten()
         projected = linear(inputs, input_weight.flatten(0, 1), bias)
         # A row of zeros projects to the bias.
-        gates = torch.stack([projected, torch.where(dropped, bias, projected)]).unflatten(2, (2, -1))
+        branches = [projected] if dropped is None else [projected, torch.where(dropped, bias, projected)]
+        gates = torch.stack(branches).unflatten(2, (2, -1))
         images, longest = len(batch.lengths), max(int(batch.lengths.max()), 1)
         # Each direction reads an image's objects from its own end; what follows the last is read by nobody.
         steps = torch.stack([places, batch.lengths[batch.images] - 1 - places])
         direction = torch.arange(2, device=places.device)[:, None]
-        sequences = gates.new_zeros(2, longest, images, 2, gates.shape[3])
+        sequences = gates.new_zeros(2, longest, images, len(branches), gates.shape[3])
         sequences = sequences.index_put((direction, steps, batch.images), gates.permute(2, 1, 0, 3))
-        hidden = _Recurrence.apply(sequences.flatten(2, 3), weight)[0].unflatten(2, (images, 2))
-        out = hidden[direction, steps, batch.images]  # [2 directions, T, 2 branches, H]
+        hidden = _Recurrence.apply(sequences.flatten(2, 3), weight)[0].unflatten(2, (images, -1))
+        out = hidden[direction, steps, batch.images]  # [directions, T, branches, H]
         return list(self.project(out.permute(2, 1, 0, 3).flatten(2)))
 
 
