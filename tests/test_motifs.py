@@ -205,6 +205,19 @@ def test_a_wide_input_is_projected_once(counts, scenes):
     assert torch.equal(same.logits, mirror)
 
 
+def test_wide_input_under_autocast(counts, scenes):
+    torch.manual_seed(0)
+    wide = Motifs(counts, embed_dim=60, hidden_dim=4, relation_dim=16)
+    batch = collate(scenes[:4], PREDICATES)
+    dropped = torch.rand(len(batch.labels), 1) < 0.3
+    exact, _ = wide.dual_branch(batch, wide.predicate, dropped=dropped)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prediction, mirrored = wide.dual_branch(batch, wide.predicate, dropped=dropped)
+    (prediction.logits.float().square().mean() + mirrored.float().square().mean()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in wide.parameters())
+    assert (prediction.logits.float() - exact.logits).abs().max() < 0.1 * exact.logits.abs().max()
+
+
 def test_class_vectors_are_the_initial_embeddings(motifs):
     vectors = torch.randn(OBJECTS + 1, 12)
     motifs.load_class_vectors(vectors)

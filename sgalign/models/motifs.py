@@ -275,7 +275,7 @@ class _Context(nn.Module):
         direction = torch.arange(2, device=places.device)[:, None]
         sequences = gates.new_zeros(2, longest, images, len(branches), gates.shape[3])
         sequences = sequences.index_put((direction, steps, batch.images), gates.permute(2, 1, 0, 3))
-        hidden = _Recurrence.apply(sequences.flatten(2, 3), weight)[0].unflatten(2, (images, -1))
+        hidden = _Recurrence.apply(sequences.flatten(2, 3), weight.to(gates.dtype))[0].unflatten(2, (images, -1))
         out = hidden[direction, steps, batch.images]  # [directions, T, branches, H]
         return list(self.project(out.permute(2, 1, 0, 3).flatten(2)))
 
