@@ -179,6 +179,18 @@ def test_pairs_in_parts_are_pairs_at_once(regions, features, scenes, monkeypatch
     torch.testing.assert_close(regions.pairs(features, boxes, pairs), at_once, atol=1e-5, rtol=1e-4)
 
 
+def test_scales_do_not_depend_on_the_first_images(detector, regions, scenes):
+    """A thin image first: its levels are a pixel or two wide, from which no scale can be told."""
+    torch.manual_seed(1)
+    fresh = RegionFeatures(dim=24).eval()
+    fresh.load_state_dict(regions.state_dict())
+    thin, box = torch.rand(3, 20, 600), [torch.tensor([[5.0, 5, 500, 15]])]
+    fresh.objects(detector.features([thin]), box)
+    usual = detector.features([read_pixels(scenes[0])])
+    ours, theirs = (module.objects(usual, [scenes[0].boxes]) for module in (fresh, regions))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_rectangles():
     masks = rectangle_masks(torch.tensor([[0.0, 0, 1, 1], [0.5, 0, 0.51, 1], [0.1, 0.2, 0.3, 0.9], [1, 1, 1, 1]]))
     assert masks.shape == (4, 27, 27) and masks[0].all() and masks[1].sum() == 27 and masks[3].sum() == 1

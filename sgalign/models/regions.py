@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops.poolers import initLevelMapper
 
 from sgalign.models.detector import Detector, ImageFeatures
 
-LEVELS = ("0", "1", "2", "3")  # P2 to P5
+LEVELS = {"0": 1 / 4, "1": 1 / 8, "2": 1 / 16, "3": 1 / 32}  # P2 to P5, and their scales
 RECTANGLES = 27  # side of the two masks
 PAIRS_AT_ONCE = 1024
 
@@ -28,6 +29,8 @@ class RegionFeatures(nn.Module):
     def __init__(self, *, dim: int = 4096, channels: int = 256, resolution: int = 7) -> None:
         super().__init__()
         self.pool = MultiScaleRoIAlign(list(LEVELS), resolution, sampling_ratio=2)
+        # It would guess the scales from the first images, and wrongly from thin ones.
+        self.pool.scales, self.pool.map_levels = list(LEVELS.values()), initLevelMapper(2, 5)
         self.object_head = TwoMLPHead(channels * resolution**2, dim)
         self.union_reduce = nn.Conv2d(channels * len(LEVELS), channels, 3, padding=1)
         self.rectangles = nn.Sequential(
@@ -79,9 +82,7 @@ class RegionFeatures(nn.Module):
     def _union(self, features: ImageFeatures, regions: Tensor, ends: Tensor) -> Tensor:
         """Of regions `[R, 5]`, image and box, and both ends `[R, 2, 4]` in units of their image's sides."""
         pooled = [
-            # A level's scale is what MultiScaleRoIAlign takes too: the nearest power of two.
-            roi_align(level, regions, self.resolution, _scale(level, features), 2)
-            for level in (features.levels[name] for name in LEVELS)
+            roi_align(features.levels[name], regions, self.resolution, scale, 2) for name, scale in LEVELS.items()
         ]
         visual = self.union_reduce(torch.cat(pooled, 1)).relu()
         return self.union_head(visual + self.rectangles(rectangle_masks(ends)))
@@ -94,8 +95,3 @@ def rectangle_masks(boxes: Tensor) -> Tensor:
     bins = torch.arange(RECTANGLES, device=boxes.device)
     inside = (bins >= low[..., None]) & (bins < torch.maximum(high, low + 1)[..., None])  # [..., 2, 27]: x, y
     return (inside[..., 1, :, None] & inside[..., 0, None, :]).to(boxes.dtype)
-
-
-def _scale(level: Tensor, features: ImageFeatures) -> float:
-    padded = features.images.tensors.shape[-1]
-    return 2.0 ** round(torch.log2(torch.tensor(level.shape[-1] / padded)).item())
