@@ -310,6 +310,14 @@ def test_configs_are_valid(config, tmp_path):
     assert printed.returncode == 0, printed.stderr
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_configs_keep_the_last_epoch_to_go_on_from(config):
+    """Lightning's `save_last` beside a monitor keeps the last epoch that was among the best."""
+    yaml = pytest.importorskip("yaml")
+    callbacks = [callback["init_args"] for callback in yaml.safe_load(config.read_text())["trainer"]["callbacks"]]
+    assert [options for options in callbacks if options.get("filename") == "last" and "monitor" not in options]
+
+
 def test_configs_spell_out_the_defaults():
     """So that `sgalign compare`, which takes the defaults, and the configs are the same systems."""
     yaml = pytest.importorskip("yaml")
