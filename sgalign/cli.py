@@ -15,10 +15,13 @@ usage: sgalign COMMAND ...
 
   doctor    what is installed, what runs, what to do about the rest
   compare   train and evaluate the frequency baseline, Motifs and Align-Motifs
+  ablate    train variants of Motifs with several seeds each: the paper's tables
+  report    tables and figures of what ablate has done
   make-dataset
             generated scenes as files, or a data set as COCO with relations
   cache-features
             what a model's detector and extractors see of a data set, for fast training
+  evaluate  any system's predictions, from a file
   predict   the scene graphs of an image or of a folder of images, with a trained model
   fit, validate, test, predict --config FILE
             one system on a data set: sgalign fit --config configs/align_motifs_small.yaml
@@ -26,9 +29,12 @@ usage: sgalign COMMAND ...
 sgalign COMMAND --help has each command's options."""
 
 COMMANDS = {
+    "ablate": "ablate",
     "cache-features": "features",
     "compare": "compare",
+    "evaluate": "evaluate",
     "make-dataset": "make_dataset",
+    "report": "report",
 }  # and the modules whose main they are
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 

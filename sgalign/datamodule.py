@@ -7,7 +7,9 @@ from functools import cached_property, partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from sgalign.data import (
@@ -21,6 +23,7 @@ from sgalign.data import (
     read_detections,
 )
 from sgalign.features import FeatureCache
+from sgalign.metrics import predicate_groups, zero_shot_triplets
 
 Split = Literal["train", "validation", "test"]
 
@@ -79,6 +82,24 @@ class SceneGraphData(pl.LightningDataModule):
     @cached_property
     def test(self) -> list[SceneGraph]:
         return self._read("test")
+
+    @cached_property
+    def predicate_groups(self) -> dict[str, list[int]]:
+        """Head, body and tail, as the training part or the data set's authors tell them."""
+        counts = torch.zeros(len(self.predicate_names), dtype=torch.int64)
+        for graph in self.train:
+            counts += torch.bincount(graph.relations[:, 2], minlength=len(counts))
+        return predicate_groups(self.predicate_names, counts[1:])
+
+    @cached_property
+    def zero_shot_validation(self) -> Tensor:
+        """The class triplets of the validation part that training does not show, as `zero_shot_triplets`."""
+        return zero_shot_triplets(self.train, self.validation)
+
+    @cached_property
+    def zero_shot_test(self) -> Tensor:
+        """The class triplets of the test part that neither of the others shows."""
+        return zero_shot_triplets([*self.train, *self.validation], self.test)
 
     def _open(self, split: Split) -> Any:
         if self.root is None:

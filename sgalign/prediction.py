@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from sgalign import training
 from sgalign.data import SceneGraph, collate, collate_detected, image_size, load_image, read_detections
+from sgalign.evaluate import PredictionFile
+from sgalign.metrics.matching import rank_triplets
 from sgalign.training import MotifsModule, RelationModule, read_checkpoint
 
 if TYPE_CHECKING:
@@ -199,8 +201,7 @@ class TripletWriter(BasePredictionWriter):
         return self.path.with_name(self.path.name + ".partial")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.world_size > 1:
-            raise ValueError(f"trainer must predict in one process (--trainer.devices 1), got {trainer.world_size}")
+        check_one_process(trainer)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("w", encoding="utf-8")
 
@@ -219,6 +220,43 @@ class TripletWriter(BasePredictionWriter):
         print(f"wrote {self.path}")
 
 
+class PredictionWriter(BasePredictionWriter):
+    """Writes what `sgalign predict --config` finds, whole, for `sgalign evaluate`: `PredictionFile`'s HDF5.
+
+    Args:
+        path: the file, replaced when the prediction is complete.
+
+    Raises:
+        ValueError: the trainer has several processes, which would write one file.
+    """
+
+    def __init__(self, path: str = "predictions.h5") -> None:
+        super().__init__("batch")
+        self.path = path
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_one_process(trainer)
+        self._file = PredictionFile(self.path).__enter__()
+
+    def write_on_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Iterable[dict[str, Any]], *args: Any
+    ) -> None:
+        for image in prediction:
+            self._file.write(image["image_id"], image)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._file.__exit__(type(exception), exception, None)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._file.__exit__(None, None, None)
+        print(f"wrote {self.path}")
+
+
+def check_one_process(trainer: pl.Trainer) -> None:
+    if trainer.world_size > 1:
+        raise ValueError(f"trainer must predict in one process (--trainer.devices 1), got {trainer.world_size}")
+
+
 def describe(
     prediction: dict[str, Any],
     object_names: list[str],
@@ -232,15 +270,7 @@ def describe(
     A triplet's score is that of both objects and of the predicate, multiplied. Each pair has its best predicate (the
     graph constraint), or with `all_predicates` all of them.
     """
-    foreground = prediction["predicate_scores"][:, 1:]
-    score = foreground * prediction["scores"][prediction["pairs"]].prod(1, keepdim=True)
-    if not all_predicates:
-        best_of_pair = torch.zeros_like(score, dtype=torch.bool)
-        if score.numel():
-            best_of_pair.scatter_(1, foreground.argmax(1, keepdim=True), True)
-        score = score.masked_fill(~best_of_pair, -1)
-    best = score.flatten().sort(descending=True, stable=True).indices[:top_k].tolist()
-    found = [divmod(place, score.shape[1]) for place in best]
+    best = rank_triplets(prediction, top_k, len(predicate_names) - 1 if all_predicates else 1)
     return {
         "image_id": prediction["image_id"],
         "objects": [
@@ -251,12 +281,11 @@ def describe(
         ],
         "triplets": [
             {
-                "subject": int(prediction["pairs"][row, 0]),
-                "predicate": predicate_names[predicate + 1],
-                "object": int(prediction["pairs"][row, 1]),
-                "score": round(float(score[row, predicate]), 6),
+                "subject": subject,
+                "predicate": predicate_names[predicate],
+                "object": object_,
+                "score": round(score, 6),
             }
-            for row, predicate in found
-            if score[row, predicate] >= 0
+            for (subject, object_), predicate, score in zip(*(field.tolist() for field in best), strict=True)
         ],
     }

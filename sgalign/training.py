@@ -62,7 +62,7 @@ class RelationModule(pl.LightningModule):
         return batch
 
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = self._data
         self._set_classes(data.object_names, data.predicate_names, f"the data, {data.name},")
         if self.network is None:
             self.make_network(predicate_counts(data.train, len(self.object_names) - 1, len(self.predicate_names) - 1))
@@ -70,7 +70,6 @@ class RelationModule(pl.LightningModule):
     def _set_classes(self, object_names: Sequence[str], predicate_names: Sequence[str], whose: str) -> None:
         if self.network is None:
             self.object_names, self.predicate_names = list(object_names), list(predicate_names)
-            self.recall = SceneGraphEvaluator(self.protocol, len(predicate_names) - 1, predicate_names=predicate_names)
         for kind, ours, theirs in (
             ("object", self.object_names, object_names),
             ("predicate", self.predicate_names, predicate_names),
@@ -104,7 +103,24 @@ class RelationModule(pl.LightningModule):
             self.run_seed = torch.initial_seed()
 
     def on_validation_epoch_start(self) -> None:
-        self.recall.reset()
+        self.recall = self._evaluator(self._data.zero_shot_validation)
+
+    def on_test_epoch_start(self) -> None:
+        self.recall = self._evaluator(self._data.zero_shot_test)
+
+    @property
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def _evaluator(self, zero_shot: Tensor) -> SceneGraphEvaluator:
+        evaluator = SceneGraphEvaluator(
+            self.protocol,
+            len(self.predicate_names) - 1,
+            zero_shot=zero_shot,
+            groups=self._data.predicate_groups,
+            predicate_names=self.predicate_names,
+        )
+        return evaluator.to(self.device)
 
     def validation_step(self, batch: GraphBatch) -> None:
         self.recall.update(self.predictions(batch), batch.truth)
@@ -112,14 +128,10 @@ class RelationModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         part = "test" if self.trainer.testing else "val"
         for name, value in self.recall.compute().items():
-            if "/" not in name:
+            if name.partition("/")[2] not in self.predicate_names:
                 self.log(f"{part}/{name}", value.float(), prog_bar=name in ("R@50", "mR@50"), sync_dist=True)
 
-    on_test_epoch_start, test_step, on_test_epoch_end = (
-        on_validation_epoch_start,
-        validation_step,
-        on_validation_epoch_end,
-    )
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
         return self.predictions(batch)

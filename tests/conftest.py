@@ -19,6 +19,15 @@ def vrd_root() -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def vg_root() -> Path:
+    """The folder with Visual Genome's vocabularies: SGALIGN_VG, or shared data beside the source tree."""
+    root = Path(os.environ.get("SGALIGN_VG", ROOT.parent / "shared" / "data" / "vg"))
+    if not (root / "VG-SGG-dicts-with-attri.json").is_file():
+        pytest.skip(f"no VG-SGG-dicts-with-attri.json in {root}; set SGALIGN_VG to the folder that has it")
+    return root
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor that is allocated without being filled starts as NaN, so that an unwritten element shows."""

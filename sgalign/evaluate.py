@@ -1,0 +1,272 @@
+"""Scores any system's predictions, read from a file, against a data set's annotations."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import torch
+from torch import Tensor
+
+from sgalign.data import SceneGraph, open_dataset
+from sgalign.data.vg150 import read_zero_shot_triplets
+from sgalign.metrics import (
+    PROTOCOLS,
+    OpenImagesEvaluator,
+    SceneGraphEvaluator,
+    VRDEvaluator,
+    predicate_groups,
+    zero_shot_triplets,
+)
+
+FIELDS = {
+    "boxes": torch.float32,
+    "labels": torch.int64,
+    "scores": torch.float32,
+    "pairs": torch.int64,
+    "predicate_scores": torch.float32,
+    "triplets": torch.int64,
+    "triplet_scores": torch.float32,
+}
+_WIDTHS = {"boxes": 4, "pairs": 2, "triplets": 3}
+VRD_TASKS = ("relationship", "phrase", "predicate")
+EPILOG = "docs/evaluation.md has the format of the file, every rule, and what each choice is worth."
+
+
+class PredictionFile:
+    """Writes the HDF5 file that `sgalign evaluate` reads; it appears when the `with` block ends without an error.
+
+    Args:
+        path: of the file, replaced if it is there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._partial = self.path.with_name(self.path.name + ".partial")
+
+    def __enter__(self) -> PredictionFile:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = h5py.File(self._partial, "w")
+        return self
+
+    def write(self, image_id: str, prediction: Mapping[str, Any]) -> None:
+        """Adds an image: tensors or arrays, as `SceneGraphEvaluator.update` takes them.
+
+        Raises:
+            ValueError: the image was written before.
+        """
+        if image_id in self._file:
+            raise ValueError(f"image_id must be new, {image_id!r} was written before")
+        group = self._file.create_group(image_id)
+        for field in FIELDS:
+            if field in prediction:
+                group[field] = torch.as_tensor(prediction[field]).cpu().numpy()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None:
+            self._partial.replace(self.path)
+
+
+class Predictions:
+    """The images of a file of predictions, read one at a time from HDF5, at once from JSON.
+
+    Args:
+        path: HDF5, a group an image named by its id, with a data set for each field; or JSON, an object of image ids,
+            each with lists by field.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither, or cut short; a field of an image is not of numbers; names file, image and field.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such file of predictions")
+        self._images: Mapping[str, Any]
+        try:
+            if h5py.is_hdf5(self.path):
+                self._images = h5py.File(self.path, "r")
+            else:
+                self._images = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{self.path}: neither HDF5 nor JSON, or cut short ({error})") from error
+        if not isinstance(self._images, Mapping):
+            raise ValueError(f"{self.path}: must be an object of image ids, got {type(self._images).__name__}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._images)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self._images
+
+    def __getitem__(self, image_id: str) -> dict[str, Tensor]:
+        """The fields of an image that are there, as `SceneGraphEvaluator.update` takes them."""
+        where, image = f"{self.path}, image {image_id!r}", self._images[image_id]
+        if not isinstance(image, Mapping):
+            raise ValueError(f"{where}: must have {', '.join(FIELDS)}, got {type(image).__name__}")
+        fields = {}
+        for field in FIELDS.keys() & image.keys():
+            try:
+                value = torch.as_tensor(image[field][()] if isinstance(image[field], h5py.Dataset) else image[field])
+            except (OSError, TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{where}: {field} must be numbers in equally long rows ({error})") from error
+            fields[field] = self._typed(where, field, value)
+        return fields
+
+    @staticmethod
+    def _typed(where: str, field: str, value: Tensor) -> Tensor:
+        whole = FIELDS[field] == torch.int64
+        if whole and value.is_floating_point() and value.numel():
+            raise ValueError(f"{where}: {field} must be whole numbers, got {value.dtype}")
+        value = value.long() if whole else value if value.is_floating_point() else value.float()
+        # JSON's empty list has no second dimension.
+        return value.reshape(0, _WIDTHS[field]) if field in _WIDTHS and value.shape == (0,) else value
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sgalign evaluate", description=__doc__, epilog=EPILOG)
+    parser.add_argument("predictions", type=Path, help="HDF5 or JSON file of predictions")
+    parser.add_argument("--annotations", metavar="FOLDER", required=True, help="a data set: VRD, VG150 or COCO layout")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(default: test)")
+    parser.add_argument(
+        "--validation-images", type=int, metavar="N", help="held out of training images (default: the data set's)"
+    )
+    parser.add_argument(
+        "--protocol",
+        required=True,
+        choices=(*PROTOCOLS, *(f"vrd-{task}" for task in VRD_TASKS), "open-images"),
+        help="what was given to the model, or the protocol of VRD's paper or of Open Images",
+    )
+    parser.add_argument("--zero-shot", metavar="FILE", help="the public list (default: what other parts do not have)")
+    parser.add_argument("--predicates-per-pair", type=int, default=1, metavar="N", help="of vrd-* and open-images only")
+    parser.add_argument("--skip-missing", action="store_true", help="images without prediction do not count")
+    parser.add_argument("--no-plus-one", action="store_true", help="a box is x2 - x1 wide, not x2 - x1 + 1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="writes all figures, one a line")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`sgalign evaluate PREDICTIONS --annotations FOLDER --protocol PROTOCOL`."""
+    options = parser().parse_args(arguments)
+    special = options.protocol not in PROTOCOLS
+    if special and (options.skip_missing or options.no_plus_one):
+        parser().error(f"--skip-missing and --no-plus-one are not for --protocol {options.protocol}")
+    if not special and options.predicates_per_pair != 1:
+        parser().error(f"--predicates-per-pair is not for --protocol {options.protocol}")
+    predictions = Predictions(options.predictions)
+    dataset = open_part(options, options.split)
+    graphs = [dataset[index] for index in range(len(dataset))]
+    if unknown := set(predictions) - {graph.image_id for graph in graphs}:
+        raise ValueError(
+            f"{options.predictions}: image ids must be those of the {options.split} part of {options.annotations}, "
+            f"got {len(unknown)} others, such as {min(unknown)!r}"
+        )
+    metric = make_evaluator(options, dataset, graphs)
+    missing = 0
+    for graph in graphs:
+        predicted = graph.image_id in predictions
+        missing += not predicted and len(graph.relations) > 0
+        metric.update([predictions[graph.image_id] if predicted else nothing()], [truth(graph)])
+    figures = {name: value.item() for name, value in metric.compute().items()}
+    if missing:
+        counted = "do not count" if options.skip_missing else "count 0"
+        print(f"sgalign: {missing} images with relations have no prediction and {counted}", file=sys.stderr)
+    print(table(figures))
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if options.csv is not None:
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(
+                [("metric", "k", "of", "value"), *(split_name(n) + (v,) for n, v in figures.items())]
+            )
+    return 0
+
+
+def open_part(options: argparse.Namespace, split: str) -> Any:
+    held_out = options.validation_images
+    return open_dataset(options.annotations, split, **({} if held_out is None else {"validation_images": held_out}))
+
+
+def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[SceneGraph]) -> Any:
+    """The evaluator of the command's options, with zero-shot triplets and groups as the data set's other parts tell."""
+    predicates = len(dataset.predicate_names) - 1
+    if options.protocol == "open-images":
+        return OpenImagesEvaluator(predicates, predicates_per_pair=options.predicates_per_pair)
+    others = {"train": (), "validation": ("train",), "test": ("train", "validation")}[options.split]
+    parts = [open_part(options, other) for other in others]
+    seen = [part[index] for part in parts for index in range(len(part))]
+    zero_shot = None
+    if options.zero_shot is not None:
+        # The public list has subject, object, predicate.
+        zero_shot = read_zero_shot_triplets(options.zero_shot)[:, [0, 2, 1]]
+    elif seen:
+        zero_shot = zero_shot_triplets(seen, graphs)
+    if options.protocol.startswith("vrd-"):
+        task = options.protocol.removeprefix("vrd-")
+        return VRDEvaluator(task, predicates, predicates_per_pair=options.predicates_per_pair, zero_shot=zero_shot)
+    counts = torch.zeros(predicates + 1, dtype=torch.int64)
+    for graph in seen or graphs:
+        counts += torch.bincount(graph.relations[:, 2], minlength=predicates + 1)
+    return SceneGraphEvaluator(
+        options.protocol,
+        predicates,
+        zero_shot=zero_shot,
+        groups=predicate_groups(dataset.predicate_names, counts[1:]),
+        predicate_names=dataset.predicate_names,
+        missing="skip" if options.skip_missing else "zero",
+        plus_one=not options.no_plus_one,
+    )
+
+
+def truth(graph: SceneGraph) -> dict[str, Any]:
+    return {"image_id": graph.image_id, "boxes": graph.boxes, "labels": graph.labels, "relations": graph.relations}
+
+
+def nothing() -> dict[str, Tensor]:
+    """The prediction for an image of which a file says nothing."""
+    return {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "triplets": torch.zeros(0, 3, dtype=torch.int64),
+        "triplet_scores": torch.zeros(0),
+    }
+
+
+def table(figures: Mapping[str, float]) -> str:
+    """Figures in percent, a line a metric, a column a K; groups, but no single predicates; then what has no K."""
+    rows: dict[str, dict[int, float]] = {}
+    plain = {}
+    for name, value in figures.items():
+        metric, k, of = split_name(name)
+        if k is None:
+            plain[metric] = value
+        elif metric != "R" or not of:
+            rows.setdefault(f"{metric} {of}".strip(), {})[k] = value
+    width = max(map(len, (*rows, *plain))) + 2
+    columns = sorted({k for row in rows.values() for k in row})
+    lines = ["".join([" " * width, *(f"{'@' + str(k):>8}" for k in columns)])]
+    for name, row in rows.items():
+        lines.append(f"{name:{width}}" + "".join(f"{100 * row[k]:8.2f}" if k in row else " " * 8 for k in columns))
+    return "\n".join([*lines, *(f"{name:{width}}{100 * value:8.2f}" for name, value in plain.items())])
+
+
+def split_name(name: str) -> tuple[str, int | None, str]:
+    """Metric, K and subset of a figure's name: of "mR@50/head" they are "mR", 50 and "head"."""
+    name, _, of = name.partition("/")
+    metric, _, k = name.partition("@")
+    return metric, int(k) if k else None, of

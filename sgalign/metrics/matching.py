@@ -1,0 +1,268 @@
+"""What all evaluators share: which triplets an image's predictions stand for, and which relations those find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from sgalign.data.scene_graph import SceneGraph, check_objects, check_range, check_tensor
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Triplets(NamedTuple):
+    """Predicted relations, best first: pairs int64 `[T, 2]`, predicates int64 `[T]` from 1, scores float64 `[T]`."""
+
+    pairs: Tensor
+    predicates: Tensor
+    scores: Tensor
+
+
+def rank_triplets(
+    prediction: Mapping[str, Tensor], depth: int, predicates_per_pair: int, among: Tensor | None = None
+) -> Triplets:
+    """The `depth` best triplets, of each pair at most its `predicates_per_pair` best predicates.
+
+    Scores are subject score x object score x predicate score in float64. Of equal scores the lower row of `pairs` comes
+    first, then the lower predicate. Predictions with `triplets` are ranked already and taken as they are.
+
+    Args:
+        prediction: as for `SceneGraphEvaluator.update`.
+        depth: how many.
+        predicates_per_pair: 1 is the graph constraint.
+        among: bool `[R]`, the rows of `pairs` (or of `triplets`) that compete; None for all.
+    """
+    if "triplets" in prediction:
+        rows = slice(None) if among is None else among
+        pairs, predicates = prediction["triplets"][rows][:depth].split((2, 1), 1)
+        return Triplets(pairs, predicates[:, 0], prediction["triplet_scores"][rows][:depth].double())
+    pairs, foreground = prediction["pairs"], prediction["predicate_scores"][:, 1:]
+    object_scores = prediction["scores"].double()[pairs].prod(1)
+    # No triplet of a pair outranks the pair's best one, so that the `depth` best pairs hold the `depth` best triplets.
+    best = object_scores * foreground.amax(1).double()
+    if among is not None:
+        best = best.where(among, -1)
+    competing = len(best) if among is None else int(among.sum())
+    rows = first(best, min(depth, competing)).sort().values
+    foreground = foreground[rows]
+    scores = object_scores[rows, None] * foreground.double()
+    predicates_per_pair = min(predicates_per_pair, scores.shape[1])
+    if predicates_per_pair < scores.shape[1]:
+        lesser = foreground.sort(dim=1, descending=True, stable=True).indices[:, predicates_per_pair:]
+        scores.scatter_(1, lesser, -1)
+    ranked = first(scores.flatten(), min(depth, len(rows) * predicates_per_pair))
+    return Triplets(pairs[rows[ranked // scores.shape[1]]], ranked % scores.shape[1] + 1, scores.flatten()[ranked])
+
+
+def first(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest of `scores`, highest first, of equal ones the first: int64 `[count]`."""
+    if count == 0:
+        return scores.new_zeros(0, dtype=torch.int64)
+    # topk is several times as fast as a sort but takes any of equal elements: its lowest bounds what is sorted.
+    candidates = (scores >= scores.topk(count).values[-1]).nonzero()[:, 0]
+    return candidates[scores[candidates].sort(descending=True, stable=True).indices[:count]]
+
+
+def overlaps(boxes: Tensor, others: Tensor, plus_one: bool) -> Tensor:
+    """IoU of boxes `[N, 4]` and `[M, 4]`: float64 `[N, M]`.
+
+    Exact for whole coordinates below 2^25 where it is one half, which decides.
+
+    Args:
+        boxes, others: x1, y1, x2, y2.
+        plus_one: coordinates name pixels, so that a box is x2 - x1 + 1 wide; otherwise x2 - x1.
+    """
+    boxes, others = boxes.double()[:, None], others.double()
+    low, high = torch.maximum(boxes[..., :2], others[:, :2]), torch.minimum(boxes[..., 2:], others[:, 2:])
+    common, area, other_area = (
+        (extent + int(plus_one)).clamp(min=0).prod(-1)
+        for extent in (high - low, boxes[..., 2:] - boxes[..., :2], others[..., 2:] - others[..., :2])
+    )
+    return common / (area + other_area - common)
+
+
+def union_boxes(boxes: Tensor, pairs: Tensor) -> Tensor:
+    """The smallest boxes around both objects of each pair `[R, 2]`: `[R, 4]`."""
+    both = boxes[pairs]
+    return torch.cat((both[..., :2].amin(1), both[..., 2:].amax(1)), 1)
+
+
+def relation_overlaps(
+    triplets: Triplets,
+    prediction: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    *,
+    phrase: bool,
+    plus_one: bool = True,
+) -> Tensor:
+    """How well each triplet lies on each relation of the same three classes: float64 `[T, M]`, -1 for other classes.
+
+    The lower IoU of the two objects' boxes; with `phrase`, the IoU of the boxes around both.
+    """
+    relations = target["relations"]
+    if phrase:
+        found = union_boxes(prediction["boxes"], triplets.pairs)
+        overlap = overlaps(found, union_boxes(target["boxes"], relations[:, :2]), plus_one)
+    else:
+        objects = overlaps(prediction["boxes"], target["boxes"], plus_one)
+        subject, object_ = triplets.pairs.unbind(1)
+        overlap = objects[subject[:, None], relations[:, 0]].minimum(objects[object_[:, None], relations[:, 1]])
+    classes = prediction["labels"][triplets.pairs][:, None] == target["labels"][relations[:, :2]]
+    same = classes.all(2) & (triplets.predicates[:, None] == relations[:, 2])
+    return overlap.where(same, -1)
+
+
+class ImageMetric(Metric):
+    """A metric whose `update` takes images; a subclass says in `_add` what one image adds to its state."""
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    num_predicates: int
+
+    def update(self, predictions: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> None:
+        """Adds images.
+
+        Args:
+            predictions: an image each: `boxes` float `[N, 4]` x1, y1, x2, y2 in pixels of the original image, `labels`
+                int64 `[N]` from 1, and either
+
+                - `scores` float `[N]`, `pairs` int64 `[R, 2]` subject and object index, `predicate_scores` float
+                  `[R, num_predicates + 1]`, column 0 the background, which is never predicted; or
+                - `triplets` int64 `[T, 3]` subject index, object index, predicate from 1, best first, and
+                  `triplet_scores` float `[T]`: one ready-made ranking, as SGTR's, which all metrics use.
+            targets: an image each: `boxes`, `labels`, and `relations` int64 `[M, 3]` subject index, object index,
+                predicate from 1. An `image_id` here or there names the image in errors.
+
+        Raises:
+            ValueError: a field is missing or malformed; names the field and the image. Nothing was added then.
+        """
+        if len(predictions) != len(targets):
+            raise ValueError(f"predictions and targets must be as many, got {len(predictions)} and {len(targets)}")
+        for where, prediction, target in self._named(predictions, targets):
+            self._check(where, prediction, target)
+        for prediction, target in zip(predictions, targets, strict=True):
+            if len(target["relations"]):
+                self._add(_to(prediction, self.device), _to(target, self.device))
+
+    def _named(
+        self, predictions: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]
+    ) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+        for position, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
+            image = target.get("image_id", prediction.get("image_id"))
+            where = f"image number {position} of this update: " if image is None else f"image {image!r}: "
+            yield where, prediction, target
+
+    def _check(self, where: str, prediction: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+        _check_prediction(where + "prediction ", prediction, self.num_predicates)
+        _check_target(where + "target ", target, self.num_predicates)
+
+    def _add(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+        raise NotImplementedError(f"{type(self).__name__} must override _add")
+
+
+def check_top_k(top_k: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(top_k, Sequence) or not top_k or any(type(k) is not int or k < 1 for k in top_k):
+        raise ValueError(f"top_k must be integers of at least 1, got {top_k!r}")
+    return tuple(top_k)
+
+
+class TripletSet:
+    """A set of class triplets that relations are looked up in.
+
+    Args:
+        name: of the argument, for errors.
+        triplets: int64 `[Z, 3]`, subject class, predicate, object class.
+    """
+
+    def __init__(self, name: str, triplets: Tensor) -> None:
+        check_tensor("", name, triplets, (None, 3), (torch.int64,))
+        check_range("", name, triplets, 1, (1 << 20) - 1)
+        self._codes = _code(triplets).unique()
+
+    def has(self, triplets: Tensor) -> Tensor:
+        """Which rows of `[M, 3]` are in the set: bool `[M]`."""
+        if not len(self._codes):
+            return torch.zeros(len(triplets), dtype=torch.bool, device=triplets.device)
+        self._codes, codes = self._codes.to(triplets.device), _code(triplets)
+        place = torch.searchsorted(self._codes, codes).clamp(max=len(self._codes) - 1)
+        return self._codes[place] == codes
+
+    def has_relations(self, target: Mapping[str, Tensor]) -> Tensor:
+        """Which relations of an image are of one of the triplets: bool `[M]`."""
+        subject, object_, predicate = target["relations"].unbind(1)
+        return self.has(torch.stack((target["labels"][subject], predicate, target["labels"][object_]), 1))
+
+
+def _code(triplets: Tensor) -> Tensor:
+    return (triplets << torch.tensor((40, 20, 0), device=triplets.device)).sum(1)
+
+
+def zero_shot_triplets(seen: Iterable[SceneGraph], evaluated: Iterable[SceneGraph]) -> Tensor:
+    """The class triplets of `evaluated` that do not occur in `seen`: int64 `[Z, 3]`, subject, predicate, object."""
+    known = TripletSet("seen", _class_triplets(seen))
+    triplets = _class_triplets(evaluated).unique(dim=0)
+    return triplets[~known.has(triplets)]
+
+
+def _class_triplets(graphs: Iterable[SceneGraph]) -> Tensor:
+    triplets = [torch.zeros(0, 3, dtype=torch.int64)]
+    for graph in graphs:
+        subject, object_, predicate = graph.relations.unbind(1)
+        triplets.append(torch.stack((graph.labels[subject], predicate, graph.labels[object_]), 1))
+    return torch.cat(triplets)
+
+
+def _to(fields: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
+
+
+def _check_fields(where: str, fields: Mapping[str, Any], names: Iterable[str]) -> None:
+    if missing := [name for name in names if name not in fields]:
+        raise ValueError(f"{where}must have {', '.join(missing)}, got only {', '.join(fields) or 'an empty dict'}")
+
+
+def _check_scores(where: str, field: str, value: Any, shape: tuple[int, ...]) -> None:
+    check_tensor(where, field, value, shape, _FLOATS)
+    if not value.numel():
+        return
+    # One pass; both ends are NaN where any element is.
+    lowest, highest = value.aminmax()
+    if not (lowest >= 0 and highest < float("inf")):
+        place = (~((value >= 0) & value.isfinite())).nonzero()[0].tolist()
+        raise ValueError(f"{where}{field} must be finite and at least 0, got {value[tuple(place)].item()} at {place}")
+
+
+def _check_prediction(where: str, prediction: Mapping[str, Any], num_predicates: int) -> None:
+    ranked = "triplets" in prediction
+    fields = ("triplets", "triplet_scores") if ranked else ("scores", "pairs", "predicate_scores")
+    _check_fields(where, prediction, ("boxes", "labels", *fields))
+    check_objects(where, prediction["boxes"], prediction["labels"], _FLOATS)
+    count = len(prediction["labels"])
+    if ranked:
+        check_triplets(where, "triplets", prediction["triplets"], count, num_predicates)
+        _check_scores(where, "triplet_scores", prediction["triplet_scores"], (len(prediction["triplets"]),))
+        return
+    pairs = prediction["pairs"]
+    check_tensor(where, "pairs", pairs, (None, 2), (torch.int64,))
+    check_range(where, "pairs", pairs, 0, count - 1)
+    _check_scores(where, "scores", prediction["scores"], (count,))
+    _check_scores(where, "predicate_scores", prediction["predicate_scores"], (len(pairs), num_predicates + 1))
+
+
+def _check_target(where: str, target: Mapping[str, Any], num_predicates: int) -> None:
+    _check_fields(where, target, ("boxes", "labels", "relations"))
+    check_objects(where, target["boxes"], target["labels"], _FLOATS)
+    check_triplets(where, "relations", target["relations"], len(target["labels"]), num_predicates)
+
+
+def check_triplets(where: str, field: str, triplets: Any, objects: int, num_predicates: int) -> None:
+    """Raises ValueError unless `triplets` are int64 `[T, 3]`, two indices of objects and a predicate from 1."""
+    check_tensor(where, field, triplets, (None, 3), (torch.int64,))
+    check_range(where, f"{field}[:, :2]", triplets[:, :2], 0, objects - 1)
+    check_range(where, f"{field}[:, 2]", triplets[:, 2], 1, num_predicates)

@@ -1,0 +1,114 @@
+"""The score of the Open Images visual relationship challenge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgalign.metrics.matching import ImageMetric, rank_triplets, relation_overlaps
+
+_DEPTH = 100
+
+
+class OpenImagesEvaluator(ImageMetric):
+    """0.2 R@50 + 0.4 wmAP of relationships + 0.4 wmAP of phrases, as PySGG's and SGTR's `sgg_oi_evaluation.py`.
+
+    - `R@50`, `R@100`: found / relations over the whole data set, with the matching of `SceneGraphEvaluator`.
+    - `mAP_rel`, `mAP_phr`: the mean over all predicates of the area under the precision envelope of an image's 100 best
+      triplets. A triplet is right if the relation of its classes that it overlaps best is overlapped by more (not: at
+      least) 0.5 and no better triplet was there before; another relation is not tried. The overlap is the lower one of
+      both objects' (rel) or that of the boxes around both (phr).
+    - `wmAP_rel`, `wmAP_phr`: the same, predicates weighted by their share of the relations.
+    - `score_wtd`: the score.
+
+    The state keeps one score and two flags a triplet.
+
+    Args:
+        num_predicates: without the background.
+        predicates_per_pair: how many predicates of a pair compete.
+    """
+
+    scores: list[Tensor]
+    predicates: list[Tensor]
+    right: list[Tensor]
+    found: Tensor
+    relations: Tensor
+
+    def __init__(self, num_predicates: int, *, predicates_per_pair: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name, value in (("num_predicates", num_predicates), ("predicates_per_pair", predicates_per_pair)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.num_predicates, self.predicates_per_pair = num_predicates, predicates_per_pair
+        for state in ("scores", "predicates", "right"):
+            self.add_state(state, [], dist_reduce_fx="cat")
+        self.add_state("found", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("relations", torch.zeros(num_predicates, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _add(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+        triplets = rank_triplets(prediction, _DEPTH, self.predicates_per_pair)
+        overlap = [relation_overlaps(triplets, prediction, target, phrase=phrase) for phrase in (False, True)]
+        for column, k in enumerate((50, 100)):
+            self.found[column] += (overlap[0][:k] >= 0.5).any(0).sum()
+        self.relations += torch.bincount(target["relations"][:, 2] - 1, minlength=self.num_predicates)
+        self.scores.append(triplets.scores)
+        self.predicates.append(triplets.predicates)
+        self.right.append(torch.stack([_right(o) for o in overlap], 1))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Fractions, float64; all 0 before the first image with relations."""
+        precisions = self.relations.new_zeros(self.num_predicates, 2)
+        if self.scores:
+            scores, predicates, right = (torch.cat(_as_list(s)) for s in (self.scores, self.predicates, self.right))
+            for predicate in (self.relations > 0).nonzero()[:, 0]:
+                own = predicates == predicate + 1
+                order = scores[own].sort(descending=True, stable=True).indices
+                precisions[predicate] = average_precision(right[own][order], self.relations[predicate])
+        total = self.relations.sum().clamp(min=1)
+        recall = self.found / total
+        weighted = (precisions * (self.relations / total)[:, None]).sum(0)
+        mean = precisions.mean(0)
+        return {
+            "R@50": recall[0],
+            "R@100": recall[1],
+            "mAP_rel": mean[0],
+            "mAP_phr": mean[1],
+            "wmAP_rel": weighted[0],
+            "wmAP_phr": weighted[1],
+            "score_wtd": 0.2 * recall[0] + 0.4 * weighted[0] + 0.4 * weighted[1],
+        }
+
+
+def average_precision(right: Tensor, relations: Tensor) -> Tensor:
+    """Area under the precision envelope: of bool `[T, ...]`, best first, and the number to find: float64 `[...]`."""
+    if not len(right):
+        return right.new_zeros(right.shape[1:], dtype=torch.float64)
+    found = right.double().cumsum(0)
+    precision = found / torch.arange(1, len(right) + 1, device=right.device).double().reshape(
+        -1, *[1] * (right.dim() - 1)
+    )
+    # What is the best precision at this recall or a higher one; every right triplet is a step of recall.
+    envelope = precision.flip(0).cummax(0).values.flip(0)
+    return (envelope * right).sum(0) / relations
+
+
+def _right(overlap: Tensor) -> Tensor:
+    """Which triplets, rows of `[T, M]`, are the first to overlap their best relation by more than one half."""
+    rows = torch.arange(len(overlap), device=overlap.device)
+    right = torch.zeros_like(rows, dtype=torch.bool)
+    if overlap.numel():
+        best = overlap.argmax(1)
+        hits = (overlap.gather(1, best[:, None]) > 0.5) & (
+            best[:, None] == torch.arange(overlap.shape[1], device=rows.device)
+        )
+        first = rows[:, None].where(hits, len(rows)).amin(0)
+        right[first[first < len(rows)]] = True
+    return right
+
+
+def _as_list(state: list[Tensor] | Tensor) -> list[Tensor]:
+    """A list state as it is in one process, or joined as after an exchange between processes."""
+    return [state] if isinstance(state, Tensor) else state

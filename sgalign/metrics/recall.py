@@ -1,0 +1,218 @@
+"""Recall of scene graph generation: R@K, its mean over predicates, without graph constraint, and zero-shot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sgalign.data.scene_graph import check_range
+from sgalign.metrics.matching import ImageMetric, TripletSet, check_top_k, rank_triplets, relation_overlaps
+
+PROTOCOLS = ("predcls", "sgcls", "sgdet", "phrdet")
+
+# BGNN's partition (Li et al., CVPR 2021), which SGTR and the alignment paper use too.
+VG150_GROUPS = {
+    "head": "on, has, wearing, of, in, near, behind",
+    "body": "with, holding, above, under, wears, sitting on, in front of, riding, standing on, at, attached to, over, "
+    "carrying, walking on, for, watching, looking at, hanging from, and, belonging to, parked on",
+    "tail": "laying on, between, along, eating, covering, covered in, part of, using, to, on back of, across, "
+    "walking in, mounted on, lying on, against, from, growing on, painted on, playing, made of, says, flying in",
+}
+
+
+def predicate_groups(predicate_names: Sequence[str], counts: Tensor) -> dict[str, list[int]]:
+    """Head, body and tail of the predicates: as published for VG150's, else the same shares by frequency.
+
+    Args:
+        predicate_names: background first.
+        counts: `[len(predicate_names) - 1]`, how often each occurs in training; equal ones keep their order.
+
+    Returns:
+        Predicates from 1, by falling frequency; 7, 21 and 22 of 50.
+    """
+    published = {group: names.split(", ") for group, names in VG150_GROUPS.items()}
+    if set(predicate_names[1:]) == {name for names in published.values() for name in names}:
+        return {group: [predicate_names.index(name) for name in names] for group, names in published.items()}
+    order = (counts.argsort(descending=True, stable=True) + 1).tolist()
+    head, tail = round(len(order) * 7 / 50), round(len(order) * 28 / 50)
+    groups = {"head": order[:head], "body": order[head:tail], "tail": order[tail:]}
+    return {group: predicates for group, predicates in groups.items() if predicates}
+
+
+class SceneGraphEvaluator(ImageMetric):
+    """R@K and its kin, to the constant as Scene-Graph-Benchmark and SGTR compute them.
+
+    A triplet scores subject score x object score x predicate score, multiplied in float64, and the image's triplets are
+    ranked by it; of equal scores the lower row of `pairs` comes first, then the lower predicate. Under the graph
+    constraint each row of `pairs` predicts its best predicate alone; `ng` means without it: all predicates compete, and
+    the best 100 triplets count (or the largest K). A triplet finds a relation if the three classes agree and both boxes
+    overlap with an IoU of at least 0.5. It may find several relations; a relation found several times counts once.
+    Ground truth is taken as it is, repeated relations and relations of an object with itself included.
+
+    - `R@K`, `ngR@K`: found in the first K / relations of the image, mean over images. Images without relations never
+      count.
+    - `zR@K`, `ng-zR@K`: of the zero-shot relations alone, mean over images that have some.
+    - `mR@K`, `ng-mR@K` (Chen et al., Tang et al., CVPR 2019): for each predicate the mean of that recall over the
+      images that contain it, then the mean over all predicates, those never seen counting 0.
+    - `mR_pooled@K`: for each predicate found / relations over the whole data set, then the mean over all predicates.
+    - `R@K/NAME`: what `mR@K` averages, a predicate; `mR@K/GROUP`: its mean over a group of predicates.
+    - `F@K`: the harmonic mean of R@K and mR@K.
+    - `A@K` (predcls and sgcls): R@K pooled over the data set where only pairs that are related in the ground truth are
+      ranked, as "accuracy" in Scene-Graph-Benchmark and RelDN.
+
+    The state is sums alone, in float64: it does not grow, and adds up over processes and files.
+
+    Args:
+        protocol: what was given to the model. "predcls": boxes and labels of the predictions are the ground truth's;
+            "sgcls": the boxes are; "sgdet": nothing is; "phrdet": nothing is, and instead of two boxes the smallest box
+            around both is compared.
+        num_predicates: without the background.
+        top_k: the K's.
+        zero_shot: int64 `[Z, 3]` subject class, predicate, object class, the triplets that zR counts; None for no zR.
+        groups: predicates by group name, as of `predicate_groups`; None for none.
+        predicate_names: `num_predicates + 1` different names, background first; None for no `R@K/NAME`.
+        missing: images with relations for which nothing is predicted count 0 ("zero") or not at all ("skip", as in the
+            public code).
+        plus_one: coordinates name pixels and a box is x2 - x1 + 1 wide, as in Fast R-CNN's code and all published
+            figures; otherwise x2 - x1.
+    """
+
+    images: Tensor
+    recalls: Tensor
+    zero_shot_images: Tensor
+    zero_shot_recalls: Tensor
+    predicate_images: Tensor
+    predicate_recalls: Tensor
+    predicate_relations: Tensor
+    predicate_found: Tensor
+    accuracy_found: Tensor
+
+    def __init__(
+        self,
+        protocol: str,
+        num_predicates: int,
+        *,
+        top_k: Sequence[int] = (20, 50, 100),
+        zero_shot: Tensor | None = None,
+        groups: Mapping[str, Sequence[int]] | None = None,
+        predicate_names: Sequence[str] | None = None,
+        missing: Literal["zero", "skip"] = "zero",
+        plus_one: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of those supported, {', '.join(PROTOCOLS)}, got {protocol!r}")
+        if num_predicates < 1:
+            raise ValueError(f"num_predicates must be at least 1, got {num_predicates}")
+        if predicate_names is not None and not (
+            len(predicate_names) == len(set(predicate_names)) == num_predicates + 1
+        ):
+            raise ValueError(
+                f"predicate_names must be {num_predicates + 1} different names, background first, got {predicate_names}"
+            )
+        if missing not in ("zero", "skip"):
+            raise ValueError(f"missing must be 'zero' or 'skip', got {missing!r}")
+        for name, predicates in (groups or {}).items():
+            if not predicates:
+                raise ValueError(f"groups[{name!r}] must have a predicate, got none")
+            check_range("", f"groups[{name!r}]", torch.tensor(predicates), 1, num_predicates)
+        self.protocol = protocol
+        self.num_predicates = num_predicates
+        self.top_k = check_top_k(top_k)
+        self.zero_shot = None if zero_shot is None else TripletSet("zero_shot", zero_shot)
+        self.groups = {name: tuple(predicates) for name, predicates in (groups or {}).items()}
+        self.predicate_names = None if predicate_names is None else list(predicate_names)
+        self.missing, self.plus_one = missing, plus_one
+        depths = len(top_k)
+        # The leading 2: with the graph constraint, and without.
+        for state, shape in (
+            ("images", ()),
+            ("recalls", (2, depths)),
+            ("zero_shot_images", ()),
+            ("zero_shot_recalls", (2, depths)),
+            ("predicate_images", (num_predicates,)),
+            ("predicate_recalls", (2, depths, num_predicates)),
+            ("predicate_relations", (num_predicates,)),
+            ("predicate_found", (depths, num_predicates)),
+            ("accuracy_found", (depths,)),
+        ):
+            self.add_state(state, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _check(self, where: str, prediction: Mapping[str, Any], target: Mapping[str, Any]) -> None:
+        super()._check(where, prediction, target)
+        if self.protocol not in ("predcls", "sgcls") or not _predicts(prediction):
+            return
+        given = ("boxes", "labels") if self.protocol == "predcls" else ("boxes",)
+        for field in given:
+            ours, theirs = prediction[field], target[field].to(prediction[field])
+            # Boxes may have been scaled and scaled back.
+            if ours.shape != theirs.shape or not torch.allclose(ours.double(), theirs.double(), rtol=0, atol=0.5):
+                raise ValueError(f"{where}prediction {field} must be the target's, in its order, for {self.protocol}")
+
+    def _add(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+        if self.missing == "skip" and not _predicts(prediction):
+            return
+        relations = target["relations"]
+        found = torch.stack([self._found(prediction, target, at_most) for at_most in (1, self.num_predicates)])
+        predicate = relations[:, 2] - 1
+        count = torch.bincount(predicate, minlength=self.num_predicates).double()
+        by_predicate = torch.zeros_like(self.predicate_recalls).index_add_(2, predicate, found)
+        self.images += 1
+        self.recalls += found.mean(2)
+        self.predicate_images += count > 0
+        self.predicate_recalls += by_predicate / count.clamp(min=1)
+        self.predicate_relations += count
+        self.predicate_found += by_predicate[0]
+        if self.zero_shot is not None:
+            unseen = self.zero_shot.has_relations(target)
+            if unseen.any():
+                self.zero_shot_images += 1
+                self.zero_shot_recalls += found[:, :, unseen].mean(2)
+        if self.protocol in ("predcls", "sgcls"):
+            pairs = prediction["triplets"][:, :2] if "triplets" in prediction else prediction["pairs"]
+            related = (pairs[:, None] == relations[:, :2]).all(2).any(1)
+            self.accuracy_found += self._found(prediction, target, 1, among=related).sum(1)
+
+    def _found(
+        self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], at_most: int, among: Tensor | None = None
+    ) -> Tensor:
+        """Whether the first K triplets find each relation: float64 `[len(top_k), M]`."""
+        depth = max(self.top_k) if at_most == 1 else max(100, *self.top_k)
+        triplets = rank_triplets(prediction, depth, at_most, among)
+        finds = (
+            relation_overlaps(triplets, prediction, target, phrase=self.protocol == "phrdet", plus_one=self.plus_one)
+            >= 0.5
+        )
+        return torch.stack([finds[:k].any(0) for k in self.top_k]).double()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Fractions, float64; all 0 before the first image with relations."""
+        recall = self.recalls / self.images.clamp(min=1)
+        zero_shot = self.zero_shot_recalls / self.zero_shot_images.clamp(min=1)
+        by_predicate = self.predicate_recalls / self.predicate_images.clamp(min=1)
+        pooled = self.predicate_found / self.predicate_relations.clamp(min=1)
+        accuracy = self.accuracy_found / self.predicate_relations.sum().clamp(min=1)
+        result = {}
+        for row, k in enumerate(self.top_k):
+            mean = by_predicate[:, row].mean(1)
+            result[f"R@{k}"], result[f"ngR@{k}"] = recall[:, row]
+            result[f"mR@{k}"], result[f"ng-mR@{k}"] = mean
+            result[f"mR_pooled@{k}"] = pooled[row].mean()
+            result[f"F@{k}"] = 2 * recall[0, row] * mean[0] / (recall[0, row] + mean[0]).clamp(min=1e-300)
+            if self.zero_shot is not None:
+                result[f"zR@{k}"], result[f"ng-zR@{k}"] = zero_shot[:, row]
+            if self.protocol in ("predcls", "sgcls"):
+                result[f"A@{k}"] = accuracy[row]
+            for name, predicates in self.groups.items():
+                result[f"mR@{k}/{name}"] = by_predicate[0, row, [predicate - 1 for predicate in predicates]].mean()
+            for name, value in zip((self.predicate_names or [])[1:], by_predicate[0, row], strict=False):
+                result[f"R@{k}/{name}"] = value
+        return result
+
+
+def _predicts(prediction: Mapping[str, Any]) -> bool:
+    return len(prediction["triplets"] if "triplets" in prediction else prediction["pairs"]) > 0

@@ -1,0 +1,220 @@
+"""Tables and figures of `sgalign ablate`'s runs: what settings reach, and which differences are more than noise."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgalign.ablate import STUDIES
+from sgalign.evaluate import split_name
+
+COLUMNS = ("R@50", "mR@50", "mR@100", "ngR@50", "zR@100", "mR@100/tail")
+PAIRED = (("R", 50), ("mR", 50), ("mR", 100))
+SAMPLES = 2000
+
+Run = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`sgalign report FOLDER`."""
+    parser = argparse.ArgumentParser("sgalign report", description=__doc__)
+    parser.add_argument("folder", type=Path, help="that sgalign ablate has written")
+    folder = parser.parse_args(arguments).folder
+    studies = {path.name: read_runs(path) for path in sorted((folder / "runs").glob("*")) if path.is_dir()}
+    studies = {name: runs for name, runs in studies.items() if runs}
+    if not studies:
+        raise FileNotFoundError(f"{folder}: must be a folder that sgalign ablate has written, has no runs")
+    write_csv(folder / "results.csv", studies)
+    lines = []
+    for name, runs in studies.items():
+        lines += [f"## {STUDIES[name].title if name in STUDIES else name}", "", *table(runs), ""]
+        draw_curves(folder / f"{name}_curves.png", runs)
+        draw_predicates(folder / f"{name}_predicates.png", runs)
+    (folder / "tables.md").write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+    print(f"numbers {folder / 'results.csv'}, tables {folder / 'tables.md'}, figures {folder}/*.png")
+    return 0
+
+
+def read_runs(folder: Path) -> dict[str, list[Run]]:
+    """The runs of a study by arm, in the study's order, seeds in order.
+
+    Raises:
+        ValueError: a file is not of a run; names it.
+    """
+    arms: dict[str, list[Run]] = {}
+    for path in sorted(folder.glob("*.json"), key=lambda path: [int(part) for part in path.stem.split("_")]):
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            arms.setdefault(run["arm"], []).append(run)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a run of sgalign ablate ({error}): delete it, run again") from error
+    return arms
+
+
+def write_csv(path: Path, studies: dict[str, dict[str, list[Run]]]) -> None:
+    """One figure a line: study, arm, seed, part, epoch (of validation figures), metric, k, subset, value."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("study", "arm", "seed", "part", "epoch", "metric", "k", "of", "value"))
+        for study, arms in studies.items():
+            for run in (run for runs in arms.values() for run in runs):
+                parts = [("validation", epoch, figures) for epoch, figures in enumerate(run["curve"], 1)]
+                for part, epoch, figures in [*parts, ("test", "", run["test"])]:
+                    for name, value in figures.items():
+                        row = study, run["arm"], run["seed"], part, epoch, *split_name(name), value
+                        writer.writerow(row)
+
+
+def table(arms: dict[str, list[Run]]) -> list[str]:
+    """Markdown: mean and standard deviation over seeds in percent, and differences to the first arm with intervals."""
+    base = next(iter(arms.values()))
+    lines = [
+        "| | seeds | validation mR@50 | " + " | ".join(f"test {column}" for column in COLUMNS) + " |",
+        "|" + "---|" * (len(COLUMNS) + 3),
+    ]
+    for name, runs in arms.items():
+        validation = spread([run["curve"][-1]["mR@50"] for run in runs])
+        cells = [spread([run["test"][column] for run in runs]) for column in COLUMNS]
+        lines.append(f"| {name} | {len(runs)} | {validation} | " + " | ".join(cells) + " |")
+    headers = [f"{metric}@{k}" for metric, k in PAIRED]
+    lines += ["", f"| less {next(iter(arms))} | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 1)]
+    for name, runs in list(arms.items())[1:]:
+        cells = []
+        for metric, k in PAIRED:
+            difference, low, high = paired_difference(runs, base, metric, k)
+            beyond = "" if low <= 0 <= high else " *"
+            cells.append(f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}){beyond}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def spread(values: Sequence[float]) -> str:
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
+
+
+def paired_difference(runs: Sequence[Run], base: Sequence[Run], metric: str, k: int) -> tuple[float, float, float]:
+    """The mean difference of runs with the same seeds, and its 95 % bootstrap interval over test images and seeds.
+
+    Images and seeds are drawn with replacement, the same ones for both. With few seeds the interval is somewhat too
+    narrow: S seeds show (S - 1) / S of their variance.
+
+    Args:
+        runs, base: of `read_runs`; those with a seed in common count.
+        metric: "R" or "mR".
+        k: at most 100.
+
+    Raises:
+        ValueError: no seed is in both, or the runs are of different test images.
+    """
+    by_seed = {run["seed"]: run for run in base}
+    pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
+    if not pairs:
+        raise ValueError(f"base must have a seed of {sorted(run['seed'] for run in runs)}, got {sorted(by_seed)}")
+    if any(run["predicates"] != pairs[0][0]["predicates"] for both in pairs for run in both):
+        raise ValueError("runs must be of the same test images, they differ")
+    image, predicate = _units(pairs[0][0], metric)
+    differences = torch.stack([_recalls(run, metric, k) - _recalls(other, metric, k) for run, other in pairs])
+    generator = torch.Generator().manual_seed(0)
+    images, predicates = len(pairs[0][0]["predicates"]), int(max(map(max, filter(None, pairs[0][0]["predicates"]))))
+    seeds = torch.randint(len(pairs), (SAMPLES, len(pairs)), generator=generator)
+    drawn = torch.randint(images, (SAMPLES, images), generator=generator)
+    weights = torch.zeros(SAMPLES, images, dtype=torch.float64)
+    weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    # The first row is the sample itself.
+    weights = torch.cat((torch.ones(1, images, dtype=torch.float64), weights))[:, image]
+    sampled = torch.cat((differences.mean(0, keepdim=True), differences[seeds].mean(1)))
+    total = torch.zeros(SAMPLES + 1, predicates + 1, dtype=torch.float64)
+    count = total.index_add(1, predicate, weights)
+    total.index_add_(1, predicate, weights * sampled)
+    # A predicate that is not among the drawn images counts 0, as in the metric.
+    value = (total / count.clamp(min=1)).sum(1)
+    if metric == "mR":
+        value /= sum(map(len, pairs[0][0]["groups"].values()))
+    low, high = value[1:].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return value[0].item(), low, high
+
+
+def _units(run: Run, metric: str) -> tuple[Tensor, Tensor]:
+    """Image and predicate of what a metric averages: images (predicate 0), or the predicates of each image."""
+    units = [
+        (image, predicate)
+        for image, predicates in enumerate(run["predicates"])
+        for predicate in (sorted(set(predicates)) if metric == "mR" else [0][: len(predicates)])
+    ]
+    image, predicate = torch.tensor(units).unbind(1)
+    return image, predicate
+
+
+def _recalls(run: Run, metric: str, k: int) -> Tensor:
+    """Recall of each of `_units`: float64."""
+    recalls = []
+    for predicates, ranks in zip(run["predicates"], run["ranks"], strict=True):
+        found: dict[int, list[bool]] = {}
+        for predicate, rank in zip(predicates, ranks, strict=True):
+            found.setdefault(predicate if metric == "mR" else 0, []).append(rank < k)
+        recalls += [sum(found[key]) / len(found[key]) for key in sorted(found)]
+    return torch.tensor(recalls, dtype=torch.float64)
+
+
+def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
+    """Validation recall by epoch, mean over seeds and their range."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 2), ("R@50", "mR@50"), strict=True):
+        for number, (name, runs) in enumerate(arms.items()):
+            color = "black" if number == 0 else colormaps["viridis"]((number - 1) / max(len(arms) - 2, 1))
+            values = [[100 * epoch[metric] for epoch in run["curve"]] for run in runs]
+            epochs = range(1, min(map(len, values)) + 1)
+            by_epoch = list(zip(*values))
+            axes.plot(epochs, [statistics.mean(v) for v in by_epoch], color=color, marker=".", label=name)
+            axes.fill_between(epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), color=color, alpha=0.1)
+        axes.set(xlabel="epoch", ylabel=f"validation {metric}, %")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def draw_predicates(path: Path, arms: dict[str, list[Run]]) -> None:
+    """Each arm less the first, R@100 by predicate (the supplement's Figure 2): mean over seeds, dots are seeds."""
+    from matplotlib.figure import Figure
+
+    base = {run["seed"]: run["test"] for run in next(iter(arms.values()))}
+    groups: dict[str, list[str]] = next(iter(arms.values()))[0]["groups"]
+    names = [name for predicates in groups.values() for name in predicates]
+    others = {name: runs for name, runs in list(arms.items())[1:] if any(run["seed"] in base for run in runs)}
+    figure = Figure(figsize=(12, 0.7 + 2.3 * max(len(others), 1)), layout="constrained")
+    panels = figure.subplots(max(len(others), 1), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (arm, runs) in zip(panels, others.items()):
+        change = [
+            [100 * (run["test"][f"R@100/{name}"] - base[run["seed"]][f"R@100/{name}"]) for name in names]
+            for run in runs
+            if run["seed"] in base
+        ]
+        mean = [statistics.mean(values) for values in zip(*change)]
+        better, worse = sum(value > 0 for value in mean), sum(value < 0 for value in mean)
+        axes.bar(range(len(names)), mean, color="tab:orange")
+        for values in change:
+            axes.plot(range(len(names)), values, ".", color="black", markersize=2)
+        axes.axhline(0, color="black", linewidth=0.5)
+        end = 0
+        for group, predicates in groups.items():
+            axes.axvline(end - 0.5, color="gray", linewidth=0.5)
+            axes.text(end, axes.get_ylim()[1], group, va="top", fontsize=8)
+            end += len(predicates)
+        axes.set_ylabel("points of R@100", fontsize=8)
+        axes.set_title(
+            f"{arm} less {next(iter(arms))}, {len(change)} seeds: {better} better, {worse} worse", fontsize=9
+        )
+    panels[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 30 else 6)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,182 @@
+"""`sgalign evaluate`: files of predictions, and the whole command on generated annotations."""
+
+import csv
+import json
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("lightning")
+from sgalign.cli import main  # noqa: E402
+from sgalign.data import open_dataset  # noqa: E402
+from sgalign.evaluate import PredictionFile, Predictions, split_name, table  # noqa: E402
+from sgalign.metrics import zero_shot_triplets  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def annotations(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("annotations") / "vrd"
+    assert main(["make-dataset", str(folder), "--format", "vrd", "--sizes", "30", "0", "12"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def graphs(annotations):
+    dataset = open_dataset(annotations, "test")
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def perfect(graph, predicates=20):
+    """The ground truth as a prediction; of a pair's predicates the first is the surest."""
+    pairs, row = graph.relations[:, :2], torch.arange(len(graph.relations))
+    scores = torch.zeros(len(pairs), predicates + 1)
+    scores[row, graph.relations[:, 2]] = 1 - 0.01 * row
+    return {
+        "boxes": graph.boxes,
+        "labels": graph.labels,
+        "scores": torch.ones(len(graph.labels)),
+        "pairs": pairs,
+        "predicate_scores": scores,
+    }
+
+
+def write(path, graphs):
+    if path.suffix == ".h5":
+        with PredictionFile(path) as file:
+            for graph in graphs:
+                file.write(graph.image_id, perfect(graph))
+    else:
+        images = {g.image_id: {name: value.tolist() for name, value in perfect(g).items()} for g in graphs}
+        path.write_text(json.dumps(images))
+    return path
+
+
+def evaluate(path, annotations, *options, protocol="predcls"):
+    data = "--annotations", str(annotations), "--validation-images", "5"
+    return main(["evaluate", str(path), *data, "--protocol", protocol, *options])
+
+
+@pytest.mark.parametrize("name", ["p.h5", "p.json"])
+@pytest.mark.parametrize("protocol", ["predcls", "phrdet", "vrd-relationship", "open-images"])
+def test_the_ground_truth_is_perfect(tmp_path, annotations, graphs, name, protocol, capsys):
+    path = write(tmp_path / name, graphs)
+    figures, rows = tmp_path / "figures.json", tmp_path / "figures.csv"
+    assert evaluate(path, annotations, "--json", str(figures), "--csv", str(rows), protocol=protocol) == 0
+    result = json.loads(figures.read_text())
+    for name in {"R@100", "ngR@100", "A@100", "relationship@100", "R@50", "wmAP_rel"} & result.keys():
+        assert result[name] == pytest.approx(1), name
+    with rows.open() as file:
+        assert {
+            f"{r['metric']}{'@' if r['k'] else ''}{r['k']}": float(r["value"])
+            for r in csv.DictReader(file)
+            if not r["of"]
+        } == {name: value for name, value in result.items() if "/" not in name}
+    assert "100.00" in capsys.readouterr().out
+
+
+def test_images_without_prediction_count_0_or_not_at_all(tmp_path, annotations, graphs, capsys):
+    path = write(tmp_path / "half.h5", graphs[: len(graphs) // 2])
+    with_relations = [bool(len(graph.relations)) for graph in graphs]
+    missing = sum(with_relations[len(graphs) // 2 :])
+    assert evaluate(path, annotations, "--json", str(tmp_path / "a.json")) == 0
+    assert f"{missing} images with relations have no prediction and count 0" in capsys.readouterr().err
+    share = 1 - missing / sum(with_relations)
+    assert json.loads((tmp_path / "a.json").read_text())["R@100"] == pytest.approx(share)
+    assert evaluate(path, annotations, "--skip-missing", "--json", str(tmp_path / "b.json")) == 0
+    assert json.loads((tmp_path / "b.json").read_text())["R@100"] == pytest.approx(1)
+
+
+def test_zero_shot_of_a_file_has_the_public_order_of_columns(tmp_path, annotations, graphs):
+    """The file's subject, object, predicate and what the data set's parts tell are the same triplets."""
+    train = open_dataset(annotations, "train", validation_images=0)
+    unseen = zero_shot_triplets([train[i] for i in range(len(train))], graphs)
+    assert len(unseen), "the generated test part has no unseen triplet: the test says nothing"
+    listed = tmp_path / "zero_shot.csv"
+    listed.write_text("subject,object,predicate\n" + "".join(f"{s},{o},{p}\n" for s, p, o in unseen.tolist()))
+    path = write(tmp_path / "p.h5", graphs)
+    results = []
+    for options in ((), ("--zero-shot", str(listed))):
+        assert evaluate(path, annotations, "--json", str(tmp_path / "r.json"), *options) == 0
+        results.append(json.loads((tmp_path / "r.json").read_text()))
+    assert results[0] == results[1] and results[0]["zR@100"] == pytest.approx(1)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, graphs):
+    path = tmp_path / "p.h5"
+    with pytest.raises(KeyboardInterrupt), PredictionFile(path) as file:
+        file.write("a", perfect(graphs[0]))
+        raise KeyboardInterrupt
+    assert not path.exists()
+    with pytest.raises(ValueError, match="image_id must be new, 'a'"), PredictionFile(path) as file:
+        file.write("a", perfect(graphs[0]))
+        file.write("a", perfect(graphs[0]))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "neither HDF5 nor JSON"),
+        (b"\x89HDF\r\n\x1a\n cut", "neither HDF5 nor JSON"),
+        (b"[1, 2]", "object of image ids, got list"),
+        (b'{"nowhere.jpg": {}}', "image ids must be those of the test part .* got 1 others, such as 'nowhere.jpg'"),
+        (b'{"IMAGE": 3}', "image 'IMAGE': must have boxes"),
+        (b'{"IMAGE": {"boxes": [[1, 2], [3]]}}', "image 'IMAGE': boxes must be numbers in equally long rows"),
+        (b'{"IMAGE": {"boxes": [[1, 2, 3, 4]], "labels": [1.5]}}', "labels must be whole numbers, got torch.float32"),
+        (b'{"IMAGE": {"boxes": [[1, 2, 3, 4]], "labels": [1]}}', "image 'IMAGE': prediction must have scores"),
+    ],
+)
+def test_bad_files_are_one_sentence(tmp_path, annotations, graphs, content, message, capsys):
+    path = tmp_path / "bad"
+    image = next(graph.image_id for graph in graphs if len(graph.relations))
+    path.write_bytes(content.replace(b"IMAGE", image.encode()))
+    assert evaluate(path, annotations) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message.replace("IMAGE", image), error), error
+
+
+def test_truncated_hdf5_is_refused(tmp_path, annotations, graphs, capsys):
+    path = write(tmp_path / "p.h5", graphs)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert evaluate(path, annotations) == 1 and "cut short" in capsys.readouterr().err
+
+
+def test_json_without_objects(tmp_path, graphs):
+    path = tmp_path / "p.json"
+    path.write_text('{"a": {"boxes": [], "labels": [], "triplets": [], "triplet_scores": []}}')
+    fields = Predictions(path)["a"]
+    assert fields["boxes"].shape == (0, 4) and fields["triplets"].shape == (0, 3)
+    assert fields["labels"].dtype == torch.int64
+
+
+def test_options_that_do_not_go_together(annotations, capsys):
+    for options, protocol in ((["--skip-missing"], "open-images"), (["--predicates-per-pair", "2"], "sgdet")):
+        with pytest.raises(SystemExit):
+            evaluate("p.h5", annotations, *options, protocol=protocol)
+        assert f"for --protocol {protocol}" in capsys.readouterr().err
+
+
+def test_table_and_names():
+    assert split_name("mR@50/head") == ("mR", 50, "head") and split_name("score_wtd") == ("score_wtd", None, "")
+    lines = table({"R@20": 0.5, "R@50": 0.75, "R@50/on": 1, "mR@50/head": 0.25, "score_wtd": 0.1}).splitlines()
+    assert [line.split() for line in lines] == [
+        ["@20", "@50"],
+        ["R", "50.00", "75.00"],
+        ["mR", "head", "25.00"],
+        ["score_wtd", "10.00"],
+    ]
+
+
+def test_vrd_zero_shot_relations_are_as_many_as_published_annotations_have(vrd_root):
+    """1170 of 7638, as counted from the released files."""
+    parts = {part: open_dataset(vrd_root, part) for part in ("train", "validation", "test")}
+    graphs = {part: [data[index] for index in range(len(data))] for part, data in parts.items()}
+    unseen = {tuple(t) for t in zero_shot_triplets(graphs["train"] + graphs["validation"], graphs["test"]).tolist()}
+    triplets = [
+        (int(graph.labels[s]), p, int(graph.labels[o]))
+        for graph in graphs["test"]
+        for s, o, p in graph.relations.tolist()
+    ]
+    assert len(triplets) == 7638 and sum(triplet in unseen for triplet in triplets) == 1170
