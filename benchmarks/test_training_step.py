@@ -22,8 +22,8 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead  # noqa: E402
 
 from sgalign import relation_alignment_loss  # noqa: E402
 from sgalign.data import GraphBatch, SceneGraph, collate  # noqa: E402
+from sgalign.longtail import RelationLoss  # noqa: E402
 from sgalign.models import Motifs  # noqa: E402
-from sgalign.training import relation_loss  # noqa: E402
 
 IMAGES, OBJECTS, PAIRS = 4, 40, 1024
 CLASSES, PREDICATES, DIM, HIDDEN = 151, 51, 4096, 512
@@ -39,6 +39,7 @@ class Step:
             torch.ones(CLASSES, CLASSES, PREDICATES), hidden_dim=HIDDEN, relation_dim=DIM, object_dim=DIM
         ).train()
         self.mirrored_head = self.motifs.new_predicate_head()
+        self.relation_loss = RelationLoss(torch.ones(PREDICATES))
         graphs = []
         for _ in range(IMAGES):
             corner = torch.rand(OBJECTS, 2) * 300
@@ -67,12 +68,12 @@ class Step:
         return torch.rand(IMAGES * OBJECTS, 1) < 0.1
 
     def motifs_alone(self) -> Tensor:
-        return relation_loss(self.motifs(self.seen()).logits, self.batch.targets)
+        return self.relation_loss(self.motifs(self.seen()).logits, self.batch.targets)[0]
 
     def align_motifs(self) -> Tensor:
         prediction, mirrored = self.motifs.dual_branch(self.seen(), self.mirrored_head, dropped=self.dropped())
         alignment = relation_alignment_loss(prediction.logits, mirrored)
-        return relation_loss(prediction.logits, self.batch.targets) + 10 * alignment
+        return self.relation_loss(prediction.logits, self.batch.targets)[0] + 10 * alignment
 
     def two_passes(self) -> Tensor:
         """The relation branch as in the public code, run again on masked input; what lies before it runs once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -30,44 +31,118 @@ DEPTH = 100  # of the ranks that are kept
 
 
 class Arm(NamedTuple):
-    """A row of a table: the name, whether it has a mirror, options of its module and of `ScarceData`."""
+    """A row of a table: its name, module, the module's options, and those of `ScarceData`."""
 
     name: str
-    mirror: bool
-    options: dict[str, Any] = {}  # noqa: RUF012
-    data: dict[str, Any] = {}  # noqa: RUF012
+    module: str
+    options: dict[str, Any]
+    data: dict[str, Any]
 
 
 class Study(NamedTuple):
-    """Arms that are compared, the first being what the others are compared with."""
+    """Arms that are compared, each with the one that `base` names."""
 
     title: str
-    epochs: int
     arms: list[Arm]
+    base: str = "Motifs"
 
 
-def _align(name: str, **options: Any) -> Arm:
-    return Arm(name, True, options)
-
-
+EPOCHS = 6
 # The paper's baseline has far more mean recall than plain Motifs, so that it must be rebalanced somehow.
-BALANCED = {"predicate_weights": "inverse_frequency"}
+BALANCED: dict[str, Any] = {"predicate_weights": "inverse_frequency"}
+
+
+def motifs(name: str = "Motifs", data: dict[str, Any] | None = None, **options: Any) -> Arm:
+    return Arm(name, "MotifsModule", options, data or {})
+
+
+def align(name: str = "Align-Motifs", data: dict[str, Any] | None = None, **options: Any) -> Arm:
+    return Arm(name, "AlignMotifsModule", options, data or {})
+
+
+def _pairs(kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> list[Arm]:
+    """Motifs and Align-Motifs with the options and the data of each kind."""
+    return [
+        make(f"{name}, {kind}", data, **options)
+        for kind, (data, options) in kinds.items()
+        for name, make in (("Motifs", motifs), ("Align-Motifs", align))
+    ]
+
+
 STUDIES = {
-    "masking-ratio": Study(
-        "Masking ratio p at loss weight 10 (the supplement's Table 1)",
-        8,
+    "learning-rate": Study(
+        "Learning rate, of which 1e-3 is the default",
         [
-            Arm("Motifs", False, BALANCED),
-            *(_align(f"p = {p}", mask_ratio=p, **BALANCED) for p in (0.0, 0.05, 0.1, 0.2, 0.4, 0.6)),
+            make(f"{name}, {rate:g}", learning_rate=rate, **BALANCED)
+            for rate in (1e-3, 5e-4, 2e-3)
+            for name, make in (("Motifs", motifs), ("Align-Motifs", align))
         ],
+        "Motifs, 0.001",
+    ),
+    "masking-ratio": Study(
+        "Masking ratio p at loss weight 10: the supplement's Table 1",
+        [motifs(**BALANCED)] + [align(f"p = {p:g}", mask_ratio=p, **BALANCED) for p in (0.0, 0.05, 0.1, 0.2, 0.4, 0.6)],
     ),
     "loss-weight": Study(
-        "Loss weight at p = 0.1 (the supplement's Table 2)",
-        8,
-        [
-            Arm("Motifs", False, BALANCED),
-            *(_align(f"weight = {w}", alignment_weight=w, **BALANCED) for w in (0.1, 1.0, 10.0, 50.0, 100.0)),
+        "Loss weight at p = 0.1: the supplement's Table 2",
+        [motifs(**BALANCED)]
+        + [
+            align(f"weight = {w:g}", mask_ratio=0.1, alignment_weight=w, **BALANCED)
+            for w in (0.1, 1.0, 10.0, 50.0, 100.0)
         ],
+    ),
+    "controls": Study(
+        "Controls: what remains when a part of the method is taken away",
+        [
+            motifs(**BALANCED),
+            align(**BALANCED),
+            align("mirror unmasked", mask_ratio=0.0, **BALANCED),
+            align("mirror trained by cross-entropy alone", alignment_weight=0.0, supervise_mirror=True, **BALANCED),
+            Arm("no mirror, its masking as dropout", "MaskedMotifsModule", BALANCED, {}),
+            motifs("half the learning rate", learning_rate=5e-4, **BALANCED),
+            align("loss as mean over relations, tied head", reduction="relation", tied_head=True, **BALANCED),
+            align("mask of single features", mask_granularity="feature", **BALANCED),
+            align("symmetric loss", direction="symmetric", **BALANCED),
+        ],
+    ),
+    "unbalanced": Study(
+        "Plain cross-entropy: how the loss is scaled, and whether the mirror has a head of its own",
+        [
+            motifs(),
+            align(),
+            align("mean over relations, weight 1", reduction="relation", alignment_weight=1.0),
+            align("mean over relations, weight 10", reduction="relation"),
+            align("mean over relations, weight 10, tied head", reduction="relation", tied_head=True),
+        ],
+    ),
+    "scarce": Study(
+        "Fewer and worse labels",
+        _pairs(
+            {
+                "all labels": ({}, BALANCED),
+                "10 % of images labelled, no others": ({"labelled": 0.1, "unlabelled": False}, BALANCED),
+                "10 % of images labelled, others seen": ({"labelled": 0.1}, BALANCED),
+                "half of the relations missing": ({"missing": 0.5}, BALANCED),
+                "30 % of the labels wrong": ({"wrong": 0.3}, BALANCED),
+            }
+        ),
+        "Motifs, all labels",
+    ),
+    "long-tail": Study(
+        "Means against the long tail",
+        _pairs(
+            {
+                "plain": ({}, {}),
+                "frequency^-0.5": ({}, BALANCED),
+                "frequency^-1": ({}, BALANCED | {"predicate_weight_power": 1.0}),
+                "effective number": ({}, {"predicate_weights": "effective_number"}),
+                "repeated images": ({"repeat_threshold": 0.13}, {}),
+                "repeated images, instances dropped": ({"repeat_threshold": 0.13, "instance_drop": 1.6}, {}),
+                "logits adjusted in training": ({}, {"logit_adjustment": 0.5}),
+                "logits adjusted at test": ({}, {"logit_adjustment_test": 0.5}),
+            }
+        ),
+        "Motifs, plain",
     ),
 }
 
@@ -133,6 +208,20 @@ def _collate_without_labels(collate: Any, ids: set[str], graphs: Sequence[SceneG
     return batch._replace(targets=batch.targets * labelled[batch.images[batch.pairs[:, 0]], None])
 
 
+class MaskedMotifsModule(AlignMotifsModule):
+    """A control: Motifs trained on what a mirror would see, without the other branch."""
+
+    def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self.see(batch, batch_index)
+        dropped = self.draw_mask(batch, batch_index)
+        _, masked_logits = self.network.dual_branch(batch, self.network.predicate, dropped=dropped)
+        loss, _ = self.relation_loss(masked_logits, batch.targets)
+        return loss, {"loss": loss}
+
+
+MODULES = {kind.__name__: kind for kind in (MotifsModule, AlignMotifsModule, MaskedMotifsModule)}
+
+
 # ---- one run
 
 
@@ -144,7 +233,9 @@ class _Curve(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, RelationModule)
-        self.epochs.append({k: round(float(v), 5) for k, v in pl_module.recall.compute().items() if "/" not in k})
+        figures = pl_module.recall.compute().items()
+        names = pl_module.predicate_names
+        self.epochs.append({k: round(v.item(), 5) for k, v in figures if k.partition("/")[2] not in names})
 
 
 def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[str, Any]:
@@ -154,7 +245,7 @@ def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[
     pl.seed_everything(seed, verbose=False)
     start = time.monotonic()
     data = ScarceData(root, seed=seed, **arm.data)
-    module = (AlignMotifsModule if arm.mirror else MotifsModule)(**arm.options)
+    module = MODULES[arm.module](**arm.options)
     curve = _Curve()
     trainer = pl.Trainer(
         accelerator="auto",
@@ -170,9 +261,8 @@ def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[
     trainer.fit(module, datamodule=data)
     trainer.test(module, datamodule=data, verbose=False)
     result = {
-        "arm": arm.name,
         "seed": seed,
-        "settings": settings(arm, epochs),
+        "settings": settings(root, arm, epochs),
         "seconds": round(time.monotonic() - start),
         "curve": curve.epochs,
         "test": {name: round(value.item(), 5) for name, value in module.recall.compute().items()},
@@ -189,8 +279,16 @@ def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[
     return result
 
 
-def settings(arm: Arm, epochs: int) -> dict[str, Any]:
-    return {"mirror": arm.mirror, "epochs": epochs, **arm.options, **arm.data}
+def settings(root: str | None, arm: Arm, epochs: int) -> dict[str, Any]:
+    """What tells runs apart, besides the seed: arms of several studies share those of the same settings."""
+    data = "generated scenes" if root is None else Path(root).name
+    defaults = dict(MODULES[arm.module]().hparams)
+    return {"module": arm.module, "data": data, "epochs": epochs, **defaults, **arm.options, **arm.data}
+
+
+def run_path(folder: Path, root: str | None, arm: Arm, seed: int, epochs: int) -> Path:
+    digest = hashlib.sha256(json.dumps(settings(root, arm, epochs), sort_keys=True).encode()).hexdigest()
+    return folder / "runs" / f"{digest[:12]}_{seed}.json"
 
 
 @torch.no_grad()
@@ -214,10 +312,10 @@ def ranks(module: RelationModule, loader: DataLoader[GraphBatch]) -> list[list[i
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sgalign ablate", description=__doc__)
-    parser.add_argument("study", nargs="+", choices=STUDIES, help="what to vary")
+    parser.add_argument("study", nargs="+", choices=STUDIES, metavar="STUDY", help=f"of {', '.join(STUDIES)}")
     parser.add_argument("--data", metavar="FOLDER", help="a data set; without it, the generated scenes")
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="runs a row (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, help="of each training (default: the study's)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each training (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for results; a second call goes on")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: %(default)s)")
     return parser
@@ -227,46 +325,32 @@ def main(arguments: Sequence[str]) -> int:
     """`sgalign ablate STUDY --out FOLDER`: whatever run is not in the folder yet is done; then come the tables."""
     options = parser().parse_args(arguments)
     for name in ("seeds", "jobs", "epochs"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
+        if (value := getattr(options, name)) < 1:
             parser().error(f"--{name} must be at least 1, got {value}")
-    for name in options.study:
-        study = STUDIES[name]
-        if options.epochs is not None:
-            study = study._replace(epochs=options.epochs)
-        run_study(name, study, options.data, range(options.seeds), options.out, options.jobs)
-    from sgalign.report import main as report
-
-    return report([str(options.out)])
-
-
-def run_study(name: str, study: Study, root: str | None, seeds: Sequence[int], out: Path, jobs: int) -> None:
-    """Runs what is missing; the first runs of all arms before the second ones, so that a part of it says something."""
-    folder = out / "runs" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    tasks = []
-    for seed in seeds:
-        for number, arm in enumerate(study.arms):
-            path = folder / f"{number:02}_{seed}.json"
+    tasks: dict[Path, tuple[Any, ...]] = {}
+    # All arms with one seed before any with the next, so that a part of it says something.
+    for seed in range(options.seeds):
+        for arm in (arm for name in options.study for arm in STUDIES[name].arms):
+            path = run_path(options.out, options.data, arm, seed, options.epochs)
             if not path.exists():
-                tasks.append((root, arm, seed, study.epochs, path))
-            elif (there := json.loads(path.read_text()))["settings"] != settings(arm, study.epochs):
-                raise ValueError(f"{path}: is of {there['settings']}, not {settings(arm, study.epochs)}: move it away")
-    print(f"{study.title}: {len(tasks)} of {len(seeds) * len(study.arms)} runs to do", flush=True)
-    for result in _results(tasks, jobs):
-        test = result["test"]
-        print(
-            f"{result['arm']}, seed {result['seed']}: test R@50 {100 * test['R@50']:.2f}, mR@50 "
-            f"{100 * test['mR@50']:.2f}, {result['seconds']} s",
-            flush=True,
-        )
+                tasks[path] = options.data, arm, seed, options.epochs, path
+    (options.out / "runs").mkdir(parents=True, exist_ok=True)
+    for number, (arm, result) in enumerate(_results(list(tasks.values()), options.jobs), 1):
+        test = {name: f"{100 * result['test'][name]:.1f}" for name in ("R@50", "mR@50")}
+        of = f"{number}/{len(tasks)} {arm.name}, seed {result['seed']}"
+        print(f"{of}: test R@50 {test['R@50']}, mR@50 {test['mR@50']}, {result['seconds']} s", flush=True)
+    from sgalign import report
+
+    report.write(options.out, options.study, options.data, options.epochs)
+    return 0
 
 
-def _results(tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[dict[str, Any]]:
+def _results(tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[tuple[Arm, dict[str, Any]]]:
     if jobs == 1:
-        yield from (run(*task) for task in tasks)
+        yield from ((task[1], run(*task)) for task in tasks)
         return
     # Small operations gain little from threads: several runs side by side, one thread each, do more.
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for future in as_completed([pool.submit(run, *task) for task in tasks]):
-            yield future.result()
+        futures = {pool.submit(run, *task): task[1] for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()

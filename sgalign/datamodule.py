@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from sgalign.data import (
     Detections,
@@ -23,7 +23,9 @@ from sgalign.data import (
     read_detections,
 )
 from sgalign.features import FeatureCache
+from sgalign.longtail import RepeatSampler, drop_repeated, repeat_factors
 from sgalign.metrics import predicate_groups, zero_shot_triplets
+from sgalign.sampling import step_seed
 
 Split = Literal["train", "validation", "test"]
 
@@ -47,6 +49,10 @@ class SceneGraphData(pl.LightningDataModule):
         detections: file of `sgalign.data.read_detections`, whose objects take the place of the annotated ones in the
             test part (SGDet of a model of labels and boxes).
         num_workers: processes that read images; 0 reads them in the training process.
+        repeat_threshold: t of `sgalign.longtail.repeat_factors`, which images of rare predicates are repeated by; 0 for
+            not at all.
+        instance_drop: rate of `sgalign.longtail.drop_repeated`, for images that are repeated. Not for SGDet, whose
+            training pairs are made of detections.
     """
 
     def __init__(
@@ -59,8 +65,14 @@ class SceneGraphData(pl.LightningDataModule):
         features: str | None = None,
         detections: str | None = None,
         num_workers: int = 0,
+        repeat_threshold: float = 0.0,
+        instance_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        for option, value in (("repeat_threshold", repeat_threshold), ("instance_drop", instance_drop)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{option} must be at least 0 and finite, got {value}")
+        self.repeat_threshold, self.instance_drop = repeat_threshold, instance_drop
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.root, self.batch_size, self.seed, self.validation_images = root, batch_size, seed, validation_images
@@ -117,9 +129,20 @@ class SceneGraphData(pl.LightningDataModule):
         # Also where there is one process: Lightning tells it the epoch, also after a resume.
         assert self.trainer is not None
         world, rank = self.trainer.world_size, self.trainer.global_rank
-        images = range(len(self.train))
-        sampler: DistributedSampler[int] = DistributedSampler(images, num_replicas=world, rank=rank, seed=self.seed)  # type: ignore[arg-type]
+        sampler = RepeatSampler(self.train, self.repeat_factors, num_replicas=world, rank=rank, seed=self.seed)
         return self._loader(self.train, sampler=sampler)
+
+    @cached_property
+    def repeat_factors(self) -> Tensor:
+        return repeat_factors(self.train, len(self.predicate_names) - 1, self.repeat_threshold)
+
+    def on_after_batch_transfer(self, batch: GraphBatch, dataloader_idx: int) -> GraphBatch:
+        if not self.instance_drop or self.trainer is None or not self.trainer.training:
+            return batch
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        seed = step_seed(self.seed, step, 0, self.trainer.global_rank, purpose="instance drop")
+        generator = torch.Generator().manual_seed(seed)
+        return drop_repeated(batch, self.repeat_factors, self.instance_drop, generator)
 
     def val_dataloader(self) -> DataLoader[GraphBatch]:
         return self._loader(self.validation, sampler=self._shard(self.validation))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign.ablate import STUDIES
+from sgalign.ablate import EPOCHS, STUDIES, Study, run_path
 from sgalign.evaluate import split_name
 
 COLUMNS = ("R@50", "mR@50", "mR@100", "ngR@50", "zR@100", "mR@100/tail")
@@ -27,36 +27,49 @@ def main(arguments: Sequence[str]) -> int:
     """`sgalign report FOLDER`."""
     parser = argparse.ArgumentParser("sgalign report", description=__doc__)
     parser.add_argument("folder", type=Path, help="that sgalign ablate has written")
-    folder = parser.parse_args(arguments).folder
-    studies = {path.name: read_runs(path) for path in sorted((folder / "runs").glob("*")) if path.is_dir()}
-    studies = {name: runs for name, runs in studies.items() if runs}
-    if not studies:
-        raise FileNotFoundError(f"{folder}: must be a folder that sgalign ablate has written, has no runs")
-    write_csv(folder / "results.csv", studies)
-    lines = []
-    for name, runs in studies.items():
-        lines += [f"## {STUDIES[name].title if name in STUDIES else name}", "", *table(runs), ""]
-        draw_curves(folder / f"{name}_curves.png", runs)
-        draw_predicates(folder / f"{name}_predicates.png", runs)
-    (folder / "tables.md").write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
-    print(f"numbers {folder / 'results.csv'}, tables {folder / 'tables.md'}, figures {folder}/*.png")
+    parser.add_argument("--data", metavar="FOLDER", help="the data set of the runs (default: generated scenes)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the runs (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    write(options.folder, list(STUDIES), options.data, options.epochs)
     return 0
 
 
-def read_runs(folder: Path) -> dict[str, list[Run]]:
+def write(folder: Path, names: Sequence[str], root: str | None, epochs: int) -> None:
+    """Tables and figures of those studies that have runs, into their folder.
+
+    Raises:
+        FileNotFoundError: none of them has runs.
+    """
+    studies = {name: read_runs(folder, STUDIES[name], root, epochs) for name in names}
+    studies = {name: arms for name, arms in studies.items() if STUDIES[name].base in arms}
+    if not studies:
+        raise FileNotFoundError(f"{folder}: must be a folder of sgalign ablate with runs of {', '.join(names)}")
+    write_csv(folder / "results.csv", studies)
+    lines = []
+    for name, arms in studies.items():
+        lines += [f"## {STUDIES[name].title}", "", *table(arms, STUDIES[name].base), ""]
+        draw_curves(folder / f"{name}_curves.png", arms)
+        draw_predicates(folder / f"{name}_predicates.png", arms, STUDIES[name].base)
+    (folder / "tables.md").write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+    print(f"numbers {folder / 'results.csv'}, tables {folder / 'tables.md'}, figures {folder}/*.png")
+
+
+def read_runs(folder: Path, study: Study, root: str | None, epochs: int) -> dict[str, list[Run]]:
     """The runs of a study by arm, in the study's order, seeds in order.
 
     Raises:
         ValueError: a file is not of a run; names it.
     """
     arms: dict[str, list[Run]] = {}
-    for path in sorted(folder.glob("*.json"), key=lambda path: [int(part) for part in path.stem.split("_")]):
-        try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-            arms.setdefault(run["arm"], []).append(run)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a run of sgalign ablate ({error}): delete it, run again") from error
+    for arm in study.arms:
+        first = run_path(folder, root, arm, 0, epochs)
+        for path in sorted(first.parent.glob(first.name.replace("_0.json", "_*.json"))):
+            try:
+                run = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path}: not a run of sgalign ablate ({error}): delete it, run again") from error
+            arms.setdefault(arm.name, []).append(run)
     return arms
 
 
@@ -66,17 +79,15 @@ def write_csv(path: Path, studies: dict[str, dict[str, list[Run]]]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("study", "arm", "seed", "part", "epoch", "metric", "k", "of", "value"))
         for study, arms in studies.items():
-            for run in (run for runs in arms.values() for run in runs):
+            for arm, run in ((arm, run) for arm, runs in arms.items() for run in runs):
                 parts = [("validation", epoch, figures) for epoch, figures in enumerate(run["curve"], 1)]
                 for part, epoch, figures in [*parts, ("test", "", run["test"])]:
                     for name, value in figures.items():
-                        row = study, run["arm"], run["seed"], part, epoch, *split_name(name), value
-                        writer.writerow(row)
+                        writer.writerow((study, arm, run["seed"], part, epoch, *split_name(name), value))
 
 
-def table(arms: dict[str, list[Run]]) -> list[str]:
-    """Markdown: mean and standard deviation over seeds in percent, and differences to the first arm with intervals."""
-    base = next(iter(arms.values()))
+def table(arms: dict[str, list[Run]], base: str) -> list[str]:
+    """Markdown: mean and standard deviation over seeds in percent, and differences to the base with intervals."""
     lines = [
         "| | seeds | validation mR@50 | " + " | ".join(f"test {column}" for column in COLUMNS) + " |",
         "|" + "---|" * (len(COLUMNS) + 3),
@@ -86,11 +97,13 @@ def table(arms: dict[str, list[Run]]) -> list[str]:
         cells = [spread([run["test"][column] for run in runs]) for column in COLUMNS]
         lines.append(f"| {name} | {len(runs)} | {validation} | " + " | ".join(cells) + " |")
     headers = [f"{metric}@{k}" for metric, k in PAIRED]
-    lines += ["", f"| less {next(iter(arms))} | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 1)]
-    for name, runs in list(arms.items())[1:]:
+    lines += ["", f"| less {base} | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 1)]
+    for name, runs in arms.items():
+        if name == base:
+            continue
         cells = []
         for metric, k in PAIRED:
-            difference, low, high = paired_difference(runs, base, metric, k)
+            difference, low, high = paired_difference(runs, arms[base], metric, k)
             beyond = "" if low <= 0 <= high else " *"
             cells.append(f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}){beyond}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -185,21 +198,21 @@ def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_predicates(path: Path, arms: dict[str, list[Run]]) -> None:
-    """Each arm less the first, R@100 by predicate (the supplement's Figure 2): mean over seeds, dots are seeds."""
+def draw_predicates(path: Path, arms: dict[str, list[Run]], base: str) -> None:
+    """Each arm less the base, R@100 by predicate (the supplement's Figure 2): mean over seeds, dots are seeds."""
     from matplotlib.figure import Figure
 
-    base = {run["seed"]: run["test"] for run in next(iter(arms.values()))}
-    groups: dict[str, list[str]] = next(iter(arms.values()))[0]["groups"]
+    of_base = {run["seed"]: run["test"] for run in arms[base]}
+    groups: dict[str, list[str]] = arms[base][0]["groups"]
     names = [name for predicates in groups.values() for name in predicates]
-    others = {name: runs for name, runs in list(arms.items())[1:] if any(run["seed"] in base for run in runs)}
+    others = {name: runs for name, runs in arms.items() if name != base}
     figure = Figure(figsize=(12, 0.7 + 2.3 * max(len(others), 1)), layout="constrained")
     panels = figure.subplots(max(len(others), 1), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (arm, runs) in zip(panels, others.items()):
         change = [
-            [100 * (run["test"][f"R@100/{name}"] - base[run["seed"]][f"R@100/{name}"]) for name in names]
+            [100 * (run["test"][f"R@100/{name}"] - of_base[run["seed"]][f"R@100/{name}"]) for name in names]
             for run in runs
-            if run["seed"] in base
+            if run["seed"] in of_base
         ]
         mean = [statistics.mean(values) for values in zip(*change)]
         better, worse = sum(value > 0 for value in mean), sum(value < 0 for value in mean)
@@ -213,8 +226,6 @@ def draw_predicates(path: Path, arms: dict[str, list[Run]]) -> None:
             axes.text(end, axes.get_ylim()[1], group, va="top", fontsize=8)
             end += len(predicates)
         axes.set_ylabel("points of R@100", fontsize=8)
-        axes.set_title(
-            f"{arm} less {next(iter(arms))}, {len(change)} seeds: {better} better, {worse} worse", fontsize=9
-        )
+        axes.set_title(f"{arm} less {base}, {len(change)} seeds: {better} better, {worse} worse", fontsize=9)
     panels[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 30 else 6)
     figure.savefig(path, dpi=120)

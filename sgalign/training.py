@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,8 @@ from torchvision.ops import box_iou
 
 from sgalign.alignment import DIRECTIONS, REDUCTIONS, relation_alignment_loss
 from sgalign.data import GraphBatch, Objects, read_word_vectors
-from sgalign.metrics import PROTOCOLS, SceneGraphEvaluator
+from sgalign.longtail import PredicateWeights, RelationLoss
+from sgalign.metrics import SceneGraphEvaluator
 from sgalign.models import (
     Detector,
     FrequencyBaseline,
@@ -29,7 +28,7 @@ from sgalign.models import (
     predicate_counts,
 )
 from sgalign.random_mask import random_attention_mask
-from sgalign.sampling import match_detections, sample_pairs
+from sgalign.sampling import match_detections, sample_pairs, step_seed
 
 
 class RelationModule(pl.LightningModule):
@@ -282,6 +281,8 @@ class MotifsModule(RelationModule):
         learning_rate: for batches of `learning_rate_images` images over all processes, and in proportion for others.
         learning_rate_images: None for a learning rate that no batch size changes.
         warmup_steps: over which the learning rate grows from a tenth.
+        predicate_weights, predicate_weight_power, effective_number_beta, logit_adjustment, logit_adjustment_test: of
+            `sgalign.longtail.RelationLoss`.
     """
 
     network: Motifs
@@ -304,6 +305,11 @@ class MotifsModule(RelationModule):
         learning_rate: float = 1e-3,
         learning_rate_images: int | None = None,
         warmup_steps: int = 0,
+        predicate_weights: PredicateWeights = "none",
+        predicate_weight_power: float = 0.5,
+        effective_number_beta: float = 0.999,
+        logit_adjustment: float = 0.0,
+        logit_adjustment_test: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -325,7 +331,13 @@ class MotifsModule(RelationModule):
             raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
         if not 0 < learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be above 0 and finite, got {learning_rate}")
-        check_choice("protocol", protocol, PROTOCOLS)
+        if not 0 <= effective_number_beta < 1:
+            raise ValueError(f"effective_number_beta must be in [0, 1), got {effective_number_beta}")
+        for name in ("predicate_weight_power", "logit_adjustment", "logit_adjustment_test"):
+            if not 0 <= options[name] < float("inf"):
+                raise ValueError(f"{name} must be at least 0 and finite, got {options[name]}")
+        check_choice("predicate_weights", predicate_weights, ("none", "inverse_frequency", "effective_number"))
+        check_choice("protocol", protocol, ("predcls", "sgcls", "sgdet"))
         check_choice("vision", vision, ("none", "cached", "images"))
         check_choice("optimizer", optimizer, ("adam", "sgd"))
         needed = {"predcls": ("none", "cached", "images"), "sgcls": ("cached", "images"), "sgdet": ("images",)}
@@ -343,6 +355,14 @@ class MotifsModule(RelationModule):
         sizes = {name: options[name] for name in ("embed_dim", "hidden_dim", "relation_dim")}
         object_dim = 0 if options.vision == "none" else options.relation_dim
         self.network = Motifs(counts, **sizes, object_dim=object_dim, decodes_labels=self.protocol != "predcls")
+        self.relation_loss = RelationLoss(
+            counts.sum((0, 1)),
+            weights=options.predicate_weights,
+            power=options.predicate_weight_power,
+            beta=options.effective_number_beta,
+            adjustment=options.logit_adjustment,
+            adjustment_test=options.logit_adjustment_test,
+        )
         if options.vision == "images":
             sizes = {name: options[name] for name in ("backbone", "min_size", "max_size", "detections_per_image")}
             self.detector = Detector(len(counts), **sizes)
@@ -360,6 +380,10 @@ class MotifsModule(RelationModule):
         if options.vision == "images" and options.detector_weights is not None:
             self.detector.load_weights(options.detector_weights)
             self.regions.load_box_head(self.detector)
+
+    def forward(self, batch: GraphBatch) -> Prediction:
+        prediction = self.network(batch)
+        return prediction._replace(logits=self.relation_loss.adjusted(prediction.logits))
 
     # ---- what is seen
 
@@ -391,7 +415,7 @@ class MotifsModule(RelationModule):
 
     def _sample(self, batch: GraphBatch, batch_index: int) -> GraphBatch:
         rows = sample_pairs(
-            batch.targets[:, 0] < 1,
+            batch.targets[:, 1:].any(1),
             batch.images[batch.pairs[:, 0]],
             limit=self.options.relations_per_image,
             generator=self._generator(batch_index),
@@ -441,7 +465,7 @@ class MotifsModule(RelationModule):
 
     def _generator(self, batch_index: int) -> torch.Generator:
         """Of the step's samples; as the mask, it repeats in a resumed run and differs between ranks."""
-        seed = mask_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose="samples")
+        seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose="samples")
         return torch.Generator().manual_seed(seed)
 
     # ---- training
@@ -453,7 +477,8 @@ class MotifsModule(RelationModule):
 
     def supervised_loss(self, prediction: Prediction, batch: GraphBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Of relations, and of objects where their classes are decoded."""
-        loss = relation_loss(prediction.logits, batch.targets) * self.share(len(batch.targets))
+        loss, labelled = self.relation_loss(prediction.logits, batch.targets)
+        loss = loss * self.share(labelled)
         parts = {"loss": loss}
         if prediction.object_logits is not None:
             objects = functional.cross_entropy(prediction.object_logits, batch.labels, reduction="sum")
@@ -461,14 +486,15 @@ class MotifsModule(RelationModule):
             loss = loss + parts["objects"]
         return loss, parts
 
-    def share(self, count: float) -> float:
+    def share(self, count: float | Tensor) -> float | Tensor:
         """This process's part of all elements, times the processes: makes the mean of their means that of them all."""
         world = self.trainer.world_size if self._trainer is not None else 1
         if world == 1:
             return 1.0
-        total = torch.tensor(float(count), device=self.device)
+        own = torch.as_tensor(count, dtype=torch.float32, device=self.device)
+        total = own.clone()
         torch.distributed.all_reduce(total)
-        return world * count / max(total.item(), 1.0)
+        return world * own / total.clamp(min=1e-12)
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
         loss, parts = self.losses(batch, batch_index)
@@ -577,13 +603,14 @@ class AlignMotifsModule(MotifsModule):
         warmup = min(1.0, self.global_step / options.alignment_warmup) if options.alignment_warmup else 1.0
         loss = loss + options.alignment_weight * warmup * parts["alignment"]
         if options.supervise_mirror:
-            loss = loss + relation_loss(mirrored_logits, batch.targets) * self.share(len(batch.targets))
+            mirrored_loss, labelled = self.relation_loss(mirrored_logits, batch.targets)
+            loss = loss + mirrored_loss * self.share(labelled)
         return loss, parts
 
     def draw_mask(self, batch: GraphBatch, batch_index: int) -> Tensor:
         """What this step's mirror does not see, drawn as attention masks are: bool `[T, 1]` (row), `[T, F]` (feature)
         or `[R, 1]` (union)."""
-        seed = mask_seed(self.run_seed, self.global_step, batch_index, self.global_rank)
+        seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank)
         images, objects = len(batch.lengths), int(batch.lengths.max())
         draw = partial(random_attention_mask, ratio=self.options.mask_ratio, seed=seed, device=batch.boxes.device)
         if self.options.mask_granularity == "row":
@@ -595,7 +622,7 @@ class AlignMotifsModule(MotifsModule):
 
     def _weights(self, batch: GraphBatch, dropped: Tensor) -> Tensor | None:
         if self.options.aligned_relations == "foreground":
-            return 1 - batch.targets[:, 0]
+            return batch.targets[:, 1:].sum(1)
         if self.options.aligned_relations == "masked":
             if self.options.mask_granularity == "union":
                 return dropped[:, 0].float()
@@ -612,18 +639,3 @@ def pixels_of(batch: GraphBatch) -> list[Tensor]:
 def check_choice(name: str, choice: str, choices: Sequence[str]) -> None:
     if choice not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {choice!r}")
-
-
-def relation_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits `[R, K + 1]` with target distributions of the same shape; 0 without pairs."""
-    return functional.cross_entropy(logits, targets, reduction="sum") / max(len(targets), 1)
-
-
-def mask_seed(run_seed: int, step: int, micro_batch: int, rank: int, *, purpose: str = "mask") -> int:
-    """A seed in the range of int64 for what one step draws; any change of an argument gives an unrelated one.
-
-    Of explicit arguments rather than of torch's generator, so that ranks differ and a resumed run repeats.
-    """
-    packed = struct.pack("<4q", *(value % (1 << 64) - (1 << 63) for value in (run_seed, step, micro_batch, rank)))
-    digest = hashlib.blake2b(packed, digest_size=8, person=b"" if purpose == "mask" else purpose.encode())
-    return int.from_bytes(digest.digest(), "little", signed=True)
