@@ -93,7 +93,7 @@ def table(arms: dict[str, list[Run]], base: str) -> list[str]:
         "|" + "---|" * (len(COLUMNS) + 3),
     ]
     for name, runs in arms.items():
-        validation = spread([run["curve"][-1]["mR@50"] for run in runs])
+        validation = spread([run["curve"][run["epoch"] - 1]["mR@50"] for run in runs])
         cells = [spread([run["test"][column] for run in runs]) for column in COLUMNS]
         lines.append(f"| {name} | {len(runs)} | {validation} | " + " | ".join(cells) + " |")
     headers = [f"{metric}@{k}" for metric, k in PAIRED]

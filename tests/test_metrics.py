@@ -3,6 +3,7 @@
 import json
 import math
 
+import evaluation_oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,6 +82,100 @@ batches = st.lists(images(), max_size=4)
 
 def split(batch):
     return [p for p, _ in batch], [t for _, t in batch]
+
+
+def arrays(fields):
+    return {name: value.numpy() for name, value in fields.items()}
+
+
+def as_triplets(prediction):
+    """The prediction as a ready-made ranking with one predicate each, in an order that no rule would give."""
+    triplets = torch.cat((prediction["pairs"], torch.arange(len(prediction["pairs"]))[:, None] % PREDICATES + 1), 1)
+    fields = {name: prediction[name] for name in ("boxes", "labels")}
+    return fields | {"triplets": triplets, "triplet_scores": prediction["predicate_scores"][:, 1]}
+
+
+ZERO_SHOT = torch.tensor([[1, 1, 2], [2, 3, 1], [2, 2, 2]])
+GROUPS = {"head": [2], "tail": [3, 1]}
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches, st.sampled_from(["sgdet", "phrdet"]), st.sampled_from(["zero", "skip"]), st.booleans(), st.booleans())
+def test_agrees_with_the_oracle(batch, protocol, missing, plus_one, ranked):
+    if ranked:
+        batch = [(as_triplets(prediction), target) for prediction, target in batch]
+    metric = SceneGraphEvaluator(
+        protocol,
+        PREDICATES,
+        top_k=TOP_K,
+        zero_shot=ZERO_SHOT,
+        groups=GROUPS,
+        predicate_names=[BACKGROUND, "1", "2", "3"],
+        missing=missing,
+        plus_one=plus_one,
+    )
+    metric.update(*split(batch))
+    expected = evaluation_oracle.evaluate(
+        [(arrays(prediction), arrays(target)) for prediction, target in batch],
+        PREDICATES,
+        protocol=protocol,
+        top_k=TOP_K,
+        zero_shot=ZERO_SHOT.numpy(),
+        groups=GROUPS,
+        missing=missing,
+        iou_convention=float(plus_one),
+    )
+    assert {name: value.item() for name, value in metric.compute().items()} == pytest.approx(expected, abs=1e-12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches)
+def test_given_objects_agree_with_the_oracle(batch):
+    """PredCls, where related pairs are told by their indices."""
+    given = []
+    for prediction, target in batch:
+        inside = (prediction["pairs"] < len(target["labels"])).all(1)
+        objects = {"boxes": target["boxes"], "labels": target["labels"], "scores": torch.ones(len(target["labels"]))}
+        rows = {name: prediction[name][inside] for name in ("pairs", "predicate_scores")}
+        given.append((objects | rows, target))
+    metric = SceneGraphEvaluator("predcls", PREDICATES, top_k=TOP_K)
+    metric.update(*split(given))
+    expected = evaluation_oracle.evaluate(
+        [(arrays(prediction), arrays(target)) for prediction, target in given],
+        PREDICATES,
+        protocol="predcls",
+        top_k=TOP_K,
+    )
+    result = {name: value.item() for name, value in metric.compute().items()}
+    assert result == pytest.approx({name: expected[name] for name in result}, abs=1e-12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches, st.sampled_from(["relationship", "phrase"]), st.sampled_from([1, 2, 3]))
+def test_vrd_agrees_with_the_oracle(batch, task, predicates_per_pair):
+    options = {"top_k": TOP_K, "predicates_per_pair": predicates_per_pair}
+    metric = VRDEvaluator(task, PREDICATES, zero_shot=ZERO_SHOT, **options)
+    metric.update(*split(batch))
+    expected = evaluation_oracle.vrd(
+        [(arrays(prediction), arrays(target)) for prediction, target in batch],
+        PREDICATES,
+        zero_shot=ZERO_SHOT.numpy(),
+        phrase=task == "phrase",
+        **options,
+    )
+    assert {name: value.item() for name, value in metric.compute().items()} == pytest.approx(expected, abs=1e-12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches)
+def test_open_images_agrees_with_the_oracle(batch):
+    metric = OpenImagesEvaluator(PREDICATES)
+    metric.update(*split(batch))
+    expected = evaluation_oracle.open_images(
+        [(arrays(prediction), arrays(target)) for prediction, target in batch], PREDICATES
+    )
+    result = {name: value.item() for name, value in metric.compute().items()}
+    assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-12)
 
 
 @settings(max_examples=60, deadline=None)

@@ -147,8 +147,7 @@ class ImageMetric(Metric):
         for where, prediction, target in self._named(predictions, targets):
             self._check(where, prediction, target)
         for prediction, target in zip(predictions, targets, strict=True):
-            if len(target["relations"]):
-                self._add(_to(prediction, self.device), _to(target, self.device))
+            self._add(_to(prediction, self.device), _to(target, self.device))
 
     def _named(
         self, predictions: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]

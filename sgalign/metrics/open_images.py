@@ -19,7 +19,8 @@ class OpenImagesEvaluator(ImageMetric):
     - `R@50`, `R@100`: found / relations over the whole data set, with the matching of `SceneGraphEvaluator`.
     - `mAP_rel`, `mAP_phr`: the mean over all predicates of the area under the precision envelope of an image's 100 best
       triplets. A triplet is right if the relation of its classes that it overlaps best is overlapped by more (not: at
-      least) 0.5 and no better triplet was there before; another relation is not tried. The overlap is the lower one of
+      least) 0.5 and no better triplet was there before; another relation is not tried. In images without relations
+      all triplets are wrong. The overlap is the lower one of
       both objects' (rel) or that of the boxes around both (phr).
     - `wmAP_rel`, `wmAP_phr`: the same, predicates weighted by their share of the relations.
     - `score_wtd`: the score.

@@ -154,9 +154,9 @@ class SceneGraphEvaluator(ImageMetric):
                 raise ValueError(f"{where}prediction {field} must be the target's, in its order, for {self.protocol}")
 
     def _add(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-        if self.missing == "skip" and not _predicts(prediction):
-            return
         relations = target["relations"]
+        if not len(relations) or (self.missing == "skip" and not _predicts(prediction)):
+            return
         found = torch.stack([self._found(prediction, target, at_most) for at_most in (1, self.num_predicates)])
         predicate = relations[:, 2] - 1
         count = torch.bincount(predicate, minlength=self.num_predicates).double()
