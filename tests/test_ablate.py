@@ -1,0 +1,174 @@
+"""`sgalign ablate` and `sgalign report` on a few generated images: resuming, scarce labels, and the statistics."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("matplotlib")
+from sgalign import ablate, report  # noqa: E402
+from sgalign.cli import main  # noqa: E402
+
+SMALL = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablate") / "scenes"
+    assert main(["make-dataset", str(folder), "--format", "coco", "--sizes", "40", "8", "12"]) == 0
+    return folder
+
+
+@pytest.fixture
+def studies(monkeypatch):
+    arms = [ablate.motifs(**SMALL), ablate.align(**SMALL), ablate.Arm("dropout", "MaskedMotifsModule", SMALL, {})]
+    studies = {
+        "one": ablate.Study("One", arms),
+        "two": ablate.Study("Two", [*arms[:2], ablate.motifs("0", learning_rate=1e-9, **SMALL)]),
+    }
+    for module in (ablate, report):
+        monkeypatch.setattr(module, "STUDIES", studies)
+    return studies
+
+
+def test_runs_are_kept_shared_and_reported(folder, tmp_path, studies, monkeypatch, capsys):
+    command = ["ablate", "one", "--data", str(folder), "--seeds", "2", "--epochs", "1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 6
+    out = capsys.readouterr().out
+    assert "6/6 dropout" in out and "| Align-Motifs | 2 |" in out and "less Motifs" in out
+    for name in ("one_curves.png", "one_predicates.png", "tables.md"):
+        assert (tmp_path / name).stat().st_size > 100
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["arm"] for row in rows} == {"Motifs", "Align-Motifs", "dropout"}
+    assert {row["part"] for row in rows} == {"validation", "test"} and {row["seed"] for row in rows} == {"0", "1"}
+
+    # What is there is not done again, by another study neither.
+    done = []
+    monkeypatch.setattr(ablate, "run", lambda root, arm, *rest: done.append(arm.name) or real(root, arm, *rest))
+    command[1:2] = ["one", "two"]
+    assert main(command) == 0 and done == ["0", "0"]
+    assert main(["report", str(tmp_path), "--data", str(folder), "--epochs", "1"]) == 0
+    assert "## Two" in (tmp_path / "tables.md").read_text()
+
+    next(iter((tmp_path / "runs").glob("*.json"))).write_text('{"cut')
+    capsys.readouterr()
+    assert main(["report", str(tmp_path), "--data", str(folder), "--epochs", "1"]) == 1
+    assert "not a run of sgalign ablate" in capsys.readouterr().err
+
+
+real = ablate.run
+
+
+def test_a_run_says_what_its_best_epoch_reaches(folder, tmp_path):
+    result = ablate.run(str(folder), ablate.align(**SMALL), 0, 2, tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text()) == result and list(tmp_path.iterdir()) == [
+        tmp_path / "run.json"
+    ]
+    numbers = [epoch["R@100"] + epoch["mR@100"] for epoch in result["curve"]]
+    assert len(numbers) == 2 and numbers[result["epoch"] - 1] == max(numbers)
+    # The ranks that are kept say the same as the evaluator.
+    found = [[rank < 50 for rank in ranks] for ranks in result["ranks"] if ranks]
+    recall = sum(sum(image) / len(image) for image in found) / len(found)
+    assert recall == pytest.approx(result["test"]["R@50"], abs=1e-5)
+    again = ablate.run(str(folder), ablate.align(**SMALL), 0, 2, tmp_path / "again.json")
+    assert again["test"] == result["test"], "a run must repeat"
+
+
+def test_nothing_to_report(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 1
+    assert "must be a folder of sgalign ablate" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["ablate", "masking-ratio", "--out", str(tmp_path), "--seeds", "0"])
+
+
+def test_every_study_names_its_base_and_no_arm_twice():
+    for name, study in ablate.STUDIES.items():
+        names = [arm.name for arm in study.arms]
+        assert study.base in names and len(set(names)) == len(names), name
+        for arm in study.arms:
+            ablate.MODULES[arm.module](**arm.options)
+
+
+# ---- scarce labels
+
+
+def relations(data):
+    return sum(len(graph.relations) for graph in data.train)
+
+
+def test_missing_and_wrong_labels(folder):
+    whole, missing, wrong = (ablate.ScarceData(str(folder), **o) for o in ({}, {"missing": 0.5}, {"wrong": 1.0}))
+    assert 0.35 < relations(missing) / relations(whole) < 0.65
+    assert all(len(graph.relations) for graph in missing.train)
+    assert relations(wrong) == relations(whole)
+    pairs = [zip(a.relations.tolist(), b.relations.tolist()) for a, b in zip(wrong.train, whole.train, strict=True)]
+    changed = [a[2] != b[2] for graph in pairs for a, b in graph if a[:2] == b[:2]]
+    assert len(changed) == relations(whole) and sum(changed) > 0.5 * len(changed)
+    assert torch.equal(missing.test[0].relations, whole.test[0].relations)
+
+
+def test_unlabelled_images_have_targets_that_do_not_count(folder):
+    data = ablate.ScarceData(str(folder), labelled=0.25)
+    count = len(data.train) + len(data.unlabelled)
+    assert len(data.train) == round(0.25 * count) and count == len(ablate.ScarceData(str(folder)).train)
+    data.trainer = type("Trainer", (), {"world_size": 1, "global_rank": 0})()
+    ids = {graph.image_id for graph in data.unlabelled}
+    seen = []
+    for batch in data.train_dataloader():
+        seen += batch.image_ids
+        for row, (subject, _) in enumerate(batch.pairs.tolist()):
+            unlabelled = batch.image_ids[int(batch.images[subject])] in ids
+            assert batch.targets[row].sum() == (0 if unlabelled else 1)
+    assert len(set(seen)) == count
+    assert len(ablate.ScarceData(str(folder), labelled=0.25, unlabelled=False).unlabelled) == 0
+
+
+# ---- statistics
+
+
+def made_run(ranks, predicates=([1, 1, 2], [1], [2, 2]), seed=0):
+    return {"seed": seed, "predicates": list(predicates), "ranks": list(ranks), "groups": {"body": ["a", "b"]}}
+
+
+def test_paired_difference_by_hand():
+    none, some = made_run([[100] * 3, [100], [100] * 2]), made_run([[3, 100, 60], [2], [100, 7]])
+    assert report.paired_difference([some], [some], "R", 50) == (0, 0, 0)
+    difference, low, high = report.paired_difference([some], [none], "R", 50)
+    assert difference == pytest.approx((1 / 3 + 1 + 1 / 2) / 3) and 0 < low < difference < high <= 1
+    # Predicate 1: 1/2 and 1; predicate 2: 0 and 1/2.
+    difference, _, _ = report.paired_difference([some], [none], "mR", 50)
+    assert difference == pytest.approx((3 / 4 + 1 / 4) / 2)
+    difference, _, _ = report.paired_difference([some], [none], "mR", 100)
+    assert difference == pytest.approx((3 / 4 + 3 / 4) / 2)
+
+
+def test_paired_difference_is_over_common_seeds_and_the_same_images():
+    none, some = made_run([[100] * 3, [100], [100] * 2]), made_run([[3, 100, 60], [2], [100, 7]])
+    other = made_run([[0] * 3, [0], [0] * 2], seed=1)
+    assert report.paired_difference([some, other], [none], "R", 50) == report.paired_difference([some], [none], "R", 50)
+    with pytest.raises(ValueError, match=r"base must have a seed of \[1\], got \[0\]"):
+        report.paired_difference([other], [none], "R", 50)
+    with pytest.raises(ValueError, match="same test images"):
+        report.paired_difference([made_run([[0]], [[1]])], [none], "R", 50)
+
+
+def test_noise_is_within_the_interval():
+    """Two models that find every relation with the same probability: of 40 comparisons few are called different."""
+    generator = torch.Generator().manual_seed(0)
+    predicates = [[1, 2, 1, 2]] * 60
+    called = 0
+    for _ in range(40):
+        runs = [
+            [
+                made_run((torch.rand(60, 4, generator=generator) * 100).long().tolist(), predicates, seed)
+                for seed in range(4)
+            ]
+            for _ in range(2)
+        ]
+        _, low, high = report.paired_difference(*runs, "R", 50)
+        called += not low <= 0 <= high
+    assert called <= 8, f"{called} of 40 differences of nothing were called real"
