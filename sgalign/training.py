@@ -204,8 +204,9 @@ class DetectorModule(RelationModule):
     """The object detector that the models of protocol sgdet and sgcls look through, trained first and by itself.
 
     Args:
-        backbone, min_size, max_size: of `sgalign.models.Detector`.
-        weights: of `Detector.load_weights`, read when training starts; None starts from nothing.
+        backbone, min_size, max_size, head_dim: of `sgalign.models.Detector`.
+        weights: of `Detector.load_weights`, read when training starts; None starts from nothing, and then batch
+            normalisation is trained too.
         learning_rate: of Adam. Another optimizer: ``--optimizer`` of the command line.
     """
 
@@ -216,6 +217,7 @@ class DetectorModule(RelationModule):
         backbone: Literal["resnet18", "resnet50", "resnext101_32x8d"] = "resnet50",
         min_size: int = 600,
         max_size: int = 1000,
+        head_dim: int = 1024,
         weights: str | None = None,
         learning_rate: float = 1e-4,
     ) -> None:
@@ -224,9 +226,8 @@ class DetectorModule(RelationModule):
 
     def make_network(self, counts: Tensor) -> None:
         options: Any = self.hparams
-        self.network = Detector(
-            len(counts), backbone=options.backbone, min_size=options.min_size, max_size=options.max_size
-        )
+        sizes = {name: options[name] for name in ("backbone", "min_size", "max_size", "head_dim")}
+        self.network = Detector(len(counts), **sizes, trains_norms=options.weights is None)
 
     def setup(self, stage: str) -> None:
         is_new = self.network is None
@@ -273,7 +274,7 @@ class MotifsModule(RelationModule):
         embed_dim, hidden_dim, relation_dim: as in `sgalign.models.Motifs`.
         word_vectors: text file of word vectors of `embed_dim` numbers, the class embeddings' initial values; None for
             random ones. Read when training starts, not when a checkpoint is loaded.
-        backbone, min_size, max_size, detections_per_image: of `sgalign.models.Detector`.
+        backbone, min_size, max_size, head_dim, detections_per_image: of `sgalign.models.Detector`.
         detector_weights: as `weights` of `sgalign.models.Detector`, read when training starts.
         relations_per_image: pairs sampled in training, a quarter of them related, as in the public code.
         optimizer: "adam", or "sgd" as published: momentum 0.9, weight decay 1e-4 but for biases, a tenth of the
@@ -298,6 +299,7 @@ class MotifsModule(RelationModule):
         backbone: Literal["resnet18", "resnet50", "resnext101_32x8d"] = "resnet50",
         min_size: int = 600,
         max_size: int = 1000,
+        head_dim: int = 1024,
         detections_per_image: int = 80,
         detector_weights: str | None = None,
         relations_per_image: int = 1024,
@@ -321,6 +323,7 @@ class MotifsModule(RelationModule):
             "relations_per_image",
             "min_size",
             "max_size",
+            "head_dim",
             "detections_per_image",
         ):
             if options[name] < 1:
@@ -364,7 +367,9 @@ class MotifsModule(RelationModule):
             adjustment_test=options.logit_adjustment_test,
         )
         if options.vision == "images":
-            sizes = {name: options[name] for name in ("backbone", "min_size", "max_size", "detections_per_image")}
+            sizes = {
+                name: options[name] for name in ("backbone", "min_size", "max_size", "head_dim", "detections_per_image")
+            }
             self.detector = Detector(len(counts), **sizes)
             self.detector.freeze()
             self.regions = RegionFeatures(dim=options.relation_dim)

@@ -9,6 +9,8 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("h5py")
 pytest.importorskip("lightning")
+from torchvision.models import WeightsEnum  # noqa: E402
+from torchvision.models.detection import fasterrcnn_resnet50_fpn  # noqa: E402
 from torchvision.ops import box_iou, roi_align  # noqa: E402
 
 from sgalign import cli  # noqa: E402
@@ -141,7 +143,7 @@ def test_weights(detector, tmp_path):
         other = Detector(CLASSES, **SIZES)
         other.load_weights(str(path))
         assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), detector.state_dict().values()))
-    with pytest.raises(ValueError, match="backbone 'resnet18' and 5 classes"):
+    with pytest.raises(ValueError, match="backbone 'resnet18', head_dim 1024 and 5 classes"):
         Detector(5, **SIZES).load_weights(str(path))
     path.write_bytes(b"junk")
     with pytest.raises(ValueError, match="no file of weights, or cut short"):
@@ -150,6 +152,42 @@ def test_weights(detector, tmp_path):
         other.load_weights("nowhere.pt")
     with pytest.raises(ValueError, match="backbone must be one of"):
         Detector(5, backbone="vgg16")
+
+
+def test_norms_are_trained_from_nothing_and_then_stay(scenes, tmp_path):
+    trained = Detector(CLASSES, **SIZES, head_dim=64, trains_norms=True).train()
+    before = trained.model.backbone.body.bn1.running_var.clone()
+    trained.losses([read_pixels(g) for g in scenes[:2]], *zip(*((g.boxes, g.labels) for g in scenes[:2])))
+    assert not torch.equal(trained.model.backbone.body.bn1.running_var, before)
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    frozen = Detector(CLASSES, **SIZES, head_dim=64)
+    frozen.load_weights(str(tmp_path / "weights.pt"))
+    images = [read_pixels(g) for g in scenes[:2]]
+    with torch.no_grad():
+        torch.testing.assert_close(frozen.eval().features(images).levels, trained.eval().features(images).levels)
+    regions = RegionFeatures(dim=64)
+    regions.load_box_head(frozen)
+    for head in (regions.object_head, regions.union_head):
+        torch.testing.assert_close(head.state_dict(), frozen.model.roi_heads.box_head.state_dict())
+
+
+def test_torchvision_weights_were_trained_with_an_epsilon_of_0(monkeypatch):
+    """Of torchvision's own builder, whose weights are random here, the same image gives the same pyramid."""
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    norms = [module for module in theirs.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for module in norms:
+        module.eps = 0.0
+        module.running_var.uniform_(1e-6, 2e-5)  # where the epsilon matters
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, *args, **options: theirs.state_dict())
+    ours = Detector(91, backbone="resnet50", min_size=64, max_size=64)
+    ours.load_weights("torchvision")
+    image = torch.rand(1, 3, 64, 64) * 1e-3
+    with torch.no_grad():
+        expected = theirs.eval().backbone.body.conv1(image)
+        torch.testing.assert_close(
+            ours.eval().model.backbone.body.bn1(expected), theirs.backbone.body.bn1(expected), rtol=1e-4, atol=1e-4
+        )
+    torch.testing.assert_close(ours.model.rpn.state_dict(), theirs.rpn.state_dict())
 
 
 # ---- regions
@@ -337,7 +375,7 @@ def test_training_from_the_cache_equals_training_from_images(data, tmp_path):
     module, _ = fitted(MotifsModule, data, protocol="sgcls")
     cache_features(data.test, module.detector, module.regions, tmp_path)
     cached = MotifsModule(protocol="sgcls", vision="cached", embed_dim=8, hidden_dim=8, relation_dim=16)
-    cached.network = module.network.eval()
+    cached.network, cached.relation_loss = module.network.eval(), module.relation_loss
     batch = collate_for(data.test[:1], 20, cache=FeatureCache(tmp_path))
     module.eval()
     expected = module(module.see(collate(data.test[:1], 20, pixels=True)))

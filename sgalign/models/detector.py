@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, ResNet50_Weights, ResNeXt101_32X8D_Weights
 from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image
 
 BACKBONES = {
     "resnet18": ResNet18_Weights.IMAGENET1K_V1,
@@ -53,6 +54,9 @@ class Detector(nn.Module):
         backbone: "resnet18", "resnet50" or "resnext101_32x8d" (the published one).
         min_size, max_size: images are resized so that their short side has `min_size` pixels and their long side at
             most `max_size`.
+        head_dim: channels of the box head; 4096 as published, 1024 in torchvision's weights.
+        trains_norms: batch normalisation learns, for a detector that starts from nothing; otherwise it stays as the
+            weights have it, as small batches want.
         box_score_threshold, nms_threshold, detections_per_image: of `detect`; the public code's values.
     """
 
@@ -63,6 +67,8 @@ class Detector(nn.Module):
         backbone: str = "resnet50",
         min_size: int = 600,
         max_size: int = 1000,
+        head_dim: int = 1024,
+        trains_norms: bool = False,
         box_score_threshold: float = 0.01,
         nms_threshold: float = 0.3,
         detections_per_image: int = 80,
@@ -72,12 +78,15 @@ class Detector(nn.Module):
             raise ValueError(f"backbone must be one of {', '.join(map(repr, BACKBONES))}, got {backbone!r}")
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, background included, got {num_classes}")
-        self.backbone_name, self.num_classes = backbone, num_classes
+        self.backbone_name, self.num_classes, self.head_dim = backbone, num_classes, head_dim
         self.box_score_threshold, self.nms_threshold = box_score_threshold, nms_threshold
         self.detections_per_image = detections_per_image
         # All layers of the backbone are trained where the detector is.
-        body = resnet_fpn_backbone(backbone_name=backbone, weights=None, trainable_layers=5)
-        self.model = FasterRCNN(body, num_classes=num_classes, min_size=min_size, max_size=max_size)
+        norm = nn.BatchNorm2d if trains_norms else FrozenBatchNorm2d
+        body = resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=norm, trainable_layers=5)
+        head = TwoMLPHead(body.out_channels * 7**2, head_dim), FastRCNNPredictor(head_dim, num_classes)
+        sizes = {"min_size": min_size, "max_size": max_size}
+        self.model = FasterRCNN(body, box_head=head[0], box_predictor=head[1], **sizes)
         self.frozen = False
 
     def freeze(self) -> None:
@@ -118,14 +127,14 @@ class Detector(nn.Module):
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise ValueError(
-                f"{source}: must be of a detector with backbone {self.backbone_name!r} and {self.num_classes} classes,"
-                f" background included; {reason}"
+                f"{source}: must be of a detector with backbone {self.backbone_name!r}, head_dim {self.head_dim} and "
+                f"{self.num_classes} classes, background included; {reason}"
             ) from error
 
     def _download(self) -> None:
         if self.backbone_name == "resnet50":
             weights: Any = FasterRCNN_ResNet50_FPN_Weights.COCO_V1
-            state, target = weights.get_state_dict(progress=True), self.model
+            state, target = _without_epsilon(weights.get_state_dict(progress=True)), self.model
         else:
             weights = BACKBONES[self.backbone_name]
             state, target = weights.get_state_dict(progress=True), self.model.backbone.body
@@ -191,3 +200,8 @@ class Detector(nn.Module):
         """torchvision's training losses, by name; boxes `[N, 4]` in pixels of their images, labels int64 `[N]`."""
         targets = [{"boxes": b, "labels": of} for b, of in zip(boxes, labels, strict=True)]
         return self.model(list(images), targets)
+
+
+def _without_epsilon(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision trained its detector with an epsilon of 0 in batch normalisation; here it is 1e-5."""
+    return {name: value - 1e-5 if name.endswith("running_var") else value for name, value in state.items()}
