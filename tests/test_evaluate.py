@@ -9,10 +9,15 @@ import torch
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("lightning")
+import lightning.pytorch as pl  # noqa: E402
+
 from sgalign.cli import main  # noqa: E402
 from sgalign.data import open_dataset  # noqa: E402
+from sgalign.datamodule import SceneGraphData  # noqa: E402
 from sgalign.evaluate import PredictionFile, Predictions, split_name, table  # noqa: E402
 from sgalign.metrics import zero_shot_triplets  # noqa: E402
+from sgalign.prediction import PredictionWriter  # noqa: E402
+from sgalign.training import FrequencyModule  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +117,39 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, graphs):
     with pytest.raises(ValueError, match="image_id must be new, 'a'"), PredictionFile(path) as file:
         file.write("a", perfect(graphs[0]))
         file.write("a", perfect(graphs[0]))
+
+
+def test_a_model_and_its_file_of_predictions_score_the_same(tmp_path, annotations):
+    data = SceneGraphData(str(annotations), validation_images=5)
+    module, path = FrequencyModule(), tmp_path / "p.h5"
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[PredictionWriter(str(path))], **quiet)
+    trainer.test(module, datamodule=data, verbose=False)
+    trainer.predict(module, datamodule=data)
+    assert evaluate(path, annotations, "--json", str(tmp_path / "r.json")) == 0
+    expected = {name: value.item() for name, value in module.recall.compute().items()}
+    assert json.loads((tmp_path / "r.json").read_text()) == pytest.approx(expected, abs=1e-12)
+    assert expected["R@50"] > 0
+
+
+def test_an_interrupted_prediction_leaves_the_file_as_it_was(tmp_path, annotations, monkeypatch):
+    data = SceneGraphData(str(annotations), validation_images=5, batch_size=4)
+    path = tmp_path / "p.h5"
+    path.write_text("before")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[PredictionWriter(str(path))], **quiet)
+    module, seen = FrequencyModule(), []
+
+    def interrupt(batch):
+        seen.append(batch)
+        if len(seen) == 2:
+            raise RuntimeError("interrupted")
+        return FrequencyModule.predictions(module, batch)
+
+    monkeypatch.setattr(module, "predictions", interrupt)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer.predict(module, datamodule=data)
+    assert path.read_text() == "before"
 
 
 @pytest.mark.parametrize(
