@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,12 @@ def _lightning(arguments: list[str]) -> None:
 
         before_validate = before_test = before_predict = _needs_checkpoint
 
+    for expected in (
+        "LightningCLI's args parameter",  # it is the command line that is passed on, without the command's name
+        "Found .* module.* in eval mode",  # a detector that is not trained
+        r"`isinstance\(treespec, LeafSpec\)`",  # between Lightning and torch
+    ):
+        warnings.filterwarnings("ignore", message=expected)
     CLI(
         RelationModule,
         SceneGraphData,

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from sgalign import training
-from sgalign.data import SceneGraph, collate, collate_detected, image_size, load_image, read_detections
+from sgalign.data import SceneGraph, collate, collate_detected, load_image, read_detections
 from sgalign.evaluate import PredictionFile
 from sgalign.metrics.matching import rank_triplets
 from sgalign.training import MotifsModule, RelationModule, read_checkpoint
@@ -67,12 +67,13 @@ def main(arguments: Sequence[str]) -> int:
         try:
             graph = predict_image(module, path, detections, options.top_k, options.all_predicates)
         except ValueError as error:
-            print(f"sgalign: left out: {error}", file=sys.stderr)
+            reason = str(error) if str(path) in str(error) else f"{path}: {error}"
+            print(f"sgalign: left out: {reason}", file=sys.stderr)
             failed += 1
             continue
         graphs.append(graph)
         if options.draw:
-            draw(path, graph, folder / f"{path.stem}.png")
+            draw(path, graph, folder / f"{path.name}.png")
     partial = options.out.with_name(options.out.name + ".partial")
     partial.write_text(json.dumps(graphs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(options.out)
@@ -112,9 +113,9 @@ def predict_image(
     module: MotifsModule, path: Path, detections: dict[str, Any] | None, top_k: int, all_predicates: bool
 ) -> dict[str, Any]:
     """The scene graph of an image file, as `describe` puts it."""
-    width, height = image_size(path)
+    image = load_image(path, upright=True)
     objects = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)
-    graph = SceneGraph(path.name, width, height, *objects, lambda: load_image(path))
+    graph = SceneGraph(path.name, *image.size, *objects, lambda: image)
     predicates, pixels = len(module.predicate_names) - 1, module.options.vision == "images"
     if detections is None:
         batch = collate([graph], predicates, pixels=pixels)
@@ -133,7 +134,7 @@ def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    pixels = load_image(image)
+    pixels = load_image(image, upright=True)
     triplets = graph["triplets"][:DRAWN]
     used = sorted({end for triplet in triplets for end in (triplet["subject"], triplet["object"])})
     colors = {index: colormaps["tab20"](place % 20) for place, index in enumerate(used)}

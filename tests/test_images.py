@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("h5py")
 pytest.importorskip("lightning")
+from PIL import Image  # noqa: E402
 from torchvision.models import WeightsEnum  # noqa: E402
 from torchvision.models.detection import fasterrcnn_resnet50_fpn  # noqa: E402
 from torchvision.ops import box_iou, roi_align  # noqa: E402
@@ -16,6 +17,7 @@ from torchvision.ops import box_iou, roi_align  # noqa: E402
 from sgalign import cli  # noqa: E402
 from sgalign.data import SceneGraph, ScenesDataset, collate  # noqa: E402
 from sgalign.data.batch import read_pixels  # noqa: E402
+from sgalign.data.images import image_size, load_image  # noqa: E402
 from sgalign.features import FeatureCache, cache_features  # noqa: E402
 from sgalign.models import Detector, RegionFeatures  # noqa: E402
 from sgalign.models.regions import rectangle_masks  # noqa: E402
@@ -188,6 +190,46 @@ def test_torchvision_weights_were_trained_with_an_epsilon_of_0(monkeypatch):
             ours.eval().model.backbone.body.bn1(expected), theirs.backbone.body.bn1(expected), rtol=1e-4, atol=1e-4
         )
     torch.testing.assert_close(ours.model.rpn.state_dict(), theirs.rpn.state_dict())
+
+
+def test_slivers_are_refused(detector):
+    assert detector.features([torch.zeros(3, 2, 192)]).levels
+    with pytest.raises(ValueError, match="at most 96 times the short one, got one of 193 x 2 pixels"):
+        detector.features([torch.zeros(3, 2, 193)])
+
+
+# ---- image files
+
+
+def test_images_of_any_mode_are_rgb(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    grey = torch.randint(256, (20, 30), generator=generator, dtype=torch.uint8).numpy()
+    image = Image.fromarray(grey)
+    deep = Image.fromarray(grey.astype("uint16") * 256)
+    files = {f"{mode}.png": image.convert(mode) for mode in ("L", "RGB", "RGBA", "P")} | {"deep.png": deep}
+    for name, content in files.items():
+        content.save(tmp_path / name)
+        loaded = torch.tensor(list(load_image(tmp_path / name).getdata())).reshape(20, 30, 3)
+        assert torch.equal(loaded, torch.tensor(grey).long()[..., None].expand(20, 30, 3)), name
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    assert load_image(tmp_path / "cmyk.jpg").mode == "RGB"
+
+
+def test_photographs_are_turned_upright_and_data_sets_images_are_not(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(tmp_path / "turned.jpg").size == image_size(tmp_path / "turned.jpg") == (30, 20)
+    assert load_image(tmp_path / "turned.jpg", upright=True).size == (20, 30)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", None])
+def test_broken_images_are_named(tmp_path, content):
+    path = tmp_path / "broken.png"
+    Image.effect_noise((60, 60), 50).save(path)
+    path.write_bytes(path.read_bytes()[:600] if content is None else content)
+    with pytest.raises(ValueError, match="broken.png: not an image that can be read"):
+        load_image(path)
 
 
 # ---- regions
@@ -446,7 +488,7 @@ def test_predict_images(data, tmp_path, capsys, protocol):
         assert len(graph["triplets"]) <= 5 and graph["objects"][0].keys() == {"label", "box", "score"}
         for triplet in graph["triplets"]:
             assert 0 <= triplet["subject"] < len(graph["objects"]) and 0 <= triplet["score"] <= 1
-    assert sorted(p.name for p in (tmp_path / "g").iterdir()) == ["0.png", "1.png"]
+    assert sorted(p.name for p in (tmp_path / "g").iterdir()) == ["0.jpg.png", "1.jpg.png"]
     (folder / "torn.png").unlink()
     assert cli.main(arguments) == 0
 

@@ -2,10 +2,11 @@
 
 from sgalign.data.batch import GraphBatch, Objects, collate, collate_detected
 from sgalign.data.detections import Detections, read_detections
+from sgalign.data.images import load_image
 from sgalign.data.open import open_dataset
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.data.scenes import ScenesDataset
-from sgalign.data.vrd import VRDDataset, image_size, load_image
+from sgalign.data.vrd import VRDDataset
 from sgalign.data.word_vectors import read_word_vectors
 
 __all__ = [
@@ -17,7 +18,6 @@ __all__ = [
     "VRDDataset",
     "collate",
     "collate_detected",
-    "image_size",
     "load_image",
     "open_dataset",
     "read_detections",

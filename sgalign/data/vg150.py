@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sgalign.data.images import load_image
 from sgalign.data.scene_graph import BACKGROUND, SceneGraph
-from sgalign.data.vrd import SPLITS, load_image
+from sgalign.data.vrd import SPLITS
 
 CORRUPTED = {1592, 1722, 4616, 4617}  # in image_data.json, but not in the official HDF5 file
 IMAGE_FOLDERS = ("VG_100K", "images")

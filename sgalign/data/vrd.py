@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sgalign.data.images import image_size, load_image
 from sgalign.data.scene_graph import BACKGROUND, SceneGraph
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 SPLITS = ("train", "validation", "test")
 LARGEST = 1 << 24  # beyond, float32 does not hold every integer
@@ -144,20 +145,3 @@ def _read_json(path: Path) -> Any:
 
 def _stable_hash(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not an image that can be read ({error}); replace or remove it") from error
-
-
-def load_image(path: Path) -> Image.Image:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return image.convert("RGB")

@@ -143,7 +143,15 @@ class Detector(nn.Module):
         target.load_state_dict(fitting, strict=False)
 
     def features(self, images: Sequence[Tensor]) -> ImageFeatures:
-        """Of images `[3, H, W]`, float32 in 0 to 1, of any sizes."""
+        """Of images `[3, H, W]`, float32 in 0 to 1, of any sizes.
+
+        Raises:
+            ValueError: an image's long side is over `max_size` times its short one: resizing would leave nothing of it.
+        """
+        for image in images:
+            if max(image.shape[1:]) > self.model.transform.max_size * min(image.shape[1:]):
+                ratio = f"a long side of at most {self.model.transform.max_size} times the short one"
+                raise ValueError(f"images must have {ratio}, got one of {image.shape[2]} x {image.shape[1]} pixels")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             original = [(image.shape[1], image.shape[2]) for image in images]
             resized, _ = self.model.transform(list(images))

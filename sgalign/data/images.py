@@ -1,0 +1,54 @@
+"""Image files of any mode as RGB."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height as they are stored.
+
+    Raises:
+        ValueError: it is no image; names the file.
+    """
+    with _open(path) as image:
+        return image.size
+
+
+def load_image(path: Path, *, upright: bool = False) -> Image.Image:
+    """The image as RGB; 16-bit grey is scaled to 8 bits.
+
+    Args:
+        path: of the file.
+        upright: turns a photograph as its EXIF orientation says; data sets' boxes are of the image as it is stored.
+
+    Raises:
+        ValueError: it is no image, or cut short; names the file.
+    """
+    from PIL import ImageOps
+
+    with _open(path) as image:
+        image.load()
+        if upright:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            # Pillow's own conversion cuts off at 255.
+            image = image.point(lambda value: value * (1 / 256), "F").convert("L")
+        return image.convert("RGB")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Image.Image]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not an image that can be read ({error}); replace or remove it") from error
