@@ -31,20 +31,28 @@ DEPTH = 100  # of the ranks that are kept
 
 
 class Arm(NamedTuple):
-    """A row of a table: its name, module, the module's options, and those of `ScarceData`."""
+    """A row of a table.
+
+    Attributes:
+        name: of the row.
+        base: name of the row that it is compared with; empty for none.
+        module: of `MODULES`.
+        options: of the module.
+        data: of `ScarceData`.
+    """
 
     name: str
+    base: str
     module: str
     options: dict[str, Any]
     data: dict[str, Any]
 
 
 class Study(NamedTuple):
-    """Arms that are compared, each with the one that `base` names."""
+    """Arms that are compared."""
 
     title: str
     arms: list[Arm]
-    base: str = "Motifs"
 
 
 EPOCHS = 5
@@ -52,32 +60,27 @@ EPOCHS = 5
 BALANCED: dict[str, Any] = {"predicate_weights": "inverse_frequency"}
 
 
-def motifs(name: str = "Motifs", data: dict[str, Any] | None = None, **options: Any) -> Arm:
-    return Arm(name, "MotifsModule", options, data or {})
+def motifs(name: str = "Motifs", base: str = "", **options: Any) -> Arm:
+    return Arm(name, base, "MotifsModule", options, {})
 
 
-def align(name: str = "Align-Motifs", data: dict[str, Any] | None = None, **options: Any) -> Arm:
-    return Arm(name, "AlignMotifsModule", options, data or {})
+def align(name: str = "Align-Motifs", base: str = "Motifs", **options: Any) -> Arm:
+    return Arm(name, base, "AlignMotifsModule", options, {})
 
 
 def _pairs(kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> list[Arm]:
-    """Motifs and Align-Motifs with the options and the data of each kind."""
-    return [
-        make(f"{name}, {kind}", data, **options)
-        for kind, (data, options) in kinds.items()
-        for name, make in (("Motifs", motifs), ("Align-Motifs", align))
-    ]
+    """Motifs and Align-Motifs with the data and the options of each kind; Motifs is compared with that of the first."""
+    arms: list[Arm] = []
+    for kind, (data, options) in kinds.items():
+        base = motifs(f"Motifs, {kind}", arms[0].name if arms else "", **options)
+        arms += [base._replace(data=data), align(f"Align-Motifs, {kind}", base.name, **options)._replace(data=data)]
+    return arms
 
 
 STUDIES = {
     "learning-rate": Study(
-        "Learning rate, of which 1e-3 is the default",
-        [
-            make(f"{name}, {rate:g}", learning_rate=rate, **BALANCED)
-            for rate in (1e-3, 5e-4, 2e-3)
-            for name, make in (("Motifs", motifs), ("Align-Motifs", align))
-        ],
-        "Motifs, 0.001",
+        "Learning rate",
+        _pairs({f"{rate:g}": ({}, BALANCED | {"learning_rate": rate}) for rate in (1e-3, 5e-4, 2e-3)}),
     ),
     "masking-ratio": Study(
         "Masking ratio p at loss weight 10: the supplement's Table 1",
@@ -98,8 +101,8 @@ STUDIES = {
             align(**BALANCED),
             align("mirror unmasked", mask_ratio=0.0, **BALANCED),
             align("mirror trained by cross-entropy alone", alignment_weight=0.0, supervise_mirror=True, **BALANCED),
-            Arm("no mirror, its masking as dropout", "MaskedMotifsModule", BALANCED, {}),
-            motifs("half the learning rate", learning_rate=5e-4, **BALANCED),
+            Arm("no mirror, its masking as dropout", "Motifs", "MaskedMotifsModule", BALANCED, {}),
+            motifs("half the learning rate", "Motifs", learning_rate=5e-4, **BALANCED),
             align("loss as mean over relations, tied head", reduction="relation", tied_head=True, **BALANCED),
             align("mask of single features", mask_granularity="feature", **BALANCED),
             align("symmetric loss", direction="symmetric", **BALANCED),
@@ -126,7 +129,6 @@ STUDIES = {
                 "30 % of the labels wrong": ({"wrong": 0.3}, BALANCED),
             }
         ),
-        "Motifs, all labels",
     ),
     "long-tail": Study(
         "Means against the long tail",
@@ -142,7 +144,6 @@ STUDIES = {
                 "logits adjusted at test": ({}, {"logit_adjustment_test": 0.5}),
             }
         ),
-        "Motifs, plain",
     ),
 }
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign.ablate import EPOCHS, STUDIES, Study, run_path
+from sgalign.ablate import DEPTH, EPOCHS, STUDIES, Arm, Study, run_path
 from sgalign.evaluate import split_name
 
 COLUMNS = ("R@50", "mR@50", "mR@100", "ngR@50", "zR@100", "mR@100/tail")
 PAIRED = (("R", 50), ("mR", 50), ("mR", 100))
+CURVE = ("R@50", "R@100", "mR@50", "mR@100")
 SAMPLES = 2000
 
 Run = dict[str, Any]
@@ -41,15 +42,15 @@ def write(folder: Path, names: Sequence[str], root: str | None, epochs: int) -> 
         FileNotFoundError: none of them has runs.
     """
     studies = {name: read_runs(folder, STUDIES[name], root, epochs) for name in names}
-    studies = {name: arms for name, arms in studies.items() if STUDIES[name].base in arms}
+    studies = {name: arms for name, arms in studies.items() if arms}
     if not studies:
         raise FileNotFoundError(f"{folder}: must be a folder of sgalign ablate with runs of {', '.join(names)}")
     write_csv(folder / "results.csv", studies)
     lines = []
     for name, arms in studies.items():
-        lines += [f"## {STUDIES[name].title}", "", *table(arms, STUDIES[name].base), ""]
+        lines += [f"## {STUDIES[name].title}", "", *table(STUDIES[name], arms), ""]
         draw_curves(folder / f"{name}_curves.png", arms)
-        draw_predicates(folder / f"{name}_predicates.png", arms, STUDIES[name].base)
+        draw_predicates(folder / f"{name}_predicates.png", STUDIES[name], arms)
     (folder / "tables.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
     print(f"numbers {folder / 'results.csv'}, tables {folder / 'tables.md'}, figures {folder}/*.png")
@@ -64,12 +65,14 @@ def read_runs(folder: Path, study: Study, root: str | None, epochs: int) -> dict
     arms: dict[str, list[Run]] = {}
     for arm in study.arms:
         first = run_path(folder, root, arm, 0, epochs)
-        for path in sorted(first.parent.glob(first.name.replace("_0.json", "_*.json"))):
+        runs = []
+        for path in first.parent.glob(first.name.replace("_0.json", "_*.json")):
             try:
-                run = json.loads(path.read_text(encoding="utf-8"))
+                runs.append(json.loads(path.read_text(encoding="utf-8")))
             except ValueError as error:
                 raise ValueError(f"{path}: not a run of sgalign ablate ({error}): delete it, run again") from error
-            arms.setdefault(arm.name, []).append(run)
+        if runs:
+            arms[arm.name] = sorted(runs, key=lambda run: run["seed"])
     return arms
 
 
@@ -80,14 +83,19 @@ def write_csv(path: Path, studies: dict[str, dict[str, list[Run]]]) -> None:
         writer.writerow(("study", "arm", "seed", "part", "epoch", "metric", "k", "of", "value"))
         for study, arms in studies.items():
             for arm, run in ((arm, run) for arm, runs in arms.items() for run in runs):
-                parts = [("validation", epoch, figures) for epoch, figures in enumerate(run["curve"], 1)]
-                for part, epoch, figures in [*parts, ("test", "", run["test"])]:
-                    for name, value in figures.items():
-                        writer.writerow((study, arm, run["seed"], part, epoch, *split_name(name), value))
+                for epoch, figures in enumerate(run["curve"], 1):
+                    for name in CURVE:
+                        writer.writerow(
+                            (study, arm, run["seed"], "validation", epoch, *split_name(name), figures[name])
+                        )
+                for name, value in run["test"].items():
+                    metric, k, of = split_name(name)
+                    if metric != "R" or not of or k == DEPTH:  # of single predicates only what is drawn
+                        writer.writerow((study, arm, run["seed"], "test", run["epoch"], metric, k, of, value))
 
 
-def table(arms: dict[str, list[Run]], base: str) -> list[str]:
-    """Markdown: mean and standard deviation over seeds in percent, and differences to the base with intervals."""
+def table(study: Study, arms: dict[str, list[Run]]) -> list[str]:
+    """Markdown: mean and standard deviation over seeds in percent, then differences to bases with intervals."""
     lines = [
         "| | seeds | validation mR@50 | " + " | ".join(f"test {column}" for column in COLUMNS) + " |",
         "|" + "---|" * (len(COLUMNS) + 3),
@@ -97,17 +105,21 @@ def table(arms: dict[str, list[Run]], base: str) -> list[str]:
         cells = [spread([run["test"][column] for run in runs]) for column in COLUMNS]
         lines.append(f"| {name} | {len(runs)} | {validation} | " + " | ".join(cells) + " |")
     headers = [f"{metric}@{k}" for metric, k in PAIRED]
-    lines += ["", f"| less {base} | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 1)]
-    for name, runs in arms.items():
-        if name == base:
-            continue
+    lines += ["", "| | less | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 2)]
+    for arm in _compared(study, arms):
         cells = []
         for metric, k in PAIRED:
-            difference, low, high = paired_difference(runs, arms[base], metric, k)
+            difference, low, high = paired_difference(arms[arm.name], arms[arm.base], metric, k)
             beyond = "" if low <= 0 <= high else " *"
             cells.append(f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}){beyond}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+        lines.append(f"| {arm.name} | {arm.base} | " + " | ".join(cells) + " |")
+    return [*lines, "", "\\* beyond the 95 % interval of seeds and images"]
+
+
+def _compared(study: Study, arms: dict[str, list[Run]]) -> list[Arm]:
+    """The arms that have runs with the seeds of their base."""
+    seeds = {name: {run["seed"] for run in runs} for name, runs in arms.items()}
+    return [arm for arm in study.arms if seeds.get(arm.name, set()) & seeds.get(arm.base, set())]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -198,20 +210,20 @@ def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_predicates(path: Path, arms: dict[str, list[Run]], base: str) -> None:
-    """Each arm less the base, R@100 by predicate (the supplement's Figure 2): mean over seeds, dots are seeds."""
+def draw_predicates(path: Path, study: Study, arms: dict[str, list[Run]]) -> None:
+    """Each arm less its base, R@100 by predicate (the supplement's Figure 2): mean over seeds, dots are seeds."""
     from matplotlib.figure import Figure
 
-    of_base = {run["seed"]: run["test"] for run in arms[base]}
-    groups: dict[str, list[str]] = arms[base][0]["groups"]
+    groups: dict[str, list[str]] = next(iter(arms.values()))[0]["groups"]
     names = [name for predicates in groups.values() for name in predicates]
-    others = {name: runs for name, runs in arms.items() if name != base}
+    others = _compared(study, arms)
     figure = Figure(figsize=(12, 0.7 + 2.3 * max(len(others), 1)), layout="constrained")
     panels = figure.subplots(max(len(others), 1), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (arm, runs) in zip(panels, others.items()):
+    for axes, arm in zip(panels, others):
+        of_base = {run["seed"]: run["test"] for run in arms[arm.base]}
         change = [
             [100 * (run["test"][f"R@100/{name}"] - of_base[run["seed"]][f"R@100/{name}"]) for name in names]
-            for run in runs
+            for run in arms[arm.name]
             if run["seed"] in of_base
         ]
         mean = [statistics.mean(values) for values in zip(*change)]
@@ -226,6 +238,7 @@ def draw_predicates(path: Path, arms: dict[str, list[Run]], base: str) -> None:
             axes.text(end, axes.get_ylim()[1], group, va="top", fontsize=8)
             end += len(predicates)
         axes.set_ylabel("points of R@100", fontsize=8)
-        axes.set_title(f"{arm} less {base}, {len(change)} seeds: {better} better, {worse} worse", fontsize=9)
+        of = f"{arm.name} less {arm.base}, {len(change)} seeds"
+        axes.set_title(f"{of}: {better} predicates better, {worse} worse", fontsize=9)
     panels[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 30 else 6)
     figure.savefig(path, dpi=120)

@@ -23,10 +23,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def studies(monkeypatch):
-    arms = [ablate.motifs(**SMALL), ablate.align(**SMALL), ablate.Arm("dropout", "MaskedMotifsModule", SMALL, {})]
+    arms = [
+        ablate.motifs(**SMALL),
+        ablate.align(**SMALL),
+        ablate.Arm("dropout", "Motifs", "MaskedMotifsModule", SMALL, {}),
+    ]
     studies = {
         "one": ablate.Study("One", arms),
-        "two": ablate.Study("Two", [*arms[:2], ablate.motifs("0", learning_rate=1e-9, **SMALL)]),
+        "two": ablate.Study("Two", [*arms[:2], ablate.motifs("0", "Motifs", learning_rate=1e-9, **SMALL)]),
     }
     for module in (ablate, report):
         monkeypatch.setattr(module, "STUDIES", studies)
@@ -38,7 +42,7 @@ def test_runs_are_kept_shared_and_reported(folder, tmp_path, studies, monkeypatc
     assert main(command) == 0
     assert len(list((tmp_path / "runs").glob("*.json"))) == 6
     out = capsys.readouterr().out
-    assert "6/6 dropout" in out and "| Align-Motifs | 2 |" in out and "less Motifs" in out
+    assert "6/6 dropout" in out and "| Align-Motifs | 2 |" in out and "| dropout | Motifs | " in out
     for name in ("one_curves.png", "one_predicates.png", "tables.md"):
         assert (tmp_path / name).stat().st_size > 100
     with (tmp_path / "results.csv").open() as file:
@@ -88,7 +92,8 @@ def test_nothing_to_report(tmp_path, capsys):
 def test_every_study_names_its_base_and_no_arm_twice():
     for name, study in ablate.STUDIES.items():
         names = [arm.name for arm in study.arms]
-        assert study.base in names and len(set(names)) == len(names), name
+        assert len(set(names)) == len(names), name
+        assert not study.arms[0].base and all(arm.base in names for arm in study.arms[1:]), name
         for arm in study.arms:
             ablate.MODULES[arm.module](**arm.options)
 
