@@ -20,8 +20,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from sgalign.alignment import relation_alignment_loss
 from sgalign.data import GraphBatch, SceneGraph
 from sgalign.datamodule import SceneGraphData
 from sgalign.metrics.matching import rank_triplets, relation_overlaps
@@ -106,6 +108,7 @@ STUDIES = {
             align("loss as mean over relations, tied head", reduction="relation", tied_head=True, **BALANCED),
             align("mask of single features", mask_granularity="feature", **BALANCED),
             align("symmetric loss", direction="symmetric", **BALANCED),
+            Arm("averaged teacher", "Motifs", "AveragedTeacherModule", BALANCED, {}),
         ],
     ),
     "unbalanced": Study(
@@ -220,7 +223,28 @@ class MaskedMotifsModule(AlignMotifsModule):
         return loss, {"loss": loss}
 
 
-MODULES = {kind.__name__: kind for kind in (MotifsModule, AlignMotifsModule, MaskedMotifsModule)}
+class AveragedTeacherModule(AlignMotifsModule):
+    """A control: the mirror is aligned with what an average of earlier weights predicts (mean teacher)."""
+
+    def make_network(self, counts: Tensor) -> None:
+        super().make_network(counts)
+        average = get_ema_multi_avg_fn(0.99)
+        self.teacher = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
+
+    def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self.see(batch, batch_index)
+        dropped = self.draw_mask(batch, batch_index)
+        prediction, mirrored_logits = self.network.dual_branch(batch, self.mirrored_head, dropped=dropped)
+        teacher = self.teacher.eval()(batch).logits
+        loss, parts = self.supervised_loss(prediction, batch)
+        parts["alignment"] = relation_alignment_loss(teacher, mirrored_logits)
+        return loss + self.options.alignment_weight * parts["alignment"], parts
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.teacher.update_parameters(self.network)
+
+
+MODULES = {kind.__name__: kind for kind in (MotifsModule, AlignMotifsModule, MaskedMotifsModule, AveragedTeacherModule)}
 
 
 # ---- one run

@@ -192,7 +192,7 @@ def _recalls(run: Run, metric: str, k: int) -> Tensor:
 
 
 def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
-    """Validation recall by epoch, mean over seeds and their range."""
+    """Validation recall by epoch, mean over seeds, and the range of the first arm's seeds."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -204,8 +204,9 @@ def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
             epochs = range(1, min(map(len, values)) + 1)
             by_epoch = list(zip(*values))
             axes.plot(epochs, [statistics.mean(v) for v in by_epoch], color=color, marker=".", label=name)
-            axes.fill_between(epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), color=color, alpha=0.1)
-        axes.set(xlabel="epoch", ylabel=f"validation {metric}, %")
+            if number == 0:
+                axes.fill_between(epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), color=color, alpha=0.1)
+        axes.set(xlabel="epoch", ylabel=f"validation {metric}, %", xticks=epochs)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
@@ -238,6 +239,7 @@ def draw_predicates(path: Path, study: Study, arms: dict[str, list[Run]]) -> Non
             axes.text(end, axes.get_ylim()[1], group, va="top", fontsize=8)
             end += len(predicates)
         axes.set_ylabel("points of R@100", fontsize=8)
+        axes.set_xlim(-1, len(names))
         of = f"{arm.name} less {arm.base}, {len(change)} seeds"
         axes.set_title(f"{of}: {better} predicates better, {worse} worse", fontsize=9)
     panels[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 30 else 6)

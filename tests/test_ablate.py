@@ -23,11 +23,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def studies(monkeypatch):
-    arms = [
-        ablate.motifs(**SMALL),
-        ablate.align(**SMALL),
-        ablate.Arm("dropout", "Motifs", "MaskedMotifsModule", SMALL, {}),
-    ]
+    controls = {"dropout": "MaskedMotifsModule", "average": "AveragedTeacherModule"}
+    arms = [ablate.motifs(**SMALL), ablate.align(**SMALL)]
+    arms += [ablate.Arm(name, "Motifs", module, SMALL, {}) for name, module in controls.items()]
     studies = {
         "one": ablate.Study("One", arms),
         "two": ablate.Study("Two", [*arms[:2], ablate.motifs("0", "Motifs", learning_rate=1e-9, **SMALL)]),
@@ -40,14 +38,14 @@ def studies(monkeypatch):
 def test_runs_are_kept_shared_and_reported(folder, tmp_path, studies, monkeypatch, capsys):
     command = ["ablate", "one", "--data", str(folder), "--seeds", "2", "--epochs", "1", "--out", str(tmp_path)]
     assert main(command) == 0
-    assert len(list((tmp_path / "runs").glob("*.json"))) == 6
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 8
     out = capsys.readouterr().out
-    assert "6/6 dropout" in out and "| Align-Motifs | 2 |" in out and "| dropout | Motifs | " in out
+    assert "8/8 average" in out and "| Align-Motifs | 2 |" in out and "| dropout | Motifs | " in out
     for name in ("one_curves.png", "one_predicates.png", "tables.md"):
         assert (tmp_path / name).stat().st_size > 100
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["arm"] for row in rows} == {"Motifs", "Align-Motifs", "dropout"}
+    assert {row["arm"] for row in rows} == {"Motifs", "Align-Motifs", "dropout", "average"}
     assert {row["part"] for row in rows} == {"validation", "test"} and {row["seed"] for row in rows} == {"0", "1"}
 
     # What is there is not done again, by another study neither.
