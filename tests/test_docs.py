@@ -35,3 +35,9 @@ def test_links_and_configs_exist(page):
         assert (page.parent / link).exists(), link
     for config in re.findall(r"configs/\w+\.yaml", text):
         assert (ROOT / config).exists(), config
+
+
+def test_every_package_is_installed():
+    listed = re.search(r"^packages = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "sgalign").rglob("__init__.py")}
+    assert set(re.findall(r'"([\w.]+)"', listed)) == found | {"sgalign.kernels"}
