@@ -321,8 +321,10 @@ def test_configs_spell_out_the_defaults():
         assert config["model"]["class_path"] == f"sgalign.training.{module.__name__}"
         spelled, defaults = config["model"]["init_args"], module().hparams
         assert spelled.items() <= defaults.items()
-        of_images = {"backbone", "min_size", "max_size", "detections_per_image", "detector_weights", "word_vectors"}
-        assert defaults.keys() - spelled.keys() == of_images | {"learning_rate_images"}
+        of_images = {"backbone", "min_size", "max_size", "head_dim", "detections_per_image", "detector_weights"}
+        long_tail = {"predicate_weights", "predicate_weight_power", "effective_number_beta"}
+        long_tail |= {"logit_adjustment", "logit_adjustment_test"}
+        assert defaults.keys() - spelled.keys() == of_images | long_tail | {"learning_rate_images", "word_vectors"}
         assert config["trainer"]["max_epochs"] == compare.parser().get_default("epochs")
 
 
