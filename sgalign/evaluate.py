@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sgalign.data import SceneGraph, open_dataset
+from sgalign.data.scene_graph import check_range
 from sgalign.data.vg150 import read_zero_shot_triplets
 from sgalign.metrics import (
     PROTOCOLS,
@@ -105,10 +106,7 @@ class Predictions:
             raise ValueError(f"{self.path}: must be an object of image ids, got {type(self._images).__name__}")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._images)
-
-    def __len__(self) -> int:
-        return len(self._images)
+        return _image_ids(self._images) if isinstance(self._images, h5py.File) else iter(self._images)
 
     def __contains__(self, image_id: object) -> bool:
         return image_id in self._images
@@ -135,6 +133,15 @@ class Predictions:
         value = value.long() if whole else value if value.is_floating_point() else value.float()
         # JSON's empty list has no second dimension.
         return value.reshape(0, _WIDTHS[field]) if field in _WIDTHS and value.shape == (0,) else value
+
+
+def _image_ids(group: h5py.Group, prefix: str = "") -> Iterator[str]:
+    """Of an id with slashes HDF5 makes groups of groups."""
+    for name, item in group.items():
+        if isinstance(item, h5py.Group) and len(item) and all(isinstance(c, h5py.Group) for c in item.values()):
+            yield from _image_ids(item, f"{prefix}{name}/")
+        else:
+            yield prefix + name
 
 
 def parser() -> argparse.ArgumentParser:
@@ -179,9 +186,12 @@ def main(arguments: Sequence[str]) -> int:
     metric = make_evaluator(options, dataset, graphs)
     missing = 0
     for graph in graphs:
-        predicted = graph.image_id in predictions
-        missing += not predicted and len(graph.relations) > 0
-        metric.update([predictions[graph.image_id] if predicted else nothing()], [truth(graph)])
+        prediction = predictions[graph.image_id] if graph.image_id in predictions else None
+        missing += prediction is None and len(graph.relations) > 0
+        metric.update([prediction or nothing()], [truth(graph)])
+        if prediction is not None:
+            where = f"{options.predictions}, image {graph.image_id!r}: "
+            check_range(where, "labels", prediction["labels"], 1, len(dataset.object_names) - 1)
     figures = {name: value.item() for name, value in metric.compute().items()}
     if missing:
         counted = "do not count" if options.skip_missing else "count 0"

@@ -175,6 +175,25 @@ def test_bad_files_are_one_sentence(tmp_path, annotations, graphs, content, mess
     assert re.search(message.replace("IMAGE", image), error), error
 
 
+def test_labels_beyond_the_classes_are_refused(tmp_path, annotations, graphs, capsys):
+    path, graph = tmp_path / "p.h5", next(graph for graph in graphs if len(graph.relations))
+    with PredictionFile(path) as file:
+        file.write(graph.image_id, perfect(graph) | {"labels": graph.labels + 100})
+    assert evaluate(path, annotations, protocol="sgdet") == 1
+    assert f"image {graph.image_id!r}: labels must be in 1 to 16, got 1" in capsys.readouterr().err
+
+
+def test_ids_with_slashes(tmp_path, graphs):
+    path = tmp_path / "p.h5"
+    ids = ["a/b/1.jpg", "a/b/2.jpg", "a/3.jpg", "4.jpg"]
+    with PredictionFile(path) as file:
+        for image_id in ids:
+            file.write(image_id, perfect(graphs[0]))
+    predictions = Predictions(path)
+    assert sorted(predictions) == sorted(ids) and all(image_id in predictions for image_id in ids)
+    assert torch.equal(predictions["a/b/2.jpg"]["boxes"], graphs[0].boxes)
+
+
 def test_truncated_hdf5_is_refused(tmp_path, annotations, graphs, capsys):
     path = write(tmp_path / "p.h5", graphs)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
