@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _lightning(arguments: list[str]) -> None:
     from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.utilities import rank_zero_info
 
     from sgalign.datamodule import SceneGraphData
     from sgalign.training import FrequencyModule, RelationModule, read_checkpoint
@@ -95,6 +96,14 @@ def _lightning(arguments: list[str]) -> None:
             path = self.config[self.config.subcommand].get("ckpt_path")
             if path not in (None, "best", "last", "hpc", "registry"):  # words that Lightning resolves
                 read_checkpoint(path)  # before Lightning does, whose errors do not say what is wrong with the file
+
+        def _parse_ckpt_path(self) -> None:
+            """Options are those given: Lightning's would silently replace them, and the model, by the checkpoint's."""
+
+        def after_fit(self) -> None:
+            for callback in self.trainer.checkpoint_callbacks:
+                if path := getattr(callback, "best_model_path", ""):
+                    rank_zero_info(f"checkpoint {path}")
 
         before_validate = before_test = before_predict = _needs_checkpoint
 

@@ -28,7 +28,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sgalign compare", description=__doc__)
-    parser.add_argument("--data", metavar="FOLDER", help="the VRD annotations; without it, generated scenes")
+    parser.add_argument(
+        "--data", metavar="FOLDER", help="a data set in any of the layouts; without it, generated scenes"
+    )
     parser.add_argument(
         "--validation-images",
         type=int,

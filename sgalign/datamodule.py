@@ -75,12 +75,20 @@ class SceneGraphData(pl.LightningDataModule):
         self.repeat_threshold, self.instance_drop = repeat_threshold, instance_drop
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
         self.root, self.batch_size, self.seed, self.validation_images = root, batch_size, seed, validation_images
         self.images, self.num_workers = images, num_workers
         self.name = "generated scenes" if root is None else f"the data in {root}"
         dataset = self._open("validation")
         self.object_names, self.predicate_names = dataset.object_names, dataset.predicate_names
+        if features is not None and detections is not None:
+            raise ValueError("features and detections exclude each other: what was cached is of annotated boxes")
         self.cache = None if features is None else FeatureCache(features)
+        if self.cache is not None and not self.cache.paths:
+            raise FileNotFoundError(
+                f"{features}: must be a folder that sgalign cache-features has filled, has no files"
+            )
         self.detections = None if detections is None else read_detections(detections, len(self.object_names) - 1)
 
     @cached_property
@@ -121,7 +129,16 @@ class SceneGraphData(pl.LightningDataModule):
 
     def _read(self, split: Split) -> list[SceneGraph]:
         dataset = self._open(split)
-        return [dataset[index] for index in range(len(dataset))]
+        for kind in ("object_names", "predicate_names"):
+            if getattr(dataset, kind) != getattr(self, kind):
+                raise ValueError(f"{self.name}: {kind} must be the same in all parts, those of {split} differ")
+        graphs = [dataset[index] for index in range(len(dataset))]
+        if self.cache is not None and (missing := [g.image_id for g in graphs if g.image_id not in self.cache]):
+            raise ValueError(
+                f"{self.cache.folder}: has no features of {len(missing)} of the {len(graphs)} images of part {split}, "
+                f"such as {missing[0]!r}: run sgalign cache-features again, it goes on"
+            )
+        return graphs
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
         if not self.train:
@@ -148,6 +165,10 @@ class SceneGraphData(pl.LightningDataModule):
         return self._loader(self.validation, sampler=self._shard(self.validation))
 
     def test_dataloader(self) -> DataLoader[GraphBatch]:
+        if self.detections is not None and not any(graph.image_id in self.detections for graph in self.test):
+            raise ValueError(
+                f"detections must be of images of the test part, such as {self.test[0].image_id!r}; none is"
+            )
         return self._loader(self.test, self.detections, sampler=self._shard(self.test))
 
     predict_dataloader = test_dataloader

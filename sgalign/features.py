@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -46,23 +48,27 @@ def cache_features(
     folder.mkdir(parents=True, exist_ok=True)
     header = {"weights": _digest(detector, regions), "dtype": "float16" if half else "float32"}
     cache = FeatureCache(folder)
+    known = len(cache.images)  # also checks the files
     for name, value in header.items():
         if cache.paths and cache.header[name] != value:
             raise ValueError(
                 f"{folder}: has features of {name} {cache.header[name]}, not {value}: choose another folder"
             )
-    missing = [graph for graph in graphs if graph.image_id not in cache]
+    missing = [graph for graph in {graph.image_id: graph for graph in graphs}.values() if graph.image_id not in cache]
+    following = int(cache.paths[-1].stem.removeprefix("features_")) + 1 if cache.paths else 0
+    print(f"{folder}: {len(missing)} images to see, {known} are there", flush=True)
     detector, regions = detector.eval(), regions.eval()
     device = next(regions.parameters()).device
     for start in range(0, len(missing), IMAGES_A_FILE):
-        number = len(cache.paths) + start // IMAGES_A_FILE
-        path = folder / f"features_{number:05}.h5"
+        path = folder / f"features_{following + start // IMAGES_A_FILE:05}.h5"
         partial = path.with_suffix(".partial")
         with h5py.File(partial, "w") as file:
             file.attrs.update(header)
             for graph in missing[start : start + IMAGES_A_FILE]:
                 group = file.create_group(_key(graph.image_id))
-                for field, tensor in zip(FIELDS, _see(graph, detector, regions, device), strict=True):
+                seen = _see(graph, detector, regions, device)
+                check_space(folder, sum(tensor.nbytes for tensor in seen))
+                for field, tensor in zip(FIELDS, seen, strict=True):
                     group[field] = tensor.half().numpy() if half and field != "boxes" else tensor.numpy()
         os.replace(partial, path)
         print(f"{path}: {min(start + IMAGES_A_FILE, len(missing))} of {len(missing)} images", flush=True)
@@ -92,7 +98,7 @@ class FeatureCache:
         self._open: dict[tuple[int, Path], h5py.File] = {}  # by process: HDF5 handles do not survive a fork
 
     @cached_property
-    def _where(self) -> dict[str, Path]:
+    def images(self) -> dict[str, Path]:
         where = {}
         for path in self.paths:
             try:
@@ -112,19 +118,19 @@ class FeatureCache:
             return dict(file.attrs)
 
     def __contains__(self, image_id: str) -> bool:
-        return _key(image_id) in self._where
+        return _key(image_id) in self.images
 
     def __getitem__(self, image_id: str) -> dict[str, Tensor]:
         """`boxes` `[N, 4]`, `objects` `[N, F]`, `logits` `[N, C]` and `union` `[N * (N - 1), F]`, all float32.
 
         Raises:
-            KeyError: the image is not there.
+            ValueError: the image is not there.
         """
         if image_id not in self:
-            raise KeyError(
+            raise ValueError(
                 f"{self.folder}: has no features of image {image_id!r}: run sgalign cache-features for its data"
             )
-        key = (os.getpid(), self._where[_key(image_id)])
+        key = (os.getpid(), self.images[_key(image_id)])
         if key not in self._open:
             self._open[key] = h5py.File(key[1], "r")
         group = self._open[key][_key(image_id)]
@@ -137,8 +143,7 @@ class FeatureCache:
         """The batch, which has all pairs of its images, with their features.
 
         Raises:
-            KeyError: an image is not there.
-            ValueError: an image's boxes are not those that were seen.
+            ValueError: an image is not there, or its boxes are not those that were seen.
         """
         images = [self[image_id] for image_id in batch.image_ids]
         for image, boxes, image_id in zip(images, batch.boxes.split(batch.lengths.tolist()), batch.image_ids):
@@ -146,6 +151,14 @@ class FeatureCache:
                 raise ValueError(f"{self.folder}: image {image_id!r} was seen with other boxes: cache its data again")
         objects, logits, union = (torch.cat([image[field] for image in images]) for field in FIELDS[1:])
         return batch._replace(object_features=objects, logits=logits, union_features=union)
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Raises OSError where a disk has not `size` bytes and some to spare: HDF5 does not survive running out of it."""
+    if (free := shutil.disk_usage(folder).free) < size + (1 << 20):
+        raise OSError(
+            errno.ENOSPC, f"no space left for {size / 2**20:.1f} MiB more, {free / 2**20:.1f} MiB are free", str(folder)
+        )
 
 
 def _key(image_id: str) -> str:
@@ -173,12 +186,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--data", metavar="FOLDER", help="a data set; without it, the generated scenes")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for the files; a second run goes on")
     parser.add_argument("--parts", nargs="+", default=["train", "validation", "test"], metavar="PART")
+    parser.add_argument("--validation-images", type=int, metavar="N", help="as for fit (default: the data set's)")
     parser.add_argument("--half", action="store_true", help="float16, half the size")
     options = parser.parse_args(arguments)
     module = load_module(options.checkpoint)
     if not isinstance(module, MotifsModule) or module.options.vision != "images":
         raise ValueError(f"{options.checkpoint}: must be of a model whose vision is 'images'")
-    data = SceneGraphData(options.data)
+    data = SceneGraphData(options.data, validation_images=options.validation_images)
     if unknown := set(options.parts) - {"train", "validation", "test"}:
         parser.error(f"--parts must be of train, validation and test, got {', '.join(sorted(unknown))}")
     graphs = [graph for part in options.parts for graph in getattr(data, part)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, help="a new or an empty folder")
     parser.add_argument("--format", choices=["vg150", "vrd", "coco"], default="vg150", help="(default: %(default)s)")
     sizes = parser.add_argument
-    sizes("--sizes", type=int, nargs=3, default=[300, 50, 80], metavar="N", help="training, validation, test scenes")
+    sizes("--sizes", type=int, nargs=3, metavar="N", help="training, validation, test scenes (default: 300 50 80)")
     parser.add_argument("--source", metavar="FOLDER", help="converts this data set to COCO's format instead")
+    parser.add_argument("--validation-images", type=int, metavar="N", help="of --source, as for fit")
     parser.add_argument("--no-images", action="store_true", help="annotations alone")
     return parser
 
@@ -33,27 +35,33 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """`sgalign make-dataset`. What is in `out` when it is interrupted is nothing at all."""
     options = parser().parse_args(arguments)
-    if min(options.sizes) < 0:
-        parser().error(f"--sizes must be at least 0, got {options.sizes}")
+    if options.source is not None and options.sizes is not None:
+        parser().error("--sizes is of generated scenes, not of --source")
+    sizes = options.sizes or (300, 50, 80)
+    if min(sizes) < 0:
+        parser().error(f"--sizes must be at least 0, got {sizes}")
     if options.source is not None and options.format != "coco":
         parser().error("--source needs --format coco")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         parser().error(f"out must be a new or an empty folder, {options.out} is not")
     if options.source is None:
-        datasets: dict[str, Any] = {s: ScenesDataset(s, size=n) for s, n in zip(SPLITS, options.sizes)}  # type: ignore[arg-type]
+        datasets: dict[str, Any] = {s: ScenesDataset(s, size=n) for s, n in zip(SPLITS, sizes)}  # type: ignore[arg-type]
     else:
-        datasets = {split: open_dataset(options.source, split) for split in SPLITS}
+        held_out = {} if options.validation_images is None else {"validation_images": options.validation_images}
+        datasets = {split: open_dataset(options.source, split, **held_out) for split in SPLITS}
     parts = {split: [dataset[i] for i in range(len(dataset))] for split, dataset in datasets.items()}
     names = datasets["train"].object_names, datasets["train"].predicate_names
-    partial = options.out.with_name(options.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    out = options.out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=f"{out.name}.partial_", dir=out.parent)
+    partial = Path(temporary) / out.name
     try:
         WRITERS[options.format](parts, *names, partial, images=not options.no_images)
-        if options.out.exists():
-            options.out.rmdir()
-        partial.rename(options.out)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {options.out}: {', '.join(f'{len(graphs)} {split}' for split, graphs in parts.items())} images")
     return 0
 

@@ -47,18 +47,25 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     if options.top_k < 1:
         parser().error(f"--top-k must be at least 1, got {options.top_k}")
+    folder = options.out.with_suffix("")
+    if options.draw and not options.out.suffix:
+        parser().error(f"--out must end in .json, so that pictures go into a folder of the rest, got {options.out}")
+    read = options.images if options.images.is_dir() else options.images.parent
+    if options.draw and folder.resolve() == read.resolve():
+        parser().error(f"--out must not name the folder of the images, pictures would go there, got {options.out}")
     module = load_module(options.checkpoint)
     if not isinstance(module, MotifsModule):
         raise ValueError(f"{options.checkpoint}: must be a checkpoint of Motifs, got {type(module).__name__}")
-    if options.detections is None and module.protocol != "sgdet":
-        raise ValueError(f"{options.checkpoint} is of protocol {module.protocol}: it needs --detections FILE")
     if module.options.vision == "cached":
         raise ValueError(f"{options.checkpoint} reads cached features: it has no detector to look at images with")
+    if options.detections is None and module.protocol != "sgdet":
+        raise ValueError(f"{options.checkpoint} is of protocol {module.protocol}: it needs --detections FILE")
+    if options.detections is not None and module.protocol == "sgdet":
+        raise ValueError(f"{options.checkpoint} is of protocol sgdet: it finds objects itself, without --detections")
     detections = None
     if options.detections is not None:
         detections = read_detections(options.detections, len(module.object_names) - 1)
     paths = image_files(options.images)
-    folder = options.out.with_suffix("")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.draw:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,9 +82,11 @@ def main(arguments: Sequence[str]) -> int:
         if options.draw:
             draw(path, graph, folder / f"{path.name}.png")
     partial = options.out.with_name(options.out.name + ".partial")
-    partial.write_text(json.dumps(graphs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(graphs, indent=1) + "\n", encoding="utf-8")
     partial.replace(options.out)
-    print(f"wrote {options.out}: {len(graphs)} images" + (f", drawn in {folder}" if options.draw else ""))
+    print(
+        f"wrote {options.out}: {len(graphs)} of {len(paths)} images" + (f", drawn in {folder}" if options.draw else "")
+    )
     return 1 if failed else 0
 
 
@@ -144,7 +153,8 @@ def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
     for index in used:
         x1, y1, x2, y2 = graph["objects"][index]["box"]
         left.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=2, edgecolor=colors[index]))
-        left.text(x1, y1, _name(graph, index), fontsize=8, va="bottom", bbox={"facecolor": colors[index], "pad": 1})
+        box = {"facecolor": colors[index], "pad": 1}
+        left.text(x1, y1, _name(graph, index), fontsize=8, va="bottom", bbox=box, parse_math=False)
     left.set_axis_off()
     _draw_graph(right, graph, triplets, colors)
     figure.savefig(out, dpi=100)
@@ -165,9 +175,20 @@ def _draw_graph(axes: Axes, graph: dict[str, Any], triplets: list[dict[str, Any]
         # Nearer to the subject than to the object, so that two opposite arrows keep their labels apart.
         x, y = 0.6 * x1 + 0.4 * x2 - bend / 2 * (y2 - y1), 0.6 * y1 + 0.4 * y2 + bend / 2 * (x2 - x1)
         label = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-        axes.text(x, y, triplet["predicate"], fontsize=9, ha="center", va="center", color="darkblue", bbox=label)
+        axes.text(
+            x,
+            y,
+            triplet["predicate"],
+            fontsize=9,
+            ha="center",
+            va="center",
+            color="darkblue",
+            bbox=label,
+            parse_math=False,
+        )
     for index, (x, y) in at.items():
-        axes.text(x, y, _name(graph, index), ha="center", va="center", bbox={"facecolor": colors[index], "pad": 4})
+        box = {"facecolor": colors[index], "pad": 4}
+        axes.text(x, y, _name(graph, index), ha="center", va="center", bbox=box, parse_math=False)
     axes.set(xlim=(-1.2, 1.2), ylim=(1.2, -1.2), aspect="equal")
     axes.set_axis_off()
 

@@ -18,7 +18,7 @@ def sample_pairs(
     positive_fraction: float = 0.25,
     generator: torch.Generator,
 ) -> Tensor:
-    """At most `limit` pairs an image, of these at most `positive_fraction` related, the others drawn at random.
+    """At most `limit` pairs an image, of these at most `positive_fraction` related (or one), the rest drawn at random.
 
     Args:
         is_foreground: bool `[R]`, the pair is related.
@@ -38,7 +38,7 @@ def sample_pairs(
     starts = sizes.cumsum(0) - sizes
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device) - starts[group[order]]
-    related = sizes[1::2].clamp(max=int(limit * positive_fraction))
+    related = sizes[1::2].clamp(max=max(int(limit * positive_fraction), 1))
     return (rank < torch.where(is_foreground, related[images], limit - related[images])).nonzero()[:, 0]
 
 

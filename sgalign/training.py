@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional
@@ -61,6 +62,8 @@ class RelationModule(pl.LightningModule):
         return batch
 
     def setup(self, stage: str) -> None:
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         data = self._data
         self._set_classes(data.object_names, data.predicate_names, f"the data, {data.name},")
         if self.network is None:
@@ -91,11 +94,19 @@ class RelationModule(pl.LightningModule):
         saved = checkpoint.get("sgalign")
         if saved is None:
             raise ValueError("checkpoint must be one that this package saved, got one without its class names")
+        kind = globals().get(saved["module"], type(None))
+        if saved["module"] != type(self).__name__ and not issubclass(kind, type(self)):
+            raise ValueError(f"checkpoint must be of {type(self).__name__}, as asked for, is of {saved['module']}")
         self._set_classes(saved["object_names"], saved["predicate_names"], "the checkpoint")
         self.run_seed = saved["run_seed"]
         if self.network is None:
             classes, predicates = len(self.object_names), len(self.predicate_names)
             self.make_network(torch.ones(classes, classes, predicates))  # the weights follow
+        weights = checkpoint["state_dict"]
+        for name, own in self.state_dict().items():
+            if name in weights and weights[name].shape != own.shape:
+                shapes = f"{name} is {list(weights[name].shape)}, not {list(own.shape)}"
+                raise ValueError(f"checkpoint must be of a model with the same options: {shapes}")
 
     def on_fit_start(self) -> None:
         if not self.trainer.ckpt_path:
@@ -166,6 +177,21 @@ class RelationModule(pl.LightningModule):
         return [dict(zip(fields, image, strict=True)) for image in images]
 
 
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place first, so that a full disk or a kill leaves the one before as it was."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        partial = Path(f"{path}.partial")
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint that this package saved; nothing but tensors and plain values is unpickled from the file.
 
@@ -228,6 +254,9 @@ class DetectorModule(RelationModule):
         options: Any = self.hparams
         sizes = {name: options[name] for name in ("backbone", "min_size", "max_size", "head_dim")}
         self.network = Detector(len(counts), **sizes, trains_norms=options.weights is None)
+
+    def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
+        raise ValueError("DetectorModule relates nothing: predict with a model that has it as detector_weights")
 
     def setup(self, stage: str) -> None:
         is_new = self.network is None
@@ -378,6 +407,8 @@ class MotifsModule(RelationModule):
         is_new = self.network is None
         super().setup(stage)
         options = self.options
+        if self.protocol == "sgdet" and self._data.detections is not None:
+            raise ValueError("data must have no detections for protocol sgdet: the model finds objects itself")
         if not is_new or stage != "fit":
             return
         if options.word_vectors is not None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -334,6 +335,33 @@ def test_an_interrupted_cache_goes_on(detector, regions, scenes, tmp_path, monke
     assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "what was there is left alone"
 
 
+def test_a_deleted_file_of_a_cache_is_made_again(detector, regions, scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("sgalign.features.IMAGES_A_FILE", 1)
+    cache_features([*scenes[:3], scenes[0]], detector, regions, tmp_path)  # one image twice
+    sorted(tmp_path.glob("*.h5"))[1].unlink()
+    cache_features(scenes[:4], detector, regions, tmp_path)
+    cache = FeatureCache(tmp_path)
+    assert len(cache.paths) == 4 and all(graph.image_id in cache for graph in scenes)
+
+
+def test_a_full_disk_is_noticed_before_hdf5_does(detector, regions, scenes, tmp_path, monkeypatch):
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1 << 30, 1 << 30, 1000))
+    with pytest.raises(OSError, match="no space left for .* MiB more"):
+        cache_features(scenes[:1], detector, regions, tmp_path)
+    assert not list(tmp_path.glob("*.h5"))
+
+
+def test_an_incomplete_cache_is_refused_when_the_data_are_read(detector, regions, scenes, tmp_path):
+    from sgalign.datamodule import SceneGraphData
+
+    cache_features(scenes[:2], detector, regions, tmp_path)
+    with pytest.raises(ValueError, match="has no features of 498 of the 500 images of part validation"):
+        _ = SceneGraphData(features=str(tmp_path)).validation
+    with pytest.raises(FileNotFoundError, match="must be a folder that sgalign cache-features has filled"):
+        SceneGraphData(features=str(tmp_path / "nowhere"))
+
+
 def test_caches_of_other_weights_boxes_or_images_are_refused(detector, regions, scenes, tmp_path):
     torn = tmp_path / "torn"
     cache_features(scenes[:1], detector, regions, torn)
@@ -345,7 +373,7 @@ def test_caches_of_other_weights_boxes_or_images_are_refused(detector, regions, 
     with pytest.raises(ValueError, match="has features of weights .* choose another folder"):
         cache_features(scenes[:1], detector, RegionFeatures(dim=24), tmp_path)
     cache = FeatureCache(tmp_path)
-    with pytest.raises(KeyError, match="has no features of image"):
+    with pytest.raises(ValueError, match="has no features of image"):
         cache.add_to(collate(scenes[1:2], 20))
     batch = collate(scenes[:1], 20)
     with pytest.raises(ValueError, match="seen with other boxes"):
@@ -480,6 +508,13 @@ def test_predict_images(data, tmp_path, capsys, protocol):
         }
         (tmp_path / "d.json").write_text(json.dumps(found))
         arguments += ["--detections", str(tmp_path / "d.json")]
+    before = sorted((p.name, p.read_bytes()) for p in folder.iterdir())
+    over = ["predict", str(folder), "--checkpoint", str(tmp_path / "model.ckpt"), "--draw", "--out"]
+    for out, message in ((f"{folder}.json", "must not name the folder of the images"), ("graphs", "must end in .json")):
+        with pytest.raises(SystemExit):
+            cli.main([*over, out])
+        assert message in capsys.readouterr().err
+    assert sorted((p.name, p.read_bytes()) for p in folder.iterdir()) == before
     assert cli.main([*arguments, "--draw", "--top-k", "5"]) == 1  # for the torn one
     assert "left out: " in (error := capsys.readouterr().err) and "torn.png" in error
     graphs = json.loads((tmp_path / "g.json").read_text())

@@ -240,7 +240,7 @@ def test_missing_and_torn_images(vg150):
     dataset = VG150Dataset(vg150, "test")
     graph = dataset[0]
     (vg150 / "VG_100K" / graph.image_id).write_bytes(b"torn")
-    with pytest.raises(ValueError, match=f"{graph.image_id}: must be an image that can be read"):
+    with pytest.raises(ValueError, match=f"{graph.image_id}: not an image that can be read"):
         graph.image()
     shutil.rmtree(vg150 / "VG_100K")
     assert VG150Dataset(vg150, "test")[0].image is None
@@ -289,6 +289,18 @@ def test_coco_ids_names_and_predicates_without_background(tmp_path):
         assert read.relations.tolist() == [[0, 1, 2]] and read.image is None
 
 
+def test_parts_with_other_classes_are_refused(folders, tmp_path):
+    from sgalign.datamodule import SceneGraphData
+
+    root = shutil.copytree(folders / "coco", tmp_path / "coco")
+    content = json.loads((root / "train.json").read_text())
+    content["categories"][0]["name"], content["categories"][1]["name"] = "b", "a"
+    (root / "train.json").write_text(json.dumps(content))
+    data = SceneGraphData(str(root))
+    with pytest.raises(ValueError, match="object_names must be the same in all parts, those of train differ"):
+        _ = data.train
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -305,6 +317,15 @@ def test_coco_ids_names_and_predicates_without_background(tmp_path):
         (lambda c, r: r["test"]["0"].append([0, 1, 0]), "predicate must be in 1 to 20, got 0"),
         (lambda c, r: r["test"]["0"].append([0, 1]), r"must be \[subject, object, predicate\]"),
         (lambda c, r: r.pop("test"), "rel.json: must have rel_categories, test, misses test"),
+        (lambda c, r: r.update(test=None), "rel.json: rel_categories must be a list of names, test an object"),
+        (lambda c, r: r.update(rel_categories="on"), "rel.json: rel_categories must be a list of names"),
+        (lambda c, r: r["test"].update({"77": []}), "rel.json, test: image ids must be those of test.json, got '77'"),
+        (lambda c, r: c["images"][0].update(file_name="/tmp/x.jpg"), "file_name must lie in the data set's folder"),
+        (lambda c, r: c["images"][0].update(file_name="../x.jpg"), "file_name must lie in the data set's folder"),
+        (lambda c, r: c["images"][0].update(file_name=7), "not as COCO and relations are"),
+        (lambda c, r: c["images"].append(c["images"][0]), "id must be new, got 0 again"),
+        (lambda c, r: c.update(annotations=None), "not as COCO and relations are"),
+        (lambda c, r: r["test"].update({"0": None}), "not as COCO and relations are"),
     ],
 )
 def test_bad_coco_files_are_named(folders, tmp_path, change, message):

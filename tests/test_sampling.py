@@ -24,6 +24,13 @@ def test_limits_hold_in_every_image():
         assert len(kept) - positive == min(20 - positive, int((~related & there).sum()))
 
 
+def test_one_related_pair_is_always_among_them():
+    related = torch.arange(20) < 5
+    for limit in (1, 2, 3):
+        rows = sample_pairs(related, torch.zeros(20).long(), limit=limit, generator=generator())
+        assert len(rows) == limit and related[rows].sum() == 1
+
+
 def test_few_pairs_are_all_kept():
     related = torch.tensor([True, False, False, True])
     assert sample_pairs(related, torch.zeros(4).long(), generator=generator()).tolist() == [0, 1, 2, 3]

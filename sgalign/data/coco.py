@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
+from sgalign.data.images import load_image
 from sgalign.data.scene_graph import BACKGROUND, SceneGraph
-from sgalign.data.vg150 import _load, _read_json
+from sgalign.data.vg150 import _read_json
 from sgalign.data.vrd import SPLITS
 
 FILES = {"train": "train", "validation": "val", "test": "test"}
@@ -49,22 +50,32 @@ class CocoDataset(Dataset[SceneGraph]):
             (path, content, ("images", "annotations", "categories")),
             (rel, relations, ("rel_categories", FILES[split])),
         ):
-            if not isinstance(value, dict) or (missing := [field for field in fields if field not in value]):
+            if missing := [field for field in fields if not isinstance(value, dict) or field not in value]:
                 raise ValueError(f"{where}: must have {', '.join(fields)}, misses {', '.join(missing)}")
+        try:
+            self._read(path, content, rel, relations, FILES[split])
+        except (AttributeError, OverflowError, TypeError) as error:
+            raise ValueError(f"{path}, {rel}: not as COCO and relations are ({error})") from error
+
+    def _read(self, path: Path, content: dict[str, Any], rel: Path, relations: dict[str, Any], part: str) -> None:
         try:
             categories = sorted(content["categories"], key=lambda category: category["id"])
             label_of = {category["id"]: index + 1 for index, category in enumerate(categories)}
             self.object_names = [BACKGROUND, *(str(category["name"]) for category in categories)]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: categories must have id and name, misses {error}") from error
+        if not isinstance(relations["rel_categories"], list) or not isinstance(relations[part], dict):
+            raise ValueError(f"{rel}: rel_categories must be a list of names, {part} an object of image ids")
         predicates = [str(name) for name in relations["rel_categories"]]
         self._first = 0 if predicates[:1] == [BACKGROUND] else 1
         self.predicate_names = [BACKGROUND, *predicates[1 - self._first :]]
         self._images = _parse(path, content, label_of)
-        by_id = relations[FILES[split]]
+        by_id = relations[part]
+        if unknown := by_id.keys() - {str(image["id"]) for image in self._images.values()}:
+            raise ValueError(f"{rel}, {part}: image ids must be those of {path.name}, got {min(unknown)!r}")
         for image in self._images.values():
             triplets = by_id.get(str(image["id"]), [])
-            image["relations"] = self._relations(f"{rel}, {FILES[split]}, image {image['id']}", triplets, image)
+            image["relations"] = self._relations(f"{rel}, {part}, image {image['id']}", triplets, image)
         self._order = list(self._images)
 
     def __len__(self) -> int:
@@ -83,7 +94,7 @@ class CocoDataset(Dataset[SceneGraph]):
             boxes,
             torch.tensor(image["labels"], dtype=torch.int64),
             torch.tensor(image["relations"], dtype=torch.int64).reshape(-1, 3),
-            None if path is None else partial(_load, path),
+            None if path is None else partial(load_image, path),
         )
 
     def _relations(self, where: str, triplets: Any, image: dict[str, Any]) -> list[list[int]]:
@@ -106,6 +117,13 @@ def _parse(path: Path, content: dict[str, Any], label_of: Mapping[Any, int]) -> 
         fields = ("id", "file_name", "width", "height")
         if not isinstance(image, dict) or not image.keys() >= set(fields):
             raise ValueError(f"{path}, images, row {number}: must have {', '.join(fields)}, got {image!r}")
+        name = Path(image["file_name"])
+        if name.is_absolute() or ".." in name.parts:
+            raise ValueError(
+                f"{path}, images, row {number}: file_name must lie in the data set's folder, got {str(name)!r}"
+            )
+        if image["id"] in images:
+            raise ValueError(f"{path}, images, row {number}: id must be new, got {image['id']!r} again")
         images[image["id"]] = {field: image[field] for field in fields} | {"boxes": [], "labels": []}
     for number, annotation in enumerate(content["annotations"]):
         where = f"{path}, annotations, row {number}"

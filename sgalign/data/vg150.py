@@ -85,7 +85,7 @@ class VG150Dataset(Dataset[SceneGraph]):
         image_id, width, height = self._sizes[image]
         boxes, labels, relations = self._graph(image)
         path = None if self._folder is None else self._folder / f"{image_id}.jpg"
-        load = None if path is None else partial(_load, path)
+        load = None if path is None else partial(load_image, path)
         return SceneGraph(f"{image_id}.jpg", width, height, boxes, labels, relations, load)
 
     def _graph(self, image: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,10 +238,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{path}: not JSON, or cut short ({error}); {REMEDY}") from error
-
-
-def _load(path: Path) -> Any:
-    try:
-        return load_image(path)
-    except OSError as error:
-        raise ValueError(f"{path}: must be an image that can be read ({error}); {REMEDY}") from error
