@@ -10,12 +10,13 @@ import torch
 
 pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
+from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 
 from sgalign import cli, compare, doctor  # noqa: E402
 from sgalign.data import collate  # noqa: E402
 from sgalign.datamodule import SceneGraphData  # noqa: E402
 from sgalign.sampling import step_seed  # noqa: E402
-from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule  # noqa: E402
+from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, WholeCheckpointIO  # noqa: E402
 
 SMALL = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +108,32 @@ def test_a_checkpoint_of_other_classes_is_refused(scenes, tmp_path):
     other.predicate_names = [*other.predicate_names[:-1], "beneath"]
     with pytest.raises(ValueError, match="predicate classes of the model .* differ in .*beneath"):
         trainer().test(loaded, datamodule=other, verbose=False)
+
+
+def test_a_checkpoint_of_another_model_or_size_is_refused(scenes, tmp_path):
+    trainer_of_motifs = fit(MotifsModule(**SMALL), scenes, max_epochs=0)
+    trainer_of_motifs.save_checkpoint(tmp_path / "motifs.ckpt")
+    for module, message in (
+        (AlignMotifsModule(**SMALL), "must be of AlignMotifsModule, as asked for, is of MotifsModule"),
+        (MotifsModule(**SMALL | {"hidden_dim": 9}), "must be of a model with the same options: .* is .*, not "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(max_epochs=1).fit(module, datamodule=scenes, ckpt_path=tmp_path / "motifs.ckpt")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    WholeCheckpointIO().save_checkpoint({"step": 1}, path)
+    before = path.read_bytes()
+
+    def runs_out(self, checkpoint, path, options):
+        path.write_bytes(before[:10])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", runs_out)
+    with pytest.raises(OSError, match="no space left"):
+        WholeCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_mask_seeds_differ_in_every_argument_and_repeat():
