@@ -72,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         # Of what our own checks and the file system say, the sentence is what helps. Anything else is a defect.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if "in DataLoader worker" in str(error):  # torch raises it again, with the worker's traceback as its message
+            print(f"sgalign: {str(error).strip().splitlines()[-1].partition(': ')[2]}", file=sys.stderr)
+            return 1
         if isinstance(error, OSError) or Path(__file__).parent in raised_in.parents:
             print(f"sgalign: {error}", file=sys.stderr)
             return 1

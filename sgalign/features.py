@@ -196,5 +196,6 @@ def main(arguments: Sequence[str]) -> int:
     if unknown := set(options.parts) - {"train", "validation", "test"}:
         parser.error(f"--parts must be of train, validation and test, got {', '.join(sorted(unknown))}")
     graphs = [graph for part in options.parts for graph in getattr(data, part)]
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
     cache_features(graphs, module.detector, module.regions, options.out, half=options.half)
     return 0

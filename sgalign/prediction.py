@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     read = options.images if options.images.is_dir() else options.images.parent
     if options.draw and folder.resolve() == read.resolve():
         parser().error(f"--out must not name the folder of the images, pictures would go there, got {options.out}")
-    module = load_module(options.checkpoint)
+    module = load_module(options.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(module, MotifsModule):
         raise ValueError(f"{options.checkpoint}: must be a checkpoint of Motifs, got {type(module).__name__}")
     if module.options.vision == "cached":
@@ -132,7 +132,7 @@ def predict_image(
         batch = collate_detected([graph], detections, predicates, pixels=pixels)
     else:
         raise ValueError(f"{path}: the detections know no image {path.name!r}")
-    (prediction,) = module.predictions(batch)
+    (prediction,) = module.predictions(module.transfer_batch_to_device(batch, module.device, 0))
     names = module.object_names, module.predicate_names
     return describe(prediction, *names, top_k, all_predicates=all_predicates)
 

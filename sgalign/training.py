@@ -261,7 +261,7 @@ class DetectorModule(RelationModule):
     def setup(self, stage: str) -> None:
         is_new = self.network is None
         super().setup(stage)
-        if is_new and stage == "fit" and self.hparams["weights"] is not None:
+        if is_new and stage == "fit" and not self.trainer.ckpt_path and self.hparams["weights"] is not None:
             self.network.load_weights(self.hparams["weights"])
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
@@ -409,7 +409,7 @@ class MotifsModule(RelationModule):
         options = self.options
         if self.protocol == "sgdet" and self._data.detections is not None:
             raise ValueError("data must have no detections for protocol sgdet: the model finds objects itself")
-        if not is_new or stage != "fit":
+        if not is_new or stage != "fit" or self.trainer.ckpt_path:
             return
         if options.word_vectors is not None:
             self.network.load_class_vectors(read_word_vectors(options.word_vectors, self.object_names))
@@ -552,8 +552,8 @@ class MotifsModule(RelationModule):
         if options.optimizer == "adam":
             return torch.optim.Adam([p for _, p in trained], lr=rate, fused=True)
         groups = [
-            {"params": [p for name, p in trained if not name.endswith("bias")], "weight_decay": 1e-4},
-            {"params": [p for name, p in trained if name.endswith("bias")], "weight_decay": 0.0},
+            {"params": [p for name, p in trained if "bias" not in name], "weight_decay": 1e-4},
+            {"params": [p for name, p in trained if "bias" in name], "weight_decay": 0.0},
         ]
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
 

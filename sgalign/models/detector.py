@@ -14,13 +14,25 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
-from torchvision.ops import FrozenBatchNorm2d, batched_nms, clip_boxes_to_image
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
+from torchvision.ops.poolers import initLevelMapper
 
 BACKBONES = {
     "resnet18": ResNet18_Weights.IMAGENET1K_V1,
     "resnet50": ResNet50_Weights.IMAGENET1K_V2,
     "resnext101_32x8d": ResNeXt101_32X8D_Weights.IMAGENET1K_V2,
 }
+
+
+LEVELS = {"0": 1 / 4, "1": 1 / 8, "2": 1 / 16, "3": 1 / 32}  # P2 to P5, and their scales
+
+
+def pyramid_pool(resolution: int) -> MultiScaleRoIAlign:
+    """Pools `resolution` x `resolution` bins of each box from the level of the pyramid that suits its size."""
+    pool = MultiScaleRoIAlign(list(LEVELS), resolution, sampling_ratio=2)
+    # It would guess the scales from the first images, and wrongly from thin ones.
+    pool.scales, pool.map_levels = list(LEVELS.values()), initLevelMapper(2, 5)
+    return pool
 
 
 class ImageFeatures(NamedTuple):
@@ -85,8 +97,8 @@ class Detector(nn.Module):
         norm = nn.BatchNorm2d if trains_norms else FrozenBatchNorm2d
         body = resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=norm, trainable_layers=5)
         head = TwoMLPHead(body.out_channels * 7**2, head_dim), FastRCNNPredictor(head_dim, num_classes)
-        sizes = {"min_size": min_size, "max_size": max_size}
-        self.model = FasterRCNN(body, box_head=head[0], box_predictor=head[1], **sizes)
+        parts = {"box_roi_pool": pyramid_pool(7), "box_head": head[0], "box_predictor": head[1]}
+        self.model = FasterRCNN(body, min_size=min_size, max_size=max_size, **parts)
         self.frozen = False
 
     def freeze(self) -> None:

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.ops import MultiScaleRoIAlign, roi_align
-from torchvision.ops.poolers import initLevelMapper
+from torchvision.ops import roi_align
 
-from sgalign.models.detector import Detector, ImageFeatures
+from sgalign.models.detector import LEVELS, Detector, ImageFeatures, pyramid_pool
 
-LEVELS = {"0": 1 / 4, "1": 1 / 8, "2": 1 / 16, "3": 1 / 32}  # P2 to P5, and their scales
 RECTANGLES = 27  # side of the two masks
 PAIRS_AT_ONCE = 1024
 
@@ -28,9 +26,7 @@ class RegionFeatures(nn.Module):
 
     def __init__(self, *, dim: int = 4096, channels: int = 256, resolution: int = 7) -> None:
         super().__init__()
-        self.pool = MultiScaleRoIAlign(list(LEVELS), resolution, sampling_ratio=2)
-        # It would guess the scales from the first images, and wrongly from thin ones.
-        self.pool.scales, self.pool.map_levels = list(LEVELS.values()), initLevelMapper(2, 5)
+        self.pool = pyramid_pool(resolution)
         self.object_head = TwoMLPHead(channels * resolution**2, dim)
         self.union_reduce = nn.Conv2d(channels * len(LEVELS), channels, 3, padding=1)
         self.rectangles = nn.Sequential(
