@@ -110,6 +110,26 @@ def test_a_checkpoint_of_other_classes_is_refused(scenes, tmp_path):
         trainer().test(loaded, datamodule=other, verbose=False)
 
 
+def test_published_optimizer(scenes):
+    """SGD whose weight decay spares every bias, those of the LSTMs too, with a warm-up from a tenth."""
+    module = made(MotifsModule(**SMALL, optimizer="sgd", learning_rate=0.5, warmup_steps=10), scenes)
+    (optimizer,), (warmup, plateau) = module.configure_optimizers()
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    names = dict(module.named_parameters())
+    assert {name for name, p in names.items() if decay[id(p)] == 0} == {name for name in names if "bias" in name}
+    assert any("bias_hh" in name for name in names) and {group["momentum"] for group in optimizer.param_groups} == {0.9}
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    for _ in range(10):
+        optimizer.step()
+        warmup["scheduler"].step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+    rates = []
+    for _ in range(5):
+        plateau["scheduler"].step(0.3)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.5, 0.5, 0.5, 0.05, 0.05]), "a tenth after the third epoch that is not better"
+
+
 def test_a_checkpoint_of_another_model_or_size_is_refused(scenes, tmp_path):
     trainer_of_motifs = fit(MotifsModule(**SMALL), scenes, max_epochs=0)
     trainer_of_motifs.save_checkpoint(tmp_path / "motifs.ckpt")
