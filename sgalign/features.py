@@ -46,13 +46,17 @@ def cache_features(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"weights": _digest(detector, regions), "dtype": "float16" if half else "float32"}
+    header = {
+        "weights": _digest(detector, regions),
+        "dtype": "float16" if half else "float32",
+        "sizes": f"{detector.model.transform.min_size}, {detector.model.transform.max_size}",
+    }
     cache = FeatureCache(folder)
     known = len(cache.images)  # also checks the files
     for name, value in header.items():
-        if cache.paths and cache.header[name] != value:
+        if cache.paths and cache.header.get(name) != value:
             raise ValueError(
-                f"{folder}: has features of {name} {cache.header[name]}, not {value}: choose another folder"
+                f"{folder}: has features of {name} {cache.header.get(name)}, not {value}: choose another folder"
             )
     missing = [graph for graph in {graph.image_id: graph for graph in graphs}.values() if graph.image_id not in cache]
     following = int(cache.paths[-1].stem.removeprefix("features_")) + 1 if cache.paths else 0

@@ -413,7 +413,11 @@ class MotifsModule(RelationModule):
             return
         if options.word_vectors is not None:
             self.network.load_class_vectors(read_word_vectors(options.word_vectors, self.object_names))
-        if options.vision == "images" and options.detector_weights is not None:
+        if options.vision == "images" and options.detector_weights is None:
+            rank_zero_info(
+                "detector_weights is null: the detector is random and stays so, which is of use for tests only"
+            )
+        elif options.vision == "images":
             self.detector.load_weights(options.detector_weights)
             self.regions.load_box_head(self.detector)
 

@@ -362,7 +362,7 @@ def test_an_incomplete_cache_is_refused_when_the_data_are_read(detector, regions
         SceneGraphData(features=str(tmp_path / "nowhere"))
 
 
-def test_caches_of_other_weights_boxes_or_images_are_refused(detector, regions, scenes, tmp_path):
+def test_caches_of_other_weights_boxes_or_images_are_refused(detector, regions, scenes, tmp_path, monkeypatch):
     torn = tmp_path / "torn"
     cache_features(scenes[:1], detector, regions, torn)
     path = next(torn.glob("*.h5"))
@@ -372,6 +372,10 @@ def test_caches_of_other_weights_boxes_or_images_are_refused(detector, regions, 
     cache_features(scenes[:1], detector, regions, tmp_path)
     with pytest.raises(ValueError, match="has features of weights .* choose another folder"):
         cache_features(scenes[:1], detector, RegionFeatures(dim=24), tmp_path)
+    monkeypatch.setattr(detector.model.transform, "max_size", 128)
+    with pytest.raises(ValueError, match=r"has features of sizes \(64,\), 96, not \(64,\), 128"):
+        cache_features(scenes[:1], detector, regions, tmp_path)
+    monkeypatch.undo()
     cache = FeatureCache(tmp_path)
     with pytest.raises(ValueError, match="has no features of image"):
         cache.add_to(collate(scenes[1:2], 20))

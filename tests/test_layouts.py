@@ -216,6 +216,8 @@ def test_images_known_to_be_corrupt_are_left_out_of_image_data(tmp_path):
         ("relationships", lambda a: a[:, :1], "array relationships: must be"),
         ("relationships", lambda a: a + 40, "array relationships: must be of boxes of image 0, got .* in row 0"),
         ("img_to_last_box", lambda a: a + 100000, "img_to_last_box: must be in 0 to"),
+        ("labels", lambda a: a.astype("S"), "array labels: must be of finite numbers, got |S"),
+        ("labels", lambda a: a * np.nan, "array labels: must be of finite numbers, got float64"),
         ("img_to_first_rel", lambda a: a[:-1], "img_to_last_rel: must have 21 rows as split has"),
     ],
 )

@@ -173,8 +173,11 @@ def _read_arrays(path: Path, objects: int, predicates: int) -> dict[str, Any]:
                 raise fail("arrays boxes_1024 or boxes_512: one must be there")
             arrays: dict[str, Any] = {name: file[name][()] for name in wanted}
             boxes = file[f"boxes_{sides[0]}"][()]
-    except OSError as error:
+    except (OSError, TypeError) as error:  # TypeError of a group in an array's place
         raise ValueError(f"{path}: not an HDF5 file, or cut short ({error}); {REMEDY}") from error
+    for name, array in (*arrays.items(), (f"boxes_{sides[0]}", boxes)):
+        if not (isinstance(array, np.ndarray) and array.dtype.kind in "iuf" and np.isfinite(array).all()):
+            raise fail(f"array {name}: must be of finite numbers, got {getattr(array, 'dtype', type(array).__name__)}")
     for name in ("labels", "predicates", "split"):  # [N, 1] in the official file
         arrays[name] = arrays[name].reshape(-1)
     count, images, relations = len(arrays["labels"]), len(arrays["split"]), len(arrays["predicates"])
