@@ -21,6 +21,8 @@ EXTRAS = {
         "matplotlib",
         "pillow",
         "h5py",
+        "scipy",
+        "transformers",
     ),
     "test": ("pytest", "pytest-benchmark", "hypothesis"),
 }

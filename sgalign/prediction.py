@@ -14,11 +14,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from sgalign import training
 from sgalign.data import SceneGraph, collate, collate_detected, load_image, read_detections
 from sgalign.evaluate import PredictionFile
 from sgalign.metrics.matching import rank_triplets
-from sgalign.training import MotifsModule, RelationModule, read_checkpoint
+from sgalign.sgtr import SGTRModule
+from sgalign.training import MotifsModule, RelationModule, module_named, read_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,9 +54,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.draw and folder.resolve() == read.resolve():
         parser().error(f"--out must not name the folder of the images, pictures would go there, got {options.out}")
     module = load_module(options.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(module, MotifsModule):
-        raise ValueError(f"{options.checkpoint}: must be a checkpoint of Motifs, got {type(module).__name__}")
-    if module.options.vision == "cached":
+    if not isinstance(module, MotifsModule | SGTRModule):
+        raise ValueError(f"{options.checkpoint}: must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
+    if module.vision == "cached":
         raise ValueError(f"{options.checkpoint} reads cached features: it has no detector to look at images with")
     if options.detections is None and module.protocol != "sgdet":
         raise ValueError(f"{options.checkpoint} is of protocol {module.protocol}: it needs --detections FILE")
@@ -97,9 +97,9 @@ def load_module(path: str | Path) -> RelationModule:
         FileNotFoundError, ValueError: as `read_checkpoint`.
     """
     name = read_checkpoint(path)["sgalign"].get("module", "")
-    kind = getattr(training, name, None)
-    if not isinstance(kind, type) or not issubclass(kind, RelationModule):
-        raise ValueError(f"{path}: must be of a module of sgalign.training, got {name!r}")
+    kind = module_named(name)
+    if kind is None:
+        raise ValueError(f"{path}: must be of a module of this package, got {name!r}")
     return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
 
 
@@ -119,13 +119,13 @@ def image_files(path: Path) -> list[Path]:
 
 @torch.no_grad()
 def predict_image(
-    module: MotifsModule, path: Path, detections: dict[str, Any] | None, top_k: int, all_predicates: bool
+    module: MotifsModule | SGTRModule, path: Path, detections: dict[str, Any] | None, top_k: int, all_predicates: bool
 ) -> dict[str, Any]:
     """The scene graph of an image file, as `describe` puts it."""
     image = load_image(path, upright=True)
     objects = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)
     graph = SceneGraph(path.name, *image.size, *objects, lambda: image)
-    predicates, pixels = len(module.predicate_names) - 1, module.options.vision == "images"
+    predicates, pixels = len(module.predicate_names) - 1, module.vision == "images"
     if detections is None:
         batch = collate([graph], predicates, pixels=pixels)
     elif path.name in detections:

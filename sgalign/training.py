@@ -95,7 +95,7 @@ class RelationModule(pl.LightningModule):
         if saved is None:
             raise ValueError("checkpoint must be one that this package saved, got one without its class names")
         # A mirror is left out where plain Motifs is asked for. Modules of others are theirs to check.
-        if not issubclass(globals().get(saved["module"], type(self)), type(self)):
+        if not issubclass(module_named(saved["module"]) or type(self), type(self)):
             raise ValueError(f"checkpoint must be of {type(self).__name__}, as asked for, is of {saved['module']}")
         self._set_classes(saved["object_names"], saved["predicate_names"], "the checkpoint")
         self.run_seed = saved["run_seed"]
@@ -175,6 +175,14 @@ class RelationModule(pl.LightningModule):
         )
         fields = "image_id", "boxes", "labels", "scores", "pairs", "predicate_scores"
         return [dict(zip(fields, image, strict=True)) for image in images]
+
+
+def module_named(name: str) -> type[RelationModule] | None:
+    """The class of that name among all that have been imported."""
+    kinds: list[type[RelationModule]] = [RelationModule]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    return next((kind for kind in kinds if kind.__name__ == name), None)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -426,6 +434,10 @@ class MotifsModule(RelationModule):
         return prediction._replace(logits=self.relation_loss.adjusted(prediction.logits))
 
     # ---- what is seen
+
+    @property
+    def vision(self) -> str:
+        return self.options.vision
 
     def see(self, batch: GraphBatch, batch_index: int = 0) -> GraphBatch:
         if self.options.vision == "cached":

@@ -1,0 +1,186 @@
+"""DETR (Carion et al., ECCV 2020), the entity detector of SGTR, from `transformers`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AutoBackbone, DetrConfig, DetrForObjectDetection, ResNetConfig
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from sgalign.attention import fused_masked_attention
+
+# What the library's weights and torchvision's are trained with, for RGB in 0 to 1.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Backbone = Literal["resnet10", "resnet18", "resnet50", "resnet101"]
+BACKBONES: dict[str, dict[str, Any]] = {
+    "resnet10": {"layer_type": "basic", "depths": [1] * 4, "hidden_sizes": [32, 64, 128, 256], "embedding_size": 32},
+    "resnet18": {"layer_type": "basic", "depths": [2] * 4, "hidden_sizes": [64, 128, 256, 512]},
+    "resnet50": {"depths": [3, 4, 6, 3]},
+    "resnet101": {"depths": [3, 4, 23, 3]},
+}
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """`fused_masked_attention` as `transformers` calls attention: its mask is True where a key is seen."""
+    mask = None if attention_mask is None else ~attention_mask
+    out = fused_masked_attention(query, key, value, mask=mask, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("sgalign", _attention)
+AttentionMaskInterface.register("sgalign", sdpa_mask)
+
+
+class DetectedEntities(NamedTuple):
+    """What the detector makes of B images; M positions of the feature map, N queries, L decoder layers."""
+
+    memory: Tensor  # [B, M, dim], of the encoder
+    position: Tensor  # [B, M, dim], sine embedding of each position
+    padding: Tensor  # bool [B, M], True where there is no image
+    features: Tensor  # [B, N, dim], of the last decoder layer
+    logits: Tensor  # [L, B, N, num_objects + 1], the last column for no object
+    boxes: Tensor  # [L, B, N, 4], middle x, y, width, height in units of the image
+
+
+class EntityDetector(nn.Module):
+    """DETR, with what SGTR reads of it: the encoder's memory, the decoder's features, and every layer's predictions.
+
+    Args:
+        num_objects: classes, without one for no object.
+        backbone: "resnet10" is a ResNet of one basic block a stage and half the channels, for small experiments.
+        stride: of the feature map, 32 as published, or 16 by leaving out the backbone's last stage.
+        dim, heads, ffn_dim, layers, num_queries: of the transformer; `layers` each of encoder and decoder.
+        dropout: in the transformer, of attention weights too.
+        weights: folder or name of weights of `transformers`' `DetrForObjectDetection`, which then tell all sizes; heads
+            for another number of classes start anew. None starts from nothing, with batch normalisation that is
+            trained, instead of the frozen one.
+        config: `self.config` of a detector that had been made from `weights`, to make it again without them.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        num_objects: int,
+        *,
+        backbone: Backbone = "resnet101",
+        stride: Literal[16, 32] = 32,
+        dim: int = 256,
+        heads: int = 8,
+        ffn_dim: int = 2048,
+        layers: int = 6,
+        num_queries: int = 100,
+        dropout: float = 0.1,
+        weights: str | Path | None = None,
+        config: str | None = None,
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"attention_dropout": dropout, "dropout": dropout}
+        if config is not None:
+            self.detr = DetrForObjectDetection(DetrConfig.from_dict(json.loads(config), **options))
+        elif weights is not None:
+            self.detr = DetrForObjectDetection.from_pretrained(
+                weights, num_labels=num_objects, ignore_mismatched_sizes=True, **options
+            )
+        else:
+            stages: dict[str, Any] = {"out_features": ["stage4" if stride == 32 else "stage3"], **BACKBONES[backbone]}
+            options |= {"backbone_config": ResNetConfig(**stages), "d_model": dim, "num_queries": num_queries}
+            options |= {"num_labels": num_objects}
+            for part in ("encoder", "decoder"):
+                options |= {f"{part}_layers": layers, f"{part}_attention_heads": heads, f"{part}_ffn_dim": ffn_dim}
+            sizes = DetrConfig(**options)
+            self.detr = DetrForObjectDetection(sizes)
+            # Frozen normalisation, which DETR has, normalises nothing before somebody has trained it.
+            self.detr.model.backbone.model = AutoBackbone.from_config(sizes.backbone_config)
+        self.detr.set_attn_implementation("sgalign")
+        self.dim = self.detr.config.d_model
+        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
+
+    @property
+    def config(self) -> str:
+        """What the library needs to make this architecture again, as JSON."""
+        return self.detr.config.to_json_string(use_diff=False)
+
+    def freeze(self, parts: tuple[str, ...]) -> None:
+        """Excludes "backbone", "encoder" or "decoder" from training, and nothing else.
+
+        Their dropout remains, as in SGTR's public code.
+        """
+        for part in ("backbone", "encoder", "decoder"):
+            getattr(self.detr.model, part).requires_grad_(part not in parts)
+
+    def batch(self, pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Images `[3, H, W]` in 0 to 1, normalised and padded with zeros to one size.
+
+        Returns:
+            `[B, 3, H, W]`, and bool `[B, H, W]`, True where there is an image.
+        """
+        height, width = (max(image.shape[axis] for image in pixels) for axis in (1, 2))
+        batch = pixels[0].new_zeros(len(pixels), 3, height, width)
+        seen = torch.zeros(len(pixels), height, width, dtype=torch.bool, device=batch.device)
+        for row, image in enumerate(pixels):
+            batch[row, :, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
+            seen[row, : image.shape[1], : image.shape[2]] = True
+        return batch, seen
+
+    def forward(self, pixels: list[Tensor]) -> DetectedEntities:
+        """What is found in images `[3, H, W]`, float32 in 0 to 1, of any sizes."""
+        model = self.detr.model
+        feature_map, seen = model.backbone(*self.batch(pixels))[-1]
+        position = model.position_embedding(feature_map.shape, feature_map.device, feature_map.dtype, mask=seen)
+        position, seen = position.flatten(2).mT, seen.flatten(1)
+        memory = model.encoder(
+            inputs_embeds=model.input_projection(feature_map).flatten(2).mT,
+            attention_mask=seen,
+            spatial_position_embeddings=position,
+        ).last_hidden_state
+        features = self._decode(memory, position, seen)
+        logits = self.detr.class_labels_classifier(features)
+        boxes = self.detr.bbox_predictor(features).sigmoid()
+        return DetectedEntities(memory, position, ~seen, features[-1], logits, boxes)
+
+    def _decode(self, memory: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+        """Each decoder layer's features, normalised: `[L, B, N, dim]`.
+
+        The library's own way to them, `auxiliary_loss`, hands the normalised features on from layer to layer, which
+        DETR does not.
+        """
+        model, (batch, length) = self.detr.model, seen.shape
+        queries = model.query_position_embeddings.weight.expand(batch, -1, -1)
+        mask = None if seen.all() else seen[:, None, None].expand(-1, 1, queries.shape[1], length)
+        hidden, layers = torch.zeros_like(queries), []
+        for layer in model.decoder.layers:
+            hidden = layer(
+                hidden,
+                None,
+                position,
+                queries,
+                memory,
+                encoder_attention_mask=mask,
+            )
+            layers.append(hidden)
+        return model.decoder.layernorm(torch.stack(layers))
+
+
+def resize(pixels: Tensor, short_side: int, long_side: int) -> Tensor:
+    """The image `[3, H, W]` with its short side as long as told, or less so that the other is not above `long_side`."""
+    height, width = pixels.shape[1:]
+    scale = min(short_side / min(height, width), long_side / max(height, width))
+    size = max(round(height * scale), 1), max(round(width * scale), 1)
+    return functional.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)

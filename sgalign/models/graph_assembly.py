@@ -1,0 +1,275 @@
+"""From SGTR's queries to scene graphs: assembling with entities, matching with annotations, losses, inference.
+
+All of it is of the supervised branch. Constants are those of the public code's Visual Genome configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional
+from torchvision.ops import box_convert, box_iou, generalized_box_iou, sigmoid_focal_loss
+
+from sgalign.models.sgtr import RelationOutputs
+
+TRAINING_ENTITIES = 25  # of each role and query, candidates of the matching
+PAIRS = 3  # entity pairs of a query and predicate at inference
+TRIPLETS = 300  # kept of an image
+NO_OBJECT_WEIGHT = 0.1
+AUXILIARY_WEIGHT = 0.5  # of all layers but the last, predicates excepted
+
+
+class Entities(NamedTuple):
+    """What can be subject or object in B images: N detected or given entities."""
+
+    probabilities: Tensor  # [B, N, num_objects]
+    boxes: Tensor  # [B, N, 4], middle x, y, width, height in units of the image
+
+    @classmethod
+    def detected(cls, logits: Tensor, boxes: Tensor) -> Entities:
+        """Of a detector's logits `[B, N, num_objects + 1]`, the last column for no object."""
+        return cls(logits.detach().float().softmax(-1)[..., :-1], boxes.detach().float())
+
+    @classmethod
+    def given(cls, labels: Sequence[Tensor], boxes: Sequence[Tensor], num_objects: int) -> Entities:
+        """Of annotated classes from 1 and boxes of each image; shorter images end in entities of probability 0."""
+        one_hot = [functional.one_hot(image - 1, num_objects).float() for image in labels]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return cls(pad(one_hot, batch_first=True), pad(list(boxes), batch_first=True))
+
+    @property
+    def confidence(self) -> Tensor:
+        """`[B, N]`, the probability of the best class."""
+        return self.probabilities.amax(-1)
+
+
+class Annotations(NamedTuple):
+    """The relations of one image."""
+
+    predicates: Tensor  # int64 [M], from 0
+    labels: Tensor  # int64 [2, M] of subjects and objects, from 0
+    boxes: Tensor  # [2, M, 4], middle x, y, width, height in units of the image
+
+    @property
+    def vectors(self) -> Tensor:
+        """`[M, 4]`, middle of subject and object."""
+        return torch.cat([self.boxes[0, :, :2], self.boxes[1, :, :2]], dim=1)
+
+
+def pairwise_giou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalised IoU (Rezatofighi et al., CVPR 2019) of boxes `[..., N, 4]` and `[..., M, 4]`: `[..., N, M]`.
+
+    Boxes are middle x, y, width, height; leading dimensions broadcast.
+    """
+    first, second = (box_convert(b, "cxcywh", "xyxy") for b in (boxes[..., :, None, :], others[..., None, :, :]))
+    low, high = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
+    around_low, around_high = (
+        torch.minimum(first[..., :2], second[..., :2]),
+        torch.maximum(first[..., 2:], second[..., 2:]),
+    )
+    common = (high - low).clamp(min=0).prod(-1)
+    union = (first[..., 2:] - first[..., :2]).prod(-1) + (second[..., 2:] - second[..., :2]).prod(-1) - common
+    around = (around_high - around_low).prod(-1)
+    tiny = torch.finfo(common.dtype).tiny
+    return common / union.clamp(min=tiny) - (around - union) / around.clamp(min=tiny)
+
+
+@torch.no_grad()
+def assembling_scores(outputs: RelationOutputs, entities: Entities, sizes: Tensor) -> Tensor:
+    """How well each entity is the subject, and the object, that a query tells of.
+
+    ``cos(p_q, p_e)^0.6 * max(gIoU, 0) * confidence^0.6 / (|dx| + |dy| + 1)`` (SGTR's rule-based graph assembling):
+    classes' probabilities without no object, and the distance from the predicate's vector to the entity's middle, in
+    pixels of the image as the detector sees it.
+
+    Args:
+        outputs: of L layers.
+        entities: of B images.
+        sizes: `[B, 2]`, width and height of the images in pixels.
+
+    Returns:
+        `[2, L, B, Q, N]`, subject and object.
+    """
+    probabilities = outputs.class_logits.float().softmax(-1)[..., :-1]
+    similarity = functional.normalize(probabilities, dim=-1) @ functional.normalize(entities.probabilities, dim=-1).mT
+    overlap = pairwise_giou(outputs.boxes.float(), entities.boxes).clamp(min=0)
+    middles = torch.stack(outputs.vectors.float().split(2, -1)) * sizes[:, None]
+    distance = torch.cdist(middles, entities.boxes[..., :2] * sizes[:, None], p=1)
+    return similarity.clamp(0, 1) ** 0.6 * overlap * entities.confidence[:, None] ** 0.6 / (distance + 1)
+
+
+@torch.no_grad()
+def match(
+    outputs: RelationOutputs, entities: Entities, sizes: Tensor, annotations: Sequence[Annotations]
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """The query of each annotated relation, by the Hungarian method, in every layer by itself.
+
+    Candidates are each query's `TRAINING_ENTITIES` best subjects and objects, put together by rank. What is annotated
+    more often than there are queries, or shares its query with a cheaper relation, has none.
+
+    Returns:
+        For each layer and image: int64 query indices and indices of relations, both `[matched]`.
+    """
+    scores = assembling_scores(outputs, entities, sizes)
+    best = scores.topk(min(TRAINING_ENTITIES, scores.shape[-1]), dim=-1)
+    scored = outputs.logits.float().softmax(-1)
+    matches: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(len(outputs.logits))]
+    for image, truth in enumerate(annotations):
+        # Of queries [L, Q, M], then of entities as subjects and as objects [2, N, M], and of candidates.
+        cost = 0.6 * torch.cdist(outputs.vectors[:, image].float(), truth.vectors, p=1)
+        cost = cost + 32 ** -scored[:, image][..., truth.predicates]
+        likely = torch.stack([entities.probabilities[image][:, labels] for labels in truth.labels])
+        away = torch.cdist(entities.boxes[image], truth.boxes, p=1)
+        overlap = pairwise_giou(entities.boxes[image], truth.boxes).clamp(min=0)
+        index, score = best.indices[:, :, image], best.values[:, :, image]  # [2, L, Q, T]
+        likely, away, overlap = (of[0][index[0]] + of[1][index[1]] for of in (likely, away, overlap))
+        candidates = 0.5 * 32**-likely + 0.3 * away + 32**-overlap + 0.01 * (1 - score.mean(0))[..., None]
+        total = (cost[:, :, None] + candidates).flatten(1, 2).cpu()  # [L, Q * T, M]
+        for layer, costs in enumerate(total):
+            candidate, relation = (torch.as_tensor(found) for found in linear_sum_assignment(costs))
+            order = costs[candidate, relation].argsort(stable=True)
+            query, relation = candidate[order] // index.shape[-1], relation[order]
+            first = torch.full((cost.shape[1],), len(query)).scatter_reduce_(0, query, torch.arange(len(query)), "amin")
+            rows = first[first < len(query)]
+            device = outputs.logits.device
+            matches[layer].append((query[rows].to(device), relation[rows].to(device)))
+    return matches
+
+
+def relation_losses(
+    outputs: RelationOutputs,
+    annotations: Sequence[Annotations],
+    matches: Sequence[Sequence[tuple[Tensor, Tensor]]],
+    *,
+    focal: bool,
+    relations: float,
+) -> dict[str, Tensor]:
+    """What training minimises: each part, weighted and summed over all layers.
+
+    Predicates: sigmoid focal loss (alpha 0.25, gamma 2), in all layers with weight 1, or (not `focal`) cross-entropy.
+    Vectors: L1. Classes of subject and object: cross-entropy, 0.3, with no object weighted 0.1. Boxes of both: L1 and
+    generalised IoU, 0.5 each. Layers before the last count half. All but the cross-entropies are sums divided by
+    `relations`.
+
+    Args:
+        outputs: of L layers.
+        annotations: of each image.
+        matches: of `match`.
+        focal: of `SGTR`.
+        relations: annotated ones of the whole step, over its processes their mean; at least 1.
+    """
+    layers, images, queries, classes = outputs.logits.shape
+    device = outputs.logits.device
+    rows, truths = [], []
+    for layer in range(layers):
+        for image, (query, relation) in enumerate(matches[layer]):
+            rows.append(torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query]))
+            truth = annotations[image]
+            truths.append((truth.predicates[relation], truth.labels[:, relation], truth.boxes[:, relation]))
+    layer_of, image_of, query_of = where = tuple(torch.cat(rows, dim=1))
+    predicates, labels, boxes = (torch.cat(parts, dim=min(1, parts[0].dim() - 1)) for parts in zip(*truths))
+    weight = torch.full((layers,), AUXILIARY_WEIGHT, device=device)
+    weight[-1] = 1.0
+    weights = weight[layer_of]
+
+    if focal:
+        target = torch.zeros_like(outputs.logits)
+        target[(*where, predicates)] = 1
+        predicate_loss = sigmoid_focal_loss(outputs.logits, target, reduction="sum") / relations
+    else:
+        target = torch.full((layers, images, queries), classes - 1, device=device)
+        target[where] = predicates
+        predicate_loss = (_cross_entropy(outputs.logits, target) * weight).sum()
+    no_object = outputs.class_logits.shape[-1] - 1
+    classes_target = torch.full((2, layers, images, queries), no_object, device=device)
+    classes_target[:, layer_of, image_of, query_of] = labels
+    class_losses = [_cross_entropy(outputs.class_logits[role], classes_target[role]) for role in (0, 1)]
+    found = outputs.boxes[:, layer_of, image_of, query_of]
+    vectors = torch.cat([boxes[0, :, :2], boxes[1, :, :2]], dim=1)
+    corners = [box_convert(b.flatten(0, 1), "cxcywh", "xyxy") for b in (found, boxes)]
+    overlap = _paired_giou(*corners).view(2, -1)
+    return {
+        "predicates": predicate_loss,
+        "vectors": (weights * (outputs.vectors[where] - vectors).abs().sum(1)).sum() / relations,
+        "classes": 0.3 * (torch.stack(class_losses).sum(0) * weight).sum(),
+        "boxes": 0.5 * (weights * ((found - boxes).abs().sum(2) + 1 - overlap)).sum() / relations,
+    }
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Of each layer, its last class weighted `NO_OBJECT_WEIGHT`, divided by the sum of weights: `[L]`."""
+    weight = torch.ones(logits.shape[-1], device=logits.device)
+    weight[-1] = NO_OBJECT_WEIGHT
+    losses = functional.cross_entropy(logits.flatten(0, -2), target.flatten(), weight, reduction="none")
+    return losses.view(len(logits), -1).sum(1) / weight[target].flatten(1).sum(1)
+
+
+def _paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Of row i and row i, x1, y1, x2, y2: `[N]`, differentiable."""
+    low, high = torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:])
+    common = (high - low).clamp(min=0).prod(1)
+    union = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (others[:, 2:] - others[:, :2]).prod(1) - common
+    around = (torch.maximum(boxes[:, 2:], others[:, 2:]) - torch.minimum(boxes[:, :2], others[:, :2])).prod(1)
+    return common / union.clamp(min=1e-9) - (around - union) / around.clamp(min=1e-9)
+
+
+@torch.no_grad()
+def assemble(
+    outputs: RelationOutputs, entities: Entities, sizes: Tensor, *, focal: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """The best triplets of each image, as SGTR's inference ranks them.
+
+    The Q best of all queries' predicates each take their query's three best subjects and objects, put together by rank;
+    a triplet scores predicate x subject confidence x object confidence. Not kept are pairs of an entity with itself or
+    with one that has a generalised IoU of 0.95 with it, and what a better triplet of the same predicate says already:
+    of the same two entities, or of two of the same classes with an IoU above 0.8.
+
+    Args:
+        outputs: of the last layer, without the leading dimension of layers.
+        entities, sizes: as in `assembling_scores`.
+        focal: of `SGTR`.
+
+    Returns:
+        For each image triplets int64 `[T, 3]`, subject, object and predicate from 1, best first, and scores `[T]`.
+    """
+    by_layer = RelationOutputs(*(t[None] for t in outputs[:2]), *(t[:, None] for t in outputs[2:]))
+    scores = assembling_scores(by_layer, entities, sizes)[:, 0]  # [2, B, Q, N]
+    logits = outputs.logits.float()
+    probabilities = logits.sigmoid() if focal else logits.softmax(-1)[..., :-1]
+    queries, predicates = probabilities.shape[1:]
+    graphs = []
+    for image, (probability, confidence) in enumerate(zip(probabilities, entities.confidence, strict=True)):
+        best, place = probability.flatten().topk(min(queries, probability.numel()))
+        # Sorted, as topk takes any of equal ones, such as of all that do not overlap.
+        ranked = scores[:, image].sort(dim=-1, descending=True, stable=True).indices[..., :PAIRS]
+        partners = ranked[:, place // predicates]
+        subject, object_ = partners.flatten(1)
+        width = partners.shape[-1]
+        predicate = (place % predicates).repeat_interleave(width)
+        score = best.repeat_interleave(width) * confidence[subject] * confidence[object_]
+        boxes = box_convert(entities.boxes[image], "cxcywh", "xyxy")
+        fits = (generalized_box_iou(boxes, boxes)[subject, object_] < 0.95) & (subject != object_)
+        fits &= (confidence[subject] > 0) & (confidence[object_] > 0)  # others fill up a shorter image
+        order = score.where(fits, -1).sort(descending=True, stable=True).indices[: int(fits.sum())]
+        triplets = torch.stack([subject, object_, predicate], dim=1)[order]
+        kept = _not_repeated(triplets, boxes, entities.probabilities[image].argmax(-1))[:TRIPLETS]
+        graphs.append((triplets[kept] + triplets.new_tensor([0, 0, 1]), score[order][kept]))
+    return graphs
+
+
+def _not_repeated(triplets: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
+    """Which triplets, best first, no better kept one repeats: indices in order."""
+    subject, object_, predicate = triplets.unbind(1)
+    alike = (box_iou(boxes, boxes) > 0.8) & (labels[:, None] == labels)
+    alike |= torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)
+    repeats = alike[subject[:, None], subject] & alike[object_[:, None], object_] & (predicate[:, None] == predicate)
+    repeats = repeats.triu(1)
+    # The first n are right after n rounds at the latest, in practice all after two or three.
+    kept = torch.ones(len(triplets), dtype=torch.bool, device=triplets.device)
+    while not torch.equal(kept, after := ~(repeats & kept[:, None]).any(0)):
+        kept = after
+    return kept.nonzero()[:, 0]

@@ -1,0 +1,364 @@
+"""SGTR (Li, Zhang, He, CVPR 2022), in both branches of relation alignment.
+
+Layers and their order are those of the public code (`OneStageEncDecVRD` and `PredicateNodeGenerator`), arranged for few
+and large operations: predicate, subject and object sub-decoders do not read each other within a layer, so that they run
+side by side as three roles of one layer. Tensors are `[roles, B, queries, dim]`; with the mirror `[roles, 2 * B, ...]`,
+the supervised images before the mirrored ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sgalign.attention import dual_branch_attention, fused_masked_attention
+from sgalign.models.entity_detector import DetectedEntities
+
+PREDICATE, SUBJECT, OBJECT = range(3)
+
+
+class MirrorMask(NamedTuple):
+    """The random mask of one step: every cross-attention block of every layer draws its own from one seed."""
+
+    ratio: float
+    seed: int
+
+
+class RelationOutputs(NamedTuple):
+    """What is predicted of Q relations in each of B images; for each of L layers, or for the last alone.
+
+    Leading dimensions of `class_logits` and `boxes` are subject and object, then those of the others.
+    """
+
+    logits: Tensor  # [L, B, Q, K], or K + 1 with a last column for no relation
+    vectors: Tensor  # [L, B, Q, 4], middle x, y of subject and object in units of the image
+    class_logits: Tensor  # [2, L, B, Q, num_objects + 1], the last column for no object
+    boxes: Tensor  # [2, L, B, Q, 4], middle x, y, width, height in units of the image
+
+    def at(self, layer: int) -> RelationOutputs:
+        """Of one layer, the first dimension of `logits` and the second of `boxes` gone."""
+        return RelationOutputs(
+            self.logits[layer], self.vectors[layer], self.class_logits[:, layer], self.boxes[:, layer]
+        )
+
+
+class RoleLinear(nn.Module):
+    """A linear layer for each of several roles, side by side: `[roles, ..., inputs]` to `[roles, ..., outputs]`."""
+
+    def __init__(self, roles: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(roles, outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(roles, outputs))
+        for weight in self.weight:
+            nn.init.xavier_uniform_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias[:, None], x.flatten(1, -2), self.weight.mT).unflatten(1, x.shape[1:-1])
+
+
+class RoleNorm(nn.Module):
+    """Layer normalisation `[roles, ..., dim]`, with a weight and a bias for each role.
+
+    Args:
+        roles: how many.
+        dim: channels.
+        shared: which weights each of the roles has, if some have the same.
+    """
+
+    def __init__(self, roles: int, dim: int, shared: Sequence[int] | None = None) -> None:
+        super().__init__()
+        kinds = roles if shared is None else len(set(shared))
+        self.weight, self.bias = nn.Parameter(torch.ones(kinds, dim)), nn.Parameter(torch.zeros(kinds, dim))
+        self.shared = None if shared is None else list(shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
+        if self.shared is not None:
+            weight, bias = weight[self.shared], bias[self.shared]
+        shape = (len(weight), *[1] * (x.dim() - 2), x.shape[-1])
+        return torch.addcmul(bias.view(shape), functional.layer_norm(x, x.shape[-1:]), weight.view(shape))
+
+
+class _Block(nn.Module):
+    """What every residual block of a pre-norm layer has."""
+
+    def __init__(self, roles: int, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = RoleNorm(roles, dim)
+        self.heads, self.dropout = heads, dropout
+
+    def split(self, projected: Tensor) -> Tensor:
+        """`[roles, B, L, heads * D]` to `[roles * B, heads, L, D]`."""
+        return projected.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def merge(self, attended: Tensor, roles: int) -> Tensor:
+        return attended.transpose(1, 2).flatten(2).unflatten(0, (roles, -1))
+
+    def drop(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.dropout, self.training)
+
+    @property
+    def attention_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
+
+
+class SelfAttention(_Block):
+    """`x + attention(query = key = norm(x) + position, value = norm(x))`."""
+
+    def __init__(self, roles: int, dim: int, heads: int, dropout: float) -> None:
+        super().__init__(roles, dim, heads, dropout)
+        self.query_key, self.value = RoleLinear(roles, dim, 2 * dim), RoleLinear(roles, dim, dim)
+        self.out = RoleLinear(roles, dim, dim)
+
+    def forward(self, x: Tensor, position: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        normed = self.norm(x)
+        query, key = self.query_key(normed if position is None else normed + position).chunk(2, -1)
+        attended = fused_masked_attention(
+            *(self.split(t) for t in (query, key, self.value(normed))),
+            key_padding_mask=padding,
+            dropout_p=self.attention_dropout,
+        )
+        return x + self.drop(self.out(self.merge(attended, len(x))))
+
+
+class FeedForward(_Block):
+    """`x + linear(relu(linear(norm(x))))`."""
+
+    def __init__(self, roles: int, dim: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__(roles, dim, 1, dropout)
+        self.inner, self.outer = RoleLinear(roles, dim, ffn_dim), RoleLinear(roles, ffn_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.outer(self.drop(self.inner(self.norm(x)).relu())))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, dim: int, heads: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = SelfAttention(1, dim, heads, dropout)
+        self.feed_forward = FeedForward(1, dim, ffn_dim, dropout)
+
+    def forward(self, x: Tensor, position: Tensor, padding: Tensor) -> Tensor:
+        return self.feed_forward(self.attention(x, position, padding))
+
+
+class KeysValues(NamedTuple):
+    """What some roles attend to, projected: `[roles * B, heads, L, D]` each."""
+
+    key: Tensor
+    value: Tensor
+    padding: Tensor | None = None  # bool [roles * B, L], True = ignored
+
+
+class CrossAttention(_Block):
+    """`x + attention(norm(x) + position, memory)`, the memory projected elsewhere, once for all layers and branches."""
+
+    def __init__(self, roles: int, dim: int, heads: int, dropout: float) -> None:
+        super().__init__(roles, dim, heads, dropout)
+        self.query, self.out = RoleLinear(roles, dim, dim), RoleLinear(roles, dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor | None,
+        memories: Sequence[KeysValues],
+        mask: MirrorMask | None = None,
+        stream: int = 0,
+    ) -> Tensor:
+        """One branch without `mask`; with it both.
+
+        Args:
+            x: `[roles, B, Q, dim]`; with `mask` either of both branches, `[roles, 2 * B, Q, dim]`, or of one where they
+                are still equal.
+            position: of the queries, added after the norm.
+            memories: what the roles attend to: the first the first role, the last all others.
+            mask: of the mirrored branch.
+            stream: of the first memory's mask; the others' follow.
+
+        Returns:
+            `[roles, B, Q, dim]`, with `mask` `[roles, 2 * B, Q, dim]`.
+        """
+        normed = self.norm(x)
+        queries = self.query(normed if position is None else normed + position)
+        parts = (queries[:1], queries[1:])[: len(memories)]
+        outs = []
+        for number, (query, memory) in enumerate(zip(parts, memories, strict=True)):
+            roles, images = len(query), len(memory.key) // len(query)
+            dropout_p = self.attention_dropout
+            if mask is None:
+                attended = fused_masked_attention(
+                    self.split(query), memory.key, memory.value, key_padding_mask=memory.padding, dropout_p=dropout_p
+                )
+                outs.append(self.merge(attended, roles))
+                continue
+            first = self.split(query[:, :images])
+            second = self.split(query[:, images:]) if query.shape[1] > images else first
+            both = dual_branch_attention(
+                first,
+                second,
+                memory.key,
+                memory.value,
+                mask_ratio=mask.ratio,
+                mask_seed=mask.seed,
+                mask_stream=stream + number,
+                key_padding_mask=memory.padding,
+                dropout_p=dropout_p,
+            )
+            outs.append(torch.cat([self.merge(branch, roles) for branch in both], dim=1))
+        out = self.drop(self.out(torch.cat(outs)))
+        return out + (x if x.shape == out.shape else x.repeat(1, 2, 1, 1))
+
+
+class SGTR(nn.Module):
+    """Everything of SGTR behind the entity detector: predicate encoder, queries, structural decoder and heads.
+
+    Args:
+        num_objects, num_predicates: classes, without one for nothing.
+        dim: channels, those of the entity detector.
+        heads, ffn_dim, layers, encoder_layers, num_queries, dropout: of the transformer.
+        focal: predicates are trained by a focal loss, as for Visual Genome; otherwise by cross-entropy, with a last
+            column of `logits` for no relation, as for Open Images.
+    """
+
+    def __init__(
+        self,
+        num_objects: int,
+        num_predicates: int,
+        *,
+        dim: int = 256,
+        heads: int = 8,
+        ffn_dim: int = 2048,
+        layers: int = 6,
+        encoder_layers: int = 3,
+        num_queries: int = 180,
+        dropout: float = 0.1,
+        focal: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dim, self.heads, self.layers, self.focal = dim, heads, layers, focal
+        self.encoder = nn.ModuleList(EncoderLayer(dim, heads, ffn_dim, dropout) for _ in range(encoder_layers))
+        self.encoder_norm = RoleNorm(1, dim)
+
+        self.queries = nn.Parameter(torch.randn(3, 1, num_queries, dim))
+        self.entity_position = nn.Linear(dim, dim)
+        self.query_self = SelfAttention(1, dim, heads, dropout)
+        self.query_keys_values = RoleLinear(1, dim, 2 * dim)
+        self.query_cross = CrossAttention(1, dim, heads, dropout)
+        self.query_ffn = FeedForward(1, dim, ffn_dim, dropout)
+        self.query_norm = RoleNorm(1, dim)
+        self.query_split = nn.Linear(dim, 3 * dim)
+
+        # Keys and values of all layers' cross-attention blocks, which neither layer nor branch changes.
+        self.memory_keys, self.memory_values = (RoleLinear(1, dim, layers * dim) for _ in range(2))
+        self.entity_keys_values = RoleLinear(2, dim, layers * 2 * dim)
+        self.self_attention = nn.ModuleList(SelfAttention(3, dim, heads, dropout) for _ in range(layers))
+        self.cross_attention = nn.ModuleList(CrossAttention(3, dim, heads, dropout) for _ in range(layers))
+        self.feed_forward = nn.ModuleList(FeedForward(3, dim, ffn_dim, dropout) for _ in range(layers))
+        self.decoder_norm = RoleNorm(3, dim, shared=(0, 1, 1))
+        self.fusion = RoleLinear(2, dim, dim)
+
+        self.num_objects, self.num_predicates = num_objects, num_predicates
+        self.predicate, self.entity_class = self.new_heads()
+        self.vector = nn.Linear(dim, 4)
+        self.entity_box = nn.ModuleList(RoleLinear(2, dim, out) for out in (dim, dim, 4))
+        for projection, blocks in ((self.memory_keys, 1), (self.memory_values, 1), (self.entity_keys_values, 2)):
+            _init_blocks(projection, layers * blocks)
+
+    def new_heads(self) -> tuple[nn.Linear, RoleLinear]:
+        """Predicate and entity class heads; the mirror has its own."""
+        predicate = nn.Linear(self.dim, self.num_predicates + (0 if self.focal else 1))
+        if self.focal:  # Lin et al., ICCV 2017: all are rare at first
+            nn.init.constant_(predicate.bias, -math.log(99))
+        return predicate, RoleLinear(2, self.dim, self.num_objects + 1)
+
+    def forward(self, entities: DetectedEntities) -> RelationOutputs:
+        """What is predicted of each query after each layer: all there is without a mirror."""
+        states = self._states(entities, None)
+        return self._outputs(torch.stack(states, dim=1), self.predicate, self.entity_class)
+
+    def dual_branch(
+        self, entities: DetectedEntities, heads: tuple[nn.Linear, RoleLinear], mask: MirrorMask
+    ) -> tuple[RelationOutputs, RelationOutputs]:
+        """`forward`, and the mirrored branch's predictions of the last layer by `heads`.
+
+        Everything before the first cross-attention is computed once, as are all keys and values. In training, dropout
+        of attention weights in the cross-attentions is the same in both branches; what runs on both stacked together
+        draws its own.
+        """
+        states = self._states(entities, mask)
+        images = len(entities.features)
+        supervised = self._outputs(torch.stack([s[:, :images] for s in states], 1), self.predicate, self.entity_class)
+        mirrored = self._outputs(states[-1][:, None, images:], *heads)
+        return supervised, mirrored.at(0)
+
+    def _states(self, entities: DetectedEntities, mask: MirrorMask | None) -> list[Tensor]:
+        """The three roles' states after each layer, `[3, B or 2 * B, Q, dim]`."""
+        memories = self._memories(entities)
+        x, states = self._contents(entities), []
+        for layer in range(self.layers):
+            x = self.self_attention[layer](x, self.queries)
+            x = self.cross_attention[layer](x, self.queries, memories[layer], mask, stream=2 * layer)
+            x = self.decoder_norm(self.feed_forward[layer](x))
+            fused = x[:1] + self.fusion(x[1:]).sum(0, keepdim=True).relu()
+            x = torch.cat([fused, x[1:]])
+            states.append(x)
+        return states
+
+    def _memories(self, entities: DetectedEntities) -> list[tuple[KeysValues, KeysValues]]:
+        """Of each layer: what predicates, and what subjects and objects attend to."""
+        memory = entities.memory[None]
+        for layer in self.encoder:
+            memory = layer(memory, entities.position, entities.padding)
+        memory = self.encoder_norm(memory)
+        keys = self.memory_keys(memory + entities.position)[0].unflatten(2, (self.layers, self.heads, -1)).unbind(2)
+        values = self.memory_values(memory)[0].unflatten(2, (self.layers, self.heads, -1)).unbind(2)
+        of_entities = self.entity_keys_values(entities.features.expand(2, -1, -1, -1)).flatten(0, 1)
+        shared = of_entities.unflatten(2, (self.layers, 2, self.heads, -1)).transpose(1, 4)
+        return [
+            (
+                KeysValues(keys[number].transpose(1, 2), values[number].transpose(1, 2), entities.padding),
+                KeysValues(*shared[:, :, number].unbind(2)),
+            )
+            for number in range(self.layers)
+        ]
+
+    def _contents(self, entities: DetectedEntities) -> Tensor:
+        """The queries' first contents, made of the entities: `[3, B, Q, dim]`."""
+        images = len(entities.features)
+        middles = sine_embedding(entities.boxes[-1][..., :2].detach(), self.dim)
+        key, value = self.query_keys_values((entities.features + self.entity_position(middles))[None]).chunk(2, -1)
+        memory = KeysValues(self.query_cross.split(key), self.query_cross.split(value))
+        query = self.query_self(self.queries[:1]).expand(-1, images, -1, -1)
+        query = self.query_norm(self.query_ffn(self.query_cross(query, None, [memory])))[0]
+        subject, object_, predicate = self.query_split(query.relu()).chunk(3, -1)
+        return torch.stack([predicate, subject, object_])
+
+    def _outputs(self, states: Tensor, predicate: nn.Linear, entity_class: RoleLinear) -> RelationOutputs:
+        """From `[3, L, B, Q, dim]`."""
+        boxes = states[1:]
+        for number, layer in enumerate(self.entity_box):
+            boxes = layer(boxes.relu() if number else boxes)
+        return RelationOutputs(
+            predicate(states[0]), self.vector(states[0]).sigmoid(), entity_class(states[1:]), boxes.sigmoid()
+        )
+
+
+def _init_blocks(projection: RoleLinear, blocks: int) -> None:
+    """Initial values as if each of the blocks were a layer of its own."""
+    for block in projection.weight.data.chunk(blocks, dim=1):
+        for weight in block:
+            nn.init.xavier_uniform_(weight)
+
+
+def sine_embedding(points: Tensor, dim: int) -> Tensor:
+    """Points `[..., 2]`, x and y in 0 to 1, as DETR embeds positions: `[..., dim]`, y before x."""
+    half = dim // 2
+    frequency = 10000 ** (2 * torch.arange(half // 2, device=points.device, dtype=points.dtype) / half)
+    angles = 2 * math.pi * points.flip(-1)[..., None] / frequency
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)

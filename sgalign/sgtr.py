@@ -1,0 +1,358 @@
+"""Training and evaluation of SGTR and Align-SGTR with Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
+
+from sgalign.alignment import DIRECTIONS, REDUCTIONS, relation_alignment_loss
+from sgalign.data import GraphBatch
+from sgalign.models.entity_detector import Backbone, DetectedEntities, EntityDetector, resize
+from sgalign.models.graph_assembly import Annotations, Entities, assemble, match, relation_losses
+from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs
+from sgalign.sampling import step_seed
+from sgalign.training import RelationModule, check_choice, pixels_of
+
+PARTS = ("backbone", "encoder", "decoder")
+ALIGNED = ("predicates", "subjects", "objects", "boxes")
+
+
+class SGTRModule(RelationModule):
+    """SGTR on images: entity detector and relations trained together.
+
+    Args:
+        protocol: "sgdet"; or "predcls", where the annotated boxes and classes take the place of the detected entities
+            when graphs are assembled, in training too.
+        backbone, stride, dim, heads, ffn_dim, dropout: of `sgalign.models.entity_detector.EntityDetector`; all but the
+            first two of `sgalign.models.sgtr.SGTR` as well.
+        entity_layers, entity_queries: of the detector's transformer.
+        encoder_layers, layers, queries, focal: of `SGTR`.
+        detector_weights: as `weights` of `EntityDetector`, read when training starts.
+        frozen: parts of the detector that are not trained: "backbone", "encoder", "decoder". With a frozen decoder
+            nothing that is learned about relations changes what relations read of the detector.
+        entity_loss_weights: of the detector's classes, box L1 and box generalised IoU, in all its layers.
+        short_sides: of training images, one drawn for each step; test images have the last one.
+        long_side: at most.
+        flip: probability of mirroring a training image; predicates of "left" and "right" are exchanged.
+        learning_rate: of AdamW with a weight decay of 1e-4.
+        backbone_learning_rate: of the backbone.
+        warmup_steps: over which the learning rate grows from a tenth.
+        learning_rate_drops: steps at which it falls to a tenth.
+    """
+
+    network: SGTR
+    detector: EntityDetector
+    vision = "images"
+
+    def __init__(
+        self,
+        protocol: Literal["sgdet", "predcls"] = "sgdet",
+        backbone: Backbone = "resnet101",
+        stride: Literal[16, 32] = 32,
+        dim: int = 256,
+        heads: int = 8,
+        ffn_dim: int = 2048,
+        dropout: float = 0.1,
+        entity_layers: int = 6,
+        entity_queries: int = 100,
+        encoder_layers: int = 3,
+        layers: int = 6,
+        queries: int = 180,
+        focal: bool = True,
+        detector_weights: str | None = None,
+        frozen: Sequence[str] = (),
+        entity_loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        short_sides: Sequence[int] = (480, 500, 520, 540, 560, 580, 600),
+        long_side: int = 1000,
+        flip: float = 0.5,
+        learning_rate: float = 8e-5,
+        backbone_learning_rate: float = 8e-6,
+        warmup_steps: int = 100,
+        learning_rate_drops: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        check_choice("protocol", protocol, ("sgdet", "predcls"))
+        for part in frozen:
+            check_choice("frozen", part, PARTS)
+        if not short_sides or min(short_sides) < 32 or long_side < max(short_sides):
+            raise ValueError(
+                f"short_sides must be at least 32 and at most long_side, got {list(short_sides)} and {long_side}"
+            )
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip must be in [0, 1], got {flip}")
+        self.protocol = protocol
+        self._detector_config: str | None = None
+
+    @property
+    def options(self) -> Any:
+        return self.hparams
+
+    def make_network(self, counts: Tensor) -> None:
+        options, (classes, _, predicates) = self.options, counts.shape
+        shared = {name: options[name] for name in ("heads", "ffn_dim", "dropout")}
+        self.detector = EntityDetector(
+            classes - 1,
+            backbone=options.backbone,
+            stride=options.stride,
+            dim=options.dim,
+            layers=options.entity_layers,
+            num_queries=options.entity_queries,
+            weights=options.detector_weights,
+            config=self._detector_config,
+            **shared,
+        )
+        if self.detector.dim != options.dim:
+            raise ValueError(f"dim must be that of detector_weights, {self.detector.dim}, got {options.dim}")
+        self.detector.freeze(tuple(options.frozen))
+        self.network = SGTR(
+            classes - 1,
+            predicates - 1,
+            dim=options.dim,
+            layers=options.layers,
+            encoder_layers=options.encoder_layers,
+            num_queries=options.queries,
+            focal=options.focal,
+            **shared,
+        )
+        self.entity_loss = ImageLoss(HungarianMatcher(1, 5, 2), classes - 1, 0.1, ["labels", "boxes"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.options.detector_weights is not None:
+            checkpoint["sgalign"]["detector"] = self.detector.config
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._detector_config = checkpoint.get("sgalign", {}).get("detector")
+        super().on_load_checkpoint(checkpoint)
+        if not isinstance(self, AlignSGTRModule):  # the mirror exists in training alone
+            for name in [name for name in checkpoint["state_dict"] if name.startswith("mirrored_")]:
+                del checkpoint["state_dict"][name]
+
+    # ---- evaluation
+
+    def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
+        options = self.options
+        pixels = [resize(image, options.short_sides[-1], options.long_side) for image in pixels_of(batch)]
+        entities = self.detector(pixels)
+        candidates = self._candidates(entities, annotations_of(batch, self.device)[0])
+        graphs = assemble(self.network(entities).at(-1), candidates, sizes_of(pixels), focal=options.focal)
+        predictions = []
+        for image, (triplets, scores) in enumerate(graphs):
+            objects = len(batch.truth[image]["labels"]) if self.protocol == "predcls" else None
+            boxes = box_convert(candidates.boxes[image, :objects], "cxcywh", "xyxy")
+            confidence, labels = candidates.probabilities[image, :objects].max(-1)
+            predictions.append(
+                {
+                    "image_id": batch.image_ids[image],
+                    "boxes": boxes.clamp(0, 1) * batch.sizes[image].repeat(2),
+                    "labels": labels + 1,
+                    "scores": confidence,
+                    "triplets": triplets,
+                    "triplet_scores": scores,
+                }
+            )
+        return predictions
+
+    def _candidates(self, entities: DetectedEntities, objects: list[tuple[Tensor, Tensor]]) -> Entities:
+        if self.protocol == "predcls":
+            labels, boxes = zip(*objects, strict=True)
+            return Entities.given(labels, boxes, self.network.num_objects)
+        return Entities.detected(entities.logits[-1], entities.boxes[-1])
+
+    # ---- training
+
+    def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
+        seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose="samples")
+        pixels, objects, annotations = self._augmented(batch, torch.Generator().manual_seed(seed))
+        entities = self.detector(pixels)
+        losses = {f"entity {name}": loss for name, loss in self._entity_losses(entities, objects).items()}
+        if "decoder" in self.options.frozen:
+            entities = entities._replace(memory=entities.memory.detach(), features=entities.features.detach())
+        outputs, alignment = self._outputs(entities, batch_index)
+        candidates, sizes = self._candidates(entities, objects), sizes_of(pixels)
+        relations = torch.tensor(float(sum(len(image.predicates) for image in annotations)), device=self.device)
+        relations = self.trainer.strategy.reduce(relations, reduce_op="mean")
+        losses |= relation_losses(
+            outputs,
+            annotations,
+            match(outputs, candidates, sizes, annotations),
+            focal=self.options.focal,
+            relations=max(float(relations), 1.0),
+        )
+        losses |= alignment
+        loss = torch.stack(list(losses.values())).sum()
+        self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=len(pixels))
+        self.log("train/loss", loss, batch_size=len(pixels), prog_bar=True)
+        if not loss.isfinite():
+            values = ", ".join(f"{name} {part.item():.3g}" for name, part in losses.items())
+            raise ValueError(f"the loss must be finite, got {values} at step {self.global_step}: lower learning_rate")
+        return loss
+
+    def _outputs(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
+        """Of the supervised branch, and what else is minimised."""
+        return self.network(entities), {}
+
+    def _augmented(
+        self, batch: GraphBatch, generator: torch.Generator
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], list[Annotations]]:
+        """Images of one drawn size, each mirrored or not, with their objects and relations."""
+        options = self.options
+        short_side = options.short_sides[int(torch.randint(len(options.short_sides), (), generator=generator))]
+        pixels = [resize(image, short_side, options.long_side) for image in pixels_of(batch)]
+        flips = (torch.rand(len(pixels), generator=generator) < options.flip).tolist()
+        objects, annotations = annotations_of(batch, self.device)
+        swap = torch.tensor(mirrored_predicates(self.predicate_names), device=self.device)
+        for image, flip in enumerate(flips):
+            if flip:
+                pixels[image] = pixels[image].flip(-1)
+                objects[image] = objects[image][0], mirrored_boxes(objects[image][1])
+                predicates, labels, boxes = annotations[image]
+                annotations[image] = Annotations(swap[predicates + 1] - 1, labels, mirrored_boxes(boxes))
+        return pixels, objects, annotations
+
+    def _entity_losses(self, entities: DetectedEntities, objects: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """DETR's, of `transformers`, summed over its layers."""
+        layers = [{"logits": logits, "pred_boxes": boxes} for logits, boxes in zip(entities.logits, entities.boxes)]
+        targets = [{"class_labels": labels - 1, "boxes": boxes} for labels, boxes in objects]
+        losses = self.entity_loss({**layers[-1], "auxiliary_outputs": layers[:-1]}, targets)
+        return {
+            name: weight
+            * torch.stack([loss for key, loss in losses.items() if key.startswith(f"loss_{key_part}")]).sum()
+            for name, key_part, weight in zip(
+                ("classes", "boxes", "overlaps"), ("ce", "bbox", "giou"), self.options.entity_loss_weights, strict=True
+            )
+        }
+
+    def configure_optimizers(self) -> Any:
+        options = self.options
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        of_backbone = [p for name, p in trained if name.startswith("detector.detr.model.backbone")]
+        others = [p for name, p in trained if not name.startswith("detector.detr.model.backbone")]
+        groups = [{"params": others}, {"params": of_backbone, "lr": options.backbone_learning_rate}]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate, weight_decay=1e-4)
+        schedulers: list[Any] = [torch.optim.lr_scheduler.MultiStepLR(optimizer, list(options.learning_rate_drops))]
+        if options.warmup_steps:
+            schedulers.append(torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=options.warmup_steps))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"} for scheduler in schedulers]
+
+
+class AlignSGTRModule(SGTRModule):
+    """Align-SGTR (Xu, Liao, Sigal, WACV 2024): SGTR trained with a mirrored structural predicate decoder.
+
+    L = L_supervised + alignment_weight * L_align. The mirror shares every weight but its three class heads; each
+    cross-attention block of each layer draws its own mask of the attention matrix. L_align is the sum over what is
+    aligned, of the last layer: `relation_alignment_loss` of predicates ("sigmoid", or "softmax" without the focal loss)
+    and of subjects' and objects' classes ("softmax"), and the mean absolute difference of their boxes. At evaluation
+    the mirror does not exist.
+
+    Args:
+        mask_ratio: p, the probability of masking.
+        alignment_weight: lambda.
+        aligned: of "predicates", "subjects", "objects" (their classes) and "boxes".
+        tied_heads: the mirror has the supervised class heads instead of its own.
+        reduction, direction: of `relation_alignment_loss`.
+        alignment_warmup: steps over which the weight grows from 0 to `alignment_weight`.
+        sgtr: the arguments of `SGTRModule`.
+    """
+
+    def __init__(
+        self,
+        mask_ratio: float = 0.1,
+        alignment_weight: float = 10.0,
+        aligned: Sequence[str] = ("predicates", "subjects", "objects"),
+        tied_heads: bool = False,
+        reduction: Literal["element", "relation"] = "element",
+        direction: Literal["teacher_to_student", "student_to_teacher", "symmetric"] = "teacher_to_student",
+        alignment_warmup: int = 0,
+        **sgtr: Any,
+    ) -> None:
+        super().__init__(**sgtr)
+        self.save_hyperparameters()
+        if not 0 <= mask_ratio <= 1:
+            raise ValueError(f"mask_ratio must be in [0, 1], got {mask_ratio}")
+        for name, value in (("alignment_weight", alignment_weight), ("alignment_warmup", alignment_warmup)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+        for part in aligned:
+            check_choice("aligned", part, ALIGNED)
+        if not aligned:
+            raise ValueError("aligned must have at least one part, got none")
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("direction", direction, DIRECTIONS)
+
+    def make_network(self, counts: Tensor) -> None:
+        super().make_network(counts)
+        tied = self.network.predicate, self.network.entity_class
+        self.mirrored_predicate, self.mirrored_class = tied if self.options.tied_heads else self.network.new_heads()
+
+    def _outputs(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
+        seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank)
+        mask = MirrorMask(self.options.mask_ratio, seed)
+        outputs, mirrored = self.network.dual_branch(entities, (self.mirrored_predicate, self.mirrored_class), mask)
+        warmup = self.options.alignment_warmup
+        weight = self.options.alignment_weight * (min(1.0, self.global_step / warmup) if warmup else 1.0)
+        parts = self.alignment(outputs.at(-1), mirrored)
+        return outputs, {f"alignment {name}": weight * part for name, part in parts.items()}
+
+    def alignment(self, outputs: RelationOutputs, mirrored: RelationOutputs) -> dict[str, Tensor]:
+        """Each aligned part's loss, not weighted."""
+        options = self.options
+        pairs = {
+            "predicates": (outputs.logits, mirrored.logits, "sigmoid" if options.focal else "softmax"),
+            "subjects": (outputs.class_logits[0], mirrored.class_logits[0], "softmax"),
+            "objects": (outputs.class_logits[1], mirrored.class_logits[1], "softmax"),
+        }
+        losses = {
+            name: relation_alignment_loss(
+                teacher.flatten(0, -2),
+                student.flatten(0, -2),
+                kind=kind,
+                reduction=options.reduction,
+                direction=options.direction,
+            )
+            for name, (teacher, student, kind) in pairs.items()
+            if name in options.aligned
+        }
+        if "boxes" in options.aligned:
+            losses["boxes"] = (outputs.boxes.detach() - mirrored.boxes).abs().mean()
+        return losses
+
+
+def sizes_of(pixels: list[Tensor]) -> Tensor:
+    """Width and height of images `[3, H, W]`: float32 `[B, 2]`."""
+    sizes = [(image.shape[2], image.shape[1]) for image in pixels]
+    return torch.tensor(sizes, dtype=torch.float32, device=pixels[0].device)
+
+
+def annotations_of(batch: GraphBatch, device: torch.device) -> tuple[list[tuple[Tensor, Tensor]], list[Annotations]]:
+    """Labels and boxes (middle x, y, width, height in units of the image) of each image's objects, and its relations.
+
+    Relations of an object with itself are left out: no assembled pair can be one.
+    """
+    objects, annotations = [], []
+    for truth, size in zip(batch.truth, batch.sizes, strict=True):
+        boxes = box_convert(truth["boxes"].to(device) / size.to(device).repeat(2), "xyxy", "cxcywh")
+        labels, relations = truth["labels"].to(device), truth["relations"].to(device)
+        ends, predicates = relations[relations[:, 0] != relations[:, 1]].split((2, 1), dim=1)
+        objects.append((labels, boxes))
+        annotations.append(Annotations(predicates[:, 0] - 1, labels[ends.T] - 1, boxes[ends.T]))
+    return objects, annotations
+
+
+def mirrored_boxes(boxes: Tensor) -> Tensor:
+    """Boxes `[..., 4]`, middle x, y, width, height in units of the image, of the image mirrored left to right."""
+    return torch.cat([1 - boxes[..., :1], boxes[..., 1:]], dim=-1)
+
+
+def mirrored_predicates(names: Sequence[str]) -> list[int]:
+    """What each predicate is in a mirrored image: the one with "left" for "right" in its name, if there is one."""
+    exchange = {"left": "right", "right": "left"}
+    places = {name: place for place, name in enumerate(names)}
+    mirrored = (" ".join(exchange.get(word, word) for word in name.split()) for name in names)
+    return [places.get(name, place) for place, name in enumerate(mirrored)]

@@ -1,0 +1,521 @@
+"""SGTR and its mirror, against plain loops over roles, queries and candidates."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from sgalign import reference
+from sgalign.random_mask import ratio_threshold
+
+pytest.importorskip("transformers")
+pytest.importorskip("scipy")
+pl = pytest.importorskip("lightning.pytorch")
+
+from torchvision.ops import box_convert, box_iou, generalized_box_iou  # noqa: E402
+
+from sgalign.data import ScenesDataset, collate  # noqa: E402
+from sgalign.datamodule import SceneGraphData  # noqa: E402
+from sgalign.models.entity_detector import DetectedEntities, EntityDetector, resize  # noqa: E402
+from sgalign.models.graph_assembly import (  # noqa: E402
+    Annotations,
+    Entities,
+    assemble,
+    assembling_scores,
+    match,
+    pairwise_giou,
+    relation_losses,
+)
+from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs, RoleLinear, RoleNorm  # noqa: E402
+from sgalign.prediction import load_module  # noqa: E402
+from sgalign.sgtr import (  # noqa: E402
+    AlignSGTRModule,
+    SGTRModule,
+    annotations_of,
+    mirrored_boxes,
+    mirrored_predicates,
+)
+
+OBJECTS, PREDICATES, QUERIES, DIM, HEADS = 5, 4, 7, 16, 2
+SMALL = dict(
+    backbone="resnet10", stride=16, dim=32, heads=4, ffn_dim=32, entity_layers=2, entity_queries=12, encoder_layers=1,
+    layers=2, queries=9, short_sides=[48, 64], long_side=96, learning_rate=1e-3,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def network(**options):
+    options = {"dim": DIM, "heads": HEADS, "ffn_dim": 24, "layers": 3, "encoder_layers": 1} | options
+    return SGTR(OBJECTS, PREDICATES, num_queries=QUERIES, dropout=0.0, **options).double()
+
+
+def mirrored_heads(net):
+    return tuple(head.double() for head in net.new_heads())
+
+
+def entities(images=2, positions=11, count=6, layers=2):
+    padding = torch.zeros(images, positions, dtype=torch.bool)
+    padding[0, 8:] = True
+    return DetectedEntities(
+        torch.randn(images, positions, DIM, dtype=torch.float64),
+        torch.randn(images, positions, DIM, dtype=torch.float64),
+        padding,
+        torch.randn(images, count, DIM, dtype=torch.float64),
+        torch.randn(layers, images, count, OBJECTS + 1, dtype=torch.float64),
+        torch.rand(layers, images, count, 4, dtype=torch.float64) * 0.5 + 0.1,
+    )
+
+
+def outputs(layers=2, images=2, queries=QUERIES, classes=PREDICATES):
+    return RelationOutputs(
+        torch.randn(layers, images, queries, classes),
+        torch.rand(layers, images, queries, 4),
+        torch.randn(2, layers, images, queries, OBJECTS + 1),
+        torch.rand(2, layers, images, queries, 4) * 0.4 + 0.1,
+    )
+
+
+def annotation(relations):
+    labels = torch.randint(OBJECTS, (2, relations))
+    return Annotations(torch.randint(PREDICATES, (relations,)), labels, torch.rand(2, relations, 4) * 0.4 + 0.1)
+
+
+# ---- layers
+
+
+def attend(query, key, value, dropped, heads):
+    """[L, dim] of one image and role."""
+    outs = []
+    for head, (q, k, v) in enumerate(zip(*(t.chunk(heads, -1) for t in (query, key, value)))):
+        scores = q @ k.T / math.sqrt(q.shape[-1])
+        outs.append(scores.masked_fill(dropped[head], -math.inf).softmax(-1) @ v)
+    return torch.cat(outs, -1)
+
+
+def plain_decoder(net, found, contents, mask=None):
+    """The structural decoder for each image, layer and role by itself; with `mask` the mirrored branch."""
+    memory = found.memory[None]
+    for layer in net.encoder:
+        memory = layer(memory, found.position, found.padding)
+    memory = net.encoder_norm(memory)[0]
+    images, length, count = len(memory), memory.shape[1], found.features.shape[1]
+
+    def linear(layer, role, x):
+        return functional.linear(x, layer.weight[role], layer.bias[role])
+
+    def norm(layer, role, x):
+        row = role if layer.shared is None else layer.shared[role]
+        return functional.layer_norm(x, (DIM,), layer.weight[row], layer.bias[row])
+
+    states = []
+    x = {(role, image): contents[role, image] for role in range(3) for image in range(images)}
+    for number in range(net.layers):
+        for image, role in itertools.product(range(images), range(3)):
+            state, position = x[role, image], net.queries[role, 0]
+            block = net.self_attention[number]
+            normed = norm(block.norm, role, state)
+            query, key = linear(block.query_key, role, normed + position).chunk(2, -1)
+            nothing = torch.zeros(HEADS, QUERIES, QUERIES, dtype=torch.bool)
+            seen = attend(query, key, linear(block.value, role, normed), nothing, HEADS)
+            state = state + linear(block.out, role, seen)
+
+            block = net.cross_attention[number]
+            query = linear(block.query, role, norm(block.norm, role, state) + position)
+            rows = slice(number * DIM, (number + 1) * DIM)
+            if role == 0:
+                key = linear(net.memory_keys, 0, memory[image] + found.position[image])[:, rows]
+                value = linear(net.memory_values, 0, memory[image])[:, rows]
+                dropped = found.padding[image].expand(HEADS, QUERIES, -1)
+                place, stream, batch, keys = image, 2 * number, images, length
+            else:
+                both = linear(net.entity_keys_values, role - 1, found.features[image])
+                key, value = both[:, 2 * number * DIM : 2 * (number + 1) * DIM].chunk(2, -1)
+                dropped = torch.zeros(HEADS, QUERIES, count, dtype=torch.bool)
+                place, stream, batch, keys = (role - 1) * images + image, 2 * number + 1, 2 * images, count
+            if mask is not None:
+                random = reference.random_mask(
+                    batch * HEADS, QUERIES, keys, threshold=ratio_threshold(mask.ratio, "ratio"),
+                    seed=torch.tensor(mask.seed), stream=stream, device=torch.device("cpu"),
+                )  # fmt: skip
+                dropped = dropped | random.view(batch, HEADS, QUERIES, keys)[place]
+            state = state + linear(block.out, role, attend(query, key, value, dropped, HEADS))
+
+            block = net.feed_forward[number]
+            hidden = linear(block.inner, role, norm(block.norm, role, state)).relu()
+            x[role, image] = norm(net.decoder_norm, role, state + linear(block.outer, role, hidden))
+        for image in range(images):
+            told = linear(net.fusion, 0, x[1, image]) + linear(net.fusion, 1, x[2, image])
+            x[0, image] = x[0, image] + told.relu()
+        states.append(torch.stack([torch.stack([x[role, i] for i in range(images)]) for role in range(3)]))
+    return torch.stack(states, dim=1)
+
+
+def test_roles_are_layers_of_their_own():
+    layer, norm = RoleLinear(3, 4, 6), RoleNorm(3, 6, shared=(0, 1, 1))
+    torch.nn.init.normal_(layer.bias)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 2, 5, 4)
+    for role in range(3):
+        expected = functional.linear(x[role], layer.weight[role], layer.bias[role])
+        torch.testing.assert_close(layer(x)[role], expected)
+        row = min(role, 1)
+        expected = functional.layer_norm(expected, (6,), norm.weight[row], norm.bias[row])
+        torch.testing.assert_close(norm(layer(x))[role], expected)
+    assert norm.weight.shape == (2, 6)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3])
+def test_both_branches_are_plain_decoders(ratio):
+    net, found, mask = network(), entities(), MirrorMask(ratio, 1234)
+    heads = net.predicate, net.entity_class
+    contents = net._contents(found)
+    supervised, mirrored = net.dual_branch(found, heads, mask)
+    for got, states in (
+        (supervised, plain_decoder(net, found, contents)),
+        (mirrored, plain_decoder(net, found, contents, mask)),
+    ):
+        expected = net._outputs(states, *heads)
+        for name, one, other in zip(got._fields, got, expected if got is supervised else expected.at(-1)):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9, msg=name)
+    if ratio:
+        assert not torch.allclose(supervised.at(-1).logits, mirrored.logits)
+
+
+def test_the_supervised_branch_does_not_know_of_the_mirror():
+    net, found = network(), entities()
+    alone = net(found)
+    together, _ = net.dual_branch(found, mirrored_heads(net), MirrorMask(0.5, 3))
+    for one, other in zip(alone, together):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_branches_are_equal_without_masks():
+    net, found = network(), entities()
+    supervised, mirrored = net.dual_branch(found, (net.predicate, net.entity_class), MirrorMask(0.0, 3))
+    for one, other in zip(supervised.at(-1), mirrored):
+        assert torch.equal(one, other)
+
+
+def test_padding_is_never_attended_to():
+    net, found = network(), entities()
+    heads = mirrored_heads(net)
+    expected = net.dual_branch(found, heads, MirrorMask(0.3, 3))
+    found.memory[found.padding] = torch.randn(3, DIM, dtype=torch.float64) * 100
+    for ours, theirs in zip(net.dual_branch(found, heads, MirrorMask(0.3, 3)), expected):
+        for one, other in zip(ours, theirs):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_every_weight_learns():
+    net, found = network(), entities()
+    heads = mirrored_heads(net)
+    supervised, mirrored = net.dual_branch(found, heads, MirrorMask(0.3, 3))
+    sum(t.square().sum() for t in (*supervised, *mirrored)).backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+# ---- assembling, matching, losses
+
+
+def test_pairwise_giou_is_torchvisions():
+    boxes, others = torch.rand(3, 5, 4), torch.rand(4, 4)
+    expected = [generalized_box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in (image, others))) for image in boxes]
+    torch.testing.assert_close(pairwise_giou(boxes, others), torch.stack(expected))
+    assert pairwise_giou(torch.zeros(1, 4), torch.zeros(1, 4)).isfinite().all()
+
+
+def test_assembling_scores():
+    said, found = outputs(), Entities(torch.rand(2, 6, OBJECTS), torch.rand(2, 6, 4) * 0.4 + 0.1)
+    sizes = torch.tensor([[100.0, 50.0], [40.0, 80.0]])
+    scores = assembling_scores(said, found, sizes)
+    assert scores.shape == (2, 2, 2, QUERIES, 6)
+    for role, layer, image, query, entity in itertools.product(range(2), range(2), range(2), range(QUERIES), range(6)):
+        p = said.class_logits[role, layer, image, query].softmax(0)[:-1]
+        q, box = found.probabilities[image, entity], found.boxes[image, entity]
+        similarity = functional.cosine_similarity(p, q, dim=0)
+        overlap = generalized_box_iou(
+            *(box_convert(b[None], "cxcywh", "xyxy") for b in (said.boxes[role, layer, image, query], box))
+        )
+        away = said.vectors[layer, image, query, 2 * role : 2 * role + 2] - box[:2]
+        distance = (away * sizes[image]).abs().sum()
+        expected = similarity**0.6 * overlap.clamp(min=0)[0, 0] * q.max() ** 0.6 / (distance + 1)
+        torch.testing.assert_close(scores[role, layer, image, query, entity], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_matching_is_the_cheapest():
+    said, sizes = outputs(layers=1, images=1, queries=3), torch.tensor([[100.0, 50.0]])
+    found, truth = Entities(torch.rand(1, 4, OBJECTS), torch.rand(1, 4, 4) * 0.4 + 0.1), annotation(2)
+    scores = assembling_scores(said, found, sizes)[:, 0, 0]
+    ranked = scores.sort(dim=-1, descending=True)
+    costs = torch.zeros(3, 4, 2)
+    for query, rank, relation in itertools.product(range(3), range(4), range(2)):
+        subject, object_ = ranked.indices[:, query, rank].tolist()
+        ends, boxes = truth.labels[:, relation], truth.boxes[:, relation]
+        vector = torch.cat([boxes[0, :2], boxes[1, :2]])
+        giou = [
+            pairwise_giou(found.boxes[0, e][None], b[None])[0, 0].clamp(min=0)
+            for e, b in zip((subject, object_), boxes)
+        ]
+        likely = found.probabilities[0, subject, ends[0]] + found.probabilities[0, object_, ends[1]]
+        away = (found.boxes[0, subject] - boxes[0]).abs().sum() + (found.boxes[0, object_] - boxes[1]).abs().sum()
+        costs[query, rank, relation] = (
+            0.6 * (said.vectors[0, 0, query] - vector).abs().sum()
+            + 32 ** -said.logits[0, 0, query].softmax(0)[truth.predicates[relation]]
+            + 0.5 * 32**-likely
+            + 0.6 * away / 2
+            + 32 ** -(giou[0] + giou[1])
+            + 0.01 * (1 - ranked.values[:, query, rank].mean())
+        )
+    flat = costs.flatten(0, 1)
+    first, second = min(itertools.permutations(range(12), 2), key=lambda c: (flat[c[0], 0] + flat[c[1], 1]).item())
+    ((query, relation),) = match(said, found, sizes, [truth])[0]
+    expected = {0: first // 4, 1: second // 4}
+    if expected[0] == expected[1]:
+        cheaper = 0 if flat[first, 0] <= flat[second, 1] else 1
+        expected = {cheaper: expected[cheaper]}
+    assert dict(zip(relation.tolist(), query.tolist())) == expected
+
+
+@pytest.mark.parametrize("relations", [0, 1, 30])
+def test_no_query_serves_twice(relations):
+    said, found = outputs(images=1), Entities(torch.rand(1, 6, OBJECTS), torch.rand(1, 6, 4) * 0.4 + 0.1)
+    for ((query, relation),) in match(said, found, torch.ones(1, 2), [annotation(relations)]):
+        assert len(query) == len(relation) <= min(relations, QUERIES)
+        assert len(set(query.tolist())) == len(query) and len(set(relation.tolist())) == len(relation)
+        assert (len(query) > 0) == (relations > 0)
+
+
+@pytest.mark.parametrize("focal", [True, False])
+def test_losses(focal):
+    said = outputs(classes=PREDICATES + (not focal))
+    truths = [annotation(3), annotation(0)]
+    matches = [[(torch.tensor([4, 1]), torch.tensor([0, 2])), (torch.tensor([], dtype=torch.int64),) * 2]] * 2
+    got = relation_losses(said, truths, matches, focal=focal, relations=3.0)
+    expected = dict.fromkeys(got, 0.0)
+    for layer, factor in ((0, 0.5), (1, 1.0)):
+        labels = torch.full((2, 2, QUERIES), OBJECTS)
+        target = torch.full((2, QUERIES), PREDICATES)
+        for query, relation in ((4, 0), (1, 2)):
+            truth = truths[0]
+            target[0, query], labels[:, 0, query] = truth.predicates[relation], truth.labels[:, relation]
+            vector = torch.cat([truth.boxes[0, relation, :2], truth.boxes[1, relation, :2]])
+            expected["vectors"] += factor * (said.vectors[layer, 0, query] - vector).abs().sum() / 3
+            for role in (0, 1):
+                box, true = said.boxes[role, layer, 0, query], truth.boxes[role, relation]
+                giou = pairwise_giou(box[None], true[None])[0, 0]
+                expected["boxes"] += factor * 0.5 * ((box - true).abs().sum() + 1 - giou) / 3
+        no_object = torch.tensor([1.0] * OBJECTS + [0.1])
+        for role in (0, 1):
+            loss = functional.cross_entropy(
+                said.class_logits[role, layer].flatten(0, 1), labels[role].flatten(), no_object
+            )
+            expected["classes"] += factor * 0.3 * loss
+        if focal:
+            one_hot = functional.one_hot(target, PREDICATES + 1)[..., :-1].float()
+            p = said.logits[layer].sigmoid()
+            positive = -0.25 * one_hot * (1 - p) ** 2 * p.log()
+            negative = -0.75 * (1 - one_hot) * p**2 * (1 - p).log()
+            expected["predicates"] += (positive + negative).sum() / 3
+        else:
+            weight = torch.tensor([1.0] * PREDICATES + [0.1])
+            expected["predicates"] += factor * functional.cross_entropy(
+                said.logits[layer].flatten(0, 1), target.flatten(), weight
+            )
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("focal", [True, False])
+def test_assembled_graphs(focal):
+    """By loops: three pairs by rank for each of the best predicates, then greedy suppression."""
+    suppressed = 0
+    for _ in range(20):
+        said = outputs(layers=1, images=1, classes=PREDICATES + (not focal)).at(0)
+        boxes = torch.rand(1, 3, 4) * 0.2 + 0.3
+        boxes = torch.cat([boxes, boxes + 0.002], 1)  # every entity has a double
+        one_hot = functional.one_hot(torch.tensor([0, 1, 2, 0, 1, 2]), OBJECTS).float()
+        found = Entities(one_hot[None] * torch.rand(1, 6, 1), boxes)
+        sizes = torch.tensor([[100.0, 50.0]])
+        ((triplets, scores),) = assemble(said, found, sizes, focal=focal)
+        by_layer = RelationOutputs(*(t[None] for t in said[:2]), *(t[:, None] for t in said[2:]))
+        rank = assembling_scores(by_layer, found, sizes)[:, 0, 0].sort(dim=-1, descending=True, stable=True).indices
+        p = said.logits[0].sigmoid() if focal else said.logits[0].softmax(-1)[:, :-1]
+        corners = box_convert(boxes[0], "cxcywh", "xyxy")
+        iou, giou = box_iou(corners, corners), generalized_box_iou(corners, corners)
+        candidates = []
+        for place in p.flatten().sort(descending=True).indices[:QUERIES].tolist():
+            query, predicate = divmod(place, PREDICATES)
+            for subject, object_ in rank[:, query, :3].T.tolist():
+                score = p[query, predicate] * found.confidence[0, subject] * found.confidence[0, object_]
+                if subject != object_ and giou[subject, object_] < 0.95:
+                    candidates.append((score.item(), subject, object_, predicate))
+        kept = []
+        for score, subject, object_, predicate in sorted(candidates, key=lambda c: -c[0]):
+            same = [
+                k for k in kept if k[3] == predicate
+                and all(a == b or (iou[a, b] > 0.8 and a % 3 == b % 3) for a, b in ((k[1], subject), (k[2], object_)))
+            ]  # fmt: skip
+            suppressed += bool(same)
+            if not same:
+                kept.append((score, subject, object_, predicate))
+        assert triplets.tolist() == [[s, o, predicate + 1] for _, s, o, predicate in kept]
+        torch.testing.assert_close(scores, torch.tensor([k[0] for k in kept]))
+    assert suppressed > 20
+
+
+def test_given_entities_of_shorter_images_are_never_related():
+    said = outputs(layers=1).at(0)
+    labels, boxes = [torch.tensor([1, 2, 3]), torch.tensor([4])], [torch.rand(3, 4) + 0.1, torch.rand(1, 4) + 0.1]
+    graphs = assemble(said, Entities.given(labels, boxes, OBJECTS), torch.ones(2, 2), focal=True)
+    assert len(graphs[0][0]) and not len(graphs[1][0])
+
+
+# ---- the detector, images, training
+
+
+def test_detector_reads_images_of_any_size():
+    detector = EntityDetector(OBJECTS, backbone="resnet10", stride=16, dim=32, heads=4, ffn_dim=32, layers=2).eval()
+    wide, high = torch.rand(3, 48, 80), torch.rand(3, 96, 33)
+    both = detector([wide, high])
+    assert both.memory.shape == (2, 6 * 5, 32) and both.logits.shape == (2, 2, 100, OBJECTS + 1)
+    assert both.padding.view(2, 6, 5).sum((1, 2)).tolist() == [15, 12]
+    library = detector.detr(*detector.batch([wide, high]))
+    torch.testing.assert_close(both.logits[-1], library.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both.boxes[-1], library.pred_boxes, rtol=1e-4, atol=1e-5)
+
+
+def test_detector_weights_and_sizes_survive(tmp_path):
+    first = EntityDetector(OBJECTS, backbone="resnet10", stride=16, dim=32, heads=4, ffn_dim=32, layers=2)
+    first.detr.save_pretrained(tmp_path / "detr")
+    second = EntityDetector(OBJECTS + 2, weights=tmp_path / "detr")
+    assert second.dim == 32 and second.detr.class_labels_classifier.out_features == OBJECTS + 3
+    same = "model.encoder.layers.0.mlp.fc1.weight"
+    assert torch.equal(first.detr.state_dict()[same], second.detr.state_dict()[same])
+    third = EntityDetector(OBJECTS + 2, config=second.config)
+    third.load_state_dict(second.state_dict())
+
+
+def test_resize():
+    assert resize(torch.rand(3, 100, 200), 50, 1000).shape == (3, 50, 100)
+    assert resize(torch.rand(3, 100, 200), 80, 120).shape == (3, 60, 120)
+
+
+def test_mirrored_images():
+    names = ["__background__", "left of", "on", "on the right of", "right of", "on the left of", "left"]
+    assert mirrored_predicates(names) == [0, 4, 2, 5, 1, 3, 6]
+    assert mirrored_boxes(torch.tensor([0.2, 0.3, 0.1, 0.4])).tolist() == pytest.approx([0.8, 0.3, 0.1, 0.4])
+
+
+def test_annotations():
+    graph = next(g for g in map(ScenesDataset("train").__getitem__, range(9)) if len(g.relations) > 1)
+    object.__setattr__(graph, "relations", torch.cat([graph.relations, torch.tensor([[1, 1, 2]])]))
+    ((objects,), (truth,)) = annotations_of(collate([graph], 20), torch.device("cpu"))
+    back = box_convert(objects[1], "cxcywh", "xyxy") * torch.tensor([graph.width, graph.height] * 2)
+    torch.testing.assert_close(back, graph.boxes)
+    assert len(truth.predicates) == len(graph.relations) - 1
+    subject, object_, predicate = graph.relations[0].tolist()
+    assert truth.predicates[0] == predicate - 1
+    assert truth.labels[:, 0].tolist() == [graph.labels[subject] - 1, graph.labels[object_] - 1]
+    torch.testing.assert_close(truth.boxes[:, 0], objects[1][[subject, object_]])
+
+
+class FewScenes(SceneGraphData):
+    def _read(self, split):
+        return [g for g in map(self._open(split).__getitem__, range(6)) if len(g.relations)]
+
+
+def trainer(**options):
+    return pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+
+
+def fit(module, **options):
+    pl.seed_everything(0)
+    run = trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=1, **options)
+    run.fit(module, FewScenes(None, batch_size=2, images=True))
+    return run
+
+
+@pytest.mark.parametrize("protocol", ["sgdet", "predcls"])
+def test_trains_saves_and_predicts(protocol, tmp_path):
+    module = AlignSGTRModule(protocol=protocol, aligned=["predicates", "subjects", "objects", "boxes"], **SMALL)
+    run = fit(module)
+    logged = set(run.callback_metrics)
+    assert {"train/predicates", "train/entity classes", "train/alignment boxes", "val/R@50"} <= logged
+    run.save_checkpoint(tmp_path / "align.ckpt")
+    data = FewScenes(None, batch_size=3, images=True)
+    whole = load_module(tmp_path / "align.ckpt")
+    assert isinstance(whole, AlignSGTRModule)
+    plain = SGTRModule.load_from_checkpoint(tmp_path / "align.ckpt", map_location="cpu", weights_only=True)
+    predicted = [trainer().predict(m, data) for m in (whole, plain)]
+    for one, other in zip(*(sum(batches, []) for batches in predicted)):
+        assert torch.equal(one["triplets"], other["triplets"]) and torch.equal(one["boxes"], other["boxes"])
+        assert one["triplets"].shape[1] == 3 and (one["triplet_scores"].diff() <= 0).all()
+    if protocol == "predcls":
+        graphs = {g.image_id: g for g in data.test}
+        for one in sum(predicted[0], []):
+            assert torch.equal(one["labels"], graphs[one["image_id"]].labels)
+            torch.testing.assert_close(one["boxes"], graphs[one["image_id"]].boxes, rtol=0, atol=1e-3)
+
+
+def test_runs_repeat():
+    states = []
+    for _ in range(2):
+        pl.seed_everything(1)
+        module = AlignSGTRModule(**SMALL)
+        fit(module)
+        states.append(module.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_frozen_parts_do_not_learn():
+    module = SGTRModule(frozen=["backbone", "encoder", "decoder"], **SMALL)
+    pl.seed_everything(0)
+    before = {}
+    module.on_train_start = lambda: before.update({n: p.clone() for n, p in module.named_parameters()})
+    fit(module)
+    changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    frozen = tuple(f"detector.detr.model.{part}" for part in ("backbone", "encoder", "decoder"))
+    assert not [name for name in changed if name.startswith(frozen)]
+    assert "detector.detr.class_labels_classifier.weight" in changed and "network.vector.weight" in changed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "sgcls"}, "protocol"),
+        ({"frozen": ["head"]}, "frozen"),
+        ({"short_sides": []}, "short_sides"),
+        ({"short_sides": [600], "long_side": 500}, "short_sides"),
+        ({"flip": 2}, "flip"),
+        ({"mask_ratio": -1}, "mask_ratio"),
+        ({"aligned": []}, "aligned"),
+        ({"aligned": ["vectors"]}, "aligned"),
+        ({"alignment_weight": math.nan}, "alignment_weight"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        AlignSGTRModule(**options)
+
+
+def test_configs_hold_the_published_sizes():
+    yaml = pytest.importorskip("yaml")
+    folder = Path(__file__).resolve().parent.parent / "configs"
+    for name, kind in (("sgtr", SGTRModule), ("align_sgtr", AlignSGTRModule)):
+        for suffix in ("", "_small"):
+            config = yaml.safe_load((folder / f"{name}{suffix}.yaml").read_text())["model"]
+            assert config["class_path"] == f"sgalign.sgtr.{kind.__name__}"
+            kind(**config["init_args"])
+        published = yaml.safe_load((folder / f"{name}.yaml").read_text())["model"]["init_args"]
+        sizes = {"dim": 256, "heads": 8, "ffn_dim": 2048, "layers": 6, "encoder_layers": 3, "queries": 180}
+        assert {key: published[key] for key in sizes} == sizes
