@@ -5,10 +5,8 @@ What the detector sees is given; the relation head's own extractors are in the s
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import time
 from collections.abc import Callable
+from functools import partial
 
 import conftest
 import pytest
@@ -119,24 +117,6 @@ def test_training_step(benchmark, extractors):
     step = Step(extractors=extractors)
     case = "extractors trained" if extractors else "cached features"
 
-    def run(contender: str) -> float:
-        start = time.perf_counter()
-        for parameter in step.parameters:
-            parameter.grad = None
-        CONTENDERS[contender](step).backward()
-        return time.perf_counter() - start
-
-    peaks = {}
-    for contender in CONTENDERS:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")
-        run(contender)
-        peaks[contender] = conftest.status_kib("VmHWM") / 1024
-    rounds = [{name: run(name) for name in CONTENDERS} for _ in range(1 if extractors else 5)]
-    taken = {name: min(times[name] for times in rounds) for name in CONTENDERS}
-    benchmark.group = f"training step, {case}"
-    benchmark.pedantic(lambda: run("Align-Motifs"), rounds=1)
-    if benchmark.enabled:
-        conftest.training_steps[case] = (taken, peaks, step.counted())
+    steps = {name: partial(run, step) for name, run in CONTENDERS.items()}
+    rounds = 1 if extractors else 5
+    conftest.compare_steps(benchmark, f"Motifs, {case}", steps, step.parameters, step.counted(), rounds=rounds)

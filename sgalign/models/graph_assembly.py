@@ -202,7 +202,7 @@ def relation_losses(
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Of each layer, its last class weighted `NO_OBJECT_WEIGHT`, divided by the sum of weights: `[L]`."""
-    weight = torch.ones(logits.shape[-1], device=logits.device)
+    weight = logits.new_ones(logits.shape[-1])
     weight[-1] = NO_OBJECT_WEIGHT
     losses = functional.cross_entropy(logits.flatten(0, -2), target.flatten(), weight, reduction="none")
     return losses.view(len(logits), -1).sum(1) / weight[target].flatten(1).sum(1)

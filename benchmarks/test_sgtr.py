@@ -1,0 +1,160 @@
+"""SGTR with and without the mirror at the published sizes: the structural decoder alone, and a step from images.
+
+What bounds it: the linear layers. Keys and values of both memories are all that the branches of the decoder share, so
+that counting gives nearly twice one branch; of a whole step the backbone, which runs once, is the greater part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import conftest
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("transformers")
+pytest.importorskip("lightning")
+from sgalign import relation_alignment_loss  # noqa: E402
+from sgalign.models.entity_detector import DetectedEntities, EntityDetector  # noqa: E402
+from sgalign.models.graph_assembly import Annotations, Entities, match, relation_losses  # noqa: E402
+from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs  # noqa: E402
+
+OBJECTS, PREDICATES, DIM, HEADS, QUERIES, ENTITIES, POSITIONS = 150, 50, 256, 8, 180, 100, 608
+MASK = MirrorMask(0.1, 1)
+
+
+class PlainLayer(nn.Module):
+    """A sub-decoder's layer as the public code has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+        self.cross_attention = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+        self.feed_forward = nn.Sequential(nn.Linear(DIM, 2048), nn.ReLU(), nn.Linear(2048, DIM))
+        self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(4))
+
+    def forward(self, x: Tensor, position: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        normed = self.norms[0](x)
+        query = normed + position
+        x = x + self.self_attention(query, query, normed, need_weights=False)[0]
+        query = self.norms[1](x) + position
+        x = x + self.cross_attention(query, key, value, attn_mask=mask, need_weights=False)[0]
+        return self.norms[3](x + self.feed_forward(self.norms[2](x)))
+
+
+class PlainDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList(PlainLayer() for _ in range(3)) for _ in range(6))
+        self.fusion = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(2))
+
+    def forward(self, contents: Tensor, positions: Tensor, found: DetectedEntities, ratio: float) -> Tensor:
+        states, (memory, features) = list(contents), (found.memory, found.features)
+        for roles in self.layers:
+            for role, layer in enumerate(roles):
+                key, value = (memory + found.position, memory) if role == 0 else (features, features)
+                shape = len(key) * HEADS, QUERIES, key.shape[1]
+                mask = torch.rand(shape) < ratio if ratio else None
+                states[role] = layer(states[role], positions[role], key, value, mask)
+            told = self.fusion[0](states[1]) + self.fusion[1](states[2])
+            states[0] = states[0] + told.relu()
+        return torch.stack(states)
+
+
+def attention_flops(queries, branches, key, value, *options, out_shape=None, **unused) -> int:
+    batch, heads, length, dim = queries[0]
+    return (len(queries) + branches) * 2 * batch * heads * length * key[2] * dim
+
+
+def attention_backward_flops(grad_outs, queries, outs, log_sums, key, value, *options, out_shape=None, **unused) -> int:
+    return 5 * len(grad_outs) * 2 * queries[0][0] * queries[0][1] * queries[0][2] * key[2] * key[3]
+
+
+def counted(step: Callable[[], Tensor]) -> int:
+    """Arithmetic of the matrix products and convolutions of a forward and a backward pass."""
+    formulas = {
+        torch.ops.sgalign.attention: attention_flops,
+        torch.ops.sgalign.attention_backward: attention_backward_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        step().backward()
+    return counter.get_total_flops()
+
+
+def test_decoder(benchmark):
+    """Forward and backward of the six layers, given what they read; without dropout, which would make torch leave its
+    fused attention."""
+    torch.manual_seed(0)
+    images, net, plain = 2, SGTR(OBJECTS, PREDICATES, dropout=0.0), PlainDecoder()
+    found = DetectedEntities(
+        torch.randn(images, POSITIONS, DIM),
+        torch.randn(images, POSITIONS, DIM),
+        torch.zeros(images, POSITIONS, dtype=torch.bool),
+        torch.randn(images, ENTITIES, DIM),
+        torch.randn(1, images, ENTITIES, OBJECTS + 1),
+        torch.rand(1, images, ENTITIES, 4),
+    )
+    net.encoder = nn.ModuleList()
+    contents = torch.randn(3, images, QUERIES, DIM)
+    net._contents = lambda entities: contents
+
+    def twice() -> Tensor:
+        ours = plain(contents, net.queries, found, 0.0)
+        return ours.square().mean() + plain(contents, net.queries, found, MASK.ratio).square().mean()
+
+    steps = {
+        "SGTR": lambda: net._states(found, None)[-1].square().mean(),
+        "Align-SGTR": lambda: net._states(found, MASK)[-1].square().mean(),
+        "two passes": twice,
+    }
+    flops = {name: counted(step) for name, step in steps.items()}
+    ratio = flops["Align-SGTR"] / flops["SGTR"]
+    parameters = [*net.parameters(), *plain.parameters()]
+    conftest.compare_steps(benchmark, "structural decoder", steps, parameters, ratio, rounds=5)
+
+
+def test_training_step(benchmark):
+    """600 x 1000 pixels, one image, ResNet-101, the detector frozen as for Visual Genome."""
+    torch.manual_seed(0)
+    detector, net = EntityDetector(OBJECTS), SGTR(OBJECTS, PREDICATES)
+    detector.freeze(("backbone", "encoder", "decoder"))
+    heads = net.new_heads()
+    pixels, sizes = [torch.rand(3, 600, 1000)], torch.tensor([[1000.0, 600.0]])
+    truth = [Annotations(torch.randint(50, (10,)), torch.randint(150, (2, 10)), torch.rand(2, 10, 4) * 0.4 + 0.1)]
+
+    def see() -> DetectedEntities:
+        found = detector(pixels)
+        return found._replace(memory=found.memory.detach(), features=found.features.detach())
+
+    def supervised(found: DetectedEntities, outputs: RelationOutputs) -> Tensor:
+        entities = Entities.detected(found.logits[-1], found.boxes[-1])
+        matches = match(outputs, entities, sizes, truth)
+        losses = relation_losses(outputs, truth, matches, focal=True, relations=10.0)
+        return torch.stack(list(losses.values())).sum() + found.logits.square().mean() + found.boxes.square().mean()
+
+    def sgtr() -> Tensor:
+        found = see()
+        return supervised(found, net(found))
+
+    def align_sgtr() -> Tensor:
+        found = see()
+        outputs, mirrored = net.dual_branch(found, heads, MASK)
+        last = outputs.at(-1)
+        align = relation_alignment_loss(last.logits.flatten(0, -2), mirrored.logits.flatten(0, -2), kind="sigmoid")
+        classes = relation_alignment_loss(last.class_logits.flatten(0, -2), mirrored.class_logits.flatten(0, -2))
+        return supervised(found, outputs) + 10 * (align + 2 * classes)
+
+    def two_passes() -> Tensor:
+        found = see()
+        outputs, mirrored = net(found), net(found)
+        teacher = outputs.logits[-1].detach().sigmoid()
+        align = functional.binary_cross_entropy_with_logits(mirrored.logits[-1], teacher)
+        return supervised(found, outputs) + 10 * align
+
+    steps = {"SGTR": sgtr, "Align-SGTR": align_sgtr, "two passes": two_passes}
+    ratio = counted(align_sgtr) / counted(sgtr)
+    parameters = [p for module in (detector, net, *heads) for p in module.parameters()]
+    conftest.compare_steps(benchmark, "SGTR from images", steps, parameters, ratio, rounds=3)
