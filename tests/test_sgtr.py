@@ -30,7 +30,8 @@ from sgalign.models.graph_assembly import (  # noqa: E402
     pairwise_giou,
     relation_losses,
 )
-from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs, RoleLinear, RoleNorm  # noqa: E402
+from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs, RoleLinear, RoleNorm, sine_embedding  # noqa: E402
+from sgalign.models.sgtr_weights import load_published  # noqa: E402
 from sgalign.prediction import load_module  # noqa: E402
 from sgalign.sgtr import (  # noqa: E402
     AlignSGTRModule,
@@ -166,6 +167,7 @@ def test_roles_are_layers_of_their_own():
     for role in range(3):
         expected = functional.linear(x[role], layer.weight[role], layer.bias[role])
         torch.testing.assert_close(layer(x)[role], expected)
+        torch.testing.assert_close(layer.batched(x)[role], expected)
         row = min(role, 1)
         expected = functional.layer_norm(expected, (6,), norm.weight[row], norm.bias[row])
         torch.testing.assert_close(norm(layer(x))[role], expected)
@@ -557,3 +559,144 @@ def test_configs_hold_the_published_sizes():
         published = yaml.safe_load((folder / f"{name}.yaml").read_text())["model"]["init_args"]
         sizes = {"dim": 256, "heads": 8, "ffn_dim": 2048, "layers": 6, "encoder_layers": 3, "queries": 180}
         assert {key: published[key] for key in sizes} == sizes
+
+
+# ---- published weights
+
+
+def published_state(dim, ffn_dim, layers, encoder_layers):
+    """Random weights with the names and shapes of the public code's checkpoints; no query has a position."""
+    nn, state = torch.nn, {}
+
+    def add(prefix, module):
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                state[prefix + name] = (
+                    torch.rand_like(tensor) + 0.5 if "var" in name else torch.randn_like(tensor) * 0.2
+                )
+
+    def transformer_layers(prefix, kind, count):
+        for number in range(count):
+            add(f"{prefix}{number}.", kind(dim, 8, ffn_dim))
+
+    for part, kind in (("encoder", nn.TransformerEncoderLayer), ("decoder", nn.TransformerDecoderLayer)):
+        transformer_layers(f"transformer.{part}.layers.", kind, 2)
+    transformer_layers("relation_decoder.encoder.layers.", nn.TransformerEncoderLayer, encoder_layers)
+    decoder = "relation_decoder."
+    for name in ("predicate_decoder.layers.", "rel_ent_crs_decoder_layers_sub.", "rel_ent_crs_decoder_layers_obj."):
+        transformer_layers(decoder + name, nn.TransformerDecoderLayer, layers)
+    transformer_layers(f"{decoder}rel_q_gen.layers.", nn.TransformerDecoderLayer, 1)
+    norms = "encoder.norm", "rel_q_gen.norm", "rel_decoder_norm", "rel_ent_crs_decoder_norm"
+    for name in ("transformer.decoder.norm", *(decoder + norm for norm in norms)):
+        add(f"{name}.", nn.LayerNorm(dim))
+    for name, width in (
+        (f"{decoder}ent_pos_sine_proj", dim), (f"{decoder}split_query.1", 3 * dim), ("rel_class_embed", PREDICATES),
+        (f"{decoder}ent_rel_fuse_fc_sub.0", dim), (f"{decoder}ent_rel_fuse_fc_obj.0", dim), ("rel_vector_embed", 4),
+        ("class_embed", OBJECTS + 1), ("sub_class_embed.0", OBJECTS + 1), ("obj_class_embed.0", OBJECTS + 1),
+    ):  # fmt: skip
+        add(f"{name}.", nn.Linear(dim, width))
+    for name in ("bbox_embed", "sub_bbox_embed.0", "obj_bbox_embed.0"):
+        for number, width in enumerate((dim, dim, 4)):
+            add(f"{name}.layers.{number}.", nn.Linear(dim, width))
+    for end in ("", "_sub", "_obj"):
+        state[f"{decoder}rel_query_embed{end}.weight"] = torch.zeros(QUERIES, dim)
+    state["query_embed.weight"] = torch.randn(6, dim)
+    add("input_proj.", nn.Conv2d(64, dim, 1))
+
+    def convolution(prefix, inputs, width, size):
+        add(f"{prefix}.", nn.Conv2d(inputs, width, size, bias=False))
+        add(f"{prefix}.norm.", nn.BatchNorm2d(width))
+
+    convolution("backbone.stem.conv1", 3, 8, 7)
+    inputs = 8
+    for stage, width in enumerate((16, 24, 32, 64)):
+        prefix = f"backbone.res{stage + 2}.0"
+        convolution(f"{prefix}.shortcut", inputs, width, 1)
+        for number, shape in enumerate(((inputs, width // 4, 1), (width // 4, width // 4, 3), (width // 4, width, 1))):
+            convolution(f"{prefix}.conv{number + 1}", *shape)
+        inputs = width
+    return state
+
+
+def test_published_weights(tmp_path):
+    """Torch's own layers, whose weights have the public names, say the same."""
+    dim, ffn_dim, layers, encoder_layers = 16, 24, 2, 2
+    state = published_state(dim, ffn_dim, layers, encoder_layers)
+    torch.save({"model": state}, tmp_path / "sgtr.pth")
+    detector, net = load_published(tmp_path / "sgtr.pth")
+    assert (net.layers, net.num_objects, net.num_predicates) == (layers, OBJECTS, PREDICATES)
+    detector.eval(), net.eval()
+    found = entities()
+    found = DetectedEntities(*(t if t.dtype == torch.bool else t.float() for t in found))
+    found = found._replace(position=torch.zeros_like(found.position))  # torch's layers know no positions
+
+    def layer(kind, prefix, number, **options):
+        module = kind(dim, 8, ffn_dim, batch_first=True, norm_first=True, **options).eval()
+        start = f"{prefix}{number}."
+        module.load_state_dict({n[len(start) :]: t for n, t in state.items() if n.startswith(start)})
+        return module
+
+    def norm(name, x):
+        return functional.layer_norm(x, (dim,), state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def linear(name, x):
+        return functional.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    decoder, nn = "relation_decoder.", torch.nn
+    memory = found.memory
+    for number in range(encoder_layers):
+        memory = layer(nn.TransformerEncoderLayer, f"{decoder}encoder.layers.", number)(
+            memory, src_key_padding_mask=found.padding
+        )
+    memory = norm(f"{decoder}encoder.norm", memory)
+    middles = linear(f"{decoder}ent_pos_sine_proj", sine_embedding(found.boxes[-1][..., :2], dim))
+    generate = layer(nn.TransformerDecoderLayer, f"{decoder}rel_q_gen.layers.", 0)
+    queries = generate(torch.zeros(2, QUERIES, dim), found.features + middles)
+    queries = linear(f"{decoder}split_query.1", norm(f"{decoder}rel_q_gen.norm", queries).relu())
+    subject, object_, predicate = queries.split(dim, -1)
+    for number in range(layers):
+        read = [
+            layer(nn.TransformerDecoderLayer, decoder + name, number)
+            for name in (
+                "predicate_decoder.layers.",
+                "rel_ent_crs_decoder_layers_sub.",
+                "rel_ent_crs_decoder_layers_obj.",
+            )
+        ]
+        predicate = read[0](predicate, memory, memory_key_padding_mask=found.padding)
+        predicate = norm(f"{decoder}rel_decoder_norm", predicate)
+        subject, object_ = (
+            norm(f"{decoder}rel_ent_crs_decoder_norm", role(x, found.features))
+            for role, x in zip(read[1:], (subject, object_))
+        )
+        told = linear(f"{decoder}ent_rel_fuse_fc_sub.0", subject) + linear(f"{decoder}ent_rel_fuse_fc_obj.0", object_)
+        predicate = predicate + told.relu()
+    said = net(found).at(-1)
+    close = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(said.logits, linear("rel_class_embed", predicate), **close)
+    torch.testing.assert_close(said.vectors, linear("rel_vector_embed", predicate).sigmoid(), **close)
+    for role, (name, x) in enumerate((("sub", subject), ("obj", object_))):
+        torch.testing.assert_close(said.class_logits[role], linear(f"{name}_class_embed.0", x), **close)
+        for number in range(3):
+            x = linear(f"{name}_bbox_embed.0.layers.{number}", x.relu() if number else x)
+        torch.testing.assert_close(said.boxes[role], x.sigmoid(), **close)
+
+
+def test_published_pixels_are_converted(tmp_path):
+    """The first layer makes of normalised RGB what the public one makes of BGR in 0 to 255 less its mean."""
+    state = published_state(16, 24, 1, 1)
+    torch.save(state, tmp_path / "sgtr.pth")
+    detector, _ = load_published(tmp_path / "sgtr.pth")
+    pixels = torch.rand(3, 20, 20)
+    ours = detector.detr.model.backbone.model.embedder.embedder.convolution(detector.batch([pixels])[0])
+    bgr = 255 * pixels.flip(0) - torch.tensor([103.53, 116.28, 123.675])[:, None, None]
+    expected = functional.conv2d(bgr[None], state["backbone.stem.conv1.weight"], stride=2, padding=3)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_other_checkpoints_are_refused(tmp_path):
+    torch.save({"weight": torch.ones(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="class_embed"):
+        load_published(tmp_path / "other.pth")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        load_published(tmp_path / "nothing.pth")

@@ -58,6 +58,12 @@ class RoleLinear(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":  # one product after the other takes three quarters of MKL's batched product's time
+            return torch.stack([functional.linear(*role) for role in zip(x, self.weight, self.bias, strict=True)])
+        return self.batched(x)
+
+    def batched(self, x: Tensor) -> Tensor:
+        """All roles in one operation."""
         return torch.baddbmm(self.bias[:, None], x.flatten(1, -2), self.weight.mT).unflatten(1, x.shape[1:-1])
 
 
