@@ -27,10 +27,20 @@ Run = dict[str, Any]
 def main(arguments: Sequence[str]) -> int:
     """`sgalign report FOLDER`."""
     parser = argparse.ArgumentParser("sgalign report", description=__doc__)
-    parser.add_argument("folder", type=Path, help="that sgalign ablate has written")
+    parser.add_argument("folder", type=Path, help="that sgalign ablate has written, or for a figure")
     parser.add_argument("--data", metavar="FOLDER", help="the data set of the runs (default: generated scenes)")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the runs (default: %(default)s)")
+    parser.add_argument("--checkpoint", help="of Align-SGTR: draws what it attends to in --image instead")
+    parser.add_argument("--image", type=Path, help="a photograph")
     options = parser.parse_args(arguments)
+    if (options.checkpoint is None) != (options.image is None):
+        parser.error("--checkpoint and --image must be given together")
+    if options.checkpoint is not None:
+        from sgalign.mirror_figure import draw_mirror
+
+        options.folder.mkdir(parents=True, exist_ok=True)
+        draw_mirror(options.checkpoint, options.image, options.folder / f"mirror_{options.image.stem}.png")
+        return 0
     write(options.folder, list(STUDIES), options.data, options.epochs)
     return 0
 

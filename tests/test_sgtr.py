@@ -18,6 +18,7 @@ pl = pytest.importorskip("lightning.pytorch")
 
 from torchvision.ops import box_convert, box_iou, generalized_box_iou  # noqa: E402
 
+from sgalign.cli import main  # noqa: E402
 from sgalign.data import ScenesDataset, collate  # noqa: E402
 from sgalign.datamodule import SceneGraphData  # noqa: E402
 from sgalign.models.entity_detector import DetectedEntities, EntityDetector, resize  # noqa: E402
@@ -251,6 +252,22 @@ def test_the_mirror_needs_few_more_operator_calls():
         return counter.calls
 
     assert calls(mirror=True) < 1.35 * calls(mirror=False)
+
+
+def test_weights_of_figures_are_those_of_the_kernel():
+    net, found, mask = network(), entities(), MirrorMask(0.4, 7)
+    memories = net._memories(found)[1]
+    x = torch.randn(3, 4, QUERIES, DIM, dtype=torch.float64)
+    block = net.cross_attention[1]
+    weights = block.weights(x, net.queries, memories, mask, stream=2)
+    parts = []
+    for memory, branches in zip(memories, weights):
+        roles = len(branches[0])
+        outs = [block.merge(w.flatten(0, 1) @ memory.value, roles) for w in branches]
+        parts.append(torch.cat(outs, dim=1))
+    expected = x + block.out(torch.cat(parts))
+    torch.testing.assert_close(block(x, net.queries, memories, mask, stream=2), expected)
+    torch.testing.assert_close(weights[1][1].sum(-1), torch.ones(2, 2, HEADS, QUERIES, dtype=torch.float64))
 
 
 def test_every_weight_learns():
@@ -494,6 +511,9 @@ def test_trains_saves_and_predicts(protocol, tmp_path):
     run.save_checkpoint(tmp_path / "align.ckpt")
     data = FewScenes(None, batch_size=3, images=True)
     whole = load_module(tmp_path / "align.ckpt")
+    data.test[0].image().save(tmp_path / "scene.png")
+    command = [str(tmp_path), "--checkpoint", str(tmp_path / "align.ckpt"), "--image", str(tmp_path / "scene.png")]
+    assert main(["report", *command]) == 0 and (tmp_path / "mirror_scene.png").stat().st_size > 10_000
     assert isinstance(whole, AlignSGTRModule)
     plain = SGTRModule.load_from_checkpoint(tmp_path / "align.ckpt", map_location="cpu", weights_only=True)
     predicted = [trainer().predict(m, data) for m in (whole, plain)]

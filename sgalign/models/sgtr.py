@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from sgalign.attention import dual_branch_attention, fused_masked_attention
 from sgalign.models.entity_detector import DetectedEntities
+from sgalign.random_mask import random_attention_mask
 
 PREDICATE, SUBJECT, OBJECT = range(3)
 
@@ -219,6 +220,42 @@ class CrossAttention(_Block):
             outs.append(torch.cat([self.merge(branch, roles) for branch in both], dim=1))
         out = self.drop(self.out(torch.cat(outs)))
         return out + (x if x.shape == out.shape else x.repeat(1, 2, 1, 1))
+
+    def weights(
+        self,
+        x: Tensor,
+        position: Tensor | None,
+        memories: Sequence[KeysValues],
+        mask: MirrorMask,
+        stream: int = 0,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What `forward` of both branches attends to, for figures: it never has these itself.
+
+        Args:
+            x, position, memories, mask, stream: of `forward`, `x` of both branches.
+
+        Returns:
+            For each memory the supervised and the mirrored branch's weights, `[roles, B, heads, Q, L]`.
+        """
+        normed = self.norm(x)
+        queries = self.query(normed if position is None else normed + position)
+        parts = (queries[:1], queries[1:])[: len(memories)]
+        found = []
+        for number, (query, memory) in enumerate(zip(parts, memories, strict=True)):
+            images = query.shape[1] // 2
+            branches = []
+            for query_part, ratio in ((query[:, :images], 0.0), (query[:, images:], mask.ratio)):
+                split = self.split(query_part)
+                scores = split @ memory.key.mT / math.sqrt(split.shape[-1])
+                dropped = random_attention_mask(
+                    *scores.shape, ratio=ratio, seed=mask.seed, stream=stream + number, device=scores.device
+                )
+                if memory.padding is not None:
+                    dropped = dropped | memory.padding[:, None, None]
+                weights = scores.masked_fill(dropped, -math.inf).softmax(-1).nan_to_num()
+                branches.append(weights.unflatten(0, (len(query), images)))
+            found.append((branches[0], branches[1]))
+        return found
 
 
 class SGTR(nn.Module):
