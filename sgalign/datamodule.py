@@ -93,7 +93,7 @@ class SceneGraphData(pl.LightningDataModule):
 
     @cached_property
     def train(self) -> list[SceneGraph]:
-        return [g for g in self._read("train") if (g.relations[:, 0] != g.relations[:, 1]).any()]
+        return self._read("train")
 
     @cached_property
     def validation(self) -> list[SceneGraph]:
@@ -133,6 +133,8 @@ class SceneGraphData(pl.LightningDataModule):
             if getattr(dataset, kind) != getattr(self, kind):
                 raise ValueError(f"{self.name}: {kind} must be the same in all parts, those of {split} differ")
         graphs = [dataset[index] for index in range(len(dataset))]
+        if split == "train":
+            graphs = [graph for graph in graphs if (graph.relations[:, 0] != graph.relations[:, 1]).any()]
         if self.cache is not None and (missing := [g.image_id for g in graphs if g.image_id not in self.cache]):
             raise ValueError(
                 f"{self.cache.folder}: has no features of {len(missing)} of the {len(graphs)} images of part {split}, "
