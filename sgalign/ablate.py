@@ -60,6 +60,7 @@ class Study(NamedTuple):
 EPOCHS = 5
 # The paper's baseline has far more mean recall than plain Motifs, so that it must be rebalanced somehow.
 BALANCED: dict[str, Any] = {"predicate_weights": "inverse_frequency"}
+SEEN: dict[str, Any] = BALANCED | {"vision": "cached", "relation_dim": 256}
 
 
 def motifs(name: str = "Motifs", base: str = "", **options: Any) -> Arm:
@@ -133,6 +134,22 @@ STUDIES = {
             }
         ),
     ),
+    "image-features": Study(
+        "What images show: from cached features",
+        [
+            arm._replace(data={"features": "features"})
+            for arm in (
+                motifs(**SEEN),
+                align("p = 0.1", mask_ratio=0.1, **SEEN),
+                align("p = 0.4", mask_ratio=0.4, **SEEN),
+                Arm("p growing to 0.4", "Motifs", "GrowingMaskModule", SEEN | {"mask_ratio": 0.4}, {}),
+                align("mirror unmasked", mask_ratio=0.0, **SEEN),
+                align("mirror trained by cross-entropy alone", alignment_weight=0.0, supervise_mirror=True, **SEEN),
+                Arm("no mirror, its masking as dropout", "Motifs", "MaskedMotifsModule", SEEN, {}),
+            )
+        ]
+        + [motifs("labels and boxes only", "Motifs", **BALANCED)],
+    ),
     "long-tail": Study(
         "Means against the long tail",
         _pairs(
@@ -155,23 +172,32 @@ class ScarceData(SceneGraphData):
     """A data set whose training part is made worse, the same way in every run.
 
     Args:
+        root: of `SceneGraphData`.
+        features: name of a folder in `root` that `sgalign cache-features` has filled.
         labelled: share of the training images that keep their relations.
         unlabelled: whether the others are trained on without labels, or not at all.
         missing: share of the relations that were not annotated.
         wrong: share of the relations whose predicate is another relation's.
         data: the arguments of `SceneGraphData`.
+
+    Raises:
+        ValueError: there are features, but no root that they could be in.
     """
 
     def __init__(
         self,
-        *args: Any,
+        root: str | None = None,
+        *,
+        features: str | None = None,
         labelled: float = 1.0,
         unlabelled: bool = True,
         missing: float = 0.0,
         wrong: float = 0.0,
         **data: Any,
     ) -> None:
-        super().__init__(*args, **data)
+        if features is not None and root is None:
+            raise ValueError(f"data must be a folder with cached features in {features}/, got the generated scenes")
+        super().__init__(root, features=features and str(Path(root or "", features)), **data)
         generator = torch.Generator().manual_seed(0)
         graphs = self.train
         order = torch.randperm(len(graphs), generator=generator).tolist()
@@ -244,7 +270,18 @@ class AveragedTeacherModule(AlignMotifsModule):
         self.teacher.update_parameters(self.network)
 
 
-MODULES = {kind.__name__: kind for kind in (MotifsModule, AlignMotifsModule, MaskedMotifsModule, AveragedTeacherModule)}
+class GrowingMaskModule(AlignMotifsModule):
+    """A curriculum: p grows from 0 to its value from the first step to the last."""
+
+    @property
+    def mask_ratio(self) -> float:
+        return self.options.mask_ratio * self.global_step / self.trainer.estimated_stepping_batches
+
+
+MODULES = {
+    kind.__name__: kind
+    for kind in (MotifsModule, AlignMotifsModule, MaskedMotifsModule, AveragedTeacherModule, GrowingMaskModule)
+}
 
 
 # ---- one run

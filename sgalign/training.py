@@ -659,12 +659,17 @@ class AlignMotifsModule(MotifsModule):
             loss = loss + mirrored_loss * self.share(labelled)
         return loss, parts
 
+    @property
+    def mask_ratio(self) -> float:
+        """p of this step."""
+        return self.options.mask_ratio
+
     def draw_mask(self, batch: GraphBatch, batch_index: int) -> Tensor:
         """What this step's mirror does not see, drawn as attention masks are: bool `[T, 1]` (row), `[T, F]` (feature)
         or `[R, 1]` (union)."""
         seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank)
         images, objects = len(batch.lengths), int(batch.lengths.max())
-        draw = partial(random_attention_mask, ratio=self.options.mask_ratio, seed=seed, device=batch.boxes.device)
+        draw = partial(random_attention_mask, ratio=self.mask_ratio, seed=seed, device=batch.boxes.device)
         if self.options.mask_granularity == "row":
             return draw(images, 1, 1, objects)[batch.images, 0, 0, batch.positions, None]
         if self.options.mask_granularity == "feature":

@@ -10,6 +10,8 @@ pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
 from sgalign import ablate, report  # noqa: E402
 from sgalign.cli import main  # noqa: E402
+from sgalign.features import cache_features  # noqa: E402
+from sgalign.models import Detector, RegionFeatures  # noqa: E402
 
 SMALL = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
 
@@ -94,6 +96,34 @@ def test_every_study_names_its_base_and_no_arm_twice():
         assert not study.arms[0].base and all(arm.base in names for arm in study.arms[1:]), name
         for arm in study.arms:
             ablate.MODULES[arm.module](**arm.options)
+
+
+def test_masking_grows_from_nothing_to_its_ratio(folder, tmp_path, monkeypatch):
+    ratios, draw = [], ablate.AlignMotifsModule.draw_mask
+    monkeypatch.setattr(
+        ablate.GrowingMaskModule, "draw_mask", lambda self, *args: ratios.append(self.mask_ratio) or draw(self, *args)
+    )
+    arm = ablate.Arm("growing", "", "GrowingMaskModule", SMALL | {"mask_ratio": 0.4}, {})
+    ablate.run(str(folder), arm, 0, 2, tmp_path / "run.json")
+    assert len(ratios) > 4 and ratios == pytest.approx([0.4 * step / len(ratios) for step in range(len(ratios))])
+
+
+def test_features_are_those_in_the_folder_of_the_data(folder, tmp_path, monkeypatch, capsys):
+    data = ablate.ScarceData(str(folder))
+    graphs = [*data.train, *data.validation, *data.test]
+    torch.manual_seed(0)
+    detector = Detector(len(data.object_names), backbone="resnet18", min_size=32, max_size=48, head_dim=16)
+    cache_features(graphs, detector, RegionFeatures(dim=16), folder / "features")
+    arm = ablate.motifs(vision="cached", **SMALL)._replace(data={"features": "features"})
+    for module in (ablate, report):
+        monkeypatch.setattr(module, "STUDIES", {"seen": ablate.Study("Seen", [arm])})
+    command = ["ablate", "seen", "--seeds", "1", "--epochs", "1", "--out", str(tmp_path)]
+    assert main([*command, "--data", str(folder)]) == 0
+    (path,) = (tmp_path / "runs").iterdir()
+    assert json.loads(path.read_text())["settings"]["features"] == "features"
+    capsys.readouterr()
+    assert main(command) == 1
+    assert "data must be a folder with cached features in features/, got the generated" in capsys.readouterr().err
 
 
 # ---- scarce labels
