@@ -121,6 +121,11 @@ class FeatureCache:
         with h5py.File(self.paths[0], "r") as file:
             return dict(file.attrs)
 
+    @property
+    def source(self) -> str:
+        """What tells these features from those that other weights, or the same ones at other sizes, see."""
+        return f"{self.header['weights']} at {self.header.get('sizes')}"
+
     def __contains__(self, image_id: str) -> bool:
         return _key(image_id) in self.images
 

@@ -384,6 +384,7 @@ class MotifsModule(RelationModule):
         if vision not in needed[protocol]:
             raise ValueError(f"vision must be {' or '.join(needed[protocol])} for {protocol}, got {vision!r}")
         self.protocol = protocol
+        self.features: str | None = None  # `FeatureCache.source` of what it was trained on
 
     @property
     def options(self) -> Any:
@@ -415,6 +416,8 @@ class MotifsModule(RelationModule):
         is_new = self.network is None
         super().setup(stage)
         options = self.options
+        if options.vision == "cached" and self._data.cache is not None:
+            self._set_features(self._data.cache.source)
         if self.protocol == "sgdet" and self._data.detections is not None:
             raise ValueError("data must have no detections for protocol sgdet: the model finds objects itself")
         if not is_new or stage != "fit" or self.trainer.ckpt_path:
@@ -428,6 +431,23 @@ class MotifsModule(RelationModule):
         elif options.vision == "images":
             self.detector.load_weights(options.detector_weights)
             self.regions.load_box_head(self.detector)
+
+    def _set_features(self, source: str | None) -> None:
+        """Of the data and of the checkpoint, whichever comes first; they must be the same."""
+        if source is not None and self.features not in (None, source):
+            raise ValueError(
+                f"data.features must be those that the model was trained on, got {source} and {self.features}: "
+                "sgalign cache-features must have read the same checkpoint for both"
+            )
+        self.features = source or self.features
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["sgalign"]["features"] = self.features
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._set_features(checkpoint["sgalign"].get("features"))
 
     def forward(self, batch: GraphBatch) -> Prediction:
         prediction = self.network(batch)

@@ -465,6 +465,30 @@ def test_training_from_the_cache_equals_training_from_images(data, tmp_path):
     assert SceneGraphData(features=str(tmp_path)).cache is not None
 
 
+def test_a_model_is_not_tested_on_features_of_other_weights(data, detector, tmp_path):
+    from sgalign.datamodule import SceneGraphData
+    from sgalign.training import MotifsModule
+
+    def seen(folder, seed):
+        torch.manual_seed(seed)
+        cache_features([*data.train, *data.validation, *data.test], detector, RegionFeatures(dim=16), folder)
+        cached = SceneGraphData(batch_size=2)
+        cached.train, cached.validation, cached.test = data.train, data.validation, data.test
+        cached.cache = FeatureCache(folder)
+        return cached
+
+    own, others = seen(tmp_path / "own", 1), seen(tmp_path / "others", 2)
+    module, trainer = fitted(MotifsModule, own, tmp_path, vision="cached")
+    with pytest.raises(ValueError, match="data.features must be those that the model was trained on"):
+        trainer.test(module, datamodule=others, verbose=False)
+    for evaluate in (trainer.validate, trainer.test, trainer.predict):
+        fresh = MotifsModule(**module.hparams)
+        evaluate(fresh, datamodule=own, ckpt_path=str(tmp_path / "model.ckpt"), weights_only=True)
+        fresh = MotifsModule(**module.hparams)
+        with pytest.raises(ValueError, match="data.features must be those that the model was trained on"):
+            evaluate(fresh, datamodule=others, ckpt_path=str(tmp_path / "model.ckpt"), weights_only=True)
+
+
 def test_detector_trains(data):
     import lightning.pytorch as pl
 
