@@ -14,7 +14,8 @@ import h5py
 import numpy as np
 
 from sgalign.data import SceneGraph, ScenesDataset, open_dataset
-from sgalign.data.coco import save_image, write_coco, write_json
+from sgalign.data.coco import save_image, write_coco
+from sgalign.data.json_file import write_json
 from sgalign.data.vrd import SPLITS
 
 LONG_SIDE = 1024

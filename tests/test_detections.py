@@ -49,7 +49,7 @@ def test_bad_files_are_named(tmp_path, content, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file of detections"):
+    with pytest.raises(FileNotFoundError, match="none.json not found: a file of detections is needed"):
         read_detections(tmp_path / "none.json", 5)
 
 

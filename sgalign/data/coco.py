@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,8 @@ import torch
 from torch.utils.data import Dataset
 
 from sgalign.data.images import load_image
+from sgalign.data.json_file import read_json, write_json
 from sgalign.data.scene_graph import BACKGROUND, SceneGraph
-from sgalign.data.vg150 import _read_json
 from sgalign.data.vrd import SPLITS
 
 FILES = {"train": "train", "validation": "val", "test": "test"}
@@ -45,7 +44,7 @@ class CocoDataset(Dataset[SceneGraph]):
             raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
         self.root = Path(root)
         path, rel = self.root / f"{FILES[split]}.json", self.root / "rel.json"
-        content, relations = _read_json(path), _read_json(rel)
+        content, relations = read_json(path), read_json(rel)
         for where, value, fields in (
             (path, content, ("images", "annotations", "categories")),
             (rel, relations, ("rel_categories", FILES[split])),
@@ -193,7 +192,3 @@ def save_image(graph: SceneGraph, path: Path) -> None:
     if graph.image is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         graph.image().convert("RGB").save(path, quality=92)
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")

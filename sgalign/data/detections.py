@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sgalign.data.json_file import read_json
 from sgalign.data.scene_graph import check_objects
 
 _FIELDS = ("boxes_xyxy", "labels", "scores")
@@ -36,12 +36,7 @@ def read_detections(path: str | Path, num_objects: int) -> dict[str, Detections]
         ValueError: it is not what it should be; names file, image and field.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file of detections")
-    try:
-        images = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path}: not JSON, or cut short ({error}); write it again") from error
+    images = read_json(path, "a file of detections is needed, as docs/data.md describes it")
     if not isinstance(images, dict):
         raise ValueError(f"{path}: must be an object of image names, got {type(images).__name__}")
     return {name: _parse(f"{path}, image {name!r}: ", image, num_objects) for name, image in images.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sgalign.data.images import load_image
+from sgalign.data.json_file import read_json
 from sgalign.data.scene_graph import BACKGROUND, SceneGraph
 from sgalign.data.vrd import SPLITS
 
@@ -56,7 +56,7 @@ class VG150Dataset(Dataset[SceneGraph]):
             raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
         self.root, self.split = Path(root), split
         self.path = _only(self.root, "VG-SGG-with-attri.h5", "VG-SGG.h5", "*.h5")
-        names = _read_json(_only(self.root, "VG-SGG-dicts-with-attri.json", "VG-SGG-dicts.json", "*dicts*.json"))
+        names = read_json(_only(self.root, "VG-SGG-dicts-with-attri.json", "VG-SGG-dicts.json", "*dicts*.json"))
         self.object_names = _names(names, "idx_to_label", self.root)
         self.predicate_names = _names(names, "idx_to_predicate", self.root)
         self._arrays = _read_arrays(self.path, len(self.object_names) - 1, len(self.predicate_names) - 1)
@@ -116,7 +116,7 @@ class VG150Dataset(Dataset[SceneGraph]):
     def _read_sizes(self, count: int) -> list[tuple[int, int, int]]:
         """Id, width and height of each image of the HDF5 file."""
         path = self.root / "image_data.json"
-        rows = _read_json(path)
+        rows = read_json(path)
         if not isinstance(rows, list):
             raise ValueError(f"{path}: must be a list of images, got {type(rows).__name__}; {REMEDY}")
         for number, row in enumerate(rows):
@@ -232,12 +232,3 @@ def _only(root: Path, *patterns: str) -> Path:
         if found := sorted(root.glob(pattern)):
             return found[0]
     raise FileNotFoundError(f"{root}: must have {' or '.join(patterns)}")
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path}: not JSON, or cut short ({error}); {REMEDY}") from error

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sgalign.data.images import image_size, load_image
+from sgalign.data.json_file import read_json
 from sgalign.data.scene_graph import BACKGROUND, SceneGraph
-
-if TYPE_CHECKING:
-    pass
 
 SPLITS = ("train", "validation", "test")
 LARGEST = 1 << 24  # beyond, float32 does not hold every integer
@@ -57,7 +54,7 @@ class VRDDataset(Dataset[SceneGraph]):
         self.object_names = _read_names(self.root / "objects.json")
         self.predicate_names = _read_names(self.root / "predicates.json")
         path = self.root / f"annotations_{'test' if split == 'test' else 'train'}.json"
-        annotations = _read_json(path)
+        annotations = read_json(path, REMEDY)
         if not isinstance(annotations, dict):
             raise ValueError(f"{path}: must be an object of image names, got {type(annotations).__name__}; {REMEDY}")
         if split != "test":
@@ -128,19 +125,10 @@ def _category(where: str, value: Any, names: list[str]) -> int:
 
 
 def _read_names(path: Path) -> list[str]:
-    names = _read_json(path)
+    names = read_json(path, REMEDY)
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: must be a list of names; {REMEDY}")
     return [BACKGROUND, *names]
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: {REMEDY}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path}: not JSON, or cut short ({error}); {REMEDY}") from error
 
 
 def _stable_hash(name: str) -> str:
