@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
+DROPOUT = 0.2  # of the state between steps, the same channels in all steps, in training
+NMS_THRESHOLD = 0.5
 GATES = 6  # input, forget, candidate, output, highway gate, highway input; the last has no share of the state
 
 
@@ -20,14 +22,11 @@ class LabelDecoder(nn.Module):
         hidden_dim: of the LSTM.
         num_classes: object classes, background (0) included.
         embed_dim: channels of a class embedding.
-        dropout: of the state between steps, the same channels in all steps, in training.
     """
 
-    def __init__(
-        self, input_dim: int, hidden_dim: int, num_classes: int, embed_dim: int = 200, dropout: float = 0.2
-    ) -> None:
+    def __init__(self, input_dim: int, hidden_dim: int, num_classes: int, embed_dim: int) -> None:
         super().__init__()
-        self.hidden_dim, self.num_classes, self.dropout = hidden_dim, num_classes, dropout
+        self.hidden_dim, self.num_classes = hidden_dim, num_classes
         self.embedding = nn.Embedding(num_classes + 1, embed_dim)  # the last stands before the first object
         self.input = nn.Linear(input_dim + embed_dim, GATES * hidden_dim)
         self.state = nn.Linear(hidden_dim, (GATES - 1) * hidden_dim)
@@ -50,7 +49,6 @@ class LabelDecoder(nn.Module):
         places: Tensor,
         labels: Tensor | None = None,
         boxes_per_class: Tensor | None = None,
-        nms_threshold: float = 0.5,
     ) -> tuple[Tensor, Tensor]:
         """Decodes the T objects of B images.
 
@@ -62,7 +60,6 @@ class LabelDecoder(nn.Module):
                 have said where that is the background.
             boxes_per_class: `[T, num_classes, 4]`, x1, y1, x2, y2 in pixels: classes are committed by
                 `commit_labels` (SGDet). None: each object's best.
-            nms_threshold: of `commit_labels`.
 
         Returns:
             Logits `[T, num_classes]` and classes int64 `[T]`, from 1: with `labels` these, as the steps were told.
@@ -78,7 +75,7 @@ class LabelDecoder(nn.Module):
         projected = linear(inputs, weight, self.input.bias)
         embedded = linear(self.embedding.weight, label_weight)  # of every class: [num_classes + 1, GATES * hidden_dim]
         hidden = memory = inputs.new_zeros(len(lengths), self.hidden_dim)
-        kept = dropout(torch.ones_like(hidden), self.dropout, self.training)
+        kept = dropout(torch.ones_like(hidden), DROPOUT, self.training)
         previous = torch.full_like(lengths, self.num_classes)
         logits, said = [], []
         for step, count in enumerate(active):
@@ -97,7 +94,7 @@ class LabelDecoder(nn.Module):
         if labels is None and boxes_per_class is not None:
             per_image = lengths.tolist()
             committed = zip(decoded.split(per_image), boxes_per_class.split(per_image))
-            predicted = torch.cat([commit_labels(image, boxes, nms_threshold) for image, boxes in committed])
+            predicted = torch.cat([commit_labels(image, boxes, NMS_THRESHOLD) for image, boxes in committed])
         return decoded, predicted
 
     def _cell(self, projected: Tensor, hidden: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:

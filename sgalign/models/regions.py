@@ -11,6 +11,8 @@ from torchvision.ops import roi_align
 
 from sgalign.models.detector import LEVELS, Detector, ImageFeatures, pyramid_pool
 
+CHANNELS = 256  # of the feature pyramid
+BINS = 7  # of a region, a side
 RECTANGLES = 27  # side of the two masks
 PAIRS_AT_ONCE = 1024
 
@@ -20,26 +22,23 @@ class RegionFeatures(nn.Module):
 
     Args:
         dim: channels of the features; 4096 as published.
-        channels: of the feature pyramid.
-        resolution: bins of a region, a side.
     """
 
-    def __init__(self, *, dim: int = 4096, channels: int = 256, resolution: int = 7) -> None:
+    def __init__(self, *, dim: int = 4096) -> None:
         super().__init__()
-        self.pool = pyramid_pool(resolution)
-        self.object_head = TwoMLPHead(channels * resolution**2, dim)
-        self.union_reduce = nn.Conv2d(channels * len(LEVELS), channels, 3, padding=1)
+        self.pool = pyramid_pool(BINS)
+        self.object_head = TwoMLPHead(CHANNELS * BINS**2, dim)
+        self.union_reduce = nn.Conv2d(CHANNELS * len(LEVELS), CHANNELS, 3, padding=1)
         self.rectangles = nn.Sequential(
-            nn.Conv2d(2, channels // 2, 7, stride=2, padding=3),
+            nn.Conv2d(2, CHANNELS // 2, 7, stride=2, padding=3),
             nn.ReLU(inplace=True),
-            nn.BatchNorm2d(channels // 2, momentum=0.01),
+            nn.BatchNorm2d(CHANNELS // 2, momentum=0.01),
             nn.MaxPool2d(3, stride=2, padding=1),
-            nn.Conv2d(channels // 2, channels, 3, padding=1),
+            nn.Conv2d(CHANNELS // 2, CHANNELS, 3, padding=1),
             nn.ReLU(inplace=True),
-            nn.BatchNorm2d(channels, momentum=0.01),
+            nn.BatchNorm2d(CHANNELS, momentum=0.01),
         )
-        self.union_head = TwoMLPHead(channels * resolution**2, dim)
-        self.resolution = resolution
+        self.union_head = TwoMLPHead(CHANNELS * BINS**2, dim)
 
     def load_box_head(self, detector: Detector) -> None:
         """Starts both extractors' layers from the detector's box head, where both have as many channels."""
@@ -77,9 +76,7 @@ class RegionFeatures(nn.Module):
 
     def _union(self, features: ImageFeatures, regions: Tensor, ends: Tensor) -> Tensor:
         """Of regions `[R, 5]`, image and box, and both ends `[R, 2, 4]` in units of their image's sides."""
-        pooled = [
-            roi_align(features.levels[name], regions, self.resolution, scale, 2) for name, scale in LEVELS.items()
-        ]
+        pooled = [roi_align(features.levels[name], regions, BINS, scale, 2) for name, scale in LEVELS.items()]
         visual = self.union_reduce(torch.cat(pooled, 1)).relu()
         return self.union_head(visual + self.rectangles(rectangle_masks(ends)))
 
