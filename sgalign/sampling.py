@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from sgalign.data.batch import target_distribution
+
 
 def sample_pairs(
     is_foreground: Tensor,
@@ -95,10 +97,7 @@ def match_detections(
     images = torch.zeros_like(pairs[:, 0])
     kept = sample_pairs(is_foreground, images, limit=limit, positive_fraction=positive_fraction, generator=generator)
     pairs = pairs[kept]
-    chosen = targets[pairs[:, 0], pairs[:, 1]]
-    count = chosen.sum(1, keepdim=True)
-    chosen[:, :1] += count == 0
-    return pairs, chosen / count.clamp(min=1), labels
+    return pairs, target_distribution(targets[pairs[:, 0], pairs[:, 1]]), labels
 
 
 def step_seed(run_seed: int, step: int, micro_batch: int, rank: int, *, purpose: str = "mask") -> int:

@@ -162,15 +162,14 @@ class RelationModule(pl.LightningModule):
             boxes = batch.boxes_per_class[torch.arange(len(labels), device=labels.device), labels]
         probabilities = prediction.logits.float().softmax(1)
         lengths = batch.lengths.tolist()
-        pairs_of = torch.bincount(batch.images[batch.pairs[:, 0]], minlength=len(lengths)).tolist()
-        starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
+        pairs = batch.pairs_by_image()
         images = zip(
             batch.image_ids,
             boxes.split(lengths),
             labels.split(lengths),
             scores.split(lengths),
-            (pairs - start for pairs, start in zip(batch.pairs.split(pairs_of), starts)),
-            probabilities.split(pairs_of),
+            pairs,
+            probabilities.split([len(of_image) for of_image in pairs]),
             strict=True,
         )
         fields = "image_id", "boxes", "labels", "scores", "pairs", "predicate_scores"
@@ -475,14 +474,10 @@ class MotifsModule(RelationModule):
             batch = self._detect(batch, features, batch_index)
         if self.training and self.protocol != "sgdet":
             batch = self._sample(batch, batch_index)
-        lengths = batch.lengths.tolist()
-        pairs_of = torch.bincount(batch.images[batch.pairs[:, 0]], minlength=len(lengths)).tolist()
-        starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
-        boxes = batch.boxes.split(lengths)
-        pairs = [pairs - start for pairs, start in zip(batch.pairs.split(pairs_of), starts)]
+        boxes = batch.boxes.split(batch.lengths.tolist())
         return batch._replace(
             object_features=self.regions.objects(features, boxes),
-            union_features=self.regions.pairs(features, boxes, pairs),
+            union_features=self.regions.pairs(features, boxes, batch.pairs_by_image()),
         )
 
     def _sample(self, batch: GraphBatch, batch_index: int) -> GraphBatch:

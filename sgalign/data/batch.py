@@ -61,6 +61,12 @@ class GraphBatch(NamedTuple):
         union = None if self.union_features is None else self.union_features[rows]
         return self._replace(pairs=self.pairs[rows], targets=self.targets[rows], union_features=union)
 
+    def pairs_by_image(self) -> list[Tensor]:
+        """`pairs` of each image, int64 `[R_b, 2]`: subject and object among the image's own objects."""
+        counts = torch.bincount(self.images[self.pairs[:, 0]], minlength=len(self.lengths)).tolist()
+        starts = (self.lengths.cumsum(0) - self.lengths).tolist()
+        return [pairs - start for pairs, start in zip(self.pairs.split(counts), starts, strict=True)]
+
 
 class Objects(NamedTuple):
     """Where the objects of a batch are: `lengths`, `images`, `positions` and all `pairs` of `GraphBatch`."""
@@ -115,8 +121,6 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
             )
         row = rows[start + graph.relations[:, 0], graph.relations[:, 1]]
         targets[row[row >= 0], graph.relations[row >= 0, 2]] = 1
-    count = targets.sum(1, keepdim=True)
-    targets[:, :1] += count == 0
     return GraphBatch(
         image_ids=[graph.image_id for graph in graphs],
         sizes=torch.tensor([(graph.width, graph.height) for graph in graphs], dtype=torch.float32),
@@ -126,10 +130,18 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
         images=objects.images,
         positions=objects.positions,
         pairs=objects.pairs,
-        targets=targets / count.clamp(min=1),
+        targets=target_distribution(targets),
         truth=[_truth(graph) for graph in graphs],
         pixels=[read_pixels(graph) for graph in graphs] if pixels else None,
     )
+
+
+def target_distribution(marks: Tensor) -> Tensor:
+    """The distribution over predicates of pairs whose predicates are marked 1, float32 `[R, num_predicates + 1]`: their
+    mean, or the background (column 0) for a pair without any."""
+    background = (~marks.any(1, keepdim=True)).to(marks)
+    marks = torch.cat([background, marks[:, 1:]], dim=1)
+    return marks / marks.sum(1, keepdim=True)
 
 
 def collate_detected(
