@@ -21,6 +21,7 @@ from sgalign.data.batch import read_pixels  # noqa: E402
 from sgalign.data.images import image_size, load_image  # noqa: E402
 from sgalign.features import FeatureCache, cache_features  # noqa: E402
 from sgalign.models import Detector, RegionFeatures  # noqa: E402
+from sgalign.models.detector import ObjectDetections  # noqa: E402
 from sgalign.models.regions import rectangle_masks  # noqa: E402
 
 CLASSES = 17
@@ -53,15 +54,12 @@ def features(detector, scenes):
     return detector.features([read_pixels(graph) for graph in scenes])
 
 
-def pixels_are_resized_to_fit_the_boxes(scene):
-    smaller = SceneGraph("x", 40, 30, scene.boxes[:0], scene.labels[:0], scene.relations[:0], scene.image)
-    return read_pixels(smaller).shape == (3, 30, 40)
-
-
 def test_pixels(scenes):
     pixels = read_pixels(scenes[0])
     assert pixels.shape == (3, scenes[0].height, scenes[0].width) and 0 <= pixels.min() < pixels.max() <= 1
-    assert pixels_are_resized_to_fit_the_boxes(scenes[0])
+    scene = scenes[0]
+    smaller = SceneGraph("x", 40, 30, scene.boxes[:0], scene.labels[:0], scene.relations[:0], scene.image)
+    assert read_pixels(smaller).shape == (3, 30, 40), "pixels must be resized to fit the boxes"
     with pytest.raises(ValueError, match="must be there for a model that reads images"):
         collate(
             [SceneGraph("x", 9, 9, torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0, 3).long())], 3, pixels=True
@@ -489,15 +487,37 @@ def test_a_model_is_not_tested_on_features_of_other_weights(data, detector, tmp_
             evaluate(fresh, datamodule=others, ckpt_path=str(tmp_path / "model.ckpt"), weights_only=True)
 
 
-def test_detector_trains(data):
+def detector_trainer():
     import lightning.pytorch as pl
 
+    return pl.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, logger=False,
+                      enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)  # fmt: skip
+
+
+def test_detector_trains(data):
     from sgalign.training import DetectorModule
 
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, logger=False,
-                         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)  # fmt: skip
-    trainer.fit(DetectorModule(**SIZES), datamodule=data)
-    assert 0 <= trainer.callback_metrics["val/found"] <= 1
+    module, trainer, start = DetectorModule(**SIZES), detector_trainer(), {}
+    module.on_train_start = lambda: start.update({name: p.detach().clone() for name, p in module.named_parameters()})
+    trainer.fit(module, datamodule=data)
+    assert start and not [name for name, p in module.named_parameters() if torch.equal(start[name], p)]
+    assert {"train/classifier", "train/box_reg", "train/objectness"} <= trainer.callback_metrics.keys()
+
+
+def test_found_are_annotated_objects_with_a_detection_of_their_class(data, monkeypatch):
+    from sgalign.training import DetectorModule
+
+    def detect(self, features):
+        """Of the first image all but the last object, of the second all, with the right class for the first alone."""
+        first, second = ((graph.boxes.clone(), graph.labels.clone()) for graph in data.validation)
+        first[0][-1] += 10000
+        second[1][1:] = min(set(range(1, CLASSES)) - set(second[1].tolist()))
+        return [ObjectDetections(*image, *torch.ones(3, len(image[0]), 1)) for image in (first, second)]
+
+    monkeypatch.setattr(Detector, "detect", detect)
+    (figures,) = detector_trainer().validate(DetectorModule(**SIZES), datamodule=data, verbose=False)
+    counts = [len(graph.boxes) for graph in data.validation]
+    assert figures["val/found"] == pytest.approx((counts[0] - 1 + 1) / sum(counts))
 
 
 def test_a_model_that_looks_needs_images(data):
