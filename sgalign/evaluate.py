@@ -18,6 +18,7 @@ from torch import Tensor
 from sgalign.data import SceneGraph, open_dataset
 from sgalign.data.scene_graph import check_range
 from sgalign.data.vg150 import read_zero_shot_triplets
+from sgalign.features import check_space
 from sgalign.metrics import (
     PROTOCOLS,
     OpenImagesEvaluator,
@@ -44,6 +45,8 @@ EPILOG = "docs/evaluation.md has the format of the file, every rule, and what ea
 class PredictionFile:
     """Writes the HDF5 file that `sgalign evaluate` reads; it appears when the `with` block ends without an error.
 
+    What is written of it until then is beside it, ends in `.partial`, and goes with an error.
+
     Args:
         path: of the file, replaced if it is there.
     """
@@ -62,20 +65,25 @@ class PredictionFile:
 
         Raises:
             ValueError: the image was written before.
+            OSError: the disk has no space for it.
         """
         if image_id in self._file:
             raise ValueError(f"image_id must be new, {image_id!r} was written before")
+        fields = {name: torch.as_tensor(prediction[name]).cpu() for name in FIELDS if name in prediction}
+        check_space(self.path.parent, sum(tensor.nbytes for tensor in fields.values()))
         group = self._file.create_group(image_id)
-        for field in FIELDS:
-            if field in prediction:
-                group[field] = torch.as_tensor(prediction[field]).cpu().numpy()
+        for name, tensor in fields.items():
+            group[name] = tensor.numpy()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if kind is None:
-            self._partial.replace(self.path)
+        try:
+            self._file.close()
+            if kind is None:
+                self._partial.replace(self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
 
 
 class Predictions:

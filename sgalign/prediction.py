@@ -255,6 +255,7 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, path: str = "predictions.h5") -> None:
         super().__init__("batch")
         self.path = path
+        self._file: PredictionFile | None = None
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_one_process(trainer)
@@ -263,14 +264,18 @@ class PredictionWriter(BasePredictionWriter):
     def write_on_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Iterable[dict[str, Any]], *args: Any
     ) -> None:
+        assert self._file is not None
         for image in prediction:
             self._file.write(image["image_id"], image)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._file.__exit__(type(exception), exception, None)
+        if self._file is not None:
+            self._file.__exit__(type(exception), exception, None)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._file is not None
         self._file.__exit__(None, None, None)
+        self._file = None
         print(f"wrote {self.path}")
 
 

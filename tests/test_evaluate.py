@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_zero_shot_of_a_file_has_the_public_order_of_columns(tmp_path, annotatio
     assert results[0] == results[1] and results[0]["zR@100"] == pytest.approx(1)
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path, graphs):
+def test_a_file_appears_whole_or_not_at_all(tmp_path, graphs, monkeypatch):
     path = tmp_path / "p.h5"
     with pytest.raises(KeyboardInterrupt), PredictionFile(path) as file:
         file.write("a", perfect(graphs[0]))
@@ -117,6 +118,20 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, graphs):
     with pytest.raises(ValueError, match="image_id must be new, 'a'"), PredictionFile(path) as file:
         file.write("a", perfect(graphs[0]))
         file.write("a", perfect(graphs[0]))
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1 << 30, 1 << 30, 1000))
+    with pytest.raises(OSError, match="no space left for .* MiB more"), PredictionFile(path) as file:
+        file.write("a", perfect(graphs[0]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_that_never_began_does_not_hide_why(tmp_path, annotations):
+    data = SceneGraphData(str(annotations), validation_images=5)
+    writer = PredictionWriter(str(tmp_path / "p.h5"))
+    module, trainer = FrequencyModule(), pl.Trainer(accelerator="cpu", logger=False, callbacks=[writer])
+    module.setup = lambda stage: int("nothing to predict with")
+    with pytest.raises(ValueError, match="nothing to predict with"):
+        trainer.predict(module, datamodule=data)
 
 
 def test_a_model_and_its_file_of_predictions_score_the_same(tmp_path, annotations):
@@ -149,7 +164,7 @@ def test_an_interrupted_prediction_leaves_the_file_as_it_was(tmp_path, annotatio
     monkeypatch.setattr(module, "predictions", interrupt)
     with pytest.raises(RuntimeError, match="interrupted"):
         trainer.predict(module, datamodule=data)
-    assert path.read_text() == "before"
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
