@@ -64,12 +64,14 @@ class PlainDecoder(nn.Module):
         return torch.stack(states)
 
 
-def attention_flops(queries, branches, key, value, *options, out_shape=None, **unused) -> int:
+def attention_flops(backend, queries, branches, key, value, *options, out_shape=None, **unused) -> int:
     batch, heads, length, dim = queries[0]
     return (len(queries) + branches) * 2 * batch * heads * length * key[2] * dim
 
 
-def attention_backward_flops(grad_outs, queries, outs, log_sums, key, value, *options, out_shape=None, **unused) -> int:
+def attention_backward_flops(
+    backend, grad_outs, queries, outs, log_sums, key, value, *options, out_shape=None, **unused
+) -> int:
     return 5 * len(grad_outs) * 2 * queries[0][0] * queries[0][1] * queries[0][2] * key[2] * key[3]
 
 

@@ -50,7 +50,8 @@ def relation_alignment_loss(
         weight: ``[R]``, at least 0 (which is not checked: that would wait for the device); None weighs all relations
             the same.
         direction: "teacher_to_student", "student_to_teacher" or "symmetric".
-        backend: "cpu" (compiled) or "reference" (plain PyTorch); None takes the fastest that serves the device.
+        backend: "cpu" (compiled), "triton" (GPUs) or "reference" (plain PyTorch); None takes the fastest that serves
+            device and dtype.
 
     Returns:
         A scalar, float32 (float64 for float64); 0 with zero gradients if there is no relation or all weights are 0.
@@ -83,8 +84,8 @@ def relation_alignment_loss(
         raise ValueError(
             f"mirrored_logits must be on the device of logits, {logits.device}, got {mirrored_logits.device}"
         )
-    backend = backends.choose(backend, logits.device)
     dtype = torch.promote_types(logits.dtype, mirrored_logits.dtype)
+    backend = backends.choose(backend, logits.device, dtype)
     logits, mirrored_logits = logits.detach().to(dtype), mirrored_logits.to(dtype)
     scale = 1 / classes if reduction == "element" else 1.0
     if weight is None:
@@ -97,15 +98,21 @@ def relation_alignment_loss(
         divergence = reference.alignment_divergence(logits, mirrored_logits, kind, direction)
         return (divergence if weight is None else divergence * weight).sum() * scale
     settings = scale, kind == "sigmoid", DIRECTIONS.index(direction)
-    return _AlignmentLoss.apply(mirrored_logits, logits, weight, *settings)[0]
+    return _AlignmentLoss.apply(backend, mirrored_logits, logits, weight, *settings)[0]
 
 
 class _AlignmentLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        mirrored: Tensor, logits: Tensor, weight: Tensor | None, scale: float, sigmoid: bool, direction: int
+        backend: str,
+        mirrored: Tensor,
+        logits: Tensor,
+        weight: Tensor | None,
+        scale: float,
+        sigmoid: bool,
+        direction: int,
     ) -> tuple[Tensor, Tensor]:
-        losses, grad = torch.ops.sgalign.alignment_loss(mirrored, logits, weight, scale, sigmoid, direction)
+        losses, grad = torch.ops.sgalign.alignment_loss(backend, mirrored, logits, weight, scale, sigmoid, direction)
         return losses.sum(), grad
 
     @staticmethod
@@ -117,30 +124,41 @@ class _AlignmentLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (grad * grad_loss).to(grad.dtype), None, None, None, None, None
+        return None, (grad * grad_loss).to(grad.dtype), None, None, None, None, None
 
 
 _library = torch.library.Library("sgalign", "FRAGMENT")
 # -> each relation's share of the loss, and the gradient of their sum in `mirrored`
 _library.define(
-    "alignment_loss(Tensor mirrored, Tensor logits, Tensor? weight, float scale, bool sigmoid, int direction)"
-    " -> (Tensor, Tensor)"
+    "alignment_loss(str backend, Tensor mirrored, Tensor logits, Tensor? weight, float scale, bool sigmoid,"
+    " int direction) -> (Tensor, Tensor)"
 )
 
 
 @torch.library.register_fake("sgalign::alignment_loss")
-def _loss_fake(mirrored: Tensor, logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _loss_fake(backend: str, mirrored: Tensor, logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if mirrored.dtype == torch.float64 else torch.float32
     return mirrored.new_empty(mirrored.shape[0], dtype=dtype), mirrored.new_empty(mirrored.shape)
 
 
-@torch.library.impl(_library, "alignment_loss", "CPU")
-def _loss_cpu(
-    mirrored: Tensor, logits: Tensor, weight: Tensor | None, scale: float, sigmoid: bool, direction: int
+@torch.library.impl(_library, "alignment_loss", "CompositeExplicitAutograd")
+def _loss(
+    backend: str,
+    mirrored: Tensor,
+    logits: Tensor,
+    weight: Tensor | None,
+    scale: float,
+    sigmoid: bool,
+    direction: int,
 ) -> tuple[Tensor, Tensor]:
-    losses, grad = _loss_fake(mirrored, logits)
+    losses, grad = _loss_fake(backend, mirrored, logits)
     mirrored, logits = unit_stride(mirrored), unit_stride(logits)
     weight = None if weight is None else weight.contiguous()
+    if backend == "triton":
+        from sgalign.kernels import alignment as kernels
+
+        kernels.loss(mirrored, logits, weight, scale, sigmoid, direction, losses, grad)
+        return losses, grad
     _core.load().alignment_loss(
         DTYPES.index(mirrored.dtype),
         tuple(mirrored.shape),

@@ -2,7 +2,7 @@
 
 From the public function to the kernel: `fused_masked_attention` checks its arguments and calls `_Attention` (autograd),
 which calls the registered operation ``sgalign::attention`` (fake implementation, torch.compile), which calls the
-compiled core. Both public functions are the same operation on one or two branches.
+backend's kernels. Both public functions are the same operation on one or two branches.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def fused_masked_attention(
             values hold, NaN too, has no effect.
         dropout_p: ordinary dropout of the softmax, in [0, 1], rescaled by ``1 / (1 - dropout_p)``, from the same seed.
         scale: of the scores; None means ``1 / sqrt(D)``.
-        backend: "cpu" (compiled) or "reference" (plain PyTorch); None takes the fastest that serves the device.
+        backend: "cpu" (compiled), "triton" (GPUs) or "reference" (plain PyTorch); None takes the fastest that serves
+            device and dtype.
 
     Returns:
         ``[B, H, Lq, D]`` in the query's dtype, with the query's memory order.
@@ -144,8 +145,8 @@ def _attention(
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     elif not -MAX_SCALE <= scale <= MAX_SCALE:  # also catches NaN
         raise ValueError(f"scale must be finite, got {scale}")
-    backend = backends.choose(backend, query.device)
     dtype = computed_dtype(query)
+    backend = backends.choose(backend, query.device, dtype)
     queries, key, value = [q.to(dtype) for q in queries], key.to(dtype), value.to(dtype)
     seed = None
     if mask_threshold or dropout_threshold:
@@ -157,7 +158,7 @@ def _attention(
         mask = mask.expand(*query.shape[:3], key.shape[2])
     mirrored_query = queries[1] if len(queries) == 2 else None
     operands = queries[0], mirrored_query, branches, key, value, mask, key_padding_mask, seed, settings
-    return _Attention.apply(*operands)[:branches]
+    return _Attention.apply(backend, *operands)[:branches]
 
 
 def _check_tensors(
@@ -267,6 +268,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        backend: str,
         query: Tensor,
         mirrored_query: Tensor | None,
         branches: int,
@@ -279,11 +281,11 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         queries = [query] if mirrored_query is None else [query, mirrored_query]
         operation = torch.ops.sgalign.attention
-        return tuple(operation(queries, branches, key, value, mask, key_padding_mask, seed, *settings))
+        return tuple(operation(backend, queries, branches, key, value, mask, key_padding_mask, seed, *settings))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        query, mirrored_query, branches, *options, ctx.settings = inputs
+        ctx.backend, query, mirrored_query, branches, *options, ctx.settings = inputs
         outs, log_sums = output[:branches], output[branches:]
         ctx.mark_non_differentiable(*log_sums)
         ctx.set_materialize_grads(False)
@@ -301,11 +303,11 @@ class _Attention(torch.autograd.Function):
         elif mirrored_grad_out is None:
             mirrored_grad_out = torch.zeros_like(mirrored_out)
         grads = _AttentionBackward.apply(
-            grad_out, mirrored_grad_out, query, mirrored_query, out, mirrored_out, *rest, ctx.settings
+            ctx.backend, grad_out, mirrored_grad_out, query, mirrored_query, out, mirrored_out, *rest, ctx.settings
         )
         *grad_queries, grad_key, grad_value = grads
         grad_query, mirrored_grad_query = (*grad_queries, None)[:2]
-        return grad_query, mirrored_grad_query, None, grad_key, grad_value, None, None, None, None
+        return None, grad_query, mirrored_grad_query, None, grad_key, grad_value, None, None, None, None
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -313,6 +315,7 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        backend: str,
         grad_out: Tensor,
         mirrored_grad_out: Tensor | None,
         query: Tensor,
@@ -331,7 +334,7 @@ class _AttentionBackward(torch.autograd.Function):
         pairs = (grad_out, mirrored_grad_out), (query, mirrored_query), (out, mirrored_out), (log_sum, mirrored_log_sum)
         branches = [[tensor for tensor in pair if tensor is not None] for pair in pairs]
         operation = torch.ops.sgalign.attention_backward
-        return tuple(operation(*branches, key, value, mask, key_padding_mask, seed, *settings))
+        return tuple(operation(backend, *branches, key, value, mask, key_padding_mask, seed, *settings))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -351,11 +354,13 @@ _OPTIONS = (
 )
 _library = torch.library.Library("sgalign", "FRAGMENT")
 # -> the branches' outputs, then their log sums
-_library.define(f"attention(Tensor[] queries, int branches, Tensor key, Tensor value, {_OPTIONS}) -> Tensor[]")
+_library.define(
+    f"attention(str backend, Tensor[] queries, int branches, Tensor key, Tensor value, {_OPTIONS}) -> Tensor[]"
+)
 # -> the gradients of the queries, of key and of value
 _library.define(
-    "attention_backward(Tensor[] grad_outs, Tensor[] queries, Tensor[] outs, Tensor[] log_sums, Tensor key,"
-    f" Tensor value, {_OPTIONS}) -> Tensor[]"
+    "attention_backward(str backend, Tensor[] grad_outs, Tensor[] queries, Tensor[] outs, Tensor[] log_sums,"
+    f" Tensor key, Tensor value, {_OPTIONS}) -> Tensor[]"
 )
 
 
@@ -377,13 +382,16 @@ def _empty_outputs(queries: list[Tensor], branches: int) -> tuple[list[Tensor], 
 
 
 @torch.library.register_fake("sgalign::attention")
-def _attention_fake(queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any) -> list[Tensor]:
+def _attention_fake(
+    backend: str, queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any
+) -> list[Tensor]:
     outs, log_sums = _empty_outputs([unit_stride(query) for query in queries], branches)
     return [*outs, *log_sums]
 
 
 @torch.library.register_fake("sgalign::attention_backward")
 def _attention_backward_fake(
+    backend: str,
     grad_outs: list[Tensor],
     queries: list[Tensor],
     outs: list[Tensor],
@@ -395,18 +403,26 @@ def _attention_backward_fake(
     return [_empty_like(unit_stride(tensor)) for tensor in (*queries, key, value)]
 
 
-@torch.library.impl(_library, "attention", "CPU")
-def _attention_cpu(queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any) -> list[Tensor]:
+@torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
+def _attention_forward(
+    backend: str, queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any
+) -> list[Tensor]:
     queries = [unit_stride(query) for query in queries]
     key, value = unit_stride(key), unit_stride(value)
     outs, log_sums = _empty_outputs(queries, branches)
-    groups = _groups(queries, outs, log_sums)
-    _core.load().attention_forward(_description(groups, queries[0], key, value, *options))
+    if backend == "triton":
+        from sgalign.kernels import attention as kernels
+
+        kernels.forward(queries, key, value, outs, log_sums, *options)
+    else:
+        groups = _groups(queries, outs, log_sums)
+        _core.load().attention_forward(_description(groups, queries[0], key, value, *options))
     return [*outs, *log_sums]
 
 
-@torch.library.impl(_library, "attention_backward", "CPU")
-def _attention_backward_cpu(
+@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(
+    backend: str,
     grad_outs: list[Tensor],
     queries: list[Tensor],
     outs: list[Tensor],
@@ -418,9 +434,14 @@ def _attention_backward_cpu(
     queries, grad_outs = [unit_stride(query) for query in queries], [unit_stride(grad) for grad in grad_outs]
     key, value = unit_stride(key), unit_stride(value)
     grads = [_empty_like(tensor) for tensor in (*queries, key, value)]
-    groups = _groups(queries, outs, log_sums, grad_outs, grads)
-    description = _description(groups, queries[0], key, value, *options)
-    _core.load().attention_backward(description, _matrix(grads[-2]), _matrix(grads[-1]))
+    if backend == "triton":
+        from sgalign.kernels import attention as kernels
+
+        kernels.backward(grad_outs, queries, outs, log_sums, key, value, grads, *options)
+    else:
+        groups = _groups(queries, outs, log_sums, grad_outs, grads)
+        description = _description(groups, queries[0], key, value, *options)
+        _core.load().attention_backward(description, _matrix(grads[-2]), _matrix(grads[-1]))
     return grads
 
 

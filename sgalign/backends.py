@@ -2,32 +2,72 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 
 from sgalign import _core
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
-def choose(backend: str | None, device: torch.device) -> str:
-    """The backend asked for, or the fastest that serves `device`.
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend asked for, or the fastest that serves `device` and `dtype`.
 
     Args:
-        backend: "cpu" (the compiled core), "reference" (plain PyTorch, any device), or None.
-        device: of the query.
+        backend: "cpu" (the compiled core), "triton" (GPUs), "reference" (plain PyTorch, any device), or None.
+        device: of the operands.
+        dtype: in which the operation computes.
 
     Raises:
-        ValueError: no such backend, or it does not serve the device.
+        ValueError: no such backend, or it does not serve the device or the dtype.
+        ImportError: it would, but is not there.
     """
     if backend is None:
-        return "cpu" if device.type == "cpu" else "reference"
+        if device.type == "cpu":
+            return "cpu"
+        return "triton" if device.type == "cuda" and dtype != torch.float64 and not _triton_problem() else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {device}; 'reference' serves any device")
+    if backend == "triton":
+        if dtype == torch.float64:
+            raise ValueError("backend 'triton' computes in float32 at most, got float64; 'reference' serves any dtype")
+        if problem := _triton_problem():
+            raise ImportError(f"backend 'triton' cannot be used: {problem}")
+        if device.type != "cuda" and not (device.type == "cpu" and _triton_interprets()):
+            raise ValueError(f"backend 'triton' needs tensors on a GPU, got {device}; 'reference' serves any device")
     return backend
 
 
 def unavailable(backend: str) -> str | None:
     """Why `backend` cannot be used here and how to get it; None if it can."""
-    return _core.problem() if backend == "cpu" else None
+    if backend == "cpu":
+        return _core.problem()
+    if backend == "triton":
+        if problem := _triton_problem():
+            return problem
+        if not torch.cuda.is_available() and not _triton_interprets():
+            return "torch finds no GPU here"
+    return None
+
+
+# A constant to torch.compile, which cannot trace how modules are found.
+@torch.compiler.assume_constant_result
+@functools.cache
+def _triton_problem() -> str | None:
+    """Triton is not imported before a GPU is used: it looks for a driver."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: `pip install triton` (torch for CUDA and ROCm on Linux brings it)"
+    return None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _triton_interprets() -> bool:
+    """Whether TRITON_INTERPRET made kernels run on the CPU, in Python."""
+    from sgalign.kernels.configs import is_interpreting
+
+    return is_interpreting()

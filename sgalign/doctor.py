@@ -39,8 +39,8 @@ def main() -> int:
     print("backends")
     for backend in backends.BACKENDS:
         print(f"  {backend}: {backends.unavailable(backend) or 'available'}")
-    print(f"  chosen for CPU tensors: {backends.choose(None, torch.device('cpu'))}", end="")
-    print(f"; for CUDA tensors: {backends.choose(None, torch.device('cuda'))} (no fused GPU kernels yet)")
+    chosen = (backends.choose(None, torch.device(device), torch.float32) for device in ("cpu", "cuda"))
+    print("  chosen for CPU tensors: {}; for GPU tensors: {}, and for float64 reference".format(*chosen))
     if _core.problem():
         return 1
     core = _core.load()

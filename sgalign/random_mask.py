@@ -7,7 +7,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from sgalign import _core, reference
+from sgalign import _core, backends, reference
 
 STEPS = 1 << 16  # the quantum of a ratio is 1/65536
 
@@ -52,7 +52,8 @@ def random_attention_mask(
     if seed is None:
         raise TypeError("seed must be an int or an int64 tensor, got None")
     seed = seed_tensor(seed, torch.device(device), "seed")
-    return torch.ops.sgalign.random_mask(seed, batch, heads, queries, keys, threshold, stream)
+    backend = backends.choose(None, seed.device, torch.bool)
+    return torch.ops.sgalign.random_mask(backend, seed, batch, heads, queries, keys, threshold, stream)
 
 
 def ratio_threshold(ratio: float, name: str) -> int:
@@ -97,27 +98,34 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device, name: str) -> T
 
 _library = torch.library.Library("sgalign", "FRAGMENT")
 _library.define(
-    "random_mask(Tensor seed, SymInt batch, SymInt heads, SymInt queries, SymInt keys, int threshold, int stream)"
-    " -> Tensor"
+    "random_mask(str backend, Tensor seed, SymInt batch, SymInt heads, SymInt queries, SymInt keys, int threshold,"
+    " int stream) -> Tensor"
 )
-
-
-@torch.library.impl(_library, "random_mask", "CompositeExplicitAutograd")
-def _random_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, threshold: int, stream: int) -> Tensor:
-    if seed.device.type == "cpu":
-        mask = torch.empty((batch, heads, queries, keys), dtype=torch.bool)
-        _core.load().random_mask(
-            mask.data_ptr(), batch * heads, queries, keys, seed.item(), stream, threshold, torch.get_num_threads()
-        )
-        return mask
-    mask = reference.random_mask(
-        batch * heads, queries, keys, threshold=threshold, seed=seed, stream=stream, device=seed.device
-    )
-    return mask.view(batch, heads, queries, keys)
 
 
 @torch.library.register_fake("sgalign::random_mask")
 def _random_mask_fake(
-    seed: Tensor, batch: int, heads: int, queries: int, keys: int, threshold: int, stream: int
+    backend: str, seed: Tensor, batch: int, heads: int, queries: int, keys: int, threshold: int, stream: int
 ) -> Tensor:
     return seed.new_empty((batch, heads, queries, keys), dtype=torch.bool)
+
+
+@torch.library.impl(_library, "random_mask", "CompositeExplicitAutograd")
+def _random_mask(
+    backend: str, seed: Tensor, batch: int, heads: int, queries: int, keys: int, threshold: int, stream: int
+) -> Tensor:
+    if backend == "reference":
+        mask = reference.random_mask(
+            batch * heads, queries, keys, threshold=threshold, seed=seed, stream=stream, device=seed.device
+        )
+        return mask.view(batch, heads, queries, keys)
+    mask = _random_mask_fake(backend, seed, batch, heads, queries, keys, threshold, stream)
+    if backend == "triton":
+        from sgalign.kernels import random_mask as kernels
+
+        kernels.random_mask(mask, seed, threshold, stream)
+    else:
+        _core.load().random_mask(
+            mask.data_ptr(), batch * heads, queries, keys, seed.item(), stream, threshold, torch.get_num_threads()
+        )
+    return mask

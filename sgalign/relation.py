@@ -39,7 +39,8 @@ def fused_relation_logits(
         union: ``[R, C]`` features of the pairs. Any row stride; copied if the last stride is not 1, as the others.
         pairs: int64 ``[R, 2]``, subject and object in 0 to N - 1; in any order, repeated or not.
         weight: ``[K, C]``; bias: ``[K]`` or None.
-        backend: "cpu" (compiled) or "reference" (plain PyTorch); None takes the fastest that serves the device.
+        backend: "cpu" (compiled), "triton" (GPUs) or "reference" (plain PyTorch); None takes the fastest that serves
+            device and dtype.
 
     Returns:
         ``[R, K]`` in the dtype of `union`; under autocast in autocast's.
@@ -97,15 +98,16 @@ def _relation_logits(
 ) -> tuple[Tensor, ...]:
     """Logits of each branch; a branch is its subject, object, weight and bias by the names of the arguments."""
     _check(branches, union, pairs)
-    backend = backends.choose(backend, union.device)
     dtype = computed_dtype(union)
+    backend = backends.choose(backend, union.device, dtype)
     union = union.to(dtype)
     operands = [[None if t is None else t.to(dtype) for t in branch.values()] for branch in branches]
-    if backend == "reference":
+    if backend != "cpu":
         _check_pairs(pairs, len(operands[0][0]))  # type: ignore[arg-type]
+    if backend == "reference":
         return tuple(reference.relation_logits(s, o, union, pairs, w, b) for s, o, w, b in operands)  # type: ignore[arg-type]
     mirrored = operands[1] if len(operands) == 2 else [None] * 4
-    return _RelationLogits.apply(union, pairs, *operands[0], *mirrored)
+    return _RelationLogits.apply(backend, union, pairs, *operands[0], *mirrored)
 
 
 def _check(branches: list[dict[str, Tensor | None]], union: Tensor, pairs: Tensor) -> None:
@@ -158,6 +160,7 @@ def _check_pairs(pairs: Tensor, objects: int) -> None:
 class _RelationLogits(torch.autograd.Function):
     @staticmethod
     def forward(
+        backend: str,
         union: Tensor,
         pairs: Tensor,
         subject: Tensor,
@@ -174,25 +177,25 @@ class _RelationLogits(torch.autograd.Function):
         if biases and len(biases) < len(weights):  # one branch alone has a bias
             zeros = weight.new_zeros(weight.shape[0])
             biases = [zeros if bias is None else bias, zeros if mirrored_bias is None else mirrored_bias]
-        return tuple(torch.ops.sgalign.relation_logits(union, pairs, subjects, objects, weights, biases))
+        return tuple(torch.ops.sgalign.relation_logits(backend, union, pairs, subjects, objects, weights, biases))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        union, pairs, subject, object, weight, _, mirrored_subject, mirrored_object, mirrored_weight, _ = inputs
-        ctx.save_for_backward(union, pairs, subject, object, weight, mirrored_subject, mirrored_object, mirrored_weight)
+        ctx.backend, union, pairs, subject, object, weight, _, *mirrored, _ = inputs
+        ctx.save_for_backward(union, pairs, subject, object, weight, *mirrored)
 
     @staticmethod
     def backward(ctx: Any, *grad_logits: Tensor) -> tuple[Tensor | None, ...]:
         grad, mirrored_grad = (*grad_logits, None)[:2]
-        needs = ctx.needs_input_grad
-        grads = _RelationLogitsBackward.apply(needs[0], grad, mirrored_grad, *ctx.saved_tensors)
+        needs = ctx.needs_input_grad[1:]
+        grads = _RelationLogitsBackward.apply(ctx.backend, needs[0], grad, mirrored_grad, *ctx.saved_tensors)
         subject, object, weight, *rest = grads
         grad_union = rest.pop() if needs[0] else None
         mirrored_subject, mirrored_object, mirrored_weight = rest or (None, None, None)
         bias = grad.sum(0) if grad is not None and needs[5] else None
         mirrored_bias = mirrored_grad.sum(0) if mirrored_grad is not None and needs[9] else None
         mirrored = mirrored_subject, mirrored_object, mirrored_weight, mirrored_bias
-        return grad_union, None, subject, object, weight, bias, *mirrored
+        return None, grad_union, None, subject, object, weight, bias, *mirrored
 
 
 class _RelationLogitsBackward(torch.autograd.Function):
@@ -200,6 +203,7 @@ class _RelationLogitsBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        backend: str,
         wants_union: bool,
         grad: Tensor,
         mirrored_grad: Tensor | None,
@@ -215,7 +219,7 @@ class _RelationLogitsBackward(torch.autograd.Function):
         grads, weights = _present(grad, mirrored_grad), _present(weight, mirrored_weight)
         subjects, objects = _present(subject, mirrored_subject), _present(object, mirrored_object)
         operation = torch.ops.sgalign.relation_logits_backward
-        return tuple(operation(grads, union, pairs, subjects, objects, weights, wants_union))
+        return tuple(operation(backend, grads, union, pairs, subjects, objects, weights, wants_union))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -235,25 +239,26 @@ def _present(*tensors: Tensor | None) -> list[Tensor]:
 
 _library = torch.library.Library("sgalign", "FRAGMENT")
 _library.define(
-    "relation_logits(Tensor union, Tensor pairs, Tensor[] subjects, Tensor[] objects, Tensor[] weights,"
+    "relation_logits(str backend, Tensor union, Tensor pairs, Tensor[] subjects, Tensor[] objects, Tensor[] weights,"
     " Tensor[] biases) -> Tensor[]"
 )
 # -> the gradients of each branch's subject, object and weight, then that of union if wanted
 _library.define(
-    "relation_logits_backward(Tensor[] grad_logits, Tensor union, Tensor pairs, Tensor[] subjects, Tensor[] objects,"
-    " Tensor[] weights, bool wants_union) -> Tensor[]"
+    "relation_logits_backward(str backend, Tensor[] grad_logits, Tensor union, Tensor pairs, Tensor[] subjects,"
+    " Tensor[] objects, Tensor[] weights, bool wants_union) -> Tensor[]"
 )
 
 
 @torch.library.register_fake("sgalign::relation_logits")
 def _logits_fake(
-    union: Tensor, pairs: Tensor, subjects: list[Tensor], objects: list[Tensor], weights: list[Tensor], biases: Any
+    backend: str, union: Tensor, pairs: Tensor, subjects: Any, objects: Any, weights: list[Tensor], biases: Any
 ) -> list[Tensor]:
     return [union.new_empty(union.shape[0], weight.shape[0]) for weight in weights]
 
 
 @torch.library.register_fake("sgalign::relation_logits_backward")
 def _backward_fake(
+    backend: str,
     grad_logits: list[Tensor],
     union: Tensor,
     pairs: Tensor,
@@ -266,8 +271,9 @@ def _backward_fake(
     return [*grads, union.new_empty(union.shape)] if wants_union else grads
 
 
-@torch.library.impl(_library, "relation_logits", "CPU")
-def _logits_cpu(
+@torch.library.impl(_library, "relation_logits", "CompositeExplicitAutograd")
+def _logits(
+    backend: str,
     union: Tensor,
     pairs: Tensor,
     subjects: list[Tensor],
@@ -275,14 +281,20 @@ def _logits_cpu(
     weights: list[Tensor],
     biases: list[Tensor],
 ) -> list[Tensor]:
-    logits = _logits_fake(union, pairs, subjects, objects, weights, biases)
-    description, _kept = _description(union, pairs, subjects, objects, weights, biases, logits)
-    _core.load().relation_forward(description)
+    logits = _logits_fake(backend, union, pairs, subjects, objects, weights, biases)
+    if backend == "triton":
+        from sgalign.kernels import relation as kernels
+
+        kernels.forward(union, pairs, subjects, objects, weights, biases, logits)
+    else:
+        description, _kept = _description(union, pairs, subjects, objects, weights, biases, logits)
+        _core.load().relation_forward(description)
     return logits
 
 
-@torch.library.impl(_library, "relation_logits_backward", "CPU")
-def _backward_cpu(
+@torch.library.impl(_library, "relation_logits_backward", "CompositeExplicitAutograd")
+def _backward(
+    backend: str,
     grad_logits: list[Tensor],
     union: Tensor,
     pairs: Tensor,
@@ -291,7 +303,12 @@ def _backward_cpu(
     weights: list[Tensor],
     wants_union: bool,
 ) -> list[Tensor]:
-    grads = _backward_fake(grad_logits, union, pairs, subjects, objects, weights, wants_union)
+    grads = _backward_fake(backend, grad_logits, union, pairs, subjects, objects, weights, wants_union)
+    if backend == "triton":
+        from sgalign.kernels import relation as kernels
+
+        kernels.backward(grad_logits, union, pairs, subjects, objects, weights, grads, wants_union)
+        return grads
     description, _kept = _description(union, pairs, subjects, objects, weights, [], [])
     grad_logits = [grad.contiguous() for grad in grad_logits]
     by_branch = [

@@ -16,7 +16,7 @@ def logits(relations=7, classes=5, *, seed=0, dtype=torch.float64):
 @pytest.fixture(params=["cpu", "reference"], autouse=True)
 def backend(request, monkeypatch):
     """Every test with both, by what None stands for."""
-    monkeypatch.setattr("sgalign.backends.choose", lambda backend, device: backend or request.param)
+    monkeypatch.setattr("sgalign.backends.choose", lambda backend, *_: backend or request.param)
     return request.param
 
 
@@ -178,7 +178,9 @@ def test_strides_and_threads_change_no_bit(threads):
 def test_opcheck_and_compile():
     teacher, student = torch.randn(2, 6, 5)
     for weight in (None, torch.rand(6)):
-        torch.library.opcheck(torch.ops.sgalign.alignment_loss.default, (student, teacher, weight, 0.5, False, 2))
+        torch.library.opcheck(
+            torch.ops.sgalign.alignment_loss.default, ("cpu", student, teacher, weight, 0.5, False, 2)
+        )
 
     def grad(function):
         leaf = student.clone().requires_grad_()

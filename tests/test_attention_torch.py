@@ -43,18 +43,18 @@ def test_opcheck(kind, options, strided):
     branches = 1 if kind == "single" else 2
     queries = [first, second] if kind == "dual" else [first]
     options = arguments(queries, options)
-    forward = (queries, branches, key, value, *options)
+    forward = ("cpu", queries, branches, key, value, *options)
     torch.library.opcheck(torch.ops.sgalign.attention, forward)
     outputs = torch.ops.sgalign.attention(*forward)
     outs, log_sums = outputs[:branches], outputs[branches:]
     grad_outs = [out.cos() for out in outs]
-    backward = (grad_outs, queries, outs, log_sums, key, value, *options)
+    backward = ("cpu", grad_outs, queries, outs, log_sums, key, value, *options)
     torch.library.opcheck(torch.ops.sgalign.attention_backward, backward)
 
 
 @pytest.mark.parametrize("sizes", [(2, 3, 4, 300), (1, 1, 0, 5)])
 def test_opcheck_random_mask(sizes):
-    torch.library.opcheck(torch.ops.sgalign.random_mask, (torch.tensor(3), *sizes, 20000, 1))
+    torch.library.opcheck(torch.ops.sgalign.random_mask, ("cpu", torch.tensor(3), *sizes, 20000, 1))
 
 
 # ------------------------------------------------------------------------------------------------ compile and export
@@ -319,7 +319,7 @@ BAD_OPTIONS = [
     ({"mask_seed": -(2**63) - 1}, ValueError, r"mask_seed must be in .* got -9223372036854775809"),
     ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
     ({"scale": -math.inf}, ValueError, "scale must be finite, got -inf"),
-    ({"backend": "cuda"}, ValueError, "backend must be one of 'cpu', 'reference' or None, got 'cuda'"),
+    ({"backend": "gpu"}, ValueError, "backend must be one of 'cpu', 'triton', 'reference' or None, got 'gpu'"),
 ]
 
 

@@ -195,9 +195,9 @@ def test_opcheck(branches, bias):
     union, pairs, operands, grads = make((4, 6, 5, 3), bias=bias)
     subjects, objects, weights, biases = (list(role) for role in zip(*operands[:branches]))
     inputs = union, pairs, subjects, objects, weights
-    torch.library.opcheck(torch.ops.sgalign.relation_logits.default, (*inputs, biases if bias else []))
+    torch.library.opcheck(torch.ops.sgalign.relation_logits.default, ("cpu", *inputs, biases if bias else []))
     for wants_union in (False, True):
-        arguments = grads[:branches], *inputs, wants_union
+        arguments = "cpu", grads[:branches], *inputs, wants_union
         torch.library.opcheck(torch.ops.sgalign.relation_logits_backward.default, arguments)
 
 

@@ -1,0 +1,17 @@
+"""What the tests of the operations run: the compiled core, or, where SGALIGN_TEST_BACKEND says so, other kernels.
+
+`SGALIGN_TEST_BACKEND=triton pytest tests/test_attention.py` runs Triton's on a GPU, with TRITON_INTERPRET=1 on the CPU.
+"""
+
+import os
+
+import torch
+
+BACKEND = os.environ.get("SGALIGN_TEST_BACKEND", "cpu")
+DEVICE = "cpu" if BACKEND == "cpu" or os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+EXACT = torch.float64 if BACKEND == "cpu" else torch.float32  # the dtype with the smallest error
+DTYPES = [torch.float32, torch.float16]
+if BACKEND == "cpu":
+    DTYPES += [torch.bfloat16, torch.float64]
+elif DEVICE == "cuda":
+    DTYPES += [torch.bfloat16]  # Triton's interpreter multiplies the bits of bfloat16 matrices
