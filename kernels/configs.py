@@ -1,0 +1,74 @@
+"""Sizes of blocks, warps and pipeline stages of the attention kernels: a table, so that no call stops to tune."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+TABLE = Path(__file__).with_name("configs.json")
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def config(kernel: str, key: Tensor, branches: int) -> Config:
+    """Of `kernel` for keys of this dtype, number of channels and device."""
+    return lookup(kernel, architecture(key.device), key.element_size() * 8, key.shape[3], branches)
+
+
+@functools.cache
+def lookup(kernel: str, architecture: str, bits: int, dim: int, branches: int) -> Config:
+    """The table's entry of the smallest number of channels that is large enough; "default" serves other devices."""
+    table = read_table()
+    sizes = table.get(architecture, {}).get(kernel) or table["default"][kernel]
+    by_dim = sizes[f"{bits} bits, {branches} branch{'es' if branches > 1 else ''}"]
+    return Config(*next(entry for size, entry in by_dim.items() if int(size) >= dim))
+
+
+@functools.cache
+def read_table() -> dict[str, dict[str, dict[str, dict[str, list[int]]]]]:
+    """architecture -> kernel -> bits and branches -> channels, ascending -> `Config`."""
+    table: dict[str, dict[str, dict[str, dict[str, list[int]]]]] = json.loads(TABLE.read_text())
+    return table
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942", or "interpreter" for tensors on the CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU. Under the interpreter a few, so that splits are tested."""
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def dot_precision() -> str:
+    """How products of float32 matrices are computed: three products of TF32 on NVIDIA's tensor cores, else exactly.
+
+    The three have the error of float32, where one, Triton's default, has that of ten bits.
+    """
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+def is_interpreting() -> bool:
+    """Whether kernels run on the CPU, in Python: TRITON_INTERPRET was set when they were imported."""
+    return bool(triton.knobs.runtime.interpret)
