@@ -16,12 +16,13 @@ import torch
 import triton
 import triton.language as tl
 from sgalign.kernels.configs import Config, config, dot_precision, processors
-from sgalign.random_mask import STEPS
 from torch import Tensor
 
+from sgalign.random_mask import STEPS
+
 NOT_SPECIALIZED = ["queries", "keys", "tiles", "span", "stream", "mask_threshold", "dropout_threshold"]
-# With one query for both branches, the mirror's exponentials are the supervised ones times a power of 2. Its own maximum
-# may lie this far below the other one before they lose digits; the blocks where it lies lower are done again.
+# With one query for both branches, the mirror's exponentials are the supervised ones times a factor. Its own maximum
+# may lie this far below the other one before they lose digits; blocks where it lies lower are done again.
 SHARED_RANGE = tl.constexpr(16.0)
 DROPOUT_BIT = tl.constexpr(0x80000000)  # of the stream: reference.DROPOUT_STREAM_BIT
 
@@ -57,7 +58,8 @@ class Draws(NamedTuple):
 def load(matrix, batch, head, row, column, inside, other):
     """Elements at `row` and `column`, which broadcast; `other` where not `inside`."""
     start = matrix.data + batch.to(tl.int64) * matrix.batch + head.to(tl.int64) * matrix.head
-    return tl.load(start + row.to(tl.int64) * matrix.row + column.to(tl.int64) * matrix.column, mask=inside, other=other)
+    place = row.to(tl.int64) * matrix.row + column.to(tl.int64) * matrix.column
+    return tl.load(start + place, mask=inside, other=other)
 
 
 @triton.jit
@@ -91,7 +93,7 @@ def tile_keys(tile, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def drawn(draws, stream, threshold, tile, query, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which entries of a tile fall below the threshold: `[BLOCK_Q, GROUPS * COLUMNS]`.
+    """Which entries of a tile draw a number below the threshold: `[BLOCK_Q, GROUPS * COLUMNS]`.
 
     Asked for in the layout of a matrix product's result, whose threads hold a column in all groups: each draws what it
     needs itself.
@@ -106,12 +108,13 @@ def drawn(draws, stream, threshold, tile, query, GROUPS: tl.constexpr, COLUMNS: 
         stream.to(tl.uint32),
         n_rounds=7,
     )
-    group = (first % 256 // 32 + tl.arange(0, GROUPS))[None, :, None]
+    group = tl.arange(0, GROUPS)[None, :, None]
+    if GROUPS < 8:
+        group += first % 256 // 32
     word = tl.where(group < 4, tl.where(group < 2, word0, word1), tl.where(group < 6, word2, word3))
+    number = tl.reshape(tl.where(group % 2 == 0, word << 16, word), [query.shape[0], GROUPS * COLUMNS])
     # A half is below the threshold where, moved to the upper half, it is at most this. 65536 wraps to all ones.
-    bound = (threshold.to(tl.uint32) << 16) - 1
-    dropped = tl.where(group % 2 == 0, word << 16, word) <= bound
-    return tl.reshape(dropped, [query.shape[0], GROUPS * COLUMNS])
+    return number <= (threshold.to(tl.uint32) << 16) - 1
 
 
 @triton.jit
@@ -124,23 +127,32 @@ def kept_keys(draws, key, keys):
 
 
 @triton.jit
-def dropped_entries(
+def masks(
     draws, tile, query, queries, key, kept, keys,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """bool `[BLOCK_Q, BLOCK_K]`: dropped for both branches, by the random mask, and by dropout after the softmax."""
-    dropped = tl.broadcast_to((kept == 0)[None, :], [query.shape[0], key.shape[0]])
+    """What to add to the scores of both branches, 0 or -inf, broadcastable to `[BLOCK_Q, BLOCK_K]`; which of them the
+    random mask drops; which weights dropout does."""
+    bias = tl.where(kept, 0.0, -float("inf"))[None, :]
     if draws.mask is not None:
         inside = (query < queries)[:, None] & (key < keys)[None, :]
         explicit = load(draws.mask, draws.batch, draws.head, query[:, None], key[None, :], inside, 1)
-        dropped = dropped | (explicit != 0)
-    random, noise = dropped, dropped
+        bias = tl.where(explicit != 0, -float("inf"), bias)
+    random, noise = False, False
     if MASKED:
         random = drawn(draws, draws.stream, draws.mask_threshold, tile, query, GROUPS, COLUMNS)
     if DROPOUT:
         stream = draws.stream.to(tl.uint32) | DROPOUT_BIT
         noise = drawn(draws, stream, draws.dropout_threshold, tile, query, GROUPS, COLUMNS)
-    return dropped, random, noise
+    return bias, random, noise
+
+
+@triton.jit
+def mirrored(scores, random, MASKED: tl.constexpr):
+    """The scores that the random mask leaves."""
+    if MASKED:
+        return tl.where(random, -float("inf"), scores)
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------------ forward
@@ -189,7 +201,7 @@ def attend_both(
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     new_mirrored_top = new_top
     if MASKED:
-        own = tl.max(tl.where(random, -float("inf"), scores), 1) * scale
+        own = tl.max(mirrored(scores, random, MASKED), 1) * scale
         new_mirrored_top = tl.maximum(tl.maximum(mirrored_top, own), new_top - SHARED_RANGE)
     shift, mirrored_shift = finite(new_top), finite(new_mirrored_top)
     weights = tl.exp2(scores * scale - shift[:, None])
@@ -238,9 +250,7 @@ def forward_kernel(
     seed_value = 0
     if MASKED or DROPOUT:
         seed_value = tl.load(seed)
-    draws = Draws(
-        mask, padding, seed_value, stream, mask_threshold, dropout_threshold, batch, head, batch_head
-    )
+    draws = Draws(mask, padding, seed_value, stream, mask_threshold, dropout_threshold, batch, head, batch_head)
     q = load_rows(query, batch, head, row, row < queries, DIM, BLOCK_D)
     if BRANCHES == 2 and not SHARED:
         mirrored_q = load_rows(mirrored_query, batch, head, row, row < queries, DIM, BLOCK_D)
@@ -253,12 +263,10 @@ def forward_kernel(
         kept = kept_keys(draws, k_index, keys)
         k = load_rows(key, batch, head, k_index, kept, DIM, BLOCK_D)
         v = load_rows(value, batch, head, k_index, kept, DIM, BLOCK_D)
-        dropped, random, noise = dropped_entries(
-            draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS
-        )
-        if BRANCHES == 1 and MASKED:
-            dropped = dropped | random
-        scores = tl.where(dropped, -float("inf"), tl.dot(q, tl.trans(k), input_precision=PRECISION))
+        bias, random, noise = masks(draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) + bias
+        if BRANCHES == 1:
+            scores = mirrored(scores, random, MASKED)
         if SHARED:
             state, mirrored_state = attend_both(
                 scores, random, scale, state, mirrored_state, v, noise, MASKED, DROPOUT, PRECISION
@@ -266,9 +274,8 @@ def forward_kernel(
         else:
             state = attend(scores, scale, state, v, noise, DROPOUT, PRECISION)
         if BRANCHES == 2 and not SHARED:
-            if MASKED:
-                dropped = dropped | random
-            scores = tl.where(dropped, -float("inf"), tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION))
+            scores = tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION) + bias
+            scores = mirrored(scores, random, MASKED)
             mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
 
     if SHARED and MASKED:
@@ -280,16 +287,14 @@ def forward_kernel(
                 kept = kept_keys(draws, k_index, keys)
                 k = load_rows(key, batch, head, k_index, kept, DIM, BLOCK_D)
                 v = load_rows(value, batch, head, k_index, kept, DIM, BLOCK_D)
-                dropped, random, noise = dropped_entries(
+                bias, random, noise = masks(
                     draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS
                 )
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                scores = tl.where(dropped | random, -float("inf"), scores)
-                mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) + bias
+                scores = mirrored(scores, random, MASKED)
+            mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
 
-    finish(
-        out, log_sum, state, batch, head, batch_head, split, batch_heads, row, queries, dropout_scale, DIM, BLOCK_D
-    )
+    finish(out, log_sum, state, batch, head, batch_head, split, batch_heads, row, queries, dropout_scale, DIM, BLOCK_D)
     if BRANCHES == 2:
         finish(
             mirrored_out, mirrored_log_sum, mirrored_state, batch, head, batch_head, split, batch_heads, row, queries,
@@ -320,19 +325,17 @@ def merge_kernel(
         weighted = weighted * rescale[:, None] + values * weight[:, None]
         total = total * rescale + weight
         top = new_top
-    zero = batch_head * 0
-    finish(out, log_sum, (weighted, top, total), batch, head, batch_head, zero, batch_heads, row, queries, 1.0, DIM, BLOCK_D)
+    state = weighted, top, total
+    finish(out, log_sum, state, batch, head, batch_head, batch_head * 0, batch_heads, row, queries, 1.0, DIM, BLOCK_D)
 
 
 # ------------------------------------------------------------------------------------------------------ backward
 
 
 @triton.jit
-def grad_scores(
-    scores, scale, log_sum, grad_weights, delta, dropped, noise, dropout_scale, DROPOUT: tl.constexpr
-):  # fmt: skip
-    """Softmax weights, before dropout, and the gradient of the scores; `log_sum` and `delta` broadcast over the keys."""
-    weights = tl.where(dropped, 0.0, tl.exp2(scores * scale - log_sum))
+def grad_scores(scores, scale, log_sum, grad_weights, delta, noise, dropout_scale, DROPOUT: tl.constexpr):
+    """Softmax weights, before dropout, and the gradient of the scores."""
+    weights = tl.exp2(scores * scale - log_sum)
     if DROPOUT:
         grad_weights = tl.where(noise, 0.0, grad_weights * dropout_scale)
     return weights, weights * (grad_weights - delta)
@@ -372,9 +375,7 @@ def query_gradient_kernel(
     seed_value = 0
     if MASKED or DROPOUT:
         seed_value = tl.load(seed)
-    draws = Draws(
-        mask, padding, seed_value, stream, mask_threshold, dropout_threshold, batch, head, batch_head
-    )
+    draws = Draws(mask, padding, seed_value, stream, mask_threshold, dropout_threshold, batch, head, batch_head)
     q = load_rows(query, batch, head, row, row < queries, DIM, BLOCK_D)
     grad, logs, sums = row_terms(grad_out, out, log_sum, delta, batch, head, batch_head, row, queries, DIM, BLOCK_D)
     if BRANCHES == 2:
@@ -392,25 +393,22 @@ def query_gradient_kernel(
         kept = kept_keys(draws, k_index, keys)
         k = load_rows(key, batch, head, k_index, kept, DIM, BLOCK_D)
         v = load_rows(value, batch, head, k_index, kept, DIM, BLOCK_D)
-        dropped, random, noise = dropped_entries(
-            draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS
-        )
-        mirrored_dropped = dropped
-        if MASKED:
-            mirrored_dropped = dropped | random
+        bias, random, noise = masks(draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) + bias
+        mirrored_scores = mirrored(scores, random, MASKED)
         if BRANCHES == 1:
-            dropped = mirrored_dropped
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            scores = mirrored_scores
         grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         _, grad_s = grad_scores(
-            scores, scale, logs[:, None], grad_weights, sums[:, None], dropped, noise, dropout_scale, DROPOUT
+            scores, scale, logs[:, None], grad_weights, sums[:, None], noise, dropout_scale, DROPOUT
         )
         if BRANCHES == 2:
             if not SHARED:
-                scores = tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION)
+                mirrored_scores = tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION) + bias
+                mirrored_scores = mirrored(mirrored_scores, random, MASKED)
             grad_weights = tl.dot(mirrored_grad, tl.trans(v), input_precision=PRECISION)
             _, mirrored_grad_s = grad_scores(
-                scores, scale, mirrored_logs[:, None], grad_weights, mirrored_sums[:, None], mirrored_dropped, noise,
+                mirrored_scores, scale, mirrored_logs[:, None], grad_weights, mirrored_sums[:, None], noise,
                 dropout_scale, DROPOUT,
             )  # fmt: skip
             if SHARED:
@@ -444,9 +442,7 @@ def key_value_gradient_kernel(
     seed_value = 0
     if MASKED or DROPOUT:
         seed_value = tl.load(seed)
-    draws = Draws(
-        mask, padding, seed_value, stream, mask_threshold, dropout_threshold, batch, head, batch_head
-    )
+    draws = Draws(mask, padding, seed_value, stream, mask_threshold, dropout_threshold, batch, head, batch_head)
     k_index = tile_keys(tile, GROUPS, COLUMNS)
     kept = kept_keys(draws, k_index, keys)
     k = load_rows(key, batch, head, k_index, kept, DIM, BLOCK_D)
@@ -457,30 +453,26 @@ def key_value_gradient_kernel(
         row = first + tl.arange(0, BLOCK_Q)
         inside = row < queries
         place = batch_head.to(tl.int64) * queries + row
-        dropped, random, noise = dropped_entries(
-            draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS
-        )
-        mirrored_dropped = dropped
-        if MASKED:
-            mirrored_dropped = dropped | random
-        if BRANCHES == 1:
-            dropped = mirrored_dropped
+        bias, random, noise = masks(draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
         q = load_rows(query, batch, head, row, inside, DIM, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        mirrored_grad_s = tl.zeros([BLOCK_Q, GROUPS * COLUMNS], tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) + bias
+        mirrored_scores = mirrored(scores, random, MASKED)
+        if BRANCHES == 1:
+            scores = mirrored_scores
         if BRANCHES == 2:
-            mirrored_q, mirrored_scores = q, scores
+            mirrored_q = q
             if not SHARED:
                 mirrored_q = load_rows(mirrored_query, batch, head, row, inside, DIM, BLOCK_D)
-                mirrored_scores = tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION)
+                mirrored_scores = tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION) + bias
+                mirrored_scores = mirrored(mirrored_scores, random, MASKED)
             grad_v, mirrored_grad_s = value_gradient(
                 grad_v, mirrored_grad_out, mirrored_log_sum + place, mirrored_delta + place, mirrored_scores, v, scale,
-                mirrored_dropped, noise, dropout_scale, batch, head, row, inside, DROPOUT, DIM, BLOCK_D, PRECISION,
+                noise, dropout_scale, batch, head, row, inside, DROPOUT, DIM, BLOCK_D, PRECISION,
             )  # fmt: skip
             if not SHARED:
                 grad_k = tl.dot(tl.trans(mirrored_grad_s.to(q.dtype)), mirrored_q, grad_k, input_precision=PRECISION)
         grad_v, grad_s = value_gradient(
-            grad_v, grad_out, log_sum + place, delta + place, scores, v, scale, dropped, noise, dropout_scale, batch,
+            grad_v, grad_out, log_sum + place, delta + place, scores, v, scale, noise, dropout_scale, batch,
             head, row, inside, DROPOUT, DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         if SHARED:
@@ -494,7 +486,7 @@ def key_value_gradient_kernel(
 
 @triton.jit
 def value_gradient(
-    grad_value, grad_out, log_sum, delta, scores, v, scale, dropped, noise, dropout_scale, batch, head, row, inside,
+    grad_value, grad_out, log_sum, delta, scores, v, scale, noise, dropout_scale, batch, head, row, inside,
     DROPOUT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The values' gradient with one branch's block of queries added, and the gradient of the block's scores."""
@@ -503,7 +495,7 @@ def value_gradient(
     sums = tl.load(delta, mask=inside, other=0.0)
     grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     weights, grad_s = grad_scores(
-        scores, scale, logs[:, None], grad_weights, sums[:, None], dropped, noise, dropout_scale, DROPOUT
+        scores, scale, logs[:, None], grad_weights, sums[:, None], noise, dropout_scale, DROPOUT
     )
     if DROPOUT:
         weights = tl.where(noise, 0.0, weights * dropout_scale)

@@ -1,15 +1,18 @@
-"""What the compiled kernels compute, against `sgalign.reference` in float64."""
+"""What the kernels compute, against `sgalign.reference` in float64: the compiled core, or what target.py names."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from target import BACKEND, DEVICE, DTYPES, EXACT, INTERPRETED, thinned, when_compiled
 
 from sgalign import dual_branch_attention, fused_masked_attention, random_attention_mask, reference
 
 SEED, STREAM = 5, 3
+TOLERANCE = 1e-12 if EXACT == torch.float64 else 1e-5  # between two ways to the same numbers
 BRANCHES = ("single", "dual", "same query")
 # B, H, Lq, Lk, D: keys around the chunk of 256, rows and channels that fill no tile
 SHAPES = [(2, 3, 17, 33, 8), (1, 2, 5, 7, 3), (2, 2, 40, 300, 32), (1, 1, 70, 513, 64), (1, 2, 9, 260, 20)]
@@ -23,27 +26,33 @@ def make(shape, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(length):
-        return torch.randn(batch, heads, length, dim, generator=generator, dtype=torch.float64).to(dtype)
+        normal = torch.randn(batch, heads, length, dim, generator=generator, dtype=torch.float64, device="cpu")
+        return normal.to(DEVICE, dtype)
 
     tensors = [normal(queries), normal(queries), normal(keys), normal(keys)]
     return tensors, [normal(queries), normal(queries)]
 
 
+def draw(*size, seed=0):
+    """True in 3 of 10 places."""
+    return (torch.rand(size, generator=torch.Generator().manual_seed(seed), device="cpu") < 0.3).to(DEVICE)
+
+
 def make_options(name, shape):
     batch, _, queries, keys, _ = shape
-    generator = torch.Generator().manual_seed(1)
     options = {
         "random": {"mask_ratio": 0.4},
-        "mask": {"mask": torch.rand(batch, 1, queries, keys, generator=generator) < 0.3},
-        "padding": {"key_padding_mask": torch.rand(batch, keys, generator=generator) < 0.3},
+        "mask": {"mask": draw(batch, 1, queries, keys, seed=1)},
+        "padding": {"key_padding_mask": draw(batch, keys, seed=2)},
         "dropout": {"dropout_p": 0.25},
     }
     chosen = options.values() if name == "all" else [options.get(name, {})]
     return {"mask_seed": SEED, "mask_stream": STREAM} | {k: v for option in chosen for k, v in option.items()}
 
 
-def attend(branches, tensors, **options):
+def attend(branches, tensors, backend=BACKEND, **options):
     """The outputs of one branch or of both."""
+    options["backend"] = backend
     query, mirrored_query, key, value = tensors
     if branches == "single":
         return (fused_masked_attention(query, key, value, **options),)
@@ -71,7 +80,7 @@ def assert_accurate(branches, tensors, grad_outs, *, floor=0.0, **options):
     dtype = tensors[0].dtype
     exact = run_float64(branches, tensors, grad_outs, **options)
     plain = run(branches, tensors, grad_outs, backend="reference", **options)
-    fused = run(branches, tensors, grad_outs, backend="cpu", **options)
+    fused = run(branches, tensors, grad_outs, **options)
     for factor, *results in zip((2, 3), exact, plain, fused):
         for i, (expected, theirs, ours) in enumerate(zip(*results)):
             if expected is None:
@@ -96,10 +105,9 @@ def assert_same(result, expected):
 # ------------------------------------------------------------------------------------------------------ accuracy
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("branches", BRANCHES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, branches, options, dtype", thinned(itertools.product(SHAPES, BRANCHES, OPTIONS, DTYPES), 7), ids=str
+)
 def test_accuracy(shape, branches, options, dtype, instruction_set, poisoned):
     assert_accurate(branches, *make(shape, dtype), **make_options(options, shape))
 
@@ -120,23 +128,23 @@ LAYOUTS = {
 }
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=12 if INTERPRETED else 60, deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(*(st.integers(1, top) for top in (2, 3, 60, 300, 40))),
+    shape=st.tuples(*(st.integers(1, top) for top in ((1, 2, 40, 100, 20) if INTERPRETED else (2, 3, 60, 300, 40)))),
     layouts=st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=6, max_size=6),
     branches=st.sampled_from(BRANCHES),
     options=st.sampled_from(OPTIONS),
     scale=st.sampled_from([None, 0.0, -0.7, 3.0]),
 )
 def test_any_shape_layout_and_option(shape, layouts, branches, options, scale):
-    tensors, grad_outs = make(shape, torch.float64)
+    tensors, grad_outs = make(shape, EXACT)
     strided = [LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, tensors + grad_outs)]
     assert_accurate(branches, strided[:4], strided[4:], floor=1.0, scale=scale, **make_options(options, shape))
 
 
-@pytest.mark.parametrize("options", ["none", "all"])
-@pytest.mark.parametrize("branches", BRANCHES)
-@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+@pytest.mark.parametrize(
+    "layout, branches, options", thinned(itertools.product(list(LAYOUTS)[1:], BRANCHES, ["none", "all"]), 5), ids=str
+)
 def test_layout_changes_no_bit(layout, branches, options):
     shape = (2, 3, 20, 70, 12)
     tensors, grad_outs = ([LAYOUTS[layout](tensor) for tensor in group] for group in make(shape))
@@ -149,7 +157,7 @@ def test_layout_changes_no_bit(layout, branches, options):
 @pytest.mark.parametrize("branches", BRANCHES)
 def test_overlapping_windows(branches, rows):
     """Rows and channels both have stride 1, which leaves it open which of them is the inner one of a new tensor."""
-    tensors = [torch.randn(rows + 7, generator=torch.Generator().manual_seed(i)).unfold(0, 8, 1) for i in range(6)]
+    tensors = [make((1, 1, 1, 1, rows + 7), seed=i)[0][0].flatten().unfold(0, 8, 1) for i in range(6)]
     tensors = [tensor.expand(2, 3, rows, 8) for tensor in tensors]
     contiguous = [tensor.contiguous() for tensor in tensors]
     assert_same(run(branches, tensors[:4], tensors[4:]), run(branches, contiguous[:4], contiguous[4:]))
@@ -158,16 +166,15 @@ def test_overlapping_windows(branches, rows):
 def test_output_keeps_the_memory_order_of_a_projection():
     tensors, _ = make((2, 3, 5, 7, 4))
     query = LAYOUTS["projection"](tensors[0])
-    out = fused_masked_attention(query, *tensors[2:])
+    (out,) = attend("single", [query, *tensors[1:]])
     assert out.stride() == query.stride()
 
 
 def test_mask_and_padding_of_any_strides():
     shape = (2, 3, 6, 290, 4)
     tensors, grad_outs = make(shape)
-    generator = torch.Generator().manual_seed(0)
-    mask = (torch.rand(290, 6, 2, 3, generator=generator) < 0.3).permute(2, 3, 1, 0)
-    padding = (torch.rand(290, 2, generator=generator) < 0.3).t()
+    mask = draw(290, 6, 2, 3).permute(2, 3, 1, 0)
+    padding = draw(290, 2).t()
     expected = run("dual", tensors, grad_outs, mask=mask.contiguous(), key_padding_mask=padding.contiguous())
     assert_same(run("dual", tensors, grad_outs, mask=mask, key_padding_mask=padding), expected)
 
@@ -178,7 +185,7 @@ def test_mask_and_padding_of_any_strides():
 def test_mask_broadcasts(size):
     shape = (2, 3, 5, 7, 4)
     tensors, grad_outs = make(shape)
-    mask = torch.rand(size, generator=torch.Generator().manual_seed(2)) < 0.4
+    mask = draw(*size, seed=2)
     full = mask.expand(2, 3, 5, 7).contiguous()
     assert_same(run("dual", tensors, grad_outs, mask=mask), run("dual", tensors, grad_outs, mask=full))
 
@@ -186,6 +193,7 @@ def test_mask_broadcasts(size):
 # ----------------------------------------------------------------------------------------------------- gradients
 
 
+@when_compiled
 @pytest.mark.parametrize("options", ["none", "random", "padding", "dropout", "all"])
 @pytest.mark.parametrize("branches", BRANCHES)
 def test_gradcheck(branches, options):
@@ -206,13 +214,13 @@ def test_gradcheck(branches, options):
 
 def test_one_query_for_both_branches_adds_their_gradients():
     shape = (2, 2, 20, 270, 8)
-    tensors, grad_outs = make(shape, torch.float64)
+    tensors, grad_outs = make(shape, EXACT)
     options = make_options("all", shape)
     _, (together, unused, key, value) = run("same query", tensors, grad_outs, **options)
     _, (first, mirrored, *expected) = run("dual", [tensors[0], tensors[0].clone(), *tensors[2:]], grad_outs, **options)
     assert unused is None
-    torch.testing.assert_close(together, first + mirrored, rtol=0, atol=1e-12)
-    torch.testing.assert_close([key, value], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(together, first + mirrored, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close([key, value], expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("branches", ["dual", "same query"])
@@ -227,7 +235,7 @@ def test_loss_on_one_of_two_outputs(branches, used):
     query = alone[used] if branches == "dual" else alone[0]
     if used == 0:
         options = {}
-    fused_masked_attention(query, *alone[2:], **options).backward(grad_outs[used])
+    attend("single", [query, None, *alone[2:]], **options)[0].backward(grad_outs[used])
     for ours, theirs in zip(inputs, alone):
         expected = torch.zeros_like(ours) if theirs.grad is None else theirs.grad
         grad = torch.zeros_like(ours) if ours.grad is None else ours.grad
@@ -273,21 +281,23 @@ def test_each_branch_is_the_single_one(branches):
     if branches == "same query":
         mirrored_query = query
     out, mirrored_out = attend(branches, tensors, **options)
-    torch.testing.assert_close(mirrored_out, fused_masked_attention(mirrored_query, key, value, **options))
-    torch.testing.assert_close(out, fused_masked_attention(query, key, value, **{**options, "mask_ratio": 0}))
+    alone = attend("single", [mirrored_query, None, key, value], **options)
+    torch.testing.assert_close(mirrored_out, alone[0])
+    alone = attend("single", [query, None, key, value], **{**options, "mask_ratio": 0})
+    torch.testing.assert_close(out, alone[0])
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
 def test_explicit_mask_is_added_to_the_random_one(branches):
     shape = (2, 2, 12, 40, 8)
-    tensors, grad_outs = make(shape, torch.float64)
+    tensors, grad_outs = make(shape, EXACT)
     mask = make_options("mask", shape)["mask"]
-    random = random_attention_mask(*shape[:4], ratio=0.4, seed=SEED)
+    random = random_attention_mask(*shape[:4], ratio=0.4, seed=SEED, device=DEVICE)
     outs, _ = run(branches, tensors, grad_outs, mask=mask, mask_ratio=0.4, mask_seed=SEED)
-    expected = [fused_masked_attention(tensors[0], *tensors[2:], mask=mask)] if branches != "single" else []
+    expected = [*attend("single", tensors, mask=mask)] if branches != "single" else []
     mirrored_query = tensors[1] if branches == "dual" else tensors[0]
-    expected.append(fused_masked_attention(mirrored_query, *tensors[2:], mask=mask | random))
-    torch.testing.assert_close(outs, expected, rtol=0, atol=1e-12)
+    expected += attend("single", [mirrored_query, *tensors[1:]], mask=mask | random)
+    torch.testing.assert_close(outs, expected, rtol=0, atol=TOLERANCE)
 
 
 # ------------------------------------------------------------------------------------------- rows, NaN and extremes
@@ -307,15 +317,15 @@ def test_everything_dropped_gives_zeros(branches, instruction_set, poisoned):
         assert branches == "same query" or not grads[1].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, EXACT], ids=str)
 @pytest.mark.parametrize("branches", BRANCHES)
 def test_rows_with_nothing_kept(branches, dtype, instruction_set, poisoned):
     """Rows 0 to 4 lose everything, row 2 by the mask alone and the others by mask and padding together."""
     shape = (2, 2, 14, 300, 8)
     tensors, grad_outs = make(shape, dtype)
-    padding = torch.zeros(2, 300, dtype=torch.bool)
+    padding = torch.zeros(2, 300, dtype=torch.bool, device=DEVICE)
     padding[:, 100:] = True
-    mask = torch.zeros(14, 300, dtype=torch.bool)
+    mask = torch.zeros(14, 300, dtype=torch.bool, device=DEVICE)
     mask[:5, :100] = True
     mask[2] = True
     options = {"mask": mask, "key_padding_mask": padding, "mask_ratio": 0.3, "mask_seed": SEED}
@@ -329,7 +339,7 @@ def test_rows_with_nothing_kept(branches, dtype, instruction_set, poisoned):
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("branches", BRANCHES)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [BACKEND, "reference"])
 def test_padded_keys_and_values_leak_nowhere(branches, junk, backend, instruction_set, poisoned):
     shape = (2, 2, 14, 300, 8)
     tensors, grad_outs = make(shape)
@@ -355,13 +365,18 @@ GAPS = [(torch.float32, gap) for gap in (20, 50, 54, 60, 90, 200)]
 GAPS += [(torch.float64, gap) for gap in (200, 600, 650, 1000)] + [(torch.bfloat16, gap) for gap in (50, 200)]
 
 
-@pytest.mark.parametrize("dtype, gap", GAPS, ids=str)
-@pytest.mark.parametrize("peak", [0, 30, 280, 511])
-@pytest.mark.parametrize("branches", BRANCHES)
+GAPS = [(dtype, gap) for dtype, gap in GAPS if dtype in DTYPES]
+
+
+@pytest.mark.parametrize(
+    "peak, branches, dtype, gap",
+    thinned(((peak, b, *gap) for peak in (0, 30, 280, 511) for b in BRANCHES for gap in GAPS), 8),
+    ids=str,
+)
 def test_dropped_key_far_above_the_kept_ones(branches, peak, dtype, gap, instruction_set):
     """The supervised maximum is `gap` above all that the mirror keeps, in an early or a late chunk of keys."""
     tensors, grad_outs = make((1, 1, 30, 512, 8), dtype)
-    random = random_attention_mask(1, 1, 30, 512, ratio=0.3, seed=11)
+    random = random_attention_mask(1, 1, 30, 512, ratio=0.3, seed=11, device=DEVICE)
     peak_is_dropped = random[..., peak, None]
     assert 0 < peak_is_dropped.sum() < 30
     tensors[0][..., 0] = tensors[1][..., 0] = 1
@@ -374,13 +389,13 @@ def test_dropped_key_far_above_the_kept_ones(branches, peak, dtype, gap, instruc
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_that_rise_by_chunks(branches, dtype, instruction_set):
     """The running maximum, and with it every earlier sum, changes in each chunk; the last keys are padded away."""
     tensors, grad_outs = make((1, 2, 30, 1100, 8), dtype)
     tensors[0][..., 0] = tensors[1][..., 0] = 1
-    tensors[2][..., 0] = torch.arange(1100) / 40
-    padding = torch.arange(1100)[None] >= 1000
+    tensors[2][..., 0] = torch.arange(1100, device=DEVICE) / 40
+    padding = torch.arange(1100, device=DEVICE)[None] >= 1000
     options = {"mask_ratio": 0.9, "mask_seed": SEED, "key_padding_mask": padding, "scale": 1.0}
     assert_accurate(branches, tensors, grad_outs, **options)
 
@@ -399,12 +414,12 @@ def test_large_scores_do_not_overflow(instruction_set):
 @pytest.mark.parametrize("branches", BRANCHES)
 def test_dropout_is_that_of_its_own_stream(branches):
     batch, heads, queries, keys, dim = shape = (2, 3, 17, 300, 8)
-    tensors, grad_outs = make(shape, torch.float64)
+    tensors, grad_outs = make(shape, EXACT)
     threshold = round(0.3 * 65536)
     dropped = reference.random_mask(
-        batch * heads, queries, keys, threshold=threshold, seed=torch.tensor(SEED), stream=STREAM | 2**31, device="cpu"
+        batch * heads, queries, keys, threshold=threshold, seed=torch.tensor(SEED), stream=STREAM | 2**31, device=DEVICE
     ).view(batch, heads, queries, keys)
-    random = random_attention_mask(batch, heads, queries, keys, ratio=0.4, seed=SEED, stream=STREAM)
+    random = random_attention_mask(batch, heads, queries, keys, ratio=0.4, seed=SEED, stream=STREAM, device=DEVICE)
     outs, _ = run(branches, tensors, grad_outs, mask_ratio=0.4, dropout_p=0.3, mask_seed=SEED, mask_stream=STREAM)
     queries = {"single": tensors[:1], "dual": tensors[:2], "same query": [tensors[0]] * 2}[branches]
     for i, (query, out) in enumerate(zip(queries, outs)):
@@ -412,15 +427,15 @@ def test_dropout_is_that_of_its_own_stream(branches):
         if i == len(outs) - 1:
             scores = scores.masked_fill(random, -math.inf)
         weights = scores.softmax(-1) * ~dropped * (65536 / (65536 - threshold))
-        torch.testing.assert_close(out, weights @ tensors[3], rtol=0, atol=1e-12)
+        torch.testing.assert_close(out, weights @ tensors[3], rtol=0, atol=TOLERANCE)
 
 
 def test_dropout_keeps_the_mean():
     """All weights are 1 / Lk and all values 1, so that a row is its fraction of kept keys, rescaled."""
     keys = 1000
-    zeros, ones = torch.zeros(1, 4, 200, 1), torch.ones(1, 4, keys, 1)
+    zeros, ones = torch.zeros(1, 4, 200, 1, device=DEVICE), torch.ones(1, 4, keys, 1, device=DEVICE)
     for p in (0.1, 0.5, 0.9):
-        out = fused_masked_attention(zeros, ones, ones, dropout_p=p, mask_seed=SEED)
+        (out,) = attend("single", [zeros, None, ones, ones], dropout_p=p, mask_seed=SEED)
         deviation = math.sqrt(p / (1 - p) / (out.numel() * keys))
         assert abs(out.double().mean().item() - 1) < 5 * deviation
         assert out.double().std().item() == pytest.approx(math.sqrt(p / (1 - p) / keys), rel=0.15)
@@ -444,6 +459,7 @@ def test_both_branches_have_the_same_dropout():
 # ----------------------------------------------------------------------------------------------- threads and sizes
 
 
+@when_compiled
 @pytest.mark.parametrize("shape", [(1, 1, 50, 700, 16), (2, 3, 33, 270, 8), (1, 1, 500, 40, 20)], ids=str)
 @pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -463,7 +479,7 @@ def test_number_of_threads_changes_no_bit(shape, branches, dtype, threads, instr
 def test_empty(shape, branches, options, poisoned):
     tensors, grad_outs = make(shape)
     options = make_options(options, shape)
-    result = run(branches, tensors, grad_outs, backend="cpu", **options)
+    result = run(branches, tensors, grad_outs, **options)
     for tensor in (*result[0], *result[1]):
         assert tensor is None or not tensor.any()  # what has elements at all is zero, not NaN
     expected = run(branches, tensors, grad_outs, backend="reference", **options)
@@ -493,7 +509,7 @@ def test_scale():
 def test_what_is_kept_for_the_backward_grows_with_rows_alone(branches):
     batch, heads, queries, keys, dim = shape = (1, 2, 200, 1000, 8)
     tensors, _ = make(shape)
-    padding = torch.zeros(batch, keys, dtype=torch.bool)
+    padding = torch.zeros(batch, keys, dtype=torch.bool, device=DEVICE)
     inputs = {tensor.untyped_storage().data_ptr() for tensor in (*tensors, padding)}
     kept = {}
 
@@ -515,17 +531,18 @@ def test_what_is_kept_for_the_backward_grows_with_rows_alone(branches):
 @pytest.mark.parametrize("branches", BRANCHES)
 def test_no_seed_is_drawn_in_vain(branches):
     tensors, _ = make((1, 1, 3, 5, 4))
-    before = torch.get_rng_state()
+    state = torch.get_rng_state if DEVICE == "cpu" else torch.cuda.get_rng_state
+    before = state()
     attend(branches, tensors)
     attend(branches, tensors, mask_ratio=0.5, dropout_p=0.5, mask_seed=SEED)
     attend(branches, tensors, mask_ratio=1e-9)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(state(), before)
     attend(branches, tensors, mask_ratio=0.5)
-    assert not torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(state(), before)
 
 
 @pytest.mark.parametrize("option", ["mask_ratio", "dropout_p"])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", [BACKEND, "reference"])
 def test_seed_comes_from_torch(option, backend):
     tensors, _ = make((1, 1, 9, 50, 4))
     options = {option: 0.5, "backend": backend}
@@ -541,7 +558,7 @@ def test_seeds(seed):
     tensors, _ = make((1, 2, 9, 50, 4))
     options = {"mask_ratio": 0.5, "dropout_p": 0.1}
     (out,) = attend("single", tensors, mask_seed=seed, **options)
-    for same in (torch.tensor(seed), torch.tensor([[seed]])):
+    for same in (torch.tensor(seed, device=DEVICE), torch.tensor([[seed]], device=DEVICE)):
         assert_same([attend("single", tensors, mask_seed=same, **options)], [[out]])
     (expected,) = attend("single", tensors, mask_seed=seed, backend="reference", **options)
     torch.testing.assert_close(out, expected)
@@ -555,6 +572,7 @@ def test_streams_have_different_masks_and_dropout():
         assert not any(torch.allclose(a, b) for a, b in ((outs[0], outs[1]), (outs[0], outs[2]), (outs[1], outs[2])))
 
 
+@when_compiled
 def test_half_subnormals_survive_a_thread_that_flushes_them():
     values = torch.tensor([3e-6, 6e-8, -5e-5, 6.1e-5], dtype=torch.float16).reshape(1, 1, 1, 4)
     zero = torch.zeros(1, 1, 1, 4, dtype=torch.float16)
