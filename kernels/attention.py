@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from sgalign.kernels.configs import Config, config, dot_precision, processors
 from torch import Tensor
 
+from sgalign.kernels.configs import Config, config, dot_precision, processors
 from sgalign.random_mask import STEPS
 
 NOT_SPECIALIZED = ["queries", "keys", "tiles", "span", "stream", "mask_threshold", "dropout_threshold"]

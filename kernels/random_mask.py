@@ -1,6 +1,7 @@
 """The random mask in Triton, bit for bit that of `sgalign.reference.random_mask`."""
 
-import torch
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,10 +27,9 @@ def random_mask_kernel(out, seed, queries, keys, stream, threshold):
         tl.store(out + row * keys + key, number.to(tl.int32) < threshold, mask=key < keys)
 
 
-def random_mask(batch_heads: int, queries: int, keys: int, *, threshold: int, seed: Tensor, stream: int) -> Tensor:
-    """`sgalign.reference.random_mask` on the seed's device: bool ``[batch_heads, queries, keys]``, True = dropped."""
-    out = torch.empty((batch_heads, queries, keys), dtype=torch.bool, device=seed.device)
+def random_mask(out: Tensor, seed: Tensor, threshold: int, stream: int) -> None:
+    """Writes `sgalign.reference.random_mask` into a contiguous bool ``[B, H, Lq, Lk]``, True = dropped."""
+    *batch_heads, queries, keys = out.shape
     if out.numel():
-        grid = (batch_heads * queries, triton.cdiv(keys, 256))
+        grid = (math.prod(batch_heads) * queries, triton.cdiv(keys, 256))
         random_mask_kernel[grid](out, seed, queries, keys, stream, threshold)
-    return out
