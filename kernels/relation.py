@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sgalign.attention import unit_stride
-from sgalign.kernels.configs import dot_precision, processors
+from sgalign.kernels.configs import dot_precision, is_interpreting, processors
 
 PAIRS = 64  # of a forward program. Weights are read again for every block: with fewer, they outweigh `union`
 BACKWARD_PAIRS = 32  # of a step of the backward, where the gradient of the weights takes the registers
@@ -249,7 +249,8 @@ class Blocks(NamedTuple):
     @staticmethod
     def of(union: Tensor, classes: int) -> Blocks:
         width = min(128, max(16, triton.next_power_of_2(classes)))
-        return Blocks(width, ROW_BYTES // union.element_size(), 8 if width > 64 else 4)
+        row_bytes = 4 * ROW_BYTES if is_interpreting() else ROW_BYTES  # there a program costs the same for any size
+        return Blocks(width, row_bytes // union.element_size(), 8 if width > 64 else 4)
 
 
 def forward(
