@@ -25,6 +25,8 @@ BACKWARD_PAIRS = 32  # of a step of the backward, where the gradient of the weig
 SEGMENT_PAIRS = 16  # what `tl.dot` needs; an object is in few pairs
 ROW_BYTES = 128  # of a tile of channels: whole cache lines, and the depth that a tensor core's tile has
 LEAST_STEPS = 2  # of a program that shares its work: partial results are written and read again
+SEGMENT_WARPS = 4
+STAGES = 2  # of the pipeline of loads
 SUMMED = 1024  # elements of a program that adds up partial results
 
 
@@ -73,7 +75,7 @@ def forward_kernel(
     relations, classes, channels, span,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of pairs, block of classes, split): logits from `span` channels.
+    """Program (block of pairs, block of classes, split): logits from `span` blocks of channels.
 
     A tile of `union` is loaded once for both branches. Bound by memory: a pair reads C numbers of `union` and up to 4 C
     of the objects, which repeat from pair to pair and stay in the caches, for 4 C K operations.
@@ -86,8 +88,8 @@ def forward_kernel(
     object_of = tl.load(pairs + 2 * row.to(tl.int64) + 1, mask=present, other=0)
     total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     mirrored_total = total
-    for first in range(split * span, min(split * span + span, channels), BLOCK_C):
-        channel = first + tl.arange(0, BLOCK_C)
+    for block in range(split * span, min(split * span + span, tl.cdiv(channels, BLOCK_C))):
+        channel = block * BLOCK_C + tl.arange(0, BLOCK_C)  # known to be a multiple of 16, so that rows are aligned
         inside = present[:, None] & (channel < channels)[None, :]
         features = load_tile(union, union_stride, row, channel, inside)
         weight = load_weight(branch, k, classes, channel, channels)
@@ -120,7 +122,7 @@ def grad_weight_kernel(
 ):  # fmt: skip
     """Program (block of channels, block of classes, split): gradients of a tile of the weights and of `union`.
 
-    Walks over `span` pairs. The gradient of `union` is complete in every block of classes; the first stores it, and
+    Walks over `span` blocks of pairs. The gradient of `union` is complete in every block of classes; the first stores it, and
     more than one there is only above 128 classes. Bound by memory as the forward, plus what it writes of `union`.
     """
     class_block = tl.program_id(1)
@@ -129,8 +131,8 @@ def grad_weight_kernel(
     k = class_block * BLOCK_K + tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
     mirrored_total = total
-    for first in range(split * span, min(split * span + span, relations), BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)
+    for block in range(split * span, min(split * span + span, tl.cdiv(relations, BLOCK_R))):
+        row = block * BLOCK_R + tl.arange(0, BLOCK_R)
         present = row < relations
         inside = present[:, None] & (channel < channels)[None, :]
         subject_of = tl.load(pairs + 2 * row.to(tl.int64), mask=present, other=0)
@@ -274,7 +276,7 @@ def forward(
         *parts.outs, union, union.stride(0), pairs.contiguous(), *_branches(subjects, objects, weights),
         *_padded([bias.contiguous() for bias in biases]), relations, classes, channels, span,
         BLOCK_R=PAIRS, BLOCK_K=blocks.classes, BLOCK_C=blocks.channels, PRECISION=dot_precision(),
-        num_warps=blocks.warps, num_stages=2,
+        num_warps=blocks.warps, num_stages=STAGES,
     )  # fmt: skip
     parts.sum()
 
@@ -299,7 +301,7 @@ def backward(
     to_subject, to_object, to_weight = (grads[i : 3 * len(weights) : 3] for i in range(3))
     class_blocks, channel_blocks = triton.cdiv(classes, blocks.classes), triton.cdiv(channels, blocks.channels)
     sizes: dict[str, Any] = {"CLASS_BLOCKS": class_blocks, "BLOCK_K": blocks.classes, "BLOCK_C": blocks.channels}
-    sizes |= {"PRECISION": dot_precision(), "num_stages": 2}
+    sizes |= {"PRECISION": dot_precision(), "num_stages": STAGES}
 
     programs = channel_blocks, max(class_blocks, 1)  # without a class, the gradient of union is still zero
     splits, span = _split(relations, BACKWARD_PAIRS, programs[0] * programs[1], union.device)
@@ -319,7 +321,7 @@ def backward(
     ends_given = [grad for branch in to_ends for grad in (branch or (None, None))]
     grad_ends_kernel[(count, channel_blocks, 2)](
         *ends_given, *given, union, union.stride(0), order, offsets, *branches,
-        relations, count, classes, channels, BLOCK_R=SEGMENT_PAIRS, num_warps=4, **sizes,
+        relations, count, classes, channels, BLOCK_R=SEGMENT_PAIRS, num_warps=SEGMENT_WARPS, **sizes,
     )  # fmt: skip
 
 
@@ -335,11 +337,11 @@ def _padded(values: list[Any]) -> list[Any]:
 
 
 def _split(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """How many programs share in a length, and how much each gets, so that there are two for each multiprocessor."""
+    """How many programs share in a length, and how many blocks each gets, so that there are two for each multiprocessor."""
     steps = max(triton.cdiv(length, block), 1)
     splits = max(min(2 * processors(device) // programs, steps // LEAST_STEPS), 1)
     span = triton.cdiv(steps, splits)
-    return triton.cdiv(steps, span), span * block
+    return triton.cdiv(steps, span), span
 
 
 class _Parts:
