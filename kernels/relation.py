@@ -15,17 +15,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from sgalign.kernels.configs import dot_precision, is_interpreting, processors
 from torch import Tensor
 
 from sgalign.attention import unit_stride
-from sgalign.kernels.configs import dot_precision, is_interpreting, processors
 
-PAIRS = 64  # of a forward program. Weights are read again for every block: with fewer, they outweigh `union`
-BACKWARD_PAIRS = 32  # of a step of the backward, where the gradient of the weights takes the registers
-SEGMENT_PAIRS = 16  # what `tl.dot` needs; an object is in few pairs
-ROW_BYTES = 128  # of a tile of channels: whole cache lines, and the depth that a tensor core's tile has
+BACKWARD_PAIRS = 16  # of a step of the backward, the fewest that `tl.dot` takes: sums of the weights fill registers
 LEAST_STEPS = 2  # of a program that shares its work: partial results are written and read again
-SEGMENT_WARPS = 4
+SEGMENT_WARPS = 4  # an object is in few pairs, so a program has little to do
 STAGES = 2  # of the pipeline of loads
 SUMMED = 1024  # elements of a program that adds up partial results
 
@@ -98,7 +95,9 @@ def forward_kernel(
         if mirrored is not None:
             weight = load_weight(mirrored, k, classes, channel, channels)
             product = load_sum(mirrored, subject_of, object_of, channel, inside) * features.to(tl.float32)
-            mirrored_total = tl.dot(product.to(weight.dtype), tl.trans(weight), mirrored_total, input_precision=PRECISION)
+            mirrored_total = tl.dot(
+                product.to(weight.dtype), tl.trans(weight), mirrored_total, input_precision=PRECISION
+            )
     inside = present[:, None] & (k < classes)[None, :]
     row += split * relations
     add_bias_and_store(logits, bias, total, split, row, k, classes, inside)
@@ -242,17 +241,21 @@ def sum_splits_kernel(out, mirrored_out, partial, splits, count, BLOCK: tl.const
 
 
 class Blocks(NamedTuple):
-    """Of a dtype and a number of classes. More than 128 classes take several programs, or several steps of one."""
+    """Of a dtype and a number of classes, such that sums of both branches fit into registers."""
 
-    classes: int
-    channels: int
-    warps: int  # of the kernels that hold a tile of sums for both branches
+    pairs: int  # of a forward program: weights are read again for every block, so the more the better
+    classes: int  # more than these take several programs, or several steps of one
+    warps: int
+    channels: int  # in 128 bytes of a row: whole cache lines, and the depth of a tensor core's tile
 
     @staticmethod
     def of(union: Tensor, classes: int) -> Blocks:
         width = min(128, max(16, triton.next_power_of_2(classes)))
-        row_bytes = 4 * ROW_BYTES if is_interpreting() else ROW_BYTES  # there a program costs the same for any size
-        return Blocks(width, row_bytes // union.element_size(), 8 if width > 64 else 4)
+        wide, size = width > 64, union.element_size()
+        row_bytes = 64 if wide and size == 4 else 128
+        if is_interpreting():
+            row_bytes *= 4  # there a program takes the same time for any size
+        return Blocks(32 if wide else 64, width, 16 if wide and size == 4 else 8, row_bytes // size)
 
 
 def forward(
@@ -269,13 +272,13 @@ def forward(
     if not relations * classes:
         return
     union, blocks = unit_stride(union), Blocks.of(union, classes)
-    programs = triton.cdiv(relations, PAIRS), triton.cdiv(classes, blocks.classes)
+    programs = triton.cdiv(relations, blocks.pairs), triton.cdiv(classes, blocks.classes)
     splits, span = _split(channels, blocks.channels, programs[0] * programs[1], union.device)
     parts = _Parts(logits, splits)
     forward_kernel[(*programs, splits)](
         *parts.outs, union, union.stride(0), pairs.contiguous(), *_branches(subjects, objects, weights),
         *_padded([bias.contiguous() for bias in biases]), relations, classes, channels, span,
-        BLOCK_R=PAIRS, BLOCK_K=blocks.classes, BLOCK_C=blocks.channels, PRECISION=dot_precision(),
+        BLOCK_R=blocks.pairs, BLOCK_K=blocks.classes, BLOCK_C=blocks.channels, PRECISION=dot_precision(),
         num_warps=blocks.warps, num_stages=STAGES,
     )  # fmt: skip
     parts.sum()
@@ -321,7 +324,7 @@ def backward(
     ends_given = [grad for branch in to_ends for grad in (branch or (None, None))]
     grad_ends_kernel[(count, channel_blocks, 2)](
         *ends_given, *given, union, union.stride(0), order, offsets, *branches,
-        relations, count, classes, channels, BLOCK_R=SEGMENT_PAIRS, num_warps=SEGMENT_WARPS, **sizes,
+        relations, count, classes, channels, BLOCK_R=BACKWARD_PAIRS, num_warps=SEGMENT_WARPS, **sizes,
     )  # fmt: skip
 
 

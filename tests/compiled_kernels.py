@@ -58,7 +58,7 @@ def relation_sources() -> Iterator[Compiled]:
                         f"relation forward: {of}",
                         source(
                             relation.forward_kernel, *both("*fp32"), x, channels, "*i64", *both(branch), *both(x),
-                            "i32", classes, channels, "i32", constants={"BLOCK_R": relation.PAIRS, **sizes},
+                            "i32", classes, channels, "i32", constants={"BLOCK_R": blocks.pairs, **sizes},
                         ),
                         options,
                     )  # fmt: skip
@@ -77,7 +77,7 @@ def relation_sources() -> Iterator[Compiled]:
                         source(
                             relation.grad_ends_kernel, x, x, *2 * both(x)[1:], *both(x), x, channels, "*i64", "*i64",
                             *both(branch), "i32", "i32", classes, channels,
-                            constants={"BLOCK_R": relation.SEGMENT_PAIRS, **constants},
+                            constants={"BLOCK_R": relation.BACKWARD_PAIRS, **constants},
                         ),
                         options | {"num_warps": relation.SEGMENT_WARPS},
                     )  # fmt: skip
