@@ -22,6 +22,7 @@ from sgalign.attention import unit_stride
 
 BACKWARD_PAIRS = 16  # of a step of the backward, the fewest that `tl.dot` takes: sums of the weights fill registers
 LEAST_STEPS = 2  # of a program that shares its work: partial results are written and read again
+WARPS = 8
 SEGMENT_WARPS = 4  # an object is in few pairs, so a program has little to do
 STAGES = 2  # of the pipeline of loads
 SUMMED = 1024  # elements of a program that adds up partial results
@@ -121,8 +122,8 @@ def grad_weight_kernel(
 ):  # fmt: skip
     """Program (block of channels, block of classes, split): gradients of a tile of the weights and of `union`.
 
-    Walks over `span` blocks of pairs. The gradient of `union` is complete in every block of classes; the first stores it, and
-    more than one there is only above 128 classes. Bound by memory as the forward, plus what it writes of `union`.
+    Walks over `span` blocks of pairs. The gradient of `union` is complete in every block of classes, of which there is
+    one up to 64 classes in float32 and 128 in 16 bits; the first stores it. Bound by memory as the forward, plus what it writes of `union`.
     """
     class_block = tl.program_id(1)
     split = tl.program_id(2)
@@ -225,7 +226,7 @@ def store_end(grad_subject, grad_object, end, place, inside, total):
 
 @triton.jit(do_not_specialize=["splits", "count"])
 def sum_splits_kernel(out, mirrored_out, partial, splits, count, BLOCK: tl.constexpr):
-    """Program (block, branch) of `partial`, `[branches, splits, count]`: its splits, added from the first to the last."""
+    """Program (block, branch) of `partial`, `[branches, splits, count]`: splits added in their order."""
     branch = tl.program_id(1)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
@@ -245,17 +246,14 @@ class Blocks(NamedTuple):
 
     pairs: int  # of a forward program: weights are read again for every block, so the more the better
     classes: int  # more than these take several programs, or several steps of one
-    warps: int
     channels: int  # in 128 bytes of a row: whole cache lines, and the depth of a tensor core's tile
 
     @staticmethod
     def of(union: Tensor, classes: int) -> Blocks:
-        width = min(128, max(16, triton.next_power_of_2(classes)))
-        wide, size = width > 64, union.element_size()
-        row_bytes = 64 if wide and size == 4 else 128
-        if is_interpreting():
-            row_bytes *= 4  # there a program takes the same time for any size
-        return Blocks(32 if wide else 64, width, 16 if wide and size == 4 else 8, row_bytes // size)
+        size = union.element_size()
+        width = min(64 if size == 4 else 128, max(16, triton.next_power_of_2(classes)))
+        row_bytes = 512 if is_interpreting() else 128  # there a program takes the same time for any size
+        return Blocks(32 if width > 64 else 64, width, row_bytes // size)
 
 
 def forward(
@@ -279,7 +277,7 @@ def forward(
         *parts.outs, union, union.stride(0), pairs.contiguous(), *_branches(subjects, objects, weights),
         *_padded([bias.contiguous() for bias in biases]), relations, classes, channels, span,
         BLOCK_R=blocks.pairs, BLOCK_K=blocks.classes, BLOCK_C=blocks.channels, PRECISION=dot_precision(),
-        num_warps=blocks.warps, num_stages=STAGES,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     parts.sum()
 
@@ -311,7 +309,7 @@ def backward(
     parts = _Parts(to_weight, splits)
     grad_weight_kernel[(*programs, splits)](
         *parts.outs, grads[-1] if wants_union else None, *given, union, union.stride(0), pairs, *branches,
-        relations, classes, channels, span, BLOCK_R=BACKWARD_PAIRS, num_warps=blocks.warps, **sizes,
+        relations, classes, channels, span, BLOCK_R=BACKWARD_PAIRS, num_warps=WARPS, **sizes,
     )  # fmt: skip
     parts.sum()
     if not count:
@@ -340,7 +338,7 @@ def _padded(values: list[Any]) -> list[Any]:
 
 
 def _split(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """How many programs share in a length, and how many blocks each gets, so that there are two for each multiprocessor."""
+    """How many programs share in a length, and how many blocks each gets: two a multiprocessor."""
     steps = max(triton.cdiv(length, block), 1)
     splits = max(min(2 * processors(device) // programs, steps // LEAST_STEPS), 1)
     span = triton.cdiv(steps, splits)

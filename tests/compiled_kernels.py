@@ -50,7 +50,7 @@ def relation_sources() -> Iterator[Compiled]:
                 blocks = relation.Blocks.of(torch.empty(0, dtype=dtype), classes)
                 branch = (x, channels) * 3
                 sizes = {"BLOCK_K": blocks.classes, "BLOCK_C": blocks.channels, "PRECISION": "tf32x3"}
-                options = {"num_warps": blocks.warps, "num_stages": relation.STAGES}
+                options = {"num_warps": relation.WARPS, "num_stages": relation.STAGES}
                 for branches in (1, 2):
                     both = lambda value, n=branches: (value, value if n == 2 else None)  # noqa: E731
                     of = f"{element}, {channels} channels, {classes} classes, {branches} branches"
@@ -62,7 +62,7 @@ def relation_sources() -> Iterator[Compiled]:
                         ),
                         options,
                     )  # fmt: skip
-                    constants = {"CLASS_BLOCKS": 1, **sizes}
+                    constants = {"CLASS_BLOCKS": -(-classes // blocks.classes), **sizes}
                     yield Compiled(
                         f"relation gradients of weight and union: {of}",
                         source(
