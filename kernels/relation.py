@@ -123,8 +123,8 @@ def grad_weight_kernel(
     """Program (block of channels, block of classes, split): gradients of a tile of the weights and of `union`.
 
     Walks over `span` blocks of pairs. The gradient of `union` is complete in every block of classes, of which there is
-    one up to 64 classes in float32 and 128 in 16 bits; the first stores it. Bound by memory as the forward, plus what it
-    writes of `union`.
+    one up to 64 classes in float32 and 128 in 16 bits; the first stores it. Bound by memory as the forward, plus what
+    it writes of `union`.
     """
     class_block = tl.program_id(1)
     split = tl.program_id(2)
