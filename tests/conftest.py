@@ -44,11 +44,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
-@pytest.fixture(params=_core.load().instruction_sets() if BACKEND == "cpu" else [None])
+@pytest.fixture(params=_core.load().instruction_sets() if BACKEND == "cpu" else [_core.load().instruction_set()])
 def instruction_set(request):
-    if request.param is None:
-        yield None
-        return
     core = _core.load()
     before = core.instruction_set()
     core.use_instruction_set(request.param)

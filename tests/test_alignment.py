@@ -2,18 +2,23 @@ import math
 
 import pytest
 import torch
+from target import BACKEND, DEVICE, DTYPES, EXACT
 from torch.nn import functional
 
 from sgalign import relation_alignment_loss
 
+core_only = pytest.mark.skipif(BACKEND != "cpu", reason="the compiled core's")
 
-def logits(relations=7, classes=5, *, seed=0, dtype=torch.float64):
+
+def logits(relations=7, classes=5, *, seed=0, dtype=EXACT):
     generator = torch.Generator().manual_seed(seed)
-    teacher, student = torch.randn(2, relations, classes, generator=generator, dtype=dtype) * 3
+    teacher, student = (
+        torch.randn(2, relations, classes, generator=generator, dtype=torch.float64).to(DEVICE, dtype) * 3
+    )
     return teacher.requires_grad_(), student.requires_grad_()
 
 
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
+@pytest.fixture(params=[BACKEND, "reference"], autouse=True)
 def backend(request, monkeypatch):
     """Every test with both, by what None stands for."""
     monkeypatch.setattr("sgalign.backends.choose", lambda backend, *_: backend or request.param)
@@ -36,7 +41,7 @@ def test_equals_torch(kind, direction):
     fixed = teacher.detach()
     forth, back = kl(fixed, student, kind), kl(student, fixed, kind)
     divergence = {"teacher_to_student": forth, "student_to_teacher": back, "symmetric": (forth + back) / 2}[direction]
-    weight = torch.rand(7, dtype=torch.float64)
+    weight = torch.rand(7, dtype=EXACT, device=DEVICE)
     for reduction, share in (("relation", 1), ("element", 5)):
         for w in (None, weight):
             loss = relation_alignment_loss(
@@ -61,6 +66,7 @@ def test_teacher_gets_no_gradient():
         assert teacher.grad is None and student.grad.abs().sum() > 0
 
 
+@core_only  # in float64
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_gradcheck(kind):
     teacher, student = logits()
@@ -70,7 +76,7 @@ def test_gradcheck(kind):
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher", "symmetric"])
 def test_zero_where_equal_and_stable_at_extreme_logits(kind, direction):
-    extreme = torch.tensor([[1000.0, -1000, 0], [-1000, -1000, -1000], [1000, 1000, 1000]])
+    extreme = torch.tensor([[1000.0, -1000, 0], [-1000, -1000, -1000], [1000, 1000, 1000]], device=DEVICE)
     student = extreme.clone().requires_grad_()
     loss = relation_alignment_loss(extreme, student, kind=kind, direction=direction)
     loss.backward()
@@ -82,20 +88,20 @@ def test_zero_where_equal_and_stable_at_extreme_logits(kind, direction):
 
 
 def test_classes_the_teacher_excludes_contribute_nothing():
-    teacher = torch.tensor([[0.0, 0, -math.inf]])
-    student = torch.tensor([[0.0, 0, -math.inf]], requires_grad=True)
+    teacher = torch.tensor([[0.0, 0, -math.inf]], device=DEVICE)
+    student = torch.tensor([[0.0, 0, -math.inf]], device=DEVICE, requires_grad=True)
     loss = relation_alignment_loss(teacher, student)
     loss.backward()
     assert loss == 0 and not student.grad.any()
 
 
 def test_no_relations_and_no_weight_give_zero_with_zero_gradients():
-    empty = torch.zeros(0, 5, requires_grad=True)
+    empty = torch.zeros(0, 5, device=DEVICE, requires_grad=True)
     loss = relation_alignment_loss(empty.detach(), empty)
     loss.backward()
     assert loss == 0 and empty.grad.shape == (0, 5)
     teacher, student = logits()
-    loss = relation_alignment_loss(teacher, student, weight=torch.zeros(7))
+    loss = relation_alignment_loss(teacher, student, weight=torch.zeros(7, device=DEVICE))
     loss.backward()
     assert loss == 0 and not student.grad.any()
 
@@ -133,18 +139,18 @@ def test_bad_input_is_refused_by_name(change, error, message):
 # ---- the compiled loss
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher", "symmetric"])
 @pytest.mark.parametrize("spread", [1e-3, 1, 30])
 def test_compiled_is_as_good_as_plain(kind, direction, dtype, spread, instruction_set, poisoned):
     for shape in ((1, 1), (9, 51), (3, 64), (40, 130)):
         teacher, student = (
-            torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * spread
+            torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(DEVICE) * spread
         )
-        weight = torch.rand(shape[0], generator=torch.Generator().manual_seed(1))
+        weight = torch.rand(shape[0], generator=torch.Generator().manual_seed(1)).to(DEVICE)
         results = []
-        for backend, precise in (("reference", True), ("reference", False), ("cpu", False)):
+        for backend, precise in (("reference", True), ("reference", False), (BACKEND, False)):
             t, s = (x.to(dtype).double() if precise else x.to(dtype) for x in (teacher, student))
             s = s.requires_grad_()
             loss = relation_alignment_loss(t, s, kind=kind, direction=direction, weight=weight, backend=backend)
@@ -159,6 +165,7 @@ def test_compiled_is_as_good_as_plain(kind, direction, dtype, spread, instructio
             assert (ours - exact).abs().max().item() <= allowed, (shape, factor)
 
 
+@core_only
 def test_strides_and_threads_change_no_bit(threads):
     wide = torch.randn(2, 30, 102)
     teacher, student = wide[0, :, ::2], wide[1].t().contiguous().t()[:, :51]
@@ -176,10 +183,10 @@ def test_strides_and_threads_change_no_bit(threads):
 
 
 def test_opcheck_and_compile():
-    teacher, student = torch.randn(2, 6, 5)
-    for weight in (None, torch.rand(6)):
+    teacher, student = torch.randn(2, 6, 5, device=DEVICE)
+    for weight in (None, torch.rand(6, device=DEVICE)):
         torch.library.opcheck(
-            torch.ops.sgalign.alignment_loss.default, ("cpu", student, teacher, weight, 0.5, False, 2)
+            torch.ops.sgalign.alignment_loss.default, (BACKEND, student, teacher, weight, 0.5, False, 2)
         )
 
     def grad(function):
@@ -194,7 +201,7 @@ def test_opcheck_and_compile():
 def test_second_order_is_refused(backend):
     teacher, student = logits()
     (grad,) = torch.autograd.grad(relation_alignment_loss(teacher, student).square(), student, create_graph=True)
-    if backend == "cpu":
+    if backend != "reference":
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
     else:

@@ -1,0 +1,124 @@
+"""The alignment loss in Triton: each relation's share of the loss and the gradient of their sum, in one pass.
+
+As csrc/cpu/alignment.cpp, a row in registers instead of scratch memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS = 1024  # of a program: 8 a thread keep what a row needs in registers; longer rows get more warps
+
+
+@triton.jit
+def divergence(p, log_p, log_q):
+    """What a class adds to KL(p || q) of two distributions: 0 where p is 0, whatever log q says."""
+    return tl.where(p == 0, 0.0, p * (log_p - log_q))
+
+
+@triton.jit
+def log_softmax(x):
+    """In two steps, as large logits then cancel without a rounding."""
+    shifted = x - tl.max(x, 1)[:, None]
+    return shifted - tl.log(tl.sum(tl.exp(shifted), 1))[:, None]
+
+
+@triton.jit
+def bernoulli(x):
+    """Probabilities of yes and no and their logarithms."""
+    below = tl.where(x < 0, x, 0.0)
+    above = tl.where(x > 0, x, 0.0)
+    u = tl.exp(below - above)
+    # log(1 + u) for u in [0, 1] is 2 atanh(u / (2 + u)), a series of positive terms whose ratio is at most 1/9.
+    f = u / (u + 2)
+    tail = tl.full(x.shape, 1 / 15, tl.float32)
+    for i in tl.static_range(7):
+        tail = tail * (f * f) + 1 / (13 - 2 * i)
+    tail = 2 * f * tail
+    likely = 1 / (u + 1)
+    unlikely = u / (u + 1)
+    return tl.where(x < 0, unlikely, likely), tl.where(x < 0, likely, unlikely), below - tail, -above - tail
+
+
+@triton.jit(do_not_specialize=["relations", "scale"])
+def alignment_kernel(
+    losses, grad, mirrored, mirrored_stride, logits, logits_stride, weight, relations, classes, scale,
+    SIGMOID: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Some relations. FORWARD is KL(teacher || student), BACKWARD KL(student || teacher), both their mean.
+
+    Bound by memory: two numbers are read and one is written a class.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    present = row < relations
+    k = tl.arange(0, BLOCK_K)
+    inside = present[:, None] & (k < classes)[None, :]
+    row = row.to(tl.int64)
+    # Padding has no weight in a softmax, and as yes or no is equal in teacher and student.
+    padding = tl.where(present[:, None] & (k >= classes)[None, :] & (not SIGMOID), -float("inf"), 0.0)
+    x = tl.load(logits + row[:, None] * logits_stride + k[None, :], mask=inside, other=0.0).to(tl.float32) + padding
+    y = tl.load(mirrored + row[:, None] * mirrored_stride + k[None, :], mask=inside, other=0.0).to(tl.float32) + padding
+    factor = tl.full([ROWS], 1.0, tl.float32) * scale
+    if weight is not None:
+        factor *= tl.load(weight + row, mask=present, other=0.0)
+
+    loss = tl.zeros([ROWS], tl.float32)
+    gradient = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    if SIGMOID:
+        t, not_t, log_t, log_not_t = bernoulli(x)
+        s, not_s, log_s, log_not_s = bernoulli(y)
+        if FORWARD:
+            loss += tl.sum(divergence(t, log_t, log_s) + divergence(not_t, log_not_t, log_not_s), 1)
+            gradient += s - t
+        if BACKWARD:
+            loss += tl.sum(divergence(s, log_s, log_t) + divergence(not_s, log_not_s, log_not_t), 1)
+            spread = s * not_s
+            gradient += tl.where(spread == 0, 0.0, spread * (y - x))
+    else:
+        log_t = log_softmax(x)
+        log_s = log_softmax(y)
+        t = tl.exp(log_t)
+        s = tl.exp(log_s)
+        if FORWARD:
+            loss += tl.sum(divergence(t, log_t, log_s), 1)
+            gradient += s - t
+        if BACKWARD:
+            back = divergence(s, log_s, log_t)
+            total = tl.sum(back, 1)
+            loss += total
+            gradient += back - s * total[:, None]
+    if FORWARD and BACKWARD:
+        factor *= 0.5
+    # A relation without weight adds nothing, even where its divergence is infinite.
+    tl.store(losses + row, tl.where(factor == 0, 0.0, factor * loss), mask=present)
+    gradient = tl.where(factor[:, None] == 0, 0.0, gradient * factor[:, None])
+    tl.store(grad + row[:, None] * classes + k[None, :], gradient.to(grad.dtype.element_ty), mask=inside)
+
+
+def loss(
+    mirrored: Tensor,
+    logits: Tensor,
+    weight: Tensor | None,
+    scale: float,
+    sigmoid: bool,
+    direction: int,
+    losses: Tensor,
+    grad: Tensor,
+) -> None:
+    """Writes `losses` and `grad`; direction 0 is teacher to student, 1 student to teacher, 2 both."""
+    relations, classes = mirrored.shape
+    if not relations:
+        return
+    rows, width, warps = sizes(classes)
+    alignment_kernel[(triton.cdiv(relations, rows),)](
+        losses, grad, mirrored, mirrored.stride(0), logits, logits.stride(0), weight, relations, classes, scale,
+        SIGMOID=sigmoid, FORWARD=direction != 1, BACKWARD=direction != 0, ROWS=rows, BLOCK_K=width, num_warps=warps,
+    )  # fmt: skip
+
+
+def sizes(classes: int) -> tuple[int, int, int]:
+    """Rows of a program, their padded length and the number of warps."""
+    width = triton.next_power_of_2(classes)
+    return max(1, ELEMENTS // width), width, min(max(4 * width // ELEMENTS, 4), 32)

@@ -1,0 +1,362 @@
+"""The relation head in Triton, for one branch or both: forward, then gradients of weight and union, then of objects.
+
+What is multiplied with the weights, (subject + object) * union, is R x C: as in csrc/cpu/relation.cpp it exists a tile
+at a time. Nothing is added atomically: what several programs share in is written apart and summed in a fixed order.
+
+A branch is a tuple `(subject, subject_stride, object, object_stride, weight, weight_stride)`; `mirrored` is the second
+one or None. Channels and classes belong to the model and are specialized, so that rows are known to be aligned and
+tiles are loaded 16 bytes at a time; relations and objects change with every batch and are not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from sgalign.kernels.configs import dot_precision, is_interpreting, processors
+from torch import Tensor
+
+from sgalign.attention import unit_stride
+
+BACKWARD_PAIRS = 16  # of a step of the backward, the fewest that `tl.dot` takes: sums of the weights fill registers
+LEAST_STEPS = 2  # of a program that shares its work: partial results are written and read again
+WARPS = 8
+SEGMENT_WARPS = 4  # an object is in few pairs, so a program has little to do
+STAGES = 2  # of the pipeline of loads
+SUMMED = 1024  # elements of a program that adds up partial results
+
+
+@triton.jit
+def load_tile(matrix, stride, row, column, inside):
+    return tl.load(matrix + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(matrix, stride, row, column, inside, tile):
+    target = matrix + row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(target, tile.to(matrix.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_sum(branch, subject_of, object_of, channel, inside):
+    """`subject + object` of each pair, in float32."""
+    subject = load_tile(branch[0], branch[1], subject_of, channel, inside)
+    object = load_tile(branch[2], branch[3], object_of, channel, inside)
+    return subject.to(tl.float32) + object.to(tl.float32)
+
+
+@triton.jit
+def load_weight(branch, k, classes, channel, channels):
+    return load_tile(branch[4], branch[5], k, channel, (k < classes)[:, None] & (channel < channels)[None, :])
+
+
+@triton.jit
+def grad_of_product(
+    grad_logits, branch, row, present, classes, channel, channels,
+    CLASS_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`grad_logits @ weight`, the gradient of `(subject + object) * union`, in float32."""
+    total = tl.zeros([row.shape[0], channel.shape[0]], tl.float32)
+    for block in tl.static_range(CLASS_BLOCKS):
+        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        grad = load_tile(grad_logits, classes, row, k, present[:, None] & (k < classes)[None, :])
+        weight = load_weight(branch, k, classes, channel, channels)
+        total = tl.dot(grad, weight, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=["relations", "span"])
+def forward_kernel(
+    logits, mirrored_logits, union, union_stride, pairs, branch, mirrored, bias, mirrored_bias,
+    relations, classes, channels, span,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (block of pairs, block of classes, split): logits from `span` blocks of channels.
+
+    A tile of `union` is loaded once for both branches. Bound by memory: a pair reads C numbers of `union` and up to 4 C
+    of the objects, which repeat from pair to pair and stay in the caches, for 4 C K operations.
+    """
+    split = tl.program_id(2)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    present = row < relations
+    subject_of = tl.load(pairs + 2 * row.to(tl.int64), mask=present, other=0)
+    object_of = tl.load(pairs + 2 * row.to(tl.int64) + 1, mask=present, other=0)
+    total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    mirrored_total = total
+    for block in range(split * span, min(split * span + span, tl.cdiv(channels, BLOCK_C))):
+        channel = block * BLOCK_C + tl.arange(0, BLOCK_C)  # known to be a multiple of 16, so that rows are aligned
+        inside = present[:, None] & (channel < channels)[None, :]
+        features = load_tile(union, union_stride, row, channel, inside)
+        weight = load_weight(branch, k, classes, channel, channels)
+        product = load_sum(branch, subject_of, object_of, channel, inside) * features.to(tl.float32)
+        total = tl.dot(product.to(weight.dtype), tl.trans(weight), total, input_precision=PRECISION)
+        if mirrored is not None:
+            weight = load_weight(mirrored, k, classes, channel, channels)
+            product = load_sum(mirrored, subject_of, object_of, channel, inside) * features.to(tl.float32)
+            mirrored_total = tl.dot(
+                product.to(weight.dtype), tl.trans(weight), mirrored_total, input_precision=PRECISION
+            )
+    inside = present[:, None] & (k < classes)[None, :]
+    row += split * relations
+    add_bias_and_store(logits, bias, total, split, row, k, classes, inside)
+    if mirrored is not None:
+        add_bias_and_store(mirrored_logits, mirrored_bias, mirrored_total, split, row, k, classes, inside)
+
+
+@triton.jit
+def add_bias_and_store(logits, bias, total, split, row, k, classes, inside):
+    if bias is not None:  # the first split's
+        total += tl.load(bias + k, mask=(k < classes) & (split == 0), other=0.0).to(tl.float32)[None, :]
+    store_tile(logits, classes, row, k, inside, total)
+
+
+@triton.jit(do_not_specialize=["relations", "span"])
+def grad_weight_kernel(
+    grad_weight, mirrored_grad_weight, grad_union, grad_logits, mirrored_grad_logits, union, union_stride, pairs,
+    branch, mirrored, relations, classes, channels, span,
+    BLOCK_R: tl.constexpr, CLASS_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (block of channels, block of classes, split): gradients of a tile of the weights and of `union`.
+
+    Walks over `span` blocks of pairs. The gradient of `union` is complete in every block of classes, of which there is
+    one up to 64 classes in float32 and 128 in 16 bits; the first stores it. Bound by memory as the forward, plus what
+    it writes of `union`.
+    """
+    class_block = tl.program_id(1)
+    split = tl.program_id(2)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = class_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
+    mirrored_total = total
+    for block in range(split * span, min(split * span + span, tl.cdiv(relations, BLOCK_R))):
+        row = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        present = row < relations
+        inside = present[:, None] & (channel < channels)[None, :]
+        subject_of = tl.load(pairs + 2 * row.to(tl.int64), mask=present, other=0)
+        object_of = tl.load(pairs + 2 * row.to(tl.int64) + 1, mask=present, other=0)
+        features = load_tile(union, union_stride, row, channel, inside)
+        total, to_union = step(
+            total, grad_logits, branch, features, row, subject_of, object_of, present, k, classes, channel, channels,
+            inside, grad_union is not None, CLASS_BLOCKS, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        if mirrored is not None:
+            mirrored_total, mirrored_to_union = step(
+                mirrored_total, mirrored_grad_logits, mirrored, features, row, subject_of, object_of, present,
+                k, classes, channel, channels, inside, grad_union is not None, CLASS_BLOCKS, BLOCK_K, PRECISION,
+            )  # fmt: skip
+            to_union += mirrored_to_union
+        if grad_union is not None:
+            store_tile(grad_union, channels, row, channel, inside & (class_block == 0), to_union)
+    inside = (k < classes)[:, None] & (channel < channels)[None, :]
+    k += split * classes
+    store_tile(grad_weight, channels, k, channel, inside, total)
+    if mirrored is not None:
+        store_tile(mirrored_grad_weight, channels, k, channel, inside, mirrored_total)
+
+
+@triton.jit
+def step(
+    total, grad_logits, branch, features, row, subject_of, object_of, present, k, classes, channel, channels, inside,
+    WANTS_UNION: tl.constexpr, CLASS_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the weights, some pairs further, and the branch's share of these pairs' gradient of `union`."""
+    sums = load_sum(branch, subject_of, object_of, channel, inside)
+    product = (sums * features.to(tl.float32)).to(features.dtype)
+    grad = load_tile(grad_logits, classes, row, k, present[:, None] & (k < classes)[None, :])
+    total = tl.dot(tl.trans(grad), product, total, input_precision=PRECISION)
+    if WANTS_UNION:
+        sums *= grad_of_product(
+            grad_logits, branch, row, present, classes, channel, channels, CLASS_BLOCKS, BLOCK_K, PRECISION
+        )
+    return total, sums
+
+
+@triton.jit(do_not_specialize=["relations", "objects"])
+def grad_ends_kernel(
+    grad_subject, grad_object, mirrored_grad_subject, mirrored_grad_object, grad_logits, mirrored_grad_logits,
+    union, union_stride, order, offsets, branch, mirrored, relations, objects, classes, channels,
+    BLOCK_R: tl.constexpr, CLASS_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (object, block of channels, end): the object's gradient as subject (end 0) or object (end 1).
+
+    Walks over its pairs, `order[end, offsets[end, object] : offsets[end, object + 1]]`. `union` is read twice in all,
+    once for each end. With few pairs an object, the weights bound it, read again from the second cache for every
+    object; with many, `union` does.
+    """
+    index = tl.program_id(0)
+    end = tl.program_id(2)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    segment = offsets + end * (objects + 1).to(tl.int64) + index
+    order += end * relations.to(tl.int64)
+    stop = tl.load(segment + 1)
+    total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    mirrored_total = total
+    for first in range(tl.load(segment), stop, BLOCK_R):
+        place = first + tl.arange(0, BLOCK_R)
+        present = place < stop
+        row = tl.load(order + place, mask=present, other=0)
+        inside = present[:, None] & (channel < channels)[None, :]
+        features = load_tile(union, union_stride, row, channel, inside).to(tl.float32)
+        total += features * grad_of_product(
+            grad_logits, branch, row, present, classes, channel, channels, CLASS_BLOCKS, BLOCK_K, PRECISION
+        )
+        if mirrored is not None:
+            mirrored_total += features * grad_of_product(
+                mirrored_grad_logits, mirrored, row, present, classes, channel, channels,
+                CLASS_BLOCKS, BLOCK_K, PRECISION,
+            )  # fmt: skip
+    place = index.to(tl.int64) * channels + channel
+    store_end(grad_subject, grad_object, end, place, channel < channels, total)
+    if mirrored is not None:
+        store_end(mirrored_grad_subject, mirrored_grad_object, end, place, channel < channels, mirrored_total)
+
+
+@triton.jit
+def store_end(grad_subject, grad_object, end, place, inside, total):
+    grad = tl.sum(total, 0).to(grad_subject.dtype.element_ty)
+    if end == 0:
+        tl.store(grad_subject + place, grad, mask=inside)
+    else:
+        tl.store(grad_object + place, grad, mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits", "count"])
+def sum_splits_kernel(out, mirrored_out, partial, splits, count, BLOCK: tl.constexpr):
+    """Program (block, branch) of `partial`, `[branches, splits, count]`: splits added in their order."""
+    branch = tl.program_id(1)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    partial += branch * splits * count.to(tl.int64) + place
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(partial + split * count.to(tl.int64), mask=inside, other=0.0)
+    total = total.to(out.dtype.element_ty)
+    if branch == 0:
+        tl.store(out + place, total, mask=inside)
+    elif mirrored_out is not None:
+        tl.store(mirrored_out + place, total, mask=inside)
+
+
+class Blocks(NamedTuple):
+    """Of a dtype and a number of classes, such that sums of both branches fit into registers."""
+
+    pairs: int  # of a forward program: weights are read again for every block, so the more the better
+    classes: int  # more than these take several programs, or several steps of one
+    channels: int  # in 128 bytes of a row: whole cache lines, and the depth of a tensor core's tile
+
+    @staticmethod
+    def of(union: Tensor, classes: int) -> Blocks:
+        size = union.element_size()
+        width = min(64 if size == 4 else 128, max(16, triton.next_power_of_2(classes)))
+        row_bytes = 512 if is_interpreting() else 128  # there a program takes the same time for any size
+        return Blocks(32 if width > 64 else 64, width, row_bytes // size)
+
+
+def forward(
+    union: Tensor,
+    pairs: Tensor,
+    subjects: list[Tensor],
+    objects: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    logits: list[Tensor],
+) -> None:
+    """Writes the logits of each branch."""
+    (relations, channels), classes = union.shape, len(weights[0])
+    if not relations * classes:
+        return
+    union, blocks = unit_stride(union), Blocks.of(union, classes)
+    programs = triton.cdiv(relations, blocks.pairs), triton.cdiv(classes, blocks.classes)
+    splits, span = _split(channels, blocks.channels, programs[0] * programs[1], union.device)
+    parts = _Parts(logits, splits)
+    forward_kernel[(*programs, splits)](
+        *parts.outs, union, union.stride(0), pairs.contiguous(), *_branches(subjects, objects, weights),
+        *_padded([bias.contiguous() for bias in biases]), relations, classes, channels, span,
+        BLOCK_R=blocks.pairs, BLOCK_K=blocks.classes, BLOCK_C=blocks.channels, PRECISION=dot_precision(),
+        num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    parts.sum()
+
+
+def backward(
+    grad_logits: list[Tensor],
+    union: Tensor,
+    pairs: Tensor,
+    subjects: list[Tensor],
+    objects: list[Tensor],
+    weights: list[Tensor],
+    grads: list[Tensor],
+    wants_union: bool,
+) -> None:
+    """Writes `grads`: of each branch's subject, object and weight, then of union if wanted."""
+    (relations, channels), classes, count = union.shape, len(weights[0]), len(subjects[0])
+    if not channels:
+        return
+    union, blocks, pairs = unit_stride(union), Blocks.of(union, classes), pairs.contiguous()
+    given = _padded([grad.contiguous() for grad in grad_logits])
+    branches = _branches(subjects, objects, weights)
+    to_subject, to_object, to_weight = (grads[i : 3 * len(weights) : 3] for i in range(3))
+    class_blocks, channel_blocks = triton.cdiv(classes, blocks.classes), triton.cdiv(channels, blocks.channels)
+    sizes: dict[str, Any] = {"CLASS_BLOCKS": class_blocks, "BLOCK_K": blocks.classes, "BLOCK_C": blocks.channels}
+    sizes |= {"PRECISION": dot_precision(), "num_stages": STAGES}
+
+    programs = channel_blocks, max(class_blocks, 1)  # without a class, the gradient of union is still zero
+    splits, span = _split(relations, BACKWARD_PAIRS, programs[0] * programs[1], union.device)
+    parts = _Parts(to_weight, splits)
+    grad_weight_kernel[(*programs, splits)](
+        *parts.outs, grads[-1] if wants_union else None, *given, union, union.stride(0), pairs, *branches,
+        relations, classes, channels, span, BLOCK_R=BACKWARD_PAIRS, num_warps=WARPS, **sizes,
+    )  # fmt: skip
+    parts.sum()
+    if not count:
+        return
+
+    ends, order = pairs.t().contiguous().sort(stable=True)
+    numbers = torch.arange(count + 1, device=pairs.device).expand(2, -1).contiguous()
+    offsets = torch.searchsorted(ends, numbers)  # [2, N + 1]: no number that the host would wait for
+    to_ends = _padded(list(zip(to_subject, to_object)))
+    ends_given = [grad for branch in to_ends for grad in (branch or (None, None))]
+    grad_ends_kernel[(count, channel_blocks, 2)](
+        *ends_given, *given, union, union.stride(0), order, offsets, *branches,
+        relations, count, classes, channels, BLOCK_R=BACKWARD_PAIRS, num_warps=SEGMENT_WARPS, **sizes,
+    )  # fmt: skip
+
+
+def _branches(subjects: list[Tensor], objects: list[Tensor], weights: list[Tensor]) -> list[Any]:
+    """`branch` and `mirrored` as the kernels take them."""
+    branches = [[unit_stride(tensor) for tensor in branch] for branch in zip(subjects, objects, weights)]
+    return _padded([tuple(x for tensor in branch for x in (tensor, tensor.stride(0))) for branch in branches])
+
+
+def _padded(values: list[Any]) -> list[Any]:
+    """Of the branch and of the mirror, None where there is none."""
+    return [*values, None, None][:2]
+
+
+def _split(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """How many programs share in a length, and how many blocks each gets: two a multiprocessor."""
+    steps = max(triton.cdiv(length, block), 1)
+    splits = max(min(2 * processors(device) // programs, steps // LEAST_STEPS), 1)
+    span = triton.cdiv(steps, splits)
+    return triton.cdiv(steps, span), span
+
+
+class _Parts:
+    """What the programs of `splits` write, one result for each of `outs`; without splits the results themselves."""
+
+    def __init__(self, outs: list[Tensor], splits: int) -> None:
+        self.results, self.splits = outs, splits
+        self.parts = outs[0].new_empty((len(outs), splits, *outs[0].shape), dtype=torch.float32) if splits > 1 else None
+        self.outs = _padded(outs if self.parts is None else list(self.parts))
+
+    def sum(self) -> None:
+        if self.parts is None:
+            return
+        count = self.results[0].numel()
+        grid = triton.cdiv(count, SUMMED), len(self.results)
+        sum_splits_kernel[grid](*_padded(self.results), self.parts, self.splits, count, BLOCK=SUMMED, num_warps=4)
