@@ -525,7 +525,7 @@ def forward(
     queries, scale = _positive_scale(queries, scale)
     batch, heads, length, dim = queries[0].shape
     plan = config("forward", key, len(outs))
-    tiling = _tiling(plan, mask_threshold or dropout_threshold, key.shape[2])
+    tiling = Tiling.of(plan, mask_threshold + dropout_threshold > 0, key.shape[2])
     blocks = batch * heads * triton.cdiv(length, plan.block_q)
     span, splits = _split(blocks, tiling.count, key.device)
     targets, target_sums, dropout_scale = outs, log_sums, _dropout_scale(dropout_threshold)
@@ -537,7 +537,7 @@ def forward(
         _matrix(mask), _matrix(key_padding_mask), seed,
         batch * heads, heads, length, key.shape[2], tiling.count, span, stream, mask_threshold, dropout_threshold,
         scale * math.log2(math.e), dropout_scale,
-        **_constants(plan, tiling, len(outs), mask_threshold, dropout_threshold, dim),
+        **constants(plan, tiling, len(outs), mask_threshold, dropout_threshold, dim),
     )  # fmt: skip
     if splits > 1:
         block_q = max(16, 2048 // _padded(dim))
@@ -573,12 +573,12 @@ def backward(
     sign = math.copysign(1, scale) if scale else 0
     queries, scale = _positive_scale(queries, scale)
     batch, heads, length, dim = queries[0].shape
-    branches, drawn = len(outs), mask_threshold or dropout_threshold
+    branches, drawn = len(outs), mask_threshold + dropout_threshold > 0
     deltas = [torch.empty_like(log_sum) for log_sum in log_sums]
     options = stream, mask_threshold, dropout_threshold, scale * math.log2(math.e), _dropout_scale(dropout_threshold)
 
     plan = config("query_gradient", key, branches)
-    tiling = _tiling(plan, drawn, key.shape[2])
+    tiling = Tiling.of(plan, drawn, key.shape[2])
     blocks = batch * heads * triton.cdiv(length, plan.block_q)
     span, splits = _split(blocks, tiling.count, key.device)
     targets = grad_queries
@@ -588,7 +588,7 @@ def backward(
         *map(_matrix, _pair(queries)), _matrix(key), _matrix(value), *map(_matrix, _pair(outs)), *_pair(log_sums),
         *map(_matrix, _pair(grad_outs)), *_pair(deltas), *map(_matrix, _pair(targets)), _matrix(mask),
         _matrix(key_padding_mask), seed, batch * heads, heads, length, key.shape[2], tiling.count, span, *options,
-        **_constants(plan, tiling, branches, mask_threshold, dropout_threshold, dim),
+        **constants(plan, tiling, branches, mask_threshold, dropout_threshold, dim),
     )  # fmt: skip
     for grad, target in zip(grad_queries, targets):
         if splits > 1:
@@ -597,13 +597,13 @@ def backward(
             grad.mul_(sign)
 
     plan = config("key_value_gradient", key, branches)
-    tiling = _tiling(plan, drawn, key.shape[2])
+    tiling = Tiling.of(plan, drawn, key.shape[2])
     if tiling.count:
         key_value_gradient_kernel[(batch * heads * tiling.count,)](
             *map(_matrix, _pair(queries)), _matrix(key), _matrix(value), *_pair(log_sums),
             *map(_matrix, _pair(grad_outs)), *_pair(deltas), _matrix(grad_key), _matrix(grad_value), _matrix(mask),
             _matrix(key_padding_mask), seed, heads, length, key.shape[2], tiling.count, *options,
-            **_constants(plan, tiling, branches, mask_threshold, dropout_threshold, dim),
+            **constants(plan, tiling, branches, mask_threshold, dropout_threshold, dim),
         )  # fmt: skip
 
 
@@ -614,21 +614,23 @@ class Tiling(NamedTuple):
     columns: int
     count: int
 
+    @staticmethod
+    def of(plan: Config, drawn: bool, keys: int) -> "Tiling":
+        """Neighbouring keys where nothing is drawn; else as many strips as make the work least.
 
-def _tiling(plan: Config, drawn: int, keys: int) -> Tiling:
-    """Neighbouring keys where nothing is drawn; else as many strips as make the work least.
+        A Philox call takes about twice the instructions of all else that is done for a score.
+        """
+        if not drawn:
+            return Tiling(1, plan.block_k, triton.cdiv(keys, plan.block_k))
 
-    A Philox call costs about four times as much as all else that is done for a score.
-    """
-    if not drawn:
-        return Tiling(1, plan.block_k, triton.cdiv(keys, plan.block_k))
+        def tiling(groups: int) -> Tiling:
+            columns = min(plan.block_k // groups, 32)
+            whole, rest = divmod(keys, 32 * groups)
+            return Tiling(groups, columns, whole * (32 // columns) + triton.cdiv(min(rest, 32), columns))
 
-    def tiling(groups: int) -> Tiling:
-        columns = min(plan.block_k // groups, 32)
-        whole, rest = divmod(keys, 32 * groups)
-        return Tiling(groups, columns, whole * (32 // columns) + triton.cdiv(min(rest, 32), columns))
-
-    return min(map(tiling, (8, 4, 2, 1)), key=lambda t: t.count * t.columns * (t.groups + 4))
+        # The matrix units' result has 8 columns in a row of threads.
+        sizes = (groups for groups in (8, 4, 2, 1) if groups == 1 or plan.block_k >= 8 * groups)
+        return min(map(tiling, sizes), key=lambda t: t.count * t.columns * (t.groups + 2))
 
 
 def _split(blocks: int, tiles: int, device: torch.device) -> tuple[int, int]:
@@ -638,9 +640,10 @@ def _split(blocks: int, tiles: int, device: torch.device) -> tuple[int, int]:
     return span, triton.cdiv(tiles, span) if tiles else 1
 
 
-def _constants(
+def constants(
     plan: Config, tiling: Tiling, branches: int, mask_threshold: int, dropout_threshold: int, dim: int
 ) -> dict[str, Any]:
+    """What a kernel is compiled for."""
     return {
         "BRANCHES": branches,
         "MASKED": mask_threshold > 0,

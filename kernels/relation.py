@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from sgalign.kernels.configs import dot_precision, is_interpreting, processors
 from torch import Tensor
 
 from sgalign.attention import unit_stride
+from sgalign.kernels.configs import dot_precision, is_interpreting, processors
 
 BACKWARD_PAIRS = 16  # of a step of the backward, the fewest that `tl.dot` takes: sums of the weights fill registers
 LEAST_STEPS = 2  # of a program that shares its work: partial results are written and read again

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
@@ -56,7 +55,6 @@ def unavailable(backend: str) -> str | None:
 
 # A constant to torch.compile, which cannot trace how modules are found.
 @torch.compiler.assume_constant_result
-@functools.cache
 def _triton_problem() -> str | None:
     """Triton is not imported before a GPU is used: it looks for a driver."""
     if importlib.util.find_spec("triton") is None:
@@ -65,7 +63,6 @@ def _triton_problem() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _triton_interprets() -> bool:
     """Whether TRITON_INTERPRET made kernels run on the CPU, in Python."""
     from sgalign.kernels.configs import is_interpreting

@@ -1,18 +1,32 @@
-"""Every Triton kernel as it is compiled for a GPU, without one: name, source and options.
+"""Every Triton kernel as it is compiled for a GPU, without one: name, source, options, and what it takes of the GPU.
+
+`python tests/compiled_kernels.py sm_90 sm_80 gfx942` compiles all for these targets and rewrites their rows of
+compiled_kernels.csv, which tests/test_kernels.py compares with.
 
 Arguments are described as at run time: tensors of torch are aligned, sizes of the model (channels, classes, strides)
 are known to be multiples of 16 where they are, lengths are not.
 """
 
+import csv
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sgalign.kernels import alignment, relation
+import triton
+from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sgalign.kernels import alignment, attention, configs, relation
+
+TABLE = Path(__file__).with_suffix(".csv")
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-CHANNELS, CLASSES = (512, 4096), (51, 71)
+DIMS, CHANNELS, CLASSES = (32, 64, 128, 256), (512, 4096), (51, 71)
 
 
 class Compiled(NamedTuple):
@@ -21,15 +35,77 @@ class Compiled(NamedTuple):
     options: dict[str, int]
 
 
+class Resources(NamedTuple):
+    """Registers of a thread, bytes of them that spill to memory, shared memory of a program, instructions."""
+
+    registers: int
+    spilled: int
+    shared: int
+    instructions: int
+
+
+def sources(target: str) -> dict[str, Compiled]:
+    precision = "tf32x3" if target.startswith("sm_") else "ieee"  # configs.dot_precision, of the machine that it is for
+    kernels = *attention_sources(precision), *relation_sources(precision), *alignment_sources()
+    return {kernel.name: kernel for kernel in kernels}
+
+
+def resources(kernel: Compiled, target: str) -> tuple[Resources, str]:
+    """What a kernel takes, and its assembly, compiled for "sm_90" or "gfx942"."""
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    compiled = triton.compile(kernel.source, target=gpu, options=kernel.options)
+    if not nvidia:
+        assembly = compiled.asm["amdgcn"]
+        counts = {name: int(count) for name, count in re.findall(r"\.([sv]gpr_(?:spill_)?count):\s+(\d+)", assembly)}
+        spilled = 4 * counts["vgpr_spill_count"]  # scalar ones spill into lanes of these
+        instructions = len(re.findall(r"^\s+(?:[sv]|ds|global|buffer|scratch|flat)_\w+", assembly, re.M))
+        return Resources(counts["vgpr_count"], spilled, compiled.metadata.shared, instructions), assembly
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, assembly = (
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", assembly, re.M))
+    return Resources(registers, stack, compiled.metadata.shared, instructions), assembly
+
+
+def read_table() -> dict[tuple[str, str], Resources]:
+    """By target and kernel."""
+    with open(TABLE, newline="") as file:
+        return {(target, name): Resources(*map(int, figures)) for target, name, *figures in list(csv.reader(file))[1:]}
+
+
+def write_table(targets: list[str]) -> None:
+    """Written after each kernel: all of a target take minutes."""
+    table = {key: row for key, row in read_table().items() if key[0] not in targets} if TABLE.exists() else {}
+    for target in targets:
+        for name, kernel in sources(target).items():
+            table[target, name], _ = resources(kernel, target)
+            print(target, name, *table[target, name], flush=True)
+            with open(TABLE, "w", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(("target", "kernel", *Resources._fields))
+                writer.writerows((*key, *row) for key, row in table.items())
+
+
 def source(kernel: Any, *arguments: Any, constants: dict[str, Any]) -> ASTSource:
-    """Arguments are types ("*fp32", "i32"), numbers, which stand for a 32-bit argument like them, tuples and None."""
+    """Arguments are types ("*fp32", "i32"), numbers, which stand for a 32-bit argument like them, tuples and None.
+
+    A 1 and None are constants, as they are at run time.
+    """
     attributes, constexprs = {}, {(kernel.arg_names.index(name),): value for name, value in constants.items()}
 
     def type_of(argument: Any, path: tuple[int, ...]) -> Any:
         if isinstance(argument, tuple):
-            return tuple(type_of(part, (*path, i)) for i, part in enumerate(argument))
-        if argument is None:
-            constexprs[path] = None
+            parts = [type_of(part, (*path, i)) for i, part in enumerate(argument)]
+            return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
+        if argument is None or argument == 1:
+            constexprs[path] = argument
             return "constexpr"
         if argument[0] == "*" if isinstance(argument, str) else argument % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
@@ -41,7 +117,44 @@ def source(kernel: Any, *arguments: Any, constants: dict[str, Any]) -> ASTSource
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
-def relation_sources() -> Iterator[Compiled]:
+def attention_sources(precision: str) -> Iterator[Compiled]:
+    """Every configuration in the table: with the random mask, which is the most that a training step draws without
+    dropout, and a padding mask."""
+    kernels = {
+        "forward": attention.forward_kernel,
+        "query_gradient": attention.query_gradient_kernel,
+        "key_value_gradient": attention.key_value_gradient_kernel,
+    }
+    for (name, kernel), element, dim in itertools.product(kernels.items(), ("fp16", "fp32"), DIMS):
+        for branches, shared in ((1, False), (2, False), (2, True)):
+            plan = configs.lookup(name, "default", int(element[2:]), dim, branches)
+            tiling = attention.Tiling.of(plan, True, 4096)
+            rows = attention.Matrix(f"*{element}", 4096 * dim, 512 * dim, 8 * dim, 1)  # of a projection
+            both = lambda value, n=branches: (value, value if n == 2 else None)  # noqa: E731
+            queries = (rows, None) if shared else both(rows)
+            sums = both("*fp32")
+            masks = None, attention.Matrix("*i1", 4096, 0, 0, 1), "*i64"
+            sizes = "i32", "i32", "i32", "i32"  # queries, keys, tiles, span
+            drawn = "i32", "i32", "i32", "fp32", "fp32"  # stream, two thresholds, scale, that of dropout
+            if name == "forward":
+                arguments = (*queries, rows, rows, *both(rows), *sums, *masks, "i32", 8, *sizes, *drawn)
+            elif name == "query_gradient":
+                grads = *both(rows), *sums, *queries  # of the outputs, their sums, of the queries
+                arguments = (*queries, rows, rows, *both(rows), *sums, *grads, *masks, "i32", 8, *sizes, *drawn)
+            else:
+                grads = *both(rows), *sums, rows, rows  # of the outputs, their sums, of key and value
+                arguments = (*queries, rows, rows, *sums, *grads, *masks, 8, *sizes[:3], *drawn)
+            constants = attention.constants(plan, tiling, branches, 6554, 0, dim) | {"PRECISION": precision}
+            options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
+            kind = "one branch" if branches == 1 else "one query for both branches" if shared else "two branches"
+            yield Compiled(
+                f"attention {name.replace('_', ' ')}: {element}, {dim} channels, {kind}",
+                source(kernel, *arguments, constants=constants),
+                options,
+            )
+
+
+def relation_sources(precision: str) -> Iterator[Compiled]:
     """Of both branches and of one, with bias and gradient of union."""
     for dtype, element in TYPES.items():
         x = f"*{element}"
@@ -49,7 +162,7 @@ def relation_sources() -> Iterator[Compiled]:
             for classes in CLASSES:
                 blocks = relation.Blocks.of(torch.empty(0, dtype=dtype), classes)
                 branch = (x, channels) * 3
-                sizes = {"BLOCK_K": blocks.classes, "BLOCK_C": blocks.channels, "PRECISION": "tf32x3"}
+                sizes = {"BLOCK_K": blocks.classes, "BLOCK_C": blocks.channels, "PRECISION": precision}
                 options = {"num_warps": relation.WARPS, "num_stages": relation.STAGES}
                 for branches in (1, 2):
                     both = lambda value, n=branches: (value, value if n == 2 else None)  # noqa: E731
@@ -108,3 +221,7 @@ def alignment_sources() -> Iterator[Compiled]:
                         ),
                         {"num_warps": warps},
                     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    write_table(sys.argv[1:])

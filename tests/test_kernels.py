@@ -1,6 +1,7 @@
-"""The Triton kernel without a GPU: its results under Triton's interpreter, and its compilation for CUDA."""
+"""The Triton kernels without a GPU: their results under Triton's interpreter, and what they compile to."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import sgalign
 
 pytest.importorskip("triton")
+import compiled_kernels  # noqa: E402
+
+ROOT = Path(sgalign.__file__).resolve().parent.parent
 
 INTERPRETED = """
 import torch
@@ -28,15 +32,52 @@ print("equal")
 """
 
 
-def test_interpreted_mask_is_the_definition():
-    result = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(sgalign.__file__).resolve().parent.parent,
+def run_interpreted(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"TRITON_INTERPRET": "1", "SGALIGN_TEST_BACKEND": "triton"},
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
+
+
+def test_interpreted_mask_is_the_definition():
+    result = run_interpreted("-c", INTERPRETED)
     assert result.returncode == 0 and result.stdout.strip() == "equal", result.stderr
+
+
+@pytest.mark.parametrize("name", ["attention", "relation", "alignment"])
+def test_operations_interpreted(name):
+    """The operations' own tests, with Triton's kernels under its interpreter, which needs a process of its own."""
+    result = run_interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py")
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 50
+
+
+IN_EVERY_RUN = re.compile(
+    r"attention.* fp\d\d, 32 channels|relation.*16, 4096 channels, 51 |loss: fp32, 51 .*symmetric"
+)
+
+
+@pytest.mark.parametrize(
+    "target, name",
+    [
+        pytest.param(*key, marks=[] if key[0] == "sm_90" and IN_EVERY_RUN.match(key[1]) else pytest.mark.slow)
+        for key in compiled_kernels.read_table()
+    ],
+)
+def test_compiled(target, name, tmp_path, monkeypatch):
+    """Ahead of time, which needs no GPU: no registers spill, and nothing takes a tenth more than it did."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    expected = compiled_kernels.read_table()[target, name]
+    taken, assembly = compiled_kernels.resources(compiled_kernels.sources(target)[name], target)
+    assert taken.spilled <= expected.spilled
+    assert taken.registers <= 1.1 * expected.registers
+    assert taken.shared <= 1.1 * expected.shared
+    assert taken.instructions <= 1.1 * expected.instructions
+    if "sum of splits" not in name and "loss" not in name:
+        assert re.search("MMA|mfma", assembly), "no instruction of the matrix units"
 
 
 @pytest.mark.parametrize("capability", [80, 90])
