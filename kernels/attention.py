@@ -292,7 +292,7 @@ def forward_kernel(
                 )
                 scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) + bias
                 scores = mirrored(scores, random, MASKED)
-            mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
+                mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
 
     finish(out, log_sum, state, batch, head, batch_head, split, batch_heads, row, queries, dropout_scale, DIM, BLOCK_D)
     if BRANCHES == 2:

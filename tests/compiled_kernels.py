@@ -1,7 +1,7 @@
 """Every Triton kernel as it is compiled for a GPU, without one: name, source, options, and what it takes of the GPU.
 
-`python tests/compiled_kernels.py sm_90 sm_80 gfx942` compiles all for these targets and rewrites their rows of
-compiled_kernels.csv, which tests/test_kernels.py compares with.
+`python tests/compiled_kernels.py "attention.* 32 channels" sm_90 gfx942` compiles the kernels of these names, "" for
+all, for these targets and rewrites their rows of compiled_kernels.csv, which tests/test_kernels.py compares with.
 
 Arguments are described as at run time: tensors of torch are aligned, sizes of the model (channels, classes, strides)
 are known to be multiples of 16 where they are, lengths are not.
@@ -36,12 +36,13 @@ class Compiled(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """Registers of a thread, bytes of them that spill to memory, shared memory of a program, instructions."""
+    """What a kernel takes."""
 
-    registers: int
-    spilled: int
-    shared: int
+    registers: int  # of a thread
+    spilled: int  # bytes of registers that go to memory
+    shared: int  # bytes of a program
     instructions: int
+    loop: int  # instructions of its longest loop, where it has any: a step of the walk over keys, pairs or queries
 
 
 def sources(target: str) -> dict[str, Compiled]:
@@ -51,7 +52,7 @@ def sources(target: str) -> dict[str, Compiled]:
 
 
 def resources(kernel: Compiled, target: str) -> tuple[Resources, str]:
-    """What a kernel takes, and its assembly, compiled for "sm_90" or "gfx942"."""
+    """What a kernel takes and its assembly, compiled for "sm_90" or "gfx942"."""
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     compiled = triton.compile(kernel.source, target=gpu, options=kernel.options)
@@ -59,8 +60,8 @@ def resources(kernel: Compiled, target: str) -> tuple[Resources, str]:
         assembly = compiled.asm["amdgcn"]
         counts = {name: int(count) for name, count in re.findall(r"\.([sv]gpr_(?:spill_)?count):\s+(\d+)", assembly)}
         spilled = 4 * counts["vgpr_spill_count"]  # scalar ones spill into lanes of these
-        instructions = len(re.findall(r"^\s+(?:[sv]|ds|global|buffer|scratch|flat)_\w+", assembly, re.M))
-        return Resources(counts["vgpr_count"], spilled, compiled.metadata.shared, instructions), assembly
+        instructions = count_instructions(assembly, r"^\s+(?:[sv]|ds|global|buffer|scratch|flat)_\w+")
+        return Resources(counts["vgpr_count"], spilled, compiled.metadata.shared, *instructions), assembly
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -70,8 +71,22 @@ def resources(kernel: Compiled, target: str) -> tuple[Resources, str]:
             for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", assembly, re.M))
-    return Resources(registers, stack, compiled.metadata.shared, instructions), assembly
+    instructions = count_instructions(assembly, r"^\s+/\*[0-9a-f]{4,}\*/")
+    return Resources(registers, stack, compiled.metadata.shared, *instructions), assembly
+
+
+def count_instructions(assembly: str, instruction: str) -> tuple[int, int]:
+    """All, and those of the longest loop: from a label to the last branch back to it."""
+    count, longest, labels = 0, 0, {}
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = count
+        elif re.match(instruction, line):
+            count += 1
+            if target := re.search(r"(?:BRA|branch).*?(\.L\w+)", line):
+                start = labels.get(target[1], count)
+                longest = max(longest, count - start)
+    return count, longest
 
 
 def read_table() -> dict[tuple[str, str], Resources]:
@@ -80,17 +95,19 @@ def read_table() -> dict[tuple[str, str], Resources]:
         return {(target, name): Resources(*map(int, figures)) for target, name, *figures in list(csv.reader(file))[1:]}
 
 
-def write_table(targets: list[str]) -> None:
+def write_table(names: str, targets: list[str]) -> None:
     """Written after each kernel: all of a target take minutes."""
-    table = {key: row for key, row in read_table().items() if key[0] not in targets} if TABLE.exists() else {}
+    table = read_table() if TABLE.exists() else {}
     for target in targets:
         for name, kernel in sources(target).items():
+            if not re.match(names, name):
+                continue
             table[target, name], _ = resources(kernel, target)
             print(target, name, *table[target, name], flush=True)
             with open(TABLE, "w", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(("target", "kernel", *Resources._fields))
-                writer.writerows((*key, *row) for key, row in table.items())
+                writer.writerows((*key, *row) for key, row in sorted(table.items()))
 
 
 def source(kernel: Any, *arguments: Any, constants: dict[str, Any]) -> ASTSource:
@@ -224,4 +241,4 @@ def alignment_sources() -> Iterator[Compiled]:
 
 
 if __name__ == "__main__":
-    write_table(sys.argv[1:])
+    write_table(sys.argv[1], sys.argv[2:])

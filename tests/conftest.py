@@ -1,13 +1,30 @@
 import os
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from target import BACKEND
+from target import BACKEND, CASES_INTERPRETED, INTERPRETED
 
 from sgalign import _core
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under Triton's interpreter a few cases of each test, drawn once and for all."""
+    if not INTERPRETED:
+        return
+    by_test: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen = {
+        item
+        for name, cases in by_test.items()
+        for item in random.Random(name).sample(cases, min(CASES_INTERPRETED, len(cases)))
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
 
 
 @pytest.fixture(scope="session")

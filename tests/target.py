@@ -4,13 +4,13 @@
 """
 
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 
 BACKEND = os.environ.get("SGALIGN_TEST_BACKEND", "cpu")
+CASES_INTERPRETED = 8  # of a test: what takes others milliseconds takes Triton's interpreter seconds
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if BACKEND == "cpu" or INTERPRETED else "cuda"
 EXACT = torch.float64 if BACKEND == "cpu" else torch.float32  # the dtype with the smallest error
@@ -21,11 +21,6 @@ elif DEVICE == "cuda":
     DTYPES += [torch.bfloat16]  # Triton's interpreter multiplies the bits of bfloat16 matrices
 
 when_compiled = pytest.mark.skipif(BACKEND != "cpu", reason="of the compiled core alone")
-
-
-def thinned(cases: Iterable[Any], step: int) -> list[Any]:
-    """Every `step`-th case under Triton's interpreter, which takes seconds where all others take milliseconds."""
-    return list(cases)[:: step if INTERPRETED else 1]
 
 
 def _quicken_interpreter() -> None:

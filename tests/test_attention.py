@@ -1,13 +1,12 @@
 """What the kernels compute, against `sgalign.reference` in float64: the compiled core, or what target.py names."""
 
-import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from target import BACKEND, DEVICE, DTYPES, EXACT, INTERPRETED, thinned, when_compiled
+from target import BACKEND, DEVICE, DTYPES, EXACT, INTERPRETED, when_compiled
 
 from sgalign import dual_branch_attention, fused_masked_attention, random_attention_mask, reference
 
@@ -17,6 +16,8 @@ BRANCHES = ("single", "dual", "same query")
 # B, H, Lq, Lk, D: keys around the chunk of 256, rows and channels that fill no tile
 SHAPES = [(2, 3, 17, 33, 8), (1, 2, 5, 7, 3), (2, 2, 40, 300, 32), (1, 1, 70, 513, 64), (1, 2, 9, 260, 20)]
 SHAPES += [(1, 1, 3, 65, 256)]
+if INTERPRETED:
+    SHAPES = [(2, 3, 17, 33, 8), (1, 2, 5, 7, 3), (1, 1, 20, 300, 20)]
 OPTIONS = ("none", "random", "mask", "padding", "dropout", "all")
 
 
@@ -105,9 +106,10 @@ def assert_same(result, expected):
 # ------------------------------------------------------------------------------------------------------ accuracy
 
 
-@pytest.mark.parametrize(
-    "shape, branches, options, dtype", thinned(itertools.product(SHAPES, BRANCHES, OPTIONS, DTYPES), 7), ids=str
-)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("branches", BRANCHES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_accuracy(shape, branches, options, dtype, instruction_set, poisoned):
     assert_accurate(branches, *make(shape, dtype), **make_options(options, shape))
 
@@ -134,7 +136,8 @@ LAYOUTS = {
     layouts=st.lists(st.sampled_from(sorted(LAYOUTS)), min_size=6, max_size=6),
     branches=st.sampled_from(BRANCHES),
     options=st.sampled_from(OPTIONS),
-    scale=st.sampled_from([None, 0.0, -0.7, 3.0]),
+    # Scores in the hundreds lose digits with a log sum of float32.
+    scale=st.sampled_from([None, 0.0, -0.7, 3.0 if EXACT == torch.float64 else 0.9]),
 )
 def test_any_shape_layout_and_option(shape, layouts, branches, options, scale):
     tensors, grad_outs = make(shape, EXACT)
@@ -142,9 +145,9 @@ def test_any_shape_layout_and_option(shape, layouts, branches, options, scale):
     assert_accurate(branches, strided[:4], strided[4:], floor=1.0, scale=scale, **make_options(options, shape))
 
 
-@pytest.mark.parametrize(
-    "layout, branches, options", thinned(itertools.product(list(LAYOUTS)[1:], BRANCHES, ["none", "all"]), 5), ids=str
-)
+@pytest.mark.parametrize("options", ["none", "all"])
+@pytest.mark.parametrize("branches", BRANCHES)
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_layout_changes_no_bit(layout, branches, options):
     shape = (2, 3, 20, 70, 12)
     tensors, grad_outs = ([LAYOUTS[layout](tensor) for tensor in group] for group in make(shape))
@@ -317,7 +320,7 @@ def test_everything_dropped_gives_zeros(branches, instruction_set, poisoned):
         assert branches == "same query" or not grads[1].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, EXACT], ids=str)
+@pytest.mark.parametrize("dtype", sorted({torch.float32, EXACT}, key=str), ids=str)
 @pytest.mark.parametrize("branches", BRANCHES)
 def test_rows_with_nothing_kept(branches, dtype, instruction_set, poisoned):
     """Rows 0 to 4 lose everything, row 2 by the mask alone and the others by mask and padding together."""
@@ -368,11 +371,9 @@ GAPS += [(torch.float64, gap) for gap in (200, 600, 650, 1000)] + [(torch.bfloat
 GAPS = [(dtype, gap) for dtype, gap in GAPS if dtype in DTYPES]
 
 
-@pytest.mark.parametrize(
-    "peak, branches, dtype, gap",
-    thinned(((peak, b, *gap) for peak in (0, 30, 280, 511) for b in BRANCHES for gap in GAPS), 8),
-    ids=str,
-)
+@pytest.mark.parametrize("dtype, gap", GAPS, ids=str)
+@pytest.mark.parametrize("peak", [0, 30, 280, 511])
+@pytest.mark.parametrize("branches", BRANCHES)
 def test_dropped_key_far_above_the_kept_ones(branches, peak, dtype, gap, instruction_set):
     """The supervised maximum is `gap` above all that the mirror keeps, in an early or a late chunk of keys."""
     tensors, grad_outs = make((1, 1, 30, 512, 8), dtype)
@@ -394,7 +395,8 @@ def test_scores_that_rise_by_chunks(branches, dtype, instruction_set):
     """The running maximum, and with it every earlier sum, changes in each chunk; the last keys are padded away."""
     tensors, grad_outs = make((1, 2, 30, 1100, 8), dtype)
     tensors[0][..., 0] = tensors[1][..., 0] = 1
-    tensors[2][..., 0] = torch.arange(1100, device=DEVICE) / 40
+    # Scores up to 27; under Triton's interpreter, which rounds a product that a GPU adds to unrounded, half as much.
+    tensors[2][..., 0] = torch.arange(1100, device=DEVICE) / (80 if INTERPRETED else 40)
     padding = torch.arange(1100, device=DEVICE)[None] >= 1000
     options = {"mask_ratio": 0.9, "mask_seed": SEED, "key_padding_mask": padding, "scale": 1.0}
     assert_accurate(branches, tensors, grad_outs, **options)
@@ -432,7 +434,7 @@ def test_dropout_is_that_of_its_own_stream(branches):
 
 def test_dropout_keeps_the_mean():
     """All weights are 1 / Lk and all values 1, so that a row is its fraction of kept keys, rescaled."""
-    keys = 1000
+    keys = 300 if INTERPRETED else 1000
     zeros, ones = torch.zeros(1, 4, 200, 1, device=DEVICE), torch.ones(1, 4, keys, 1, device=DEVICE)
     for p in (0.1, 0.5, 0.9):
         (out,) = attend("single", [zeros, None, ones, ones], dropout_p=p, mask_seed=SEED)
