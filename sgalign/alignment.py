@@ -159,7 +159,8 @@ def _loss(
 
         kernels.loss(mirrored, logits, weight, scale, sigmoid, direction, losses, grad)
         return losses, grad
-    _core.load().alignment_loss(
+    core = _core.load()
+    description = core.AlignmentLoss(
         DTYPES.index(mirrored.dtype),
         tuple(mirrored.shape),
         (logits.data_ptr(), logits.stride(0)),
@@ -172,4 +173,5 @@ def _loss(
         grad.data_ptr(),
         torch.get_num_threads(),
     )
+    core.alignment_loss(description)
     return losses, grad
