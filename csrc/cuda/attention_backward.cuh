@@ -170,22 +170,24 @@ struct GradKeyTiles {
     static constexpr int kKeyTile = 8 * kStrips * D, kQueryTile = kQueries * D;
     static constexpr int kBits = kQueries * 8;  // bytes
     static constexpr int kSharedBytes = (2 * kKeyTile + 4 * kQueryTile) * int(sizeof(T)) + 4 * kBits;
-    // The two gradients of a warp's keys are D numbers a thread.
-    static constexpr bool kTogether = kRowBytes <= 256;
+    // Of the gradients that a block computes, which are twice as many numbers a thread as a warp has registers for.
+    static constexpr int kColumns = kRowBytes > 256 ? 256 / sizeof(T) : D;
 };
 
 // A block computes a tile of keys, a warp two strips of it, transposed: accumulators have a row for a key and a column
 // for a query, and become the left operand of the product with queries or gradients of outputs. The mask is drawn by
 // the block together, as a warp needs two of the eight strips that a Philox call decides.
-template <class T, int D, bool kKey, bool kValue>
+template <class T, int D>
 __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads)
     attention_grad_key_kernel(const __grid_constant__ AttentionCall c) {
     using Tiles = GradKeyTiles<T, D>;
     constexpr int kStrips = Tiles::kStrips, kQueries = Tiles::kQueries, kStep = kDepth<T> / 8;
+    constexpr int kColumns = Tiles::kColumns;
     using Keys = KeyTiles<kStrips>;
     const Attention& a = c.a;
     const Head head(a, Keys::count(a.keys));
     const int tile = head.place, warp = warp_index(), lane = lane_index();
+    const int first_column = block_index_y() * kColumns;
     const int first = Keys::first_key(tile), strip = first % kChunk / kMaskLanes;
 
     T* const memory = (T*)shared_memory();
@@ -238,7 +240,7 @@ __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads)
     }
     const int64_t all_rows = a.batch * a.heads * a.queries;
     const float scale = float(a.scale) * kLog2e, dropout = dropout_scale(a);
-    float grad_key[kKey ? D / 8 : 1][4] = {}, grad_value[kValue ? D / 8 : 1][4] = {};
+    float grad_key[kColumns / 8][4] = {}, grad_value[kColumns / 8][4] = {};
     for (int step = 0; step < steps; ++step) {
         const int stage = step & 1, g = step / tiles_of_group, first_row = step % tiles_of_group * kQueries;
         const Branch& branch = a.groups[g].branches[0];
@@ -249,7 +251,7 @@ __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads)
         const Tile<T, D> grad_out_tile{grad_outs + stage * Tiles::kQueryTile};
         float scores[kQueries / 8][4] = {}, grad_weights[kQueries / 8][4] = {};
         multiply_rows(scores, keys, kRows * warp, query_tile, kQueries / 8);
-        if constexpr (kKey) multiply_rows(grad_weights, values, kRows * warp, grad_out_tile, kQueries / 8);
+        multiply_rows(grad_weights, values, kRows * warp, grad_out_tile, kQueries / 8);
         const bool any_random = branch.random && a.mask_threshold > 0;
 #pragma unroll
         for (int column = 0; column < kQueries / 8; ++column)
@@ -270,8 +272,8 @@ __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads)
                     const Gradient gradient = gradient_of(
                         scores[column][e] * scale, grad_weights[column][e], log_sum, delta,
                         !inside || padded[half] || masked || (random_bits >> s & 1), dropout_bits >> s & 1, dropout);
-                    if constexpr (kValue) scores[column][e] = gradient.kept;
-                    if constexpr (kKey) grad_weights[column][e] = gradient.score;
+                    scores[column][e] = gradient.kept;
+                    grad_weights[column][e] = gradient.score;
                 }
             }
 #pragma unroll
@@ -279,18 +281,14 @@ __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads)
             const OperandA<T> kept = operand_of<T>(scores + part * kStep);
             const OperandA<T> grad_scores = operand_of<T>(grad_weights + part * kStep);
 #pragma unroll
-            for (int d = 0; d < D / 8; d += 2) {
+            for (int d = 0; d < kColumns / 8; d += 2) {
                 OperandB<T> b[2];
-                if constexpr (kValue) {
-                    load_b_transposed(grad_out_tile, 8 * kStep * part, 8 * d, b);
-                    multiply(grad_value[d], kept, b[0]);
-                    multiply(grad_value[d + 1], kept, b[1]);
-                }
-                if constexpr (kKey) {
-                    load_b_transposed(query_tile, 8 * kStep * part, 8 * d, b);
-                    multiply(grad_key[d], grad_scores, b[0]);
-                    multiply(grad_key[d + 1], grad_scores, b[1]);
-                }
+                load_b_transposed(grad_out_tile, 8 * kStep * part, first_column + 8 * d, b);
+                multiply(grad_value[d], kept, b[0]);
+                multiply(grad_value[d + 1], kept, b[1]);
+                load_b_transposed(query_tile, 8 * kStep * part, first_column + 8 * d, b);
+                multiply(grad_key[d], grad_scores, b[0]);
+                multiply(grad_key[d + 1], grad_scores, b[1]);
             }
         }
     }
@@ -301,13 +299,13 @@ __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads)
         T* const to_key = row_of<T>(a.grad_key, head.b, head.h, key[half]);
         T* const to_value = row_of<T>(a.grad_value, head.b, head.h, key[half]);
 #pragma unroll
-        for (int d = 0; d < D / 8; ++d)
+        for (int d = 0; d < kColumns / 8; ++d)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const int column = 8 * d + lane % 4 * 2 + e;
+                const int column = first_column + 8 * d + lane % 4 * 2 + e;
                 if (column >= a.dim) continue;
-                if constexpr (kKey) to_key[column] = from_float<T>(grad_key[d][2 * half + e] * float(a.scale));
-                if constexpr (kValue) to_value[column] = from_float<T>(grad_value[d][2 * half + e]);
+                to_key[column] = from_float<T>(grad_key[d][2 * half + e] * float(a.scale));
+                to_value[column] = from_float<T>(grad_value[d][2 * half + e]);
             }
     }
 }
@@ -329,17 +327,9 @@ void backward(AttentionCall c, const Queue& queue) {
         launch("sgalign's attention backward (query) of " + shape(c.a), attention_grad_query_kernel<T, D>,
                heads * divide_up(row_tiles, QueryTiles::kWarps), 1, QueryTiles::kThreads, QueryTiles::kSharedBytes,
                queue, c);
-        const auto launch_key = [&](auto kernel) {
-            launch("sgalign's attention backward (key, value) of " + shape(c.a), kernel,
-                   heads * KeyTiles<Tiles::kStrips>::count(c.a.keys), 1, Tiles::kThreads, Tiles::kSharedBytes, queue,
-                   c);
-        };
-        if constexpr (Tiles::kTogether) {
-            launch_key(attention_grad_key_kernel<T, D, true, true>);
-        } else {
-            launch_key(attention_grad_key_kernel<T, D, true, false>);
-            launch_key(attention_grad_key_kernel<T, D, false, true>);
-        }
+        launch("sgalign's attention backward (key, value) of " + shape(c.a), attention_grad_key_kernel<T, D>,
+               heads * KeyTiles<Tiles::kStrips>::count(c.a.keys), D / Tiles::kColumns, Tiles::kThreads,
+               Tiles::kSharedBytes, queue, c);
     });
 }
 

@@ -219,8 +219,9 @@ void forward(const AttentionCall& c, const Queue& queue) {
     if (c.a.batch * c.a.heads * c.a.queries == 0) return;
     with_dim(c.a, [&](auto dim) {
         constexpr int D = decltype(dim)::value;
-        // The outputs of two branches of 256 channels are more than a warp's registers hold.
-        if (c.a.groups[0].count == 2 && D < 256) return forward < T, D<256 ? D : 128, 2>(c, queue);
+        // The outputs of two branches must fit into a warp's registers.
+        if constexpr (D * sizeof(T) <= 256)
+            if (c.a.groups[0].count == 2) return forward<T, D, 2>(c, queue);
         AttentionCall apart = c;
         separate_queries(apart.a);
         forward<T, D, 1>(apart, queue);
