@@ -46,7 +46,7 @@ template <class T, int D>
 struct GradQueryTiles {
     static constexpr int kRowBytes = D * sizeof(T);
     static constexpr int kWarps = kRowBytes > 512 ? 1 : kRowBytes > 256 ? 2 : 4;
-    static constexpr int kStrips = kRowBytes > 512 ? 2 : kRowBytes > 256 ? 4 : 8;
+    static constexpr int kStrips = kRowBytes > 256 ? (sizeof(T) == 2 ? 4 : 2) : 8;
     static constexpr int kThreads = kWarp * kWarps;
     static constexpr int kKeyTile = 8 * kStrips * D;
     static constexpr int kSharedBytes = (2 * kRows * kWarps * D + 4 * kKeyTile) * int(sizeof(T)) + 2 * 2 * 4;
@@ -54,7 +54,7 @@ struct GradQueryTiles {
 
 // `c.shared_query`: both groups have the same query, and the first group's gradient is their sum.
 template <class T, int D>
-__global__ void __launch_bounds__(GradQueryTiles<T, D>::kThreads)
+__global__ void __launch_bounds__(GradQueryTiles<T, D>::kThreads, 1)
     attention_grad_query_kernel(const __grid_constant__ AttentionCall c) {
     using Tiles = GradQueryTiles<T, D>;
     constexpr int kStrips = Tiles::kStrips, kWarps = Tiles::kWarps, kStep = kDepth<T> / 8;
@@ -170,15 +170,16 @@ struct GradKeyTiles {
     static constexpr int kKeyTile = 8 * kStrips * D, kQueryTile = kQueries * D;
     static constexpr int kBits = kQueries * 8;  // bytes
     static constexpr int kSharedBytes = (2 * kKeyTile + 4 * kQueryTile) * int(sizeof(T)) + 4 * kBits;
-    // Of the gradients that a block computes, which are twice as many numbers a thread as a warp has registers for.
-    static constexpr int kColumns = kRowBytes > 256 ? 256 / sizeof(T) : D;
+    // Of the two gradients, as many columns as a warp's registers hold; a block computes these.
+    static constexpr int kMostColumns = sizeof(T) == 2 ? 128 : 32;
+    static constexpr int kColumns = D < kMostColumns ? D : kMostColumns;
 };
 
 // A block computes a tile of keys, a warp two strips of it, transposed: accumulators have a row for a key and a column
 // for a query, and become the left operand of the product with queries or gradients of outputs. The mask is drawn by
 // the block together, as a warp needs two of the eight strips that a Philox call decides.
 template <class T, int D>
-__global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads)
+__global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads, 1)
     attention_grad_key_kernel(const __grid_constant__ AttentionCall c) {
     using Tiles = GradKeyTiles<T, D>;
     constexpr int kStrips = Tiles::kStrips, kQueries = Tiles::kQueries, kStep = kDepth<T> / 8;

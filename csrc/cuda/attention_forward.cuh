@@ -18,7 +18,7 @@ struct ForwardTiles {
 
 // Rows of part block_index_y() of the keys. kBranches: those that share one query.
 template <class T, int D, int kBranches>
-__global__ void __launch_bounds__(ForwardTiles<T, D>::kThreads)
+__global__ void __launch_bounds__(ForwardTiles<T, D>::kThreads, 1)
     attention_forward_kernel(const __grid_constant__ AttentionCall c) {
     using Tiles = ForwardTiles<T, D>;
     constexpr int kStrips = Tiles::kStrips, kWarps = Tiles::kWarps, kStep = kDepth<T> / 8;
@@ -220,7 +220,7 @@ void forward(const AttentionCall& c, const Queue& queue) {
     with_dim(c.a, [&](auto dim) {
         constexpr int D = decltype(dim)::value;
         // The outputs of two branches must fit into a warp's registers.
-        if constexpr (D * sizeof(T) <= 256)
+        if constexpr (D <= (sizeof(T) == 2 ? 128 : 32))
             if (c.a.groups[0].count == 2) return forward<T, D, 2>(c, queue);
         AttentionCall apart = c;
         separate_queries(apart.a);

@@ -95,7 +95,7 @@ void mistake_kernel(Lanes lanes) {
             copies_wait();
             break;
         case 7: copy_async(shared + 4 * i, lanes.in, 16); break;  // never waited for
-        case 8:                                                    // no multiple of 16
+        case 8:                                                   // no multiple of 16
             copy_async(shared + 4 * i + 1, lanes.in, 16);
             copies_wait();
             break;
