@@ -34,16 +34,14 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 # The architectures whose machine code is built if the compiler knows them; 8.6 and 8.9 run that of 8.0.
 CUDA_ARCHS = "80,90,100,120"
-# csrc/cuda/*.cu that are compiled once for each type.
-CUDA_TYPES = {"attention_forward", "attention_backward"}
+CUDA_TYPES = ("Half", "BFloat16", "float")  # each of csrc/cuda/*_*.cu is compiled once for each
 
 
 def find_nvcc() -> tuple[str, list[str]] | None:
     """nvcc and the architectures to compile for; None to build for the CPU alone, and a line that says why."""
-    wanted = os.environ.get("SGALIGN_CUDA", "auto")
+    wanted, home = os.environ.get("SGALIGN_CUDA", "auto"), os.environ.get("CUDA_HOME")
     if wanted not in ("0", "1", "auto"):
         sys.exit(f"sgalign: SGALIGN_CUDA must be 0, 1 or auto, got {wanted}")
-    home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     if wanted == "0" or not nvcc:
         why = "SGALIGN_CUDA is 0" if wanted == "0" else f"there is no nvcc {f'in {home}/bin' if home else 'on PATH'}"
@@ -126,10 +124,8 @@ class NinjaBuild(build_ext):
             for name, width, flags in INSTRUCTION_SETS
         ]
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if cuda else ():
-            types = ["Half", "BFloat16", "float"] if source.stem in CUDA_TYPES else [""]
-            objects += [
-                (f"cuda_{source.stem}{t}", "cuda", f"cuda/{source.name}", [f"-DSGALIGN_TYPE={t}"]) for t in types
-            ]
+            for name in CUDA_TYPES if "_" in source.stem else ("",):
+                objects.append((f"{source.stem}_{name}", "cuda", f"cuda/{source.name}", [f"-DSGALIGN_TYPE={name}"]))
         with open(folder / "build.ninja", "w") as file:
             writer = ninja_syntax.Writer(file, width=10_000)
             command = " ".join([compiler, *FLAGS, *openmp])
@@ -138,10 +134,14 @@ class NinjaBuild(build_ext):
             if cuda:
                 nvcc, archs = cuda
                 host = f"{shlex.quote(nvcc)} -ccbin {compiler} -Xcompiler=-fPIC,-fvisibility=hidden"
-                codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-                codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-                command = " ".join([host, "-std=c++20 -O3", *codes])
-                writer.rule("cuda", f"{command} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
+                targets = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
+                codes = " ".join(f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets)
+                writer.rule(
+                    "cuda",
+                    f"{host} -std=c++20 -O3 {codes} -MMD -MF $out.d $flags -c $in -o $out",
+                    depfile="$out.d",
+                    deps="gcc",
+                )
                 # The runtime is linked in, so that it need not be the version that torch comes with.
                 linker = " ".join([host, "-shared -cudart=static", *(f"-Xcompiler={flag}" for flag in openmp)])
             writer.rule("link", f"{linker} $in -o $out")

@@ -4,12 +4,10 @@ What a GPU would add is its own arithmetic and its memory model. Where the threa
 shared memory that was never written, or on the order of warps, the emulation says so; see docs/cuda.md.
 """
 
-import csv
 import ctypes
 import importlib.util
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,11 +15,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import test_attention as attention
+import test_relation as relation
 import torch
 from torch.nn import functional
 
-import test_attention as attention
-import test_relation as relation
 from sgalign import _core, _cuda, backends, random_attention_mask, reference, relation_alignment_loss
 from sgalign._source_digest import source_digest
 
@@ -153,7 +151,22 @@ def test_ldmatrix_follows_the_ptx_manual(transposed, primitives):
 def test_conversions_and_exchanges(primitives):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(64, 32, generator=generator) * 10.0 ** torch.randint(-9, 6, (64, 32), generator=generator)
-    special = [0.0, -0.0, math.inf, -math.inf, math.nan, 65504, 65519.9, 65520, 6e-8, 2.9e-8, 2.98e-8, 6.1e-5, 2049, 2051]
+    special = [
+        0.0,
+        -0.0,
+        math.inf,
+        -math.inf,
+        math.nan,
+        65504,
+        65519.9,
+        65520,
+        6e-8,
+        2.9e-8,
+        2.98e-8,
+        6.1e-5,
+        2049,
+        2051,
+    ]
     values[0, : len(special)] = torch.tensor(special)
     for row in values:
         out = primitives("run_convert", row.contiguous(), size=6)
@@ -433,7 +446,9 @@ def test_errors_name_kernel_and_shape(emulated, core):
     matrix = attention_matrix(x)
     call = emulated.Attention(0, (2**31, 1, 1, 1, 8), [(matrix, [(matrix, 0, False, None)], None)], matrix, matrix,
                               None, None, 0, 0, 0, 0, 1.0, 1)  # fmt: skip
-    with pytest.raises(RuntimeError, match="attention of B, H, Lq, Lk, D = 2147483648 1 1 1 8: .* more than a grid holds"):
+    with pytest.raises(
+        RuntimeError, match="attention of B, H, Lq, Lk, D = 2147483648 1 1 1 8: .* more than a grid holds"
+    ):
         emulated.cuda_attention_forward(call, 0, 1, 0, (0, 0))
 
 
