@@ -113,16 +113,11 @@ class NinjaBuild(build_ext):
         cuda = find_nvcc()
         if cuda:
             bindings += ["-DSGALIGN_CUDA", f"-DSGALIGN_CUDA_ARCHS='\"{' '.join(cuda[1])}\"'"]
-        objects = [("bindings", "compile", "bindings.cpp", bindings)] + [
-            (
-                f"{source.stem}_{name}",
-                "compile",
-                f"cpu/{source.name}",
-                [*flags, f"-DSGALIGN_VECTOR_BYTES={width}", f"-DSGALIGN_KERNELS={source.stem}_{name}"],
-            )
-            for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-            for name, width, flags in INSTRUCTION_SETS
-        ]
+        objects = [("bindings", "compile", "bindings.cpp", bindings)]
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+            for name, width, flags in INSTRUCTION_SETS:
+                names = [f"-DSGALIGN_VECTOR_BYTES={width}", f"-DSGALIGN_KERNELS={source.stem}_{name}"]
+                objects.append((f"{source.stem}_{name}", "compile", f"cpu/{source.name}", [*flags, *names]))
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if cuda else ():
             for name in CUDA_TYPES if "_" in source.stem else ("",):
                 objects.append((f"{source.stem}_{name}", "cuda", f"cuda/{source.name}", [f"-DSGALIGN_TYPE={name}"]))

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import test_attention as attention
 import test_relation as relation
+import cuda_resources as resources
 import torch
 from torch.nn import functional
 
@@ -470,6 +471,29 @@ def test_core_without_cuda(monkeypatch):
     tensors, _ = attention.make((1, 1, 3, 4, 5))
     with pytest.raises(ImportError, match="backend 'cuda' cannot be used: .* built without CUDA: put nvcc on PATH"):
         attention.attend("dual", tensors, backend="cuda")
+
+
+# -------------------------------------------------------------------------------------------------------- resources
+
+
+def test_registers_and_no_spills():
+    """Of the core as it is built here: no kernel has a stack, and all are as the table says (see its own file)."""
+    built = Path(_core.load().__file__)
+    if not hasattr(_core.load(), "cuda_archs"):
+        pytest.skip("the core was built without CUDA")
+    if not resources.find_cuobjdump() or not shutil.which("c++filt"):
+        pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton, and c++filt")
+    usage = resources.usage(built)
+    assert {row["arch"] for row in usage} == set(_core.load().cuda_archs.split())
+    assert [row for row in usage if row["stack"] != "0"] == []
+    table = [row for row in resources.read() if row["nvcc"] == resources.nvcc_version()]
+    known = {(row["arch"], row["kernel"]): row for row in table}
+    if not {row["arch"] for row in usage} & {row["arch"] for row in table}:
+        pytest.skip("the table knows neither this compiler nor these architectures")
+    for row in usage:
+        if row["arch"] in {arch for arch, _ in known}:
+            expected = known[row["arch"], row["kernel"]]
+            assert row == {name: expected[name] for name in row}
 
 
 # ------------------------------------------------------------------------------------------------------- sanitizers
