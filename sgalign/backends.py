@@ -17,7 +17,7 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
 
     Args:
         backend: "cpu" (the compiled core), "triton" or "cuda" (its CUDA C++ kernels) for GPUs, "reference" (plain
-            PyTorch, any device), or None, which takes Triton on a GPU: nothing has been measured that says otherwise.
+            PyTorch, any device), or None, which takes Triton on a GPU, if it is there, until a measurement says otherwise.
         device: of the operands.
         dtype: in which the operation computes.
 
@@ -28,7 +28,9 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
     if backend is None:
         if device.type == "cpu":
             return "cpu"
-        return "triton" if device.type == "cuda" and dtype != torch.float64 and not _triton_problem() else "reference"
+        if device.type == "cuda" and dtype != torch.float64:
+            return next((backend for backend in ("triton", "cuda") if not _problem(backend)), "reference")
+        return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     if backend == "cpu" and device.type != "cpu":

@@ -211,11 +211,18 @@ inline void check_access(const void*, int, bool) {}
 #endif
 
 inline float half_to_float(uint16_t bits) {
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    float value = exponent == 31  ? (fraction ? NAN : INFINITY)
-                  : exponent == 0 ? std::ldexp(float(fraction), -24)
-                                  : std::ldexp(float(fraction + 1024), exponent - 25);
-    return bits >> 15 ? -value : value;
+    static const std::vector<float> table = [] {
+        std::vector<float> values(1 << 16);
+        for (int i = 0; i < 1 << 16; ++i) {
+            const int exponent = i >> 10 & 31, fraction = i & 1023;
+            const float value = exponent == 31  ? (fraction ? NAN : INFINITY)
+                                : exponent == 0 ? std::ldexp(float(fraction), -24)
+                                                : std::ldexp(float(fraction + 1024), exponent - 25);
+            values[i] = i >> 15 ? -value : value;
+        }
+        return values;
+    }();
+    return table[bits];
 }
 
 inline uint16_t float_to_half(float value) {
@@ -370,8 +377,11 @@ inline float truncated_sum(const float* numbers, int count) {
         for (int i = 0; i < count; ++i) sum += numbers[i];
         return float(sum);
     }
-    const double unit = std::ldexp(1.0, std::ilogb(largest) - 24);  // a bit more than a float32 has
-    for (int i = 0; i < count; ++i) sum += double(int64_t(numbers[i] / unit)) * unit;
+    // The largest power of two in it, or the least normal number, and a bit more behind it than a float32 has.
+    const double unit = double(as_float(std::max(as_bits(largest) & 0x7f800000, 1u << 23))) * 0x1p-24;
+    int64_t units = 0;
+    for (int i = 0; i < count; ++i) units += int64_t(numbers[i] * (1 / unit));
+    sum = double(units) * unit;
     const float rounded = float(sum);
     return std::fabs(rounded) > std::fabs(sum) ? std::nextafter(rounded, 0.0f) : rounded;
 }
