@@ -407,7 +407,7 @@ def test_alignment(kind, direction, core):
             for weight in (None, torch.rand(relations, generator=generator).round(decimals=1)):
                 results = []
                 for backend, cast in (("cuda", dtype), ("reference", torch.float64)):
-                    leaf = student.to(cast).requires_grad_()
+                    leaf = student.detach().clone().to(cast).requires_grad_()
                     loss = relation_alignment_loss(
                         teacher.to(cast), leaf, kind=kind, direction=direction, weight=weight, backend=backend
                     )

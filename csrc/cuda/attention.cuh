@@ -193,7 +193,7 @@ template <int kStrips, class T, int D>
 __device__ __forceinline__ void multiply_rows(float (&scores)[kStrips][4], Tile<T, D> a, int row, Tile<T, D> b,
                                               int strips) {
     // Unrolled whole, large D spill registers and take long to compile.
-#pragma unroll 4
+#pragma unroll(D * sizeof(T) > 512 ? 1 : 4)
     for (int column = 0; column < D; column += kDepth<T>) {
         const OperandA<T> rows = load_a(a, row, column);
 #pragma unroll

@@ -166,7 +166,7 @@ struct GradKeyTiles {
     static constexpr int kRowBytes = D * sizeof(T);
     static constexpr int kStrips = kRowBytes > 512 ? 2 : 8;
     static constexpr int kWarps = kStrips / 2, kThreads = kWarp * kWarps;
-    static constexpr int kQueries = kRowBytes > 256 ? 16 : 32;  // of a tile
+    static constexpr int kQueries = kRowBytes > 256 || sizeof(T) == 4 ? 16 : 32;  // of a tile
     static constexpr int kKeyTile = 8 * kStrips * D, kQueryTile = kQueries * D;
     static constexpr int kBits = kQueries * 8;  // bytes
     static constexpr int kSharedBytes = (2 * kKeyTile + 4 * kQueryTile) * int(sizeof(T)) + 4 * kBits;

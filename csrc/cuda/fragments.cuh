@@ -43,7 +43,7 @@ struct Tile {
     }
 };
 
-struct Pair {
+struct alignas(8) Pair {
     float x, y;
 };
 

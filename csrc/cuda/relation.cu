@@ -80,7 +80,7 @@ constexpr int kForwardBytes = (2 * kRelations + 2 * 2 * kClasses + 2 * kRelation
 
 // Logits of a tile of relations and classes, from part block_index_y() of the channels.
 template <class T, int kBranches>
-__global__ void __launch_bounds__(kThreads) relation_forward_kernel(const __grid_constant__ RelationCall c) {
+__global__ void __launch_bounds__(kThreads, 1) relation_forward_kernel(const __grid_constant__ RelationCall c) {
     constexpr int D = kChannels<T>, kTile = kRelations * D, kPiece = 16 / sizeof(T);
     const RelationLogits& a = c.a;
     const int class_tiles = int(divide_up(a.classes, kClasses));
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) relation_forward_kernel(const __grid
 
 // Adds up the parts, and the bias.
 template <class T>
-__global__ void __launch_bounds__(kThreads) relation_merge_kernel(const __grid_constant__ RelationCall c) {
+__global__ void __launch_bounds__(kThreads, 1) relation_merge_kernel(const __grid_constant__ RelationCall c) {
     const int64_t size = c.a.relations * c.a.classes;
     const int64_t i = int64_t(block_index()) * kThreads + thread_index();
     if (i >= c.a.count * size) return;
@@ -202,7 +202,7 @@ constexpr int kGradTiles = (kRelations * kClasses + kClasses * kChannels<T>)*int
 
 // The gradient of union: a tile of relations and channels a block.
 template <class T>
-__global__ void __launch_bounds__(kThreads) relation_grad_union_kernel(const __grid_constant__ RelationCall c) {
+__global__ void __launch_bounds__(kThreads, 1) relation_grad_union_kernel(const __grid_constant__ RelationCall c) {
     constexpr int D = kChannels<T>;
     const RelationLogits& a = c.a;
     const int channel_tiles = int(divide_up(a.channels, D));
@@ -247,7 +247,7 @@ constexpr int kEndsBytes = kGradTiles<T> + kRelations * kChannels<T> * 4 + 2 * k
 
 // The gradient of one end, subject or object, of one branch, block_index_y() says which: all objects, some channels.
 template <class T>
-__global__ void __launch_bounds__(kThreads) relation_grad_ends_kernel(const __grid_constant__ RelationCall c) {
+__global__ void __launch_bounds__(kThreads, 1) relation_grad_ends_kernel(const __grid_constant__ RelationCall c) {
     constexpr int D = kChannels<T>;
     const RelationLogits& a = c.a;
     const int end = block_index_y() % 2;
@@ -308,7 +308,7 @@ constexpr int kWeightBytes = (kRelations * kClasses + kRelations * kChannels<T>)
 
 // The gradient of the weights: a tile of classes and channels of one branch a block, 16 classes a warp.
 template <class T>
-__global__ void __launch_bounds__(kThreads) relation_grad_weight_kernel(const __grid_constant__ RelationCall c) {
+__global__ void __launch_bounds__(kThreads, 1) relation_grad_weight_kernel(const __grid_constant__ RelationCall c) {
     constexpr int D = kChannels<T>, kPiece = 16 / sizeof(T);
     const RelationLogits& a = c.a;
     const int64_t channel = int64_t(block_index()) * D, first_class = int64_t(block_index_y() / a.count) * kClasses;
