@@ -366,7 +366,7 @@ def test_random_mask_is_the_definition(size, core, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("branches", [1, 2])
-@pytest.mark.parametrize("shape", [*relation.SHAPES, (6, 70, 600, 70), (3, 0, 40, 5), (70, 30, 64, 3)], ids=str)
+@pytest.mark.parametrize("shape", [*relation.SHAPES, (6, 70, 40, 70), (3, 0, 40, 5), (70, 30, 64, 3)], ids=str)
 def test_relation(shape, branches, dtype, core):
     union, pairs, operands, grads = relation.make(shape, dtype, bias=shape[0] != 5)
     operands, grads = operands[:branches], grads[:branches]
@@ -487,7 +487,7 @@ def test_core_without_cuda(monkeypatch):
 
 
 def test_registers_and_no_spills():
-    """Of the core as it is built here: no kernel has a stack, and all are as the table says (see its own file)."""
+    """Of the core as it is built here: no kernel has a stack, and all are as in csrc/cuda/resources.csv."""
     built = Path(_core.load().__file__)
     if not hasattr(_core.load(), "cuda_archs"):
         pytest.skip("the core was built without CUDA")
@@ -495,15 +495,15 @@ def test_registers_and_no_spills():
         pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton, and c++filt")
     usage = resources.usage(built)
     assert {row["arch"] for row in usage} == set(_core.load().cuda_archs.split())
-    assert [row for row in usage if row["stack"] != "0"] == []
     table = [row for row in resources.read() if row["nvcc"] == resources.nvcc_version()]
-    known = {(row["arch"], row["kernel"]): row for row in table}
-    if not {row["arch"] for row in usage} & {row["arch"] for row in table}:
+    known = {(row["arch"], row["kernel"]): {name: row[name] for name in usage[0]} for row in table}
+    listed = [row for row in usage if row["arch"] in {arch for arch, _ in known}]
+    if not listed:
         pytest.skip("the table knows neither this compiler nor these architectures")
-    for row in usage:
-        if row["arch"] in {arch for arch, _ in known}:
-            expected = known[row["arch"], row["kernel"]]
-            assert row == {name: expected[name] for name in row}
+    assert [row for row in listed if row["stack"] != "0"] == []
+    assert {(row["arch"], row["kernel"]): row for row in listed} == {
+        key: row for key, row in known.items() if key[0] in {row["arch"] for row in listed}
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- sanitizers
