@@ -17,7 +17,7 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
 
     Args:
         backend: "cpu" (the compiled core), "triton" or "cuda" (its CUDA C++ kernels) for GPUs, "reference" (plain
-            PyTorch, any device), or None, which takes Triton on a GPU if it is there: no measurement speaks for another.
+            PyTorch, any device), or None, which takes Triton on a GPU if it is there: no measurement says otherwise.
         device: of the operands.
         dtype: in which the operation computes.
 
