@@ -1,4 +1,8 @@
-"""Builds the compiled core sgalign._C with ninja. Knows nothing of torch: the core takes addresses, not tensors."""
+"""Builds the compiled core sgalign._C with ninja. Knows nothing of torch: the core takes addresses, not tensors.
+
+With CUDA C++ kernels where nvcc is found, in CUDA_HOME or on PATH; whether there is a GPU plays no role. SGALIGN_CUDA=0
+leaves them out, 1 insists; SGALIGN_CUDA_ARCHS names the architectures, as in "80,90". See docs/cuda.md.
+"""
 
 import os
 import platform
@@ -26,6 +30,28 @@ if platform.machine() in ("x86_64", "AMD64"):
         # gcc 12 warns about an uninitialised variable inside its own avx512fintrin.h
         ("avx512", 64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized"]),
     ]
+
+
+# The architectures whose machine code is built if the compiler knows them; 8.6 and 8.9 run that of 8.0.
+CUDA_ARCHS = "80,90,100,120"
+CUDA_TYPES = ("Half", "BFloat16", "float")  # each of csrc/cuda/*_*.cu is compiled once for each
+
+
+def find_nvcc() -> tuple[str, list[str]] | None:
+    """nvcc and the architectures to compile for; None to build for the CPU alone, and a line that says why."""
+    wanted, home = os.environ.get("SGALIGN_CUDA", "auto"), os.environ.get("CUDA_HOME")
+    if wanted not in ("0", "1", "auto"):
+        sys.exit(f"sgalign: SGALIGN_CUDA must be 0, 1 or auto, got {wanted}")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if wanted == "0" or not nvcc:
+        why = "SGALIGN_CUDA is 0" if wanted == "0" else f"there is no nvcc {f'in {home}/bin' if home else 'on PATH'}"
+        if wanted == "1":
+            sys.exit(f"sgalign: SGALIGN_CUDA is 1, but {why}")
+        print(f"sgalign: built for the CPU alone, without CUDA C++ kernels: {why}", file=sys.stderr)
+        return None
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    archs = os.environ.get("SGALIGN_CUDA_ARCHS", "").replace(",", " ").split()
+    return nvcc, archs or [arch for arch in CUDA_ARCHS.split(",") if f"sm_{arch}" in known]
 
 
 def find_compiler() -> str:
@@ -84,24 +110,40 @@ class NinjaBuild(build_ext):
         bindings = [*includes, f'-DSGALIGN_SOURCES=\\"{digest}\\"', f"-DSGALIGN_COMPILER='\"{version}\"'"]
         bindings += [f"-DSGALIGN_{name.upper()}" for name, _, _ in INSTRUCTION_SETS]
         link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-        objects = [("bindings", "bindings.cpp", bindings)] + [
-            (
-                f"{source.stem}_{name}",
-                f"cpu/{source.name}",
-                [*flags, f"-DSGALIGN_VECTOR_BYTES={width}", f"-DSGALIGN_KERNELS={source.stem}_{name}"],
-            )
-            for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-            for name, width, flags in INSTRUCTION_SETS
-        ]
+        cuda = find_nvcc()
+        if cuda:
+            bindings += ["-DSGALIGN_CUDA", f"-DSGALIGN_CUDA_ARCHS='\"{' '.join(cuda[1])}\"'"]
+        objects = [("bindings", "compile", "bindings.cpp", bindings)]
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+            for name, width, flags in INSTRUCTION_SETS:
+                names = [f"-DSGALIGN_VECTOR_BYTES={width}", f"-DSGALIGN_KERNELS={source.stem}_{name}"]
+                objects.append((f"{source.stem}_{name}", "compile", f"cpu/{source.name}", [*flags, *names]))
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if cuda else ():
+            for name in CUDA_TYPES if "_" in source.stem else ("",):
+                objects.append((f"{source.stem}_{name}", "cuda", f"cuda/{source.name}", [f"-DSGALIGN_TYPE={name}"]))
         with open(folder / "build.ninja", "w") as file:
             writer = ninja_syntax.Writer(file, width=10_000)
             command = " ".join([compiler, *FLAGS, *openmp])
             writer.rule("compile", f"{command} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-            writer.rule("link", " ".join([compiler, "-shared", *openmp, *link, "$in -o $out"]))
-            for name, source, flags in objects:
+            linker = " ".join([compiler, "-shared", *openmp, *link])
+            if cuda:
+                nvcc, archs = cuda
+                host = f"{shlex.quote(nvcc)} -ccbin {compiler} -Xcompiler=-fPIC,-fvisibility=hidden"
+                targets = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
+                codes = " ".join(f"-gencode=arch=compute_{arch},code={code}" for arch, code in targets)
+                writer.rule(
+                    "cuda",
+                    f"{host} -std=c++20 -O3 {codes} -MMD -MF $out.d $flags -c $in -o $out",
+                    depfile="$out.d",
+                    deps="gcc",
+                )
+                # The runtime is linked in, so that it need not be the version that torch comes with.
+                linker = " ".join([host, "-shared -cudart=static", *(f"-Xcompiler={flag}" for flag in openmp)])
+            writer.rule("link", f"{linker} $in -o $out")
+            for name, rule, source, flags in objects:
                 path = ninja_syntax.escape_path(str(ROOT / "csrc" / source))
-                writer.build(f"{name}.o", "compile", path, variables={"flags": " ".join(flags)})
-            writer.build(module.name, "link", [f"{name}.o" for name, _, _ in objects])
+                writer.build(f"{name}.o", rule, path, variables={"flags": " ".join(flags)})
+            writer.build(module.name, "link", [f"{name}.o" for name, *_ in objects])
 
 
 setup(ext_modules=[Extension("sgalign._C", ["csrc/bindings.cpp"])], cmdclass={"build_ext": NinjaBuild})

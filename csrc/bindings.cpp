@@ -9,6 +9,9 @@
 #include <vector>
 
 #include "kernels.h"
+#ifdef SGALIGN_CUDA
+#include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 using namespace sgalign;
@@ -109,11 +112,6 @@ RelationLogits relation_logits(int dtype, std::array<int64_t, 4> sizes,
     a.dtype = DType(dtype);
     a.objects = sizes[0], a.relations = sizes[1], a.channels = sizes[2], a.classes = sizes[3];
     a.pairs = reinterpret_cast<const int64_t*>(pairs);
-    for (int64_t i = 0; i < 2 * a.relations; ++i)
-        if (a.pairs[i] < 0 || a.pairs[i] >= a.objects)
-            throw std::out_of_range("pairs must be in 0 to " + std::to_string(a.objects - 1) +
-                                    ", one less than the objects, got " + std::to_string(a.pairs[i]) + " in row " +
-                                    std::to_string(i / 2));
     if (branches.size() > 2) throw std::invalid_argument("at most two branches");
     const auto address = [](Address value) { return reinterpret_cast<void*>(value); };
     for (const auto& [subject, object, weight, bias, logits] : branches) {
@@ -127,6 +125,94 @@ RelationLogits relation_logits(int dtype, std::array<int64_t, 4> sizes,
     a.threads = threads;
     return a;
 }
+
+void check_pairs(const RelationLogits& a) {
+    for (int64_t i = 0; i < 2 * a.relations; ++i)
+        if (a.pairs[i] < 0 || a.pairs[i] >= a.objects)
+            throw std::out_of_range("pairs must be in 0 to " + std::to_string(a.objects - 1) +
+                                    ", one less than the objects, got " + std::to_string(a.pairs[i]) + " in row " +
+                                    std::to_string(i / 2));
+}
+
+void set_gradients(RelationLogits& a, const std::vector<RelationGradients>& gradients, Address grad_union) {
+    for (int b = 0; b < a.count; ++b) {
+        const auto& [logits, subject, object, weight] = gradients.at(b);
+        RelationBranch& branch = a.branches[b];
+        branch.grad_logits = reinterpret_cast<void*>(logits);
+        branch.grad_subject = reinterpret_cast<void*>(subject);
+        branch.grad_object = reinterpret_cast<void*>(object);
+        branch.grad_weight = reinterpret_cast<void*>(weight);
+    }
+    a.grad_union = reinterpret_cast<void*>(grad_union);
+}
+
+AlignmentLoss alignment_loss(int dtype, std::array<int64_t, 2> sizes, const RowsArgument& logits,
+                             const RowsArgument& mirrored, Address weight, double scale, bool sigmoid, int direction,
+                             Address losses, Address grad, int threads) {
+    return {.dtype = DType(dtype),
+            .relations = sizes[0],
+            .classes = sizes[1],
+            .logits = reinterpret_cast<void*>(logits.first),
+            .mirrored = reinterpret_cast<void*>(mirrored.first),
+            .logits_row = logits.second,
+            .mirrored_row = mirrored.second,
+            .weight = reinterpret_cast<void*>(weight),
+            .scale = scale,
+            .sigmoid = sigmoid,
+            .direction = direction,
+            .losses = reinterpret_cast<void*>(losses),
+            .grad = reinterpret_cast<void*>(grad),
+            .threads = threads};
+}
+
+#ifdef SGALIGN_CUDA
+using QueueArgument = std::pair<int, Address>;  // device and stream
+
+cuda::Queue queue(const QueueArgument& argument) { return {argument.first, reinterpret_cast<void*>(argument.second)}; }
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// As the functions for the CPU, with a queue to put the kernels into, a seed that lies in the device's memory, and the
+// workspace that csrc/cuda/kernels.h asks for.
+void define_cuda(py::module_& m) {
+    m.def("cuda_attention_splits", &cuda::attention_splits);
+    m.def("cuda_attention_forward",
+          [](const Attention& a, Address seed, int splits, Address workspace, const QueueArgument& to) {
+              py::gil_scoped_release unlocked;
+              cuda::attention_forward(a, pointer<uint64_t>(seed), splits, pointer<float>(workspace), queue(to));
+          });
+    m.def("cuda_attention_backward", [](Attention a, const MatrixArgument& grad_key, const MatrixArgument& grad_value,
+                                        Address seed, Address workspace, const QueueArgument& to) {
+        a.grad_key = matrix(grad_key), a.grad_value = matrix(grad_value);
+        py::gil_scoped_release unlocked;
+        cuda::attention_backward(a, pointer<uint64_t>(seed), pointer<float>(workspace), queue(to));
+    });
+    m.def("cuda_random_mask", [](Address out, int64_t batch_heads, int64_t queries, int64_t keys, Address seed,
+                                 uint32_t stream, int threshold, const QueueArgument& to) {
+        py::gil_scoped_release unlocked;
+        cuda::random_mask({pointer<uint8_t>(out), batch_heads, queries, keys, 0, stream, threshold, 0},
+                          pointer<uint64_t>(seed), queue(to));
+    });
+    m.def("cuda_relation_splits", &cuda::relation_splits);
+    m.def("cuda_relation_forward", [](const RelationLogits& a, int splits, Address workspace, const QueueArgument& to) {
+        py::gil_scoped_release unlocked;
+        cuda::relation_forward(a, splits, pointer<float>(workspace), queue(to));
+    });
+    m.def("cuda_relation_backward", [](RelationLogits a, const std::vector<RelationGradients>& gradients,
+                                       Address grad_union, Address orders, const QueueArgument& to) {
+        set_gradients(a, gradients, grad_union);
+        py::gil_scoped_release unlocked;
+        cuda::relation_backward(a, pointer<int64_t>(orders), queue(to));
+    });
+    m.def("cuda_alignment_loss", [](const AlignmentLoss& a, const QueueArgument& to) {
+        py::gil_scoped_release unlocked;
+        cuda::alignment_loss(a, queue(to));
+    });
+}
+#endif
 
 }  // namespace
 
@@ -159,7 +245,7 @@ PYBIND11_MODULE(_C, m) {
         },
         "Choose an instruction set, for tests.");
 
-    py::class_<Attention>(m, "Attention").def(py::init(&attention));
+    py::class_<Attention>(m, "Attention", py::module_local()).def(py::init(&attention));
     m.def("attention_forward", [](const Attention& a) {
         py::gil_scoped_release unlocked;
         kernels.attention.forward(a);
@@ -176,43 +262,28 @@ PYBIND11_MODULE(_C, m) {
             {reinterpret_cast<uint8_t*>(out), batch_heads, queries, keys, uint64_t(seed), stream, threshold, threads});
     });
 
-    py::class_<RelationLogits>(m, "RelationLogits").def(py::init(&relation_logits));
+    py::class_<RelationLogits>(m, "RelationLogits", py::module_local()).def(py::init(&relation_logits));
     m.def("relation_forward", [](const RelationLogits& a) {
+        check_pairs(a);
         py::gil_scoped_release unlocked;
         kernels.relation.forward(a);
     });
     m.def("relation_backward",
           [](RelationLogits a, const std::vector<RelationGradients>& gradients, Address grad_union) {
-              for (int b = 0; b < a.count; ++b) {
-                  const auto& [logits, subject, object, weight] = gradients.at(b);
-                  RelationBranch& branch = a.branches[b];
-                  branch.grad_logits = reinterpret_cast<void*>(logits);
-                  branch.grad_subject = reinterpret_cast<void*>(subject);
-                  branch.grad_object = reinterpret_cast<void*>(object);
-                  branch.grad_weight = reinterpret_cast<void*>(weight);
-              }
-              a.grad_union = reinterpret_cast<void*>(grad_union);
+              check_pairs(a);
+              set_gradients(a, gradients, grad_union);
               py::gil_scoped_release unlocked;
               kernels.relation.backward(a);
           });
 
-    m.def("alignment_loss",
-          [](int dtype, std::array<int64_t, 2> sizes, const RowsArgument& logits, const RowsArgument& mirrored,
-             Address weight, double scale, bool sigmoid, int direction, Address losses, Address grad, int threads) {
-              py::gil_scoped_release unlocked;
-              kernels.alignment.loss({.dtype = DType(dtype),
-                                      .relations = sizes[0],
-                                      .classes = sizes[1],
-                                      .logits = reinterpret_cast<void*>(logits.first),
-                                      .mirrored = reinterpret_cast<void*>(mirrored.first),
-                                      .logits_row = logits.second,
-                                      .mirrored_row = mirrored.second,
-                                      .weight = reinterpret_cast<void*>(weight),
-                                      .scale = scale,
-                                      .sigmoid = sigmoid,
-                                      .direction = direction,
-                                      .losses = reinterpret_cast<void*>(losses),
-                                      .grad = reinterpret_cast<void*>(grad),
-                                      .threads = threads});
-          });
+    py::class_<AlignmentLoss>(m, "AlignmentLoss", py::module_local()).def(py::init(&alignment_loss));
+    m.def("alignment_loss", [](const AlignmentLoss& a) {
+        py::gil_scoped_release unlocked;
+        kernels.alignment.loss(a);
+    });
+
+#ifdef SGALIGN_CUDA
+    m.attr("cuda_archs") = SGALIGN_CUDA_ARCHS;
+    define_cuda(m);
+#endif
 }

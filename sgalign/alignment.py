@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign import _core, backends, reference
+from sgalign import _core, _cuda, backends, reference
 from sgalign.attention import DTYPES, unit_stride
 
 KINDS = ("softmax", "sigmoid")
@@ -50,8 +50,8 @@ def relation_alignment_loss(
         weight: ``[R]``, at least 0 (which is not checked: that would wait for the device); None weighs all relations
             the same.
         direction: "teacher_to_student", "student_to_teacher" or "symmetric".
-        backend: "cpu" (compiled), "triton" (GPUs) or "reference" (plain PyTorch); None takes the fastest that serves
-            device and dtype.
+        backend: "cpu" (compiled), "triton" or "cuda" (GPUs), "reference" (plain PyTorch); None takes the fastest that
+            serves device and dtype.
 
     Returns:
         A scalar, float32 (float64 for float64); 0 with zero gradients if there is no relation or all weights are 0.
@@ -159,7 +159,8 @@ def _loss(
 
         kernels.loss(mirrored, logits, weight, scale, sigmoid, direction, losses, grad)
         return losses, grad
-    _core.load().alignment_loss(
+    core = _core.load()
+    description = core.AlignmentLoss(
         DTYPES.index(mirrored.dtype),
         tuple(mirrored.shape),
         (logits.data_ptr(), logits.stride(0)),
@@ -172,4 +173,9 @@ def _loss(
         grad.data_ptr(),
         torch.get_num_threads(),
     )
+    if backend == "cuda":
+        with _cuda.queue(mirrored.device) as queue:
+            core.cuda_alignment_loss(description, queue)
+    else:
+        core.alignment_loss(description)
     return losses, grad

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign import _core, backends, reference
+from sgalign import _core, _cuda, backends, reference
 from sgalign.random_mask import STEPS, check_stream, ratio_threshold, seed_tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/kernels.h
@@ -60,8 +60,8 @@ def fused_masked_attention(
             values hold, NaN too, has no effect.
         dropout_p: ordinary dropout of the softmax, in [0, 1], rescaled by ``1 / (1 - dropout_p)``, from the same seed.
         scale: of the scores; None means ``1 / sqrt(D)``.
-        backend: "cpu" (compiled), "triton" (GPUs) or "reference" (plain PyTorch); None takes the fastest that serves
-            device and dtype.
+        backend: "cpu" (compiled), "triton" or "cuda" (GPUs), "reference" (plain PyTorch); None takes the fastest that
+            serves device and dtype.
 
     Returns:
         ``[B, H, Lq, D]`` in the query's dtype, with the query's memory order.
@@ -414,9 +414,17 @@ def _attention_forward(
         from sgalign.kernels import attention as kernels
 
         kernels.forward(queries, key, value, outs, log_sums, *options)
+        return [*outs, *log_sums]
+    core = _core.load()
+    description = _description(_groups(queries, outs, log_sums), queries[0], key, value, *options)
+    if backend == "cuda":
+        splits = core.cuda_attention_splits(description, _cuda.multiprocessors(key.device))
+        parts = [splits, len(outs), *queries[0].shape[:3], key.shape[3] + 1] if splits > 1 else [0]
+        workspace = _cuda.workspace(key, *parts)
+        with _cuda.queue(key.device) as queue:
+            core.cuda_attention_forward(description, _seed_address(*options), splits, workspace.data_ptr(), queue)
     else:
-        groups = _groups(queries, outs, log_sums)
-        _core.load().attention_forward(_description(groups, queries[0], key, value, *options))
+        core.attention_forward(description)
     return [*outs, *log_sums]
 
 
@@ -438,10 +446,19 @@ def _attention_backward(
         from sgalign.kernels import attention as kernels
 
         kernels.backward(grad_outs, queries, outs, log_sums, key, value, grads, *options)
+        return grads
+    core = _core.load()
+    groups = _groups(queries, outs, log_sums, grad_outs, grads)
+    description = _description(groups, queries[0], key, value, *options)
+    grad_key, grad_value = _matrix(grads[-2]), _matrix(grads[-1])
+    if backend == "cuda":
+        workspace = _cuda.workspace(key, len(outs), *queries[0].shape[:3])
+        with _cuda.queue(key.device) as queue:
+            core.cuda_attention_backward(
+                description, grad_key, grad_value, _seed_address(*options), workspace.data_ptr(), queue
+            )
     else:
-        groups = _groups(queries, outs, log_sums, grad_outs, grads)
-        description = _description(groups, queries[0], key, value, *options)
-        _core.load().attention_backward(description, _matrix(grads[-2]), _matrix(grads[-1]))
+        core.attention_backward(description, grad_key, grad_value)
     return grads
 
 
@@ -480,6 +497,10 @@ def _groups(
     ]
 
 
+def _seed_address(mask: Tensor | None, key_padding_mask: Tensor | None, seed: Tensor | None, *settings: Any) -> int:
+    return 0 if seed is None else seed.data_ptr()
+
+
 def _description(
     groups: list[tuple[Any, ...]],
     query: Tensor,
@@ -502,7 +523,7 @@ def _description(
         _matrix(value),
         None if mask is None else _matrix(mask),
         None if key_padding_mask is None else _matrix(key_padding_mask),
-        0 if seed is None else seed.item(),
+        0 if seed is None or seed.device.type != "cpu" else seed.item(),  # a GPU reads it itself
         stream,
         mask_threshold,
         dropout_threshold,

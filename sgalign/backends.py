@@ -6,16 +6,17 @@ import importlib.util
 
 import torch
 
-from sgalign import _core
+from sgalign import _core, _cuda
 
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "reference")
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend asked for, or the fastest that serves `device` and `dtype`.
 
     Args:
-        backend: "cpu" (the compiled core), "triton" (GPUs), "reference" (plain PyTorch, any device), or None.
+        backend: "cpu" (the compiled core), "triton" or "cuda" (its CUDA C++ kernels) for GPUs, "reference" (plain
+            PyTorch, any device), or None, which takes Triton on a GPU if it is there: no measurement says otherwise.
         device: of the operands.
         dtype: in which the operation computes.
 
@@ -26,18 +27,22 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
     if backend is None:
         if device.type == "cpu":
             return "cpu"
-        return "triton" if device.type == "cuda" and dtype != torch.float64 and not _triton_problem() else "reference"
+        if device.type == "cuda" and dtype != torch.float64:
+            return next((backend for backend in ("triton", "cuda") if not _problem(backend)), "reference")
+        return "reference"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {device}; 'reference' serves any device")
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         if dtype == torch.float64:
-            raise ValueError("backend 'triton' computes in float32 at most, got float64; 'reference' serves any dtype")
-        if problem := _triton_problem():
-            raise ImportError(f"backend 'triton' cannot be used: {problem}")
-        if device.type != "cuda" and not (device.type == "cpu" and _triton_interprets()):
-            raise ValueError(f"backend 'triton' needs tensors on a GPU, got {device}; 'reference' serves any device")
+            raise ValueError(
+                f"backend {backend!r} computes in float32 at most, got float64; 'reference' serves any dtype"
+            )
+        if problem := _problem(backend):
+            raise ImportError(f"backend {backend!r} cannot be used: {problem}")
+        if device.type != "cuda" and not (device.type == "cpu" and _is_emulated(backend)):
+            raise ValueError(f"backend {backend!r} needs tensors on a GPU, got {device}; 'reference' serves any device")
     return backend
 
 
@@ -45,12 +50,31 @@ def unavailable(backend: str) -> str | None:
     """Why `backend` cannot be used here and how to get it; None if it can."""
     if backend == "cpu":
         return _core.problem()
-    if backend == "triton":
-        if problem := _triton_problem():
+    if backend in ("triton", "cuda"):
+        if problem := _problem(backend):
             return problem
-        if not torch.cuda.is_available() and not _triton_interprets():
+        if not torch.cuda.is_available() and not _is_emulated(backend):
             return "torch finds no GPU here"
     return None
+
+
+def _problem(backend: str) -> str | None:
+    return _cuda_problem() if backend == "cuda" else _triton_problem()
+
+
+def _is_emulated(backend: str) -> bool:
+    """Whether a backend for GPUs runs on the CPU, for tests."""
+    return _cuda_is_emulated() if backend == "cuda" else _triton_interprets()
+
+
+@torch.compiler.assume_constant_result
+def _cuda_problem() -> str | None:
+    return _cuda.problem()
+
+
+@torch.compiler.assume_constant_result
+def _cuda_is_emulated() -> bool:
+    return _cuda.is_emulated()
 
 
 # A constant to torch.compile, which cannot trace how modules are found.

@@ -24,7 +24,7 @@ EXTRAS = {
         "scipy",
         "transformers",
     ),
-    "test": ("pytest", "pytest-benchmark", "hypothesis"),
+    "test": ("pytest", "pytest-benchmark", "hypothesis", "pybind11"),
 }
 
 
@@ -46,6 +46,8 @@ def main() -> int:
     core = _core.load()
     sets = core.instruction_sets()
     print(f"core built by {core.compiler}")
+    if archs := getattr(core, "cuda_archs", ""):
+        print(f"  CUDA C++ kernels for compute capability {', '.join(f'{int(arch) / 10}' for arch in archs.split())}")
     print(f"  instruction set {core.instruction_set()} (this processor also runs {', '.join(sets[1:]) or 'no other'})")
     print(f"  {_threads(core.openmp)}")
     error = _largest_error()

@@ -7,7 +7,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from sgalign import _core, backends, reference
+from sgalign import _core, _cuda, backends, reference
 
 STEPS = 1 << 16  # the quantum of a ratio is 1/65536
 
@@ -124,6 +124,11 @@ def _random_mask(
         from sgalign.kernels import random_mask as kernels
 
         kernels.random_mask(mask, seed, threshold, stream)
+    elif backend == "cuda":
+        with _cuda.queue(seed.device) as queue:
+            _core.load().cuda_random_mask(
+                mask.data_ptr(), batch * heads, queries, keys, seed.data_ptr(), stream, threshold, queue
+            )
     else:
         _core.load().random_mask(
             mask.data_ptr(), batch * heads, queries, keys, seed.item(), stream, threshold, torch.get_num_threads()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign import _core, backends, reference
+from sgalign import _core, _cuda, backends, reference
 from sgalign.attention import DTYPES, computed_dtype, unit_stride
 
 
@@ -39,8 +39,8 @@ def fused_relation_logits(
         union: ``[R, C]`` features of the pairs. Any row stride; copied if the last stride is not 1, as the others.
         pairs: int64 ``[R, 2]``, subject and object in 0 to N - 1; in any order, repeated or not.
         weight: ``[K, C]``; bias: ``[K]`` or None.
-        backend: "cpu" (compiled), "triton" (GPUs) or "reference" (plain PyTorch); None takes the fastest that serves
-            device and dtype.
+        backend: "cpu" (compiled), "triton" or "cuda" (GPUs), "reference" (plain PyTorch); None takes the fastest that
+            serves device and dtype.
 
     Returns:
         ``[R, K]`` in the dtype of `union`; under autocast in autocast's.
@@ -286,9 +286,16 @@ def _logits(
         from sgalign.kernels import relation as kernels
 
         kernels.forward(union, pairs, subjects, objects, weights, biases, logits)
+        return logits
+    core = _core.load()
+    description, _kept = _description(union, pairs, subjects, objects, weights, biases, logits)
+    if backend == "cuda":
+        splits = core.cuda_relation_splits(description, _cuda.multiprocessors(union.device))
+        workspace = _cuda.workspace(union, splits, len(weights), *logits[0].shape)
+        with _cuda.queue(union.device) as queue:
+            core.cuda_relation_forward(description, splits, workspace.data_ptr(), queue)
     else:
-        description, _kept = _description(union, pairs, subjects, objects, weights, biases, logits)
-        _core.load().relation_forward(description)
+        core.relation_forward(description)
     return logits
 
 
@@ -314,7 +321,13 @@ def _backward(
     by_branch = [
         (grad.data_ptr(), *(g.data_ptr() for g in grads[3 * i : 3 * i + 3])) for i, grad in enumerate(grad_logits)
     ]
-    _core.load().relation_backward(description, by_branch, grads[-1].data_ptr() if wants_union else 0)
+    grad_union = grads[-1].data_ptr() if wants_union else 0
+    if backend == "cuda":
+        orders = pairs.t().contiguous().argsort(dim=1, stable=True)
+        with _cuda.queue(union.device) as queue:
+            _core.load().cuda_relation_backward(description, by_branch, grad_union, orders.data_ptr(), queue)
+    else:
+        _core.load().relation_backward(description, by_branch, grad_union)
     return grads
 
 

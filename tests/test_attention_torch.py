@@ -319,7 +319,7 @@ BAD_OPTIONS = [
     ({"mask_seed": -(2**63) - 1}, ValueError, r"mask_seed must be in .* got -9223372036854775809"),
     ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
     ({"scale": -math.inf}, ValueError, "scale must be finite, got -inf"),
-    ({"backend": "gpu"}, ValueError, "backend must be one of 'cpu', 'triton', 'reference' or None, got 'gpu'"),
+    ({"backend": "gpu"}, ValueError, "backend must be one of 'cpu', 'triton', 'cuda', 'reference' or None, got 'gpu'"),
 ]
 
 

@@ -1,0 +1,531 @@
+"""The CUDA C++ kernels without a GPU: the same sources compiled for the CPU, on tests/cuda/host_primitives.h.
+
+What a GPU would add is its own arithmetic and its memory model. Where the threads of a block depend on one another, on
+shared memory that was never written, or on the order of warps, the emulation says so; see docs/cuda.md.
+"""
+
+import ctypes
+import importlib.util
+import math
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import cuda_resources as resources
+import pytest
+import test_attention as attention
+import test_relation as relation
+import torch
+from torch.nn import functional
+
+from sgalign import _core, _cuda, backends, random_attention_mask, reference, relation_alignment_loss
+from sgalign._source_digest import source_digest
+
+ROOT = Path(__file__).resolve().parent.parent
+TYPES = {"attention_forward": ["Half", "BFloat16", "float"], "attention_backward": ["Half", "BFloat16", "float"]}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+
+
+def build(folder, *flags):
+    """The core with its kernels for the CPU alone; returns its path."""
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 builds the module")
+    if not shutil.which("g++") or os.uname().machine != "x86_64":
+        pytest.skip("the kernels' emulation needs g++ on x86-64")
+    folder.mkdir(parents=True, exist_ok=True)
+    module = folder / "_C.so"
+    if module.exists():
+        return module
+    command = ["g++", *FLAGS, *flags, f"-I{ROOT / 'tests' / 'cuda'}"]
+    names = ("SGALIGN_SOURCES", "SGALIGN_COMPILER", "SGALIGN_CUDA_ARCHS")
+    bindings = [f'-D{name}="emulated"' for name in names] + ["-DSGALIGN_CUDA", "-O0"]
+    bindings += [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    sources = [(ROOT / "csrc" / "bindings.cpp", bindings), (ROOT / "tests" / "cuda" / "host_module.cpp", [])]
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        sources += [(source, ["-x", "c++", f"-DSGALIGN_TYPE={name}"]) for name in TYPES.get(source.stem, [""])]
+    objects = []
+    for i, (source, own) in enumerate(sources):
+        objects.append(folder / f"{i}.o")
+        subprocess.run([*command, *own, "-c", source, "-o", objects[-1]], check=True)
+    subprocess.run([*command, "-shared", *objects, "-o", module.with_suffix(".new")], check=True)
+    os.replace(module.with_suffix(".new"), module)
+    return module
+
+
+def digest():
+    return source_digest(ROOT / "csrc") + source_digest(ROOT / "tests" / "cuda")
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The path of the emulated core, built once for these sources."""
+    path = os.environ.get("SGALIGN_EMULATED_CORE")
+    return Path(path) if path else build(ROOT / "build" / f"emulated-{digest()}", "-O1")
+
+
+@pytest.fixture(scope="session")
+def emulated(library):
+    spec = importlib.util.spec_from_file_location("_C", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def core(emulated, monkeypatch, poisoned):
+    """The package runs on the emulated core, and what the kernels leave out stays NaN."""
+    monkeypatch.setattr(_core, "load", lambda: emulated)
+    return emulated
+
+
+# ------------------------------------------------------------------------------------------------------- primitives
+
+
+@pytest.fixture(scope="session")
+def primitives(library, emulated):
+    loaded = ctypes.CDLL(str(library))
+
+    def call(name, *arguments, size):
+        """The 32-bit words that a primitive gives each lane."""
+        out = torch.zeros(32, size, dtype=torch.int32)
+        pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        getattr(loaded, name)(*pointers, ctypes.c_void_p(out.data_ptr()))
+        return out
+
+    call.library = loaded
+    return call
+
+
+def elements_of_a(dtype, lane, i):
+    """Row and column of element i of a lane: the PTX manual's tables for A of mma.m16n8k16 and, of tf32, .m16n8k8."""
+    group, member = lane >> 2, lane % 4
+    if dtype == torch.float32:
+        return group + 8 * (i in (1, 3)), member + 4 * (i in (2, 3))
+    return group + 8 * (i in (2, 3, 6, 7)), member * 2 + (i & 1) + 8 * (i >= 4)
+
+
+def elements_of_b(dtype, lane, i):
+    group, member = lane >> 2, lane % 4
+    if dtype == torch.float32:
+        return member + 4 * i, group
+    return member * 2 + (i & 1) + 8 * (i >= 2), group
+
+
+def elements_of_accumulators(lane, i):
+    return (lane >> 2) + 8 * (i >= 2), lane % 4 * 2 + (i & 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_mma_follows_the_tables_of_the_ptx_manual(dtype, primitives):
+    depth, per_word = (8, 1) if dtype == torch.float32 else (16, 2)
+    generator = torch.Generator().manual_seed(0)
+    # Small integers: no rounding hides a wrong place.
+    a, b, c = (torch.randint(-9, 10, size, generator=generator).float() for size in ((16, depth), (depth, 8), (16, 8)))
+    words = torch.zeros(32, 10, dtype=torch.int32)
+    for lane in range(32):
+        left = torch.stack([a[elements_of_a(dtype, lane, i)] for i in range(4 * per_word)]).to(dtype)
+        right = torch.stack([b[elements_of_b(dtype, lane, i)] for i in range(2 * per_word)]).to(dtype)
+        sums = torch.stack([c[elements_of_accumulators(lane, i)] for i in range(4)])
+        words[lane] = torch.cat([left.view(torch.int32), right.view(torch.int32), sums.view(torch.int32)])
+    out = primitives("run_mma", [torch.float16, torch.bfloat16, torch.float32].index(dtype), words, size=4)
+    result = torch.full((16, 8), math.nan)
+    for lane in range(32):
+        for i, value in enumerate(out[lane].view(torch.float32)):
+            result[elements_of_accumulators(lane, i)] = value
+    assert torch.equal(result, a @ b + c)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ldmatrix_follows_the_ptx_manual(transposed, primitives):
+    """Lane T has elements 2 * (T % 4) and the next of row T / 4 of each matrix."""
+    matrices = torch.arange(4 * 8 * 8, dtype=torch.int16).view(4, 8, 8)
+    out = primitives("run_load_matrices", int(transposed), matrices, size=4).view(torch.int16).view(32, 4, 2)
+    for lane in range(32):
+        for m in range(4):
+            matrix = matrices[m].t() if transposed else matrices[m]
+            assert torch.equal(out[lane, m], matrix[lane // 4, 2 * (lane % 4) : 2 * (lane % 4) + 2])
+
+
+def test_conversions_and_exchanges(primitives):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(64, 32, generator=generator) * 10.0 ** torch.randint(-9, 6, (64, 32), generator=generator)
+    special = [
+        0.0,
+        -0.0,
+        math.inf,
+        -math.inf,
+        math.nan,
+        65504,
+        65519.9,
+        65520,
+        6e-8,
+        2.9e-8,
+        2.98e-8,
+        6.1e-5,
+        2049,
+        2051,
+    ]
+    values[0, : len(special)] = torch.tensor(special)
+    for row in values:
+        out = primitives("run_convert", row.contiguous(), size=6)
+        for word, dtype in ((0, torch.float16), (1, torch.bfloat16)):
+            pairs = out[:, word].contiguous().view(dtype).view(32, 2)
+            torch.testing.assert_close(pairs, torch.stack([row, -row], 1).to(dtype), rtol=0, atol=0, equal_nan=True)
+        back = out[:, 2].contiguous().view(torch.float32)
+        torch.testing.assert_close(back, row.half().float(), rtol=0, atol=0, equal_nan=True)
+        tf32 = out[:, 3].contiguous().view(torch.float32)
+        finite = row.isfinite()
+        assert ((tf32 - row).abs() <= row.abs() * 2.0**-11)[finite].all()
+        assert not (out[:, 3] & 0x1FFF)[finite].any()
+        exchanged = out[:, 4].contiguous().view(torch.float32)
+        torch.testing.assert_close(exchanged, row[torch.arange(32) ^ 5], rtol=0, atol=0, equal_nan=True)
+        votes = sum(int(value > 0) << i for i, value in enumerate(row))
+        assert {int(word) & 0xFFFFFFFF for word in out[:, 5]} == {votes}
+
+
+MISTAKES = ["", "race", "race", "race", "diverge", "diverge", "NaN", "not waited for", "no multiple of 16"]
+
+
+@pytest.mark.parametrize("mistake", range(len(MISTAKES)))
+def test_the_emulation_finds_mistakes(mistake, primitives):
+    expected = MISTAKES[mistake]
+    if expected == "race" and not os.environ.get("SGALIGN_EMULATED_CORE", "").endswith("race/_C.so"):
+        pytest.skip("races are looked for in the slow tests")
+    message = ctypes.create_string_buffer(200)
+    source, out = torch.ones(4, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (source, out)]
+    primitives.library.run_mistake(mistake, *pointers, message)
+    if expected == "NaN":
+        expected = ""
+        assert (out == -1).all()
+    assert (expected in message.value.decode()) if expected else not message.value
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+
+SHAPES = [(2, 3, 17, 33, 8), (1, 2, 5, 7, 3), (1, 2, 40, 300, 32), (1, 1, 70, 270, 64), (1, 2, 9, 260, 20)]
+SHAPES += [(1, 1, 3, 65, 256), (1, 1, 35, 100, 128)]
+
+
+def assert_accurate(branches, tensors, grad_outs, **options):
+    """At most twice the error of plain PyTorch in the same dtype, three times for gradients, and a few last places."""
+    dtype = tensors[0].dtype
+    exact = attention.run_float64(branches, tensors, grad_outs, **options)
+    plain = attention.run(branches, tensors, grad_outs, backend="reference", **options)
+    ours = attention.run(branches, tensors, grad_outs, backend="cuda", **options)
+    for factor, *results in zip((2, 3), exact, plain, ours):
+        for i, (expected, theirs, mine) in enumerate(zip(*results)):
+            if expected is None:
+                assert mine is None
+                continue
+            assert mine.dtype == dtype and mine.shape == expected.shape
+            allowed = factor * (theirs - expected).abs().max().item()
+            allowed += 8 * torch.finfo(dtype).eps * expected.abs().max().item()
+            error = (mine - expected).abs().max().item()
+            assert error <= allowed, f"{'output' if factor == 2 else 'gradient'} {i}: {error} > {allowed}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("branches", attention.BRANCHES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(shape, branches, dtype, core):
+    assert_accurate(branches, *attention.make(shape, dtype), **attention.make_options("all", shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("options", ["none", "random", "mask", "padding", "dropout"])
+@pytest.mark.parametrize("branches", attention.BRANCHES)
+def test_options_of_attention(branches, options, dtype, core):
+    shape = (2, 2, 19, 70, 16)
+    assert_accurate(branches, *attention.make(shape, dtype), **attention.make_options(options, shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("multiprocessors", [1, 6, 1000])
+def test_parts_of_the_keys(multiprocessors, dtype, core, monkeypatch):
+    """The keys are cut into parts where rows alone are too few to keep a GPU busy."""
+    monkeypatch.setattr(_cuda, "multiprocessors", lambda device: multiprocessors)
+    shape = (1, 1, 5, 1100, 16)
+    tensors, grad_outs = attention.make(shape, dtype)
+    options = attention.make_options("all", shape)
+    options["key_padding_mask"][:, 200:900] = True  # parts with nothing kept
+    for branches in attention.BRANCHES:
+        assert_accurate(branches, tensors, grad_outs, **options)
+
+
+@pytest.mark.parametrize("layout", ["projection", "slice", "every other channel", "one batch", "one number"])
+def test_layouts_of_attention(layout, core):
+    """Rows that are no multiple of 16 bytes apart are copied element by element."""
+    shape = (2, 3, 20, 70, 12)
+    for dtype in (torch.float32, torch.float16):
+        tensors, grad_outs = ([attention.LAYOUTS[layout](t) for t in ts] for ts in attention.make(shape, dtype))
+        contiguous = ([tensor.contiguous() for tensor in ts] for ts in (tensors, grad_outs))
+        options = attention.make_options("all", shape) | {"backend": "cuda"}
+        result = attention.run("dual", tensors, grad_outs, **options)
+        attention.assert_same(result, attention.run("dual", *contiguous, **options))
+
+
+@pytest.mark.parametrize("branches", attention.BRANCHES)
+def test_nothing_kept(branches, core):
+    """Rows 0 to 4 lose everything by mask and padding, and the mirror loses everything if the ratio is 1."""
+    shape = (2, 2, 14, 300, 8)
+    tensors, grad_outs = attention.make(shape)
+    padding = torch.zeros(2, 300, dtype=torch.bool)
+    padding[:, 100:] = True
+    mask = torch.zeros(14, 300, dtype=torch.bool)
+    mask[:5, :100] = True
+    options = {"mask": mask, "key_padding_mask": padding, "mask_seed": 5}
+    assert_accurate(branches, tensors, grad_outs, mask_ratio=0.3, **options)
+    outs, grads = attention.run(branches, tensors, grad_outs, mask_ratio=1, backend="cuda", **options)
+    assert not outs[-1].any() and not outs[0][:, :, :5].any() and not grads[0][:, :, :5].any()
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_padded_keys_and_values_leak_nowhere(dtype, junk, core):
+    shape = (2, 2, 14, 90, 8)
+    tensors, grad_outs = attention.make(shape, dtype)
+    options = attention.make_options("all", shape) | {"backend": "cuda"}
+    padding = options["key_padding_mask"]
+    expected = attention.run("dual", tensors, grad_outs, **options)
+    for tensor in tensors[2:]:
+        tensor[padding[:, None].expand(tensor.shape[:3])] = junk
+    result = attention.run("dual", tensors, grad_outs, **options)
+    attention.assert_same(result, expected)
+    for grad in result[1][2:]:
+        assert not grad[padding[:, None].expand(grad.shape[:3])].any()
+
+
+def test_nan_that_is_kept_is_not_hidden(core, monkeypatch):
+    tensors, _ = attention.make((1, 1, 3, 600, 4))
+    tensors[2][0, 0, 570, 1] = math.nan
+    for multiprocessors in (1, 8):
+        monkeypatch.setattr(_cuda, "multiprocessors", lambda device, count=multiprocessors: count)
+        assert all(out.isnan().all() for out in attention.attend("dual", tensors, backend="cuda"))
+
+
+@pytest.mark.parametrize("gap", [20, 60, 200])
+@pytest.mark.parametrize("branches", attention.BRANCHES)
+def test_dropped_key_far_above_the_kept_ones(branches, gap, core):
+    """The supervised maximum is `gap` above all that the mirror keeps."""
+    tensors, grad_outs = attention.make((1, 1, 30, 70, 8))
+    dropped = reference.random_mask(
+        1, 30, 70, threshold=round(0.3 * 65536), seed=torch.tensor(11), stream=0, device=torch.device("cpu")
+    )[0, :, 40]
+    tensors[0][..., 0] = tensors[1][..., 0] = 1
+    tensors[2][..., 0] = 0
+    tensors[2][..., 40, :] = 0
+    tensors[2][..., 40, 0] = gap
+    grad_outs = [grad_outs[0] * 0, grad_outs[1] * dropped[:, None]][branches == "single" :]
+    assert_accurate(branches, tensors, grad_outs, mask_ratio=0.3, mask_seed=11, scale=1.0)
+
+
+@pytest.mark.parametrize("branches", attention.BRANCHES)
+@pytest.mark.parametrize("shape", [(0, 2, 3, 4, 5), (2, 2, 0, 4, 5), (2, 2, 3, 0, 5), (2, 2, 3, 4, 0)])
+def test_empty_attention(shape, branches, core):
+    tensors, grad_outs = attention.make(shape)
+    result = attention.run(branches, tensors, grad_outs, backend="cuda", **attention.make_options("all", shape))
+    for tensor in (*result[0], *result[1]):
+        assert tensor is None or not tensor.any()
+
+
+def test_attention_is_the_same_on_each_run_and_in_both_branches(core):
+    shape = (1, 2, 33, 100, 16)
+    tensors, grad_outs = attention.make(shape)
+    options = attention.make_options("all", shape) | {"backend": "cuda"}
+    attention.assert_same(
+        attention.run("dual", tensors, grad_outs, **options), attention.run("dual", tensors, grad_outs, **options)
+    )
+    tensors[1] = tensors[0].clone()
+    for branches in ("dual", "same query"):
+        out, mirrored_out = attention.attend(branches, tensors, backend="cuda", dropout_p=0.5, mask_seed=3)
+        assert torch.equal(out, mirrored_out)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 3, 5, 257), (1, 2, 3, 600), (2, 2, 0, 4), (2, 2, 4, 0)])
+def test_random_mask_is_the_definition(size, core, monkeypatch):
+    choose = backends.choose
+    for seed in (0x123456789ABCDEF, -1, -(2**63)):
+        for stream, ratio in ((0, 0), (2**31 - 1, 0.3), (5, 65535 / 65536), (3, 1)):
+            monkeypatch.setattr(backends, "choose", lambda *_: "cuda")
+            mask = random_attention_mask(*size, ratio=ratio, seed=seed, stream=stream)
+            monkeypatch.setattr(backends, "choose", choose)
+            batch, heads, queries, keys = size
+            expected = reference.random_mask(
+                batch * heads, queries, keys, threshold=round(65536 * ratio), seed=torch.tensor(seed), stream=stream,
+                device=torch.device("cpu"),
+            )  # fmt: skip
+            assert torch.equal(mask.flatten(0, 1), expected)
+
+
+# ------------------------------------------------------------------------------------------- relations and alignment
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("shape", [*relation.SHAPES, (6, 70, 40, 70), (3, 0, 40, 5), (70, 30, 64, 3)], ids=str)
+def test_relation(shape, branches, dtype, core):
+    union, pairs, operands, grads = relation.make(shape, dtype, bias=shape[0] != 5)
+    operands, grads = operands[:branches], grads[:branches]
+    double = lambda t: None if t is None else t.double()  # noqa: E731
+    doubles = union.double(), pairs, [[double(t) for t in branch] for branch in operands], [g.double() for g in grads]
+    exact, plain = relation.run(*doubles, "reference"), relation.run(union, pairs, operands, grads, "reference")
+    ours = relation.run(union, pairs, operands, grads, "cuda")
+    for factor, *results in zip((2, 3), exact, plain, ours):
+        for i, (expected, theirs, mine) in enumerate(zip(*results, strict=True)):
+            assert mine.dtype == dtype and mine.shape == expected.shape
+            if not expected.numel():
+                continue
+            allowed = factor * (theirs - expected).abs().max().item()
+            allowed += 8 * torch.finfo(dtype).eps * expected.abs().max().item()
+            error = (mine - expected).abs().max().item()
+            assert error <= allowed, f"{'logits' if factor == 2 else 'gradient'} {i}: {error} > {allowed}"
+    for mine, again in zip(ours, relation.run(union, pairs, operands, grads, "cuda")):
+        assert all(torch.equal(a, b) for a, b in zip(mine, again))
+
+
+@pytest.mark.parametrize("shape", [(9, 60, 128, 51), (4, 7, 30, 2)], ids=str)
+def test_strides_of_relation(shape, core):
+    union, pairs, operands, grads = relation.make(shape)
+    shifted = lambda t: None if t is None else functional.pad(t, (1, 2))[..., 1:-2]  # noqa: E731
+    expected = relation.run(union, pairs, operands, grads, "cuda")
+    strided = shifted(union), pairs.t().contiguous().t(), [[shifted(t) for t in branch] for branch in operands]
+    for mine, theirs in zip(relation.run(*strided, grads, "cuda"), expected):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher", "symmetric"])
+def test_alignment(kind, direction, core):
+    generator = torch.Generator().manual_seed(0)
+    for relations, classes in ((7, 5), (9, 51), (1, 200), (0, 3)):
+        for dtype in DTYPES:
+            teacher, student = (torch.randn(2, relations, classes, generator=generator) * 3).to(dtype)
+            for weight in (None, torch.rand(relations, generator=generator).round(decimals=1)):
+                results = []
+                for backend, cast in (("cuda", dtype), ("reference", torch.float64)):
+                    leaf = student.detach().clone().to(cast).requires_grad_()
+                    loss = relation_alignment_loss(
+                        teacher.to(cast), leaf, kind=kind, direction=direction, weight=weight, backend=backend
+                    )
+                    loss.backward()
+                    results.append((loss, leaf.grad))
+                (loss, grad), (expected, expected_grad) = results
+                torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+                if grad.numel():
+                    tolerance = 2 * torch.finfo(dtype).eps * expected_grad.abs().max().item() + 1e-7
+                    torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher", "symmetric"])
+def test_alignment_of_extreme_logits(kind, direction, core):
+    extreme = torch.tensor([[1000.0, -1000, 0], [-1000, -1000, -1000], [1000, 1000, 1000]])
+    student = extreme.clone().requires_grad_()
+    loss = relation_alignment_loss(extreme, student, kind=kind, direction=direction, backend="cuda")
+    loss.backward()
+    assert loss == 0 and student.grad.abs().max() < 1e-8
+    student = (-extreme).requires_grad_()
+    loss = relation_alignment_loss(extreme, student, kind=kind, direction=direction, backend="cuda")
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all()
+    infinite = torch.tensor([[0.0, -math.inf, 1]])
+    student = torch.tensor([[0.0, 1, 2]], requires_grad=True)
+    relation_alignment_loss(infinite, student, kind=kind, backend="cuda").backward()
+    assert student.grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+
+def test_errors_name_kernel_and_shape(emulated, core):
+    x = torch.ones(1, 1, 1, 8)
+    matrix = attention_matrix(x)
+    call = emulated.Attention(0, (2**31, 1, 1, 1, 8), [(matrix, [(matrix, 0, False, None)], None)], matrix, matrix,
+                              None, None, 0, 0, 0, 0, 1.0, 1)  # fmt: skip
+    with pytest.raises(
+        RuntimeError, match="attention of B, H, Lq, Lk, D = 2147483648 1 1 1 8: .* more than a grid holds"
+    ):
+        emulated.cuda_attention_forward(call, 0, 1, 0, (0, 0))
+
+
+def attention_matrix(tensor):
+    return tensor.data_ptr(), tensor.stride()
+
+
+def test_no_float64(core):
+    tensors, _ = attention.make((1, 1, 3, 4, 5), torch.float64)
+    with pytest.raises(ValueError, match="backend 'cuda' computes in float32 at most, got float64"):
+        attention.attend("dual", tensors, backend="cuda")
+
+
+def test_choice_on_a_gpu(core, monkeypatch):
+    """Triton where it is installed, else these kernels; float64 by neither."""
+    gpu = torch.device("cuda")
+    assert backends.choose("cuda", gpu, torch.float16) == "cuda"
+    monkeypatch.setattr(backends, "_triton_problem", lambda: None)
+    assert backends.choose(None, gpu, torch.float32) == "triton"
+    monkeypatch.setattr(backends, "_triton_problem", lambda: "not installed")
+    assert backends.choose(None, gpu, torch.float32) == "cuda"
+    assert backends.choose(None, gpu, torch.float64) == "reference"
+
+
+def test_core_without_cuda(monkeypatch):
+    class Core:
+        pass
+
+    monkeypatch.setattr(_core, "load", Core)
+    tensors, _ = attention.make((1, 1, 3, 4, 5))
+    with pytest.raises(ImportError, match="backend 'cuda' cannot be used: .* built without CUDA: put nvcc on PATH"):
+        attention.attend("dual", tensors, backend="cuda")
+
+
+# -------------------------------------------------------------------------------------------------------- resources
+
+
+def test_registers_and_no_spills():
+    """Of the core as it is built here: no kernel has a stack, and all are as in csrc/cuda/resources.csv."""
+    built = Path(_core.load().__file__)
+    if not hasattr(_core.load(), "cuda_archs"):
+        pytest.skip("the core was built without CUDA")
+    if not resources.find_cuobjdump() or not shutil.which("c++filt"):
+        pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton, and c++filt")
+    usage = resources.usage(built)
+    assert {row["arch"] for row in usage} == set(_core.load().cuda_archs.split())
+    table = [row for row in resources.read() if row["nvcc"] == resources.nvcc_version()]
+    known = {(row["arch"], row["kernel"]): {name: row[name] for name in usage[0]} for row in table}
+    listed = [row for row in usage if row["arch"] in {arch for arch, _ in known}]
+    if not listed:
+        pytest.skip("the table knows neither this compiler nor these architectures")
+    assert [row for row in listed if row["stack"] != "0"] == []
+    assert {(row["arch"], row["kernel"]): row for row in listed} == {
+        key: row for key, row in known.items() if key[0] in {row["arch"] for row in listed}
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- sanitizers
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checks", ["sanitizers", "race"])
+def test_memory(checks, tmp_path):
+    """No access out of bounds, no undefined behaviour; no two threads of a block that race for shared memory."""
+    flags = SANITIZE if checks == "sanitizers" else ["-DSGALIGN_RACE_CHECK"]
+    module = build(tmp_path / checks, "-O1", *flags)
+    preloaded = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    environment = {"SGALIGN_EMULATED_CORE": str(module), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    if checks == "sanitizers":
+        environment["LD_PRELOAD"] = preloaded
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_cuda.py"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
