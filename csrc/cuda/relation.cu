@@ -80,7 +80,7 @@ constexpr int kForwardBytes = (2 * kRelations + 2 * 2 * kClasses + 2 * kRelation
 
 // Logits of a tile of relations and classes, from part block_index_y() of the channels.
 template <class T, int kBranches>
-__global__ void __launch_bounds__(kThreads, 1) relation_forward_kernel(const __grid_constant__ RelationCall c) {
+__global__ void __launch_bounds__(kThreads) relation_forward_kernel(const __grid_constant__ RelationCall c) {
     constexpr int D = kChannels<T>, kTile = kRelations * D, kPiece = 16 / sizeof(T);
     const RelationLogits& a = c.a;
     const int class_tiles = int(divide_up(a.classes, kClasses));
