@@ -36,6 +36,7 @@ from sgalign.models.sgtr_weights import load_published  # noqa: E402
 from sgalign.prediction import load_module  # noqa: E402
 from sgalign.sgtr import (  # noqa: E402
     AlignSGTRModule,
+    EntityDetectorModule,
     SGTRModule,
     annotations_of,
     mirrored_boxes,
@@ -459,6 +460,43 @@ def test_detector_weights_and_sizes_survive(tmp_path):
     third.load_state_dict(second.state_dict())
 
 
+def small_detector():
+    return EntityDetector(OBJECTS, backbone="resnet10", stride=16, dim=32, heads=4, ffn_dim=32, layers=2, num_queries=9)
+
+
+def test_no_gradient_of_a_new_detector_drowns_the_others():
+    """Queries start as zeros, whose normalisation multiplies a gradient by 300."""
+    detector = small_detector()
+    found = detector([torch.rand(3, 64, 64) for _ in range(2)])
+    (found.logits.square().mean() + found.boxes.square().mean()).backward()
+    norms = {name: p.grad.norm().item() for name, p in detector.named_parameters() if p.grad is not None}
+    assert norms["detr.model.decoder.layers.0.self_attn.o_proj.bias"] < 0.5 * math.hypot(*norms.values())
+    assert found.features.std(1).mean() > 0.05  # queries are not all alike
+
+
+def test_what_is_under_the_padding_changes_nothing():
+    """Of the feature map; images are padded with zeros, which is what the backbone sees beyond an edge anyway."""
+    detector, net = small_detector().eval(), SGTR(OBJECTS, PREDICATES, dim=32, heads=4, ffn_dim=32, layers=2).eval()
+    images = [torch.rand(3, 48, 80), torch.rand(3, 96, 33)]
+    found = detector(images)
+    expected = net(found)
+    backbone = detector.detr.model.backbone
+
+    def disturb(module, arguments, output):
+        feature_map, seen = output[-1]
+        return [(feature_map + 100 * torch.randn_like(feature_map) * ~seen[:, None], seen)]
+
+    with torch.no_grad():
+        handle = backbone.register_forward_hook(disturb)
+        other = detector(images)
+        handle.remove()
+        assert not torch.allclose(other.memory, found.memory)
+        for name in ("features", "logits", "boxes"):
+            torch.testing.assert_close(getattr(other, name), getattr(found, name), rtol=1e-3, atol=1e-4)
+        for one, two in zip(net(other), expected):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
 def test_resize():
     assert resize(torch.rand(3, 100, 200), 50, 1000).shape == (3, 50, 100)
     assert resize(torch.rand(3, 100, 200), 80, 120).shape == (3, 60, 120)
@@ -525,6 +563,64 @@ def test_trains_saves_and_predicts(protocol, tmp_path):
         for one in sum(predicted[0], []):
             assert torch.equal(one["labels"], graphs[one["image_id"]].labels)
             torch.testing.assert_close(one["boxes"], graphs[one["image_id"]].boxes, rtol=0, atol=1e-3)
+
+
+def test_sgtr_starts_from_a_trained_detector(tmp_path):
+    options = {n: v for n, v in SMALL.items() if n not in ("encoder_layers", "layers", "queries")}
+    first = EntityDetectorModule(**options)
+    run = fit(first)
+    assert {"train/boxes", "val/found", "val/relations_found"} <= set(run.callback_metrics)
+    path = tmp_path / "detector.ckpt"
+    run.save_checkpoint(path)
+    again = load_module(path)
+    pixels = [torch.rand(3, 48, 64)]
+    with torch.no_grad():
+        expected = first.eval().detector(pixels)
+        torch.testing.assert_close(again.detector(pixels).boxes, expected.boxes)
+    second = AlignSGTRModule(detector_weights=str(path), frozen=["detector"], **SMALL)
+    started = {}
+    second.on_train_start = lambda: started.update({n: p.clone() for n, p in second.state_dict().items()})
+    run = fit(second)
+    head = first.detector.detr.class_labels_classifier.weight
+    assert all(torch.equal(weight, head) for weight in started["network.entity_class.weight"])
+    layer = first.detector.detr.bbox_predictor.layers[2]
+    assert all(torch.equal(bias, layer.bias) for bias in started["network.entity_box.2.bias"])
+    changed = [
+        n for n, t in second.state_dict().items() if n.startswith("detector.") and not torch.equal(t, started[n])
+    ]
+    assert changed == []  # nor batch statistics
+    assert not any(name.startswith("train/entity") for name in run.callback_metrics)
+    with torch.no_grad():
+        torch.testing.assert_close(second.eval().detector(pixels).boxes, expected.boxes)
+    run.save_checkpoint(tmp_path / "sgtr.ckpt")
+    path.unlink()  # the checkpoint of SGTR has what it needs
+    third = load_module(tmp_path / "sgtr.ckpt")
+    with torch.no_grad():
+        torch.testing.assert_close(third.detector(pixels).boxes, expected.boxes)
+
+
+def test_weights_of_something_else_are_refused(tmp_path):
+    torch.save({"sgalign": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="EntityDetectorModule"):
+        fit(SGTRModule(detector_weights=str(tmp_path / "other.ckpt"), **SMALL))
+
+
+def test_what_is_found():
+    """Half of the objects, and of the relations the one between them."""
+    graph = next(g for g in map(ScenesDataset("test").__getitem__, range(9)) if len(g.relations) > 2)
+    batch = collate([graph], 20)
+    ((labels, boxes),), _ = annotations_of(batch, torch.device("cpu"))
+    half = len(labels) // 2
+    logits = functional.one_hot(labels - 1, 17).float()[None, None] * 9
+    logits[..., half:, :] = logits[..., half:, :].roll(1, -1)  # another class
+    found = DetectedEntities(*(torch.zeros(1),) * 4, logits, boxes[None, None] * torch.tensor([1, 1, 1.1, 1.1]))
+    module, logged = SGTRModule(**SMALL), {}
+    module.log = lambda name, value, **options: logged.update({name: float(value)})
+    module._trainer = type("Trainer", (), {"testing": False})()
+    module.log_found(found, batch)
+    assert logged["val/found"] == pytest.approx(half / len(labels))
+    both = (graph.relations[:, :2] < half).all(1).float().mean().item()
+    assert logged["val/relations_found"] == pytest.approx(both)
 
 
 def test_runs_repeat():
