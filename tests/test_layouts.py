@@ -98,9 +98,9 @@ def test_conversion(folders, tmp_path, capsys):
 
 
 def test_few_photographs(folders, tmp_path):
-    out, command = tmp_path / "few", ["--format", "coco", "--source", str(folders / "vrd"), "--few", "2"]
+    out, command = tmp_path / "few", ["--format", "coco", "--source", str(folders / "vg150"), "--few", "2"]
     assert cli.main(["make-dataset", str(out), *command, "--long-side", "100"]) == 0
-    whole = VRDDataset(folders / "vrd", "test")
+    whole = VG150Dataset(folders / "vg150", "test")
     whole = {graph.image_id: graph for graph in map(whole.__getitem__, range(len(whole)))}
     parts = [CocoDataset(out, split) for split in ("train", "validation", "test")]
     for part in parts:
