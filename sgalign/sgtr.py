@@ -14,7 +14,7 @@ from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageL
 from sgalign.alignment import DIRECTIONS, REDUCTIONS, relation_alignment_loss
 from sgalign.data import GraphBatch
 from sgalign.models.entity_detector import Backbone, DetectedEntities, EntityDetector, resize
-from sgalign.models.graph_assembly import Annotations, Entities, assemble, match, relation_losses
+from sgalign.models.graph_assembly import PAIRS, Annotations, Entities, assemble, match, relation_losses
 from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs
 from sgalign.sampling import step_seed
 from sgalign.training import RelationModule, check_choice, pixels_of, read_checkpoint
@@ -237,6 +237,7 @@ class SGTRModule(_DetectingModule):
             first two of `sgalign.models.sgtr.SGTR` as well.
         entity_layers, entity_queries: of the detector's transformer.
         encoder_layers, layers, queries, focal: of `SGTR`.
+        pairs: of entities that a query and predicate may join at evaluation, best first.
         detector_weights: as `weights` of `EntityDetector`, or a checkpoint of `EntityDetectorModule` or of SGTR; read
             when training starts. Subjects' and objects' heads then start as the detector's.
         frozen: parts of the detector that are not trained: "backbone", "encoder", "decoder". With a frozen decoder
@@ -269,6 +270,7 @@ class SGTRModule(_DetectingModule):
         layers: int = 6,
         queries: int = 180,
         focal: bool = True,
+        pairs: int = PAIRS,
         detector_weights: str | None = None,
         frozen: Sequence[str] = (),
         entity_loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
@@ -284,6 +286,8 @@ class SGTRModule(_DetectingModule):
         self.save_hyperparameters()
         check_choice("protocol", protocol, ("sgdet", "predcls"))
         self._check_images()
+        if pairs < 1:
+            raise ValueError(f"pairs must be at least 1, got {pairs}")
         self.protocol = protocol
 
     def make_network(self, counts: Tensor) -> None:
@@ -325,7 +329,8 @@ class SGTRModule(_DetectingModule):
 
     def _graphs(self, batch: GraphBatch, pixels: list[Tensor], entities: DetectedEntities) -> list[dict[str, Any]]:
         candidates = self._candidates(entities, annotations_of(batch, self.device)[0])
-        graphs = assemble(self.network(entities).at(-1), candidates, sizes_of(pixels), focal=self.options.focal)
+        options = {name: self.options[name] for name in ("focal", "pairs")}
+        graphs = assemble(self.network(entities).at(-1), candidates, sizes_of(pixels), **options)
         predictions = []
         for image, (triplets, scores) in enumerate(graphs):
             objects = len(batch.truth[image]["labels"]) if self.protocol == "predcls" else None

@@ -390,8 +390,8 @@ def test_losses(focal):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("focal", [True, False])
-def test_assembled_graphs(focal):
+@pytest.mark.parametrize(("focal", "pairs"), [(True, 3), (False, 3), (True, 1)])
+def test_assembled_graphs(focal, pairs):
     """By loops: three pairs by rank for each of the best predicates, then greedy suppression."""
     suppressed = 0
     for _ in range(20):
@@ -401,7 +401,7 @@ def test_assembled_graphs(focal):
         one_hot = functional.one_hot(torch.tensor([0, 1, 2, 0, 1, 2]), OBJECTS).float()
         found = Entities(one_hot[None] * torch.rand(1, 6, 1), boxes)
         sizes = torch.tensor([[100.0, 50.0]])
-        ((triplets, scores),) = assemble(said, found, sizes, focal=focal)
+        ((triplets, scores),) = assemble(said, found, sizes, focal=focal, pairs=pairs)
         by_layer = RelationOutputs(*(t[None] for t in said[:2]), *(t[:, None] for t in said[2:]))
         rank = assembling_scores(by_layer, found, sizes)[:, 0, 0].sort(dim=-1, descending=True, stable=True).indices
         p = said.logits[0].sigmoid() if focal else said.logits[0].softmax(-1)[:, :-1]
@@ -410,7 +410,7 @@ def test_assembled_graphs(focal):
         candidates = []
         for place in p.flatten().sort(descending=True).indices[:QUERIES].tolist():
             query, predicate = divmod(place, PREDICATES)
-            for subject, object_ in rank[:, query, :3].T.tolist():
+            for subject, object_ in rank[:, query, :pairs].T.tolist():
                 score = p[query, predicate] * found.confidence[0, subject] * found.confidence[0, object_]
                 if subject != object_ and giou[subject, object_] < 0.95:
                     candidates.append((score.item(), subject, object_, predicate))
@@ -425,7 +425,7 @@ def test_assembled_graphs(focal):
                 kept.append((score, subject, object_, predicate))
         assert triplets.tolist() == [[s, o, predicate + 1] for _, s, o, predicate in kept]
         torch.testing.assert_close(scores, torch.tensor([k[0] for k in kept]))
-    assert suppressed > 20
+    assert suppressed > (20 if pairs > 1 else 0)
 
 
 def test_given_entities_of_shorter_images_are_never_related():
@@ -653,6 +653,7 @@ def test_frozen_parts_do_not_learn():
         ({"short_sides": []}, "short_sides"),
         ({"short_sides": [600], "long_side": 500}, "short_sides"),
         ({"flip": 2}, "flip"),
+        ({"pairs": 0}, "pairs"),
         ({"mask_ratio": -1}, "mask_ratio"),
         ({"aligned": []}, "aligned"),
         ({"aligned": ["vectors"]}, "aligned"),
@@ -667,13 +668,16 @@ def test_wrong_options_are_named(options, message):
 def test_configs_hold_the_published_sizes():
     yaml = pytest.importorskip("yaml")
     folder = Path(__file__).resolve().parent.parent / "configs"
-    for name, kind in (("sgtr", SGTRModule), ("align_sgtr", AlignSGTRModule)):
+    kinds = {"detr": EntityDetectorModule, "sgtr": SGTRModule, "align_sgtr": AlignSGTRModule}
+    for name, kind in kinds.items():
         for suffix in ("", "_small"):
             config = yaml.safe_load((folder / f"{name}{suffix}.yaml").read_text())["model"]
             assert config["class_path"] == f"sgalign.sgtr.{kind.__name__}"
             kind(**config["init_args"])
         published = yaml.safe_load((folder / f"{name}.yaml").read_text())["model"]["init_args"]
-        sizes = {"dim": 256, "heads": 8, "ffn_dim": 2048, "layers": 6, "encoder_layers": 3, "queries": 180}
+        sizes = {"dim": 256, "heads": 8, "ffn_dim": 2048, "entity_layers": 6, "entity_queries": 100}
+        if name != "detr":
+            sizes |= {"layers": 6, "encoder_layers": 3, "queries": 180}
         assert {key: published[key] for key in sizes} == sizes
 
 

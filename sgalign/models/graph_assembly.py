@@ -219,12 +219,13 @@ def _paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assemble(
-    outputs: RelationOutputs, entities: Entities, sizes: Tensor, *, focal: bool
+    outputs: RelationOutputs, entities: Entities, sizes: Tensor, *, focal: bool, pairs: int = PAIRS
 ) -> list[tuple[Tensor, Tensor]]:
     """The best triplets of each image, as SGTR's inference ranks them.
 
-    The Q best of all queries' predicates each take their query's three best subjects and objects, put together by rank;
-    a triplet scores predicate x subject confidence x object confidence. Not kept are pairs of an entity with itself or
+    The Q best of all queries' predicates each take their query's `pairs` best subjects and objects, put together by
+    rank; a triplet scores predicate x subject confidence x object confidence, so that where the detector is sure the
+    second and third pair rank as high as the first. Not kept are pairs of an entity with itself or
     with one that has a generalised IoU of 0.95 with it, and what a better triplet of the same predicate says already:
     of the same two entities, or of two of the same classes with an IoU above 0.8.
 
@@ -232,6 +233,7 @@ def assemble(
         outputs: of the last layer, without the leading dimension of layers.
         entities, sizes: as in `assembling_scores`.
         focal: of `SGTR`.
+        pairs: of entities for a query and predicate.
 
     Returns:
         For each image triplets int64 `[T, 3]`, subject, object and predicate from 1, best first, and scores `[T]`.
@@ -245,7 +247,7 @@ def assemble(
     for image, (probability, confidence) in enumerate(zip(probabilities, entities.confidence, strict=True)):
         best, place = probability.flatten().topk(min(queries, probability.numel()))
         # Sorted, as topk takes any of equal ones, such as of all that do not overlap.
-        ranked = scores[:, image].sort(dim=-1, descending=True, stable=True).indices[..., :PAIRS]
+        ranked = scores[:, image].sort(dim=-1, descending=True, stable=True).indices[..., :pairs]
         partners = ranked[:, place // predicates]
         subject, object_ = partners.flatten(1)
         width = partners.shape[-1]
