@@ -237,6 +237,7 @@ class SGTRModule(_DetectingModule):
             first two of `sgalign.models.sgtr.SGTR` as well.
         entity_layers, entity_queries: of the detector's transformer.
         encoder_layers, layers, queries, focal: of `SGTR`.
+        distinct_matching: as `distinct` of `sgalign.models.graph_assembly.match`; false as in the public code.
         pairs: of entities that a query and predicate may join at evaluation, best first.
         detector_weights: as `weights` of `EntityDetector`, or a checkpoint of `EntityDetectorModule` or of SGTR; read
             when training starts. Subjects' and objects' heads then start as the detector's.
@@ -270,6 +271,7 @@ class SGTRModule(_DetectingModule):
         layers: int = 6,
         queries: int = 180,
         focal: bool = True,
+        distinct_matching: bool = False,
         pairs: int = PAIRS,
         detector_weights: str | None = None,
         frozen: Sequence[str] = (),
@@ -375,7 +377,7 @@ class SGTRModule(_DetectingModule):
         losses |= relation_losses(
             outputs,
             annotations,
-            match(outputs, candidates, sizes, annotations),
+            match(outputs, candidates, sizes, annotations, distinct=self.options.distinct_matching),
             focal=self.options.focal,
             relations=max(float(relations), 1.0),
         )

@@ -341,6 +341,21 @@ def test_matching_is_the_cheapest():
     assert dict(zip(relation.tolist(), query.tolist())) == expected
 
 
+def test_matching_can_give_every_relation_its_query():
+    """Two relations that agree about the best query: the public code leaves one without, and it teaches nothing."""
+    said, sizes = outputs(layers=1, images=1), torch.tensor([[100.0, 50.0]])
+    found, truth = Entities(torch.rand(1, 6, OBJECTS), torch.rand(1, 6, 4) * 0.4 + 0.1), annotation(1)
+    twice = Annotations(*(torch.cat([t, t], dim=min(t.dim() - 1, 1)) for t in truth))
+    said.vectors[0, 0, 3] = truth.vectors[0]
+    said.logits[0, 0, 3, truth.predicates[0]] = 20
+    ((query, _),) = match(said, found, sizes, [twice])[0]
+    assert query.tolist() == [3]
+    ((query, relation),) = match(said, found, sizes, [twice], distinct=True)[0]
+    assert sorted(relation.tolist()) == [0, 1] and 3 in query.tolist() and len(set(query.tolist())) == 2
+    ((query, relation),) = match(said, found, sizes, [annotation(30)], distinct=True)[0]
+    assert len(query) == len(set(relation.tolist())) == QUERIES
+
+
 @pytest.mark.parametrize("relations", [0, 1, 30])
 def test_no_query_serves_twice(relations):
     said, found = outputs(images=1), Entities(torch.rand(1, 6, OBJECTS), torch.rand(1, 6, 4) * 0.4 + 0.1)
