@@ -7,11 +7,13 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import torch
 
 from sgalign.data import SceneGraph, ScenesDataset, open_dataset
 from sgalign.data.coco import save_image, write_coco
@@ -28,6 +30,14 @@ def parser() -> argparse.ArgumentParser:
     sizes = parser.add_argument
     sizes("--sizes", type=int, nargs=3, metavar="N", help="training, validation, test scenes (default: 300 50 80)")
     parser.add_argument("--source", metavar="FOLDER", help="converts this data set to COCO's format instead")
+    parser.add_argument(
+        "--few",
+        type=int,
+        metavar="N",
+        help="of --source: the first N photographs of its test part, by name, as training, validation and test part, "
+        "to see whether a model can learn them by heart",
+    )
+    parser.add_argument("--long-side", type=int, metavar="PIXELS", help="of --few: makes larger photographs smaller")
     parser.add_argument("--validation-images", type=int, metavar="N", help="of --source, as for fit")
     parser.add_argument("--no-images", action="store_true", help="annotations alone")
     return parser
@@ -38,6 +48,13 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     if options.source is not None and options.sizes is not None:
         parser().error("--sizes is of generated scenes, not of --source")
+    if options.few is not None and options.source is None:
+        parser().error("--few needs --source")
+    if options.long_side is not None and options.few is None:
+        parser().error("--long-side needs --few")
+    for name in ("few", "long_side"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser().error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     sizes = options.sizes or (300, 50, 80)
     if min(sizes) < 0:
         parser().error(f"--sizes must be at least 0, got {sizes}")
@@ -47,11 +64,14 @@ def main(arguments: Sequence[str]) -> int:
         parser().error(f"out must be a new or an empty folder, {options.out} is not")
     if options.source is None:
         datasets: dict[str, Any] = {s: ScenesDataset(s, size=n) for s, n in zip(SPLITS, sizes)}  # type: ignore[arg-type]
+    elif options.few is not None:
+        datasets = dict.fromkeys(SPLITS, few_photographs(options.source, options.few, options.long_side))
     else:
         held_out = {} if options.validation_images is None else {"validation_images": options.validation_images}
         datasets = {split: open_dataset(options.source, split, **held_out) for split in SPLITS}
     parts = {split: [dataset[i] for i in range(len(dataset))] for split, dataset in datasets.items()}
-    names = datasets["train"].object_names, datasets["train"].predicate_names
+    of_names = datasets["train"] if options.few is None else open_dataset(options.source, "test")
+    names = of_names.object_names, of_names.predicate_names
     out = options.out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=f"{out.name}.partial_", dir=out.parent)
@@ -65,6 +85,30 @@ def main(arguments: Sequence[str]) -> int:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {options.out}: {', '.join(f'{len(graphs)} {split}' for split, graphs in parts.items())} images")
     return 0
+
+
+def few_photographs(source: str, count: int, long_side: int | None) -> list[SceneGraph]:
+    """The first `count` images of the test part, by name, that have relations and a file.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    dataset = open_dataset(source, "test")
+    graphs = [g for g in map(dataset.__getitem__, range(len(dataset))) if g.image is not None and len(g.relations)]
+    if len(graphs) < count:
+        raise ValueError(f"{source}: the test part must have {count} photographs with relations, has {len(graphs)}")
+    graphs = sorted(graphs, key=lambda graph: graph.image_id)[:count]
+    return graphs if long_side is None else [smaller(graph, long_side) for graph in graphs]
+
+
+def smaller(graph: SceneGraph, long_side: int) -> SceneGraph:
+    """The graph with its image's long side at most this, and its boxes with it."""
+    scale = min(1.0, long_side / max(graph.width, graph.height))
+    width, height = max(round(graph.width * scale), 1), max(round(graph.height * scale), 1)
+    boxes = graph.boxes * torch.tensor([width / graph.width, height / graph.height] * 2)
+    image = graph.image
+    resized = None if image is None else lambda: image().resize((width, height))
+    return replace(graph, width=width, height=height, boxes=boxes, image=resized)
 
 
 def write_vrd(

@@ -3,200 +3,117 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, box_iou
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
 from sgalign.alignment import DIRECTIONS, REDUCTIONS, relation_alignment_loss
 from sgalign.data import GraphBatch
 from sgalign.models.entity_detector import Backbone, DetectedEntities, EntityDetector, resize
-from sgalign.models.graph_assembly import Annotations, Entities, assemble, match, relation_losses
+from sgalign.models.graph_assembly import PAIRS, Annotations, Entities, assemble, match, relation_losses
 from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs
 from sgalign.sampling import step_seed
-from sgalign.training import RelationModule, check_choice, pixels_of
+from sgalign.training import RelationModule, check_choice, pixels_of, read_checkpoint
 
-PARTS = ("backbone", "encoder", "decoder")
+PARTS = ("backbone", "encoder", "decoder", "detector")
 ALIGNED = ("predicates", "subjects", "objects", "boxes")
 
 
-class SGTRModule(RelationModule):
-    """SGTR on images: entity detector and relations trained together.
+class _DetectingModule(RelationModule):
+    """What training DETR by itself and training SGTR share."""
 
-    Args:
-        protocol: "sgdet"; or "predcls", where the annotated boxes and classes take the place of the detected entities
-            when graphs are assembled, in training too.
-        backbone, stride, dim, heads, ffn_dim, dropout: of `sgalign.models.entity_detector.EntityDetector`; all but the
-            first two of `sgalign.models.sgtr.SGTR` as well.
-        entity_layers, entity_queries: of the detector's transformer.
-        encoder_layers, layers, queries, focal: of `SGTR`.
-        detector_weights: as `weights` of `EntityDetector`, read when training starts.
-        frozen: parts of the detector that are not trained: "backbone", "encoder", "decoder". With a frozen decoder
-            nothing that is learned about relations changes what relations read of the detector.
-        entity_loss_weights: of the detector's classes, box L1 and box generalised IoU, in all its layers.
-        short_sides: of training images, one drawn for each step; test images have the last one.
-        long_side: at most.
-        flip: probability of mirroring a training image; predicates of "left" and "right" are exchanged.
-        learning_rate: of AdamW with a weight decay of 1e-4.
-        backbone_learning_rate: of the backbone.
-        warmup_steps: over which the learning rate grows from a tenth.
-        learning_rate_drops: steps at which it falls to a tenth.
-    """
-
-    network: SGTR
     detector: EntityDetector
     vision = "images"
 
-    def __init__(
-        self,
-        protocol: Literal["sgdet", "predcls"] = "sgdet",
-        backbone: Backbone = "resnet101",
-        stride: Literal[16, 32] = 32,
-        dim: int = 256,
-        heads: int = 8,
-        ffn_dim: int = 2048,
-        dropout: float = 0.1,
-        entity_layers: int = 6,
-        entity_queries: int = 100,
-        encoder_layers: int = 3,
-        layers: int = 6,
-        queries: int = 180,
-        focal: bool = True,
-        detector_weights: str | None = None,
-        frozen: Sequence[str] = (),
-        entity_loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
-        short_sides: Sequence[int] = (480, 500, 520, 540, 560, 580, 600),
-        long_side: int = 1000,
-        flip: float = 0.5,
-        learning_rate: float = 8e-5,
-        backbone_learning_rate: float = 8e-6,
-        warmup_steps: int = 100,
-        learning_rate_drops: Sequence[int] = (),
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.save_hyperparameters()
-        check_choice("protocol", protocol, ("sgdet", "predcls"))
-        for part in frozen:
-            check_choice("frozen", part, PARTS)
-        if not short_sides or min(short_sides) < 32 or long_side < max(short_sides):
-            raise ValueError(
-                f"short_sides must be at least 32 and at most long_side, got {list(short_sides)} and {long_side}"
-            )
-        if not 0 <= flip <= 1:
-            raise ValueError(f"flip must be in [0, 1], got {flip}")
-        self.protocol = protocol
-        self._detector_config: str | None = None
+        self._detector_saved: dict[str, Any] = {}
 
     @property
     def options(self) -> Any:
         return self.hparams
 
-    def make_network(self, counts: Tensor) -> None:
-        options, (classes, _, predicates) = self.options, counts.shape
-        shared = {name: options[name] for name in ("heads", "ffn_dim", "dropout")}
+    def _check_images(self) -> None:
+        options = self.options
+        for part in options.frozen:
+            check_choice("frozen", part, PARTS)
+        if not options.short_sides or min(options.short_sides) < 32 or options.long_side < max(options.short_sides):
+            raise ValueError(
+                "short_sides must be at least 32 and at most long_side, "
+                f"got {list(options.short_sides)} and {options.long_side}"
+            )
+        if not 0 <= options.flip <= 1:
+            raise ValueError(f"flip must be in [0, 1], got {options.flip}")
+
+    def _make_detector(self, num_objects: int) -> None:
+        options, saved = self.options, self._detector_saved
+        weights, state = options.detector_weights, None
+        if not saved and weights is not None and Path(weights).is_file():
+            checkpoint = read_checkpoint(weights)
+            if "detector" not in checkpoint["sgalign"]:
+                raise ValueError(f"{weights}: must be a checkpoint of EntityDetectorModule or SGTRModule, has no DETR")
+            if checkpoint["sgalign"]["object_names"] != self.object_names:
+                raise ValueError(f"{weights}: must be of a detector of the data's object classes, is of others")
+            # What another run has trained is normalised as it was there, like the library's weights.
+            saved, prefix = {"config": checkpoint["sgalign"]["detector"]["config"]}, "detector."
+            state = {n.removeprefix(prefix): t for n, t in checkpoint["state_dict"].items() if n.startswith(prefix)}
         self.detector = EntityDetector(
-            classes - 1,
+            num_objects,
             backbone=options.backbone,
             stride=options.stride,
             dim=options.dim,
+            heads=options.heads,
+            ffn_dim=options.ffn_dim,
             layers=options.entity_layers,
             num_queries=options.entity_queries,
-            weights=options.detector_weights,
-            config=self._detector_config,
-            **shared,
+            dropout=options.dropout,
+            weights=weights,
+            **saved,
         )
+        if state is not None:
+            self.detector.load_state_dict(state)
         if self.detector.dim != options.dim:
             raise ValueError(f"dim must be that of detector_weights, {self.detector.dim}, got {options.dim}")
         self.detector.freeze(tuple(options.frozen))
-        self.network = SGTR(
-            classes - 1,
-            predicates - 1,
-            dim=options.dim,
-            layers=options.layers,
-            encoder_layers=options.encoder_layers,
-            num_queries=options.queries,
-            focal=options.focal,
-            **shared,
-        )
-        self.entity_loss = ImageLoss(HungarianMatcher(1, 5, 2), classes - 1, 0.1, ["labels", "boxes"])
+        self.entity_loss = ImageLoss(HungarianMatcher(1, 5, 2), num_objects, 0.1, ["labels", "boxes"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if self.options.detector_weights is not None:
-            checkpoint["sgalign"]["detector"] = self.detector.config
+        saved = {"config": self.detector.config, "trains_norms": self.detector.trains_norms}
+        checkpoint["sgalign"]["detector"] = saved
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._detector_config = checkpoint.get("sgalign", {}).get("detector")
+        self._detector_saved = checkpoint.get("sgalign", {}).get("detector", {})
         super().on_load_checkpoint(checkpoint)
-        if not isinstance(self, AlignSGTRModule):  # the mirror exists in training alone
-            for name in [name for name in checkpoint["state_dict"] if name.startswith("mirrored_")]:
-                del checkpoint["state_dict"][name]
 
-    # ---- evaluation
-
-    def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
+    def detect(self, batch: GraphBatch) -> tuple[list[Tensor], DetectedEntities]:
+        """The batch's images of the size for evaluation, and what is found in them."""
         options = self.options
         pixels = [resize(image, options.short_sides[-1], options.long_side) for image in pixels_of(batch)]
-        entities = self.detector(pixels)
-        candidates = self._candidates(entities, annotations_of(batch, self.device)[0])
-        graphs = assemble(self.network(entities).at(-1), candidates, sizes_of(pixels), focal=options.focal)
-        predictions = []
-        for image, (triplets, scores) in enumerate(graphs):
-            objects = len(batch.truth[image]["labels"]) if self.protocol == "predcls" else None
-            boxes = box_convert(candidates.boxes[image, :objects], "cxcywh", "xyxy")
-            confidence, labels = candidates.probabilities[image, :objects].max(-1)
-            predictions.append(
-                {
-                    "image_id": batch.image_ids[image],
-                    "boxes": boxes.clamp(0, 1) * batch.sizes[image].repeat(2),
-                    "labels": labels + 1,
-                    "scores": confidence,
-                    "triplets": triplets,
-                    "triplet_scores": scores,
-                }
-            )
-        return predictions
+        return pixels, self.detector(pixels)
 
-    def _candidates(self, entities: DetectedEntities, objects: list[tuple[Tensor, Tensor]]) -> Entities:
-        if self.protocol == "predcls":
-            labels, boxes = zip(*objects, strict=True)
-            return Entities.given(labels, boxes, self.network.num_objects)
-        return Entities.detected(entities.logits[-1], entities.boxes[-1])
+    def log_found(self, entities: DetectedEntities, batch: GraphBatch) -> None:
+        """Logs the share of objects found, and of relations both of whose ends are, the latter as mean over images.
 
-    # ---- training
-
-    def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
-        seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose="samples")
-        pixels, objects, annotations = self._augmented(batch, torch.Generator().manual_seed(seed))
-        entities = self.detector(pixels)
-        losses = {f"entity {name}": loss for name, loss in self._entity_losses(entities, objects).items()}
-        if "decoder" in self.options.frozen:
-            entities = entities._replace(memory=entities.memory.detach(), features=entities.features.detach())
-        outputs, alignment = self._outputs(entities, batch_index)
-        candidates, sizes = self._candidates(entities, objects), sizes_of(pixels)
-        relations = torch.tensor(float(sum(len(image.predicates) for image in annotations)), device=self.device)
-        relations = self.trainer.strategy.reduce(relations, reduce_op="mean")
-        losses |= relation_losses(
-            outputs,
-            annotations,
-            match(outputs, candidates, sizes, annotations),
-            focal=self.options.focal,
-            relations=max(float(relations), 1.0),
-        )
-        losses |= alignment
-        loss = torch.stack(list(losses.values())).sum()
-        self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=len(pixels))
-        self.log("train/loss", loss, batch_size=len(pixels), prog_bar=True)
-        if not loss.isfinite():
-            values = ", ".join(f"{name} {part.item():.3g}" for name, part in losses.items())
-            raise ValueError(f"the loss must be finite, got {values} at step {self.global_step}: lower learning_rate")
-        return loss
-
-    def _outputs(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
-        """Of the supervised branch, and what else is minimised."""
-        return self.network(entities), {}
+        An object is found if a query has its class as the likeliest and overlaps it with an IoU of at least 0.5. Recall
+        can be above the share of relations only because its boxes are a pixel wider.
+        """
+        labels = entities.logits[-1][..., :-1].argmax(-1) + 1
+        hits, both = [], []
+        for image, (objects, truth) in enumerate(zip(annotations_of(batch, self.device)[0], batch.truth, strict=True)):
+            boxes = [box_convert(b, "cxcywh", "xyxy").clamp(0, 1) for b in (entities.boxes[-1, image], objects[1])]
+            hit = ((box_iou(*boxes) >= 0.5) & (labels[image][:, None] == objects[0])).any(0)
+            hits.append(hit)
+            if len(truth["relations"]):
+                both.append(hit[truth["relations"][:, :2].to(hit.device)].all(1).float().mean())
+        part = "test" if self.trainer.testing else "val"
+        for name, found in (("found", torch.cat(hits).float()), ("relations_found", torch.tensor(both))):
+            if len(found):
+                self.log(f"{part}/{name}", found.mean(), batch_size=len(found), sync_dist=True, on_epoch=True)
 
     def _augmented(
         self, batch: GraphBatch, generator: torch.Generator
@@ -229,6 +146,16 @@ class SGTRModule(RelationModule):
             )
         }
 
+    def _log_losses(self, losses: dict[str, Tensor], images: int) -> Tensor:
+        """Their sum, which must be finite."""
+        loss = torch.stack(list(losses.values())).sum()
+        self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=images)
+        self.log("train/loss", loss, batch_size=images, prog_bar=True)
+        if not loss.isfinite():
+            values = ", ".join(f"{name} {part.item():.3g}" for name, part in losses.items())
+            raise ValueError(f"the loss must be finite, got {values} at step {self.global_step}: lower learning_rate")
+        return loss
+
     def configure_optimizers(self) -> Any:
         options = self.options
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
@@ -240,6 +167,226 @@ class SGTRModule(RelationModule):
         if options.warmup_steps:
             schedulers.append(torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=options.warmup_steps))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"} for scheduler in schedulers]
+
+
+class EntityDetectorModule(_DetectingModule):
+    """DETR trained by itself: the detector that SGTR starts from (`detector_weights` takes the checkpoint).
+
+    Validation logs which share of the annotated objects is found, and of the relations both of whose ends are.
+
+    Args:
+        backbone, stride, dim, heads, ffn_dim, dropout: of `sgalign.models.entity_detector.EntityDetector`.
+        entity_layers, entity_queries: `layers` and `num_queries` of it.
+        detector_weights, frozen, entity_loss_weights, short_sides, long_side, flip: as in `SGTRModule`.
+        learning_rate, backbone_learning_rate, warmup_steps, learning_rate_drops: as in `SGTRModule`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone = "resnet101",
+        stride: Literal[16, 32] = 32,
+        dim: int = 256,
+        heads: int = 8,
+        ffn_dim: int = 2048,
+        dropout: float = 0.1,
+        entity_layers: int = 6,
+        entity_queries: int = 100,
+        detector_weights: str | None = None,
+        frozen: Sequence[str] = (),
+        entity_loss_weights: tuple[float, float, float] = (1.0, 5.0, 2.0),
+        short_sides: Sequence[int] = (480, 500, 520, 540, 560, 580, 600),
+        long_side: int = 1000,
+        flip: float = 0.5,
+        learning_rate: float = 1e-4,
+        backbone_learning_rate: float = 1e-5,
+        warmup_steps: int = 100,
+        learning_rate_drops: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self._check_images()
+
+    def make_network(self, counts: Tensor) -> None:
+        self._make_detector(len(counts) - 1)
+        self.network = self.detector
+
+    def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
+        seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose="samples")
+        pixels, objects, _ = self._augmented(batch, torch.Generator().manual_seed(seed))
+        return self._log_losses(self._entity_losses(self.detector(pixels), objects), len(pixels))
+
+    def validation_step(self, batch: GraphBatch) -> None:
+        self.log_found(self.detect(batch)[1], batch)
+
+    def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
+        raise ValueError("EntityDetectorModule relates nothing: predict with a model that has it as detector_weights")
+
+    def on_validation_epoch_start(self) -> None:
+        pass
+
+    on_validation_epoch_end = on_test_epoch_start = on_test_epoch_end = on_validation_epoch_start
+    test_step = validation_step
+
+
+class SGTRModule(_DetectingModule):
+    """SGTR on images: entity detector and relations trained together.
+
+    Args:
+        protocol: "sgdet"; or "predcls", where the annotated boxes and classes take the place of the detected entities
+            when graphs are assembled, in training too.
+        backbone, stride, dim, heads, ffn_dim, dropout: of `sgalign.models.entity_detector.EntityDetector`; all but the
+            first two of `sgalign.models.sgtr.SGTR` as well.
+        entity_layers, entity_queries: of the detector's transformer.
+        encoder_layers, layers, queries, focal: of `SGTR`.
+        distinct_matching: as `distinct` of `sgalign.models.graph_assembly.match`; false as in the public code.
+        pairs: of entities that a query and predicate may join at evaluation, best first.
+        detector_weights: as `weights` of `EntityDetector`, or a checkpoint of `EntityDetectorModule` or of SGTR; read
+            when training starts. Subjects' and objects' heads then start as the detector's.
+        frozen: parts of the detector that are not trained: "backbone", "encoder", "decoder". With a frozen decoder
+            nothing that is learned about relations changes what relations read of the detector. Input projection,
+            queries and heads are still trained then, as in the public code; "detector" is all of it, and the cheapest.
+        entity_loss_weights: of the detector's classes, box L1 and box generalised IoU, in all its layers.
+        short_sides: of training images, one drawn for each step; test images have the last one.
+        long_side: at most.
+        flip: probability of mirroring a training image; predicates of "left" and "right" are exchanged.
+        learning_rate: of AdamW with a weight decay of 1e-4.
+        backbone_learning_rate: of the backbone.
+        warmup_steps: over which the learning rate grows from a tenth.
+        learning_rate_drops: steps at which it falls to a tenth.
+    """
+
+    network: SGTR
+
+    def __init__(
+        self,
+        protocol: Literal["sgdet", "predcls"] = "sgdet",
+        backbone: Backbone = "resnet101",
+        stride: Literal[16, 32] = 32,
+        dim: int = 256,
+        heads: int = 8,
+        ffn_dim: int = 2048,
+        dropout: float = 0.1,
+        entity_layers: int = 6,
+        entity_queries: int = 100,
+        encoder_layers: int = 3,
+        layers: int = 6,
+        queries: int = 180,
+        focal: bool = True,
+        distinct_matching: bool = False,
+        pairs: int = PAIRS,
+        detector_weights: str | None = None,
+        frozen: Sequence[str] = (),
+        entity_loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        short_sides: Sequence[int] = (480, 500, 520, 540, 560, 580, 600),
+        long_side: int = 1000,
+        flip: float = 0.5,
+        learning_rate: float = 8e-5,
+        backbone_learning_rate: float = 8e-6,
+        warmup_steps: int = 100,
+        learning_rate_drops: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        check_choice("protocol", protocol, ("sgdet", "predcls"))
+        self._check_images()
+        if pairs < 1:
+            raise ValueError(f"pairs must be at least 1, got {pairs}")
+        self.protocol = protocol
+
+    def make_network(self, counts: Tensor) -> None:
+        options, (classes, _, predicates) = self.options, counts.shape
+        self._make_detector(classes - 1)
+        self.network = SGTR(
+            classes - 1,
+            predicates - 1,
+            dim=options.dim,
+            layers=options.layers,
+            encoder_layers=options.encoder_layers,
+            num_queries=options.queries,
+            focal=options.focal,
+            heads=options.heads,
+            ffn_dim=options.ffn_dim,
+            dropout=options.dropout,
+        )
+        if options.detector_weights is not None:
+            detr = self.detector.detr
+            self.network.start_heads(detr.class_labels_classifier, list(detr.bbox_predictor.layers))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if not isinstance(self, AlignSGTRModule):  # the mirror exists in training alone
+            for name in [name for name in checkpoint["state_dict"] if name.startswith("mirrored_")]:
+                del checkpoint["state_dict"][name]
+
+    # ---- evaluation
+
+    def validation_step(self, batch: GraphBatch) -> None:
+        pixels, entities = self.detect(batch)
+        self.log_found(entities, batch)
+        self.recall.update(self._graphs(batch, pixels, entities), batch.truth)
+
+    test_step = validation_step
+
+    def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
+        return self._graphs(batch, *self.detect(batch))
+
+    def _graphs(self, batch: GraphBatch, pixels: list[Tensor], entities: DetectedEntities) -> list[dict[str, Any]]:
+        candidates = self._candidates(entities, annotations_of(batch, self.device)[0])
+        options = {name: self.options[name] for name in ("focal", "pairs")}
+        graphs = assemble(self.network(entities).at(-1), candidates, sizes_of(pixels), **options)
+        predictions = []
+        for image, (triplets, scores) in enumerate(graphs):
+            objects = len(batch.truth[image]["labels"]) if self.protocol == "predcls" else None
+            boxes = box_convert(candidates.boxes[image, :objects], "cxcywh", "xyxy")
+            confidence, labels = candidates.probabilities[image, :objects].max(-1)
+            predictions.append(
+                {
+                    "image_id": batch.image_ids[image],
+                    "boxes": boxes.clamp(0, 1) * batch.sizes[image].repeat(2),
+                    "labels": labels + 1,
+                    "scores": confidence,
+                    "triplets": triplets,
+                    "triplet_scores": scores,
+                }
+            )
+        return predictions
+
+    def _candidates(self, entities: DetectedEntities, objects: list[tuple[Tensor, Tensor]]) -> Entities:
+        if self.protocol == "predcls":
+            labels, boxes = zip(*objects, strict=True)
+            return Entities.given(labels, boxes, self.network.num_objects)
+        return Entities.detected(entities.logits[-1], entities.boxes[-1])
+
+    # ---- training
+
+    def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
+        seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose="samples")
+        pixels, objects, annotations = self._augmented(batch, torch.Generator().manual_seed(seed))
+        losses: dict[str, Tensor] = {}
+        if "detector" in self.options.frozen:
+            with torch.no_grad():
+                entities = self.detector(pixels)
+        else:
+            entities = self.detector(pixels)
+            losses |= {f"entity {name}": loss for name, loss in self._entity_losses(entities, objects).items()}
+        if "decoder" in self.options.frozen:
+            entities = entities._replace(memory=entities.memory.detach(), features=entities.features.detach())
+        outputs, alignment = self._outputs(entities, batch_index)
+        candidates, sizes = self._candidates(entities, objects), sizes_of(pixels)
+        relations = torch.tensor(float(sum(len(image.predicates) for image in annotations)), device=self.device)
+        relations = self.trainer.strategy.reduce(relations, reduce_op="mean")
+        losses |= relation_losses(
+            outputs,
+            annotations,
+            match(outputs, candidates, sizes, annotations, distinct=self.options.distinct_matching),
+            focal=self.options.focal,
+            relations=max(float(relations), 1.0),
+        )
+        return self._log_losses(losses | alignment, len(pixels))
+
+    def _outputs(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
+        """Of the supervised branch, and what else is minimised."""
+        return self.network(entities), {}
 
 
 class AlignSGTRModule(SGTRModule):

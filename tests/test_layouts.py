@@ -97,6 +97,29 @@ def test_conversion(folders, tmp_path, capsys):
         torch.testing.assert_close(before[i].boxes, after[i].boxes)
 
 
+def test_few_photographs(folders, tmp_path):
+    out, command = tmp_path / "few", ["--format", "coco", "--source", str(folders / "vg150"), "--few", "2"]
+    assert cli.main(["make-dataset", str(out), *command, "--long-side", "100"]) == 0
+    whole = VG150Dataset(folders / "vg150", "test")
+    whole = {graph.image_id: graph for graph in map(whole.__getitem__, range(len(whole)))}
+    parts = [CocoDataset(out, split) for split in ("train", "validation", "test")]
+    for part in parts:
+        assert [part[i].image_id for i in range(len(part))] == sorted(n for n, g in whole.items() if len(g.relations))[
+            :2
+        ]
+        for graph in map(part.__getitem__, range(2)):
+            before = whole[graph.image_id]
+            assert max(graph.width, graph.height) == 100 and graph.image().size == (graph.width, graph.height)
+            scale = torch.tensor([graph.width / before.width, graph.height / before.height] * 2)
+            torch.testing.assert_close(graph.boxes, before.boxes * scale, rtol=1e-3, atol=0.01)
+            assert torch.equal(graph.relations, before.relations)
+    with pytest.raises(SystemExit):
+        cli.main(["make-dataset", str(tmp_path / "no"), "--few", "2"])
+    assert (
+        cli.main(["make-dataset", str(tmp_path / "no"), *command[:-1], "999"]) == 1 and not (tmp_path / "no").exists()
+    )
+
+
 def test_make_dataset(tmp_path, capsys, monkeypatch):
     out = tmp_path / "new"
     assert cli.main(["make-dataset", str(out), "--sizes", "3", "2", "2", "--format", "vrd"]) == 0

@@ -66,9 +66,10 @@ class EntityDetector(nn.Module):
         dim, heads, ffn_dim, layers, num_queries: of the transformer; `layers` each of encoder and decoder.
         dropout: in the transformer, of attention weights too.
         weights: folder or name of weights of `transformers`' `DetrForObjectDetection`, which then tell all sizes; heads
-            for another number of classes start anew. None starts from nothing, with batch normalisation that is
-            trained, instead of the frozen one.
-        config: `self.config` of a detector that had been made from `weights`, to make it again without them.
+            for another number of classes start anew. None starts from nothing: with batch normalisation that is
+            trained, instead of the frozen one, and the initial values of `_start`.
+        config: `self.config` of a detector, to make it again without weights.
+        trains_norms: with `config`, batch normalisation is trained, as in a detector from nothing.
     """
 
     mean: Tensor
@@ -88,25 +89,33 @@ class EntityDetector(nn.Module):
         dropout: float = 0.1,
         weights: str | Path | None = None,
         config: str | None = None,
+        trains_norms: bool = False,
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {"attention_dropout": dropout, "dropout": dropout}
-        if config is not None:
-            self.detr = DetrForObjectDetection(DetrConfig.from_dict(json.loads(config), **options))
-        elif weights is not None:
+        self.trains_norms = trains_norms or (config is None and weights is None)
+        if config is None and weights is not None:
             self.detr = DetrForObjectDetection.from_pretrained(
                 weights, num_labels=num_objects, ignore_mismatched_sizes=True, **options
             )
         else:
-            stages: dict[str, Any] = {"out_features": ["stage4" if stride == 32 else "stage3"], **BACKBONES[backbone]}
-            options |= {"backbone_config": ResNetConfig(**stages), "d_model": dim, "num_queries": num_queries}
-            options |= {"num_labels": num_objects}
-            for part in ("encoder", "decoder"):
-                options |= {f"{part}_layers": layers, f"{part}_attention_heads": heads, f"{part}_ffn_dim": ffn_dim}
-            sizes = DetrConfig(**options)
+            if config is not None:
+                sizes = DetrConfig.from_dict(json.loads(config), **options)
+            else:
+                stages: dict[str, Any] = {
+                    "out_features": ["stage4" if stride == 32 else "stage3"],
+                    **BACKBONES[backbone],
+                }
+                options |= {"backbone_config": ResNetConfig(**stages), "d_model": dim, "num_queries": num_queries}
+                options |= {"num_labels": num_objects}
+                for part in ("encoder", "decoder"):
+                    options |= {f"{part}_layers": layers, f"{part}_attention_heads": heads, f"{part}_ffn_dim": ffn_dim}
+                sizes = DetrConfig(**options)
             self.detr = DetrForObjectDetection(sizes)
-            # Frozen normalisation, which DETR has, normalises nothing before somebody has trained it.
-            self.detr.model.backbone.model = AutoBackbone.from_config(sizes.backbone_config)
+            if self.trains_norms:  # the frozen one, which DETR has, normalises nothing before somebody has trained it
+                self.detr.model.backbone.model = AutoBackbone.from_config(sizes.backbone_config)
+            if config is None:
+                _start(self.detr)
         self.detr.set_attn_implementation("sgalign")
         self.dim = self.detr.config.d_model
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
@@ -118,10 +127,13 @@ class EntityDetector(nn.Module):
         return self.detr.config.to_json_string(use_diff=False)
 
     def freeze(self, parts: tuple[str, ...]) -> None:
-        """Excludes "backbone", "encoder" or "decoder" from training, and nothing else.
+        """Excludes "backbone", "encoder" or "decoder" from training, and nothing else; or all of the "detector".
 
         Their dropout remains, as in SGTR's public code.
         """
+        self.detr.requires_grad_("detector" not in parts)
+        if "detector" in parts:
+            return
         for part in ("backbone", "encoder", "decoder"):
             getattr(self.detr.model, part).requires_grad_(part not in parts)
 
@@ -176,6 +188,22 @@ class EntityDetector(nn.Module):
             )
             layers.append(hidden)
         return model.decoder.layernorm(torch.stack(layers))
+
+
+def _start(detr: DetrForObjectDetection) -> None:
+    """Initial values of DETR's public code where the library has others.
+
+    Weights of the transformer by Xavier: the library's standard deviation of 0.02 makes small transformers' attention
+    uniform, and all queries alike. And queries are zeros at first, so that the first layer of the decoder normalises
+    the bias of its self-attention alone. If that is zero too, its gradient is some 300 times too large (the inverse
+    root of the normalisation's epsilon), and all others are lost when gradients are clipped by their norm. The public
+    code leaves that bias at zero; here it is random.
+    """
+    for part in (detr.model.encoder, detr.model.decoder, detr.model.input_projection, detr.bbox_predictor):
+        for weight in part.parameters():
+            if weight.dim() > 1:
+                nn.init.xavier_uniform_(weight)
+    nn.init.normal_(detr.model.decoder.layers[0].self_attn.o_proj.bias)
 
 
 def resize(pixels: Tensor, short_side: int, long_side: int) -> Tensor:

@@ -104,12 +104,24 @@ def assembling_scores(outputs: RelationOutputs, entities: Entities, sizes: Tenso
 
 @torch.no_grad()
 def match(
-    outputs: RelationOutputs, entities: Entities, sizes: Tensor, annotations: Sequence[Annotations]
+    outputs: RelationOutputs,
+    entities: Entities,
+    sizes: Tensor,
+    annotations: Sequence[Annotations],
+    *,
+    distinct: bool = False,
 ) -> list[list[tuple[Tensor, Tensor]]]:
     """The query of each annotated relation, by the Hungarian method, in every layer by itself.
 
-    Candidates are each query's `TRAINING_ENTITIES` best subjects and objects, put together by rank. What is annotated
-    more often than there are queries, or shares its query with a cheaper relation, has none.
+    Candidates are each query's `TRAINING_ENTITIES` best subjects and objects, put together by rank. The public code
+    assigns relations to candidates, so that two may take different candidates of one query, which then is left to the
+    cheaper of them; the other relation has none and teaches nothing.
+
+    Args:
+        outputs, entities, sizes: as in `assembling_scores`.
+        annotations: of each image.
+        distinct: assigns relations to queries, each with its cheapest candidate, so that only relations beyond the
+            number of queries have none.
 
     Returns:
         For each layer and image: int64 query indices and indices of relations, both `[matched]`.
@@ -128,11 +140,13 @@ def match(
         index, score = best.indices[:, :, image], best.values[:, :, image]  # [2, L, Q, T]
         likely, away, overlap = (of[0][index[0]] + of[1][index[1]] for of in (likely, away, overlap))
         candidates = 0.5 * 32**-likely + 0.3 * away + 32**-overlap + 0.01 * (1 - score.mean(0))[..., None]
-        total = (cost[:, :, None] + candidates).flatten(1, 2).cpu()  # [L, Q * T, M]
-        for layer, costs in enumerate(total):
+        total = cost[:, :, None] + candidates  # [L, Q, T, M]
+        if distinct:
+            total = total.amin(2, keepdim=True)
+        for layer, costs in enumerate(total.flatten(1, 2).cpu()):
             candidate, relation = (torch.as_tensor(found) for found in linear_sum_assignment(costs))
             order = costs[candidate, relation].argsort(stable=True)
-            query, relation = candidate[order] // index.shape[-1], relation[order]
+            query, relation = candidate[order] // total.shape[2], relation[order]
             first = torch.full((cost.shape[1],), len(query)).scatter_reduce_(0, query, torch.arange(len(query)), "amin")
             rows = first[first < len(query)]
             device = outputs.logits.device
@@ -219,12 +233,13 @@ def _paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assemble(
-    outputs: RelationOutputs, entities: Entities, sizes: Tensor, *, focal: bool
+    outputs: RelationOutputs, entities: Entities, sizes: Tensor, *, focal: bool, pairs: int = PAIRS
 ) -> list[tuple[Tensor, Tensor]]:
     """The best triplets of each image, as SGTR's inference ranks them.
 
-    The Q best of all queries' predicates each take their query's three best subjects and objects, put together by rank;
-    a triplet scores predicate x subject confidence x object confidence. Not kept are pairs of an entity with itself or
+    The Q best of all queries' predicates each take their query's `pairs` best subjects and objects, put together by
+    rank; a triplet scores predicate x subject confidence x object confidence, so that where the detector is sure the
+    second and third pair rank as high as the first. Not kept are pairs of an entity with itself or
     with one that has a generalised IoU of 0.95 with it, and what a better triplet of the same predicate says already:
     of the same two entities, or of two of the same classes with an IoU above 0.8.
 
@@ -232,6 +247,7 @@ def assemble(
         outputs: of the last layer, without the leading dimension of layers.
         entities, sizes: as in `assembling_scores`.
         focal: of `SGTR`.
+        pairs: of entities for a query and predicate.
 
     Returns:
         For each image triplets int64 `[T, 3]`, subject, object and predicate from 1, best first, and scores `[T]`.
@@ -245,7 +261,7 @@ def assemble(
     for image, (probability, confidence) in enumerate(zip(probabilities, entities.confidence, strict=True)):
         best, place = probability.flatten().topk(min(queries, probability.numel()))
         # Sorted, as topk takes any of equal ones, such as of all that do not overlap.
-        ranked = scores[:, image].sort(dim=-1, descending=True, stable=True).indices[..., :PAIRS]
+        ranked = scores[:, image].sort(dim=-1, descending=True, stable=True).indices[..., :pairs]
         partners = ranked[:, place // predicates]
         subject, object_ = partners.flatten(1)
         width = partners.shape[-1]

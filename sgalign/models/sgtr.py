@@ -320,6 +320,18 @@ class SGTR(nn.Module):
             nn.init.constant_(predicate.bias, -math.log(99))
         return predicate, RoleLinear(2, self.dim, self.num_objects + 1)
 
+    def start_heads(self, classes: nn.Linear, boxes: Sequence[nn.Linear]) -> None:
+        """The detector's heads as the initial values of subjects' and objects', as in the public code.
+
+        Args:
+            classes: of the entities, `[num_objects + 1]` outputs.
+            boxes: the three layers of the box head.
+        """
+        with torch.no_grad():
+            for ours, theirs in zip((self.entity_class, *self.entity_box), (classes, *boxes), strict=True):
+                ours.weight.copy_(theirs.weight.expand_as(ours.weight))
+                ours.bias.copy_(theirs.bias.expand_as(ours.bias))
+
     def forward(self, entities: DetectedEntities) -> RelationOutputs:
         """What is predicted of each query after each layer: all there is without a mirror."""
         states = self._states(entities, None)
