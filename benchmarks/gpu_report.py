@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,7 +119,8 @@ def event_ms(run: Callable[[], object]) -> float:
 
 def median_ms(measure: Callable[[], float], *, least: int = 5, seconds: float = 0.15) -> float:
     """Of as many rounds as fit, at least `least`."""
-    times, deadline = [], time.monotonic() + seconds
+    times: list[float] = []
+    deadline = time.monotonic() + seconds
     while len(times) < least or (time.monotonic() < deadline and len(times) < 100):
         times.append(measure())
     return statistics.median(times)
@@ -184,7 +185,7 @@ def poisoned() -> Iterator[None]:
 
 def relative_error(got: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     """The largest of ||got - expected|| / ||expected||; NaN where one is."""
-    errors = [float((g.double() - e).norm() / e.norm()) for g, e in zip(got, expected)]
+    errors = [float((g.double() - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True)]
     return max(errors) if all(error == error for error in errors) else float("nan")
 
 
@@ -205,7 +206,7 @@ def environment() -> Figures:
     smi = shutil.which("nvidia-smi")
     query = [smi or "", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] if smi else "unknown"
-    found = {
+    found: Figures = {
         "card": properties.name,
         "compute capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
@@ -266,14 +267,11 @@ def tests() -> Figures:
                 process.wait()
                 figures["cut off"] += 1
             text = log.read_text(errors="replace")
-            for count, outcome in re.findall(
-                r"(\d+) (passed|failed|skipped|errors?)\b", (text.splitlines() or [""])[-1]
-            ):
+            lines = text.splitlines() or ["no output"]
+            for count, outcome in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", lines[-1]):
                 figures["counts"][outcome] += int(count)
-            lines = [line[:300] for line in text.splitlines() if line.startswith(("FAILED", "ERROR", "========= "))]
-            if process.returncode > 0 and not lines:
-                lines = text.splitlines()[-3:]
-            figures["failed"] += lines
+            failed = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR", "========= "))]
+            figures["failed"] += failed or (lines[-3:] if process.returncode > 0 else [])
     return found
 
 
@@ -373,7 +371,7 @@ def time_attention(
     return timed([differentiated(contender, bench.inputs(shape, backward, DTYPES[dtype], DEVICE)) for _ in range(sets)])
 
 
-def differentiated(contender: Callable[..., Iterable[Tensor]], tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+def differentiated(contender: Callable[..., Iterable[Tensor]], tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
     """Calls a contender, and where its tensors ask for gradients takes those that it has; gives outputs and gradients.
 
     `torch.autograd.grad` adds nothing up in `.grad`, as one step does not.
@@ -388,10 +386,15 @@ def differentiated(contender: Callable[..., Iterable[Tensor]], tensors: list[Ten
             return outs
         if not grads:
             grads.extend(torch.randn_like(out) for out in outs)
-        got = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
-        return outs + [grad for grad in got if grad is not None]
+        return outs + gradients(outs, wanted, grads)
 
     return run
+
+
+def gradients(outs: Sequence[Tensor], wanted: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Those that there are: nothing is said about a tensor that was not used."""
+    found = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
+    return [grad for grad in found if grad is not None]
 
 
 def check_attention(name: str, kind: str, dtype: str) -> Figures:
@@ -404,8 +407,7 @@ def check_attention(name: str, kind: str, dtype: str) -> Figures:
         outs = list(bench.ours(backend, seed=3)[kind](*tensors))
         generator = torch.Generator().manual_seed(4)
         grads = [torch.randn(out.shape, generator=generator).to(DEVICE, DTYPES[dtype]).to(out) for out in outs]
-        got = torch.autograd.grad(outs, tensors, grads, allow_unused=True)
-        return outs + [grad for grad in got if grad is not None]
+        return outs + gradients(outs, tensors, grads)
 
     doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
     return checked(lambda: run(name, tensors), lambda: run("reference", doubles), dtype)
@@ -472,10 +474,7 @@ def check_relation(contender: Callable[[Any], list[Tensor]], dtype: str) -> Figu
         logits = compute(head)
         generator = torch.Generator().manual_seed(2)
         grads = [torch.randn(out.shape, generator=generator).to(DTYPES[dtype]).to(out) for out in logits]
-        wanted = [head.union, *head.heads, *head.tails, *head.rel_compress.parameters()][
-            : None if len(grads) > 1 else 2
-        ]
-        return [*logits, *torch.autograd.grad(logits, wanted, grads)]
+        return logits + gradients(logits, list(head.parameters()), grads)
 
     branches = len(contender(head))
     return checked(lambda: run(contender, head), lambda: run(lambda head: head.usual()[:branches], exact), dtype)

@@ -1,4 +1,4 @@
-"""The report of `benchmarks.gpu_report` as Markdown: ratios, goals and what failed. What was not measured stays blank."""
+"""The report of `benchmarks.gpu_report` as Markdown: ratios, goals, failures. What was not measured stays blank."""
 
 from __future__ import annotations
 
@@ -84,14 +84,13 @@ def goals(report: Figures) -> Iterator[tuple[str, ...]]:
     large = [row for row in both if min(row["shape"][2:4]) >= 4096]
     environment = report.get("environment", {})
     steps = [case for case in report.get("steps", {}).values() if isinstance(case, dict) and "counted" in case]
-    yield goal(
-        "FlexAttention / dual, SGTR's shapes, with backward", 2, (ratio(time_of(r, "flex"), dual(r)) for r in sgtr)
-    )
-    yield goal("SDPA, dense masks / dual, the same", 3, (ratio(fastest(r, DENSE), dual(r)) for r in sgtr))
-    yield goal(
-        "of the ceilings, 4096 queries and keys and more", 0.7, (of_ceilings(r, environment, dual(r)) for r in large)
-    )
-    over = (ratio(step_ratio(case), case["counted"]) for case in steps)
+    over = [ratio(time_of(row, "flex"), dual(row)) for row in sgtr]
+    yield goal("FlexAttention / dual, SGTR's shapes, forward and backward", 2, over)
+    over = [ratio(fastest(row, DENSE), dual(row)) for row in sgtr]
+    yield goal("SDPA with dense masks / dual, the same", 3, over)
+    over = [of_ceilings(row, environment, dual(row)) for row in large]
+    yield goal("share of the ceilings, at least 4096 queries and keys", 0.7, over)
+    over = [ratio(step_ratio(case), case["counted"]) for case in steps]
     yield goal("Align steps / their counted ratio", 1.05, over, at_most=True)
 
 
@@ -188,17 +187,8 @@ def attention_table(rows: list[Figures], environment: Figures) -> str:
 
 
 def relation_table(rows: list[Figures]) -> str:
-    head = [
-        "R, N, C, K",
-        "dtype",
-        "",
-        "backend",
-        "dual, graph",
-        "call",
-        "decomposed /",
-        "usual form /",
-        "dual / single",
-    ]
+    head = ["R, N, C, K", "dtype", "passes", "backend", "dual, graph", "call"]
+    head += ["decomposed /", "usual form /", "dual / single"]
     lines = []
     for row in rows:
         for backend in backends_of(row):
@@ -207,7 +197,7 @@ def relation_table(rows: list[Figures]) -> str:
             line += [number(dual, ".3f"), number(time_of(row, backend + DUAL, "call"), ".3f")]
             line += [number(ratio(time_of(row, name), dual)) for name in ("decomposed", "usual form")]
             lines.append([*line, number(ratio(dual, time_of(row, f"{backend} single")))])
-    return table([*head[:2], "passes", *head[3:]], lines)
+    return table(head, lines)
 
 
 def loss_table(rows: list[Figures]) -> str:
@@ -225,8 +215,8 @@ def step_table(report: Figures) -> str:
         if not isinstance(figures, dict) or "contenders" not in figures:
             continue
         base = next(iter(figures["contenders"].values()))
-        for number_, (name, taken) in enumerate(figures["contenders"].items()):
+        for place, (name, taken) in enumerate(figures["contenders"].items()):
             line = [case, name, number(taken["call"]), number(ratio(taken["call"], base["call"]), unit="x")]
-            line += [number(figures["counted"], unit="x") if number_ == 1 else ""]
+            line += [number(figures["counted"], unit="x") if place == 1 else ""]
             lines.append([*line, number(taken["peak"], ".0f"), number(ratio(taken["peak"], base["peak"]), unit="x")])
     return table(("step", "", "ms", "of the first", "counted", "peak, MiB", "of the first"), lines)

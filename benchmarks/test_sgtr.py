@@ -125,7 +125,8 @@ def image_steps(device: torch.device = conftest.DEVICE) -> Steps:
     torch.manual_seed(0)
     detector, net = EntityDetector(OBJECTS).to(device), SGTR(OBJECTS, PREDICATES).to(device)
     detector.freeze(("backbone", "encoder", "decoder"))
-    heads = [head.to(device) for head in net.new_heads()]
+    predicate, entity_class = net.new_heads()
+    heads = predicate.to(device), entity_class.to(device)
     pixels, sizes = [torch.rand(3, 600, 1000).to(device)], torch.tensor([[1000.0, 600.0]], device=device)
     annotated = torch.randint(50, (10,)), torch.randint(150, (2, 10)), torch.rand(2, 10, 4) * 0.4 + 0.1
     truth = [Annotations(*(tensor.to(device) for tensor in annotated))]
