@@ -441,7 +441,11 @@ def relation() -> Figures:
     rows = []
     for shape, dtype, backward in itertools.product(RELATION_SHAPES, ("bfloat16", "float32"), (True, False)):
         measured = {name: attempt(time_relation, call, shape, dtype, backward) for name, call in contenders.items()}
-        work = {"flops": bench.flops(shape, backward)}
+        relations, objects, channels, classes = shape
+        weights = (2 * bench.HIDDEN + 2 * classes) * channels
+        elements = relations * channels + weights + 4 * objects * bench.HIDDEN + 2 * relations * classes
+        elements *= 3 if backward else 1  # read again, and a gradient of each is written
+        work = {"flops": bench.flops(shape, backward), "bytes": elements * DTYPES[dtype].itemsize}
         rows.append({"shape": shape, "dtype": dtype, "backward": backward, "contenders": measured} | work)
     return {"checks": checks, "rows": rows}
 

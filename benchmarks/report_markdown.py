@@ -33,7 +33,7 @@ def markdown(report: Figures) -> str:
             if rows:
                 sections += [f"### {dtype}, {'forward and backward' if backward else 'forward'}"]
                 sections += [attention_table(rows, environment)]
-    sections += ["## Relation head", relation_table(rows_of(report, "relation"))]
+    sections += ["## Relation head", relation_table(rows_of(report, "relation"), environment)]
     sections += ["## Alignment loss", loss_table(rows_of(report, "loss"))]
     sections += ["## Training steps", "Times are those of calls.", step_table(report)]
     sections += ["## What failed", "\n".join(f"- {failure}" for failure in failures(report)) or "Nothing."]
@@ -171,7 +171,15 @@ def test_rows(report: Figures) -> Iterator[tuple[str, ...]]:
 def attention_table(rows: list[Figures], environment: Figures) -> str:
     others = [name for name in ALTERNATIVES if any(name in row["contenders"] for row in rows)]
     head = ["B, H, Lq, Lk, D", "backend", "dual, graph", "call", *(f"{name} /" for name in others)]
-    head += ["dual / single", "same query / masked single", "of the ceilings", "peak, MiB", "of SDPA twice"]
+    head += [
+        "dual / single",
+        "same query / masked single",
+        "GFLOP",
+        "MB",
+        "of the ceilings",
+        "peak, MiB",
+        "SDPA twice's",
+    ]
     lines = []
     for row in rows:
         for backend in backends_of(row):
@@ -180,15 +188,16 @@ def attention_table(rows: list[Figures], environment: Figures) -> str:
             line += [number(ratio(time_of(row, name), dual)) for name in others]
             line += [number(ratio(dual, time_of(row, f"{backend} single")))]
             line += [number(ratio(time_of(row, f"{backend} same query"), time_of(row, f"{backend} single, masked")))]
+            line += [number(row["flops"] / 1e9), number(row["bytes"] / 1e6, ".1f")]
             line += [number(of_ceilings(row, environment, dual), ".0%")]
             line += [number(time_of(row, name, "peak"), ".0f") for name in (backend + DUAL, "sdpa twice")]
             lines.append(line)
     return table(head, lines)
 
 
-def relation_table(rows: list[Figures]) -> str:
+def relation_table(rows: list[Figures], environment: Figures) -> str:
     head = ["R, N, C, K", "dtype", "passes", "backend", "dual, graph", "call"]
-    head += ["decomposed /", "usual form /", "dual / single"]
+    head += ["decomposed /", "usual form /", "dual / single", "GFLOP", "MB", "of the ceilings"]
     lines = []
     for row in rows:
         for backend in backends_of(row):
@@ -196,7 +205,9 @@ def relation_table(rows: list[Figures]) -> str:
             line = [shape_of(row), row["dtype"], "forward + backward" if row["backward"] else "forward", backend]
             line += [number(dual, ".3f"), number(time_of(row, backend + DUAL, "call"), ".3f")]
             line += [number(ratio(time_of(row, name), dual)) for name in ("decomposed", "usual form")]
-            lines.append([*line, number(ratio(dual, time_of(row, f"{backend} single")))])
+            line += [number(ratio(dual, time_of(row, f"{backend} single")))]
+            line += [number(row["flops"] / 1e9), number(row["bytes"] / 1e6, ".1f")]
+            lines.append([*line, number(of_ceilings(row, environment, dual), ".0%")])
     return table(head, lines)
 
 

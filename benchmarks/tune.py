@@ -24,6 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+DEVICE = torch.device("cuda")
 KERNELS = ("forward", "query_gradient", "key_value_gradient")
 CHANNELS = (32, 64, 128, 256)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
@@ -96,7 +97,7 @@ def use(entry: Entry, plan: Plan) -> None:
     """Puts a plan in the table that this process reads, not in its file."""
     from sgalign.kernels import configs
 
-    table, name = configs.read_table(), configs.architecture(torch.device("cuda", torch.cuda.current_device()))
+    table, name = configs.read_table(), configs.architecture(DEVICE)
     if name not in table:
         table[name] = copy.deepcopy(table["default"])
     by_dim = table[name][entry.kernel][entry.kind]
@@ -109,10 +110,10 @@ def use(entry: Entry, plan: Plan) -> None:
 def operands(entry: Entry, shape: tuple[int, ...]) -> tuple[list[Tensor], ...]:
     """Queries, key and value, and a gradient of each output."""
     batch, heads, queries, keys = shape
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def normal(length: int) -> Tensor:
-        drawn = torch.randn(batch, heads, length, entry.channels, device="cuda", generator=generator)
+        drawn = torch.randn(batch, heads, length, entry.channels, device=DEVICE, generator=generator)
         return drawn.to(DTYPES[entry.bits])
 
     return (
@@ -127,7 +128,7 @@ def calls(entry: Entry, shape: tuple[int, ...]) -> tuple[Callable[[], object], l
     from sgalign.kernels import attention
 
     queries, (key, value), grad_outs = operands(entry, shape)
-    seed = torch.tensor(1, device="cuda")
+    seed = torch.tensor(1, device=DEVICE)
     options = None, None, seed, THRESHOLD, 0, 0, entry.channels**-0.5
     nan = functools.partial(torch.full_like, fill_value=float("nan"))  # shows what is not written
     outs = [nan(query) for query in queries]
@@ -201,7 +202,7 @@ def tune(entries: list[Entry], pool: Executor) -> None:
     from sgalign.kernels import configs
 
     for entry in entries:
-        name = configs.architecture(torch.device("cuda", torch.cuda.current_device()))
+        name = configs.architecture(DEVICE)
         start = configs.lookup(entry.kernel, name, entry.bits, entry.channels, entry.branches)
         print(f"{entry.kernel}, {entry.kind}, {entry.channels} channels, from {tuple(start)}", flush=True)
         expected = reference_result(entry)
