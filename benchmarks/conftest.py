@@ -1,17 +1,23 @@
-"""The closing tables: ratios within this run, since absolute times say little on a shared machine."""
+"""The closing tables: ratios within this run, since absolute times say little on a shared machine.
+
+SGALIGN_TEST_DEVICE=cuda runs all on a GPU; times are then those of calls that are waited for.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import math
+import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import pytest
+import torch
 from torch import Tensor, nn
 
+DEVICE = torch.device(os.environ.get("SGALIGN_TEST_DEVICE", "cpu"))
 # Filled by the tests.
 seconds: dict[str, dict[str, float]] = defaultdict(dict)  # group -> contender -> fastest round
 flops: dict[str, int] = {}  # group -> of the matrix products of both branches
@@ -24,6 +30,7 @@ SPLIT_SHAPE = (8, 8, 180, 1024)  # B, H, Lq, Lk of the split into matrix product
 
 def measure(benchmark, contender: str, run: Callable[[], None]) -> None:
     """Benchmarks `run` in as many rounds as fit a third of a second, and records its fastest for the tables."""
+    run = waited_for(run)
     run()
     start = time.perf_counter()
     run()
@@ -37,7 +44,7 @@ def compare_steps(
     benchmark,
     case: str,
     steps: dict[str, Callable[[], Tensor]],
-    parameters: Iterable[nn.Parameter],
+    parameters: list[nn.Parameter],
     counted: float,
     *,
     rounds: int,
@@ -47,28 +54,63 @@ def compare_steps(
     The first is what the others are compared with, the second is the one with a mirror: `counted` is the ratio of its
     arithmetic, and the benchmark's own figure is its.
     """
-    parameters = list(parameters)
+    times, peaks = time_steps(steps, parameters, rounds=rounds)
+    benchmark.group = f"training step, {case}"
+    benchmark.pedantic(lambda: run_step(steps[list(steps)[1]], parameters), rounds=1)
+    if benchmark.enabled:
+        training_steps[case] = {name: min(taken) for name, taken in times.items()}, peaks, counted
+
+
+def time_steps(
+    steps: dict[str, Callable[[], Tensor]],
+    parameters: list[nn.Parameter],
+    *,
+    rounds: int,
+    device: torch.device = DEVICE,
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every round, all steps in turn, and the peak memory of each, MiB."""
 
     def run(contender: str) -> float:
         start = time.perf_counter()
-        for parameter in parameters:
-            parameter.grad = None
-        steps[contender]().backward()
+        waited_for(lambda: run_step(steps[contender], parameters), device)()
         return time.perf_counter() - start
 
-    peaks = {}
-    for contender in steps:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")
-        run(contender)
-        peaks[contender] = status_kib("VmHWM") / 1024
+    peaks = {name: memory(lambda name=name: run(name), device)[1] for name in steps}  # type: ignore[misc]
     times = [{name: run(name) for name in steps} for _ in range(rounds)]
-    benchmark.group = f"training step, {case}"
-    benchmark.pedantic(lambda: run(list(steps)[1]), rounds=1)
-    if benchmark.enabled:
-        training_steps[case] = {name: min(t[name] for t in times) for name in steps}, peaks, counted
+    return {name: [taken[name] for taken in times] for name in steps}, peaks
+
+
+def run_step(step: Callable[[], Tensor], parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+    step().backward()
+
+
+def waited_for(run: Callable[[], object], device: torch.device = DEVICE) -> Callable[[], None]:
+    """`run`, back only when the device has done what it was told."""
+
+    def run_and_wait() -> None:
+        run()
+        if device.type != "cpu":
+            torch.cuda.synchronize(device)
+
+    return run_and_wait
+
+
+def memory(run: Callable[[], object], device: torch.device = DEVICE) -> tuple[float, float]:
+    """MiB before a run and at its peak: the resident set on the CPU (Linux only), of torch's allocator on a GPU."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        waited_for(run, device)()
+        return before / 2**20, torch.cuda.max_memory_allocated(device) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    resident = status_kib("VmRSS")
+    run()
+    return resident / 1024, status_kib("VmHWM") / 1024
 
 
 def status_kib(field: str) -> int:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-import conftest
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import conftest
 from sgalign import dual_branch_attention, fused_masked_attention
 from sgalign.nn import MaskedMultiheadAttention
 
@@ -53,27 +53,21 @@ def eager(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[
 compiled = torch.compile(eager)
 
 
-def ours_dual(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    return dual_branch_attention(query, mirrored, key, value, mask_ratio=RATIO)
-
-
-def ours_same_query(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    return dual_branch_attention(query, query, key, value, mask_ratio=RATIO)
-
-
-def ours_single(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    return (fused_masked_attention(query, key, value),)
-
-
-def ours_single_masked(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    return (fused_masked_attention(query, key, value, mask_ratio=RATIO),)
+def ours(backend: str | None = None, seed: int | None = None) -> dict[str, Contender]:
+    """What this package has, on one backend."""
+    chosen: dict[str, Any] = {"backend": backend, "mask_seed": seed}
+    dual = partial(dual_branch_attention, mask_ratio=RATIO, **chosen)
+    single, masked = (partial(fused_masked_attention, mask_ratio=ratio, **chosen) for ratio in (0.0, RATIO))
+    return {
+        "dual": dual,
+        "same query": lambda query, mirrored, key, value: dual(query, query, key, value),
+        "single": lambda query, mirrored, key, value: (single(query, key, value),),
+        "single, masked": lambda query, mirrored, key, value: (masked(query, key, value),),
+    }
 
 
 CONTENDERS: dict[str, Contender] = {
-    "sgalign dual": ours_dual,
-    "sgalign same query": ours_same_query,
-    "sgalign single": ours_single,
-    "sgalign single, masked": ours_single_masked,
+    **{f"sgalign {name}": contender for name, contender in ours().items()},
     "sdpa twice": sdpa_twice,
     "sdpa concatenated": sdpa_concatenated,
     "eager": eager,
@@ -82,10 +76,23 @@ CONTENDERS: dict[str, Contender] = {
 COMPILED_SHAPES = [(4, 8, 180, 100, 32), (8, 8, 180, 1024, 32)]  # compiling takes most of a minute each
 
 
-def inputs(shape: tuple[int, ...], requires_grad: bool) -> list[Tensor]:
+def inputs(
+    shape: tuple[int, ...],
+    requires_grad: bool,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = conftest.DEVICE,
+) -> list[Tensor]:
+    """query, mirrored query, key and value"""
     batch, heads, queries, keys, dim = shape
-    lengths = (queries, queries, keys, keys)
-    return [torch.randn(batch, heads, length, dim, requires_grad=requires_grad) for length in lengths]
+    kind: dict[str, Any] = {"dtype": dtype, "device": device, "requires_grad": requires_grad}
+    return [torch.randn(batch, heads, length, dim, **kind) for length in (queries, queries, keys, keys)]
+
+
+def flops(shape: tuple[int, ...], backward: bool, branches: int = 2) -> int:
+    """Of the matrix products."""
+    batch, heads, queries, keys, dim = shape
+    products = (2 + 5) if backward else 2  # of Lq x Lk x D, in each branch
+    return branches * products * 2 * batch * heads * queries * keys * dim
 
 
 def step(contender: Contender, tensors: list[Tensor]) -> Callable[[], None]:
@@ -103,8 +110,8 @@ def step(contender: Contender, tensors: list[Tensor]) -> Callable[[], None]:
 def test_sgemm(benchmark):
     """What the machine's own matrix product reaches, the unit of the table's last column."""
     benchmark.group = "sgemm 1024"
-    matrix = torch.randn(1024, 1024)
-    benchmark.pedantic(lambda: torch.mm(matrix, matrix), rounds=200, warmup_rounds=10)
+    matrix = torch.randn(1024, 1024, device=conftest.DEVICE)
+    benchmark.pedantic(conftest.waited_for(lambda: torch.mm(matrix, matrix)), rounds=200, warmup_rounds=10)
     if benchmark.enabled:
         conftest.sgemm_rate.append(2 * 1024**3 / benchmark.stats.stats.min)
 
@@ -116,10 +123,8 @@ def test_dual_branch(benchmark, shape, backward, contender):
     if contender == "compiled eager" and shape not in COMPILED_SHAPES:
         pytest.skip("compiled at two shapes only")
     torch.manual_seed(0)
-    batch, heads, queries, keys, dim = shape
     benchmark.group = f"{shape} {'forward+backward' if backward else 'forward'}"
-    products = (2 + 5) if backward else 2  # of Lq x Lk x D, in each branch
-    conftest.flops[benchmark.group] = 2 * products * 2 * batch * heads * queries * keys * dim
+    conftest.flops[benchmark.group] = flops(shape, backward)
     with torch.set_grad_enabled(backward):
         conftest.measure(benchmark, contender, step(CONTENDERS[contender], inputs(shape, backward)))
 
@@ -140,15 +145,16 @@ def test_module(benchmark, contender):
     torch.manual_seed(0)
     batch, queries, keys, embed, heads = 4, 180, 608, 256, 8
     benchmark.group = "module, B 4, Lq 180, Lk 608, forward+backward"
-    theirs = nn.MultiheadAttention(embed, heads, batch_first=True)
-    ours = MaskedMultiheadAttention(embed, heads, batch_first=True, mask_ratio=RATIO)
-    query, mirrored, memory = (torch.randn(batch, length, embed) for length in (queries, queries, keys))
+    with conftest.DEVICE:
+        theirs = nn.MultiheadAttention(embed, heads, batch_first=True)
+        ours = MaskedMultiheadAttention(embed, heads, batch_first=True, mask_ratio=RATIO)
+        query, mirrored, memory = (torch.randn(batch, length, embed) for length in (queries, queries, keys))
 
     def run() -> None:
         if contender == "sgalign dual":
             outs = ours.dual_branch(query, mirrored, memory, memory)
         else:
-            dropped = torch.rand(batch * heads, queries, keys) < RATIO
+            dropped = torch.rand(batch * heads, queries, keys, device=query.device) < RATIO
             outs = (
                 theirs(query, memory, memory, need_weights=False)[0],
                 theirs(mirrored, memory, memory, need_weights=False, attn_mask=dropped)[0],
@@ -160,19 +166,14 @@ def test_module(benchmark, contender):
 
 @pytest.mark.parametrize("contender", ["sgalign dual", "sdpa twice", "sdpa concatenated", "eager"])
 def test_peak_memory(benchmark, contender):
-    """Growth of the resident set over one step; Linux only."""
-    try:
-        reset = open("/proc/self/clear_refs", "w")
-    except OSError:
-        pytest.skip("needs /proc/self/clear_refs, to reset the kernel's record of the peak")
+    """Growth over one step, of the resident set (Linux only) or of torch's memory on a GPU."""
     shape = (8, 8, 180, 1024, 32)
     run = step(CONTENDERS[contender], inputs(shape, True))
     run()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    with reset:
-        reset.write("5")
-    before = conftest.status_kib("VmRSS")
+    try:
+        before, peak = conftest.memory(run)
+    except OSError:
+        pytest.skip("needs /proc/self/clear_refs, to reset the kernel's record of the peak")
     benchmark.group = "peak memory"
     benchmark.pedantic(run, rounds=1)
-    conftest.peak_memory[contender] = (conftest.status_kib("VmHWM") - before) / 1024
+    conftest.peak_memory[contender] = peak - before

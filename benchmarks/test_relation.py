@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import conftest
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, linear
 
+from benchmarks import conftest
 from sgalign import dual_branch_relation_logits, fused_relation_logits, relation_alignment_loss
 
 # R, N, C, K: one image and four at the published sizes, and a small model on VRD
@@ -23,7 +23,7 @@ class Head(nn.Module):
     def __init__(self, shape: tuple[int, int, int, int], requires_grad: bool) -> None:
         super().__init__()
         relations, objects, channels, classes = shape
-        self.pairs = torch.randint(objects, (relations, 2))
+        self.register_buffer("pairs", torch.randint(objects, (relations, 2)))
         self.union = nn.Parameter(torch.randn(relations, channels))
         self.heads = nn.ParameterList(torch.randn(objects, HIDDEN) for _ in range(2))
         self.tails = nn.ParameterList(torch.randn(objects, HIDDEN) for _ in range(2))
@@ -54,20 +54,21 @@ class Head(nn.Module):
             for (as_subject, as_object), rel_compress in zip(self.ends(), self.rel_compress)
         ]
 
-    def ours_dual(self) -> list[Tensor]:
+    def ours_dual(self, backend: str | None = None) -> list[Tensor]:
         (subject, object_), (mirrored_subject, mirrored_object) = self.ends()
         own, mirrored = self.rel_compress
         return list(
             dual_branch_relation_logits(
                 subject, object_, mirrored_subject, mirrored_object, self.union, self.pairs,
-                own.weight, own.bias, mirrored.weight, mirrored.bias,
+                own.weight, own.bias, mirrored.weight, mirrored.bias, backend=backend,
             )
         )  # fmt: skip
 
-    def ours_single(self) -> list[Tensor]:
+    def ours_single(self, backend: str | None = None) -> list[Tensor]:
         (subject, object_), _ = self.ends()
         head = self.rel_compress[0]
-        return [fused_relation_logits(subject, object_, self.union, self.pairs, head.weight, head.bias)]
+        arguments = subject, object_, self.union, self.pairs, head.weight, head.bias
+        return [fused_relation_logits(*arguments, backend=backend)]
 
 
 CONTENDERS: dict[str, Callable[[Head], list[Tensor]]] = {
@@ -78,17 +79,23 @@ CONTENDERS: dict[str, Callable[[Head], list[Tensor]]] = {
 }
 
 
+def flops(shape: tuple[int, ...], backward: bool, branches: int = 2) -> int:
+    """Of the matrix products, post_cat's halves included."""
+    relations, objects, channels, classes = shape
+    products = relations * classes + 2 * objects * HIDDEN  # of C channels, in each branch
+    return branches * (3 if backward else 1) * 2 * products * channels
+
+
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_relation_head(benchmark, shape, backward, contender):
     torch.manual_seed(0)
-    relations, objects, channels, classes = shape
+    relations, _, _, classes = shape
     benchmark.group = f"relation head {shape} {'forward+backward' if backward else 'forward'}"
-    products = relations * classes + 2 * objects * HIDDEN  # of C channels, in each branch
-    conftest.flops[benchmark.group] = 2 * (3 if backward else 1) * 2 * products * channels
-    head = Head(shape, backward)
-    grad = torch.ones(relations, classes)
+    conftest.flops[benchmark.group] = flops(shape, backward)
+    head = Head(shape, backward).to(conftest.DEVICE)
+    grad = torch.ones(relations, classes, device=conftest.DEVICE)
 
     def run() -> None:
         logits = CONTENDERS[contender](head)
@@ -107,7 +114,7 @@ def plain_loss(logits: Tensor, mirrored: Tensor) -> Tensor:
 def test_alignment_loss(benchmark, contender):
     torch.manual_seed(0)
     benchmark.group = "alignment loss (4096, 51) forward+backward"
-    logits, mirrored = torch.randn(2, 4096, 51)
+    logits, mirrored = torch.randn(2, 4096, 51, device=conftest.DEVICE)
     mirrored.requires_grad_()
     loss = relation_alignment_loss if contender == "sgalign dual" else plain_loss
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import conftest
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("transformers")
 pytest.importorskip("lightning")
+from benchmarks import conftest  # noqa: E402
 from sgalign import relation_alignment_loss  # noqa: E402
 from sgalign.models.entity_detector import DetectedEntities, EntityDetector  # noqa: E402
 from sgalign.models.graph_assembly import Annotations, Entities, match, relation_losses  # noqa: E402
@@ -57,7 +57,7 @@ class PlainDecoder(nn.Module):
             for role, layer in enumerate(roles):
                 key, value = (memory + found.position, memory) if role == 0 else (features, features)
                 shape = len(key) * HEADS, QUERIES, key.shape[1]
-                mask = torch.rand(shape) < ratio if ratio else None
+                mask = torch.rand(shape, device=key.device) < ratio if ratio else None
                 states[role] = layer(states[role], positions[role], key, value, mask)
             told = self.fusion[0](states[1]) + self.fusion[1](states[2])
             states[0] = states[0] + told.relu()
@@ -86,21 +86,25 @@ def counted(step: Callable[[], Tensor]) -> int:
     return counter.get_total_flops()
 
 
-def test_decoder(benchmark):
-    """Forward and backward of the six layers, given what they read; without dropout, which would make torch leave its
-    fused attention."""
+Steps = tuple[dict[str, Callable[[], Tensor]], list[nn.Parameter], float]  # by name; all parameters; counted ratio
+
+
+def decoder_steps(device: torch.device = conftest.DEVICE) -> Steps:
+    """The six layers, given what they read; without dropout, which would make torch leave its fused attention."""
     torch.manual_seed(0)
-    images, net, plain = 2, SGTR(OBJECTS, PREDICATES, dropout=0.0), PlainDecoder()
-    found = DetectedEntities(
-        torch.randn(images, POSITIONS, DIM),
-        torch.randn(images, POSITIONS, DIM),
-        torch.zeros(images, POSITIONS, dtype=torch.bool),
-        torch.randn(images, ENTITIES, DIM),
-        torch.randn(1, images, ENTITIES, OBJECTS + 1),
-        torch.rand(1, images, ENTITIES, 4),
-    )
+    images = 2
+    with device:
+        net, plain = SGTR(OBJECTS, PREDICATES, dropout=0.0), PlainDecoder()
+        found = DetectedEntities(
+            torch.randn(images, POSITIONS, DIM),
+            torch.randn(images, POSITIONS, DIM),
+            torch.zeros(images, POSITIONS, dtype=torch.bool),
+            torch.randn(images, ENTITIES, DIM),
+            torch.randn(1, images, ENTITIES, OBJECTS + 1),
+            torch.rand(1, images, ENTITIES, 4),
+        )
+        contents = torch.randn(3, images, QUERIES, DIM)
     net.encoder = nn.ModuleList()
-    contents = torch.randn(3, images, QUERIES, DIM)
     net._contents = lambda entities: contents
 
     def twice() -> Tensor:
@@ -113,19 +117,19 @@ def test_decoder(benchmark):
         "two passes": twice,
     }
     flops = {name: counted(step) for name, step in steps.items()}
-    ratio = flops["Align-SGTR"] / flops["SGTR"]
-    parameters = [*net.parameters(), *plain.parameters()]
-    conftest.compare_steps(benchmark, "structural decoder", steps, parameters, ratio, rounds=5)
+    return steps, [*net.parameters(), *plain.parameters()], flops["Align-SGTR"] / flops["SGTR"]
 
 
-def test_training_step(benchmark):
+def image_steps(device: torch.device = conftest.DEVICE) -> Steps:
     """600 x 1000 pixels, one image, ResNet-101, the detector frozen as for Visual Genome."""
     torch.manual_seed(0)
-    detector, net = EntityDetector(OBJECTS), SGTR(OBJECTS, PREDICATES)
+    detector, net = EntityDetector(OBJECTS).to(device), SGTR(OBJECTS, PREDICATES).to(device)
     detector.freeze(("backbone", "encoder", "decoder"))
-    heads = net.new_heads()
-    pixels, sizes = [torch.rand(3, 600, 1000)], torch.tensor([[1000.0, 600.0]])
-    truth = [Annotations(torch.randint(50, (10,)), torch.randint(150, (2, 10)), torch.rand(2, 10, 4) * 0.4 + 0.1)]
+    predicate, entity_class = net.new_heads()
+    heads = predicate.to(device), entity_class.to(device)
+    pixels, sizes = [torch.rand(3, 600, 1000).to(device)], torch.tensor([[1000.0, 600.0]], device=device)
+    annotated = torch.randint(50, (10,)), torch.randint(150, (2, 10)), torch.rand(2, 10, 4) * 0.4 + 0.1
+    truth = [Annotations(*(tensor.to(device) for tensor in annotated))]
 
     def see() -> DetectedEntities:
         found = detector(pixels)
@@ -157,6 +161,13 @@ def test_training_step(benchmark):
         return supervised(found, outputs) + 10 * align
 
     steps = {"SGTR": sgtr, "Align-SGTR": align_sgtr, "two passes": two_passes}
-    ratio = counted(align_sgtr) / counted(sgtr)
     parameters = [p for module in (detector, net, *heads) for p in module.parameters()]
-    conftest.compare_steps(benchmark, "SGTR from images", steps, parameters, ratio, rounds=3)
+    return steps, parameters, counted(align_sgtr) / counted(sgtr)
+
+
+def test_decoder(benchmark):
+    conftest.compare_steps(benchmark, "structural decoder", *decoder_steps(), rounds=5)
+
+
+def test_training_step(benchmark):
+    conftest.compare_steps(benchmark, "SGTR from images", *image_steps(), rounds=3)

@@ -6,9 +6,7 @@ What the detector sees is given; the relation head's own extractors are in the s
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
-import conftest
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("lightning")
 from torchvision.models.detection.faster_rcnn import TwoMLPHead  # noqa: E402
 
+from benchmarks import conftest  # noqa: E402
 from sgalign import relation_alignment_loss  # noqa: E402
 from sgalign.data import GraphBatch, SceneGraph, collate  # noqa: E402
 from sgalign.longtail import RelationLoss  # noqa: E402
@@ -31,13 +30,15 @@ REGION = 256 * 7 * 7
 class Step:
     """A model, its inputs, and the losses of one training step in three ways."""
 
-    def __init__(self, *, extractors: bool) -> None:
+    def __init__(self, *, extractors: bool, device: torch.device = conftest.DEVICE) -> None:
         torch.manual_seed(0)
-        self.motifs = Motifs(
-            torch.ones(CLASSES, CLASSES, PREDICATES), hidden_dim=HIDDEN, relation_dim=DIM, object_dim=DIM
-        ).train()
-        self.mirrored_head = self.motifs.new_predicate_head()
-        self.relation_loss = RelationLoss(torch.ones(PREDICATES))
+        self.motifs = (
+            Motifs(torch.ones(CLASSES, CLASSES, PREDICATES), hidden_dim=HIDDEN, relation_dim=DIM, object_dim=DIM)
+            .train()
+            .to(device)
+        )
+        self.mirrored_head = self.motifs.new_predicate_head().to(device)
+        self.relation_loss = RelationLoss(torch.ones(PREDICATES)).to(device)
         graphs = []
         for _ in range(IMAGES):
             corner = torch.rand(OBJECTS, 2) * 300
@@ -50,10 +51,11 @@ class Step:
         batch = collate(graphs, PREDICATES - 1)
         rows = torch.cat([image * OBJECTS * (OBJECTS - 1) + torch.randperm(OBJECTS * (OBJECTS - 1))[:PAIRS].sort()[0]
                           for image in range(IMAGES)])  # fmt: skip
-        self.batch = batch.keep_pairs(rows)
-        self.heads = nn.ModuleList(TwoMLPHead(REGION, DIM) for _ in range(2)) if extractors else None
+        batch = batch.keep_pairs(rows)
+        self.batch = batch._replace(**{k: v.to(device) for k, v in batch._asdict().items() if isinstance(v, Tensor)})
+        self.heads = nn.ModuleList(TwoMLPHead(REGION, DIM) for _ in range(2)).to(device) if extractors else None
         width = REGION if extractors else DIM
-        self.regions = [torch.rand(IMAGES * OBJECTS, width), torch.rand(IMAGES * PAIRS, width)]
+        self.regions = [torch.rand(IMAGES * count, width, device=device) for count in (OBJECTS, PAIRS)]
         self.parameters = [*self.motifs.parameters(), *self.mirrored_head.parameters()]
         self.parameters += list(self.heads.parameters()) if self.heads is not None else []
 
@@ -63,7 +65,7 @@ class Step:
         return self.batch._replace(object_features=objects, union_features=union)
 
     def dropped(self) -> Tensor:
-        return torch.rand(IMAGES * OBJECTS, 1) < 0.1
+        return torch.rand(IMAGES * OBJECTS, 1, device=self.regions[0].device) < 0.1
 
     def motifs_alone(self) -> Tensor:
         return self.relation_loss(self.motifs(self.seen()).logits, self.batch.targets)[0]
@@ -93,6 +95,10 @@ class Step:
         )
         return head(pair * shared.union) + shared.bias
 
+    def contenders(self) -> dict[str, Callable[[], Tensor]]:
+        """Without the mirror, with it, and with it in two passes."""
+        return {"Motifs": self.motifs_alone, "Align-Motifs": self.align_motifs, "two passes": self.two_passes}
+
     def counted(self) -> float:
         """Multiplications of Align-Motifs by those of Motifs, from the layers' sizes."""
         objects, pairs = IMAGES * OBJECTS, IMAGES * PAIRS
@@ -104,19 +110,11 @@ class Step:
         return (before + 2 * branch) / (before + branch)
 
 
-CONTENDERS: dict[str, Callable[[Step], Tensor]] = {
-    "Motifs": Step.motifs_alone,
-    "Align-Motifs": Step.align_motifs,
-    "two passes": Step.two_passes,
-}
-
-
 @pytest.mark.parametrize("extractors", [False, True], ids=["cached features", "extractors trained"])
 def test_training_step(benchmark, extractors):
     """All three in turn, so that they meet the same machine; the benchmark's own figure is Align-Motifs'."""
     step = Step(extractors=extractors)
     case = "extractors trained" if extractors else "cached features"
-
-    steps = {name: partial(run, step) for name, run in CONTENDERS.items()}
     rounds = 1 if extractors else 5
+    steps = step.contenders()
     conftest.compare_steps(benchmark, f"Motifs, {case}", steps, step.parameters, step.counted(), rounds=rounds)

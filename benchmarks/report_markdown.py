@@ -1,0 +1,233 @@
+"""The report of `benchmarks.gpu_report` as Markdown: ratios, goals, failures. What was not measured stays blank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+Figures = dict[str, Any]
+DUAL = " dual"
+DENSE = ("sdpa twice", "sdpa concatenated")
+ALTERNATIVES = (*DENSE, "eager", "flex", "xformers", "flash-attn, no mask")
+
+
+def markdown(report: Figures) -> str:
+    environment = report.get("environment", {})
+    sections = [
+        f"# sgalign on {environment.get('card', 'a GPU')}",
+        "Written by `python -m benchmarks.gpu_report`; all figures are in report.json. Times are in ms, medians: graph,"
+        " a call's share of a CUDA graph's replay; call, with launching. A ratio is the other's graph time divided by"
+        " that of both branches in one call.",
+        table(("", ""), environment_rows(environment)),
+        "## Goals",
+        table(("", "goal", "least favourable", "reached"), goals(report)),
+        "## Tests",
+        table(("backend", "outcome", "pieces cut off"), test_rows(report)),
+        "## Attention",
+        "Of the ceilings: the time that the card's own rates of copying and of matrix products allow, divided by the"
+        " time taken; exponentials and random numbers are not counted.",
+    ]
+    for dtype in ("bfloat16", "float16", "float32"):
+        for backward in (True, False):
+            rows = [row for row in rows_of(report, f"attention {dtype}") if row["backward"] == backward]
+            if rows:
+                sections += [f"### {dtype}, {'forward and backward' if backward else 'forward'}"]
+                sections += [attention_table(rows, environment)]
+    sections += ["## Relation head", relation_table(rows_of(report, "relation"), environment)]
+    sections += ["## Alignment loss", loss_table(rows_of(report, "loss"))]
+    sections += ["## Training steps", "Times are those of calls.", step_table(report)]
+    sections += ["## What failed", "\n".join(f"- {failure}" for failure in failures(report)) or "Nothing."]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------ figures
+
+
+def rows_of(report: Figures, part: str) -> list[Figures]:
+    return report.get(part, {}).get("rows", [])
+
+
+def time_of(row: Figures, contender: str, kind: str = "graph") -> float | None:
+    return row["contenders"].get(contender, {}).get(kind)
+
+
+def backends_of(row: Figures) -> list[str]:
+    return [name.removesuffix(DUAL) for name in row["contenders"] if name.endswith(DUAL)]
+
+
+def fastest(row: Figures, contenders: Iterable[str]) -> float | None:
+    return min((time for name in contenders if (time := time_of(row, name)) is not None), default=None)
+
+
+def ratio(over: float | None, under: float | None) -> float | None:
+    return None if over is None or not under else over / under
+
+
+def of_ceilings(row: Figures, environment: Figures, taken: float | None) -> float | None:
+    """The share of the rates that were measured on this card."""
+    if taken is None or "bytes" not in row or "bytes per second" not in environment:
+        return None
+    products = row["flops"] / environment["FLOP per second"][row["dtype"]]
+    return 1e3 * max(products, row["bytes"] / environment["bytes per second"]) / taken
+
+
+def is_sgtr(row: Figures) -> bool:
+    return row["shape"][2] == 180 and row["shape"][3] <= 1024
+
+
+def goals(report: Figures) -> Iterator[tuple[str, ...]]:
+    """The least favourable figure decides."""
+    rows = [row for part in report if part.startswith("attention") for row in rows_of(report, part)]
+    both = [row for row in rows if row["backward"]]
+    dual = lambda row: fastest(row, (name + DUAL for name in backends_of(row)))  # noqa: E731
+    sgtr = [row for row in both if is_sgtr(row)]
+    large = [row for row in both if min(row["shape"][2:4]) >= 4096]
+    environment = report.get("environment", {})
+    steps = [case for case in report.get("steps", {}).values() if isinstance(case, dict) and "counted" in case]
+    over = [ratio(time_of(row, "flex"), dual(row)) for row in sgtr]
+    yield goal("FlexAttention / dual, SGTR's shapes, forward and backward", 2, over)
+    over = [ratio(fastest(row, DENSE), dual(row)) for row in sgtr]
+    yield goal("SDPA with dense masks / dual, the same", 3, over)
+    over = [of_ceilings(row, environment, dual(row)) for row in large]
+    yield goal("share of the ceilings, at least 4096 queries and keys", 0.7, over)
+    over = [ratio(step_ratio(case), case["counted"]) for case in steps]
+    yield goal("Align steps / their counted ratio", 1.05, over, at_most=True)
+
+
+def goal(name: str, bound: float, values: Iterable[float | None], *, at_most: bool = False) -> tuple[str, ...]:
+    known = [value for value in values if value is not None]
+    aim = f"{'at most' if at_most else 'at least'} {bound:g}"
+    if not known:
+        return name, aim, "", "not measured"
+    reached = sum(value <= bound if at_most else value >= bound for value in known)
+    return name, aim, number((max if at_most else min)(known)), f"{reached} of {len(known)}"
+
+
+def step_ratio(case: Figures) -> float | None:
+    """Of the second contender, the one with the mirror, to the first."""
+    base, mirrored = list(case["contenders"].values())[:2]
+    return ratio(mirrored["call"], base["call"])
+
+
+def failures(report: Figures) -> Iterator[str]:
+    """Sentences: parts, checks, contenders and tests."""
+    for part, figures in report.items():
+        if "failure" in figures:
+            yield f"{part}: {figures['failure']}"
+        for name, check in figures.get("checks", {}).items():
+            if not check.get("right"):
+                said = check.get("failure") or f"error {check['error']:.1e}, allowed {check['allowed']:.1e}"
+                yield f"{part}, check of {name}: {said}"
+        for row in figures.get("rows", []):
+            passes = "forward and backward" if row["backward"] else "forward"
+            for name, contender in row["contenders"].items():
+                if "failure" in contender:
+                    yield f"{part}, {shape_of(row)}, {row['dtype']}, {passes}, {name}: {contender['failure']}"
+    for case, figures in report.get("steps", {}).items():
+        if isinstance(figures, dict) and "failure" in figures:
+            yield f"steps, {case}: {figures['failure']}"
+    for backend, figures in report.get("tests", {}).items():
+        if isinstance(figures, dict):
+            yield from (f"tests, {backend}: {line}" for line in figures["failed"])
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Empty without rows."""
+    head, rows = list(head), [list(row) for row in rows]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
+
+
+def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def shape_of(row: Figures) -> str:
+    return ", ".join(map(str, row["shape"]))
+
+
+def environment_rows(environment: Figures) -> Iterator[tuple[str, str]]:
+    for name, value in environment.items():
+        if name == "bytes per second":
+            yield "copying, read and written", f"{value / 1e12:.2f} TB/s"
+        elif name == "FLOP per second":
+            yield "matrix products", ", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in value.items())
+        elif name == "backends":
+            yield name, "; ".join(f"{backend}: {state}" for backend, state in value.items())
+        elif name != "seconds":
+            yield name, str(value)
+
+
+def test_rows(report: Figures) -> Iterator[tuple[str, ...]]:
+    for backend, figures in report.get("tests", {}).items():
+        if isinstance(figures, dict):
+            counts = ", ".join(f"{count} {outcome}" for outcome, count in figures["counts"].items())
+            yield backend, counts or "nothing ran", str(figures["cut off"] or "")
+
+
+def attention_table(rows: list[Figures], environment: Figures) -> str:
+    others = [name for name in ALTERNATIVES if any(name in row["contenders"] for row in rows)]
+    head = ["B, H, Lq, Lk, D", "backend", "dual, graph", "call", *(f"{name} /" for name in others)]
+    head += [
+        "dual / single",
+        "same query / masked single",
+        "GFLOP",
+        "MB",
+        "of the ceilings",
+        "peak, MiB",
+        "SDPA twice's",
+    ]
+    lines = []
+    for row in rows:
+        for backend in backends_of(row):
+            dual = time_of(row, backend + DUAL)
+            line = [shape_of(row), backend, number(dual, ".3f"), number(time_of(row, backend + DUAL, "call"), ".3f")]
+            line += [number(ratio(time_of(row, name), dual)) for name in others]
+            line += [number(ratio(dual, time_of(row, f"{backend} single")))]
+            line += [number(ratio(time_of(row, f"{backend} same query"), time_of(row, f"{backend} single, masked")))]
+            line += [number(row["flops"] / 1e9), number(row["bytes"] / 1e6, ".1f")]
+            line += [number(of_ceilings(row, environment, dual), ".0%")]
+            line += [number(time_of(row, name, "peak"), ".0f") for name in (backend + DUAL, "sdpa twice")]
+            lines.append(line)
+    return table(head, lines)
+
+
+def relation_table(rows: list[Figures], environment: Figures) -> str:
+    head = ["R, N, C, K", "dtype", "passes", "backend", "dual, graph", "call"]
+    head += ["decomposed /", "usual form /", "dual / single", "GFLOP", "MB", "of the ceilings"]
+    lines = []
+    for row in rows:
+        for backend in backends_of(row):
+            dual = time_of(row, backend + DUAL)
+            line = [shape_of(row), row["dtype"], "forward + backward" if row["backward"] else "forward", backend]
+            line += [number(dual, ".3f"), number(time_of(row, backend + DUAL, "call"), ".3f")]
+            line += [number(ratio(time_of(row, name), dual)) for name in ("decomposed", "usual form")]
+            line += [number(ratio(dual, time_of(row, f"{backend} single")))]
+            line += [number(row["flops"] / 1e9), number(row["bytes"] / 1e6, ".1f")]
+            lines.append([*line, number(of_ceilings(row, environment, dual), ".0%")])
+    return table(head, lines)
+
+
+def loss_table(rows: list[Figures]) -> str:
+    lines = [
+        (shape_of(row), name, number(time_of(row, name), ".4f"), number(time_of(row, name, "call"), ".4f"))
+        for row in rows
+        for name in row["contenders"]
+    ]
+    return table(("R, K", "", "graph", "call"), lines)
+
+
+def step_table(report: Figures) -> str:
+    lines = []
+    for case, figures in report.get("steps", {}).items():
+        if not isinstance(figures, dict) or "contenders" not in figures:
+            continue
+        base = next(iter(figures["contenders"].values()))
+        for place, (name, taken) in enumerate(figures["contenders"].items()):
+            line = [case, name, number(taken["call"]), number(ratio(taken["call"], base["call"]), unit="x")]
+            line += [number(figures["counted"], unit="x") if place == 1 else ""]
+            lines.append([*line, number(taken["peak"], ".0f"), number(ratio(taken["peak"], base["peak"]), unit="x")])
+    return table(("step", "", "ms", "of the first", "counted", "peak, MiB", "of the first"), lines)

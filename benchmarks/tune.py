@@ -1,0 +1,236 @@
+"""Finds the attention kernels' configurations on this machine's GPU: `python -m benchmarks.tune`.
+
+For every kernel, size of elements, number of branches and of channels it starts from what kernels/configs.json says,
+tries the neighbours of the best (half or twice a block, other warps, a stage more or less), drops those that spill,
+that do not fit or that change the result, and moves on while one is faster. The table is written after each entry, so
+that a run that is cut off loses nothing; `--kernels`, `--bits` and `--channels` choose a part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda")
+KERNELS = ("forward", "query_gradient", "key_value_gradient")
+CHANNELS = (32, 64, 128, 256)
+DTYPES = {16: torch.bfloat16, 32: torch.float32}
+THRESHOLD = 6554  # of the random mask, a tenth
+SHAPES = [(8, 8, 180, 608), (2, 8, 2048, 2048)]  # B, H, Lq, Lk: SGTR's image memory, and one that fills the card
+GAIN = 0.98  # what counts as faster: less is noise
+TOLERANCE = {16: 3e-2, 32: 1e-4}  # of ||out - reference|| / ||reference||
+
+
+class Entry(NamedTuple):
+    """A line's place in the table."""
+
+    kernel: str
+    bits: int
+    branches: int
+    channels: int
+
+    @property
+    def kind(self) -> str:
+        return f"{self.bits} bits, {self.branches} branch{'es' if self.branches > 1 else ''}"
+
+
+Plan = tuple[int, int, int, int]  # as kernels.configs.Config: block_q, block_k, warps, stages
+
+
+def neighbours(plan: Plan) -> Iterator[Plan]:
+    """One step away in one direction; matrix units take no fewer than 16 rows."""
+    block_q, block_k, warps, stages = plan
+    for q, k in ((block_q // 2, block_k), (block_q * 2, block_k), (block_q, block_k // 2), (block_q, block_k * 2)):
+        if min(q, k) >= 16 and max(q, k) <= 256:
+            yield q, k, warps, stages
+    for w in (warps // 2, warps * 2):
+        if w in (2, 4, 8):
+            yield block_q, block_k, w, stages
+    for s in (stages - 1, stages + 1):
+        if 1 <= s <= 4:
+            yield block_q, block_k, warps, s
+
+
+def climb(start: Plan, time: Callable[[list[Plan]], dict[Plan, float]]) -> tuple[Plan, float]:
+    """The plan that no neighbour beats. `time` leaves out what cannot be used."""
+    known = time([start])
+    best, tried = start, {start}
+    known.setdefault(start, math.inf)  # the table's own may not fit this card
+    while True:
+        new = [plan for plan in dict.fromkeys(neighbours(best)) if plan not in tried]
+        tried.update(new)
+        known |= time(new)
+        fastest = min(known, key=lambda plan: known[plan])
+        if fastest == best or known[fastest] > GAIN * known[best]:
+            return best, known[best]
+        best = fastest
+
+
+class Launched:
+    """A kernel that keeps what it was compiled to."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.spills = 0
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*arguments: Any, **options: Any) -> None:
+            self.spills = max(self.spills, self.kernel[grid](*arguments, **options).n_spills)
+
+        return launch
+
+
+def use(entry: Entry, plan: Plan) -> None:
+    """Puts a plan in the table that this process reads, not in its file."""
+    from sgalign.kernels import configs
+
+    table, name = configs.read_table(), configs.architecture(DEVICE)
+    if name not in table:
+        table[name] = copy.deepcopy(table["default"])
+    by_dim = table[name][entry.kernel][entry.kind]
+    by_dim[str(entry.channels)] = list(plan)
+    table[name][entry.kernel][entry.kind] = dict(sorted(by_dim.items(), key=lambda item: int(item[0])))
+    configs.lookup.cache_clear()
+
+
+@functools.lru_cache(len(SHAPES))
+def operands(entry: Entry, shape: tuple[int, ...]) -> tuple[list[Tensor], ...]:
+    """Queries, key and value, and a gradient of each output."""
+    batch, heads, queries, keys = shape
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(length: int) -> Tensor:
+        drawn = torch.randn(batch, heads, length, entry.channels, device=DEVICE, generator=generator)
+        return drawn.to(DTYPES[entry.bits])
+
+    return (
+        [normal(queries) for _ in range(entry.branches)],
+        [normal(keys), normal(keys)],
+        [normal(queries) for _ in range(entry.branches)],
+    )
+
+
+def calls(entry: Entry, shape: tuple[int, ...]) -> tuple[Callable[[], object], list[Tensor]]:
+    """What runs the kernel, a backward with both of its kernels, and where it writes."""
+    from sgalign.kernels import attention
+
+    queries, (key, value), grad_outs = operands(entry, shape)
+    seed = torch.tensor(1, device=DEVICE)
+    options = None, None, seed, THRESHOLD, 0, 0, entry.channels**-0.5
+    nan = functools.partial(torch.full_like, fill_value=float("nan"))  # shows what is not written
+    outs = [nan(query) for query in queries]
+    log_sums = [nan(query[..., 0], dtype=torch.float32).contiguous() for query in queries]
+    forward = functools.partial(attention.forward, queries, key, value, outs, log_sums, *options)
+    if entry.kernel == "forward":
+        return forward, outs
+    forward()
+    grads = [nan(tensor) for tensor in (*queries, key, value)]
+    tensors = grad_outs, queries, outs, log_sums, key, value, grads
+    return functools.partial(attention.backward, *tensors, *options), grads
+
+
+def problem(entry: Entry, plan: Plan) -> str | None:
+    """Why a plan cannot be used. In a worker's process it leaves the compiled kernels in Triton's cache."""
+    from sgalign.kernels import attention
+
+    name = f"{entry.kernel}_kernel"
+    launched = Launched(vars(attention)[name])
+    try:
+        use(entry, plan)
+        with mock.patch.object(attention, name, launched):
+            for shape in SHAPES:
+                run, _ = calls(entry, shape)
+                run()
+                torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{launched.spills} registers spill" if launched.spills else None
+
+
+def differs(entry: Entry, expected: list[Tensor]) -> bool:
+    run, found = calls(entry, SHAPES[0])
+    run()
+    errors = [float((f.double() - e.double()).norm() / e.double().norm()) for f, e in zip(found, expected)]
+    return not all(error <= TOLERANCE[entry.bits] for error in errors)  # NaN too
+
+
+def times(entry: Entry, pool: Executor, expected: list[Tensor], plans: list[Plan]) -> dict[Plan, float]:
+    """Milliseconds, the geometric mean of the shapes, of those that can be used."""
+    from benchmarks.gpu_report import graph_ms
+
+    found = {}
+    for plan, said in zip(plans, pool.map(problem, itertools.repeat(entry), plans)):
+        said = said or problem(entry, plan)
+        if not said:
+            use(entry, plan)
+            said = "another result" if differs(entry, expected) else None
+        if said:
+            print(f"  {plan}: {said}", flush=True)
+            continue
+        found[plan] = math.prod(graph_ms([calls(entry, shape)[0]]) for shape in SHAPES) ** (1 / len(SHAPES))
+    return found
+
+
+def reference_result(entry: Entry) -> list[Tensor]:
+    """What `calls` writes at the first shape, by plain PyTorch in float64."""
+    from sgalign import dual_branch_attention, fused_masked_attention
+
+    queries, memory, grad_outs = operands(entry, SHAPES[0])
+    tensors = [tensor.double().requires_grad_() for tensor in (*queries, *memory)]
+    attend: Callable[..., Any] = fused_masked_attention if entry.branches == 1 else dual_branch_attention
+    outs = attend(*tensors, mask_ratio=THRESHOLD / 65536, mask_seed=1, backend="reference")
+    outs = [outs] if entry.branches == 1 else list(outs)
+    if entry.kernel == "forward":
+        return [out.detach() for out in outs]
+    return list(torch.autograd.grad(outs, tensors, [grad.double() for grad in grad_outs]))
+
+
+def tune(entries: list[Entry], pool: Executor) -> None:
+    from sgalign.kernels import configs
+
+    for entry in entries:
+        name = configs.architecture(DEVICE)
+        start = configs.lookup(entry.kernel, name, entry.bits, entry.channels, entry.branches)
+        print(f"{entry.kernel}, {entry.kind}, {entry.channels} channels, from {tuple(start)}", flush=True)
+        expected = reference_result(entry)
+        best, taken = climb((*start,), functools.partial(times, entry, pool, expected))
+        if math.isinf(taken):
+            print("  nothing can be used", flush=True)
+            continue
+        use(entry, best)
+        configs.write_table(configs.read_table())
+        print(f"  {best}: {taken:.4f} ms", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--bits", nargs="+", type=int, choices=tuple(DTYPES), default=tuple(DTYPES))
+    parser.add_argument("--channels", nargs="+", type=int, choices=CHANNELS, default=CHANNELS)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("torch finds no GPU here, so there is nothing to tune")
+        return 0
+    order = itertools.product(options.channels, options.bits, options.kernels, (2, 1))  # SGTR's own come first
+    entries = [Entry(kernel, bits, branches, channels) for channels, bits, kernel, branches in order]
+    workers = min(8, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        tune(entries, pool)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""What benchmarks/gpu_report.py and tune.py do around the measuring, which takes a GPU."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # the installed package comes first
+pytest.importorskip("triton", reason="the tuner reads the table of Triton's kernels")
+from benchmarks import gpu_report, report_markdown, tune  # noqa: E402
+from sgalign.kernels import configs  # noqa: E402
+
+
+@pytest.mark.parametrize("command", [gpu_report, tune])
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.main([]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------ the report
+
+
+def test_parts_that_are_there_are_not_run_again(tmp_path):
+    runs = []
+
+    def part(name, **figures):
+        def run():
+            runs.append(name)
+            return dict(figures)
+
+        return run
+
+    def cut_off():
+        raise KeyboardInterrupt
+
+    def crash():
+        raise RuntimeError("the card fell off\nand more")
+
+    parts = {"environment": part("environment"), "loss": crash, "attention a": part("a", rows=[]), "steps": cut_off}
+    with pytest.raises(KeyboardInterrupt):
+        gpu_report.write_report(tmp_path, parts)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert list(written) == ["environment", "loss", "attention a"]
+    assert written["loss"]["failure"] == "RuntimeError: the card fell off"
+    parts |= {"loss": part("loss"), "steps": part("steps")}
+    gpu_report.write_report(tmp_path, parts)
+    assert runs == ["environment", "a", "loss", "steps"]  # what failed is tried again
+    gpu_report.write_report(tmp_path, parts, ["attention", "steps"])
+    assert runs[4:] == ["a", "steps"]
+    assert not (tmp_path / "report.md").read_text().count("fell off")
+
+
+def test_a_failure_is_a_sentence():
+    def fails():
+        raise ValueError("no such shape\ntraceback")
+
+    def skips():
+        pytest.skip("not installed")
+
+    assert gpu_report.attempt(fails) == {"failure": "ValueError: no such shape"}
+    assert gpu_report.attempt(skips) == {"failure": "Skipped: not installed"}
+    assert gpu_report.attempt(fails, deadline=0.0) == {"failure": "no time was left"}
+
+
+def test_check_finds_what_is_wrong_or_not_written():
+    right = [torch.ones(3, dtype=torch.float64)]
+    for got, is_right in ((1.0, True), (1.001, False), (math.nan, False)):
+        found = gpu_report.checked(lambda got=got: [torch.full((3,), got)], lambda: right, "float32")
+        assert found["right"] is is_right
+    unwritten = gpu_report.checked(lambda: [torch.ones(3).new_empty(3)], lambda: right, "float32")
+    assert math.isnan(unwritten["error"])
+
+
+def contender(graph):
+    return {"graph": graph, "call": 2 * graph, "peak": 100 * graph}
+
+
+REPORT = {
+    "environment": {
+        "card": "Made Up",
+        "bytes per second": 1e12,
+        "FLOP per second": {"bfloat16": 1e14},
+        "backends": {"triton": "available"},
+        "seconds": 1.0,
+    },
+    "tests": {
+        "triton": {"counts": {"passed": 3, "failed": 1}, "failed": ["FAILED test_x"], "cut off": 0},
+        "seconds": 1.0,
+    },
+    "attention bfloat16": {
+        "checks": {"triton dual": {"error": 0.5, "allowed": 0.01, "right": False}},
+        "rows": [
+            {
+                "shape": [8, 8, 180, 608, 32],
+                "dtype": "bfloat16",
+                "backward": True,
+                "flops": 5e9,
+                "bytes": 1e7,
+                "contenders": {
+                    "triton dual": contender(0.1),
+                    "triton single": contender(0.08),
+                    "sdpa twice": contender(0.5),
+                    "flex": contender(0.19),
+                    "eager": {"failure": "OutOfMemoryError: too much"},
+                },
+            }
+        ],
+    },
+    "steps": {"SGTR, float32": {"contenders": {"SGTR": contender(1.0), "Align-SGTR": contender(1.1)}, "counted": 1.2}},
+    "loss": {"failure": "BrokenProcessPool: a process died"},
+}
+
+
+def test_markdown():
+    text = report_markdown.markdown(REPORT)
+    assert "# sgalign on Made Up" in text
+    assert "| FlexAttention / dual, SGTR's shapes, forward and backward | at least 2 | 1.90 | 0 of 1 |" in text
+    assert "| SDPA with dense masks / dual, the same | at least 3 | 5.00 | 1 of 1 |" in text
+    assert "| share of the ceilings, at least 4096 queries and keys | at least 0.7 |  | not measured |" in text
+    assert "| Align steps / their counted ratio | at most 1.05 | 0.92 | 1 of 1 |" in text
+    assert (
+        "| 8, 8, 180, 608, 32 | triton | 0.100 | 0.200 | 5.00 |  | 1.90 | 1.25 |  | 5.00 | 10.0 | 50% | 10 | 50 |"
+        in text
+    )
+    assert "| triton | 3 passed, 1 failed |  |" in text
+    for failure in (
+        "triton dual: error 5.0e-01",
+        "eager: OutOfMemoryError",
+        "loss: BrokenProcessPool",
+        "FAILED test_x",
+    ):
+        assert failure in text
+    for line in text.splitlines():
+        if line.startswith("| 8, 8"):
+            assert line.count("|") == text.splitlines()[text.splitlines().index(line) - 2].count("|")
+
+
+def test_markdown_of_nothing_has_no_figures():
+    text = report_markdown.markdown({})
+    assert text.count("not measured") == 4 and "##" in text
+
+
+# ------------------------------------------------------------------------------------------------------ the tuner
+
+
+def test_table_is_written_as_it_is_read(tmp_path):
+    file = tmp_path / "configs.json"
+    configs.write_table(configs.read_table(), file)
+    assert file.read_text() == configs.TABLE.read_text()
+
+
+def test_climb_finds_the_fastest_that_can_be_used():
+    asked = []
+
+    def time(plans):
+        asked.extend(plans)
+        # best at 128, 32, 8, 1; what has more than 4 stages' worth of block does not fit
+        return {p: abs(p[0] - 128) + abs(p[1] - 32) + abs(p[2] - 8) + p[3] for p in plans if p[0] * p[3] <= 256}
+
+    assert tune.climb((64, 64, 4, 2), time) == ((128, 32, 8, 1), 1)
+    assert len(asked) == len(set(asked))
+    assert tune.climb((256, 64, 4, 2), time)[0] == (128, 32, 8, 1)  # one that does not fit is no dead end
+    assert math.isinf(tune.climb((64, 64, 4, 2), lambda plans: {})[1])
+
+
+def test_a_plan_is_used_and_ordered(monkeypatch):
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_0")
+    entry = tune.Entry("forward", 16, 2, 32)
+    try:
+        tune.use(entry, (16, 16, 2, 3))
+        assert configs.lookup("forward", "sm_0", 16, 32, 2) == (16, 16, 2, 3)
+        assert configs.lookup("forward", "sm_0", 16, 64, 2) == configs.lookup("forward", "default", 16, 64, 2)
+        assert list(configs.read_table()["sm_0"]["forward"][entry.kind]) == ["32", "64", "128", "256"]
+        assert "sm_0" not in json.loads(configs.TABLE.read_text())
+    finally:
+        configs.read_table.cache_clear()
+        configs.lookup.cache_clear()
