@@ -209,7 +209,14 @@ def test_sanitizers_and_poisoned_memory(copy, name, width, flags):
     pytest.importorskip("pybind11")
     build_sanitized(copy, width, flags)
     (copy / "tests").mkdir()
-    for file in ("conftest.py", "test_attention.py", "test_random_mask.py", "test_relation.py", "test_alignment.py"):
+    for file in (
+        "conftest.py",
+        "target.py",
+        "test_attention.py",
+        "test_random_mask.py",
+        "test_relation.py",
+        "test_alignment.py",
+    ):
         shutil.copy2(ROOT / "tests" / file, copy / "tests")
     library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     result = subprocess.run(
