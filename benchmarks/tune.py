@@ -172,7 +172,8 @@ def times(entry: Entry, pool: Executor, expected: list[Tensor], plans: list[Plan
     from benchmarks.gpu_report import graph_ms
 
     found = {}
-    for plan, said in zip(plans, pool.map(problem, itertools.repeat(entry), plans)):
+    problems = list(pool.map(problem, itertools.repeat(entry), plans))  # all, before anything is timed on the same GPU
+    for plan, said in zip(plans, problems):
         said = said or problem(entry, plan)
         if not said:
             use(entry, plan)
@@ -208,6 +209,7 @@ def tune(entries: list[Entry], pool: Executor) -> None:
         expected = reference_result(entry)
         best, taken = climb((*start,), functools.partial(times, entry, pool, expected))
         if math.isinf(taken):
+            use(entry, (*start,))  # not what was tried last, which the next entry would write
             print("  nothing can be used", flush=True)
             continue
         use(entry, best)

@@ -20,7 +20,7 @@ from torch import Tensor
 from sgalign.kernels.configs import Config, config, dot_precision, processors
 from sgalign.random_mask import STEPS
 
-NOT_SPECIALIZED = ["queries", "keys", "tiles", "span", "stream", "mask_threshold", "dropout_threshold"]
+NOT_SPECIALIZED = ["batch_heads", "queries", "keys", "tiles", "span", "stream", "mask_threshold", "dropout_threshold"]
 # With one query for both branches, the mirror's exponentials are the supervised ones times a factor. Its own maximum
 # may lie this far below the other one before they lose digits; blocks where it lies lower are done again.
 SHARED_RANGE = tl.constexpr(16.0)
@@ -131,8 +131,8 @@ def masks(
     draws, tile, query, queries, key, kept, keys,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What to add to the scores of both branches, 0 or -inf, broadcastable to `[BLOCK_Q, BLOCK_K]`; which of them the
-    random mask drops; which weights dropout does."""
+    """0, or -inf for what both branches drop, broadcastable to `[BLOCK_Q, BLOCK_K]`; what the random mask drops; what
+    dropout does."""
     bias = tl.where(kept, 0.0, -float("inf"))[None, :]
     if draws.mask is not None:
         inside = (query < queries)[:, None] & (key < keys)[None, :]
@@ -145,6 +145,14 @@ def masks(
         stream = draws.stream.to(tl.uint32) | DROPOUT_BIT
         noise = drawn(draws, stream, draws.dropout_threshold, tile, query, GROUPS, COLUMNS)
     return bias, random, noise
+
+
+@triton.jit
+def kept_scores(scores, bias, draws):
+    """The scores that neither mask drops. Padding was loaded as 0; what the explicit mask drops may be NaN."""
+    if draws.mask is not None:
+        return tl.where(bias == 0, scores, -float("inf"))
+    return scores + bias
 
 
 @triton.jit
@@ -264,7 +272,7 @@ def forward_kernel(
         k = load_rows(key, batch, head, k_index, kept, DIM, BLOCK_D)
         v = load_rows(value, batch, head, k_index, kept, DIM, BLOCK_D)
         bias, random, noise = masks(draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) + bias
+        scores = kept_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, draws)
         if BRANCHES == 1:
             scores = mirrored(scores, random, MASKED)
         if SHARED:
@@ -274,13 +282,14 @@ def forward_kernel(
         else:
             state = attend(scores, scale, state, v, noise, DROPOUT, PRECISION)
         if BRANCHES == 2 and not SHARED:
-            scores = tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION) + bias
+            scores = kept_scores(tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION), bias, draws)
             scores = mirrored(scores, random, MASKED)
             mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
 
     if SHARED and MASKED:
-        # The sum holds the exponential of the maximum, 1, unless the maximum was taken too high for what is kept.
-        if tl.min(tl.where(row < queries, mirrored_state[2], 1.0)) < 0.5:
+        # The sum holds the exponential of the maximum, 1, unless the maximum was taken too high for what is kept. Rows
+        # of which the supervised branch keeps nothing have nothing to do again.
+        if tl.min(tl.where(state[2] > 0, mirrored_state[2], 1.0)) < 0.5:
             mirrored_state = nothing(BLOCK_Q, BLOCK_D)
             for tile in range(begin, end):
                 k_index = tile_keys(tile, GROUPS, COLUMNS)
@@ -290,7 +299,7 @@ def forward_kernel(
                 bias, random, noise = masks(
                     draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS
                 )
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) + bias
+                scores = kept_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, draws)
                 scores = mirrored(scores, random, MASKED)
                 mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
 
@@ -302,7 +311,7 @@ def forward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["queries", "splits"])
+@triton.jit(do_not_specialize=["batch_heads", "queries", "splits"])
 def merge_kernel(
     parts, part_log_sums, out, log_sum, batch_heads, heads, queries, splits,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -394,7 +403,7 @@ def query_gradient_kernel(
         k = load_rows(key, batch, head, k_index, kept, DIM, BLOCK_D)
         v = load_rows(value, batch, head, k_index, kept, DIM, BLOCK_D)
         bias, random, noise = masks(draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) + bias
+        scores = kept_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, draws)
         mirrored_scores = mirrored(scores, random, MASKED)
         if BRANCHES == 1:
             scores = mirrored_scores
@@ -404,7 +413,7 @@ def query_gradient_kernel(
         )
         if BRANCHES == 2:
             if not SHARED:
-                mirrored_scores = tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION) + bias
+                mirrored_scores = kept_scores(tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION), bias, draws)
                 mirrored_scores = mirrored(mirrored_scores, random, MASKED)
             grad_weights = tl.dot(mirrored_grad, tl.trans(v), input_precision=PRECISION)
             _, mirrored_grad_s = grad_scores(
@@ -455,7 +464,7 @@ def key_value_gradient_kernel(
         place = batch_head.to(tl.int64) * queries + row
         bias, random, noise = masks(draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
         q = load_rows(query, batch, head, row, inside, DIM, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) + bias
+        scores = kept_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, draws)
         mirrored_scores = mirrored(scores, random, MASKED)
         if BRANCHES == 1:
             scores = mirrored_scores
@@ -463,7 +472,7 @@ def key_value_gradient_kernel(
             mirrored_q = q
             if not SHARED:
                 mirrored_q = load_rows(mirrored_query, batch, head, row, inside, DIM, BLOCK_D)
-                mirrored_scores = tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION) + bias
+                mirrored_scores = kept_scores(tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION), bias, draws)
                 mirrored_scores = mirrored(mirrored_scores, random, MASKED)
             grad_v, mirrored_grad_s = value_gradient(
                 grad_v, mirrored_grad_out, mirrored_log_sum + place, mirrored_delta + place, mirrored_scores, v, scale,
@@ -570,7 +579,7 @@ def backward(
         grad_key.zero_()
         grad_value.zero_()
         return
-    sign = math.copysign(1, scale) if scale else 0
+    sign = _sign(scale)
     queries, scale = _positive_scale(queries, scale)
     batch, heads, length, dim = queries[0].shape
     branches, drawn = len(outs), mask_threshold + dropout_threshold > 0
@@ -592,7 +601,7 @@ def backward(
     )  # fmt: skip
     for grad, target in zip(grad_queries, targets):
         if splits > 1:
-            torch.sum(target, 0, out=grad) if grad.dtype == torch.float32 else grad.copy_(target.sum(0))
+            grad.copy_(target.sum(0))
         if sign != 1:
             grad.mul_(sign)
 
@@ -659,11 +668,17 @@ def constants(
     }
 
 
+def _sign(scale: float) -> float:
+    """-1, 0 or 1; a scale that is 0 in float32 is none."""
+    return math.copysign(1, scale) if abs(scale) >= torch.finfo(torch.float32).tiny else 0.0
+
+
 def _positive_scale(queries: list[Tensor], scale: float) -> tuple[list[Tensor], float]:
     """The kernels take the largest product for the largest score, so that a scale of -1 or 0 goes into the queries."""
-    if scale > 0:
+    sign = _sign(scale)
+    if sign > 0:
         return queries, scale
-    return [query * (-1 if scale else 0) for query in queries], -scale or 1.0
+    return [query * sign for query in queries], -scale if sign else 1.0
 
 
 def _pair(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:

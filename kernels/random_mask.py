@@ -32,4 +32,4 @@ def random_mask(out: Tensor, seed: Tensor, threshold: int, stream: int) -> None:
     *batch_heads, queries, keys = out.shape
     if out.numel():
         grid = (math.prod(batch_heads) * queries, triton.cdiv(keys, 256))
-        random_mask_kernel[grid](out, seed, queries, keys, stream, threshold)
+        random_mask_kernel[grid](out, seed, queries, keys, stream, threshold, num_warps=1)

@@ -157,7 +157,8 @@ def _loss(
     if backend == "triton":
         from sgalign.kernels import alignment as kernels
 
-        kernels.loss(mirrored, logits, weight, scale, sigmoid, direction, losses, grad)
+        with _cuda.queue(mirrored.device):
+            kernels.loss(mirrored, logits, weight, scale, sigmoid, direction, losses, grad)
         return losses, grad
     core = _core.load()
     description = core.AlignmentLoss(

@@ -413,7 +413,8 @@ def _attention_forward(
     if backend == "triton":
         from sgalign.kernels import attention as kernels
 
-        kernels.forward(queries, key, value, outs, log_sums, *options)
+        with _cuda.queue(key.device):
+            kernels.forward(queries, key, value, outs, log_sums, *options)
         return [*outs, *log_sums]
     core = _core.load()
     description = _description(_groups(queries, outs, log_sums), queries[0], key, value, *options)
@@ -445,7 +446,8 @@ def _attention_backward(
     if backend == "triton":
         from sgalign.kernels import attention as kernels
 
-        kernels.backward(grad_outs, queries, outs, log_sums, key, value, grads, *options)
+        with _cuda.queue(key.device):
+            kernels.backward(grad_outs, queries, outs, log_sums, key, value, grads, *options)
         return grads
     core = _core.load()
     groups = _groups(queries, outs, log_sums, grad_outs, grads)

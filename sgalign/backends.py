@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 
 from sgalign import _core, _cuda
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
+# Triton itself is not imported before a GPU is used: it looks for a driver.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -59,36 +63,14 @@ def unavailable(backend: str) -> str | None:
 
 
 def _problem(backend: str) -> str | None:
-    return _cuda_problem() if backend == "cuda" else _triton_problem()
+    if backend == "triton":
+        return (
+            None if HAS_TRITON else "triton is not installed: `pip install triton` (torch for CUDA or ROCm brings it)"
+        )
+    # torch.compile cannot trace how the core is loaded; where it has no CUDA, the operation itself says so.
+    return None if torch.compiler.is_compiling() else _cuda.problem()
 
 
 def _is_emulated(backend: str) -> bool:
     """Whether a backend for GPUs runs on the CPU, for tests."""
-    return _cuda_is_emulated() if backend == "cuda" else _triton_interprets()
-
-
-@torch.compiler.assume_constant_result
-def _cuda_problem() -> str | None:
-    return _cuda.problem()
-
-
-@torch.compiler.assume_constant_result
-def _cuda_is_emulated() -> bool:
-    return _cuda.is_emulated()
-
-
-# A constant to torch.compile, which cannot trace how modules are found.
-@torch.compiler.assume_constant_result
-def _triton_problem() -> str | None:
-    """Triton is not imported before a GPU is used: it looks for a driver."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: `pip install triton` (torch for CUDA and ROCm on Linux brings it)"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _triton_interprets() -> bool:
-    """Whether TRITON_INTERPRET made kernels run on the CPU, in Python."""
-    from sgalign.kernels.configs import is_interpreting
-
-    return is_interpreting()
+    return INTERPRETED if backend == "triton" else torch.compiler.is_compiling() or _cuda.is_emulated()

@@ -93,7 +93,8 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device, name: str) -> T
         raise TypeError(f"{name} must be an int, an int64 tensor or None, got {type(seed).__name__}")
     if not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"{name} must be in [-2**63, 2**63), got {seed}")
-    return torch.tensor(seed, dtype=torch.int64, device=device)
+    # Filled on the device: a copy of a number from the host would wait, and no CUDA graph could capture it.
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 _library = torch.library.Library("sgalign", "FRAGMENT")
@@ -123,7 +124,8 @@ def _random_mask(
     if backend == "triton":
         from sgalign.kernels import random_mask as kernels
 
-        kernels.random_mask(mask, seed, threshold, stream)
+        with _cuda.queue(seed.device):
+            kernels.random_mask(mask, seed, threshold, stream)
     elif backend == "cuda":
         with _cuda.queue(seed.device) as queue:
             _core.load().cuda_random_mask(

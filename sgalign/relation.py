@@ -285,7 +285,8 @@ def _logits(
     if backend == "triton":
         from sgalign.kernels import relation as kernels
 
-        kernels.forward(union, pairs, subjects, objects, weights, biases, logits)
+        with _cuda.queue(union.device):
+            kernels.forward(union, pairs, subjects, objects, weights, biases, logits)
         return logits
     core = _core.load()
     description, _kept = _description(union, pairs, subjects, objects, weights, biases, logits)
@@ -314,7 +315,8 @@ def _backward(
     if backend == "triton":
         from sgalign.kernels import relation as kernels
 
-        kernels.backward(grad_logits, union, pairs, subjects, objects, weights, grads, wants_union)
+        with _cuda.queue(union.device):
+            kernels.backward(grad_logits, union, pairs, subjects, objects, weights, grads, wants_union)
         return grads
     description, _kept = _description(union, pairs, subjects, objects, weights, [], [])
     grad_logits = [grad.contiguous() for grad in grad_logits]

@@ -358,6 +358,18 @@ def test_padded_keys_and_values_leak_nowhere(branches, junk, backend, instructio
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
+def test_infinite_scores_that_the_mask_drops(branches):
+    """An entry dropped by itself meets its value in the product, so that values are finite; its score need not be."""
+    tensors, _ = make((1, 1, 6, 40, 4))
+    tensors[2][0, 0, 7] = math.inf
+    mask = torch.zeros(40, dtype=torch.bool, device=DEVICE)
+    mask[7] = True
+    others = [i for i in range(40) if i != 7]
+    expected = attend(branches, [*tensors[:2], tensors[2][:, :, others], tensors[3][:, :, others]])
+    torch.testing.assert_close(attend(branches, tensors, mask=mask), expected)
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
 def test_nan_that_is_kept_is_not_hidden(branches):
     tensors, _ = make((1, 1, 3, 300, 4))
     tensors[2][0, 0, 270, 1] = math.nan

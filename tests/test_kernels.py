@@ -52,7 +52,7 @@ def test_operations_interpreted(name):
     """The operations' own tests, with Triton's kernels under its interpreter, which needs a process of its own."""
     result = run_interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py")
     assert result.returncode == 0, result.stdout[-5000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 50
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 20
 
 
 IN_EVERY_RUN = re.compile(
