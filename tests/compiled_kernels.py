@@ -76,14 +76,17 @@ def resources(kernel: Compiled, target: str) -> tuple[Resources, str]:
 
 
 def count_instructions(assembly: str, instruction: str) -> tuple[int, int]:
-    """All, and those of the longest loop: from a label to the last branch back to it."""
+    """All, and those of the longest loop: from a label to a conditional branch back to it.
+
+    An unconditional one is the way back from code that waits out of line.
+    """
     count, longest, labels = 0, 0, {}
     for line in assembly.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = count
         elif re.match(instruction, line):
             count += 1
-            if target := re.search(r"(?:BRA|branch).*?(\.L\w+)", line):
+            if target := re.search(r"(?:P\d BRA|BRA\.U|cbranch).*?(\.L\w+)", line):
                 start = labels.get(target[1], count)
                 longest = max(longest, count - start)
     return count, longest
