@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import sgalign
-
 pytest.importorskip("triton")
 import compiled_kernels  # noqa: E402
 
-ROOT = Path(sgalign.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 INTERPRETED = """
 import torch
