@@ -20,7 +20,7 @@ if BACKEND == "cpu":
 elif DEVICE == "cuda":
     DTYPES += [torch.bfloat16]  # Triton's interpreter multiplies the bits of bfloat16 matrices
 
-when_compiled = pytest.mark.skipif(BACKEND != "cpu", reason="of the compiled core alone")
+core_only = pytest.mark.skipif(BACKEND != "cpu", reason="of the compiled core alone")
 
 
 def _quicken_interpreter() -> None:

@@ -2,12 +2,10 @@ import math
 
 import pytest
 import torch
-from target import BACKEND, DEVICE, DTYPES, EXACT
+from target import BACKEND, DEVICE, DTYPES, EXACT, core_only
 from torch.nn import functional
 
 from sgalign import relation_alignment_loss
-
-core_only = pytest.mark.skipif(BACKEND != "cpu", reason="the compiled core's")
 
 
 def logits(relations=7, classes=5, *, seed=0, dtype=EXACT):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from target import BACKEND, DEVICE, DTYPES, EXACT, INTERPRETED, when_compiled
+from target import BACKEND, DEVICE, DTYPES, EXACT, INTERPRETED, core_only
 
 from sgalign import dual_branch_attention, fused_masked_attention, random_attention_mask, reference
 
@@ -196,7 +196,7 @@ def test_mask_broadcasts(size):
 # ----------------------------------------------------------------------------------------------------- gradients
 
 
-@when_compiled
+@core_only
 @pytest.mark.parametrize("options", ["none", "random", "padding", "dropout", "all"])
 @pytest.mark.parametrize("branches", BRANCHES)
 def test_gradcheck(branches, options):
@@ -473,7 +473,7 @@ def test_both_branches_have_the_same_dropout():
 # ----------------------------------------------------------------------------------------------- threads and sizes
 
 
-@when_compiled
+@core_only
 @pytest.mark.parametrize("shape", [(1, 1, 50, 700, 16), (2, 3, 33, 270, 8), (1, 1, 500, 40, 20)], ids=str)
 @pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -586,7 +586,7 @@ def test_streams_have_different_masks_and_dropout():
         assert not any(torch.allclose(a, b) for a, b in ((outs[0], outs[1]), (outs[0], outs[2]), (outs[1], outs[2])))
 
 
-@when_compiled
+@core_only
 def test_half_subnormals_survive_a_thread_that_flushes_them():
     values = torch.tensor([3e-6, 6e-8, -5e-5, 6.1e-5], dtype=torch.float16).reshape(1, 1, 1, 4)
     zero = torch.zeros(1, 1, 1, 4, dtype=torch.float16)

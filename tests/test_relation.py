@@ -4,12 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from target import BACKEND, DEVICE, DTYPES, EXACT
+from target import BACKEND, DEVICE, DTYPES, EXACT, core_only
 
 from sgalign import dual_branch_relation_logits, fused_relation_logits
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12} if EXACT == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
-core_only = pytest.mark.skipif(BACKEND != "cpu", reason="the compiled core's")
 
 # N, R, C, K: rows, channels and classes that fill no tile, several backward tasks, one object alone
 SHAPES = [(5, 7, 3, 2), (9, 60, 300, 51), (20, 130, 129, 33), (1, 4, 64, 16), (40, 49, 520, 5)]
