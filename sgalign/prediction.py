@@ -15,10 +15,11 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from sgalign.data import SceneGraph, collate, collate_detected, load_image, read_detections
+from sgalign.data.json_file import write_json
 from sgalign.evaluate import PredictionFile
 from sgalign.metrics.matching import rank_triplets
-from sgalign.sgtr import SGTRModule
-from sgalign.training import MotifsModule, RelationModule, module_named, read_checkpoint
+from sgalign.sgtr import EntityDetectorModule, SGTRModule
+from sgalign.training import DetectorModule, MotifsModule, RelationModule, module_named, read_checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -224,6 +225,7 @@ class TripletWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_one_process(trainer)
+        check_relates(pl_module)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("w", encoding="utf-8")
 
@@ -239,6 +241,45 @@ class TripletWriter(BasePredictionWriter):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._file.close()
         self._partial.replace(self.path)
+        print(f"wrote {self.path}")
+
+
+class DetectionWriter(BasePredictionWriter):
+    """Writes the objects that a detector finds in the test part, as `sgalign.data.read_detections` reads them.
+
+        sgalign predict --config CONFIG --ckpt_path CHECKPOINT --trainer.callbacks+=sgalign.prediction.DetectionWriter
+
+    Args:
+        path: the file, replaced when the prediction is complete.
+
+    Raises:
+        ValueError: the trainer has several processes, which would write one file.
+    """
+
+    def __init__(self, path: str = "detections.json") -> None:
+        super().__init__("batch")
+        self.path = Path(path)
+        self._found: dict[str, Any] = {}
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_one_process(trainer)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._found = {}
+
+    def write_on_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Iterable[dict[str, Any]], *args: Any
+    ) -> None:
+        for image in prediction:
+            self._found[image["image_id"]] = {
+                "boxes_xyxy": image["boxes"].tolist(),
+                "labels": (image["labels"] - 1).tolist(),
+                "scores": image["scores"].tolist(),
+            }
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        partial = self.path.with_name(self.path.name + ".partial")
+        write_json(partial, self._found)
+        partial.replace(self.path)
         print(f"wrote {self.path}")
 
 
@@ -259,6 +300,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_one_process(trainer)
+        check_relates(pl_module)
         self._file = PredictionFile(self.path).__enter__()
 
     def write_on_batch_end(
@@ -282,6 +324,14 @@ class PredictionWriter(BasePredictionWriter):
 def check_one_process(trainer: pl.Trainer) -> None:
     if trainer.world_size > 1:
         raise ValueError(f"trainer must predict in one process (--trainer.devices 1), got {trainer.world_size}")
+
+
+def check_relates(module: pl.LightningModule) -> None:
+    if isinstance(module, DetectorModule | EntityDetectorModule):
+        raise ValueError(
+            f"{type(module).__name__} relates nothing: predict with a model that has it as detector_weights, or write "
+            "its boxes with sgalign.prediction.DetectionWriter"
+        )
 
 
 def describe(

@@ -115,6 +115,17 @@ class _DetectingModule(RelationModule):
             if len(found):
                 self.log(f"{part}/{name}", found.mean(), batch_size=len(found), sync_dist=True, on_epoch=True)
 
+    def _objects(self, batch: GraphBatch, candidates: Entities, image: int, count: int | None = None) -> dict[str, Any]:
+        """The first `count` entities, or all, of one image, in its own pixels."""
+        boxes = box_convert(candidates.boxes[image, :count], "cxcywh", "xyxy")
+        confidence, labels = candidates.probabilities[image, :count].max(-1)
+        return {
+            "image_id": batch.image_ids[image],
+            "boxes": boxes.clamp(0, 1) * batch.sizes[image].to(boxes.device).repeat(2),
+            "labels": labels + 1,
+            "scores": confidence,
+        }
+
     def _augmented(
         self, batch: GraphBatch, generator: torch.Generator
     ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]], list[Annotations]]:
@@ -218,8 +229,11 @@ class EntityDetectorModule(_DetectingModule):
     def validation_step(self, batch: GraphBatch) -> None:
         self.log_found(self.detect(batch)[1], batch)
 
-    def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
-        raise ValueError("EntityDetectorModule relates nothing: predict with a model that has it as detector_weights")
+    def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
+        """What `DetectionWriter` reads, a dict for each image of the batch: every query with its likeliest class."""
+        entities = self.detect(batch)[1]
+        candidates = Entities.detected(entities.logits[-1], entities.boxes[-1])
+        return [self._objects(batch, candidates, image) for image in range(len(batch.image_ids))]
 
     def on_validation_epoch_start(self) -> None:
         pass
@@ -336,19 +350,9 @@ class SGTRModule(_DetectingModule):
         graphs = assemble(self.network(entities).at(-1), candidates, sizes_of(pixels), **options)
         predictions = []
         for image, (triplets, scores) in enumerate(graphs):
-            objects = len(batch.truth[image]["labels"]) if self.protocol == "predcls" else None
-            boxes = box_convert(candidates.boxes[image, :objects], "cxcywh", "xyxy")
-            confidence, labels = candidates.probabilities[image, :objects].max(-1)
-            predictions.append(
-                {
-                    "image_id": batch.image_ids[image],
-                    "boxes": boxes.clamp(0, 1) * batch.sizes[image].repeat(2),
-                    "labels": labels + 1,
-                    "scores": confidence,
-                    "triplets": triplets,
-                    "triplet_scores": scores,
-                }
-            )
+            given = len(batch.truth[image]["labels"]) if self.protocol == "predcls" else None
+            relations = {"triplets": triplets, "triplet_scores": scores}
+            predictions.append(self._objects(batch, candidates, image, given) | relations)
         return predictions
 
     def _candidates(self, entities: DetectedEntities, objects: list[tuple[Tensor, Tensor]]) -> Entities:

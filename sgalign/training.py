@@ -113,18 +113,19 @@ class RelationModule(pl.LightningModule):
             self.run_seed = torch.initial_seed()
 
     def on_validation_epoch_start(self) -> None:
-        self.recall = self._evaluator(self._data.zero_shot_validation)
+        self.recall = self._evaluator(self.protocol, self._data.zero_shot_validation)
 
     def on_test_epoch_start(self) -> None:
-        self.recall = self._evaluator(self._data.zero_shot_test)
+        protocol = self.protocol if self._data.detections is None else "sgdet"
+        self.recall = self._evaluator(protocol, self._data.zero_shot_test)
 
     @property
     def _data(self) -> Any:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
-    def _evaluator(self, zero_shot: Tensor) -> SceneGraphEvaluator:
+    def _evaluator(self, protocol: str, zero_shot: Tensor) -> SceneGraphEvaluator:
         evaluator = SceneGraphEvaluator(
-            self.protocol,
+            protocol,
             len(self.predicate_names) - 1,
             zero_shot=zero_shot,
             groups=self._data.predicate_groups,
@@ -262,8 +263,13 @@ class DetectorModule(RelationModule):
         sizes = {name: options[name] for name in ("backbone", "min_size", "max_size", "head_dim")}
         self.network = Detector(len(counts), **sizes, trains_norms=options.weights is None)
 
-    def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
-        raise ValueError("DetectorModule relates nothing: predict with a model that has it as detector_weights")
+    def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
+        """What `DetectionWriter` reads, a dict for each image of the batch."""
+        found = self.network.detect(self.network.features(pixels_of(batch)))
+        return [
+            {"image_id": image_id, "boxes": objects.boxes, "labels": objects.labels, "scores": objects.scores}
+            for image_id, objects in zip(batch.image_ids, found, strict=True)
+        ]
 
     def setup(self, stage: str) -> None:
         is_new = self.network is None

@@ -522,6 +522,21 @@ def test_found_are_annotated_objects_with_a_detection_of_their_class(data, monke
     assert figures["val/found"] == pytest.approx((counts[0] - 1 + 1) / sum(counts))
 
 
+def test_found_objects_are_written_for_other_models(data, tmp_path):
+    from sgalign.data import read_detections
+    from sgalign.prediction import DetectionWriter
+    from sgalign.training import DetectorModule
+
+    trainer = detector_trainer()
+    trainer.callbacks.append(DetectionWriter(tmp_path / "found.json"))
+    (batch,) = trainer.predict(DetectorModule(**SIZES), datamodule=data)
+    found = read_detections(tmp_path / "found.json", CLASSES - 1)
+    assert list(found) == [image["image_id"] for image in batch] == [graph.image_id for graph in data.test]
+    for image in batch:
+        for written, expected in zip(found[image["image_id"]], (image["boxes"], image["labels"], image["scores"])):
+            torch.testing.assert_close(written, expected)
+
+
 def test_a_model_that_looks_needs_images(data):
     from sgalign.training import MotifsModule
 

@@ -19,7 +19,7 @@ pl = pytest.importorskip("lightning.pytorch")
 from torchvision.ops import box_convert, box_iou, generalized_box_iou  # noqa: E402
 
 from sgalign.cli import main  # noqa: E402
-from sgalign.data import ScenesDataset, collate  # noqa: E402
+from sgalign.data import ScenesDataset, collate, read_detections  # noqa: E402
 from sgalign.datamodule import SceneGraphData  # noqa: E402
 from sgalign.models.entity_detector import DetectedEntities, EntityDetector, resize  # noqa: E402
 from sgalign.models.graph_assembly import (  # noqa: E402
@@ -33,7 +33,7 @@ from sgalign.models.graph_assembly import (  # noqa: E402
 )
 from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs, RoleLinear, RoleNorm, sine_embedding  # noqa: E402
 from sgalign.models.sgtr_weights import load_published  # noqa: E402
-from sgalign.prediction import load_module  # noqa: E402
+from sgalign.prediction import DetectionWriter, TripletWriter, load_module  # noqa: E402
 from sgalign.sgtr import (  # noqa: E402
     AlignSGTRModule,
     EntityDetectorModule,
@@ -588,6 +588,15 @@ def test_sgtr_starts_from_a_trained_detector(tmp_path):
     path = tmp_path / "detector.ckpt"
     run.save_checkpoint(path)
     again = load_module(path)
+    data = FewScenes(None, batch_size=3, images=True)
+    trainer(callbacks=[DetectionWriter(tmp_path / "found.json")]).predict(again, data)
+    found = read_detections(tmp_path / "found.json", len(again.object_names) - 1)
+    for graph in data.test:
+        boxes, labels, scores = found[graph.image_id]
+        assert len(boxes) == len(labels) == len(scores) == SMALL["entity_queries"]
+        assert (boxes >= 0).all() and (boxes[:, 2:] <= torch.tensor([graph.width, graph.height])).all()
+    with pytest.raises(ValueError, match="EntityDetectorModule relates nothing"):
+        trainer(callbacks=[TripletWriter(tmp_path / "none.jsonl")]).predict(again, data)
     pixels = [torch.rand(3, 48, 64)]
     with torch.no_grad():
         expected = first.eval().detector(pixels)

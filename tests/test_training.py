@@ -13,7 +13,7 @@ import lightning.pytorch as pl  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 
 from sgalign import cli, compare, doctor  # noqa: E402
-from sgalign.data import collate  # noqa: E402
+from sgalign.data import Detections, collate  # noqa: E402
 from sgalign.datamodule import SceneGraphData  # noqa: E402
 from sgalign.sampling import step_seed  # noqa: E402
 from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, WholeCheckpointIO  # noqa: E402
@@ -98,6 +98,21 @@ def test_the_mirror_is_gone_at_evaluation(scenes):
     plain.network.load_state_dict(aligned.network.state_dict())
     batch = collate(scenes.test[:5], 20)
     assert torch.equal(aligned.eval()(batch).logits, plain.eval()(batch).logits)
+
+
+def test_given_detections_are_evaluated_as_sgdet(scenes):
+    """Annotated objects as detections, one of them twice: recall is that of PredCls, though boxes are not the target's."""
+    given = SceneGraphData()
+    given.train, given.test = scenes.train, scenes.test
+    given.detections = {}
+    for graph in given.test:
+        rows = torch.cat([torch.arange(len(graph.labels)), torch.tensor([0])])
+        scores = torch.cat([torch.ones(len(graph.labels)), torch.tensor([1e-6])])
+        given.detections[graph.image_id] = Detections(graph.boxes[rows], graph.labels[rows], scores)
+    (predcls,), (sgdet,) = (
+        trainer().test(FrequencyModule(), datamodule=data, verbose=False) for data in (scenes, given)
+    )
+    assert sgdet["test/R@50"] == pytest.approx(predcls["test/R@50"])
 
 
 def test_a_checkpoint_of_other_classes_is_refused(scenes, tmp_path):
