@@ -9,7 +9,6 @@ that a run that is cut off loses nothing; `--kernels`, `--bits` and `--channels`
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import itertools
 import math
@@ -98,11 +97,9 @@ def use(entry: Entry, plan: Plan) -> None:
     from sgalign.kernels import configs
 
     table, name = configs.read_table(), configs.architecture(DEVICE)
-    if name not in table:
-        table[name] = copy.deepcopy(table["default"])
-    by_dim = table[name][entry.kernel][entry.kind]
-    by_dim[str(entry.channels)] = list(plan)
-    table[name][entry.kernel][entry.kind] = dict(sorted(by_dim.items(), key=lambda item: int(item[0])))
+    by_kind = table.setdefault(name, {}).setdefault(entry.kernel, {})
+    by_dim = by_kind.get(entry.kind, {}) | {str(entry.channels): list(plan)}
+    by_kind[entry.kind] = dict(sorted(by_dim.items(), key=lambda item: int(item[0])))
     configs.lookup.cache_clear()
 
 

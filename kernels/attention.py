@@ -17,13 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgalign.kernels.configs import Config, config, dot_precision, processors
-from sgalign.random_mask import STEPS
+from sgalign._cuda import multiprocessors
+from sgalign.kernels.configs import Config, config, dot_precision
+from sgalign.random_mask import dropout_scale
 
 NOT_SPECIALIZED = ["batch_heads", "queries", "keys", "tiles", "span", "stream", "mask_threshold", "dropout_threshold"]
 # With one query for both branches, the mirror's exponentials are the supervised ones times a factor. Its own maximum
 # may lie this far below the other one before they lose digits; blocks where it lies lower are done again.
 SHARED_RANGE = tl.constexpr(16.0)
+WIDEST = tl.constexpr(16)  # float32 channels of a row that `products` holds at once
 DROPOUT_BIT = tl.constexpr(0x80000000)  # of the stream: reference.DROPOUT_STREAM_BIT
 
 
@@ -35,6 +37,17 @@ class Matrix(NamedTuple):
     head: Any
     row: Any
     column: Any
+
+
+class Rows(NamedTuple):
+    """Some rows of one `[B, H]` of a `Matrix`, and where they are from."""
+
+    block: Any  # [rows, BLOCK_D]; tuples of Triton have `values` already
+    matrix: Any
+    batch: Any
+    head: Any
+    row: Any
+    inside: Any
 
 
 class Draws(NamedTuple):
@@ -66,7 +79,38 @@ def load(matrix, batch, head, row, column, inside, other):
 def load_rows(matrix, batch, head, row, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """`[rows, BLOCK_D]`; zeros beyond the channels and for rows that are not `inside`: what they hold must not leak."""
     channel = tl.arange(0, BLOCK_D)[None, :]
-    return load(matrix, batch, head, row[:, None], channel, inside[:, None] & (channel < DIM), 0.0)
+    values = load(matrix, batch, head, row[:, None], channel, inside[:, None] & (channel < DIM), 0.0)
+    return Rows(values, matrix, batch, head, row, inside)
+
+
+@triton.jit
+def products(rows, others, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """`[rows, others]`: the product of each row with each of the others, over all channels.
+
+    The matrix units want all channels of a row in one thread's registers, float32 ones twice, as they take them in two
+    parts. So each product loads `WIDEST` of those at a time anew, which the cache has.
+    """
+    if BLOCK_D <= WIDEST or rows.block.dtype != tl.float32:
+        result = tl.dot(rows.block, tl.trans(others.block), input_precision=PRECISION)
+    else:
+        result = tl.zeros([rows.row.shape[0], others.row.shape[0]], tl.float32)
+        for first in range(0, DIM, WIDEST):
+            some, of_others = load_channels(rows, first, DIM), load_channels(others, first, DIM)
+            result = tl.dot(some, tl.trans(of_others), result, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def add_weighted(total, weights, rows, PRECISION: tl.constexpr):
+    """`total` with the sums of rows by each row of weights added."""
+    return tl.dot(weights.to(rows.block.dtype), rows.block, total, input_precision=PRECISION)
+
+
+@triton.jit
+def load_channels(rows, first, DIM: tl.constexpr):
+    channel = first + tl.arange(0, WIDEST)[None, :]
+    inside = rows.inside[:, None] & (channel < DIM)
+    return load(rows.matrix, rows.batch, rows.head, rows.row[:, None], channel, inside, 0.0)
 
 
 @triton.jit
@@ -82,13 +126,6 @@ def first_key(tile, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
     if GROUPS == 1:
         return tile * COLUMNS
     return tile // (32 // COLUMNS) * (32 * GROUPS) + tile % (32 // COLUMNS) * COLUMNS
-
-
-@triton.jit
-def tile_keys(tile, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`[GROUPS * COLUMNS]`"""
-    place = tl.arange(0, GROUPS * COLUMNS)
-    return first_key(tile, GROUPS, COLUMNS) + place // COLUMNS * 32 + place % COLUMNS
 
 
 @triton.jit
@@ -118,25 +155,31 @@ def drawn(draws, stream, threshold, tile, query, GROUPS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def kept_keys(draws, key, keys):
-    """bool `[BLOCK_K]`: there, and not padding."""
-    kept = key < keys
+def load_tile(
+    key, value, draws, tile, keys,
+    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys and their values; `inside` are those that exist and are not padding."""
+    place = tl.arange(0, GROUPS * COLUMNS)
+    row = first_key(tile, GROUPS, COLUMNS) + place // COLUMNS * 32 + place % COLUMNS
+    kept = row < keys
     if draws.padding is not None:
-        kept = kept & (load(draws.padding, draws.batch, draws.head, key * 0, key, kept, 1) == 0)
-    return kept
+        kept = kept & (load(draws.padding, draws.batch, draws.head, row * 0, row, kept, 1) == 0)
+    k = load_rows(key, draws.batch, draws.head, row, kept, DIM, BLOCK_D)
+    return k, load_rows(value, draws.batch, draws.head, row, kept, DIM, BLOCK_D)
 
 
 @triton.jit
 def masks(
-    draws, tile, query, queries, key, kept, keys,
+    draws, tile, query, queries, k, keys,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """0, or -inf for what both branches drop, broadcastable to `[BLOCK_Q, BLOCK_K]`; what the random mask drops; what
     dropout does."""
-    bias = tl.where(kept, 0.0, -float("inf"))[None, :]
+    bias = tl.where(k.inside, 0.0, -float("inf"))[None, :]
     if draws.mask is not None:
-        inside = (query < queries)[:, None] & (key < keys)[None, :]
-        explicit = load(draws.mask, draws.batch, draws.head, query[:, None], key[None, :], inside, 1)
+        inside = (query < queries)[:, None] & (k.row < keys)[None, :]
+        explicit = load(draws.mask, draws.batch, draws.head, query[:, None], k.row[None, :], inside, 1)
         bias = tl.where(explicit != 0, -float("inf"), bias)
     random, noise = False, False
     if MASKED:
@@ -184,7 +227,7 @@ def add_values(weights, rescale, weighted, total, v, noise, DROPOUT: tl.constexp
     total = total * rescale + tl.sum(weights, 1)
     if DROPOUT:
         weights = tl.where(noise, 0.0, weights)
-    return tl.dot(weights.to(v.dtype), v, weighted * rescale[:, None], input_precision=PRECISION), total
+    return add_weighted(weighted * rescale[:, None], weights, v, PRECISION), total
 
 
 @triton.jit
@@ -267,12 +310,9 @@ def forward_kernel(
     begin = split * span
     end = tl.minimum(begin + span, tiles)
     for tile in range(begin, end):
-        k_index = tile_keys(tile, GROUPS, COLUMNS)
-        kept = kept_keys(draws, k_index, keys)
-        k = load_rows(key, batch, head, k_index, kept, DIM, BLOCK_D)
-        v = load_rows(value, batch, head, k_index, kept, DIM, BLOCK_D)
-        bias, random, noise = masks(draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
-        scores = kept_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, draws)
+        k, v = load_tile(key, value, draws, tile, keys, GROUPS, COLUMNS, DIM, BLOCK_D)
+        bias, random, noise = masks(draws, tile, row, queries, k, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
+        scores = kept_scores(products(q, k, DIM, BLOCK_D, PRECISION), bias, draws)
         if BRANCHES == 1:
             scores = mirrored(scores, random, MASKED)
         if SHARED:
@@ -282,7 +322,7 @@ def forward_kernel(
         else:
             state = attend(scores, scale, state, v, noise, DROPOUT, PRECISION)
         if BRANCHES == 2 and not SHARED:
-            scores = kept_scores(tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION), bias, draws)
+            scores = kept_scores(products(mirrored_q, k, DIM, BLOCK_D, PRECISION), bias, draws)
             scores = mirrored(scores, random, MASKED)
             mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
 
@@ -292,14 +332,9 @@ def forward_kernel(
         if tl.min(tl.where(state[2] > 0, mirrored_state[2], 1.0)) < 0.5:
             mirrored_state = nothing(BLOCK_Q, BLOCK_D)
             for tile in range(begin, end):
-                k_index = tile_keys(tile, GROUPS, COLUMNS)
-                kept = kept_keys(draws, k_index, keys)
-                k = load_rows(key, batch, head, k_index, kept, DIM, BLOCK_D)
-                v = load_rows(value, batch, head, k_index, kept, DIM, BLOCK_D)
-                bias, random, noise = masks(
-                    draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS
-                )
-                scores = kept_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, draws)
+                k, v = load_tile(key, value, draws, tile, keys, GROUPS, COLUMNS, DIM, BLOCK_D)
+                bias, random, noise = masks(draws, tile, row, queries, k, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
+                scores = kept_scores(products(q, k, DIM, BLOCK_D, PRECISION), bias, draws)
                 scores = mirrored(scores, random, MASKED)
                 mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
 
@@ -360,8 +395,8 @@ def row_terms(
     """
     inside = row < queries
     grad = load_rows(grad_out, batch, head, row, inside, DIM, BLOCK_D)
-    values = load_rows(out, batch, head, row, inside, DIM, BLOCK_D)
-    sums = tl.sum(grad.to(tl.float32) * values.to(tl.float32), 1)
+    values = load_rows(out, batch, head, row, inside, DIM, BLOCK_D).block
+    sums = tl.sum(grad.block.to(tl.float32) * values.to(tl.float32), 1)
     place = batch_head.to(tl.int64) * queries + row
     tl.store(delta + place, sums, mask=inside)
     return grad, tl.load(log_sum + place, mask=inside, other=float("inf")), sums
@@ -398,24 +433,21 @@ def query_gradient_kernel(
     mirrored_gradient = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     begin = split * span
     for tile in range(begin, tl.minimum(begin + span, tiles)):
-        k_index = tile_keys(tile, GROUPS, COLUMNS)
-        kept = kept_keys(draws, k_index, keys)
-        k = load_rows(key, batch, head, k_index, kept, DIM, BLOCK_D)
-        v = load_rows(value, batch, head, k_index, kept, DIM, BLOCK_D)
-        bias, random, noise = masks(draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
-        scores = kept_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, draws)
+        k, v = load_tile(key, value, draws, tile, keys, GROUPS, COLUMNS, DIM, BLOCK_D)
+        bias, random, noise = masks(draws, tile, row, queries, k, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
+        scores = kept_scores(products(q, k, DIM, BLOCK_D, PRECISION), bias, draws)
         mirrored_scores = mirrored(scores, random, MASKED)
         if BRANCHES == 1:
             scores = mirrored_scores
-        grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        grad_weights = products(grad, v, DIM, BLOCK_D, PRECISION)
         _, grad_s = grad_scores(
             scores, scale, logs[:, None], grad_weights, sums[:, None], noise, dropout_scale, DROPOUT
         )
         if BRANCHES == 2:
             if not SHARED:
-                mirrored_scores = kept_scores(tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION), bias, draws)
+                mirrored_scores = kept_scores(products(mirrored_q, k, DIM, BLOCK_D, PRECISION), bias, draws)
                 mirrored_scores = mirrored(mirrored_scores, random, MASKED)
-            grad_weights = tl.dot(mirrored_grad, tl.trans(v), input_precision=PRECISION)
+            grad_weights = products(mirrored_grad, v, DIM, BLOCK_D, PRECISION)
             _, mirrored_grad_s = grad_scores(
                 mirrored_scores, scale, mirrored_logs[:, None], grad_weights, mirrored_sums[:, None], noise,
                 dropout_scale, DROPOUT,
@@ -423,8 +455,8 @@ def query_gradient_kernel(
             if SHARED:
                 grad_s += mirrored_grad_s
             else:
-                mirrored_gradient = tl.dot(mirrored_grad_s.to(k.dtype), k, mirrored_gradient, input_precision=PRECISION)
-        gradient = tl.dot(grad_s.to(k.dtype), k, gradient, input_precision=PRECISION)
+                mirrored_gradient = add_weighted(mirrored_gradient, mirrored_grad_s, k, PRECISION)
+        gradient = add_weighted(gradient, grad_s, k, PRECISION)
 
     scale *= 0.6931471805599453  # without log2(e)
     part = split.to(tl.int64) * batch_heads * queries * DIM
@@ -452,19 +484,16 @@ def key_value_gradient_kernel(
     if MASKED or DROPOUT:
         seed_value = tl.load(seed)
     draws = Draws(mask, padding, seed_value, stream, mask_threshold, dropout_threshold, batch, head, batch_head)
-    k_index = tile_keys(tile, GROUPS, COLUMNS)
-    kept = kept_keys(draws, k_index, keys)
-    k = load_rows(key, batch, head, k_index, kept, DIM, BLOCK_D)
-    v = load_rows(value, batch, head, k_index, kept, DIM, BLOCK_D)
+    k, v = load_tile(key, value, draws, tile, keys, GROUPS, COLUMNS, DIM, BLOCK_D)
     grad_k = tl.zeros([GROUPS * COLUMNS, BLOCK_D], tl.float32)
     grad_v = tl.zeros([GROUPS * COLUMNS, BLOCK_D], tl.float32)
     for first in range(0, queries, BLOCK_Q):
         row = first + tl.arange(0, BLOCK_Q)
         inside = row < queries
         place = batch_head.to(tl.int64) * queries + row
-        bias, random, noise = masks(draws, tile, row, queries, k_index, kept, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
+        bias, random, noise = masks(draws, tile, row, queries, k, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
         q = load_rows(query, batch, head, row, inside, DIM, BLOCK_D)
-        scores = kept_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), bias, draws)
+        scores = kept_scores(products(q, k, DIM, BLOCK_D, PRECISION), bias, draws)
         mirrored_scores = mirrored(scores, random, MASKED)
         if BRANCHES == 1:
             scores = mirrored_scores
@@ -472,25 +501,25 @@ def key_value_gradient_kernel(
             mirrored_q = q
             if not SHARED:
                 mirrored_q = load_rows(mirrored_query, batch, head, row, inside, DIM, BLOCK_D)
-                mirrored_scores = kept_scores(tl.dot(mirrored_q, tl.trans(k), input_precision=PRECISION), bias, draws)
+                mirrored_scores = kept_scores(products(mirrored_q, k, DIM, BLOCK_D, PRECISION), bias, draws)
                 mirrored_scores = mirrored(mirrored_scores, random, MASKED)
             grad_v, mirrored_grad_s = value_gradient(
                 grad_v, mirrored_grad_out, mirrored_log_sum + place, mirrored_delta + place, mirrored_scores, v, scale,
                 noise, dropout_scale, batch, head, row, inside, DROPOUT, DIM, BLOCK_D, PRECISION,
             )  # fmt: skip
             if not SHARED:
-                grad_k = tl.dot(tl.trans(mirrored_grad_s.to(q.dtype)), mirrored_q, grad_k, input_precision=PRECISION)
+                grad_k = add_weighted(grad_k, tl.trans(mirrored_grad_s), mirrored_q, PRECISION)
         grad_v, grad_s = value_gradient(
             grad_v, grad_out, log_sum + place, delta + place, scores, v, scale, noise, dropout_scale, batch,
             head, row, inside, DROPOUT, DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         if SHARED:
             grad_s += mirrored_grad_s
-        grad_k = tl.dot(tl.trans(grad_s.to(q.dtype)), q, grad_k, input_precision=PRECISION)
+        grad_k = add_weighted(grad_k, tl.trans(grad_s), q, PRECISION)
 
     grad_k *= scale * 0.6931471805599453  # without log2(e)
-    store_rows(grad_key, batch, head, k_index, k_index < keys, grad_k, DIM, BLOCK_D)
-    store_rows(grad_value, batch, head, k_index, k_index < keys, grad_v, DIM, BLOCK_D)
+    store_rows(grad_key, batch, head, k.row, k.row < keys, grad_k, DIM, BLOCK_D)
+    store_rows(grad_value, batch, head, k.row, k.row < keys, grad_v, DIM, BLOCK_D)
 
 
 @triton.jit
@@ -502,13 +531,13 @@ def value_gradient(
     grad = load_rows(grad_out, batch, head, row, inside, DIM, BLOCK_D)
     logs = tl.load(log_sum, mask=inside, other=float("inf"))
     sums = tl.load(delta, mask=inside, other=0.0)
-    grad_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    grad_weights = products(grad, v, DIM, BLOCK_D, PRECISION)
     weights, grad_s = grad_scores(
         scores, scale, logs[:, None], grad_weights, sums[:, None], noise, dropout_scale, DROPOUT
     )
     if DROPOUT:
         weights = tl.where(noise, 0.0, weights * dropout_scale)
-    return tl.dot(tl.trans(weights.to(v.dtype)), grad, grad_value, input_precision=PRECISION), grad_s
+    return add_weighted(grad_value, tl.trans(weights), grad, PRECISION), grad_s
 
 
 # ------------------------------------------------------------------------------------------------------ launching
@@ -537,7 +566,7 @@ def forward(
     tiling = Tiling.of(plan, mask_threshold + dropout_threshold > 0, key.shape[2])
     blocks = batch * heads * triton.cdiv(length, plan.block_q)
     span, splits = _split(blocks, tiling.count, key.device)
-    targets, target_sums, dropout_scale = outs, log_sums, _dropout_scale(dropout_threshold)
+    targets, target_sums = outs, log_sums
     if splits > 1:
         targets = [out.new_empty(splits, *out.shape, dtype=torch.float32) for out in outs]
         target_sums = [out.new_empty(splits, *out.shape[:3], dtype=torch.float32) for out in outs]
@@ -545,7 +574,7 @@ def forward(
         *map(_matrix, _pair(queries)), _matrix(key), _matrix(value), *map(_matrix, _pair(targets)), *_pair(target_sums),
         _matrix(mask), _matrix(key_padding_mask), seed,
         batch * heads, heads, length, key.shape[2], tiling.count, span, stream, mask_threshold, dropout_threshold,
-        scale * math.log2(math.e), dropout_scale,
+        scale * math.log2(math.e), dropout_scale(dropout_threshold),
         **constants(plan, tiling, len(outs), mask_threshold, dropout_threshold, dim),
     )  # fmt: skip
     if splits > 1:
@@ -584,7 +613,7 @@ def backward(
     batch, heads, length, dim = queries[0].shape
     branches, drawn = len(outs), mask_threshold + dropout_threshold > 0
     deltas = [torch.empty_like(log_sum) for log_sum in log_sums]
-    options = stream, mask_threshold, dropout_threshold, scale * math.log2(math.e), _dropout_scale(dropout_threshold)
+    options = stream, mask_threshold, dropout_threshold, scale * math.log2(math.e), dropout_scale(dropout_threshold)
 
     plan = config("query_gradient", key, branches)
     tiling = Tiling.of(plan, drawn, key.shape[2])
@@ -644,7 +673,7 @@ class Tiling(NamedTuple):
 
 def _split(blocks: int, tiles: int, device: torch.device) -> tuple[int, int]:
     """Tiles of a program, and how many programs share one block of queries: enough to fill the device."""
-    splits = min(max(tiles, 1), max(1, 2 * processors(device) // blocks))
+    splits = min(max(tiles, 1), max(1, 2 * multiprocessors(device) // blocks))
     span = triton.cdiv(tiles, splits)
     return span, triton.cdiv(tiles, span) if tiles else 1
 
@@ -697,7 +726,3 @@ def _matrix(tensor: Tensor | None) -> Matrix | None:
 def _padded(dim: int) -> int:
     """Channels of a block: a power of two that the matrix units take."""
     return max(16, triton.next_power_of_2(dim))
-
-
-def _dropout_scale(threshold: int) -> float:
-    return STEPS / (STEPS - threshold) if threshold < STEPS else 0.0

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 TABLE = Path(__file__).with_name("configs.json")
-# architecture -> kernel -> bits and branches -> channels, ascending -> `Config`
+# architecture -> kernel -> bits and branches -> channels -> `Config`
 Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
 
 
@@ -33,11 +33,13 @@ def config(kernel: str, key: Tensor, branches: int) -> Config:
 
 @functools.cache
 def lookup(kernel: str, architecture: str, bits: int, dim: int, branches: int) -> Config:
-    """The table's entry of the smallest number of channels that is large enough; "default" serves other devices."""
+    """The table's entry of the smallest number of channels that is large enough, "default" where it has no other."""
     table = read_table()
-    sizes = table.get(architecture, {}).get(kernel) or table["default"][kernel]
-    by_dim = sizes[f"{bits} bits, {branches} branch{'es' if branches > 1 else ''}"]
-    return Config(*next(entry for size, entry in by_dim.items() if int(size) >= dim))
+    by_dim: dict[str, list[int]] = {}
+    for name in ("default", architecture):
+        sizes = table.get(name, {}).get(kernel, {})
+        by_dim |= sizes.get(f"{bits} bits, {branches} branch{'es' if branches > 1 else ''}", {})
+    return Config(*by_dim[str(min(size for size in map(int, by_dim) if size >= dim))])
 
 
 @functools.cache
@@ -74,12 +76,6 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return str(properties.gcnArchName).partition(":")[0]
     return f"sm_{properties.major}{properties.minor}"
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU. Under the interpreter a few, so that splits are tested."""
-    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dot_precision() -> str:

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sgalign._cuda import multiprocessors
 from sgalign.attention import unit_stride
-from sgalign.kernels.configs import dot_precision, is_interpreting, processors
+from sgalign.kernels.configs import dot_precision, is_interpreting
 
 BACKWARD_PAIRS = 16  # of a step of the backward, the fewest that `tl.dot` takes: sums of the weights fill registers
 LEAST_STEPS = 2  # of a program that shares its work: partial results are written and read again
@@ -252,9 +253,10 @@ class Blocks(NamedTuple):
     @staticmethod
     def of(union: Tensor, classes: int) -> Blocks:
         size = union.element_size()
-        width = min(64 if size == 4 else 128, max(16, triton.next_power_of_2(classes)))
+        widest = 64 if size == 4 or torch.version.hip else 128
+        width = min(widest, max(16, triton.next_power_of_2(classes)))
         row_bytes = 512 if is_interpreting() else 128  # there a program takes the same time for any size
-        return Blocks(32 if width > 64 else 64, width, row_bytes // size)
+        return Blocks(32 if width * size > 128 else 64, width, row_bytes // size)
 
 
 def forward(
@@ -341,7 +343,7 @@ def _padded(values: list[Any]) -> list[Any]:
 def _split(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
     """How many programs share in a length, and how many blocks each gets: two a multiprocessor."""
     steps = max(triton.cdiv(length, block), 1)
-    splits = max(min(2 * processors(device) // programs, steps // LEAST_STEPS), 1)
+    splits = max(min(2 * multiprocessors(device) // programs, steps // LEAST_STEPS), 1)
     span = triton.cdiv(steps, splits)
     return triton.cdiv(steps, span), span
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sgalign import _core, _cuda, backends, reference
-from sgalign.random_mask import STEPS, check_stream, ratio_threshold, seed_tensor
+from sgalign.random_mask import check_stream, dropout_scale, ratio_threshold, seed_tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/kernels.h
 MAX_DIM = 256
@@ -241,7 +241,6 @@ def _reference(
         return random.view(batch, heads, length, key.shape[2])
 
     dropout_keep = ~draw(dropout_threshold, stream | reference.DROPOUT_STREAM_BIT) if dropout_threshold else None
-    dropout_scale = STEPS / (STEPS - dropout_threshold) if dropout_threshold < STEPS else 0.0
     outs = []
     for branch in range(branches):
         dropped = mask
@@ -256,7 +255,7 @@ def _reference(
                 dropped=dropped,
                 key_padding_mask=key_padding_mask,
                 dropout_keep=dropout_keep,
-                dropout_scale=dropout_scale,
+                dropout_scale=dropout_scale(dropout_threshold),
                 scale=scale,
             )
         )

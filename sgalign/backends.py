@@ -21,6 +21,7 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
     Args:
         backend: "cpu" (the compiled core), "triton" or "cuda" (its CUDA C++ kernels) for GPUs, "reference" (plain
             PyTorch, any device), or None, which takes Triton on a GPU if it is there: no measurement says otherwise.
+            NVIDIA's GPUs before compute capability 8.0 get the reference.
         device: of the operands.
         dtype: in which the operation computes.
 
@@ -31,7 +32,7 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
     if backend is None:
         if device.type == "cpu":
             return "cpu"
-        if device.type == "cuda" and dtype != torch.float64:
+        if device.type == "cuda" and dtype != torch.float64 and not _too_old(device):
             return next((backend for backend in ("triton", "cuda") if not _problem(backend)), "reference")
         return "reference"
     if backend not in BACKENDS:
@@ -47,6 +48,8 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
             raise ImportError(f"backend {backend!r} cannot be used: {problem}")
         if device.type != "cuda" and not (device.type == "cpu" and _is_emulated(backend)):
             raise ValueError(f"backend {backend!r} needs tensors on a GPU, got {device}; 'reference' serves any device")
+        if problem := _too_old(device):
+            raise ValueError(f"backend {backend!r} {problem}; 'reference' serves any device")
     return backend
 
 
@@ -69,6 +72,15 @@ def _problem(backend: str) -> str | None:
         )
     # torch.compile cannot trace how the core is loaded; where it has no CUDA, the operation itself says so.
     return None if torch.compiler.is_compiling() else _cuda.problem()
+
+
+def _too_old(device: torch.device) -> str | None:
+    """What a GPU lacks for our kernels, as the rest of a sentence; None if nothing."""
+    # torch.compile cannot trace the question; a fake tensor's device may not be there to be asked.
+    if device.type != "cuda" or torch.version.hip or torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"needs compute capability 8.0 or later, {device} has {major}.{minor}"
 
 
 def _is_emulated(backend: str) -> bool:

@@ -65,6 +65,11 @@ def ratio_threshold(ratio: float, name: str) -> int:
     return round(STEPS * float(ratio))
 
 
+def dropout_scale(threshold: int) -> float:
+    """What dropout of this threshold multiplies what it keeps by."""
+    return STEPS / (STEPS - threshold) if threshold < STEPS else 0.0
+
+
 def check_int(value: int, name: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")

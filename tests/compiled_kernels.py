@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -46,8 +47,8 @@ class Resources(NamedTuple):
 
 
 def sources(target: str) -> dict[str, Compiled]:
-    precision = "tf32x3" if target.startswith("sm_") else "ieee"  # configs.dot_precision, of the machine that it is for
-    kernels = *attention_sources(precision), *relation_sources(precision), *alignment_sources()
+    with mock.patch.object(torch.version, "hip", None if target.startswith("sm_") else "of another machine"):
+        kernels = *attention_sources(target), *relation_sources(), *alignment_sources()
     return {kernel.name: kernel for kernel in kernels}
 
 
@@ -71,22 +72,25 @@ def resources(kernel: Compiled, target: str) -> tuple[Resources, str]:
             for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    spilled = stack if "STL" in assembly else 0  # what is stored there; calls have frames there, too
     instructions = count_instructions(assembly, r"^\s+/\*[0-9a-f]{4,}\*/")
-    return Resources(registers, stack, compiled.metadata.shared, *instructions), assembly
+    return Resources(registers, spilled, compiled.metadata.shared, *instructions), assembly
 
 
 def count_instructions(assembly: str, instruction: str) -> tuple[int, int]:
-    """All, and those of the longest loop: from a label to a conditional branch back to it.
+    """All, and those of the longest loop: from a label to a branch back to it.
 
-    An unconditional one is the way back from code that waits out of line.
+    After the exit is code that waits out of line, whose unconditional branches are the way back from there.
     """
-    count, longest, labels = 0, 0, {}
+    count, longest, labels, exited = 0, 0, {}, False
     for line in assembly.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = count
         elif re.match(instruction, line):
             count += 1
-            if target := re.search(r"(?:P\d BRA|BRA\.U|cbranch).*?(\.L\w+)", line):
+            exited |= bool(re.search(r"\*/\s+EXIT", line))
+            branch = r"(?:P\d BRA|BRA\.U|cbranch).*?(\.L\w+)" if exited else r"(?:BRA|branch).*?(\.L\w+)"
+            if target := re.search(branch, line):
                 start = labels.get(target[1], count)
                 longest = max(longest, count - start)
     return count, longest
@@ -137,7 +141,7 @@ def source(kernel: Any, *arguments: Any, constants: dict[str, Any]) -> ASTSource
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
-def attention_sources(precision: str) -> Iterator[Compiled]:
+def attention_sources(target: str) -> Iterator[Compiled]:
     """Every configuration in the table: with the random mask, which is the most that a training step draws without
     dropout, and a padding mask."""
     kernels = {
@@ -147,7 +151,7 @@ def attention_sources(precision: str) -> Iterator[Compiled]:
     }
     for (name, kernel), element, dim in itertools.product(kernels.items(), ("fp16", "fp32"), DIMS):
         for branches, shared in ((1, False), (2, False), (2, True)):
-            plan = configs.lookup(name, "default", int(element[2:]), dim, branches)
+            plan = configs.lookup(name, target, int(element[2:]), dim, branches)
             tiling = attention.Tiling.of(plan, True, 4096)
             rows = attention.Matrix(f"*{element}", 4096 * dim, 512 * dim, 8 * dim, 1)  # of a projection
             both = lambda value, n=branches: (value, value if n == 2 else None)  # noqa: E731
@@ -164,7 +168,7 @@ def attention_sources(precision: str) -> Iterator[Compiled]:
             else:
                 grads = *both(rows), *sums, rows, rows  # of the outputs, their sums, of key and value
                 arguments = (*queries, rows, rows, *sums, *grads, *masks, 8, *sizes[:3], *drawn)
-            constants = attention.constants(plan, tiling, branches, 6554, 0, dim) | {"PRECISION": precision}
+            constants = attention.constants(plan, tiling, branches, 6554, 0, dim)
             options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
             kind = "one branch" if branches == 1 else "one query for both branches" if shared else "two branches"
             yield Compiled(
@@ -174,7 +178,7 @@ def attention_sources(precision: str) -> Iterator[Compiled]:
             )
 
 
-def relation_sources(precision: str) -> Iterator[Compiled]:
+def relation_sources() -> Iterator[Compiled]:
     """Of both branches and of one, with bias and gradient of union."""
     for dtype, element in TYPES.items():
         x = f"*{element}"
@@ -182,7 +186,8 @@ def relation_sources(precision: str) -> Iterator[Compiled]:
             for classes in CLASSES:
                 blocks = relation.Blocks.of(torch.empty(0, dtype=dtype), classes)
                 branch = (x, channels) * 3
-                sizes = {"BLOCK_K": blocks.classes, "BLOCK_C": blocks.channels, "PRECISION": precision}
+                sizes = {"BLOCK_K": blocks.classes, "BLOCK_C": blocks.channels}
+                sizes |= {"PRECISION": configs.dot_precision()}
                 options = {"num_warps": relation.WARPS, "num_stages": relation.STAGES}
                 for branches in (1, 2):
                     both = lambda value, n=branches: (value, value if n == 2 else None)  # noqa: E731

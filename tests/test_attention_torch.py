@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sgalign import dual_branch_attention, fused_masked_attention
+from sgalign import backends, dual_branch_attention, fused_masked_attention
 
 SHAPE = (2, 2, 5, 40, 8)  # B, H, Lq, Lk, D
 OPTIONS = {"mask_ratio": 0.4, "dropout_p": 0.2}
@@ -382,6 +382,18 @@ def test_too_many_channels():
     tensor = torch.zeros(1, 1, 2, 257)
     with pytest.raises(ValueError, match=r"query must have at most 256 channels a head \(D\), got 257"):
         fused_masked_attention(tensor, tensor, tensor)
+
+
+def test_gpus_that_are_too_old_get_the_reference(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert backends.choose(None, gpu, torch.float16) == "reference"
+    with pytest.raises(ValueError, match=r"'triton' needs compute capability 8.0 or later, cuda:0 has 7.5"):
+        backends.choose("triton", gpu, torch.float16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert backends.choose(None, gpu, torch.float16) == "triton"
 
 
 def test_cpu_backend_for_another_device():

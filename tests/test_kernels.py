@@ -1,12 +1,16 @@
 """The Triton kernels without a GPU: their results under Triton's interpreter, and what they compile to."""
 
+import itertools
 import os
 import re
 import subprocess
 import sys
+import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 import compiled_kernels  # noqa: E402
@@ -75,6 +79,63 @@ def test_compiled(target, name, tmp_path, monkeypatch):
         assert getattr(taken, figure) <= 1.1 * getattr(expected, figure), figure
     if "sum of splits" not in name and "loss" not in name:
         assert re.search("MMA|mfma", assembly), "no instruction of the matrix units"
+
+
+@pytest.fixture
+def compiled_for(monkeypatch):
+    """What Triton would compile for a GPU: the kernel's name for each call of its compiler. Nothing is launched."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names = []
+
+    def compile_nothing(source, **options):
+        names.append(source.fn.__name__)
+        return types.SimpleNamespace(
+            launch_metadata=lambda *arguments: None, run=lambda *arguments: None, function=None, packed_metadata=None
+        )
+
+    device = object()  # whose cache of compiled kernels is empty
+    driver = types.SimpleNamespace(
+        get_current_device=lambda: device,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr("triton.compiler.compile", compile_nothing)
+    return names
+
+
+def attend(queries, keys, dim=32, dtype=torch.float16, **options):
+    """Both branches forward and backward through the kernels' launchers; returns nothing of worth."""
+    from sgalign.kernels import attention
+
+    rows = [torch.empty(1, 2, length, dim, dtype=dtype) for length in (queries, queries, keys, keys)]
+    sums = [torch.empty(1, 2, queries) for _ in range(2)]
+    padding = torch.zeros(1, keys, dtype=torch.bool)
+    seed = torch.tensor(options.pop("seed", 0))
+    drawn = {"mask_threshold": 6554, "dropout_threshold": 0, "stream": 0, "scale": 0.25} | options
+    shared = {"mask": None, "key_padding_mask": padding, "seed": seed, **drawn}
+    attention.forward(rows[:2], *rows[2:], rows[:2], sums, **shared)
+    attention.backward(rows[:2], rows[:2], rows[:2], sums, *rows[2:], rows, **shared)
+
+
+def test_seeds_streams_and_ratios_compile_nothing_anew(compiled_for):
+    attend(100, 608)
+    first = list(compiled_for)
+    assert set(first) >= {"forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel"}
+    for seed, stream, threshold, scale in ((1, 1, 1, 1.0), (-(2**63), 2**31 - 1, 65536, 1e-6), (16, 16, 16, 16.0)):
+        attend(100, 608, seed=seed, stream=stream, mask_threshold=threshold, scale=scale)
+    assert compiled_for == first
+
+
+def test_lengths_compile_a_handful_of_variants(compiled_for):
+    """Strips of a tile, split keys or not, strides of a padding mask that are multiples of 16 or not."""
+    lengths = (1, 2, 15, 16, 17, 31, 64, 100, 180, 255, 256, 257, 600, 608, 1000, 1024, 2049, 4096)
+    for queries, keys in itertools.product(lengths, lengths):
+        attend(queries, keys)
+    counts = Counter(compiled_for)
+    assert "merge_kernel" in counts and max(counts.values()) <= 10, counts
 
 
 @pytest.mark.parametrize("capability", [80, 90])

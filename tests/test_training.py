@@ -101,7 +101,7 @@ def test_the_mirror_is_gone_at_evaluation(scenes):
 
 
 def test_given_detections_are_evaluated_as_sgdet(scenes):
-    """Annotated objects as detections, one of them twice: recall is that of PredCls, though boxes are not the target's."""
+    """Annotated objects as detections, one of them twice, so that boxes are not the target's: recall is PredCls's."""
     given = SceneGraphData()
     given.train, given.test = scenes.train, scenes.test
     given.detections = {}
