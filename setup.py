@@ -51,8 +51,7 @@ def find_nvcc() -> tuple[str, list[str]] | None:
         return None
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     archs = os.environ.get("SGALIGN_CUDA_ARCHS", "").replace(",", " ").split()
-    archs = archs or [arch for arch in CUDA_ARCHS.split(",") if f"sm_{arch}" in known]
-    return nvcc, sorted(archs, key=lambda arch: int(arch.rstrip("af")))
+    return nvcc, archs or [arch for arch in CUDA_ARCHS.split(",") if f"sm_{arch}" in known]
 
 
 def find_compiler() -> str:
@@ -130,9 +129,9 @@ class NinjaBuild(build_ext):
             if cuda:
                 nvcc, archs = cuda
                 host = f"{shlex.quote(nvcc)} -ccbin {compiler} -Xcompiler=-fPIC,-fvisibility=hidden"
-                # All from the PTX of the lowest, which is in there for later GPUs too: half the time of one each.
-                targets = f"compute_{archs[0]}", *(f"sm_{arch}" for arch in archs)
-                codes = " ".join(f"-gencode=arch=compute_{archs[0]},code={target}" for target in targets)
+                # All from one PTX, which later GPUs compile for themselves: half the time of one for each.
+                targets = "compute_80", *(f"sm_{arch}" for arch in archs)
+                codes = " ".join(f"-gencode=arch=compute_80,code={target}" for target in targets)
                 compile_cuda = f"{host} -std=c++20 -O3 {codes} -MMD -MF $out.d $flags -c $in -o $out"
                 writer.rule("cuda", compile_cuda, depfile="$out.d", deps="gcc")
                 # The runtime is linked in, so that it need not be the version that torch comes with.

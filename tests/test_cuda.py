@@ -486,11 +486,12 @@ def test_core_without_cuda(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- resources
 
 
-SPILLS = [("90", "attention_forward_kernel<float, 256, 1>")]  # two registers
+SPILLS = [(arch, "attention_forward_kernel<float, 256, 1>") for arch in ("90", "100", "120")]  # two to four registers
+SPILLS += [("120", "attention_grad_key_kernel<float, 32>")]
 
 
 def test_registers_and_no_spills():
-    """Of the core as it is built here: no kernel but one has a stack, and all are as in csrc/cuda/resources.csv."""
+    """Of the core as it is built here: no kernel but few has a stack, and all are as in csrc/cuda/resources.csv."""
     built = Path(_core.load().__file__)
     if not hasattr(_core.load(), "cuda_archs"):
         pytest.skip("the core was built without CUDA")
@@ -503,7 +504,7 @@ def test_registers_and_no_spills():
     listed = [row for row in usage if row["arch"] in {arch for arch, _ in known}]
     if not listed:
         pytest.skip("the table knows neither this compiler nor these architectures")
-    assert [(row["arch"], row["kernel"]) for row in listed if row["stack"] != "0"] in ([], SPILLS)
+    assert {(row["arch"], row["kernel"]) for row in listed if row["stack"] != "0"} <= set(SPILLS)
     assert {(row["arch"], row["kernel"]): row for row in listed} == {
         key: row for key, row in known.items() if key[0] in {row["arch"] for row in listed}
     }
