@@ -345,20 +345,30 @@ class SGTRModule(_DetectingModule):
         return self._graphs(batch, *self.detect(batch))
 
     def _graphs(self, batch: GraphBatch, pixels: list[Tensor], entities: DetectedEntities) -> list[dict[str, Any]]:
-        candidates = self._candidates(entities, annotations_of(batch, self.device)[0])
+        lengths = batch.lengths.tolist()
+        # What the model is told: annotated objects, or another detector's.
+        boxes = box_convert(batch.boxes / batch.sizes[batch.images].repeat(1, 2), "xyxy", "cxcywh").split(lengths)
+        scores = None if batch.scores is None else batch.scores.split(lengths)
+        candidates = self._candidates(entities, batch.labels.split(lengths), boxes, scores)
         options = {name: self.options[name] for name in ("focal", "pairs")}
         graphs = assemble(self.network(entities).at(-1), candidates, sizes_of(pixels), **options)
         predictions = []
-        for image, (triplets, scores) in enumerate(graphs):
-            given = len(batch.truth[image]["labels"]) if self.protocol == "predcls" else None
-            relations = {"triplets": triplets, "triplet_scores": scores}
+        for image, (triplets, triplet_scores) in enumerate(graphs):
+            given = lengths[image] if self.protocol == "predcls" else None
+            relations = {"triplets": triplets, "triplet_scores": triplet_scores}
             predictions.append(self._objects(batch, candidates, image, given) | relations)
         return predictions
 
-    def _candidates(self, entities: DetectedEntities, objects: list[tuple[Tensor, Tensor]]) -> Entities:
+    def _candidates(
+        self,
+        entities: DetectedEntities,
+        labels: Sequence[Tensor],
+        boxes: Sequence[Tensor],
+        scores: Sequence[Tensor] | None = None,
+    ) -> Entities:
+        """What was detected, or under PredCls what the model was told of each image."""
         if self.protocol == "predcls":
-            labels, boxes = zip(*objects, strict=True)
-            return Entities.given(labels, boxes, self.network.num_objects)
+            return Entities.given(labels, boxes, self.network.num_objects, scores)
         return Entities.detected(entities.logits[-1], entities.boxes[-1])
 
     # ---- training
@@ -376,7 +386,7 @@ class SGTRModule(_DetectingModule):
         if "decoder" in self.options.frozen:
             entities = entities._replace(memory=entities.memory.detach(), features=entities.features.detach())
         outputs, alignment = self._outputs(entities, batch_index)
-        candidates, sizes = self._candidates(entities, objects), sizes_of(pixels)
+        candidates, sizes = self._candidates(entities, *zip(*objects, strict=True)), sizes_of(pixels)
         relations = torch.tensor(float(sum(len(image.predicates) for image in annotations)), device=self.device)
         relations = self.trainer.strategy.reduce(relations, reduce_op="mean")
         losses |= relation_losses(

@@ -65,6 +65,8 @@ class RelationModule(pl.LightningModule):
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         data = self._data
+        if self.protocol == "sgdet" and data.detections is not None:
+            raise ValueError("data must have no detections for protocol sgdet: the model finds objects itself")
         self._set_classes(data.object_names, data.predicate_names, f"the data, {data.name},")
         if self.network is None:
             self.make_network(predicate_counts(data.train, len(self.object_names) - 1, len(self.predicate_names) - 1))
@@ -423,8 +425,6 @@ class MotifsModule(RelationModule):
         options = self.options
         if options.vision == "cached" and self._data.cache is not None:
             self._set_features(self._data.cache.source)
-        if self.protocol == "sgdet" and self._data.detections is not None:
-            raise ValueError("data must have no detections for protocol sgdet: the model finds objects itself")
         if not is_new or stage != "fit" or self.trainer.ckpt_path:
             return
         if options.word_vectors is not None:

@@ -19,7 +19,7 @@ pl = pytest.importorskip("lightning.pytorch")
 from torchvision.ops import box_convert, box_iou, generalized_box_iou  # noqa: E402
 
 from sgalign.cli import main  # noqa: E402
-from sgalign.data import ScenesDataset, collate, read_detections  # noqa: E402
+from sgalign.data import Detections, ScenesDataset, collate, read_detections  # noqa: E402
 from sgalign.datamodule import SceneGraphData  # noqa: E402
 from sgalign.models.entity_detector import DetectedEntities, EntityDetector, resize  # noqa: E402
 from sgalign.models.graph_assembly import (  # noqa: E402
@@ -621,6 +621,27 @@ def test_sgtr_starts_from_a_trained_detector(tmp_path):
     third = load_module(tmp_path / "sgtr.ckpt")
     with torch.no_grad():
         torch.testing.assert_close(third.detector(pixels).boxes, expected.boxes)
+
+
+def test_predcls_takes_the_objects_that_it_is_told(tmp_path):
+    """Annotated ones, or those of a file of detections, with their scores."""
+    module = SGTRModule(protocol="predcls", **SMALL)
+    run = fit(module)
+    data = FewScenes(None, batch_size=3, images=True)
+    told = {g.image_id: Detections(g.boxes[:2], g.labels[:2], torch.tensor([0.5, 0.25])) for g in data.test}
+    data.detections = told
+    for image in sum(run.predict(module, data), []):
+        boxes, labels, scores = told[image["image_id"]]
+        torch.testing.assert_close(image["boxes"], boxes, rtol=0, atol=1e-3)
+        assert torch.equal(image["labels"], labels) and torch.equal(image["scores"], scores)
+        assert (image["triplets"][:, :2] < 2).all()
+    with pytest.raises(ValueError, match="no detections for protocol sgdet"):
+        trainer().predict(SGTRModule(**SMALL), data)
+
+
+def test_stride_16_has_no_last_stage():
+    names = [n for n, _ in EntityDetector(5, backbone="resnet10", stride=16, dim=32, heads=4).named_parameters()]
+    assert any("stages.2" in name for name in names) and not any("stages.3" in name for name in names)
 
 
 def test_weights_of_something_else_are_refused(tmp_path):

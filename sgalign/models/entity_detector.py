@@ -102,10 +102,10 @@ class EntityDetector(nn.Module):
             if config is not None:
                 sizes = DetrConfig.from_dict(json.loads(config), **options)
             else:
-                stages: dict[str, Any] = {
-                    "out_features": ["stage4" if stride == 32 else "stage3"],
-                    **BACKBONES[backbone],
-                }
+                stages: dict[str, Any] = {"hidden_sizes": [256, 512, 1024, 2048]} | BACKBONES[backbone]
+                count = 4 if stride == 32 else 3
+                stages |= {name: stages[name][:count] for name in ("depths", "hidden_sizes")}
+                stages["out_features"] = [f"stage{count}"]
                 options |= {"backbone_config": ResNetConfig(**stages), "d_model": dim, "num_queries": num_queries}
                 options |= {"num_labels": num_objects}
                 for part in ("encoder", "decoder"):

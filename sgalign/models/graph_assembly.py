@@ -35,9 +35,20 @@ class Entities(NamedTuple):
         return cls(logits.detach().float().softmax(-1)[..., :-1], boxes.detach().float())
 
     @classmethod
-    def given(cls, labels: Sequence[Tensor], boxes: Sequence[Tensor], num_objects: int) -> Entities:
-        """Of annotated classes from 1 and boxes of each image; shorter images end in entities of probability 0."""
+    def given(
+        cls,
+        labels: Sequence[Tensor],
+        boxes: Sequence[Tensor],
+        num_objects: int,
+        scores: Sequence[Tensor] | None = None,
+    ) -> Entities:
+        """Of given classes from 1, boxes and how sure they are, if not wholly, of each image.
+
+        Shorter images end in entities of probability 0.
+        """
         one_hot = [functional.one_hot(image - 1, num_objects).float() for image in labels]
+        if scores is not None:
+            one_hot = [image * score[:, None] for image, score in zip(one_hot, scores, strict=True)]
         pad = torch.nn.utils.rnn.pad_sequence
         return cls(pad(one_hot, batch_first=True), pad(list(boxes), batch_first=True))
 
