@@ -90,15 +90,25 @@ def _lightning(arguments: list[str]) -> None:
     from sgalign.training import FrequencyModule, RelationModule, read_checkpoint
 
     class CLI(LightningCLI):
-        def _needs_checkpoint(self) -> None:
-            if not isinstance(self.model, FrequencyModule) and not self.config[self.config.subcommand].ckpt_path:
-                raise ValueError(f"{self.config.subcommand} needs --ckpt_path FILE, a checkpoint that fit has written")
+        checkpoint: dict[str, Any] | None = None
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
             super().parse_arguments(parser, args)
             path = self.config[self.config.subcommand].get("ckpt_path")
             if path not in (None, "best", "last", "hpc", "registry"):  # words that Lightning resolves
-                read_checkpoint(path)  # before Lightning does, whose errors do not say what is wrong with the file
+                # Before Lightning does, whose errors do not say what is wrong with the file.
+                self.checkpoint = read_checkpoint(path)
+
+        def before_fit(self) -> None:
+            if self.checkpoint is not None:
+                # It tells what is made, so that the files of initial values are not looked for again.
+                self.model.on_load_checkpoint(self.checkpoint)
+                self.checkpoint = None
+
+        def _needs_checkpoint(self) -> None:
+            if not isinstance(self.model, FrequencyModule) and not self.config[self.config.subcommand].ckpt_path:
+                raise ValueError(f"{self.config.subcommand} needs --ckpt_path FILE, a checkpoint that fit has written")
+            self.before_fit()
 
         def _parse_ckpt_path(self) -> None:
             """Options are those given: Lightning's would silently replace them, and the model, by the checkpoint's."""

@@ -17,7 +17,14 @@ from sgalign.models.entity_detector import Backbone, DetectedEntities, EntityDet
 from sgalign.models.graph_assembly import PAIRS, Annotations, Entities, assemble, match, relation_losses
 from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs
 from sgalign.sampling import step_seed
-from sgalign.training import RelationModule, check_choice, pixels_of, read_checkpoint
+from sgalign.training import (
+    RelationModule,
+    check_at_least,
+    check_choice,
+    check_learning_rate,
+    pixels_of,
+    read_checkpoint,
+)
 
 PARTS = ("backbone", "encoder", "decoder", "detector")
 ALIGNED = ("predicates", "subjects", "objects", "boxes")
@@ -37,10 +44,22 @@ class _DetectingModule(RelationModule):
     def options(self) -> Any:
         return self.hparams
 
-    def _check_images(self) -> None:
+    def _check_detector(self, parts: Sequence[str]) -> None:
+        """The options of either, `parts` being what can be frozen."""
         options = self.options
         for part in options.frozen:
-            check_choice("frozen", part, PARTS)
+            check_choice("frozen", part, parts)
+        check_at_least(1, options, ("dim", "heads", "ffn_dim", "entity_layers", "entity_queries"))
+        check_at_least(0, options, ("warmup_steps",))
+        for name in ("learning_rate", "backbone_learning_rate"):
+            check_learning_rate(name, options[name])
+        if options.dim % 4 or options.dim % options.heads:
+            raise ValueError(f"dim must be a multiple of 4 and of heads, got {options.dim} and {options.heads}")
+        if not 0 <= options.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {options.dropout}")
+        if len(options.entity_loss_weights) != 3:
+            weights = list(options.entity_loss_weights)
+            raise ValueError(f"entity_loss_weights must be three, of classes, boxes and overlaps, got {weights}")
         if not options.short_sides or min(options.short_sides) < 32 or options.long_side < max(options.short_sides):
             raise ValueError(
                 "short_sides must be at least 32 and at most long_side, "
@@ -52,7 +71,15 @@ class _DetectingModule(RelationModule):
     def _make_detector(self, num_objects: int) -> None:
         options, saved = self.options, self._detector_saved
         weights, state = options.detector_weights, None
-        if not saved and weights is not None and Path(weights).is_file():
+        if saved:
+            pass  # a checkpoint follows
+        elif weights is None:
+            if options.frozen:
+                raise ValueError(f"detector_weights must be given for frozen to be {list(options.frozen)}, got none")
+        elif not Path(weights).exists():
+            if Path(weights).suffix == ".ckpt" or len(Path(weights).parts) > 2:  # no name that the library may know
+                raise FileNotFoundError(f"detector_weights: no such file or folder, {weights}")
+        elif Path(weights).is_file():
             checkpoint = read_checkpoint(weights)
             if "detector" not in checkpoint["sgalign"]:
                 raise ValueError(f"{weights}: must be a checkpoint of EntityDetectorModule or SGTRModule, has no DETR")
@@ -89,6 +116,11 @@ class _DetectingModule(RelationModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._detector_saved = checkpoint.get("sgalign", {}).get("detector", {})
         super().on_load_checkpoint(checkpoint)
+        if self.detector.trains_norms != self._detector_saved["trains_norms"]:
+            raise ValueError(
+                "the checkpoint's batch normalisation must be that of the model that is to go on: give the same "
+                "detector_weights, or make the model by load_from_checkpoint"
+            )
 
     def detect(self, batch: GraphBatch) -> tuple[list[Tensor], DetectedEntities]:
         """The batch's images of the size for evaluation, and what is found in them."""
@@ -99,8 +131,8 @@ class _DetectingModule(RelationModule):
     def log_found(self, entities: DetectedEntities, batch: GraphBatch) -> None:
         """Logs the share of objects found, and of relations both of whose ends are, the latter as mean over images.
 
-        An object is found if a query has its class as the likeliest and overlaps it with an IoU of at least 0.5. Recall
-        can be above the share of relations only because its boxes are a pixel wider.
+        An object is found if a query has its class as the likeliest and overlaps it with an IoU of at least 0.5. Under
+        SGDet recall can be above the share of relations only because its boxes are a pixel wider.
         """
         labels = entities.logits[-1][..., :-1].argmax(-1) + 1
         hits, both = [], []
@@ -215,7 +247,7 @@ class EntityDetectorModule(_DetectingModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self._check_images()
+        self._check_detector(PARTS[:3])
 
     def make_network(self, counts: Tensor) -> None:
         self._make_detector(len(counts) - 1)
@@ -302,9 +334,9 @@ class SGTRModule(_DetectingModule):
         super().__init__()
         self.save_hyperparameters()
         check_choice("protocol", protocol, ("sgdet", "predcls"))
-        self._check_images()
-        if pairs < 1:
-            raise ValueError(f"pairs must be at least 1, got {pairs}")
+        self._check_detector(PARTS)
+        check_at_least(1, self.options, ("layers", "queries", "pairs"))
+        check_at_least(0, self.options, ("encoder_layers",))
         self.protocol = protocol
 
     def make_network(self, counts: Tensor) -> None:
@@ -437,9 +469,7 @@ class AlignSGTRModule(SGTRModule):
         self.save_hyperparameters()
         if not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be in [0, 1], got {mask_ratio}")
-        for name, value in (("alignment_weight", alignment_weight), ("alignment_warmup", alignment_warmup)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+        check_at_least(0, self.options, ("alignment_weight", "alignment_warmup"))
         for part in aligned:
             check_choice("aligned", part, ALIGNED)
         if not aligned:
@@ -451,6 +481,10 @@ class AlignSGTRModule(SGTRModule):
         super().make_network(counts)
         tied = self.network.predicate, self.network.entity_class
         self.mirrored_predicate, self.mirrored_class = tied if self.options.tied_heads else self.network.new_heads()
+        if not self.options.tied_heads:  # what is not aligned has no gradient, for which DDP would wait
+            aligned = set(self.options.aligned)
+            self.mirrored_predicate.requires_grad_("predicates" in aligned)
+            self.mirrored_class.requires_grad_(not aligned.isdisjoint({"subjects", "objects"}))
 
     def _outputs(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
         seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank)

@@ -360,29 +360,17 @@ class MotifsModule(RelationModule):
         super().__init__()
         self.save_hyperparameters()
         options = self.options
-        for name in (
-            "embed_dim",
-            "hidden_dim",
-            "relation_dim",
-            "relations_per_image",
-            "min_size",
-            "max_size",
-            "head_dim",
-            "detections_per_image",
-        ):
-            if options[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {options[name]}")
-        if learning_rate_images is not None and learning_rate_images < 1:
-            raise ValueError(f"learning_rate_images must be at least 1, got {learning_rate_images}")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
-        if not 0 < learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be above 0 and finite, got {learning_rate}")
+        sizes = ["embed_dim", "hidden_dim", "relation_dim", "relations_per_image"]
+        sizes += ["min_size", "max_size", "head_dim", "detections_per_image"]
+        if learning_rate_images is not None:
+            sizes.append("learning_rate_images")
+        check_at_least(1, options, sizes)
+        check_at_least(
+            0, options, ("warmup_steps", "predicate_weight_power", "logit_adjustment", "logit_adjustment_test")
+        )
+        check_learning_rate("learning_rate", learning_rate)
         if not 0 <= effective_number_beta < 1:
             raise ValueError(f"effective_number_beta must be in [0, 1), got {effective_number_beta}")
-        for name in ("predicate_weight_power", "logit_adjustment", "logit_adjustment_test"):
-            if not 0 <= options[name] < float("inf"):
-                raise ValueError(f"{name} must be at least 0 and finite, got {options[name]}")
         check_choice("predicate_weights", predicate_weights, ("none", "inverse_frequency", "effective_number"))
         check_choice("protocol", protocol, ("predcls", "sgcls", "sgdet"))
         check_choice("vision", vision, ("none", "cached", "images"))
@@ -644,9 +632,7 @@ class AlignMotifsModule(MotifsModule):
         super().__init__(**motifs)
         if not 0 <= mask_ratio <= 1:
             raise ValueError(f"mask_ratio must be in [0, 1], got {mask_ratio}")
-        for name, value in (("alignment_weight", alignment_weight), ("alignment_warmup", alignment_warmup)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+        check_at_least(0, self.options, ("alignment_weight", "alignment_warmup"))
         check_choice("mask_granularity", mask_granularity, ("row", "feature", "union"))
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("direction", direction, DIRECTIONS)
@@ -712,6 +698,17 @@ def pixels_of(batch: GraphBatch) -> list[Tensor]:
     if batch.pixels is None:
         raise ValueError("data must have images: true for a model that looks at images")
     return batch.pixels
+
+
+def check_at_least(least: int, options: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if not least <= options[name] < float("inf"):
+            raise ValueError(f"{name} must be at least {least} and finite, got {options[name]}")
+
+
+def check_learning_rate(name: str, rate: float) -> None:
+    if not 0 < rate < float("inf"):
+        raise ValueError(f"{name} must be above 0 and finite, got {rate}")
 
 
 def check_choice(name: str, choice: str, choices: Sequence[str]) -> None:

@@ -50,13 +50,14 @@ def fit(out, **options):
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, enable_checkpointing=False,
         use_distributed_sampler=True,
     )  # fmt: skip
+    trainer.validate(module, datamodule=data, verbose=False)
+    report = {"metrics": {k: float(v) for k, v in module.recall.compute().items() if "/" not in k}}
+    report["images"] = int(module.images_evaluated)
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(out / f"world{world}.ckpt")
     batch = collate(data.train[:4], 20)
     masks = [module.draw_mask(batch, 0).flatten().tolist() for _ in range(2)]
-    report = {"masks": masks, "rate": trainer.optimizers[0].param_groups[0]["lr"]}
-    report["metrics"] = {k: float(v) for k, v in module.recall.compute().items() if "/" not in k}
-    report["images"] = int(module.images_evaluated)
+    report |= {"masks": masks, "rate": trainer.optimizers[0].param_groups[0]["lr"]}
     (out / f"world{world}_rank{trainer.global_rank}.json").write_text(json.dumps(report))
 
 
@@ -83,22 +84,17 @@ def weights(path):
 
 
 def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
-    launch(tmp_path, 1, mask_ratio=0.0)
-    launch(tmp_path, 2, mask_ratio=0.0)
+    """Metrics are merged, and no image counts twice."""
+    (one,) = launch(tmp_path, 1, mask_ratio=0.0)
+    for rank in launch(tmp_path, 2, mask_ratio=0.0):
+        assert rank["images"] == one["images"] == 11
+        assert rank["metrics"] == pytest.approx(one["metrics"], abs=1e-12)
     ours, theirs = weights(tmp_path / "world2.ckpt"), weights(tmp_path / "world1.ckpt")
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, atol=2e-4, rtol=1e-3)
     # A checkpoint of two processes serves one.
     module = MotifsModule.load_from_checkpoint(tmp_path / "world2.ckpt", strict=False, weights_only=True)
     assert module.network is not None
-
-
-def test_metrics_are_merged_and_no_image_counts_twice(tmp_path):
-    still = {"learning_rate": 1e-12}
-    (one,) = launch(tmp_path, 1, **still)
-    assert one["images"] == 11
-    for rank in launch(tmp_path, 2, **still):
-        assert rank["images"] == 11 and rank["metrics"] == pytest.approx(one["metrics"], abs=1e-12)
 
 
 def test_ranks_draw_masks_of_their_own_that_repeat(tmp_path):

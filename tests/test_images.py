@@ -84,10 +84,10 @@ def test_detections_by_hand(detector, features, scenes):
         survivors = []
         for label in range(1, CLASSES):
             above = (scores[:, label] > 0.01).nonzero()[:, 0]
+            overlaps = box_iou(image_boxes[:, label], image_boxes[:, label]).tolist()
             kept = []
             for row in above[scores[above, label].argsort(descending=True, stable=True)].tolist():
-                one = image_boxes[row, label][None]
-                if all(box_iou(one, image_boxes[k, label][None]) <= 0.3 for k in kept):
+                if all(overlaps[row][other] <= 0.3 for other in kept):
                     kept.append(row)
             survivors += [(float(scores[row, label]), row, label) for row in kept]
         best = {}

@@ -51,8 +51,8 @@ def test_interpreted_mask_is_the_definition():
 
 @pytest.mark.parametrize("name", ["attention", "relation", "alignment"])
 def test_operations_interpreted(name):
-    """The operations' own tests, with Triton's kernels under its interpreter, which needs a process of its own."""
-    result = run_interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py")
+    """The operations' own tests, with Triton's kernels under its interpreter, which needs processes of its own."""
+    result = run_interpreted("-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", f"tests/test_{name}.py")
     assert result.returncode == 0, result.stdout[-5000:]
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 20
 

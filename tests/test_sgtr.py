@@ -356,6 +356,14 @@ def test_matching_can_give_every_relation_its_query():
     assert len(query) == len(set(relation.tolist())) == QUERIES
 
 
+@pytest.mark.parametrize("distinct", [False, True])
+def test_matching_without_entities_finds_none(distinct):
+    said, none = outputs(images=2), Entities(torch.rand(2, 0, OBJECTS), torch.rand(2, 0, 4))
+    matches = match(said, none, torch.ones(2, 2), [annotation(2), annotation(0)], distinct=distinct)
+    assert len(matches) == len(said.logits)
+    assert all(len(query) == len(relation) == 0 for layer in matches for query, relation in layer)
+
+
 @pytest.mark.parametrize("relations", [0, 1, 30])
 def test_no_query_serves_twice(relations):
     said, found = outputs(images=1), Entities(torch.rand(1, 6, OBJECTS), torch.rand(1, 6, 4) * 0.4 + 0.1)
@@ -548,10 +556,10 @@ def trainer(**options):
     )  # fmt: skip
 
 
-def fit(module, **options):
+def fit(module, ckpt_path=None):
     pl.seed_everything(0)
-    run = trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=1, **options)
-    run.fit(module, FewScenes(None, batch_size=2, images=True))
+    run = trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=1)
+    run.fit(module, FewScenes(None, batch_size=2, images=True), ckpt_path=ckpt_path)
     return run
 
 
@@ -644,6 +652,24 @@ def test_stride_16_has_no_last_stage():
     assert any("stages.2" in name for name in names) and not any("stages.3" in name for name in names)
 
 
+def test_a_resumed_run_needs_no_initial_weights(tmp_path, monkeypatch):
+    """On the command line; a model made otherwise is told so."""
+    options = {n: v for n, v in SMALL.items() if n not in ("encoder_layers", "layers", "queries")}
+    fit(EntityDetectorModule(**options)).save_checkpoint(tmp_path / "detector.ckpt")
+    fit(SGTRModule(detector_weights=str(tmp_path / "detector.ckpt"), **SMALL)).save_checkpoint(tmp_path / "sgtr.ckpt")
+    with pytest.raises(ValueError, match="batch normalisation"):
+        fit(SGTRModule(**SMALL), ckpt_path=tmp_path / "sgtr.ckpt")
+    (tmp_path / "detector.ckpt").rename(tmp_path / "moved.ckpt")
+    with pytest.raises(FileNotFoundError, match="detector.ckpt"):
+        fit(SGTRModule(detector_weights=str(tmp_path / "detector.ckpt"), **SMALL))
+    command = ["test", "--model", "sgalign.sgtr.SGTRModule", "--ckpt_path", str(tmp_path / "sgtr.ckpt")]
+    for name, value in (SMALL | {"detector_weights": str(tmp_path / "detector.ckpt")}).items():
+        command += [f"--model.{name}", str(value)]
+    command += ["--data.images", "true", "--trainer.limit_test_batches", "1", "--trainer.logger", "false"]
+    monkeypatch.chdir(tmp_path)  # for what Lightning writes
+    assert main(command) == 0
+
+
 def test_weights_of_something_else_are_refused(tmp_path):
     torch.save({"sgalign": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="EntityDetectorModule"):
@@ -668,6 +694,18 @@ def test_what_is_found():
     assert logged["val/relations_found"] == pytest.approx(both)
 
 
+@pytest.mark.parametrize("aligned", [["predicates"], ["subjects"], ["boxes"]])
+def test_all_that_is_trained_has_a_gradient(aligned):
+    """For what has none DDP would wait."""
+    module = AlignSGTRModule(aligned=aligned, **SMALL)
+    idle = []
+    module.on_after_backward = lambda: idle.extend(
+        name for name, p in module.named_parameters() if p.requires_grad and p.grad is None
+    )
+    fit(module)
+    assert idle == []
+
+
 def test_runs_repeat():
     states = []
     for _ in range(2):
@@ -678,15 +716,18 @@ def test_runs_repeat():
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_frozen_parts_do_not_learn():
-    module = SGTRModule(frozen=["backbone", "encoder", "decoder"], **SMALL)
+def test_frozen_parts_do_not_learn(tmp_path):
     pl.seed_everything(0)
+    with pytest.raises(ValueError, match="detector_weights"):
+        fit(SGTRModule(frozen=["backbone"], **SMALL))
+    fit(SGTRModule(**SMALL)).save_checkpoint(tmp_path / "whole.ckpt")
+    frozen = "backbone", "encoder", "decoder"
+    module = SGTRModule.load_from_checkpoint(tmp_path / "whole.ckpt", frozen=frozen, weights_only=True)
     before = {}
-    module.on_train_start = lambda: before.update({n: p.clone() for n, p in module.named_parameters()})
+    module.on_train_start = lambda: before.update({n: p.clone() for n, p in module.state_dict().items()})
     fit(module)
-    changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
-    frozen = tuple(f"detector.detr.model.{part}" for part in ("backbone", "encoder", "decoder"))
-    assert not [name for name in changed if name.startswith(frozen)]
+    changed = {name for name, p in module.state_dict().items() if not torch.equal(p, before[name])}
+    assert not [name for name in changed if name.startswith(tuple(f"detector.detr.model.{part}" for part in frozen))]
     assert "detector.detr.class_labels_classifier.weight" in changed and "network.vector.weight" in changed
 
 
@@ -699,6 +740,16 @@ def test_frozen_parts_do_not_learn():
         ({"short_sides": [600], "long_side": 500}, "short_sides"),
         ({"flip": 2}, "flip"),
         ({"pairs": 0}, "pairs"),
+        ({"queries": 0}, "queries"),
+        ({"layers": 0}, "layers"),
+        ({"encoder_layers": -1}, "encoder_layers"),
+        ({"entity_queries": 0}, "entity_queries"),
+        ({"dim": 250}, "dim"),
+        ({"heads": 7}, "heads"),
+        ({"dropout": 1}, "dropout"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"backbone_learning_rate": math.nan}, "backbone_learning_rate"),
+        ({"entity_loss_weights": [1, 5]}, "entity_loss_weights"),
         ({"mask_ratio": -1}, "mask_ratio"),
         ({"aligned": []}, "aligned"),
         ({"aligned": ["vectors"]}, "aligned"),

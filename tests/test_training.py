@@ -347,8 +347,6 @@ def test_fit_test_predict(tmp_path):
     checkpoints = tmp_path / "runs/align_motifs_small/version_0/checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {"best.ckpt", "last.ckpt"}
     assert (tmp_path / "runs/align_motifs_small/version_0/metrics.csv").exists()
-    refused = run("test", *short, cwd=tmp_path)
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("sgalign: test needs --ckpt_path")
     tested = run("test", *short, "--ckpt_path", checkpoints / "last.ckpt", cwd=tmp_path)
     assert tested.returncode == 0 and "test/mR@100" in tested.stdout, tested.stderr
     limit = "--trainer.limit_predict_batches=2"
@@ -362,9 +360,10 @@ def test_fit_test_predict(tmp_path):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
-def test_configs_are_valid(config, tmp_path):
-    printed = run("fit", "--config", config, "--print_config", cwd=tmp_path)
-    assert printed.returncode == 0, printed.stderr
+def test_configs_are_valid(config, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["fit", "--config", str(config), "--print_config"])
+    assert exit.value.code == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
@@ -373,6 +372,12 @@ def test_configs_keep_the_last_epoch_to_go_on_from(config):
     yaml = pytest.importorskip("yaml")
     callbacks = [callback["init_args"] for callback in yaml.safe_load(config.read_text())["trainer"]["callbacks"]]
     assert [options for options in callbacks if options.get("filename") == "last" and "monitor" not in options]
+
+
+def test_a_test_needs_a_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["test", "--config", str(ROOT / "configs" / "motifs_small.yaml")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("sgalign: test needs --ckpt_path")
 
 
 def test_configs_spell_out_the_defaults():

@@ -129,13 +129,20 @@ class EntityDetector(nn.Module):
     def freeze(self, parts: tuple[str, ...]) -> None:
         """Excludes "backbone", "encoder" or "decoder" from training, and nothing else; or all of the "detector".
 
-        Their dropout remains, as in SGTR's public code.
+        Their dropout remains, as in SGTR's public code; batch normalisation learns nothing either.
         """
         self.detr.requires_grad_("detector" not in parts)
-        if "detector" in parts:
-            return
-        for part in ("backbone", "encoder", "decoder"):
-            getattr(self.detr.model, part).requires_grad_(part not in parts)
+        if "detector" not in parts:
+            for part in ("backbone", "encoder", "decoder"):
+                getattr(self.detr.model, part).requires_grad_(part not in parts)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> EntityDetector:
+        super().train(mode)
+        backbone = self.detr.model.backbone
+        if not any(weight.requires_grad for weight in backbone.parameters()):
+            backbone.eval()
+        return self
 
     def batch(self, pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Images `[3, H, W]` in 0 to 1, normalised and padded with zeros to one size.

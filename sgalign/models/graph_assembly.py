@@ -138,6 +138,9 @@ def match(
         For each layer and image: int64 query indices and indices of relations, both `[matched]`.
     """
     scores = assembling_scores(outputs, entities, sizes)
+    if not scores.shape[-1]:  # no entity in any image, so no candidate
+        none = torch.empty(0, dtype=torch.int64, device=scores.device)
+        return [[(none, none)] * len(annotations) for _ in range(len(outputs.logits))]
     best = scores.topk(min(TRAINING_ENTITIES, scores.shape[-1]), dim=-1)
     scored = outputs.logits.float().softmax(-1)
     matches: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(len(outputs.logits))]
