@@ -50,8 +50,11 @@ def find_nvcc() -> tuple[str, list[str]] | None:
         print(f"sgalign: built for the CPU alone, without CUDA C++ kernels: {why}", file=sys.stderr)
         return None
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    archs = os.environ.get("SGALIGN_CUDA_ARCHS", "").replace(",", " ").split()
-    return nvcc, archs or [arch for arch in CUDA_ARCHS.split(",") if f"sm_{arch}" in known]
+    offered = [code[3:] for code in known if code[3:].isdigit() and int(code[3:]) >= 80]
+    archs = list(dict.fromkeys(os.environ.get("SGALIGN_CUDA_ARCHS", "").replace(",", " ").split()))
+    if not set(archs) <= set(offered):
+        sys.exit(f"sgalign: SGALIGN_CUDA_ARCHS must be of {', '.join(offered)}, got {', '.join(archs)}")
+    return nvcc, archs or [arch for arch in CUDA_ARCHS.split(",") if arch in offered]
 
 
 def find_compiler() -> str:

@@ -228,3 +228,30 @@ def test_sanitizers_and_poisoned_memory(copy, name, width, flags):
         text=True,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[:3000]
+
+
+@pytest.mark.parametrize(
+    ("archs", "expected"),
+    [
+        ("", "('80', '90')"),
+        ("90, 80 90", "('90', '80')"),
+        ("75", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 75"),
+        ("sm_90", "SGALIGN_CUDA_ARCHS must be of 80, 90, got sm_90"),
+        ("90a", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 90a"),
+        ("120", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 120"),
+    ],
+)
+def test_architectures(tmp_path, archs, expected):
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho sm_75 sm_80 sm_90 sm_90a\n")
+    compiler.chmod(0o755)
+    code = f"""
+import runpy, setuptools
+setuptools.setup = lambda **_: None
+try:
+    print(tuple(runpy.run_path({str(ROOT / "setup.py")!r})["find_nvcc"]()[1]))
+except SystemExit as error:
+    print(error)
+"""
+    assert expected in run_python(code, CUDA_HOME=str(tmp_path), SGALIGN_CUDA="auto", SGALIGN_CUDA_ARCHS=archs)

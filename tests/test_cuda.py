@@ -521,12 +521,14 @@ def test_memory(checks, tmp_path):
     """No access out of bounds, no undefined behaviour; no two threads of a block that race for shared memory."""
     flags = SANITIZE if checks == "sanitizers" else ["-DSGALIGN_RACE_CHECK"]
     module = build(tmp_path / checks, "-O1", *flags)
-    preloaded = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    # The sanitizer looks for C++'s exceptions when it is loaded.
+    find = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+    preloaded = " ".join(subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in find)
     environment = {"SGALIGN_EMULATED_CORE": str(module), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
     if checks == "sanitizers":
         environment["LD_PRELOAD"] = preloaded
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_cuda.py"],
+        [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "tests/test_cuda.py"],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,
