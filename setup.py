@@ -72,7 +72,7 @@ def compiles(compiler: str, flags: list[str]) -> bool:
     """Whether a C++20 program with these flags compiles and links."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
-        source.write_text("#include <bit>\nint main() { return std::popcount(0u); }\n")
+        source.write_text("#include <bit>\nint main() { return !new int(std::popcount(0u)); }\n")
         command = [*compiler.split(), "-std=c++20", *flags, str(source), "-o", str(source.with_suffix(""))]
         try:
             return subprocess.run(command, capture_output=True).returncode == 0
@@ -141,7 +141,7 @@ class NinjaBuild(build_ext):
                 linker = " ".join([host, "-shared -cudart=static", *(f"-Xcompiler={flag}" for flag in openmp)])
             writer.rule("link", f"{linker} $in -o $out")
             for name, rule, source, flags in objects:
-                path = ninja_syntax.escape_path(str(ROOT / "csrc" / source))
+                path = str(ROOT / "csrc" / source)
                 writer.build(f"{name}.o", rule, path, variables={"flags": " ".join(flags)})
             writer.build(module.name, "link", [f"{name}.o" for name, *_ in objects])
 

@@ -91,7 +91,7 @@ struct AlignmentLoss {
     bool sigmoid = false;
     int direction = 0;       // 0: KL(teacher || student), 1: KL(student || teacher), 2: their mean
     void* losses = nullptr;  // [R], float32 (float64 for float64)
-    void* grad = nullptr;    // [R, K], contiguous
+    void* grad = nullptr;  // [R, K], contiguous, float32 (float64 for float64): its 1 / (R K) is too small for 16 bits
     int threads = 1;
 };
 

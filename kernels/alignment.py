@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 1024  # of a program: 8 a thread keep what a row needs in registers; longer rows get more warps
+ELEMENTS = 1024  # of a program: 4 a thread keep what a row needs in registers; longer rows get more warps
 
 
 @triton.jit
@@ -39,7 +39,10 @@ def bernoulli(x):
     tail = 2 * f * tail
     likely = 1 / (u + 1)
     unlikely = u / (u + 1)
-    return tl.where(x < 0, unlikely, likely), tl.where(x < 0, likely, unlikely), below - tail, -above - tail
+    nan = tl.where(x != x, x, 0.0)  # comparisons have lost it
+    p = tl.where(x < 0, unlikely, likely) + nan
+    q = tl.where(x < 0, likely, unlikely) + nan
+    return p, q, below - tail + nan, nan - above - tail
 
 
 @triton.jit(do_not_specialize=["relations", "scale"])
@@ -94,7 +97,7 @@ def alignment_kernel(
     # A relation without weight adds nothing, even where its divergence is infinite.
     tl.store(losses + row, tl.where(factor == 0, 0.0, factor * loss), mask=present)
     gradient = tl.where(factor[:, None] == 0, 0.0, gradient * factor[:, None])
-    tl.store(grad + row[:, None] * classes + k[None, :], gradient.to(grad.dtype.element_ty), mask=inside)
+    tl.store(grad + row[:, None] * classes + k[None, :], gradient, mask=inside)
 
 
 def loss(
@@ -121,4 +124,4 @@ def loss(
 def sizes(classes: int) -> tuple[int, int, int]:
     """Rows of a program, their padded length and the number of warps."""
     width = triton.next_power_of_2(classes)
-    return max(1, ELEMENTS // width), width, min(max(4 * width // ELEMENTS, 4), 32)
+    return max(1, ELEMENTS // width), width, min(max(8 * width // ELEMENTS, 8), 32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,6 +27,20 @@ def problem() -> str | None:
 def is_emulated() -> bool:
     """Whether the core is that of the tests, which runs the kernels on the CPU."""
     return problem() is None and _core.load().cuda_archs == "emulated"
+
+
+def core(device: torch.device) -> ModuleType:
+    """The compiled core for tensors on `device`: asked where torch.compile could not trace the question before.
+
+    Raises:
+        ImportError: it has no CUDA kernels.
+        ValueError: the device is no GPU.
+    """
+    if why := problem():
+        raise ImportError(f"backend 'cuda' cannot be used: {why}")
+    if device.type != "cuda" and not is_emulated():
+        raise ValueError(f"backend 'cuda' needs tensors on a GPU, got {device}; 'reference' serves any device")
+    return _core.load()
 
 
 @contextlib.contextmanager

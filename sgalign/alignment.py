@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sgalign import _core, _cuda, backends, reference
-from sgalign.attention import DTYPES, unit_stride
+from sgalign.attention import DTYPES, check_dense, unit_stride
 
 KINDS = ("softmax", "sigmoid")
 REDUCTIONS = ("element", "relation")
@@ -70,6 +70,7 @@ def relation_alignment_loss(
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a tensor of float32, float64, bfloat16 or float16, got {got}")
+        check_dense(name, tensor)
     if logits.dim() != 2 or not logits.shape[1]:
         raise ValueError(f"logits must be [R, K] with K at least 1, got {list(logits.shape)}")
     if mirrored_logits.shape != logits.shape:
@@ -77,13 +78,15 @@ def relation_alignment_loss(
     relations, classes = logits.shape
     if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor or None, got {type(weight).__name__}")
+    if weight is not None:
+        check_dense("weight", weight)
+    if weight is not None and weight.is_complex():
+        raise TypeError(f"weight must be real, got {weight.dtype}")
     if weight is not None and weight.shape != (relations,):
         raise ValueError(f"weight must be [{relations}], one a relation, got {list(weight.shape)}")
-
-    if mirrored_logits.device != logits.device:
-        raise ValueError(
-            f"mirrored_logits must be on the device of logits, {logits.device}, got {mirrored_logits.device}"
-        )
+    for name, other in (("mirrored_logits", mirrored_logits), ("weight", weight)):
+        if other is not None and other.device != logits.device:
+            raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {other.device}")
     dtype = torch.promote_types(logits.dtype, mirrored_logits.dtype)
     backend = backends.choose(backend, logits.device, dtype)
     logits, mirrored_logits = logits.detach().to(dtype), mirrored_logits.to(dtype)
@@ -91,14 +94,18 @@ def relation_alignment_loss(
     if weight is None:
         scale /= max(relations, 1)
     else:
-        weight = weight.detach().to(torch.float64 if dtype == torch.float64 else torch.float32)
+        weight = weight.detach().double()
         total = weight.sum()
-        weight = weight / total.where(total > 0, 1)
+        weight = (weight / total.where(total > 0, 1)).to(_computed_in(dtype))
     if backend == "reference":
         divergence = reference.alignment_divergence(logits, mirrored_logits, kind, direction)
         return (divergence if weight is None else divergence * weight).sum() * scale
     settings = scale, kind == "sigmoid", DIRECTIONS.index(direction)
     return _AlignmentLoss.apply(backend, mirrored_logits, logits, weight, *settings)[0]
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _AlignmentLoss(torch.autograd.Function):
@@ -118,13 +125,31 @@ class _AlignmentLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(output[1], inputs[1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return None, (grad * grad_loss).to(grad.dtype), None, None, None, None, None
+        grad, mirrored = ctx.saved_tensors
+        return None, _AlignmentLossBackward.apply(grad_loss, grad, mirrored), None, None, None, None, None
+
+
+class _AlignmentLossBackward(torch.autograd.Function):
+    """What the forward has left, times the loss's own gradient; cannot be differentiated again, and says so."""
+
+    @staticmethod
+    def forward(grad_loss: Tensor, grad: Tensor, mirrored: Tensor) -> Tensor:
+        return (grad * grad_loss).to(mirrored.dtype)  # rounded once, with a scale of the loss in it
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            "sgalign: second-order gradients of the alignment loss are not supported (create_graph=True, or a gradient"
+            " of a gradient); backend='reference' has them"
+        )
 
 
 _library = torch.library.Library("sgalign", "FRAGMENT")
@@ -137,8 +162,8 @@ _library.define(
 
 @torch.library.register_fake("sgalign::alignment_loss")
 def _loss_fake(backend: str, mirrored: Tensor, logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if mirrored.dtype == torch.float64 else torch.float32
-    return mirrored.new_empty(mirrored.shape[0], dtype=dtype), mirrored.new_empty(mirrored.shape)
+    dtype = _computed_in(mirrored.dtype)
+    return mirrored.new_empty(mirrored.shape[0], dtype=dtype), mirrored.new_empty(mirrored.shape, dtype=dtype)
 
 
 @torch.library.impl(_library, "alignment_loss", "CompositeExplicitAutograd")
@@ -160,7 +185,7 @@ def _loss(
         with _cuda.queue(mirrored.device):
             kernels.loss(mirrored, logits, weight, scale, sigmoid, direction, losses, grad)
         return losses, grad
-    core = _core.load()
+    core = _cuda.core(mirrored.device) if backend == "cuda" else _core.load()
     description = core.AlignmentLoss(
         DTYPES.index(mirrored.dtype),
         tuple(mirrored.shape),

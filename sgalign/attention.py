@@ -144,7 +144,9 @@ def _attention(
     elif isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     elif not -MAX_SCALE <= scale <= MAX_SCALE:  # also catches NaN
-        raise ValueError(f"scale must be finite, got {scale}")
+        raise ValueError(f"scale must be finite and at most {MAX_SCALE:.2g} in size, got {scale}")
+    elif isinstance(scale, numbers.Real):
+        scale = float(scale)
     dtype = computed_dtype(query)
     backend = backends.choose(backend, query.device, dtype)
     queries, key, value = [q.to(dtype) for q in queries], key.to(dtype), value.to(dtype)
@@ -156,8 +158,8 @@ def _attention(
         return _reference(queries, branches, key, value, mask, key_padding_mask, seed, settings)
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
-    mirrored_query = queries[1] if len(queries) == 2 else None
-    operands = queries[0], mirrored_query, branches, key, value, mask, key_padding_mask, seed, settings
+    query, key, value, *mirrored_query = distinct([queries[0], key, value, *queries[1:]])
+    operands = query, *(mirrored_query or [None]), branches, key, value, mask, key_padding_mask, seed, settings
     return _Attention.apply(backend, *operands)[:branches]
 
 
@@ -169,6 +171,7 @@ def _check_tensors(
     for name, tensor in zip(names, tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions: {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
@@ -199,6 +202,7 @@ def _check_tensors(
         if not isinstance(boolean, Tensor) or boolean.dtype != torch.bool:
             got = boolean.dtype if isinstance(boolean, Tensor) else type(boolean).__name__
             raise TypeError(f"{name} must be a bool tensor, True = dropped, got {got}")
+        check_dense(name, boolean)
         if boolean.device != query.device:
             raise ValueError(f"{name} must be on the query's device {query.device}, got {boolean.device}")
         if name == "mask":
@@ -208,6 +212,22 @@ def _check_tensors(
         if not fits:
             how = "broadcastable to" if name == "mask" else "of shape"
             raise ValueError(f"{name} must be {how} {list(shape)}, got {list(boolean.shape)}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'nested' if tensor.is_nested else tensor.layout}")
+
+
+def distinct(tensors: list[Any]) -> list[Any]:
+    """Tensors and None, with views for those that come again: torch.compile gives a Function no tensor twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Any] = []
+    for tensor in tensors:
+        again = tensor is not None and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if again else tensor)
+    return found
 
 
 def computed_dtype(tensor: Tensor) -> torch.dtype:
@@ -415,7 +435,7 @@ def _attention_forward(
         with _cuda.queue(key.device):
             kernels.forward(queries, key, value, outs, log_sums, *options)
         return [*outs, *log_sums]
-    core = _core.load()
+    core = _cuda.core(key.device) if backend == "cuda" else _core.load()
     description = _description(_groups(queries, outs, log_sums), queries[0], key, value, *options)
     if backend == "cuda":
         splits = core.cuda_attention_splits(description, _cuda.multiprocessors(key.device))
@@ -448,7 +468,7 @@ def _attention_backward(
         with _cuda.queue(key.device):
             kernels.backward(grad_outs, queries, outs, log_sums, key, value, grads, *options)
         return grads
-    core = _core.load()
+    core = _cuda.core(key.device) if backend == "cuda" else _core.load()
     groups = _groups(queries, outs, log_sums, grad_outs, grads)
     description = _description(groups, queries[0], key, value, *options)
     grad_key, grad_value = _matrix(grads[-2]), _matrix(grads[-1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sgalign import _core, _cuda, backends, reference
-from sgalign.attention import DTYPES, computed_dtype, unit_stride
+from sgalign.attention import DTYPES, check_dense, computed_dtype, distinct, unit_stride
 
 
 def fused_relation_logits(
@@ -107,7 +107,8 @@ def _relation_logits(
     if backend == "reference":
         return tuple(reference.relation_logits(s, o, union, pairs, w, b) for s, o, w, b in operands)  # type: ignore[arg-type]
     mirrored = operands[1] if len(operands) == 2 else [None] * 4
-    return _RelationLogits.apply(backend, union, pairs, *operands[0], *mirrored)
+    union, *both = distinct([union, *operands[0], *mirrored])
+    return _RelationLogits.apply(backend, union, pairs, *both)
 
 
 def _check(branches: list[dict[str, Tensor | None]], union: Tensor, pairs: Tensor) -> None:
@@ -119,6 +120,7 @@ def _check(branches: list[dict[str, Tensor | None]], union: Tensor, pairs: Tenso
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
         if computed_dtype(tensor) != computed_dtype(union):
@@ -130,6 +132,7 @@ def _check(branches: list[dict[str, Tensor | None]], union: Tensor, pairs: Tenso
             raise ValueError(f"{name} must be on the device of union, {union.device}, got {tensor.device}")
     if not isinstance(pairs, Tensor) or pairs.dtype != torch.int64:
         raise TypeError(f"pairs must be an int64 tensor, got {getattr(pairs, 'dtype', type(pairs).__name__)}")
+    check_dense("pairs", pairs)
     if pairs.device != union.device:
         raise ValueError(f"pairs must be on the device of union, {union.device}, got {pairs.device}")
     relations, channels = union.shape
@@ -288,7 +291,7 @@ def _logits(
         with _cuda.queue(union.device):
             kernels.forward(union, pairs, subjects, objects, weights, biases, logits)
         return logits
-    core = _core.load()
+    core = _cuda.core(union.device) if backend == "cuda" else _core.load()
     description, _kept = _description(union, pairs, subjects, objects, weights, biases, logits)
     if backend == "cuda":
         splits = core.cuda_relation_splits(description, _cuda.multiprocessors(union.device))

@@ -241,8 +241,8 @@ def alignment_sources() -> Iterator[Compiled]:
                     yield Compiled(
                         f"alignment loss: {element}, {classes} classes, {kind}, {direction}",
                         source(
-                            alignment.alignment_kernel, "*fp32", x, x, classes, x, classes, "*fp32", "i32", classes,
-                            "fp32", constants={**constants, "ROWS": rows, "BLOCK_K": width},
+                            alignment.alignment_kernel, "*fp32", "*fp32", x, classes, x, classes, "*fp32", "i32",
+                            classes, "fp32", constants={**constants, "ROWS": rows, "BLOCK_K": width},
                         ),
                         {"num_warps": warps},
                     )  # fmt: skip

@@ -111,9 +111,45 @@ def test_half_precision_is_summed_in_float32():
     assert half.dtype == torch.float32 and abs(half - exact) < 0.05 * exact
 
 
+@pytest.mark.parametrize("relations", [64, 8192])
+def test_half_gradients_survive_small_shares(relations):
+    """A relation's share of the mean is below float16's smallest number; a scale of the loss brings it back."""
+    teacher, student = (x.detach() for x in logits(relations, 51, dtype=torch.float16))
+    student = (teacher + student / 30).requires_grad_()
+    (65536 * relation_alignment_loss(teacher, student)).backward()
+    exact = student.detach().double().requires_grad_()
+    (65536 * relation_alignment_loss(teacher.double(), exact, backend="reference")).backward()
+    assert (student.grad - exact.grad).norm() < 1e-3 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher", "symmetric"])
+def test_nan_is_not_hidden(kind, direction):
+    for branch in (0, 1):
+        pair = [x.detach() for x in logits()]
+        pair[branch][3, 2] = math.nan
+        student = pair[1].requires_grad_()
+        loss = relation_alignment_loss(pair[0], student, kind=kind, direction=direction)
+        loss.backward()
+        assert loss.isnan() and student.grad[3, 2].isnan() and student.grad[:3].isfinite().all()
+
+
+def test_weights_of_any_size():
+    teacher, student = logits(dtype=torch.float32)
+    for size in (1e-300, 1e300):
+        weight = torch.full((7,), size, dtype=torch.float64, device=DEVICE)
+        torch.testing.assert_close(
+            relation_alignment_loss(teacher, student, weight=weight), relation_alignment_loss(teacher, student)
+        )
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
+        ({"weight": torch.ones(7, device="meta")}, ValueError, "weight must be on the device of logits, .*, got meta"),
+        ({"weight": torch.ones(7) * 1j}, TypeError, "weight must be real, got torch.complex64"),
+        ({"weight": torch.ones(7).to_sparse()}, TypeError, "weight must be a dense tensor, got torch.sparse_coo"),
+        ({"logits": torch.ones(7, 5).to_sparse()}, TypeError, "logits must be a dense tensor, got torch.sparse_coo"),
         ({"kind": "tanh"}, ValueError, "kind must be one of 'softmax', 'sigmoid', got 'tanh'"),
         ({"reduction": "mean"}, ValueError, "reduction must be one of .* got 'mean'"),
         ({"direction": "both"}, ValueError, "direction must be one of .* got 'both'"),
@@ -200,7 +236,7 @@ def test_second_order_is_refused(backend):
     teacher, student = logits()
     (grad,) = torch.autograd.grad(relation_alignment_loss(teacher, student).square(), student, create_graph=True)
     if backend != "reference":
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+        with pytest.raises(RuntimeError, match="second-order gradients of the alignment loss are not supported"):
+            (student.square().sum() + grad.sum()).backward()
     else:
         grad.sum().backward()

@@ -1,6 +1,8 @@
 """The attention functions as citizens of torch: operator checks, compile, export, autocast, checkpointing, errors."""
 
+import functools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -75,6 +77,12 @@ def attend_same_query(query, mirrored_query, key, value, seed, padding):
     return dual_branch_attention(query, query, key, value, mask_seed=seed, key_padding_mask=padding, **OPTIONS)
 
 
+def attend_repeated(query, mirrored_query, key, value, seed, padding):
+    """The same tensor in several places, as in self-attention."""
+    outs = fused_masked_attention(key, key, key, mask_seed=seed, key_padding_mask=padding, **OPTIONS)
+    return outs, *dual_branch_attention(query, mirrored_query, value, value, mask_seed=seed, **OPTIONS)
+
+
 def compare_compiled(attend, backend, seed):
     torch.compiler.reset()
     padding = torch.arange(40).expand(2, 40) > 30
@@ -85,7 +93,7 @@ def compare_compiled(attend, backend, seed):
     torch.testing.assert_close(gradients(compiled, tensors), gradients(outs, tensors))
 
 
-@pytest.mark.parametrize("attend", [attend_single, attend_dual, attend_same_query])
+@pytest.mark.parametrize("attend", [attend_single, attend_dual, attend_same_query, attend_repeated])
 @pytest.mark.parametrize("seed", [11, torch.tensor(11)], ids=["int", "tensor"])
 def test_compiled_equals_eager(attend, seed):
     compare_compiled(attend, "aot_eager", seed)
@@ -317,8 +325,10 @@ BAD_OPTIONS = [
     ({"mask_seed": torch.tensor(1, device="meta")}, ValueError, "mask_seed must be on cpu, got meta"),
     ({"mask_seed": 2**63}, ValueError, r"mask_seed must be in \[-2\*\*63, 2\*\*63\), got 9223372036854775808"),
     ({"mask_seed": -(2**63) - 1}, ValueError, r"mask_seed must be in .* got -9223372036854775809"),
-    ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
-    ({"scale": -math.inf}, ValueError, "scale must be finite, got -inf"),
+    ({"scale": math.nan}, ValueError, "scale must be finite and at most .*, got nan"),
+    ({"scale": -math.inf}, ValueError, "scale must be finite and at most .*, got -inf"),
+    ({"scale": 1e39}, ValueError, r"scale must be finite and at most .*e\+38 in size, got 1e\+39"),
+    ({"mask": torch.zeros(5, 40, **BOOL).to_sparse()}, TypeError, "mask must be a dense tensor, got torch.sparse_coo"),
     ({"backend": "gpu"}, ValueError, "backend must be one of 'cpu', 'triton', 'cuda', 'reference' or None, got 'gpu'"),
 ]
 
@@ -336,9 +346,35 @@ def test_bad_option(options, error, message, backend):
             call()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_scale_is_any_real_number(backend):
+    query, _, key, value = make()
+    attend = functools.partial(fused_masked_attention, query, key, value, backend=backend)
+    assert torch.equal(attend(scale=Fraction(1, 4)), attend(scale=0.25))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_no_keys(backend):
+    """Zeros with zero gradients, whatever the query holds."""
+    query = torch.full((1, 2, 3, 4), math.nan, requires_grad=True)
+    key, value = torch.ones(2, 1, 2, 0, 4, requires_grad=True)
+    out = fused_masked_attention(query, key, value, backend=backend)
+    grads = torch.autograd.grad(out.sum(), (query, key, value))
+    assert not out.any() and not any(grad.any() for grad in grads)
+
+
+def test_compiled_cuda_without_a_gpu():
+    """What eager calls ask first, compiled ones ask when they run."""
+    query, _, key, value = make()
+    compiled = torch.compile(functools.partial(fused_masked_attention, backend="cuda"), backend="aot_eager")
+    with pytest.raises((ImportError, ValueError), match="backend 'cuda' (cannot be used|needs tensors on a GPU)"):
+        compiled(query, key, value)
+
+
 BAD_TENSORS = [
     ("query", lambda x: x[0], ValueError, r"query must be \[B, H, L, D\], got 3 dimensions: \[2, 5, 8\]"),
     ("key", lambda x: x[None], ValueError, "key must be .* got 5 dimensions"),
+    ("value", lambda x: x.to_sparse(), TypeError, "value must be a dense tensor, got torch.sparse_coo"),
     ("query", lambda x: x.int(), TypeError, "query must be float32, .* got torch.int32"),
     ("value", lambda x: x.to(torch.complex64), TypeError, "value must be float32, .* got torch.complex64"),
     ("query", lambda x: x.tolist(), TypeError, "query must be a tensor, got list"),

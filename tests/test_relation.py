@@ -222,6 +222,19 @@ def test_compiled_equals_eager():
     assert all(torch.equal(a, b) for a, b in zip(results(compiled), results(apply), strict=True))
 
 
+def test_compiled_with_a_tied_head():
+    """And subjects that are the objects."""
+    union, pairs, (branch, mirrored), grads = make((9, 60, 70, 11))
+    tied = lambda union: apply(union, pairs, [[branch[0], branch[0], *branch[2:]], [*mirrored[:2], *branch[2:]]])  # noqa: E731
+    for tensor in branch:
+        tensor.requires_grad_()
+    expected = tied(union)
+    compiled = torch.compile(tied, fullgraph=True, backend="aot_eager")(union)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, expected, strict=True))
+    for ours, theirs in zip(*(torch.autograd.grad(logits, branch[2:], grads) for logits in (compiled, expected))):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize == 2], ids=str)
 def test_autocast(dtype):
     union, pairs, operands, _ = make((9, 60, 70, 11))

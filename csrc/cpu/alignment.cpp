@@ -85,10 +85,11 @@ struct Bernoulli {
         const Vector<R> below = x < R(0) ? x : Vector<R>{}, above = x > R(0) ? x : Vector<R>{};
         const Vector<R> u = exp<R>(below - above), tail = log1p<R>(u);
         const Vector<R> likely = R(1) / (u + R(1)), unlikely = u / (u + R(1));
-        p = x < R(0) ? unlikely : likely;
-        q = x < R(0) ? likely : unlikely;
-        log_p = below - tail;
-        log_q = -above - tail;
+        const Vector<R> nan = x != x ? x : Vector<R>{};  // comparisons have lost it
+        p = (x < R(0) ? unlikely : likely) + nan;
+        q = (x < R(0) ? likely : unlikely) + nan;
+        log_p = below - tail + nan;
+        log_q = nan - above - tail;
     }
 };
 
@@ -135,8 +136,8 @@ void align(const AlignmentLoss& a) {
         const R loss = a.sigmoid ? sigmoid_row<R>(x, y, padded, directions, factor, grad)
                                  : softmax_row<R>(x, y, t, s, padded, directions, factor, grad);
         ((R*)a.losses)[row] = factor == R(0) ? R(0) : factor * loss;
-        T* const out = (T*)a.grad + row * a.classes;
-        for (int64_t k = 0; k < a.classes; ++k) out[k] = Storage<T>::write(factor == R(0) ? R(0) : grad[k]);
+        R* const out = (R*)a.grad + row * a.classes;
+        for (int64_t k = 0; k < a.classes; ++k) out[k] = factor == R(0) ? R(0) : grad[k];
     }
 }
 

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) alignment_loss_kernel(const __g
     if (row >= a.relations) return;
     const T* const x = (const T*)a.logits + row * a.logits_row;
     const T* const y = (const T*)a.mirrored + row * a.mirrored_row;
-    T* const grad = (T*)a.grad + row * a.classes;
+    float* const grad = (float*)a.grad + row * a.classes;
     const bool forward = a.direction != 1, backward = a.direction != 0;
     const float half = forward && backward ? 0.5f : 1.0f;
     const float factor = float(a.scale) * (a.weight ? ((const float*)a.weight)[row] : 1.0f);
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) alignment_loss_kernel(const __g
                 const float spread = s.p * s.q;
                 g += spread == 0 ? 0 : spread * (to_float(y[k]) - to_float(x[k]));
             }
-            grad[k] = from_float<T>(factor == 0 ? 0 : g * slope);
+            grad[k] = factor == 0 ? 0 : g * slope;
         }
         loss = sum_of_warp(loss);
     } else {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) alignment_loss_kernel(const __g
             const float t = expf(log_t[k]), s = expf(log_s[k]);
             float g = forward ? s - t : 0;
             if (backward) g += divergence(s, log_s[k], log_t[k]) - s * back;
-            grad[k] = from_float<T>(factor == 0 ? 0 : g * slope);
+            grad[k] = factor == 0 ? 0 : g * slope;
         }
     }
     if (lane_index() == 0) ((float*)a.losses)[row] = factor == 0 ? 0 : slope * loss;
