@@ -37,7 +37,6 @@ FIELDS = {
     "triplets": torch.int64,
     "triplet_scores": torch.float32,
 }
-_WIDTHS = {"boxes": 4, "pairs": 2, "triplets": 3}
 VRD_TASKS = ("relationship", "phrase", "predicate")
 EPILOG = "docs/evaluation.md has the format of the file, every rule, and what each choice is worth."
 
@@ -92,14 +91,17 @@ class Predictions:
     Args:
         path: HDF5, a group an image named by its id, with a data set for each field; or JSON, an object of image ids,
             each with lists by field.
+        num_predicates: without the background.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is neither, or cut short; a field of an image is not of numbers; names file, image and field.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, num_predicates: int) -> None:
         self.path = Path(path)
+        # JSON's empty list has no second dimension.
+        self._widths = {"boxes": 4, "pairs": 2, "predicate_scores": num_predicates + 1, "triplets": 3}
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such file of predictions")
         self._images: Mapping[str, Any]
@@ -133,14 +135,12 @@ class Predictions:
             fields[field] = self._typed(where, field, value)
         return fields
 
-    @staticmethod
-    def _typed(where: str, field: str, value: Tensor) -> Tensor:
+    def _typed(self, where: str, field: str, value: Tensor) -> Tensor:
         whole = FIELDS[field] == torch.int64
         if whole and value.is_floating_point() and value.numel():
             raise ValueError(f"{where}: {field} must be whole numbers, got {value.dtype}")
         value = value.long() if whole else value if value.is_floating_point() else value.float()
-        # JSON's empty list has no second dimension.
-        return value.reshape(0, _WIDTHS[field]) if field in _WIDTHS and value.shape == (0,) else value
+        return value.reshape(0, self._widths[field]) if field in self._widths and value.shape == (0,) else value
 
 
 def _image_ids(group: h5py.Group, prefix: str = "") -> Iterator[str]:
@@ -183,8 +183,8 @@ def main(arguments: Sequence[str]) -> int:
         parser().error(f"--skip-missing and --no-plus-one are not for --protocol {options.protocol}")
     if not special and options.predicates_per_pair != 1:
         parser().error(f"--predicates-per-pair is not for --protocol {options.protocol}")
-    predictions = Predictions(options.predictions)
     dataset = open_part(options, options.split)
+    predictions = Predictions(options.predictions, len(dataset.predicate_names) - 1)
     graphs = [dataset[index] for index in range(len(dataset))]
     if unknown := set(predictions) - {graph.image_id for graph in graphs}:
         raise ValueError(

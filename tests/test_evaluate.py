@@ -204,7 +204,7 @@ def test_ids_with_slashes(tmp_path, graphs):
     with PredictionFile(path) as file:
         for image_id in ids:
             file.write(image_id, perfect(graphs[0]))
-    predictions = Predictions(path)
+    predictions = Predictions(path, 20)
     assert sorted(predictions) == sorted(ids) and all(image_id in predictions for image_id in ids)
     assert torch.equal(predictions["a/b/2.jpg"]["boxes"], graphs[0].boxes)
 
@@ -218,9 +218,18 @@ def test_truncated_hdf5_is_refused(tmp_path, annotations, graphs, capsys):
 def test_json_without_objects(tmp_path, graphs):
     path = tmp_path / "p.json"
     path.write_text('{"a": {"boxes": [], "labels": [], "triplets": [], "triplet_scores": []}}')
-    fields = Predictions(path)["a"]
+    fields = Predictions(path, 20)["a"]
     assert fields["boxes"].shape == (0, 4) and fields["triplets"].shape == (0, 3)
     assert fields["labels"].dtype == torch.int64
+
+
+def test_json_of_an_image_without_pairs(tmp_path, annotations, graphs):
+    """One object has no other to be related with."""
+    graph = next(graph for graph in graphs if len(graph.relations))
+    prediction = {"boxes": graph.boxes[:1].tolist(), "labels": graph.labels[:1].tolist(), "scores": [1.0]}
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({graph.image_id: prediction | {"pairs": [], "predicate_scores": []}}))
+    assert evaluate(path, annotations, protocol="sgdet") == 0
 
 
 def test_options_that_do_not_go_together(annotations, capsys):
