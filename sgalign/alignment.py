@@ -47,8 +47,8 @@ def relation_alignment_loss(
         mirrored_logits: ``[R, K]`` of the mirrored branch.
         kind: "softmax" (classes exclude one another, background among them) or "sigmoid".
         reduction: "element" or "relation".
-        weight: ``[R]``, at least 0 (which is not checked: that would wait for the device); None weighs all relations
-            the same.
+        weight: ``[R]`` of any real dtype, at least 0 (which is not checked: that would wait for the
+            device); None weighs all relations the same.
         direction: "teacher_to_student", "student_to_teacher" or "symmetric".
         backend: "cpu" (compiled), "triton" or "cuda" (GPUs), "reference" (plain PyTorch); None takes the fastest that
             serves device and dtype.
@@ -76,14 +76,14 @@ def relation_alignment_loss(
     if mirrored_logits.shape != logits.shape:
         raise ValueError(f"mirrored_logits must be {list(logits.shape)} like logits, got {list(mirrored_logits.shape)}")
     relations, classes = logits.shape
-    if weight is not None and not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor or None, got {type(weight).__name__}")
     if weight is not None:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a tensor or None, got {type(weight).__name__}")
         check_dense("weight", weight)
-    if weight is not None and weight.is_complex():
-        raise TypeError(f"weight must be real, got {weight.dtype}")
-    if weight is not None and weight.shape != (relations,):
-        raise ValueError(f"weight must be [{relations}], one a relation, got {list(weight.shape)}")
+        if weight.is_complex():
+            raise TypeError(f"weight must be real, got {weight.dtype}")
+        if weight.shape != (relations,):
+            raise ValueError(f"weight must be [{relations}], one a relation, got {list(weight.shape)}")
     for name, other in (("mirrored_logits", mirrored_logits), ("weight", weight)):
         if other is not None and other.device != logits.device:
             raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {other.device}")
