@@ -368,11 +368,11 @@ def predicate_ap(
         for rank, triplet in enumerate(ranking):
             if triplet.predicate == predicate:
                 detections.append(Detection(image, rank, triplet))
-    # By score over all images together. Ties: earlier image, then better rank in the image.
-    detections.sort(key=lambda detection: (-detection.triplet.score, detection.image, detection.rank))
+    # What claims a relation first: by score, then by rank in the image.
+    detections.sort(key=lambda detection: (-detection.triplet.score, detection.rank))
 
     claimed: set[tuple[int, int]] = set()
-    is_correct = []
+    judged = []
     for detection in detections:
         # As in VOC, a detection looks at the one best-overlapping relation with equal classes, claimed or not (ties:
         # lower row). If somebody with a higher score claimed it already, this detection is wrong: it does not fall back
@@ -388,7 +388,9 @@ def predicate_ap(
         correct = best_overlap > IOU_THRESHOLD and (detection.image, best_index) not in claimed
         if correct:
             claimed.add((detection.image, best_index))
-        is_correct.append(correct)
+        judged.append((-detection.triplet.score, correct))
+    # By score over all images together, of equal scores the wrong ones first.
+    is_correct = [correct for _, correct in sorted(judged)]
     num_truths = sum(truth.predicate == predicate for truths in all_truths for truth in truths)
     return interpolated_ap(is_correct, num_truths)
 

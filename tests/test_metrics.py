@@ -189,6 +189,7 @@ def test_merged_and_streamed_states_equal_one_update(first, second):
         streamed.update([prediction], [target])
     merged.update(*split(first))
     other.update(*split(second))
+    merged.compute()
     merged.merge_state(other)
     for metric in (streamed, merged):
         assert {k: v.item() for k, v in metric.compute().items()} == pytest.approx(whole, abs=1e-12)
@@ -589,15 +590,37 @@ def test_open_images_overlap_must_be_above_one_half_for_precision_and_at_least_f
     assert metric.compute()["R@50"] == 1 and metric.compute()["wmAP_rel"] == 0 and metric.compute()["wmAP_phr"] == 1
 
 
-def test_open_images_merges_and_is_0_before_the_first_image():
+@settings(max_examples=60, deadline=None)
+@given(batches, batches)
+def test_open_images_do_not_depend_on_the_order_of_images_or_files(first, second):
+    whole, merged, other = (OpenImagesEvaluator(PREDICATES) for _ in range(3))
+    whole.update(*split(first + second))
+    merged.update(*split(second[::-1]))
+    other.update(*split(first))
+    merged.compute()
+    merged.merge_state(other)
+    assert {k: v.item() for k, v in merged.compute().items()} == pytest.approx(
+        {k: v.item() for k, v in whole.compute().items()}, abs=1e-12
+    )
+
+
+def test_open_images_score_equal_triplets_by_the_wrong_one_first():
+    metric = OpenImagesEvaluator(PREDICATES)
+    images = [(predict([(0, 1)], [0.0, 0.5, 0, 0]), truth((0, 1, p))) for p in (1, 2)]
+    metric.update(*split(images))
+    assert metric.compute()["wmAP_rel"] == 0.5 * 0.5  # "on": wrong, right of 1
+
+
+def test_open_images_are_0_before_the_first_image():
     assert OpenImagesEvaluator(PREDICATES).compute()["score_wtd"] == 0
-    images = [(predict([(0, 1)], [0.0, s, 1 - s, 0]), truth((0, 1, p))) for s, p in ((0.9, 1), (0.8, 2), (0.3, 2))]
-    whole, first, rest = (OpenImagesEvaluator(PREDICATES) for _ in range(3))
-    whole.update(*split(images))
-    first.update(*split(images[:1]))
-    rest.update(*split(images[1:]))
-    first.merge_state(rest)
-    assert {k: v.item() for k, v in first.compute().items()} == {k: v.item() for k, v in whole.compute().items()}
+
+
+def test_files_are_merged_into_an_empty_evaluator(recwarn):
+    images = [(predict([(0, 1)], [0.0, 0.9, 0, 0]), truth((0, 1, 1)))]
+    whole, part = (SceneGraphEvaluator("sgdet", PREDICATES) for _ in range(2))
+    part.update(*split(images))
+    whole.merge_state(part)
+    assert whole.compute()["R@20"] == 1 and not recwarn.list
 
 
 # ---- refusals

@@ -149,6 +149,12 @@ class ImageMetric(Metric):
         for prediction, target in zip(predictions, targets, strict=True):
             self._add(_to(prediction, self.device), _to(target, self.device))
 
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Adds the images of another evaluator of the same settings, as of another file or process."""
+        super().merge_state(incoming_state)
+        self._computed = None  # or the figures of before would be given again
+        self._update_count += getattr(incoming_state, "_update_count", 1)
+
     def _named(
         self, predictions: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]
     ) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:

@@ -20,8 +20,8 @@ class OpenImagesEvaluator(ImageMetric):
     - `mAP_rel`, `mAP_phr`: the mean over all predicates of the area under the precision envelope of an image's 100 best
       triplets. A triplet is right if the relation of its classes that it overlaps best is overlapped by more (not: at
       least) 0.5 and no better triplet was there before; another relation is not tried. In images without relations
-      all triplets are wrong. The overlap is the lower one of
-      both objects' (rel) or that of the boxes around both (phr).
+      all triplets are wrong. The overlap is the lower one of both objects' (rel) or that of the boxes around both
+      (phr). Of equal scores the wrong ones come first, so that the order of the images moves nothing.
     - `wmAP_rel`, `wmAP_phr`: the same, predicates weighted by their share of the relations.
     - `score_wtd`: the score.
 
@@ -66,8 +66,10 @@ class OpenImagesEvaluator(ImageMetric):
             scores, predicates, right = (torch.cat(_as_list(s)) for s in (self.scores, self.predicates, self.right))
             for predicate in (self.relations > 0).nonzero()[:, 0]:
                 own = predicates == predicate + 1
-                order = scores[own].sort(descending=True, stable=True).indices
-                precisions[predicate] = average_precision(right[own][order], self.relations[predicate])
+                wrong_first = right[own].int().argsort(dim=0, stable=True)
+                by_score = scores[own][wrong_first].argsort(dim=0, descending=True, stable=True)
+                ranked = right[own].gather(0, wrong_first.gather(0, by_score))
+                precisions[predicate] = average_precision(ranked, self.relations[predicate])
         total = self.relations.sum().clamp(min=1)
         recall = self.found / total
         weighted = (precisions * (self.relations / total)[:, None]).sum(0)
