@@ -31,7 +31,6 @@ if platform.machine() in ("x86_64", "AMD64"):
         ("avx512", 64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized"]),
     ]
 
-
 # The architectures whose machine code is built if the compiler knows them; 8.6 and 8.9 run that of 8.0.
 CUDA_ARCHS = "80,90,100,120"
 CUDA_TYPES = ("Half", "BFloat16", "float")  # each of csrc/cuda/*_*.cu is compiled once for each
@@ -49,8 +48,10 @@ def find_nvcc() -> tuple[str, list[str]] | None:
             sys.exit(f"sgalign: SGALIGN_CUDA is 1, but {why}")
         print(f"sgalign: built for the CPU alone, without CUDA C++ kernels: {why}", file=sys.stderr)
         return None
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     offered = [code[3:] for code in known if code[3:].isdigit() and int(code[3:]) >= 80]
+    if not offered:
+        sys.exit(f"sgalign: {nvcc} --list-gpu-code names nothing from 80 on; mend it or set SGALIGN_CUDA=0")
     archs = list(dict.fromkeys(os.environ.get("SGALIGN_CUDA_ARCHS", "").replace(",", " ").split()))
     if not set(archs) <= set(offered):
         sys.exit(f"sgalign: SGALIGN_CUDA_ARCHS must be of {', '.join(offered)}, got {', '.join(archs)}")
@@ -63,9 +64,7 @@ def find_compiler() -> str:
     for compiler in candidates:
         if compiles(compiler, []):
             return compiler
-    sys.exit(
-        f"sgalign: no C++20 compiler found (tried {', '.join(candidates)}): install g++ 11 or clang 14, or set CXX"
-    )
+    sys.exit(f"sgalign: no C++20 compiler (tried {', '.join(candidates)}): install g++ 11 or clang 14, or set CXX")
 
 
 def compiles(compiler: str, flags: list[str]) -> bool:

@@ -230,21 +230,25 @@ def test_sanitizers_and_poisoned_memory(copy, name, width, flags):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[:3000]
 
 
+OFFERED = "echo sm_75 sm_80 sm_90 sm_90a"
+
+
 @pytest.mark.parametrize(
-    ("archs", "expected"),
+    ("answer", "archs", "expected"),
     [
-        ("", "('80', '90')"),
-        ("90, 80 90", "('90', '80')"),
-        ("75", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 75"),
-        ("sm_90", "SGALIGN_CUDA_ARCHS must be of 80, 90, got sm_90"),
-        ("90a", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 90a"),
-        ("120", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 120"),
+        ("exit 3", "", "nvcc --list-gpu-code names nothing from 80 on"),
+        (OFFERED, "", "('80', '90')"),
+        (OFFERED, "90, 80 90", "('90', '80')"),
+        (OFFERED, "75", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 75"),
+        (OFFERED, "sm_90", "SGALIGN_CUDA_ARCHS must be of 80, 90, got sm_90"),
+        (OFFERED, "90a", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 90a"),
+        (OFFERED, "120", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 120"),
     ],
 )
-def test_architectures(tmp_path, archs, expected):
+def test_architectures(tmp_path, answer, archs, expected):
     compiler = tmp_path / "bin" / "nvcc"
     compiler.parent.mkdir()
-    compiler.write_text("#!/bin/sh\necho sm_75 sm_80 sm_90 sm_90a\n")
+    compiler.write_text(f"#!/bin/sh\n{answer}\n")
     compiler.chmod(0o755)
     code = f"""
 import runpy, setuptools
