@@ -140,17 +140,24 @@ def grad_weight_kernel(
         subject_of = tl.load(pairs + 2 * row.to(tl.int64), mask=present, other=0)
         object_of = tl.load(pairs + 2 * row.to(tl.int64) + 1, mask=present, other=0)
         features = load_tile(union, union_stride, row, channel, inside)
-        total, to_union = step(
+        sums, total = step(
             total, grad_logits, branch, features, row, subject_of, object_of, present, k, classes, channel, channels,
-            inside, grad_union is not None, CLASS_BLOCKS, BLOCK_K, PRECISION,
+            inside, PRECISION,
         )  # fmt: skip
         if mirrored is not None:
-            mirrored_total, mirrored_to_union = step(
+            mirrored_sums, mirrored_total = step(
                 mirrored_total, mirrored_grad_logits, mirrored, features, row, subject_of, object_of, present,
-                k, classes, channel, channels, inside, grad_union is not None, CLASS_BLOCKS, BLOCK_K, PRECISION,
+                k, classes, channel, channels, inside, PRECISION,
             )  # fmt: skip
-            to_union += mirrored_to_union
-        if grad_union is not None:
+        if grad_union is not None:  # after both products of the weights, or more registers are needed than there are
+            to_union = sums * grad_of_product(
+                grad_logits, branch, row, present, classes, channel, channels, CLASS_BLOCKS, BLOCK_K, PRECISION
+            )
+            if mirrored is not None:
+                to_union += mirrored_sums * grad_of_product(
+                    mirrored_grad_logits, mirrored, row, present, classes, channel, channels,
+                    CLASS_BLOCKS, BLOCK_K, PRECISION,
+                )  # fmt: skip
             store_tile(grad_union, channels, row, channel, inside & (class_block == 0), to_union)
     inside = (k < classes)[:, None] & (channel < channels)[None, :]
     k += split * classes
@@ -162,18 +169,13 @@ def grad_weight_kernel(
 @triton.jit
 def step(
     total, grad_logits, branch, features, row, subject_of, object_of, present, k, classes, channel, channels, inside,
-    WANTS_UNION: tl.constexpr, CLASS_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the weights, some pairs further, and the branch's share of these pairs' gradient of `union`."""
+    """Sums of subject and object of these pairs, and the gradient of the weights with these pairs in it."""
     sums = load_sum(branch, subject_of, object_of, channel, inside)
     product = (sums * features.to(tl.float32)).to(features.dtype)
     grad = load_tile(grad_logits, classes, row, k, present[:, None] & (k < classes)[None, :])
-    total = tl.dot(tl.trans(grad), product, total, input_precision=PRECISION)
-    if WANTS_UNION:
-        sums *= grad_of_product(
-            grad_logits, branch, row, present, classes, channel, channels, CLASS_BLOCKS, BLOCK_K, PRECISION
-        )
-    return total, sums
+    return sums, tl.dot(tl.trans(grad), product, total, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["relations", "objects"])

@@ -1,7 +1,8 @@
 """Every Triton kernel as it is compiled for a GPU, without one: name, source, options, and what it takes of the GPU.
 
-`python tests/compiled_kernels.py "attention.* 32 channels" sm_90 gfx942` compiles the kernels of these names, "" for
-all, for these targets and rewrites their rows of compiled_kernels.csv, which tests/test_kernels.py compares with.
+`PYTHONPATH=. python tests/compiled_kernels.py "attention.* 32 channels" sm_90 gfx942` compiles this tree's kernels of
+these names, "" for all, for these targets and rewrites their rows of compiled_kernels.csv, which tests/test_kernels.py
+compares with.
 
 Arguments are described as at run time: tensors of torch are aligned, sizes of the model (channels, classes, strides)
 are known to be multiples of 16 where they are, lengths are not.
