@@ -143,15 +143,15 @@ def source(kernel: Any, *arguments: Any, constants: dict[str, Any]) -> ASTSource
 
 
 def attention_sources(target: str) -> Iterator[Compiled]:
-    """Every configuration in the table: with the random mask, which is the most that a training step draws without
-    dropout, and a padding mask."""
+    """Every configuration in the table, with the random mask and a padding mask; at SGTR's 32 channels dropout too."""
     kernels = {
         "forward": attention.forward_kernel,
         "query_gradient": attention.query_gradient_kernel,
         "key_value_gradient": attention.key_value_gradient_kernel,
     }
     for (name, kernel), element, dim in itertools.product(kernels.items(), ("fp16", "fp32"), DIMS):
-        for branches, shared in ((1, False), (2, False), (2, True)):
+        kinds = ((1, False), (2, False), (2, True))
+        for (branches, shared), dropout in itertools.product(kinds, (0, 6554) if dim == 32 else (0,)):
             plan = configs.lookup(name, target, int(element[2:]), dim, branches)
             tiling = attention.Tiling.of(plan, True, 4096)
             rows = attention.Matrix(f"*{element}", 4096 * dim, 512 * dim, 8 * dim, 1)  # of a projection
@@ -169,9 +169,10 @@ def attention_sources(target: str) -> Iterator[Compiled]:
             else:
                 grads = *both(rows), *sums, rows, rows  # of the outputs, their sums, of key and value
                 arguments = (*queries, rows, rows, *sums, *grads, *masks, 8, *sizes[:3], *drawn)
-            constants = attention.constants(plan, tiling, branches, 6554, 0, dim)
+            constants = attention.constants(plan, tiling, branches, 6554, dropout, dim)
             options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
             kind = "one branch" if branches == 1 else "one query for both branches" if shared else "two branches"
+            kind += ", dropout" if dropout else ""
             yield Compiled(
                 f"attention {name.replace('_', ' ')}: {element}, {dim} channels, {kind}",
                 source(kernel, *arguments, constants=constants),
