@@ -24,7 +24,7 @@ EXTRAS = {
         "scipy",
         "transformers",
     ),
-    "test": ("pytest", "pytest-benchmark", "hypothesis", "pybind11"),
+    "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "pybind11"),
 }
 
 

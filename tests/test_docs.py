@@ -1,9 +1,11 @@
-"""README and docs do what they say: marked Python blocks run, links lead somewhere, commands exist."""
+"""README and docs do what they say: marked Python blocks run, links lead somewhere, commands and extras exist."""
 
 import re
 from pathlib import Path
 
 import pytest
+
+from sgalign import cli, doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,6 +37,19 @@ def test_links_and_configs_exist(page):
         assert (page.parent / link).exists(), link
     for config in re.findall(r"configs/\w+\.yaml", text):
         assert (ROOT / config).exists(), config
+
+
+def test_commands_exist():
+    commands = {"doctor", *cli.COMMANDS, *cli.TRAINER_COMMANDS}
+    for page in PAGES:
+        assert set(re.findall(r"(?:^ {4}|`|bin/)sgalign ([a-z][\w-]*)", page.read_text(), re.M)) <= commands, page
+
+
+def test_doctor_looks_for_what_the_extras_install():
+    listed = (ROOT / "pyproject.toml").read_text()
+    for extra, packages in doctor.EXTRAS.items():
+        block = re.search(rf"^{extra} = \[(.*?)\]$", listed, re.M | re.S)[1]
+        assert set(packages) == set(re.findall(r'"([\w-]+)[^"]*"', block)), extra
 
 
 def test_every_package_is_installed():
