@@ -16,8 +16,8 @@ class MaskedMultiheadAttention(nn.Module):
     """`torch.nn.MultiheadAttention` on fused kernels, with the random mask and a dual-branch call.
 
     Parameters have the same names and initial values, so state dicts go both ways. What it does not have:
-    ``add_bias_kv``, ``add_zero_attn``, additive (floating point) masks, and attention weights, since no tensor of size
-    Lq x Lk ever exists.
+    ``add_bias_kv``, ``add_zero_attn``, additive (floating point) masks, which `torch.nn.TransformerEncoderLayer` makes
+    of any mask, and attention weights, since no tensor of size Lq x Lk ever exists.
 
     Args:
         embed_dim: channels of the query and the output.
@@ -30,6 +30,8 @@ class MaskedMultiheadAttention(nn.Module):
         backend: as in `fused_masked_attention`.
         device, dtype: of the parameters.
     """
+
+    _qkv_same_embed_dim = False  # what torch's encoder layer asks before it would go around this module in evaluation
 
     def __init__(
         self,
@@ -167,8 +169,6 @@ class MaskedMultiheadAttention(nn.Module):
             if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched or tensor.shape[-1] != width:
                 layout = f"[B, L, {width}]" if self.batch_first else f"[L, B, {width}]"
                 raise ValueError(f"{name} must be {layout}, or [L, {width}] like every other, got {list(tensor.shape)}")
-        if attn_mask is not None:
-            attn_mask = self._mask_by_head(attn_mask)
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask[None]
         weights = self._projection_weights()
@@ -176,6 +176,8 @@ class MaskedMultiheadAttention(nn.Module):
         heads = [self._split_heads(functional.linear(query, weights[0], biases[0])) for query in queries]
         keys = self._split_heads(functional.linear(key, weights[1], biases[1]))
         values = self._split_heads(functional.linear(value, weights[2], biases[2]))
+        if attn_mask is not None:
+            attn_mask = self._mask_by_head(attn_mask, len(keys), heads[0].shape[2], keys.shape[2])
         options: dict[str, Any] = {
             "mask": attn_mask,
             "mask_ratio": self.mask_ratio if self.training else 0.0,
@@ -192,16 +194,19 @@ class MaskedMultiheadAttention(nn.Module):
         )
         return [self.out_proj(self._merge_heads(out, batched)) for out in outs]
 
-    def _mask_by_head(self, attn_mask: Tensor) -> Tensor:
+    def _mask_by_head(self, attn_mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
         if not isinstance(attn_mask, Tensor) or attn_mask.dtype != torch.bool:
             got = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
             raise TypeError(f"attn_mask must be a bool tensor, True = dropped, got {got}")
-        if attn_mask.dim() == 2:
+        if attn_mask.shape == (queries, keys):
             return attn_mask
-        if attn_mask.dim() != 3 or attn_mask.shape[0] % self.num_heads:
-            wanted = f"[Lq, Lk] or [B * {self.num_heads}, Lq, Lk]"
-            raise ValueError(f"attn_mask must be {wanted}, got {list(attn_mask.shape)}")
-        return attn_mask.unflatten(0, (-1, self.num_heads))
+        by_head = (batch * self.num_heads, queries, keys)
+        if attn_mask.shape != by_head:
+            raise ValueError(
+                f"attn_mask must be {[queries, keys]} or {list(by_head)}, [B * num_heads, Lq, Lk], "
+                f"got {list(attn_mask.shape)}"
+            )
+        return attn_mask.unflatten(0, (batch, self.num_heads))
 
     def _projection_weights(self) -> tuple[Tensor, ...]:
         if self.in_proj_weight is not None:

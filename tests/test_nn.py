@@ -36,18 +36,18 @@ def test_equals_torch(options, batched):
     torch.testing.assert_close(out, theirs(query, key, value, attn_mask=mask[0])[0], atol=1e-5, rtol=1e-4)
 
 
-def test_same_initial_values_and_state_dict_both_ways():
+@pytest.mark.parametrize("sizes", [{}, {"kdim": E + 2, "vdim": E + 4}, {"bias": False}])
+def test_same_initial_values_and_state_dict_both_ways(sizes):
     torch.manual_seed(0)
-    theirs = nn.MultiheadAttention(E, H)
+    theirs = nn.MultiheadAttention(E, H, **sizes)
     torch.manual_seed(0)
-    ours = MaskedMultiheadAttention(E, H)
+    ours = MaskedMultiheadAttention(E, H, **sizes)
     theirs_state, ours_state = theirs.state_dict(), ours.state_dict()
     assert list(theirs_state) == list(ours_state)
-    assert set(map(tuple, (v.shape for v in theirs_state.values()))) == set(
-        map(tuple, (v.shape for v in ours_state.values()))
-    )
+    for name, tensor in theirs_state.items():
+        assert torch.equal(ours_state[name], tensor), name
     theirs.load_state_dict(ours_state)
-    assert torch.equal(theirs_state["in_proj_weight"].std(), theirs.in_proj_weight.std())
+    ours.load_state_dict(theirs_state)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -101,6 +101,8 @@ def test_errors():
         ({"value": torch.zeros(7, E)}, ValueError, rf"value must be \[B, L, {E}\].* got \[7, {E}\]"),
         ({"attn_mask": torch.zeros(3, 5, 7)}, TypeError, "attn_mask must be a bool tensor.* got torch.float32"),
         ({"attn_mask": torch.zeros(H + 1, 5, 7) > 0}, ValueError, rf"attn_mask must be .* got \[{H + 1}, 5, 7\]"),
+        ({"attn_mask": torch.zeros(H, 5, 7) > 0}, ValueError, rf"or \[{3 * H}, 5, 7\], .* got \[{H}, 5, 7\]"),
+        ({"attn_mask": torch.zeros(1, 7) > 0}, ValueError, r"attn_mask must be \[5, 7\] or .* got \[1, 7\]"),
         ({"is_causal": True}, ValueError, "attn_mask must be given where is_causal is True"),
     ],
 )
@@ -116,11 +118,16 @@ def test_bad_ratios_are_refused_when_the_module_is_made():
             MaskedMultiheadAttention(E, H, **{name: 2})
 
 
-def test_works_as_the_attention_of_a_transformer_layer():
+@pytest.mark.parametrize("training", [True, False])
+def test_works_as_the_attention_of_a_transformer_layer(training):
     theirs = torch.nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True)
     ours = torch.nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True)
     ours.load_state_dict(theirs.state_dict())
     ours.self_attn = MaskedMultiheadAttention(E, H, batch_first=True)
     ours.self_attn.load_state_dict(theirs.self_attn.state_dict())
     x = torch.randn(3, 5, E)
+    theirs, ours = theirs.train(training), ours.train(training)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+    stacks = [torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False) for layer in (ours, theirs)]
+    ours, theirs = (stack.train(training) for stack in stacks)
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
