@@ -67,7 +67,9 @@ def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -
             row.extend(of_row[:, :, query].mean(1))
 
     height, width = pixels.shape[1:]
-    shape = (-(-height // options.stride), -(-width // options.stride))
+    # Not the option: weights of another detector tell its stride.
+    shapes = ((-(-height // stride), -(-width // stride)) for stride in (16, 32))
+    shape = next(shape for shape in shapes if shape[0] * shape[1] == entities.memory.shape[1])
     boxes = box_convert(entities.boxes[-1, 0], "cxcywh", "xyxy") * torch.tensor([width, height] * 2)
     shown = pixels.permute(1, 2, 0).numpy()
     figure = Figure(figsize=(13, 9), layout="constrained")

@@ -35,6 +35,7 @@ class _DetectingModule(RelationModule):
 
     detector: EntityDetector
     vision = "images"
+    learns_from_targets = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,10 +148,10 @@ class _DetectingModule(RelationModule):
             if len(found):
                 self.log(f"{part}/{name}", found.mean(), batch_size=len(found), sync_dist=True, on_epoch=True)
 
-    def _objects(self, batch: GraphBatch, candidates: Entities, image: int, count: int | None = None) -> dict[str, Any]:
-        """The first `count` entities, or all, of one image, in its own pixels."""
-        boxes = box_convert(candidates.boxes[image, :count], "cxcywh", "xyxy")
-        confidence, labels = candidates.probabilities[image, :count].max(-1)
+    def _objects(self, batch: GraphBatch, candidates: Entities, image: int) -> dict[str, Any]:
+        """The detected entities of one image, in its own pixels."""
+        boxes = box_convert(candidates.boxes[image], "cxcywh", "xyxy")
+        confidence, labels = candidates.probabilities[image].max(-1)
         return {
             "image_id": batch.image_ids[image],
             "boxes": boxes.clamp(0, 1) * batch.sizes[image].to(boxes.device).repeat(2),
@@ -379,16 +380,21 @@ class SGTRModule(_DetectingModule):
     def _graphs(self, batch: GraphBatch, pixels: list[Tensor], entities: DetectedEntities) -> list[dict[str, Any]]:
         lengths = batch.lengths.tolist()
         # What the model is told: annotated objects, or another detector's.
-        boxes = box_convert(batch.boxes / batch.sizes[batch.images].repeat(1, 2), "xyxy", "cxcywh").split(lengths)
-        scores = None if batch.scores is None else batch.scores.split(lengths)
-        candidates = self._candidates(entities, batch.labels.split(lengths), boxes, scores)
+        labels, boxes = batch.labels.split(lengths), batch.boxes.split(lengths)
+        in_units = box_convert(batch.boxes / batch.sizes[batch.images].repeat(1, 2), "xyxy", "cxcywh").split(lengths)
+        sure = torch.ones_like(batch.boxes[:, 0]) if batch.scores is None else batch.scores
+        scores = sure.split(lengths)
+        candidates = self._candidates(entities, labels, in_units, scores)
         options = {name: self.options[name] for name in ("focal", "pairs")}
         graphs = assemble(self.network(entities).at(-1), candidates, sizes_of(pixels), **options)
         predictions = []
         for image, (triplets, triplet_scores) in enumerate(graphs):
-            given = lengths[image] if self.protocol == "predcls" else None
             relations = {"triplets": triplets, "triplet_scores": triplet_scores}
-            predictions.append(self._objects(batch, candidates, image, given) | relations)
+            if self.protocol == "predcls":  # as they are, even where a box ends beyond its image
+                told = {"boxes": boxes[image], "labels": labels[image], "scores": scores[image]}
+                predictions.append({"image_id": batch.image_ids[image], **told, **relations})
+            else:
+                predictions.append(self._objects(batch, candidates, image) | relations)
         return predictions
 
     def _candidates(

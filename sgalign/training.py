@@ -57,6 +57,11 @@ class RelationModule(pl.LightningModule):
         assert self.network is not None, "the network is made when a trainer or a checkpoint tells the classes"
         return self.network(batch)
 
+    @property
+    def learns_from_targets(self) -> bool:
+        """Whether training reads the batch's targets, not relations of objects that it finds itself."""
+        return self.protocol != "sgdet"
+
     def see(self, batch: GraphBatch, batch_index: int = 0) -> GraphBatch:
         """The batch with what a model finds in it before it relates anything: objects, features, sampled pairs."""
         return batch
@@ -67,6 +72,11 @@ class RelationModule(pl.LightningModule):
         data = self._data
         if self.protocol == "sgdet" and data.detections is not None:
             raise ValueError("data must have no detections for protocol sgdet: the model finds objects itself")
+        if stage == "fit" and data.instance_drop and not self.learns_from_targets:
+            raise ValueError(
+                f"instance_drop must be 0 for {type(self).__name__} of protocol {self.protocol}, which does not learn "
+                f"from the annotated pairs' labels, got {data.instance_drop}"
+            )
         self._set_classes(data.object_names, data.predicate_names, f"the data, {data.name},")
         if self.network is None:
             self.make_network(predicate_counts(data.train, len(self.object_names) - 1, len(self.predicate_names) - 1))

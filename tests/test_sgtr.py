@@ -255,18 +255,18 @@ def test_the_mirror_needs_few_more_operator_calls():
     assert calls(mirror=True) < 1.35 * calls(mirror=False)
 
 
-def test_weights_of_figures_are_those_of_the_kernel():
+@pytest.mark.parametrize("branches", [1, 2])  # one where they are still equal, as in the first layer
+def test_weights_of_figures_are_those_of_the_kernel(branches):
     net, found, mask = network(), entities(), MirrorMask(0.4, 7)
     memories = net._memories(found)[1]
-    x = torch.randn(3, 4, QUERIES, DIM, dtype=torch.float64)
+    x = torch.randn(3, 2 * branches, QUERIES, DIM, dtype=torch.float64)
     block = net.cross_attention[1]
     weights = block.weights(x, net.queries, memories, mask, stream=2)
     parts = []
-    for memory, branches in zip(memories, weights):
-        roles = len(branches[0])
-        outs = [block.merge(w.flatten(0, 1) @ memory.value, roles) for w in branches]
+    for memory, both in zip(memories, weights):
+        outs = [block.merge(w.flatten(0, 1) @ memory.value, len(w)) for w in both]
         parts.append(torch.cat(outs, dim=1))
-    expected = x + block.out(torch.cat(parts))
+    expected = x.repeat(1, 3 - branches, 1, 1) + block.out(torch.cat(parts))
     torch.testing.assert_close(block(x, net.queries, memories, mask, stream=2), expected)
     torch.testing.assert_close(weights[1][1].sum(-1), torch.ones(2, 2, HEADS, QUERIES, dtype=torch.float64))
 
@@ -645,6 +645,16 @@ def test_predcls_takes_the_objects_that_it_is_told(tmp_path):
         assert (image["triplets"][:, :2] < 2).all()
     with pytest.raises(ValueError, match="no detections for protocol sgdet"):
         trainer().predict(SGTRModule(**SMALL), data)
+    data.detections = None
+    for graph in data.test:
+        graph.boxes[0, :2] -= graph.boxes[0, :2] + 3  # beyond the image's edge, as some of VRD's are
+    run.test(module, data, verbose=False)
+
+
+def test_labels_that_nothing_learns_from_cannot_be_dropped():
+    data = FewScenes(None, batch_size=2, images=True, instance_drop=1.6)
+    with pytest.raises(ValueError, match="instance_drop must be 0 for SGTRModule of protocol sgdet.* got 1.6"):
+        trainer(max_epochs=1).fit(SGTRModule(**SMALL), data)
 
 
 def test_stride_16_has_no_last_stage():
@@ -916,3 +926,6 @@ def test_other_checkpoints_are_refused(tmp_path):
         load_published(tmp_path / "other.pth")
     with pytest.raises(FileNotFoundError, match="nothing"):
         load_published(tmp_path / "nothing.pth")
+    (tmp_path / "text.pth").write_text("text")
+    with pytest.raises(ValueError, match="text.pth: not a checkpoint"):
+        load_published(tmp_path / "text.pth")

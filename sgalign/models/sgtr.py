@@ -232,7 +232,7 @@ class CrossAttention(_Block):
         """What `forward` of both branches attends to, for figures: it never has these itself.
 
         Args:
-            x, position, memories, mask, stream: of `forward`, `x` of both branches.
+            x, position, memories, mask, stream: of `forward`.
 
         Returns:
             For each memory the supervised and the mirrored branch's weights, `[roles, B, heads, Q, L]`.
@@ -242,9 +242,9 @@ class CrossAttention(_Block):
         parts = (queries[:1], queries[1:])[: len(memories)]
         found = []
         for number, (query, memory) in enumerate(zip(parts, memories, strict=True)):
-            images = query.shape[1] // 2
+            images = len(memory.key) // len(query)
             branches = []
-            for query_part, ratio in ((query[:, :images], 0.0), (query[:, images:], mask.ratio)):
+            for query_part, ratio in ((query[:, :images], 0.0), (query[:, -images:], mask.ratio)):
                 split = self.split(query_part)
                 scores = split @ memory.key.mT / math.sqrt(split.shape[-1])
                 dropped = random_attention_mask(

@@ -32,7 +32,10 @@ def load_published(path: str | Path, *, focal: bool = True) -> tuple[EntityDetec
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises nearly anything
+        raise ValueError(f"{path}: not a checkpoint, or cut short ({type(error).__name__})") from error
     public: State = saved.get("model", saved) if isinstance(saved, dict) else {}
     try:
         dim, objects = public["class_embed.weight"].shape[1], len(public["class_embed.weight"]) - 1
