@@ -60,8 +60,9 @@ def unavailable(backend: str) -> str | None:
     if backend in ("triton", "cuda"):
         if problem := _problem(backend):
             return problem
-        if not torch.cuda.is_available() and not _is_emulated(backend):
-            return "torch finds no GPU here"
+        if not torch.cuda.is_available():
+            return None if _is_emulated(backend) else "torch finds no GPU here"
+        return _too_old(torch.device("cuda"))
     return None
 
 

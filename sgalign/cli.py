@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 import traceback
 import warnings
@@ -38,6 +39,7 @@ COMMANDS = {
     "report": "report",
 }  # and the modules whose main they are
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+LIGHTNING_OPTIONS = {"-c", "--config", "--model", "--data", "--trainer", "--ckpt_path"}  # not of predict on photographs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         module = COMMANDS.get(command)
-        if command == "predict" and not any(argument.startswith("--config") for argument in rest):
+        if command == "predict" and LIGHTNING_OPTIONS.isdisjoint(re.split("[.+=]", option)[0] for option in rest):
             module = "prediction"
         if module is not None:
             return importlib.import_module(f"sgalign.{module}").main(rest)

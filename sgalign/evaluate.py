@@ -181,6 +181,8 @@ def main(arguments: Sequence[str]) -> int:
     special = options.protocol not in PROTOCOLS
     if special and (options.skip_missing or options.no_plus_one):
         parser().error(f"--skip-missing and --no-plus-one are not for --protocol {options.protocol}")
+    if options.protocol == "open-images" and options.zero_shot is not None:
+        parser().error("--zero-shot is not for --protocol open-images")
     if not special and options.predicates_per_pair != 1:
         parser().error(f"--predicates-per-pair is not for --protocol {options.protocol}")
     dataset = open_part(options, options.split)

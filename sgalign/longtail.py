@@ -54,6 +54,8 @@ class RelationLoss(nn.Module):
             weight = counts**-power
         elif weights == "effective_number":
             weight = (1 - beta) / (1 - beta**counts)
+        elif weights != "none":
+            raise ValueError(f"weights must be none, inverse_frequency or effective_number, got {weights!r}")
         weight *= counts.sum() / (counts * weight).sum()
         prior = counts[1:] / counts[1:].mean()
         self.register_buffer("weight", weight.float())

@@ -51,7 +51,8 @@ def random_attention_mask(
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     if seed is None:
         raise TypeError("seed must be an int or an int64 tensor, got None")
-    seed = seed_tensor(seed, torch.device(device), "seed")
+    device = torch.empty(0, device=device).device  # "cuda" as a tensor has it, with an index
+    seed = seed_tensor(seed, device, "seed")
     backend = backends.choose(None, seed.device, torch.bool)
     return torch.ops.sgalign.random_mask(backend, seed, batch, heads, queries, keys, threshold, stream)
 

@@ -233,7 +233,11 @@ def test_json_of_an_image_without_pairs(tmp_path, annotations, graphs):
 
 
 def test_options_that_do_not_go_together(annotations, capsys):
-    for options, protocol in ((["--skip-missing"], "open-images"), (["--predicates-per-pair", "2"], "sgdet")):
+    for options, protocol in (
+        (["--skip-missing"], "open-images"),
+        (["--predicates-per-pair", "2"], "sgdet"),
+        (["--zero-shot", "f"], "open-images"),
+    ):
         with pytest.raises(SystemExit):
             evaluate("p.h5", annotations, *options, protocol=protocol)
         assert f"for --protocol {protocol}" in capsys.readouterr().err

@@ -177,3 +177,8 @@ def test_training_with_repeats_and_drops_is_repeatable(tmp_path):
 def test_options_are_checked(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(**options)
+
+
+def test_unknown_weights_are_refused():
+    with pytest.raises(ValueError, match="weights must be none, inverse_frequency or effective_number, got 'inverse'"):
+        RelationLoss(torch.ones(3), weights="inverse")

@@ -188,3 +188,8 @@ def test_errors(change, error, message):
     arguments = {"batch": 1, "heads": 1, "queries": 2, "keys": 3, "ratio": 0.5, "seed": 0} | change
     with pytest.raises(error, match=message):
         random_attention_mask(**arguments)
+
+
+def test_a_device_may_have_an_index():
+    mask = random_attention_mask(1, 2, 3, 40, ratio=0.5, seed=torch.tensor(5), device="cpu:0")
+    assert torch.equal(mask, random_attention_mask(1, 2, 3, 40, ratio=0.5, seed=5))

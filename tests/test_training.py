@@ -380,6 +380,13 @@ def test_a_test_needs_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("sgalign: test needs --ckpt_path")
 
 
+def test_predict_is_lightnings_with_any_of_its_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for option in (("-c", str(ROOT / "configs" / "motifs_small.yaml")), ("--model=MotifsModule",)):
+        assert cli.main(["predict", *option]) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith("sgalign: predict needs --ckpt_path")
+
+
 def test_configs_spell_out_the_defaults():
     """So that `sgalign compare`, which takes the defaults, and the configs are the same systems."""
     yaml = pytest.importorskip("yaml")
