@@ -198,7 +198,7 @@ def main(arguments: Sequence[str]) -> int:
     for graph in graphs:
         prediction = predictions[graph.image_id] if graph.image_id in predictions else None
         missing += prediction is None and len(graph.relations) > 0
-        metric.update([prediction or nothing()], [truth(graph)])
+        metric.update([nothing() if prediction is None else prediction], [truth(graph)])
         if prediction is not None:
             where = f"{options.predictions}, image {graph.image_id!r}: "
             check_range(where, "labels", prediction["labels"], 1, len(dataset.object_names) - 1)
