@@ -240,7 +240,8 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
         task = options.protocol.removeprefix("vrd-")
         return VRDEvaluator(task, predicates, predicates_per_pair=options.predicates_per_pair, zero_shot=zero_shot)
     counts = torch.zeros(predicates + 1, dtype=torch.int64)
-    for graph in seen or graphs:
+    # By frequency in the training part alone, as in training.
+    for graph in seen[: len(parts[0])] if parts else graphs:
         counts += torch.bincount(graph.relations[:, 2], minlength=predicates + 1)
     return SceneGraphEvaluator(
         options.protocol,

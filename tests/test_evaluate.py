@@ -232,6 +232,14 @@ def test_json_of_an_image_without_pairs(tmp_path, annotations, graphs):
     assert evaluate(path, annotations, protocol="sgdet") == 0
 
 
+def test_an_image_without_fields_is_refused(annotations, tmp_path, capsys):
+    graph = open_dataset(annotations, "test")[0]
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({graph.image_id: {}}))
+    assert evaluate(path, annotations, protocol="sgdet") == 1
+    assert "prediction must have boxes" in capsys.readouterr().err
+
+
 def test_options_that_do_not_go_together(annotations, capsys):
     for options, protocol in (
         (["--skip-missing"], "open-images"),
