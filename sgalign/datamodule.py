@@ -52,7 +52,7 @@ class SceneGraphData(pl.LightningDataModule):
         repeat_threshold: t of `sgalign.longtail.repeat_factors`, which images of rare predicates are repeated by; 0 for
             not at all.
         instance_drop: rate of `sgalign.longtail.drop_repeated`, for images that are repeated. Not for SGDet, whose
-            training pairs are made of detections.
+            training pairs are made of detections, nor for SGTR, which has no pairs.
     """
 
     def __init__(

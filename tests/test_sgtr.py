@@ -575,6 +575,11 @@ def test_trains_saves_and_predicts(protocol, tmp_path):
     data.test[0].image().save(tmp_path / "scene.png")
     command = [str(tmp_path), "--checkpoint", str(tmp_path / "align.ckpt"), "--image", str(tmp_path / "scene.png")]
     assert main(["report", *command]) == 0 and (tmp_path / "mirror_scene.png").stat().st_size > 10_000
+    saved = torch.load(tmp_path / "align.ckpt", weights_only=True)
+    saved["hyper_parameters"]["stride"] = 32  # an option that a detector's weights overrule
+    torch.save(saved, tmp_path / "overruled.ckpt")
+    command[2] = str(tmp_path / "overruled.ckpt")
+    assert main(["report", *command]) == 0
     assert isinstance(whole, AlignSGTRModule)
     plain = SGTRModule.load_from_checkpoint(tmp_path / "align.ckpt", map_location="cpu", weights_only=True)
     predicted = [trainer().predict(m, data) for m in (whole, plain)]
