@@ -114,6 +114,18 @@ def test_accuracy(shape, branches, options, dtype, instruction_set, poisoned):
     assert_accurate(branches, *make(shape, dtype), **make_options(options, shape))
 
 
+@core_only
+@pytest.mark.parametrize("keys", [4096, 30_000])
+@pytest.mark.parametrize("positive", [False, True])
+def test_long_rows(keys, positive):
+    """Nearly uniform weights, which a sum of one key after the other would round worst."""
+    tensors, grad_outs = make((1, 2, 12, keys, 24))
+    tensors = [0.3 * tensor for tensor in tensors]
+    if positive:
+        tensors[3], grad_outs = tensors[3].abs(), [grad_out.abs() for grad_out in grad_outs]
+    assert_accurate("same query", tensors, grad_outs, mask_ratio=0.1, mask_seed=SEED)
+
+
 LAYOUTS = {
     "contiguous": lambda x: x,
     "projection": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),

@@ -37,17 +37,13 @@ inline int64_t round_to_panel(int64_t n) {
     return divide_up(n, kPanel<R>) * kPanel<R>;
 }
 
-// C [Rows, kPanel] (+)= A [Rows, depth] B [depth, kPanel]
+// C [Rows, kPanel] (+)= A [Rows, depth] B [depth, kPanel]. The sum over `depth` starts from zero and meets C at its end:
+// over many blocks of depth that rounds far less than one number after the other.
 template <class R, int Rows, bool accumulate>
 inline void tile(int64_t depth, const R* a, int64_t a_row, int64_t a_step, const R* b, int64_t b_row, R* c,
                  int64_t c_row) {
     constexpr int lanes = Real<R>::lanes;
-    Vector<R> sum[Rows][2];
-#pragma GCC unroll 12
-    for (int i = 0; i < Rows; ++i) {
-        sum[i][0] = accumulate ? load(c + i * c_row) : Vector<R>{};
-        sum[i][1] = accumulate ? load(c + i * c_row + lanes) : Vector<R>{};
-    }
+    Vector<R> sum[Rows][2] = {};
     for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_row) {
         const Vector<R> left = load(b), right = load(b + lanes);
 #pragma GCC unroll 12
@@ -58,8 +54,9 @@ inline void tile(int64_t depth, const R* a, int64_t a_row, int64_t a_step, const
     }
 #pragma GCC unroll 12
     for (int i = 0; i < Rows; ++i) {
-        store(c + i * c_row, sum[i][0]);
-        store(c + i * c_row + lanes, sum[i][1]);
+        R* out = c + i * c_row;
+        store(out, accumulate ? load(out) + sum[i][0] : sum[i][0]);
+        store(out + lanes, accumulate ? load(out + lanes) + sum[i][1] : sum[i][1]);
     }
 }
 
