@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from torch.utils.data import DataLoader
 from sgalign.alignment import relation_alignment_loss
 from sgalign.data import GraphBatch, SceneGraph
 from sgalign.datamodule import SceneGraphData
+from sgalign.files import write_json
 from sgalign.metrics.matching import rank_triplets, relation_overlaps
 from sgalign.training import AlignMotifsModule, MotifsModule, RelationModule
 
@@ -331,7 +331,7 @@ def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[
     trainer.test(module, datamodule=data, verbose=False)
     result = {
         "seed": seed,
-        "settings": settings(root, arm, epochs),
+        "settings": settings(data_name(root), arm, epochs),
         "seconds": round(time.monotonic() - start),
         "curve": best.epochs,
         "epoch": best.epoch,
@@ -343,21 +343,40 @@ def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[
         "predicates": [graph.relations[:, 2].tolist() for graph in data.test],
         "ranks": ranks(module, data.test_dataloader()),
     }
-    partial_path = path.with_suffix(f".{os.getpid()}.partial")
-    partial_path.write_text(json.dumps(result) + "\n")
-    partial_path.replace(path)
+    write_json(path, result)
     return result
 
 
-def settings(root: str | None, arm: Arm, epochs: int) -> dict[str, Any]:
-    """What tells runs apart, besides the seed: arms of several studies share those of the same settings."""
-    data = "generated scenes" if root is None else Path(root).name
+def settings(data: str, arm: Arm, epochs: int) -> dict[str, Any]:
+    """What tells runs apart, besides the seed: arms of several studies share those of the same settings.
+
+    Args:
+        data: of `data_name`.
+    """
     defaults = dict(MODULES[arm.module]().hparams)
     return {"module": arm.module, "data": data, "epochs": epochs, **defaults, **arm.options, **arm.data}
 
 
-def run_path(folder: Path, root: str | None, arm: Arm, seed: int, epochs: int) -> Path:
-    digest = hashlib.sha256(json.dumps(settings(root, arm, epochs), sort_keys=True).encode()).hexdigest()
+def data_name(root: str | None) -> str:
+    """The folder's name and a digest of the annotations in it, which another data set of that name does not have.
+
+    Cached features are told apart by the name of their folder alone.
+    """
+    if root is None:
+        return "generated scenes"
+    digest = hashlib.sha256()
+    for path in sorted(Path(root).iterdir()):
+        if path.suffix in (".json", ".h5", ".csv"):
+            digest.update(f"{path.name} {path.stat().st_size} ".encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return f"{Path(root).resolve().name} {digest.hexdigest()[:12]}"
+
+
+def run_path(folder: Path, of: dict[str, Any], seed: int) -> Path:
+    """The file of a run of these `settings`."""
+    digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
     return folder / "runs" / f"{digest[:12]}_{seed}.json"
 
 
@@ -397,21 +416,24 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("seeds", "jobs", "epochs"):
         if (value := getattr(options, name)) < 1:
             parser().error(f"--{name} must be at least 1, got {value}")
+    data = data_name(options.data)
     tasks: dict[Path, tuple[Any, ...]] = {}
     # All arms with one seed before any with the next, so that a part of it says something.
     for seed in range(options.seeds):
         for arm in (arm for name in options.study for arm in STUDIES[name].arms):
-            path = run_path(options.out, options.data, arm, seed, options.epochs)
-            if not path.exists():
-                tasks[path] = options.data, arm, seed, options.epochs, path
-    (options.out / "runs").mkdir(parents=True, exist_ok=True)
+            path = run_path(options.out, settings(data, arm, options.epochs), seed)
+            tasks[path] = options.data, arm, seed, options.epochs, path
+    there = [path for path in tasks if path.exists()]
+    for path in there:
+        del tasks[path]
+    print(f"{options.out}: {len(tasks)} runs to do, {len(there)} are there", flush=True)
     for number, (arm, result) in enumerate(_results(list(tasks.values()), options.jobs), 1):
         test = {name: f"{100 * result['test'][name]:.1f}" for name in ("R@50", "mR@50")}
         of = f"{number}/{len(tasks)} {arm.name}, seed {result['seed']}"
         print(f"{of}: test R@50 {test['R@50']}, mR@50 {test['mR@50']}, {result['seconds']} s", flush=True)
     from sgalign import report
 
-    report.write(options.out, options.study, options.data, options.epochs)
+    report.write(options.out, options.study, data, options.epochs)
     return 0
 
 

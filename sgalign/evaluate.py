@@ -7,6 +7,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from sgalign.data import SceneGraph, open_dataset
 from sgalign.data.scene_graph import check_range
 from sgalign.data.vg150 import read_zero_shot_triplets
-from sgalign.features import check_space
+from sgalign.files import check_writable, hdf5_written_whole, write_json, written_whole
 from sgalign.metrics import (
     PROTOCOLS,
     OpenImagesEvaluator,
@@ -38,6 +39,8 @@ FIELDS = {
     "triplet_scores": torch.float32,
 }
 VRD_TASKS = ("relationship", "phrase", "predicate")
+DAMAGE = (KeyError, OSError, RuntimeError, ValueError)  # what h5py and json raise of files that are not whole
+WRITTEN = "; the callback sgalign.prediction.PredictionWriter of sgalign predict --config writes such a file"
 EPILOG = "docs/evaluation.md has the format of the file, every rule, and what each choice is worth."
 
 
@@ -51,12 +54,11 @@ class PredictionFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._stack = ExitStack()
+        self._written = hdf5_written_whole(path)
 
     def __enter__(self) -> PredictionFile:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = h5py.File(self._partial, "w")
+        self._file = self._stack.enter_context(self._written)
         return self
 
     def write(self, image_id: str, prediction: Mapping[str, Any]) -> None:
@@ -64,12 +66,11 @@ class PredictionFile:
 
         Raises:
             ValueError: the image was written before.
-            OSError: the disk has no space for it.
+            OSError: the disk has no space for it; perhaps only at the end of the block.
         """
         if image_id in self._file:
             raise ValueError(f"image_id must be new, {image_id!r} was written before")
         fields = {name: torch.as_tensor(prediction[name]).cpu() for name in FIELDS if name in prediction}
-        check_space(self.path.parent, sum(tensor.nbytes for tensor in fields.values()))
         group = self._file.create_group(image_id)
         for name, tensor in fields.items():
             group[name] = tensor.numpy()
@@ -77,12 +78,7 @@ class PredictionFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._file.close()
-            if kind is None:
-                self._partial.replace(self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+        self._stack.__exit__(kind, error, trace)
 
 
 class Predictions:
@@ -108,29 +104,30 @@ class Predictions:
         try:
             if h5py.is_hdf5(self.path):
                 self._images = h5py.File(self.path, "r")
+                self.image_ids = set(_image_ids(self._images))
             else:
                 self._images = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path}: neither HDF5 nor JSON, or cut short ({error})") from error
+                self.image_ids = set(self._images) if isinstance(self._images, dict) else set()
+        except DAMAGE as error:
+            raise ValueError(f"{self.path}: neither HDF5 nor JSON, or cut short ({error}){WRITTEN}") from error
         if not isinstance(self._images, Mapping):
-            raise ValueError(f"{self.path}: must be an object of image ids, got {type(self._images).__name__}")
-
-    def __iter__(self) -> Iterator[str]:
-        return _image_ids(self._images) if isinstance(self._images, h5py.File) else iter(self._images)
-
-    def __contains__(self, image_id: object) -> bool:
-        return image_id in self._images
+            raise ValueError(f"{self.path}: must be an object of image ids, got {type(self._images).__name__}{WRITTEN}")
 
     def __getitem__(self, image_id: str) -> dict[str, Tensor]:
         """The fields of an image that are there, as `SceneGraphEvaluator.update` takes them."""
-        where, image = f"{self.path}, image {image_id!r}", self._images[image_id]
-        if not isinstance(image, Mapping):
+        where = f"{self.path}, image {image_id!r}"
+        try:
+            image = self._images[image_id]
+            there = FIELDS.keys() & image.keys() if isinstance(image, Mapping) else None
+        except DAMAGE as error:
+            raise ValueError(f"{where}: damaged ({error})") from error
+        if there is None:
             raise ValueError(f"{where}: must have {', '.join(FIELDS)}, got {type(image).__name__}")
         fields = {}
-        for field in FIELDS.keys() & image.keys():
+        for field in there:
             try:
-                value = torch.as_tensor(image[field][()] if isinstance(image[field], h5py.Dataset) else image[field])
-            except (OSError, TypeError, ValueError, RuntimeError) as error:
+                value = torch.as_tensor(image[field][()] if isinstance(image, h5py.Group) else image[field])
+            except (*DAMAGE, TypeError) as error:
                 raise ValueError(f"{where}: {field} must be numbers in equally long rows ({error})") from error
             fields[field] = self._typed(where, field, value)
         return fields
@@ -185,10 +182,12 @@ def main(arguments: Sequence[str]) -> int:
         parser().error("--zero-shot is not for --protocol open-images")
     if not special and options.predicates_per_pair != 1:
         parser().error(f"--predicates-per-pair is not for --protocol {options.protocol}")
+    for path in filter(None, (options.json, options.csv)):
+        check_writable(path)
     dataset = open_part(options, options.split)
     predictions = Predictions(options.predictions, len(dataset.predicate_names) - 1)
     graphs = [dataset[index] for index in range(len(dataset))]
-    if unknown := set(predictions) - {graph.image_id for graph in graphs}:
+    if unknown := predictions.image_ids - {graph.image_id for graph in graphs}:
         raise ValueError(
             f"{options.predictions}: image ids must be those of the {options.split} part of {options.annotations}, "
             f"got {len(unknown)} others, such as {min(unknown)!r}"
@@ -196,7 +195,7 @@ def main(arguments: Sequence[str]) -> int:
     metric = make_evaluator(options, dataset, graphs)
     missing = 0
     for graph in graphs:
-        prediction = predictions[graph.image_id] if graph.image_id in predictions else None
+        prediction = predictions[graph.image_id] if graph.image_id in predictions.image_ids else None
         missing += prediction is None and len(graph.relations) > 0
         metric.update([nothing() if prediction is None else prediction], [truth(graph)])
         if prediction is not None:
@@ -208,9 +207,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"sgalign: {missing} images with relations have no prediction and {counted}", file=sys.stderr)
     print(table(figures))
     if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, figures, indent=1)
     if options.csv is not None:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
+        with written_whole(options.csv) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(
                 [("metric", "k", "of", "value"), *(split_name(n) + (v,) for n, v in figures.items())]
             )

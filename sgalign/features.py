@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from sgalign.data import GraphBatch, Objects, SceneGraph
 from sgalign.data.batch import read_pixels
+from sgalign.files import hdf5_written_whole
 
 if TYPE_CHECKING:
     from sgalign.models import Detector, RegionFeatures
@@ -65,16 +64,13 @@ def cache_features(
     device = next(regions.parameters()).device
     for start in range(0, len(missing), IMAGES_A_FILE):
         path = folder / f"features_{following + start // IMAGES_A_FILE:05}.h5"
-        partial = path.with_suffix(".partial")
-        with h5py.File(partial, "w") as file:
+        with hdf5_written_whole(path) as file:
             file.attrs.update(header)
             for graph in missing[start : start + IMAGES_A_FILE]:
                 group = file.create_group(_key(graph.image_id))
                 seen = _see(graph, detector, regions, device)
-                check_space(folder, sum(tensor.nbytes for tensor in seen))
                 for field, tensor in zip(FIELDS, seen, strict=True):
                     group[field] = tensor.half().numpy() if half and field != "boxes" else tensor.numpy()
-        os.replace(partial, path)
         print(f"{path}: {min(start + IMAGES_A_FILE, len(missing))} of {len(missing)} images", flush=True)
 
 
@@ -160,14 +156,6 @@ class FeatureCache:
                 raise ValueError(f"{self.folder}: image {image_id!r} was seen with other boxes: cache its data again")
         objects, logits, union = (torch.cat([image[field] for image in images]) for field in FIELDS[1:])
         return batch._replace(object_features=objects, logits=logits, union_features=union)
-
-
-def check_space(folder: Path, size: int) -> None:
-    """Raises OSError where a disk has not `size` bytes and some to spare: HDF5 does not survive running out of it."""
-    if (free := shutil.disk_usage(folder).free) < size + (1 << 20):
-        raise OSError(
-            errno.ENOSPC, f"no space left for {size / 2**20:.1f} MiB more, {free / 2**20:.1f} MiB are free", str(folder)
-        )
 
 
 def _key(image_id: str) -> str:

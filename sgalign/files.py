@@ -1,10 +1,60 @@
-"""JSON files of data sets."""
+"""Files that are read with a clear error, and that appear whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import h5py
+import torch
+
+
+@contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Where to write a file, beside `path`; it takes its place when the block ends without an error, and goes with one.
+
+    What was at `path` stays as it was until then, whatever happens: a full disk, an interruption, a kill.
+
+    Raises:
+        IsADirectoryError: `path` is a folder.
+    """
+    path = Path(path)
+    check_writable(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Makes the folder of a file that is to be written, so that what cannot be is known before the work, not after it.
+
+    Raises:
+        OSError: `path` is a folder, or its own cannot be made or written to; names it.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, must be a file", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, "cannot write here", str(path.parent))
+
+
+@contextmanager
+def hdf5_written_whole(path: str | Path) -> Iterator[h5py.File]:
+    """`written_whole` of an HDF5 file.
+
+    HDF5 writes through Python: by itself it ends in a segmentation fault where a file cannot grow, because of a full
+    disk or a quota. This way that is an OSError.
+    """
+    with written_whole(path) as partial, partial.open("w+b") as raw, h5py.File(raw, "w") as file:
+        yield file
 
 
 def read_json(path: Path, remedy: str = "download or write it again") -> Any:
@@ -25,5 +75,24 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
         raise ValueError(f"{path}: not JSON, or cut short ({error}); {remedy}") from error
 
 
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
+def read_tensors(path: str | Path, what: str) -> Any:
+    """What `torch.save` has written, on the CPU; nothing but tensors and plain values is unpickled from the file.
+
+    Args:
+        what: the file should be, for the errors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none of torch's, is cut short, or holds other objects; names the file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no {what} {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises nearly anything
+        raise ValueError(f"{path}: not a {what}, or cut short ({type(error).__name__})") from error

@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 
 from sgalign.data import SceneGraph, ScenesDataset, open_dataset
 from sgalign.data.coco import save_image, write_coco
-from sgalign.data.json_file import write_json
 from sgalign.data.vrd import SPLITS
+from sgalign.files import hdf5_written_whole, write_json
 
 LONG_SIDE = 1024
 
@@ -180,7 +179,7 @@ def write_vg150(
                 predicates.append(predicate)
                 if split == "train":
                     seen.add((labels[start + subject], labels[start + object_], predicate))
-    with h5py.File(root / "VG-SGG.h5", "w") as file:
+    with hdf5_written_whole(root / "VG-SGG.h5") as file:
         all_boxes = np.concatenate(boxes) if boxes else np.zeros((0, 4), np.int32)
         file["boxes_1024"], file["boxes_512"] = all_boxes, np.maximum(all_boxes // 2, [0, 0, 1, 1]).astype(np.int32)
         file["labels"] = np.array(labels, np.int64).reshape(-1, 1)

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -15,8 +16,8 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from sgalign.data import SceneGraph, collate, collate_detected, load_image, read_detections
-from sgalign.data.json_file import write_json
 from sgalign.evaluate import PredictionFile
+from sgalign.files import check_writable, write_json, written_whole
 from sgalign.metrics.matching import rank_triplets
 from sgalign.sgtr import EntityDetectorModule, SGTRModule
 from sgalign.training import DetectorModule, MotifsModule, RelationModule, module_named, read_checkpoint
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.detections is not None:
         detections = read_detections(options.detections, len(module.object_names) - 1)
     paths = image_files(options.images)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(options.out)
     if options.draw:
         folder.mkdir(parents=True, exist_ok=True)
     graphs, failed = [], 0
@@ -82,9 +83,10 @@ def main(arguments: Sequence[str]) -> int:
         graphs.append(graph)
         if options.draw:
             draw(path, graph, folder / f"{path.name}.png")
-    partial = options.out.with_name(options.out.name + ".partial")
-    partial.write_text(json.dumps(graphs, indent=1) + "\n", encoding="utf-8")
-    partial.replace(options.out)
+    if not graphs:
+        print(f"sgalign: {options.out} is not written: no image could be read", file=sys.stderr)
+        return 1
+    write_json(options.out, graphs, indent=1)
     print(
         f"wrote {options.out}: {len(graphs)} of {len(paths)} images" + (f", drawn in {folder}" if options.draw else "")
     )
@@ -198,36 +200,59 @@ def _name(graph: dict[str, Any], index: int) -> str:
     return f"{graph['objects'][index]['label']} {index}"
 
 
-class TripletWriter(BasePredictionWriter):
+class FileWriter(BasePredictionWriter):
+    """Writes what a model predicts for the test part into a file, which appears when the prediction is complete.
+
+    Args:
+        path: the file; what was there is replaced.
+
+    Raises:
+        ValueError: the trainer has several processes, which would write one file.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__("batch")
+        self.path = Path(path)
+        self._stack = ExitStack()
+
+    def open(self, module: pl.LightningModule) -> None:
+        """Makes ready for a file, with `self._stack` to close it; refuses modules whose predictions do not fit."""
+        raise NotImplementedError(f"{type(self).__name__} must override open")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_one_process(trainer)
+        self.open(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stack.__exit__(type(exception), exception, None)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stack.close()
+        print(f"wrote {self.path}")
+
+
+class TripletWriter(FileWriter):
     """Writes what `sgalign predict` finds, an image a line of JSON.
 
     A line has `image_id`, `objects` (`label`, `box` x1, y1, x2, y2 in pixels) and `triplets` by falling score
     (`subject` and `object`, indices of objects; `predicate`; `score`), as `describe` chooses them.
 
     Args:
-        path: the file, replaced when the prediction is complete.
+        path: of `FileWriter`.
         top_k: triplets an image.
         all_predicates: of `describe`.
-
-    Raises:
-        ValueError: the trainer has several processes, which would write one file.
     """
 
     _file: TextIO
 
     def __init__(self, path: str = "predictions.jsonl", top_k: int = 100, all_predicates: bool = False) -> None:
-        super().__init__("batch")
-        self.path, self.top_k, self.all_predicates = Path(path), top_k, all_predicates
+        super().__init__(path)
+        self.top_k, self.all_predicates = top_k, all_predicates
 
-    @property
-    def _partial(self) -> Path:
-        return self.path.with_name(self.path.name + ".partial")
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_one_process(trainer)
-        check_relates(pl_module)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("w", encoding="utf-8")
+    def open(self, module: pl.LightningModule) -> None:
+        check_relates(module)
+        partial = self._stack.enter_context(written_whole(self.path))
+        self._file = self._stack.enter_context(partial.open("w", encoding="utf-8"))
 
     def write_on_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Iterable[dict[str, Any]], *args: Any
@@ -238,33 +263,22 @@ class TripletWriter(BasePredictionWriter):
             graph = describe(image, *names, self.top_k, all_predicates=self.all_predicates)
             self._file.write(json.dumps(graph) + "\n")
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._file.close()
-        self._partial.replace(self.path)
-        print(f"wrote {self.path}")
 
-
-class DetectionWriter(BasePredictionWriter):
+class DetectionWriter(FileWriter):
     """Writes the objects that a detector finds in the test part, as `sgalign.data.read_detections` reads them.
 
         sgalign predict --config CONFIG --ckpt_path CHECKPOINT --trainer.callbacks+=sgalign.prediction.DetectionWriter
 
     Args:
-        path: the file, replaced when the prediction is complete.
-
-    Raises:
-        ValueError: the trainer has several processes, which would write one file.
+        path: of `FileWriter`.
     """
 
     def __init__(self, path: str = "detections.json") -> None:
-        super().__init__("batch")
-        self.path = Path(path)
-        self._found: dict[str, Any] = {}
+        super().__init__(path)
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_one_process(trainer)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._found = {}
+    def open(self, module: pl.LightningModule) -> None:
+        check_writable(self.path)
+        self._found: dict[str, Any] = {}
 
     def write_on_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Iterable[dict[str, Any]], *args: Any
@@ -277,48 +291,31 @@ class DetectionWriter(BasePredictionWriter):
             }
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        partial = self.path.with_name(self.path.name + ".partial")
-        write_json(partial, self._found)
-        partial.replace(self.path)
-        print(f"wrote {self.path}")
+        write_json(self.path, self._found)
+        super().on_predict_end(trainer, pl_module)
 
 
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(FileWriter):
     """Writes what `sgalign predict --config` finds, whole, for `sgalign evaluate`: `PredictionFile`'s HDF5.
 
     Args:
-        path: the file, replaced when the prediction is complete.
-
-    Raises:
-        ValueError: the trainer has several processes, which would write one file.
+        path: of `FileWriter`.
     """
 
-    def __init__(self, path: str = "predictions.h5") -> None:
-        super().__init__("batch")
-        self.path = path
-        self._file: PredictionFile | None = None
+    _file: PredictionFile
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_one_process(trainer)
-        check_relates(pl_module)
-        self._file = PredictionFile(self.path).__enter__()
+    def __init__(self, path: str = "predictions.h5") -> None:
+        super().__init__(path)
+
+    def open(self, module: pl.LightningModule) -> None:
+        check_relates(module)
+        self._file = self._stack.enter_context(PredictionFile(self.path))
 
     def write_on_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Iterable[dict[str, Any]], *args: Any
     ) -> None:
-        assert self._file is not None
         for image in prediction:
             self._file.write(image["image_id"], image)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._file is not None:
-            self._file.__exit__(type(exception), exception, None)
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._file is not None
-        self._file.__exit__(None, None, None)
-        self._file = None
-        print(f"wrote {self.path}")
 
 
 def check_one_process(trainer: pl.Trainer) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign.ablate import DEPTH, EPOCHS, STUDIES, Arm, Study, run_path
+from sgalign.ablate import DEPTH, STUDIES, Arm, Study, settings
 from sgalign.evaluate import split_name
+from sgalign.files import check_writable, read_json, written_whole
 
 COLUMNS = ("R@50", "mR@50", "mR@100", "ngR@50", "zR@100", "mR@100/tail")
 PAIRED = (("R", 50), ("mR", 50), ("mR", 100))
 CURVE = ("R@50", "R@100", "mR@50", "mR@100")
 SAMPLES = 2000
+
+FIELDS = {"seed", "settings", "curve", "epoch", "test", "groups", "predicates", "ranks"}
 
 Run = dict[str, Any]
 
@@ -28,8 +30,11 @@ def main(arguments: Sequence[str]) -> int:
     """`sgalign report FOLDER`."""
     parser = argparse.ArgumentParser("sgalign report", description=__doc__)
     parser.add_argument("folder", type=Path, help="that sgalign ablate has written, or for a figure")
-    parser.add_argument("--data", metavar="FOLDER", help="the data set of the runs (default: generated scenes)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the runs (default: %(default)s)")
+    parser.add_argument(
+        "--study", nargs="+", choices=STUDIES, metavar="STUDY", help="(default: those with a run of every row)"
+    )
+    parser.add_argument("--data", metavar="NAME", help="of the runs' settings, if there are several")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of the runs, if there are several numbers")
     parser.add_argument("--checkpoint", help="of Align-SGTR: draws what it attends to in --image instead")
     parser.add_argument("--image", type=Path, help="a photograph")
     options = parser.parse_args(arguments)
@@ -38,57 +43,86 @@ def main(arguments: Sequence[str]) -> int:
     if options.checkpoint is not None:
         from sgalign.mirror_figure import draw_mirror
 
-        options.folder.mkdir(parents=True, exist_ok=True)
-        draw_mirror(options.checkpoint, options.image, options.folder / f"mirror_{options.image.stem}.png")
+        out = options.folder / f"mirror_{options.image.stem}.png"
+        check_writable(out)
+        draw_mirror(options.checkpoint, options.image, out)
         return 0
-    write(options.folder, list(STUDIES), options.data, options.epochs)
+    write(options.folder, options.study, options.data, options.epochs)
     return 0
 
 
-def write(folder: Path, names: Sequence[str], root: str | None, epochs: int) -> None:
-    """Tables and figures of those studies that have runs, into their folder.
+def write(folder: Path, names: Sequence[str] | None, data: str | None, epochs: int | None) -> None:
+    """Tables and figures of studies into the folder of their runs.
+
+    Args:
+        names: of `STUDIES`; None for those with a run of every row.
+        data, epochs: of the runs' settings; None where the folder's runs have but one.
 
     Raises:
-        FileNotFoundError: none of them has runs.
+        FileNotFoundError: no study has runs.
+        ValueError: data or epochs must be named, or a file is not of a run; says which there are, or names it.
     """
-    studies = {name: read_runs(folder, STUDIES[name], root, epochs) for name in names}
-    studies = {name: arms for name, arms in studies.items() if arms}
-    if not studies:
-        raise FileNotFoundError(f"{folder}: must be a folder of sgalign ablate with runs of {', '.join(names)}")
+    runs = read_runs(folder)
+    if not runs:
+        raise FileNotFoundError(f"{folder}: must be a folder of sgalign ablate with runs in {folder / 'runs'}")
+    data = _only(runs, "data", data)
+    epochs = _only([run for run in runs if run["settings"]["data"] == data], "epochs", epochs)
+    found = {name: runs_by_arm(runs, STUDIES[name], data, epochs) for name in names or STUDIES}
+    studies = {name: arms for name, arms in found.items() if names or len(arms) == len(STUDIES[name].arms)}
+    if not any(studies.values()):
+        begun = [name for name, arms in found.items() if arms]
+        of = f"--study must be of {', '.join(begun)}, none of which has a run of every row" if begun else "of no study"
+        raise FileNotFoundError(f"{folder}: has runs, but of {', '.join(names)} none" if names else f"{folder}: {of}")
     write_csv(folder / "results.csv", studies)
     lines = []
     for name, arms in studies.items():
         lines += [f"## {STUDIES[name].title}", "", *table(STUDIES[name], arms), ""]
         draw_curves(folder / f"{name}_curves.png", arms)
         draw_predicates(folder / f"{name}_predicates.png", STUDIES[name], arms)
-    (folder / "tables.md").write_text("\n".join(lines), encoding="utf-8")
+    with written_whole(folder / "tables.md") as partial:
+        partial.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
     print(f"numbers {folder / 'results.csv'}, tables {folder / 'tables.md'}, figures {folder}/*.png")
 
 
-def read_runs(folder: Path, study: Study, root: str | None, epochs: int) -> dict[str, list[Run]]:
-    """The runs of a study by arm, in the study's order, seeds in order.
+def read_runs(folder: Path) -> list[Run]:
+    """All runs of a folder.
 
     Raises:
         ValueError: a file is not of a run; names it.
     """
-    arms: dict[str, list[Run]] = {}
+    runs = []
+    remedy = "delete it, run sgalign ablate again"
+    for path in sorted((folder / "runs").glob("*.json")):
+        run = read_json(path, remedy)
+        if not isinstance(run, dict) or not run.keys() >= FIELDS or not isinstance(run["settings"], dict):
+            raise ValueError(f"{path}: not a run of sgalign ablate: {remedy}")
+        runs.append(run)
+    return runs
+
+
+def _only(runs: Sequence[Run], name: str, wanted: Any) -> Any:
+    """The value of a setting that is asked for, or that all runs share."""
+    there = {run["settings"].get(name) for run in runs}
+    if wanted in there or (wanted is None and len(there) == 1):
+        return wanted if wanted in there else there.pop()
+    of = ", ".join(sorted(map(repr, there)))
+    raise ValueError(f"--{name} must be of {of}, the runs there are, got {wanted!r}")
+
+
+def runs_by_arm(runs: Sequence[Run], study: Study, data: str, epochs: int) -> dict[str, list[Run]]:
+    """The runs of a study by arm, in the study's order, seeds in order; no arms without runs."""
+    arms = {}
     for arm in study.arms:
-        first = run_path(folder, root, arm, 0, epochs)
-        runs = []
-        for path in first.parent.glob(first.name.replace("_0.json", "_*.json")):
-            try:
-                runs.append(json.loads(path.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise ValueError(f"{path}: not a run of sgalign ablate ({error}): delete it, run again") from error
-        if runs:
-            arms[arm.name] = sorted(runs, key=lambda run: run["seed"])
+        of_arm = settings(data, arm, epochs)
+        if found := [run for run in runs if run["settings"] == of_arm]:
+            arms[arm.name] = sorted(found, key=lambda run: run["seed"])
     return arms
 
 
 def write_csv(path: Path, studies: dict[str, dict[str, list[Run]]]) -> None:
     """One figure a line: study, arm, seed, part, epoch (of validation figures), metric, k, subset, value."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("study", "arm", "seed", "part", "epoch", "metric", "k", "of", "value"))
         for study, arms in studies.items():

@@ -17,6 +17,7 @@ from torchvision.ops import box_iou
 
 from sgalign.alignment import DIRECTIONS, REDUCTIONS, relation_alignment_loss
 from sgalign.data import GraphBatch, Objects, read_word_vectors
+from sgalign.files import read_tensors, written_whole
 from sgalign.longtail import PredicateWeights, RelationLoss
 from sgalign.metrics import SceneGraphEvaluator
 from sgalign.models import (
@@ -204,12 +205,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        partial = Path(f"{path}.partial")
-        try:
+        with written_whole(path) as partial:
             super().save_checkpoint(checkpoint, partial, storage_options)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -219,12 +216,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint, is cut short, or another program wrote it.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises nearly anything
-        raise ValueError(f"{path}: not a checkpoint, or cut short ({type(error).__name__})") from error
+    checkpoint = read_tensors(path, "checkpoint")
     if not isinstance(checkpoint, dict) or "sgalign" not in checkpoint:
         raise ValueError(f"{path}: must be a checkpoint that sgalign fit has written, has no class names")
     return checkpoint

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -55,13 +56,34 @@ def test_runs_are_kept_shared_and_reported(folder, tmp_path, studies, monkeypatc
     monkeypatch.setattr(ablate, "run", lambda root, arm, *rest: done.append(arm.name) or real(root, arm, *rest))
     command[1:2] = ["one", "two"]
     assert main(command) == 0 and done == ["0", "0"]
-    assert main(["report", str(tmp_path), "--data", str(folder), "--epochs", "1"]) == 0
+    assert main(["report", str(tmp_path)]) == 0
     assert "## Two" in (tmp_path / "tables.md").read_text()
 
-    next(iter((tmp_path / "runs").glob("*.json"))).write_text('{"cut')
+    # Of others' rows "two" has all but one; other data of the same name are not taken for these.
+    other = tmp_path / "elsewhere" / folder.name
+    shutil.copytree(folder, other)
+    relations = json.loads((other / "rel.json").read_text())
+    relations["train"] = {image: rows[:1] for image, rows in relations["train"].items()}
+    (other / "rel.json").write_text(json.dumps(relations))
+    done.clear()
+    assert main(["ablate", "one", "--data", str(other), "--seeds", "1", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert len(done) == 4
     capsys.readouterr()
-    assert main(["report", str(tmp_path), "--data", str(folder), "--epochs", "1"]) == 1
-    assert "not a run of sgalign ablate" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "--data must be of 'scenes " in error and error.count("'scenes ") == 2
+    name = ablate.data_name(str(other))
+    assert main(["report", str(tmp_path), "--data", name]) == 0
+    assert "## Two" not in (tmp_path / "tables.md").read_text()
+    assert main(["report", str(tmp_path), "--data", name, "--study", "two"]) == 0
+    assert "## Two" in (tmp_path / "tables.md").read_text()
+
+    for content in ('{"cut', "[1]", '{"seed": 0}'):
+        next(iter((tmp_path / "runs").glob("*.json"))).write_text(content)
+        capsys.readouterr()
+        assert main(["report", str(tmp_path)]) == 1
+        error = capsys.readouterr().err
+        assert "delete it, run sgalign ablate again" in error and error.count("\n") == 1
 
 
 real = ablate.run

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import shutil
 
 import pytest
 import torch
@@ -147,9 +146,9 @@ def test_weights(detector, tmp_path):
     with pytest.raises(ValueError, match="backbone 'resnet18', head_dim 1024 and 5 classes"):
         Detector(5, **SIZES).load_weights(str(path))
     path.write_bytes(b"junk")
-    with pytest.raises(ValueError, match="no file of weights, or cut short"):
+    with pytest.raises(ValueError, match="not a file of detector weights, or cut short"):
         other.load_weights(str(path))
-    with pytest.raises(FileNotFoundError, match="no detector weights"):
+    with pytest.raises(FileNotFoundError, match="no file of detector weights"):
         other.load_weights("nowhere.pt")
     with pytest.raises(ValueError, match="backbone must be one of"):
         Detector(5, backbone="vgg16")
@@ -342,14 +341,6 @@ def test_a_deleted_file_of_a_cache_is_made_again(detector, regions, scenes, tmp_
     cache_features(scenes[:4], detector, regions, tmp_path)
     cache = FeatureCache(tmp_path)
     assert len(cache.paths) == 4 and all(graph.image_id in cache for graph in scenes)
-
-
-def test_a_full_disk_is_noticed_before_hdf5_does(detector, regions, scenes, tmp_path, monkeypatch):
-    usage = type(shutil.disk_usage(tmp_path))
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1 << 30, 1 << 30, 1000))
-    with pytest.raises(OSError, match="no space left for .* MiB more"):
-        cache_features(scenes[:1], detector, regions, tmp_path)
-    assert not list(tmp_path.glob("*.h5"))
 
 
 def test_an_incomplete_cache_is_refused_when_the_data_are_read(detector, regions, scenes, tmp_path):

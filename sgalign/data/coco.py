@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import Dataset
 
 from sgalign.data.images import load_image
-from sgalign.data.json_file import read_json, write_json
 from sgalign.data.scene_graph import BACKGROUND, SceneGraph
 from sgalign.data.vrd import SPLITS
+from sgalign.files import read_json, write_json
 
 FILES = {"train": "train", "validation": "val", "test": "test"}
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgalign.data.json_file import read_json
 from sgalign.data.scene_graph import check_objects
+from sgalign.files import read_json
 
 _FIELDS = ("boxes_xyxy", "labels", "scores")
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sgalign.data.images import load_image
-from sgalign.data.json_file import read_json
 from sgalign.data.scene_graph import BACKGROUND, SceneGraph
 from sgalign.data.vrd import SPLITS
+from sgalign.files import read_json
 
 CORRUPTED = {1592, 1722, 4616, 4617}  # in image_data.json, but not in the official HDF5 file
 IMAGE_FOLDERS = ("VG_100K", "images")

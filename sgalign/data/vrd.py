@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sgalign.data.images import image_size, load_image
-from sgalign.data.json_file import read_json
 from sgalign.data.scene_graph import BACKGROUND, SceneGraph
+from sgalign.files import read_json
 
 SPLITS = ("train", "validation", "test")
 LARGEST = 1 << 24  # beyond, float32 does not hold every integer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
 from torchvision.ops.poolers import initLevelMapper
+
+from sgalign.files import read_tensors
 
 BACKBONES = {
     "resnet18": ResNet18_Weights.IMAGENET1K_V1,
@@ -124,12 +125,7 @@ class Detector(nn.Module):
         if source == "torchvision":
             self._download()
             return
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"no detector weights {source}")
-        try:
-            state: Any = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises nearly anything
-            raise ValueError(f"{source}: no file of weights, or cut short ({type(error).__name__})") from error
+        state = read_tensors(source, "file of detector weights")
         state = state.get("state_dict", state) if isinstance(state, dict) else {}
         for prefix in ("detector.", "network."):  # of MotifsModule, of DetectorModule
             if any(str(name).startswith(prefix + "model.") for name in state):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
+from sgalign.files import read_tensors
 from sgalign.models.entity_detector import STD, EntityDetector
 from sgalign.models.sgtr import SGTR
 
@@ -30,12 +31,7 @@ def load_published(path: str | Path, *, focal: bool = True) -> tuple[EntityDetec
         FileNotFoundError: there is no such file.
         ValueError: it is no such checkpoint; names what is missing.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises nearly anything
-        raise ValueError(f"{path}: not a checkpoint, or cut short ({type(error).__name__})") from error
+    saved = read_tensors(path, "checkpoint")
     public: State = saved.get("model", saved) if isinstance(saved, dict) else {}
     try:
         dim, objects = public["class_embed.weight"].shape[1], len(public["class_embed.weight"]) - 1
