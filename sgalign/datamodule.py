@@ -145,11 +145,15 @@ class SceneGraphData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[GraphBatch]:
         if not self.train:
             raise ValueError(f"{self.name}: no training image has a relation between two objects, nothing to fit")
-        # Also where there is one process: Lightning tells it the epoch, also after a resume.
+        # A sampler for several processes also where there is one: Lightning tells it the epoch, but not before workers
+        # have begun with the first.
         assert self.trainer is not None
         world, rank = self.trainer.world_size, self.trainer.global_rank
         sampler = RepeatSampler(self.train, self.repeat_factors, num_replicas=world, rank=rank, seed=self.seed)
-        return self._loader(self.train, sampler=sampler)
+        sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        loader = self._loader(self.train, kind=TrainingLoader, sampler=sampler)
+        loader.trainer = self.trainer
+        return loader
 
     @cached_property
     def repeat_factors(self) -> Tensor:
@@ -183,8 +187,12 @@ class SceneGraphData(pl.LightningDataModule):
         return UnrepeatedDistributedSampler(range(len(graphs)), num_replicas=world, rank=rank, shuffle=False)
 
     def _loader(
-        self, graphs: Sequence[SceneGraph], detections: dict[str, Detections] | None = None, **options: Any
-    ) -> DataLoader[GraphBatch]:
+        self,
+        graphs: Sequence[SceneGraph],
+        detections: dict[str, Detections] | None = None,
+        kind: type[Any] = DataLoader,
+        **options: Any,
+    ) -> Any:
         collate_fn = partial(
             collate_for,
             num_predicates=len(self.predicate_names) - 1,
@@ -192,13 +200,31 @@ class SceneGraphData(pl.LightningDataModule):
             cache=self.cache,
             detections=detections,
         )
-        return DataLoader(
-            graphs,  # type: ignore[arg-type]
+        return kind(
+            graphs,
             batch_size=self.batch_size,
             collate_fn=collate_fn,
             num_workers=self.num_workers,
             **options,
         )
+
+
+class TrainingLoader(DataLoader[GraphBatch]):
+    """A loader whose place Lightning saves and finds again, so that a run goes on in the middle of an epoch."""
+
+    sampler: RepeatSampler
+    batch_size: int
+    trainer: pl.Trainer  # knows what was trained on, where workers may have fetched more
+
+    def state_dict(self) -> dict[str, int]:
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        if progress.is_last_batch:
+            return {"epoch": self.sampler.epoch + 1, "batches": 0}
+        return {"epoch": self.sampler.epoch, "batches": progress.current.processed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.sampler.done = state["epoch"], state["batches"] * self.batch_size
+        self.sampler.set_epoch(state["epoch"])
 
 
 def collate_for(

@@ -109,12 +109,14 @@ class RepeatSampler(DistributedSampler[int]):
         ends = torch.stack([factors[graph.relations[:, 2]].amax() for graph in graphs]).cumsum(0)
         draws = round(ends[-1].item())
         self.ends = ends * (draws / ends[-1])
+        self.done = 0, 0  # an epoch, and how many of its images another run has seen
         super().__init__(range(draws), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
+        epoch, seen = self.done
         # One draw shifts a comb of unit steps over all images laid end to end.
         shift = torch.rand((), generator=torch.Generator().manual_seed(self.seed + self.epoch), dtype=torch.float64)
-        positions = torch.tensor(list(super().__iter__())) + shift
+        positions = torch.tensor(list(super().__iter__())[seen if epoch == self.epoch else 0 :]) + shift
         return iter(torch.searchsorted(self.ends, positions, right=True).clamp(max=len(self.ends) - 1).tolist())
 
 

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 
 from sgalign import cli, compare, doctor  # noqa: E402
@@ -77,6 +78,27 @@ def test_a_resumed_run_goes_on_as_the_first_would_have(scenes, tmp_path):
     pl.seed_everything(5, verbose=False)
     trainer(max_epochs=2).fit(resumed, datamodule=scenes, ckpt_path=tmp_path / "half.ckpt")
     assert resumed.run_seed == whole.run_seed and same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("when", [{"every_n_train_steps": 1}, {"save_on_train_epoch_end": False}, {}], ids=str)
+def test_a_run_goes_on_from_any_step(tmp_path, when, workers):
+    data = SceneGraphData(num_workers=workers, repeat_threshold=0.05, instance_drop=0.5)
+    data.train, data.validation = data.train[:40], data.validation[:8]
+    save = ModelCheckpoint(tmp_path, save_top_k=-1, **when)
+    whole = AlignMotifsModule(**SMALL)
+    run = fit(whole, data, max_epochs=2, callbacks=[save], enable_checkpointing=True)
+    steps = run.num_training_batches
+    assert run.global_step == 2 * steps and steps > 3
+    for step in {2, steps, steps + 2}:
+        path = tmp_path / f"epoch={(step - 1) // steps}-step={step}.ckpt"
+        if not path.exists():
+            continue
+        resumed = AlignMotifsModule(**SMALL)
+        pl.seed_everything(5, verbose=False)
+        again = trainer(max_epochs=2)
+        again.fit(resumed, datamodule=data, ckpt_path=path)
+        assert again.global_step == 2 * steps and same_weights(whole, resumed), path.name
 
 
 def test_a_checkpoint_needs_neither_data_nor_word_vectors(scenes, tmp_path):
