@@ -98,6 +98,9 @@ def relation_alignment_loss(
         total = weight.sum()
         weight = (weight / total.where(total > 0, 1)).to(_computed_in(dtype))
     if backend == "reference":
+        if weight is not None:  # 0 times an infinite divergence would be NaN
+            without = (weight == 0)[:, None]
+            logits, mirrored_logits = logits.masked_fill(without, 0), mirrored_logits.masked_fill(without, 0)
         divergence = reference.alignment_divergence(logits, mirrored_logits, kind, direction)
         return (divergence if weight is None else divergence * weight).sum() * scale
     settings = scale, kind == "sigmoid", DIRECTIONS.index(direction)

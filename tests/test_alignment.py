@@ -104,6 +104,19 @@ def test_no_relations_and_no_weight_give_zero_with_zero_gradients():
     assert loss == 0 and not student.grad.any()
 
 
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+def test_a_relation_without_weight_adds_nothing(value):
+    teacher, student = (x.detach() for x in logits())
+    expected = relation_alignment_loss(teacher[1:], student[1:])
+    student[0, 2] = value
+    student.requires_grad_()
+    weight = torch.tensor([0.0] + [1.0] * 6, device=DEVICE)
+    loss = relation_alignment_loss(teacher, student, weight=weight)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    assert not student.grad[0].any() and student.grad[1:].any(1).all()
+
+
 def test_half_precision_is_summed_in_float32():
     teacher, student = logits(dtype=torch.float32)
     exact = relation_alignment_loss(teacher, student)
