@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from sgalign import nn
 from sgalign._version import __version__
 from sgalign.alignment import relation_alignment_loss
 from sgalign.attention import dual_branch_attention, fused_masked_attention
@@ -18,6 +19,7 @@ __all__ = [
     "dual_branch_relation_logits",
     "fused_masked_attention",
     "fused_relation_logits",
+    "nn",
     "random_attention_mask",
     "relation_alignment_loss",
 ]

@@ -18,8 +18,8 @@ def problem() -> str | None:
         return broken
     if not hasattr(_core.load(), "cuda_archs"):
         return (
-            f"sgalign's compiled core was built without CUDA: put nvcc on PATH or set CUDA_HOME, and {_core.BUILD}"
-            " (docs/cuda.md)"
+            f"sgalign's compiled core was built without CUDA: put nvcc on PATH or set CUDA_HOME, leave SGALIGN_CUDA"
+            f" out, and {_core.BUILD} (docs/cuda.md)"
         )
     return None
 

@@ -71,17 +71,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if module is not None:
             return importlib.import_module(f"sgalign.{module}").main(rest)
         _lightning([command, *rest])
-    except (OSError, ValueError) as error:
-        # Of what our own checks and the file system say, the sentence is what helps. Anything else is a defect.
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if "in DataLoader worker" in str(error):  # torch raises it again, with the worker's traceback as its message
-            print(f"sgalign: {str(error).strip().splitlines()[-1].partition(': ')[2]}", file=sys.stderr)
-            return 1
-        if isinstance(error, OSError) or Path(__file__).parent in raised_in.parents:
-            print(f"sgalign: {error}", file=sys.stderr)
-            return 1
-        raise
+    except Exception as error:
+        if (sentence := _sentence(error)) is None:
+            raise
+        print(f"sgalign: {sentence}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What helps of an error: what our own checks, the file system or Lightning's say; None for a defect."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    if isinstance(error, OSError | ValueError) and "in DataLoader worker" in str(error):
+        # torch raises it again, with the worker's traceback as its message
+        return str(error).strip().splitlines()[-1].partition(": ")[2]
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if isinstance(error, OSError | MisconfigurationException):
+        return str(error)
+    if isinstance(error, ValueError) and Path(__file__).parent in raised_in.parents:
+        return str(error)
+    cause = error.__cause__ or error.__context__
+    # The parser of options raises its own for what a constructor says.
+    return _sentence(cause) if cause is not None and "jsonargparse" in raised_in.parts else None
 
 
 def _lightning(arguments: list[str]) -> None:
@@ -97,11 +109,16 @@ def _lightning(arguments: list[str]) -> None:
         def parse_arguments(self, parser: Any, args: Any) -> None:
             super().parse_arguments(parser, args)
             path = self.config[self.config.subcommand].get("ckpt_path")
-            if path not in (None, "best", "last", "hpc", "registry"):  # words that Lightning resolves
+            if path not in (None, "last", "hpc", "registry"):  # words that Lightning resolves
                 # Before Lightning does, whose errors do not say what is wrong with the file.
                 self.checkpoint = read_checkpoint(path)
 
         def before_fit(self) -> None:
+            if isinstance(self.model, FrequencyModule):
+                raise ValueError("FrequencyModule has nothing to fit: sgalign test --model FrequencyModule is all")
+            self._take_options()
+
+        def _take_options(self) -> None:
             if self.checkpoint is not None:
                 # It tells what is made, so that the files of initial values are not looked for again.
                 self.model.on_load_checkpoint(self.checkpoint)
@@ -110,7 +127,7 @@ def _lightning(arguments: list[str]) -> None:
         def _needs_checkpoint(self) -> None:
             if not isinstance(self.model, FrequencyModule) and not self.config[self.config.subcommand].ckpt_path:
                 raise ValueError(f"{self.config.subcommand} needs --ckpt_path FILE, a checkpoint that fit has written")
-            self.before_fit()
+            self._take_options()
 
         def _parse_ckpt_path(self) -> None:
             """Options are those given: Lightning's would silently replace them, and the model, by the checkpoint's."""

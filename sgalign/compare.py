@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from sgalign.data import GraphBatch
+from sgalign.data import GraphBatch, count_predicates
 from sgalign.datamodule import SceneGraphData
 from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, RelationModule
 
@@ -165,8 +165,7 @@ def draw(
     curves.set(xlabel="epoch", ylabel="validation recall, %", title="Training")
     curves.legend(fontsize=8)
 
-    predicates = torch.cat([graph.relations for graph in data.train])[:, 2]
-    counts = torch.bincount(predicates, minlength=len(data.predicate_names))
+    counts = count_predicates(data.train, len(data.predicate_names) - 1)
     order = counts[1:].argsort(descending=True, stable=True) + 1
     names = [data.predicate_names[index] for index in order]
     change = [100 * (results["Align-Motifs"][f"R@50/{name}"] - results["Motifs"][f"R@50/{name}"]) for name in names]

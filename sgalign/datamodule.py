@@ -19,6 +19,7 @@ from sgalign.data import (
     ScenesDataset,
     collate,
     collate_detected,
+    count_predicates,
     open_dataset,
     read_detections,
 )
@@ -106,9 +107,7 @@ class SceneGraphData(pl.LightningDataModule):
     @cached_property
     def predicate_groups(self) -> dict[str, list[int]]:
         """Head, body and tail, as the training part or the data set's authors tell them."""
-        counts = torch.zeros(len(self.predicate_names), dtype=torch.int64)
-        for graph in self.train:
-            counts += torch.bincount(graph.relations[:, 2], minlength=len(counts))
+        counts = count_predicates(self.train, len(self.predicate_names) - 1)
         return predicate_groups(self.predicate_names, counts[1:])
 
     @cached_property
@@ -124,15 +123,14 @@ class SceneGraphData(pl.LightningDataModule):
     def _open(self, split: Split) -> Any:
         if self.root is None:
             return ScenesDataset(split)
-        options = {} if self.validation_images is None else {"validation_images": self.validation_images}
-        return open_dataset(self.root, split, **options)
+        return open_dataset(self.root, split, validation_images=self.validation_images)
 
     def _read(self, split: Split) -> list[SceneGraph]:
         dataset = self._open(split)
         for kind in ("object_names", "predicate_names"):
             if getattr(dataset, kind) != getattr(self, kind):
                 raise ValueError(f"{self.name}: {kind} must be the same in all parts, those of {split} differ")
-        graphs = [dataset[index] for index in range(len(dataset))]
+        graphs: list[SceneGraph] = list(dataset)
         if split == "train":
             graphs = [graph for graph in graphs if (graph.relations[:, 0] != graph.relations[:, 1]).any()]
         if self.cache is not None and (missing := [g.image_id for g in graphs if g.image_id not in self.cache]):
@@ -150,7 +148,8 @@ class SceneGraphData(pl.LightningDataModule):
         assert self.trainer is not None
         world, rank = self.trainer.world_size, self.trainer.global_rank
         sampler = RepeatSampler(self.train, self.repeat_factors, num_replicas=world, rank=rank, seed=self.seed)
-        sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        sampler.set_epoch(epochs.processed)
         loader = self._loader(self.train, kind=TrainingLoader, sampler=sampler)
         loader.trainer = self.trainer
         return loader
@@ -217,7 +216,7 @@ class TrainingLoader(DataLoader[GraphBatch]):
     trainer: pl.Trainer  # knows what was trained on, where workers may have fetched more
 
     def state_dict(self) -> dict[str, int]:
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
         if progress.is_last_batch:
             return {"epoch": self.sampler.epoch + 1, "batches": 0}
         return {"epoch": self.sampler.epoch, "batches": progress.current.processed}

@@ -16,7 +16,7 @@ import h5py
 import torch
 from torch import Tensor
 
-from sgalign.data import SceneGraph, open_dataset
+from sgalign.data import SceneGraph, count_predicates, open_dataset
 from sgalign.data.scene_graph import check_range
 from sgalign.data.vg150 import read_zero_shot_triplets
 from sgalign.files import check_writable, hdf5_written_whole, write_json, written_whole
@@ -184,9 +184,9 @@ def main(arguments: Sequence[str]) -> int:
         parser().error(f"--predicates-per-pair is not for --protocol {options.protocol}")
     for path in filter(None, (options.json, options.csv)):
         check_writable(path)
-    dataset = open_part(options, options.split)
+    dataset = open_dataset(options.annotations, options.split, validation_images=options.validation_images)
     predictions = Predictions(options.predictions, len(dataset.predicate_names) - 1)
-    graphs = [dataset[index] for index in range(len(dataset))]
+    graphs = list(dataset)
     if unknown := predictions.image_ids - {graph.image_id for graph in graphs}:
         raise ValueError(
             f"{options.predictions}: image ids must be those of the {options.split} part of {options.annotations}, "
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str]) -> int:
     for graph in graphs:
         prediction = predictions[graph.image_id] if graph.image_id in predictions.image_ids else None
         missing += prediction is None and len(graph.relations) > 0
-        metric.update([nothing() if prediction is None else prediction], [truth(graph)])
+        metric.update([nothing() if prediction is None else prediction], [graph.truth])
         if prediction is not None:
             where = f"{options.predictions}, image {graph.image_id!r}: "
             check_range(where, "labels", prediction["labels"], 1, len(dataset.object_names) - 1)
@@ -216,19 +216,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def open_part(options: argparse.Namespace, split: str) -> Any:
-    held_out = options.validation_images
-    return open_dataset(options.annotations, split, **({} if held_out is None else {"validation_images": held_out}))
-
-
 def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[SceneGraph]) -> Any:
     """The evaluator of the command's options, with zero-shot triplets and groups as the data set's other parts tell."""
     predicates = len(dataset.predicate_names) - 1
     if options.protocol == "open-images":
         return OpenImagesEvaluator(predicates, predicates_per_pair=options.predicates_per_pair)
     others = {"train": (), "validation": ("train",), "test": ("train", "validation")}[options.split]
-    parts = [open_part(options, other) for other in others]
-    seen = [part[index] for part in parts for index in range(len(part))]
+    held_out = options.validation_images
+    parts = [list(open_dataset(options.annotations, other, validation_images=held_out)) for other in others]
+    seen: list[SceneGraph] = sum(parts, [])
     zero_shot = None
     if options.zero_shot is not None:
         # The public list has subject, object, predicate.
@@ -238,10 +234,8 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
     if options.protocol.startswith("vrd-"):
         task = options.protocol.removeprefix("vrd-")
         return VRDEvaluator(task, predicates, predicates_per_pair=options.predicates_per_pair, zero_shot=zero_shot)
-    counts = torch.zeros(predicates + 1, dtype=torch.int64)
     # By frequency in the training part alone, as in training.
-    for graph in seen[: len(parts[0])] if parts else graphs:
-        counts += torch.bincount(graph.relations[:, 2], minlength=predicates + 1)
+    counts = count_predicates(parts[0] if parts else graphs, predicates)
     return SceneGraphEvaluator(
         options.protocol,
         predicates,
@@ -251,10 +245,6 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
         missing="skip" if options.skip_missing else "zero",
         plus_one=not options.no_plus_one,
     )
-
-
-def truth(graph: SceneGraph) -> dict[str, Any]:
-    return {"image_id": graph.image_id, "boxes": graph.boxes, "labels": graph.labels, "relations": graph.relations}
 
 
 def nothing() -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DistributedSampler
 
-from sgalign.data import GraphBatch, SceneGraph
+from sgalign.data import GraphBatch, SceneGraph, count_predicates
 
 PredicateWeights = Literal["none", "inverse_frequency", "effective_number"]
 
@@ -84,9 +84,7 @@ def repeat_factors(graphs: Iterable[SceneGraph], num_predicates: int, threshold:
     Returns:
         float64 `[num_predicates + 1]`, 1 for the background and for what never occurs.
     """
-    counts = torch.zeros(num_predicates + 1, dtype=torch.float64)
-    for graph in graphs:
-        counts += torch.bincount(graph.relations[:, 2], minlength=len(counts))
+    counts = count_predicates(graphs, num_predicates).double()
     share = counts / counts.sum().clamp(min=1)
     return torch.where(share > 0, (threshold / share.clamp(min=1e-300)).sqrt().clamp(min=1), 1.0)
 

@@ -66,9 +66,9 @@ def main(arguments: Sequence[str]) -> int:
     elif options.few is not None:
         datasets = dict.fromkeys(SPLITS, few_photographs(options.source, options.few, options.long_side))
     else:
-        held_out = {} if options.validation_images is None else {"validation_images": options.validation_images}
-        datasets = {split: open_dataset(options.source, split, **held_out) for split in SPLITS}
-    parts = {split: [dataset[i] for i in range(len(dataset))] for split, dataset in datasets.items()}
+        held_out = options.validation_images
+        datasets = {split: open_dataset(options.source, split, validation_images=held_out) for split in SPLITS}
+    parts: dict[str, list[SceneGraph]] = {split: list(dataset) for split, dataset in datasets.items()}
     of_names = datasets["train"] if options.few is None else open_dataset(options.source, "test")
     names = of_names.object_names, of_names.predicate_names
     out = options.out.resolve()
@@ -93,7 +93,7 @@ def few_photographs(source: str, count: int, long_side: int | None) -> list[Scen
         ValueError: there are fewer.
     """
     dataset = open_dataset(source, "test")
-    graphs = [g for g in map(dataset.__getitem__, range(len(dataset))) if g.image is not None and len(g.relations)]
+    graphs = [graph for graph in dataset if graph.image is not None and len(graph.relations)]
     if len(graphs) < count:
         raise ValueError(f"{source}: the test part must have {count} photographs with relations, has {len(graphs)}")
     graphs = sorted(graphs, key=lambda graph: graph.image_id)[:count]

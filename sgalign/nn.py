@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sgalign.attention import dual_branch_attention, fused_masked_attention
+from sgalign.backends import BACKENDS
 from sgalign.random_mask import ratio_threshold
 
 
@@ -49,13 +50,19 @@ class MaskedMultiheadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
-            raise ValueError(f"num_heads must divide embed_dim, both positive, got {num_heads} and {embed_dim}")
+        kdim, vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
+        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads must divide embed_dim, {embed_dim}, got {num_heads}")
         ratio_threshold(dropout, "dropout")
         ratio_threshold(mask_ratio, "mask_ratio")
+        if backend not in (None, *BACKENDS):
+            raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         self.embed_dim, self.num_heads, self.batch_first = embed_dim, num_heads, batch_first
         self.dropout, self.mask_ratio, self.backend = dropout, mask_ratio, backend
-        self.kdim, self.vdim = kdim, vdim = kdim or embed_dim, vdim or embed_dim
+        self.kdim, self.vdim = kdim, vdim
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -162,10 +169,12 @@ class MaskedMultiheadAttention(nn.Module):
         *,
         dual: bool,
     ) -> list[Tensor]:
-        batched = queries[0].dim() == 3
         names = ["query", "mirrored_query"][: len(queries)] + ["key", "value"]
         channels = [self.embed_dim] * len(queries) + [self.kdim, self.vdim]
+        batched = isinstance(queries[0], Tensor) and queries[0].dim() == 3
         for name, tensor, width in zip(names, [*queries, key, value], channels, strict=True):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
             if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched or tensor.shape[-1] != width:
                 layout = f"[B, L, {width}]" if self.batch_first else f"[L, B, {width}]"
                 raise ValueError(f"{name} must be {layout}, or [L, {width}] like every other, got {list(tensor.shape)}")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
-from sgalign.alignment import DIRECTIONS, REDUCTIONS, relation_alignment_loss
+from sgalign.alignment import relation_alignment_loss
 from sgalign.data import GraphBatch
 from sgalign.models.entity_detector import Backbone, DetectedEntities, EntityDetector, resize
 from sgalign.models.graph_assembly import PAIRS, Annotations, Entities, assemble, match, relation_losses
@@ -19,9 +20,11 @@ from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs
 from sgalign.sampling import step_seed
 from sgalign.training import (
     RelationModule,
+    alignment_weight,
     check_at_least,
     check_choice,
     check_learning_rate,
+    check_mirror,
     pixels_of,
     read_checkpoint,
 )
@@ -40,10 +43,6 @@ class _DetectingModule(RelationModule):
     def __init__(self) -> None:
         super().__init__()
         self._detector_saved: dict[str, Any] = {}
-
-    @property
-    def options(self) -> Any:
-        return self.hparams
 
     def _check_detector(self, parts: Sequence[str]) -> None:
         """The options of either, `parts` being what can be frozen."""
@@ -106,8 +105,22 @@ class _DetectingModule(RelationModule):
             self.detector.load_state_dict(state)
         if self.detector.dim != options.dim:
             raise ValueError(f"dim must be that of detector_weights, {self.detector.dim}, got {options.dim}")
+        if weights is not None:
+            self._tell_sizes()
         self.detector.freeze(tuple(options.frozen))
         self.entity_loss = ImageLoss(HungarianMatcher(1, 5, 2), num_objects, 0.1, ["labels", "boxes"])
+
+    def _tell_sizes(self) -> None:
+        """Says what options `detector_weights` have overridden."""
+        options, config = self.options, self.detector.detr.config
+        sizes = {
+            "entity_layers": config.encoder_layers,
+            "entity_queries": config.num_queries,
+            "heads": config.encoder_attention_heads,
+            "ffn_dim": config.encoder_ffn_dim,
+        }
+        if told := [f"{name} {size}, not {options[name]}" for name, size in sizes.items() if size != options[name]]:
+            rank_zero_info(f"the detector is of the sizes of detector_weights: {'; '.join(told)}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -195,10 +208,7 @@ class _DetectingModule(RelationModule):
         loss = torch.stack(list(losses.values())).sum()
         self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=images)
         self.log("train/loss", loss, batch_size=images, prog_bar=True)
-        if not loss.isfinite():
-            values = ", ".join(f"{name} {part.item():.3g}" for name, part in losses.items())
-            raise ValueError(f"the loss must be finite, got {values} at step {self.global_step}: lower learning_rate")
-        return loss
+        return self.finite(loss, losses)
 
     def configure_optimizers(self) -> Any:
         options = self.options
@@ -288,7 +298,7 @@ class SGTRModule(_DetectingModule):
         distinct_matching: as `distinct` of `sgalign.models.graph_assembly.match`; false as in the public code.
         pairs: of entities that a query and predicate may join at evaluation, best first.
         detector_weights: as `weights` of `EntityDetector`, or a checkpoint of `EntityDetectorModule` or of SGTR; read
-            when training starts. Subjects' and objects' heads then start as the detector's.
+            when training starts. They tell the detector's sizes. Subjects' and objects' heads start as the detector's.
         frozen: parts of the detector that are not trained: "backbone", "encoder", "decoder". With a frozen decoder
             nothing that is learned about relations changes what relations read of the detector. Input projection,
             queries and heads are still trained then, as in the public code; "detector" is all of it, and the cheapest.
@@ -358,12 +368,6 @@ class SGTRModule(_DetectingModule):
         if options.detector_weights is not None:
             detr = self.detector.detr
             self.network.start_heads(detr.class_labels_classifier, list(detr.bbox_predictor.layers))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if not isinstance(self, AlignSGTRModule):  # the mirror exists in training alone
-            for name in [name for name in checkpoint["state_dict"] if name.startswith("mirrored_")]:
-                del checkpoint["state_dict"][name]
 
     # ---- evaluation
 
@@ -472,16 +476,11 @@ class AlignSGTRModule(SGTRModule):
         **sgtr: Any,
     ) -> None:
         super().__init__(**sgtr)
-        self.save_hyperparameters()
-        if not 0 <= mask_ratio <= 1:
-            raise ValueError(f"mask_ratio must be in [0, 1], got {mask_ratio}")
-        check_at_least(0, self.options, ("alignment_weight", "alignment_warmup"))
+        check_mirror(self.options)
         for part in aligned:
             check_choice("aligned", part, ALIGNED)
         if not aligned:
             raise ValueError("aligned must have at least one part, got none")
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("direction", direction, DIRECTIONS)
 
     def make_network(self, counts: Tensor) -> None:
         super().make_network(counts)
@@ -496,8 +495,7 @@ class AlignSGTRModule(SGTRModule):
         seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank)
         mask = MirrorMask(self.options.mask_ratio, seed)
         outputs, mirrored = self.network.dual_branch(entities, (self.mirrored_predicate, self.mirrored_class), mask)
-        warmup = self.options.alignment_warmup
-        weight = self.options.alignment_weight * (min(1.0, self.global_step / warmup) if warmup else 1.0)
+        weight = alignment_weight(self.options, self.global_step)
         parts = self.alignment(outputs.at(-1), mirrored)
         return outputs, {f"alignment {name}": weight * part for name, part in parts.items()}
 

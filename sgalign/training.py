@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +48,11 @@ class RelationModule(pl.LightningModule):
         self.object_names: list[str] = []
         self.predicate_names: list[str] = []
         self.run_seed = 0
+
+    @property
+    def options(self) -> Any:
+        """The arguments, by name."""
+        return self.hparams
 
     def make_network(self, counts: Tensor) -> None:
         """Sets `self.network`, and modules beside it, for the classes that `predicate_counts` tells of."""
@@ -107,7 +112,7 @@ class RelationModule(pl.LightningModule):
         saved = checkpoint.get("sgalign")
         if saved is None:
             raise ValueError("checkpoint must be one that this package saved, got one without its class names")
-        # A mirror is left out where plain Motifs is asked for. Modules of others are theirs to check.
+        # Motifs or SGTR may be made of what has a mirror. Modules of others are theirs to check.
         if not issubclass(module_named(saved["module"]) or type(self), type(self)):
             raise ValueError(f"checkpoint must be of {type(self).__name__}, as asked for, is of {saved['module']}")
         self._set_classes(saved["object_names"], saved["predicate_names"], "the checkpoint")
@@ -115,11 +120,21 @@ class RelationModule(pl.LightningModule):
         if self.network is None:
             classes, predicates = len(self.object_names), len(self.predicate_names)
             self.make_network(torch.ones(classes, classes, predicates))  # the weights follow
-        weights = checkpoint["state_dict"]
-        for name, own in self.state_dict().items():
+        weights, of_model = checkpoint["state_dict"], self.state_dict()
+        # A mirror exists in training alone: a model without one leaves it out.
+        for name in [name for name in weights if name.startswith("mirrored_") and name not in of_model]:
+            del weights[name]
+        for name, own in of_model.items():
             if name in weights and weights[name].shape != own.shape:
                 shapes = f"{name} is {list(weights[name].shape)}, not {list(own.shape)}"
                 raise ValueError(f"checkpoint must be of a model with the same options: {shapes}")
+
+    def finite(self, loss: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a step, which says what it is made of where it cannot be learned from."""
+        if not loss.isfinite():
+            values = ", ".join(f"{name} {part.item():.3g}" for name, part in parts.items())
+            raise ValueError(f"the loss must be finite, got {values} at step {self.global_step}: lower learning_rate")
+        return loss
 
     def on_fit_start(self) -> None:
         if not self.trainer.ckpt_path:
@@ -225,11 +240,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 class FrequencyModule(RelationModule):
     """The frequency baseline: nothing to train, so `sgalign test --model FrequencyModule` is all it takes."""
 
-    def setup(self, stage: str) -> None:
-        if stage == "fit":
-            raise ValueError("FrequencyModule has nothing to fit: sgalign test --model FrequencyModule evaluates it")
-        super().setup(stage)
-
     def make_network(self, counts: Tensor) -> None:
         self.network = FrequencyBaseline(counts)
 
@@ -261,9 +271,12 @@ class DetectorModule(RelationModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        check_choice("backbone", backbone, ("resnet18", "resnet50", "resnext101_32x8d"))
+        check_at_least(1, self.options, ("min_size", "max_size", "head_dim"))
+        check_learning_rate("learning_rate", learning_rate)
 
     def make_network(self, counts: Tensor) -> None:
-        options: Any = self.hparams
+        options = self.options
         sizes = {name: options[name] for name in ("backbone", "min_size", "max_size", "head_dim")}
         self.network = Detector(len(counts), **sizes, trains_norms=options.weights is None)
 
@@ -278,15 +291,15 @@ class DetectorModule(RelationModule):
     def setup(self, stage: str) -> None:
         is_new = self.network is None
         super().setup(stage)
-        if is_new and stage == "fit" and not self.trainer.ckpt_path and self.hparams["weights"] is not None:
-            self.network.load_weights(self.hparams["weights"])
+        if is_new and stage == "fit" and not self.trainer.ckpt_path and self.options.weights is not None:
+            self.network.load_weights(self.options.weights)
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
         lengths = batch.lengths.tolist()
         losses = self.network.losses(pixels_of(batch), batch.boxes.split(lengths), batch.labels.split(lengths))
         losses = {name.removeprefix("loss_"): loss for name, loss in losses.items()}
         self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=len(lengths), prog_bar=True)
-        return torch.stack(list(losses.values())).sum()
+        return self.finite(torch.stack(list(losses.values())).sum(), losses)
 
     def validation_step(self, batch: GraphBatch) -> None:
         """Logs `found`: annotated objects that a detection of their class overlaps with an IoU of at least 0.5."""
@@ -300,13 +313,14 @@ class DetectorModule(RelationModule):
         share = torch.stack(hits).sum() / max(objects, 1)
         self.log(f"{part}/found", share, batch_size=max(objects, 1), prog_bar=True, sync_dist=True)
 
-    def on_validation_epoch_end(self) -> None:
+    def on_validation_epoch_start(self) -> None:
         pass
 
-    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
+    on_validation_epoch_end = on_test_epoch_start = on_test_epoch_end = on_validation_epoch_start
+    test_step = validation_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.hparams["learning_rate"], fused=True)
+        return torch.optim.Adam(self.parameters(), lr=self.options.learning_rate, fused=True)
 
 
 class MotifsModule(RelationModule):
@@ -382,11 +396,6 @@ class MotifsModule(RelationModule):
             raise ValueError(f"vision must be {' or '.join(needed[protocol])} for {protocol}, got {vision!r}")
         self.protocol = protocol
         self.features: str | None = None  # `FeatureCache.source` of what it was trained on
-
-    @property
-    def options(self) -> Any:
-        """The arguments, by name."""
-        return self.hparams
 
     def make_network(self, counts: Tensor) -> None:
         options = self.options
@@ -563,10 +572,7 @@ class MotifsModule(RelationModule):
         loss, parts = self.losses(batch, batch_index)
         parts = {f"train/{name}": part for name, part in parts.items()}
         self.log_dict(parts, batch_size=len(batch.image_ids), prog_bar=True)
-        if not loss.isfinite():
-            values = ", ".join(f"{name} {part.item():.3g}" for name, part in parts.items())
-            raise ValueError(f"the loss must be finite, got {values} at step {self.global_step}: lower learning_rate")
-        return loss
+        return self.finite(loss, parts)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         options, rate = self.options, self.options.learning_rate
@@ -632,12 +638,8 @@ class AlignMotifsModule(MotifsModule):
         **motifs: Any,
     ) -> None:
         super().__init__(**motifs)
-        if not 0 <= mask_ratio <= 1:
-            raise ValueError(f"mask_ratio must be in [0, 1], got {mask_ratio}")
-        check_at_least(0, self.options, ("alignment_weight", "alignment_warmup"))
+        check_mirror(self.options)
         check_choice("mask_granularity", mask_granularity, ("row", "feature", "union"))
-        check_choice("reduction", reduction, REDUCTIONS)
-        check_choice("direction", direction, DIRECTIONS)
         check_choice("aligned_relations", aligned_relations, ("all", "foreground", "masked"))
 
     def make_network(self, counts: Tensor) -> None:
@@ -661,8 +663,7 @@ class AlignMotifsModule(MotifsModule):
         )
         counted = len(batch.pairs) if weight is None else weight.sum().item()
         parts["alignment"] = alignment * self.share(counted)
-        warmup = min(1.0, self.global_step / options.alignment_warmup) if options.alignment_warmup else 1.0
-        loss = loss + options.alignment_weight * warmup * parts["alignment"]
+        loss = loss + alignment_weight(options, self.global_step) * parts["alignment"]
         if options.supervise_mirror:
             mirrored_loss, labelled = self.relation_loss(mirrored_logits, batch.targets)
             loss = loss + mirrored_loss * self.share(labelled)
@@ -700,6 +701,21 @@ def pixels_of(batch: GraphBatch) -> list[Tensor]:
     if batch.pixels is None:
         raise ValueError("data must have images: true for a model that looks at images")
     return batch.pixels
+
+
+def check_mirror(options: Any) -> None:
+    """Of the options that Align-Motifs and Align-SGTR share."""
+    if not 0 <= options.mask_ratio <= 1:
+        raise ValueError(f"mask_ratio must be in [0, 1], got {options.mask_ratio}")
+    check_at_least(0, options, ("alignment_weight", "alignment_warmup"))
+    check_choice("reduction", options.reduction, REDUCTIONS)
+    check_choice("direction", options.direction, DIRECTIONS)
+
+
+def alignment_weight(options: Any, step: int) -> float:
+    """lambda, or during `alignment_warmup` its share that the steps so far have reached."""
+    warmup = options.alignment_warmup
+    return options.alignment_weight * (min(1.0, step / warmup) if warmup else 1.0)
 
 
 def check_at_least(least: int, options: Any, names: Sequence[str]) -> None:

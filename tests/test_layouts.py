@@ -190,6 +190,8 @@ def test_validation_images_are_the_first(tmp_path):
         VG150Dataset(root, "train")
     own = small_vg150(tmp_path / "own", split=np.array([0, 1, 2]))
     assert VG150Dataset(own, "validation")[0].image_id == "8.jpg"
+    with pytest.raises(ValueError, match="has a validation part of its own, validation_images must be left out"):
+        open_dataset(own, "train", validation_images=1)
 
 
 def test_training_boxes_are_clipped_and_the_empty_removed(tmp_path):

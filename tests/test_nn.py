@@ -92,6 +92,11 @@ def test_errors():
         module(tensor, tensor, tensor, attn_mask=torch.zeros(5, 5))
     with pytest.raises(ValueError, match="num_heads must divide embed_dim"):
         MaskedMultiheadAttention(10, 3)
+    for name, value in (("num_heads", 2.0), ("kdim", 0), ("vdim", -1), ("backend", "cudnn")):
+        with pytest.raises(ValueError, match=f"{name} must be .* got {value!r}"):
+            MaskedMultiheadAttention(**{"embed_dim": E, "num_heads": H} | {name: value})
+    with pytest.raises(TypeError, match="query must be a tensor, got list"):
+        module([1.0], tensor, tensor)
 
 
 @pytest.mark.parametrize(

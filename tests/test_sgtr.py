@@ -593,7 +593,7 @@ def test_trains_saves_and_predicts(protocol, tmp_path):
             torch.testing.assert_close(one["boxes"], graphs[one["image_id"]].boxes, rtol=0, atol=1e-3)
 
 
-def test_sgtr_starts_from_a_trained_detector(tmp_path):
+def test_sgtr_starts_from_a_trained_detector(tmp_path, monkeypatch):
     options = {n: v for n, v in SMALL.items() if n not in ("encoder_layers", "layers", "queries")}
     first = EntityDetectorModule(**options)
     run = fit(first)
@@ -614,6 +614,11 @@ def test_sgtr_starts_from_a_trained_detector(tmp_path):
     with torch.no_grad():
         expected = first.eval().detector(pixels)
         torch.testing.assert_close(again.detector(pixels).boxes, expected.boxes)
+    told = []
+    monkeypatch.setattr("sgalign.sgtr.rank_zero_info", told.append)
+    fit(SGTRModule(detector_weights=str(path), **SMALL | {"entity_queries": 5}))
+    queries = SMALL["entity_queries"]
+    assert told == [f"the detector is of the sizes of detector_weights: entity_queries {queries}, not 5"]
     second = AlignSGTRModule(detector_weights=str(path), frozen=["detector"], **SMALL)
     started = {}
     second.on_train_start = lambda: started.update({n: p.clone() for n, p in second.state_dict().items()})

@@ -17,7 +17,13 @@ from sgalign import cli, compare, doctor  # noqa: E402
 from sgalign.data import Detections, collate  # noqa: E402
 from sgalign.datamodule import SceneGraphData  # noqa: E402
 from sgalign.sampling import step_seed  # noqa: E402
-from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, WholeCheckpointIO  # noqa: E402
+from sgalign.training import (  # noqa: E402
+    AlignMotifsModule,
+    DetectorModule,
+    FrequencyModule,
+    MotifsModule,
+    WholeCheckpointIO,
+)
 
 SMALL = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,6 +182,43 @@ def test_a_checkpoint_of_another_model_or_size_is_refused(scenes, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             trainer(max_epochs=1).fit(module, datamodule=scenes, ckpt_path=tmp_path / "motifs.ckpt")
+
+
+def test_motifs_of_an_aligned_model_leaves_the_mirror_out(scenes, tmp_path):
+    aligned, plain = AlignMotifsModule(**SMALL), MotifsModule(**SMALL)
+    fit(aligned, scenes, max_epochs=0).save_checkpoint(tmp_path / "aligned.ckpt")
+    trainer().test(plain, datamodule=scenes, ckpt_path=tmp_path / "aligned.ckpt", verbose=False)
+    assert same_weights(plain, aligned) and not hasattr(plain, "mirrored_head")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"min_size": 0}, "min_size must be at least 1 and finite, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
+        ({"backbone": "resnet19"}, "backbone must be one of 'resnet18', .* got 'resnet19'"),
+    ],
+)
+def test_options_of_a_detector(options, message):
+    with pytest.raises(ValueError, match=message):
+        DetectorModule(**options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--config", "configs/align_motifs_small.yaml", "--model.mask_ratio", "2"], "mask_ratio must be in [0, 1]"),
+        (["--config", "configs/motifs_small.yaml", "--trainer.devices", "0"], "not a valid input using cpu"),
+        (["--config", "configs/motifs_small.yaml", "--ckpt_path", "best"], "no checkpoint best"),
+        (["--model", "FrequencyModule"], "FrequencyModule has nothing to fit: sgalign test --model FrequencyModule"),
+    ],
+)
+def test_wrong_options_are_one_sentence(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    assert cli.main(["fit", "--trainer.accelerator", "cpu", *options]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("sgalign: ") and message in error, error
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from sgalign.data.batch import GraphBatch, Objects, collate, collate_detected
 from sgalign.data.detections import Detections, read_detections
 from sgalign.data.images import load_image
 from sgalign.data.open import open_dataset
-from sgalign.data.scene_graph import SceneGraph
+from sgalign.data.scene_graph import SceneGraph, count_predicates
 from sgalign.data.scenes import ScenesDataset
 from sgalign.data.vrd import VRDDataset
 from sgalign.data.word_vectors import read_word_vectors
@@ -18,6 +18,7 @@ __all__ = [
     "VRDDataset",
     "collate",
     "collate_detected",
+    "count_predicates",
     "load_image",
     "open_dataset",
     "read_detections",

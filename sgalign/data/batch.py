@@ -131,7 +131,7 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
         positions=objects.positions,
         pairs=objects.pairs,
         targets=target_distribution(targets),
-        truth=[_truth(graph) for graph in graphs],
+        truth=[graph.truth for graph in graphs],
         pixels=[read_pixels(graph) for graph in graphs] if pixels else None,
     )
 
@@ -158,11 +158,7 @@ def collate_detected(
         for graph, image in zip(graphs, found, strict=True)
     ]
     scores = torch.cat([image.scores for image in found])
-    return collate(seen, num_predicates, pixels=pixels)._replace(truth=[_truth(g) for g in graphs], scores=scores)
-
-
-def _truth(graph: SceneGraph) -> dict[str, Any]:
-    return {"image_id": graph.image_id, "boxes": graph.boxes, "labels": graph.labels, "relations": graph.relations}
+    return collate(seen, num_predicates, pixels=pixels)._replace(truth=[graph.truth for graph in graphs], scores=scores)
 
 
 def read_pixels(graph: SceneGraph) -> Tensor:

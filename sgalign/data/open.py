@@ -5,34 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
-
-from sgalign.data.scene_graph import SceneGraph
 from sgalign.data.vrd import VRDDataset
 
 
-def open_dataset(root: str | Path, split: Any, **options: Any) -> Any:
+def open_dataset(root: str | Path, split: Any, *, validation_images: int | None = None) -> Any:
     """The part of a data set, whose layout the files tell: VRD's, VG150's or COCO's with `rel.json`.
 
     Args:
         root: its folder.
         split: "train", "validation" or "test".
-        options: of the data set's class, such as `validation_images`.
+        validation_images: how many of the training images are held out; None for the number of the data set's class.
 
     Raises:
         FileNotFoundError: there is no such folder, or none of the files that tell a layout; names them.
-        TypeError: the data set takes no such option.
+        ValueError: a file is not what it should be, or `validation_images` is given for a data set that has a
+            validation part of its own.
     """
     root = Path(root)
-    kind: type[Dataset[SceneGraph]]
+    kind: type[Any]
     if (root / "annotations_train.json").exists() or (root / "annotations_test.json").exists():
         kind = VRDDataset
     elif (root / "rel.json").exists():
         from sgalign.data.coco import CocoDataset
 
-        kind = CocoDataset
-        if options.pop("validation_images", None) is not None:
+        if validation_images is not None:
             raise ValueError(f"{root}: has a validation part of its own, validation_images must be left out")
+        return CocoDataset(root, split)
     elif list(root.glob("*.h5")):
         from sgalign.data.vg150 import VG150Dataset
 
@@ -41,4 +39,4 @@ def open_dataset(root: str | Path, split: Any, **options: Any) -> Any:
         raise FileNotFoundError(
             f"{root}: must be a folder with annotations_train.json (VRD), a .h5 file (VG150) or rel.json (COCO)"
         )
-    return kind(root, split, **options)
+    return kind(root, split, validation_images=validation_images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,19 @@ class SceneGraph:
         check_tensor(where, "relations", self.relations, (None, 3), (torch.int64,))
         check_range(where, "relations[:, :2]", self.relations[:, :2], 0, len(self.labels) - 1)
         check_range(where, "relations[:, 2]", self.relations[:, 2], 1)
+
+    @property
+    def truth(self) -> dict[str, Any]:
+        """What evaluators compare predictions with."""
+        return {name: getattr(self, name) for name in ("image_id", "boxes", "labels", "relations")}
+
+
+def count_predicates(graphs: Iterable[SceneGraph], num_predicates: int) -> Tensor:
+    """How many relations have each predicate: int64 `[num_predicates + 1]`, 0 for the background."""
+    counts = torch.zeros(num_predicates + 1, dtype=torch.int64)
+    for graph in graphs:
+        counts += torch.bincount(graph.relations[:, 2], minlength=num_predicates + 1)
+    return counts
 
 
 def check_objects(where: str, boxes: Any, labels: Any, box_dtypes: tuple[torch.dtype, ...]) -> None:

@@ -39,7 +39,7 @@ class VG150Dataset(Dataset[SceneGraph]):
         root: folder of these files, and of the images as `VG_100K/ID.jpg` or `images/ID.jpg`, if wanted.
         split: "train" (0 in the file), "validation" or "test" (2).
         validation_images: how many of the training images, from the first on, are the validation part, where the file
-            has none.
+            has none; None for 5000.
 
     Attributes:
         object_names, predicate_names: class names, `__background__` first.
@@ -50,7 +50,7 @@ class VG150Dataset(Dataset[SceneGraph]):
     """
 
     def __init__(
-        self, root: str | Path, split: Literal["train", "validation", "test"], *, validation_images: int = 5000
+        self, root: str | Path, split: Literal["train", "validation", "test"], *, validation_images: int | None = None
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
@@ -66,7 +66,10 @@ class VG150Dataset(Dataset[SceneGraph]):
 
         used = (self._arrays["img_to_first_box"] >= 0) & (self._arrays["img_to_first_rel"] >= 0)
         parts = {number: np.flatnonzero(used & (self._arrays["split"] == number)) for number in (0, 1, 2)}
+        if len(parts[1]) and validation_images is not None:
+            raise ValueError(f"{self.path}: has a validation part of its own, validation_images must be left out")
         if len(parts[1]) == 0 and split != "test":
+            validation_images = 5000 if validation_images is None else validation_images
             if not 0 <= validation_images <= len(parts[0]):
                 raise ValueError(
                     f"validation_images must be in 0 to {len(parts[0])}, what {self.path} has, got {validation_images}"

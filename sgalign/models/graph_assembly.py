@@ -21,6 +21,7 @@ PAIRS = 3  # entity pairs of a query and predicate at inference
 TRIPLETS = 300  # kept of an image
 NO_OBJECT_WEIGHT = 0.1
 AUXILIARY_WEIGHT = 0.5  # of all layers but the last, predicates excepted
+LEAST_AREA = 1e-9  # of boxes in units of the image, far below a pixel: keeps gradients finite
 
 
 class Entities(NamedTuple):
@@ -76,7 +77,12 @@ def pairwise_giou(boxes: Tensor, others: Tensor) -> Tensor:
 
     Boxes are middle x, y, width, height; leading dimensions broadcast.
     """
-    first, second = (box_convert(b, "cxcywh", "xyxy") for b in (boxes[..., :, None, :], others[..., None, :, :]))
+    return giou(boxes[..., :, None, :], others[..., None, :, :])
+
+
+def giou(boxes: Tensor, others: Tensor) -> Tensor:
+    """Generalised IoU of each box and its counterpart, middle x, y, width, height: `[...]`, differentiable."""
+    first, second = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, others))
     low, high = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
     around_low, around_high = (
         torch.minimum(first[..., :2], second[..., :2]),
@@ -85,8 +91,7 @@ def pairwise_giou(boxes: Tensor, others: Tensor) -> Tensor:
     common = (high - low).clamp(min=0).prod(-1)
     union = (first[..., 2:] - first[..., :2]).prod(-1) + (second[..., 2:] - second[..., :2]).prod(-1) - common
     around = (around_high - around_low).prod(-1)
-    tiny = torch.finfo(common.dtype).tiny
-    return common / union.clamp(min=tiny) - (around - union) / around.clamp(min=tiny)
+    return common / union.clamp(min=LEAST_AREA) - (around - union) / around.clamp(min=LEAST_AREA)
 
 
 @torch.no_grad()
@@ -218,13 +223,11 @@ def relation_losses(
     class_losses = [_cross_entropy(outputs.class_logits[role], classes_target[role]) for role in (0, 1)]
     found = outputs.boxes[:, layer_of, image_of, query_of]
     vectors = torch.cat([boxes[0, :, :2], boxes[1, :, :2]], dim=1)
-    corners = [box_convert(b.flatten(0, 1), "cxcywh", "xyxy") for b in (found, boxes)]
-    overlap = _paired_giou(*corners).view(2, -1)
     return {
         "predicates": predicate_loss,
         "vectors": (weights * (outputs.vectors[where] - vectors).abs().sum(1)).sum() / relations,
         "classes": 0.3 * (torch.stack(class_losses).sum(0) * weight).sum(),
-        "boxes": 0.5 * (weights * ((found - boxes).abs().sum(2) + 1 - overlap)).sum() / relations,
+        "boxes": 0.5 * (weights * ((found - boxes).abs().sum(2) + 1 - giou(found, boxes))).sum() / relations,
     }
 
 
@@ -234,15 +237,6 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     weight[-1] = NO_OBJECT_WEIGHT
     losses = functional.cross_entropy(logits.flatten(0, -2), target.flatten(), weight, reduction="none")
     return losses.view(len(logits), -1).sum(1) / weight[target].flatten(1).sum(1)
-
-
-def _paired_giou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Of row i and row i, x1, y1, x2, y2: `[N]`, differentiable."""
-    low, high = torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:])
-    common = (high - low).clamp(min=0).prod(1)
-    union = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (others[:, 2:] - others[:, :2]).prod(1) - common
-    around = (torch.maximum(boxes[:, 2:], others[:, 2:]) - torch.minimum(boxes[:, :2], others[:, :2])).prod(1)
-    return common / union.clamp(min=1e-9) - (around - union) / around.clamp(min=1e-9)
 
 
 @torch.no_grad()
