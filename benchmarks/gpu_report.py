@@ -54,6 +54,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # What a part may take; all in all ten minutes.
 SECONDS = {"tests": 170, "attention bfloat16": 140, "attention float16": 35, "attention float32": 45, "steps": 80}
 TEST_FILES = ("tests/test_attention.py", "tests/test_relation.py", "tests/test_alignment.py")
+SANITIZER_EXIT = 9  # of compute-sanitizer where it has found something
 SANITIZED = "test_each_branch_is_the_single_one or test_rows_with_nothing_kept"
 
 # B, H, Lq, Lk, D. The goals are set at SGTR's shapes (180 queries; 100 entities or an image's memory).
@@ -245,7 +246,7 @@ def tests() -> Figures:
         runs += [(name, [*pytest_command, *ids[piece::pieces]]) for piece in range(pieces) if ids[piece::pieces]]
         sanitizer = shutil.which("compute-sanitizer")
         if name == "cuda" and sanitizer:
-            watched = [sanitizer, "--error-exitcode=9", *pytest_command, TEST_FILES[0], "-k", SANITIZED]
+            watched = [sanitizer, f"--error-exitcode={SANITIZER_EXIT}", *pytest_command, TEST_FILES[0], "-k", SANITIZED]
             runs.append(("cuda under compute-sanitizer", watched))
     found: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -260,18 +261,25 @@ def tests() -> Figures:
             started.append((name, process, log))
         for name, process, log in started:
             figures = found.setdefault(name, {"counts": Counter(), "failed": [], "cut off": 0})
+            cut_off = False
             try:
                 process.wait(max(1.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 figures["cut off"] += 1
+                cut_off = True
             text = log.read_text(errors="replace")
             lines = text.splitlines() or ["no output"]
-            for count, outcome in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", lines[-1]):
+            outcomes = [re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", line) for line in lines]
+            # pytest's own line is the last with outcomes; compute-sanitizer says "0 errors" after it.
+            said = [pairs for pairs in outcomes if any(outcome != "errors" for _, outcome in pairs)]
+            for count, outcome in said[-1] if said else ():
                 figures["counts"][outcome] += int(count)
-            failed = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR", "========= "))]
-            figures["failed"] += failed or (lines[-3:] if process.returncode > 0 else [])
+            marks = ("FAILED", "ERROR", "========= ") if process.returncode == SANITIZER_EXIT else ("FAILED", "ERROR")
+            failed = [line[:300] for line in lines if line.startswith(marks)]
+            ended_badly = process.returncode != 0 and not cut_off
+            figures["failed"] += failed or (lines[-3:] if ended_badly else [])
     return found
 
 

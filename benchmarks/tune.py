@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -210,8 +212,26 @@ def tune(entries: list[Entry], pool: Executor) -> None:
             print("  nothing can be used", flush=True)
             continue
         use(entry, best)
-        configs.write_table(configs.read_table())
+        write_table(configs.TABLE)
         print(f"  {best}: {taken:.4f} ms", flush=True)
+
+
+def write_table(file: Path) -> None:
+    """`kernels.configs`' table as that reads it, a line for what one bits and branches have."""
+    from sgalign.kernels import configs
+
+    def members(entries: Iterable[tuple[str, str]], indent: str) -> str:
+        body = ",\n".join(f"{indent} {json.dumps(key)}: {value}" for key, value in entries)
+        return f"{{\n{body}\n{indent}}}"
+
+    def kernels(sizes: dict[str, dict[str, list[int]]]) -> str:
+        return members(((kind, json.dumps(by_dim)) for kind, by_dim in sizes.items()), "  ")
+
+    architectures = (
+        (name, members(((kernel, kernels(sizes)) for kernel, sizes in by_kernel.items()), " "))
+        for name, by_kernel in configs.read_table().items()
+    )
+    file.write_text(members(architectures, "") + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

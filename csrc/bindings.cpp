@@ -1,4 +1,4 @@
-// The Python module sgalign._C: addresses, sizes and strides in, nothing out. sgalign/attention.py has checked them.
+// The Python module sgalign._C: addresses, sizes and strides, which the Python functions have checked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -571,7 +571,7 @@ def forward(
         targets = [out.new_empty(splits, *out.shape, dtype=torch.float32) for out in outs]
         target_sums = [out.new_empty(splits, *out.shape[:3], dtype=torch.float32) for out in outs]
     forward_kernel[(blocks, splits)](
-        *map(_matrix, _pair(queries)), _matrix(key), _matrix(value), *map(_matrix, _pair(targets)), *_pair(target_sums),
+        *map(_matrix, _both(queries)), _matrix(key), _matrix(value), *map(_matrix, _both(targets)), *_both(target_sums),
         _matrix(mask), _matrix(key_padding_mask), seed,
         batch * heads, heads, length, key.shape[2], tiling.count, span, stream, mask_threshold, dropout_threshold,
         scale * math.log2(math.e), dropout_scale(dropout_threshold),
@@ -623,8 +623,8 @@ def backward(
     if splits > 1:
         targets = [grad.new_empty(splits, *grad.shape, dtype=torch.float32) for grad in grad_queries]
     query_gradient_kernel[(blocks, splits)](
-        *map(_matrix, _pair(queries)), _matrix(key), _matrix(value), *map(_matrix, _pair(outs)), *_pair(log_sums),
-        *map(_matrix, _pair(grad_outs)), *_pair(deltas), *map(_matrix, _pair(targets)), _matrix(mask),
+        *map(_matrix, _both(queries)), _matrix(key), _matrix(value), *map(_matrix, _both(outs)), *_both(log_sums),
+        *map(_matrix, _both(grad_outs)), *_both(deltas), *map(_matrix, _both(targets)), _matrix(mask),
         _matrix(key_padding_mask), seed, batch * heads, heads, length, key.shape[2], tiling.count, span, *options,
         **constants(plan, tiling, branches, mask_threshold, dropout_threshold, dim),
     )  # fmt: skip
@@ -638,8 +638,8 @@ def backward(
     tiling = Tiling.of(plan, drawn, key.shape[2])
     if tiling.count:
         key_value_gradient_kernel[(batch * heads * tiling.count,)](
-            *map(_matrix, _pair(queries)), _matrix(key), _matrix(value), *_pair(log_sums),
-            *map(_matrix, _pair(grad_outs)), *_pair(deltas), _matrix(grad_key), _matrix(grad_value), _matrix(mask),
+            *map(_matrix, _both(queries)), _matrix(key), _matrix(value), *_both(log_sums),
+            *map(_matrix, _both(grad_outs)), *_both(deltas), _matrix(grad_key), _matrix(grad_value), _matrix(mask),
             _matrix(key_padding_mask), seed, heads, length, key.shape[2], tiling.count, *options,
             **constants(plan, tiling, branches, mask_threshold, dropout_threshold, dim),
         )  # fmt: skip
@@ -710,7 +710,8 @@ def _positive_scale(queries: list[Tensor], scale: float) -> tuple[list[Tensor], 
     return [query * sign for query in queries], -scale if sign else 1.0
 
 
-def _pair(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+def _both(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Of the branch and of the mirror, None where there is none."""
     return tensors[0], tensors[1] if len(tensors) == 2 else None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,25 +45,6 @@ def lookup(kernel: str, architecture: str, bits: int, dim: int, branches: int) -
 def read_table() -> Table:
     table: Table = json.loads(TABLE.read_text())
     return table
-
-
-def write_table(table: Table, file: Path = TABLE) -> None:
-    """As `read_table` reads it, a line for what one bits and branches have; calls in this process see it."""
-
-    def members(entries: Iterable[tuple[str, str]], indent: str) -> str:
-        body = ",\n".join(f"{indent} {json.dumps(key)}: {value}" for key, value in entries)
-        return f"{{\n{body}\n{indent}}}"
-
-    def kernels(sizes: dict[str, dict[str, list[int]]]) -> str:
-        return members(((kind, json.dumps(by_dim)) for kind, by_dim in sizes.items()), "  ")
-
-    architectures = (
-        (name, members(((kernel, kernels(sizes)) for kernel, sizes in by_kernel.items()), " "))
-        for name, by_kernel in table.items()
-    )
-    file.write_text(members(architectures, "") + "\n")
-    read_table.cache_clear()
-    lookup.cache_clear()
 
 
 @functools.cache

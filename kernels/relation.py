@@ -276,11 +276,11 @@ def forward(
         return
     union, blocks = unit_stride(union), Blocks.of(union, classes)
     programs = triton.cdiv(relations, blocks.pairs), triton.cdiv(classes, blocks.classes)
-    splits, span = _split(channels, blocks.channels, programs[0] * programs[1], union.device)
+    span, splits = _split(channels, blocks.channels, programs[0] * programs[1], union.device)
     parts = _Parts(logits, splits)
     forward_kernel[(*programs, splits)](
         *parts.outs, union, union.stride(0), pairs.contiguous(), *_branches(subjects, objects, weights),
-        *_padded([bias.contiguous() for bias in biases]), relations, classes, channels, span,
+        *_both([bias.contiguous() for bias in biases]), relations, classes, channels, span,
         BLOCK_R=blocks.pairs, BLOCK_K=blocks.classes, BLOCK_C=blocks.channels, PRECISION=dot_precision(),
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
@@ -302,7 +302,7 @@ def backward(
     if not channels:
         return
     union, blocks, pairs = unit_stride(union), Blocks.of(union, classes), pairs.contiguous()
-    given = _padded([grad.contiguous() for grad in grad_logits])
+    given = _both([grad.contiguous() for grad in grad_logits])
     branches = _branches(subjects, objects, weights)
     to_subject, to_object, to_weight = (grads[i : 3 * len(weights) : 3] for i in range(3))
     class_blocks, channel_blocks = triton.cdiv(classes, blocks.classes), triton.cdiv(channels, blocks.channels)
@@ -310,7 +310,7 @@ def backward(
     sizes |= {"PRECISION": dot_precision(), "num_stages": STAGES}
 
     programs = channel_blocks, max(class_blocks, 1)  # without a class, the gradient of union is still zero
-    splits, span = _split(relations, BACKWARD_PAIRS, programs[0] * programs[1], union.device)
+    span, splits = _split(relations, BACKWARD_PAIRS, programs[0] * programs[1], union.device)
     parts = _Parts(to_weight, splits)
     grad_weight_kernel[(*programs, splits)](
         *parts.outs, grads[-1] if wants_union else None, *given, union, union.stride(0), pairs, *branches,
@@ -323,7 +323,7 @@ def backward(
     ends, order = pairs.t().contiguous().sort(stable=True)
     numbers = torch.arange(count + 1, device=pairs.device).expand(2, -1).contiguous()
     offsets = torch.searchsorted(ends, numbers)  # [2, N + 1]: no number that the host would wait for
-    to_ends = _padded(list(zip(to_subject, to_object)))
+    to_ends = _both(list(zip(to_subject, to_object)))
     ends_given = [grad for branch in to_ends for grad in (branch or (None, None))]
     grad_ends_kernel[(count, channel_blocks, 2)](
         *ends_given, *given, union, union.stride(0), order, offsets, *branches,
@@ -334,20 +334,20 @@ def backward(
 def _branches(subjects: list[Tensor], objects: list[Tensor], weights: list[Tensor]) -> list[Any]:
     """`branch` and `mirrored` as the kernels take them."""
     branches = [[unit_stride(tensor) for tensor in branch] for branch in zip(subjects, objects, weights)]
-    return _padded([tuple(x for tensor in branch for x in (tensor, tensor.stride(0))) for branch in branches])
+    return _both([tuple(x for tensor in branch for x in (tensor, tensor.stride(0))) for branch in branches])
 
 
-def _padded(values: list[Any]) -> list[Any]:
+def _both(values: list[Any]) -> list[Any]:
     """Of the branch and of the mirror, None where there is none."""
     return [*values, None, None][:2]
 
 
 def _split(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """How many programs share in a length, and how many blocks each gets: two a multiprocessor."""
+    """Blocks of a program, and how many programs share in a length: two a multiprocessor."""
     steps = max(triton.cdiv(length, block), 1)
     splits = max(min(2 * multiprocessors(device) // programs, steps // LEAST_STEPS), 1)
     span = triton.cdiv(steps, splits)
-    return triton.cdiv(steps, span), span
+    return span, triton.cdiv(steps, span)
 
 
 class _Parts:
@@ -356,11 +356,11 @@ class _Parts:
     def __init__(self, outs: list[Tensor], splits: int) -> None:
         self.results, self.splits = outs, splits
         self.parts = outs[0].new_empty((len(outs), splits, *outs[0].shape), dtype=torch.float32) if splits > 1 else None
-        self.outs = _padded(outs if self.parts is None else list(self.parts))
+        self.outs = _both(outs if self.parts is None else list(self.parts))
 
     def sum(self) -> None:
         if self.parts is None:
             return
         count = self.results[0].numel()
         grid = triton.cdiv(count, SUMMED), len(self.results)
-        sum_splits_kernel[grid](*_padded(self.results), self.parts, self.splits, count, BLOCK=SUMMED, num_warps=4)
+        sum_splits_kernel[grid](*_both(self.results), self.parts, self.splits, count, BLOCK=SUMMED, num_warps=4)

@@ -150,7 +150,7 @@ def test_markdown_of_nothing_has_no_figures():
 
 def test_table_is_written_as_it_is_read(tmp_path):
     file = tmp_path / "configs.json"
-    configs.write_table(configs.read_table(), file)
+    tune.write_table(file)
     assert file.read_text() == configs.TABLE.read_text()
 
 

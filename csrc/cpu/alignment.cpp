@@ -1,12 +1,9 @@
 // The alignment loss on the CPU: each relation's divergence and its gradient in the mirrored logits, in one pass.
-#include "../kernels.h"
 #include "product.h"
 
 namespace {
 
 using namespace sgalign;
-
-constexpr double kLog2e = 1.4426950408889634;
 
 template <class R>
 constexpr R kInfinity = __builtin_inf();
@@ -26,13 +23,7 @@ inline Vector<R> exp(Vector<R> x) {
     return exp2<R>(x * R(kLog2e));
 }
 
-template <class T, class R = typename Storage<T>::R>
-inline void read_row(const T* source, int64_t count, int64_t padded, R fill, R* out) {
-    for (int64_t k = 0; k < count; ++k) out[k] = Storage<T>::read(source[k]);
-    for (int64_t k = count; k < padded; ++k) out[k] = fill;
-}
-
-// x becomes x - log(sum of e^x) and p e^that; padding has the weight 0. A row of -inf stays one, with p = 0.
+// x becomes x - log(sum of e^x) and p e^that; padding has the weight 0. An entry of -inf stays one, with p = 0.
 template <class R>
 void log_softmax(R* x, R* p, int64_t padded) {
     Vector<R> top = broadcast(-kInfinity<R>);
@@ -142,12 +133,7 @@ void align(const AlignmentLoss& a) {
 }
 
 void alignment_loss(const AlignmentLoss& a) {
-    switch (a.dtype) {
-        case DType::float32: return align<float>(a);
-        case DType::float64: return align<double>(a);
-        case DType::bfloat16: return align<BFloat16>(a);
-        case DType::float16: return align<Half>(a);
-    }
+    with_type(a.dtype, [&](auto zero) { align<decltype(zero)>(a); });
 }
 
 }  // namespace

@@ -6,15 +6,12 @@
 //
 // Results do not depend on the number of threads: a row of the output, or a chunk of key gradients, is computed by one
 // task in one order, and tasks are cut by shape alone wherever their results are added.
-#include "../kernels.h"
 #include "../philox.h"
 #include "product.h"
 
 namespace {
 
 using namespace sgalign;
-
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 constexpr int kForwardRows = 4 * kTileRows, kBackwardRows = 8 * kTileRows;
 
@@ -516,21 +513,11 @@ void backward(const Attention& a) {
 // ------------------------------------------------------------------------------------------------ entry points
 
 void attention_forward(const Attention& a) {
-    switch (a.dtype) {
-        case DType::float32: return forward<float>(a);
-        case DType::float64: return forward<double>(a);
-        case DType::bfloat16: return forward<BFloat16>(a);
-        case DType::float16: return forward<Half>(a);
-    }
+    with_type(a.dtype, [&](auto zero) { forward<decltype(zero)>(a); });
 }
 
 void attention_backward(const Attention& a) {
-    switch (a.dtype) {
-        case DType::float32: return backward<float>(a);
-        case DType::float64: return backward<double>(a);
-        case DType::bfloat16: return backward<BFloat16>(a);
-        case DType::float16: return backward<Half>(a);
-    }
+    with_type(a.dtype, [&](auto zero) { backward<decltype(zero)>(a); });
 }
 
 void random_mask(const RandomMask& m) {

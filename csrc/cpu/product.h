@@ -1,5 +1,5 @@
-// What the kernels of every operation share: the matrix product, whose accumulators stay in registers, and a thread's
-// working memory. In an unnamed namespace, for the reason that simd.h gives.
+// What the kernels of every operation share: the matrix product, whose accumulators stay in registers, a thread's
+// working memory, and the choice of a type. In an unnamed namespace, for the reason that simd.h gives.
 #pragma once
 
 #ifdef _OPENMP
@@ -9,9 +9,28 @@
 #include <cstdlib>
 #include <new>
 
+#include "../kernels.h"
 #include "simd.h"
 
 namespace {
+
+// Calls `kernel` with a value of the type in which elements of `dtype` are stored.
+template <class Kernel>
+void with_type(sgalign::DType dtype, Kernel kernel) {
+    switch (dtype) {
+        case sgalign::DType::float32: return kernel(float());
+        case sgalign::DType::float64: return kernel(double());
+        case sgalign::DType::bfloat16: return kernel(BFloat16());
+        case sgalign::DType::float16: return kernel(Half());
+    }
+}
+
+// `count` elements in the type of arithmetic, then `fill` up to `padded`.
+template <class T, class R = typename Storage<T>::R>
+inline void read_row(const T* source, int64_t count, int64_t padded, R fill, R* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = Storage<T>::read(source[i]);
+    for (int64_t i = count; i < padded; ++i) out[i] = fill;
+}
 
 inline int thread_index() {
 #ifdef _OPENMP
@@ -37,8 +56,8 @@ inline int64_t round_to_panel(int64_t n) {
     return divide_up(n, kPanel<R>) * kPanel<R>;
 }
 
-// C [Rows, kPanel] (+)= A [Rows, depth] B [depth, kPanel]. The sum over `depth` starts from zero and meets C at its end:
-// over many blocks of depth that rounds far less than one number after the other.
+// C [Rows, kPanel] (+)= A [Rows, depth] B [depth, kPanel]. The sum over `depth` starts from zero and meets C at its
+// end: over many blocks of depth that rounds far less than one number after the other.
 template <class R, int Rows, bool accumulate>
 inline void tile(int64_t depth, const R* a, int64_t a_row, int64_t a_step, const R* b, int64_t b_row, R* c,
                  int64_t c_row) {

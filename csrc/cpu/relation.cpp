@@ -6,7 +6,6 @@
 // The forward cuts the pairs into tasks, the backward the channels: all that the backward adds up over pairs (the
 // gradients of subject, object and weight) then belongs to one task, which adds in the order of the pairs. So there is
 // nothing to merge, nothing to sort, no atomics, and results do not depend on the number of threads.
-#include "../kernels.h"
 #include "product.h"
 
 namespace {
@@ -16,12 +15,6 @@ using namespace sgalign;
 constexpr int kRows = 4 * kTileRows;
 // Channels of a forward tile, and of a backward task: both branches' tiles and what they meet stay in the second cache.
 constexpr int64_t kForwardChannels = 256, kBackwardChannels = 128;
-
-template <class T, class R = typename Storage<T>::R>
-inline void read_row(const T* source, int64_t count, int64_t padded, R* out) {
-    for (int64_t i = 0; i < count; ++i) out[i] = Storage<T>::read(source[i]);
-    for (int64_t i = count; i < padded; ++i) out[i] = 0;
-}
 
 template <class T, class R = typename Storage<T>::R>
 inline void write_row(const R* source, int64_t count, T* out) {
@@ -97,7 +90,7 @@ void backward(const RelationLogits& a) {
     char* cursor = converted.of_thread(0);
     R* const grad_logits = take<R>(cursor, a.count * gradients);
     for (int b = 0; b < a.count; ++b)
-        read_row((const T*)a.branches[b].grad_logits, gradients, gradients, grad_logits + b * gradients);
+        read_row((const T*)a.branches[b].grad_logits, gradients, gradients, R(0), grad_logits + b * gradients);
 
     constexpr int64_t width = kBackwardChannels;
     const int64_t sums = 2 * a.objects + 2 * a.classes;  // rows: of subject, object, weight and its gradient
@@ -110,7 +103,7 @@ void backward(const RelationLogits& a) {
         for (int b = 0; b < a.count; ++b) {
             weight[b] = take<R>(mine, a.classes * width);
             for (int64_t k = 0; k < a.classes; ++k)
-                read_row((const T*)a.branches[b].weight + k * a.branches[b].weight_row + c, count, padded,
+                read_row((const T*)a.branches[b].weight + k * a.branches[b].weight_row + c, count, padded, R(0),
                          weight[b] + k * width);
             grad_weight[b] = take<R>(mine, a.classes * width);
             grad_subject[b] = take<R>(mine, a.objects * width);
@@ -126,7 +119,7 @@ void backward(const RelationLogits& a) {
         for (int64_t first = 0; first < a.relations; first += kRows) {
             const int64_t rows = smaller(kRows, a.relations - first);
             for (int64_t i = 0; i < rows; ++i)
-                read_row((const T*)a.union_ + (first + i) * a.union_row + c, count, padded, union_ + i * width);
+                read_row((const T*)a.union_ + (first + i) * a.union_row + c, count, padded, R(0), union_ + i * width);
             for (int b = 0; b < a.count; ++b) {
                 const RelationBranch& branch = a.branches[b];
                 const R* grad = grad_logits + b * gradients + first * a.classes;
@@ -172,21 +165,11 @@ void backward(const RelationLogits& a) {
 // ------------------------------------------------------------------------------------------------ entry points
 
 void relation_forward(const RelationLogits& a) {
-    switch (a.dtype) {
-        case DType::float32: return forward<float>(a);
-        case DType::float64: return forward<double>(a);
-        case DType::bfloat16: return forward<BFloat16>(a);
-        case DType::float16: return forward<Half>(a);
-    }
+    with_type(a.dtype, [&](auto zero) { forward<decltype(zero)>(a); });
 }
 
 void relation_backward(const RelationLogits& a) {
-    switch (a.dtype) {
-        case DType::float32: return backward<float>(a);
-        case DType::float64: return backward<double>(a);
-        case DType::bfloat16: return backward<BFloat16>(a);
-        case DType::float16: return backward<Half>(a);
-    }
+    with_type(a.dtype, [&](auto zero) { backward<decltype(zero)>(a); });
 }
 
 }  // namespace

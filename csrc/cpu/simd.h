@@ -1,7 +1,7 @@
 // Vectors of SGALIGN_VECTOR_BYTES bytes in the compiler's own vector extension: one source for every instruction set.
 //
-// Everything is in an unnamed namespace and nothing here or in attention.cpp calls a template of the standard library:
-// an inline function compiled for AVX-512 must not be the copy that the linker keeps for the baseline.
+// Everything is in an unnamed namespace and nothing here or in what includes it calls a template of the standard
+// library: an inline function compiled for AVX-512 must not be the copy that the linker keeps for the baseline.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int kVectorBytes = SGALIGN_VECTOR_BYTES;
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <class T>
 struct VectorOf {
