@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -70,13 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module = "prediction"
         if module is not None:
             return importlib.import_module(f"sgalign.{module}").main(rest)
-        _lightning([command, *rest])
+        return _lightning([command, *rest])
     except Exception as error:
         if (sentence := _sentence(error)) is None:
             raise
         print(f"sgalign: {sentence}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _sentence(error: BaseException) -> str | None:
@@ -96,7 +96,7 @@ def _sentence(error: BaseException) -> str | None:
     return _sentence(cause) if cause is not None and "jsonargparse" in raised_in.parts else None
 
 
-def _lightning(arguments: list[str]) -> None:
+def _lightning(arguments: list[str]) -> int:
     from lightning.pytorch.cli import LightningCLI
     from lightning.pytorch.utilities import rank_zero_info
 
@@ -116,9 +116,9 @@ def _lightning(arguments: list[str]) -> None:
         def before_fit(self) -> None:
             if isinstance(self.model, FrequencyModule):
                 raise ValueError("FrequencyModule has nothing to fit: sgalign test --model FrequencyModule is all")
-            self._take_options()
+            self._make_from_checkpoint()
 
-        def _take_options(self) -> None:
+        def _make_from_checkpoint(self) -> None:
             if self.checkpoint is not None:
                 # It tells what is made, so that the files of initial values are not looked for again.
                 self.model.on_load_checkpoint(self.checkpoint)
@@ -127,7 +127,7 @@ def _lightning(arguments: list[str]) -> None:
         def _needs_checkpoint(self) -> None:
             if not isinstance(self.model, FrequencyModule) and not self.config[self.config.subcommand].ckpt_path:
                 raise ValueError(f"{self.config.subcommand} needs --ckpt_path FILE, a checkpoint that fit has written")
-            self._take_options()
+            self._make_from_checkpoint()
 
         def _parse_ckpt_path(self) -> None:
             """Options are those given: Lightning's would silently replace them, and the model, by the checkpoint's."""
@@ -145,10 +145,11 @@ def _lightning(arguments: list[str]) -> None:
         r"`isinstance\(treespec, LeafSpec\)`",  # between Lightning and torch
     ):
         warnings.filterwarnings("ignore", message=expected)
-    CLI(
+    cli = CLI(
         RelationModule,
         SceneGraphData,
         subclass_mode_model=True,
         save_config_kwargs={"overwrite": True},
         args=arguments,
     )
+    return 128 + signal.SIGTERM if cli.trainer.received_sigterm else 0  # which Lightning ends without an error for

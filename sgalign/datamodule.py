@@ -170,10 +170,9 @@ class SceneGraphData(pl.LightningDataModule):
         return self._loader(self.validation, sampler=self._shard(self.validation))
 
     def test_dataloader(self) -> DataLoader[GraphBatch]:
-        if self.detections is not None and not any(graph.image_id in self.detections for graph in self.test):
-            raise ValueError(
-                f"detections must be of images of the test part, such as {self.test[0].image_id!r}; none is"
-            )
+        ids = [graph.image_id for graph in self.test]
+        if self.detections is not None and ids and self.detections.keys().isdisjoint(ids):
+            raise ValueError(f"detections must be of images of the test part, such as {ids[0]!r}; none is")
         return self._loader(self.test, self.detections, sampler=self._shard(self.test))
 
     predict_dataloader = test_dataloader
@@ -204,6 +203,7 @@ class SceneGraphData(pl.LightningDataModule):
             batch_size=self.batch_size,
             collate_fn=collate_fn,
             num_workers=self.num_workers,
+            generator=torch.Generator(),  # of workers' seeds, which torch's own would be drawn on for
             **options,
         )
 
@@ -211,17 +211,25 @@ class SceneGraphData(pl.LightningDataModule):
 class TrainingLoader(DataLoader[GraphBatch]):
     """A loader whose place Lightning saves and finds again, so that a run goes on in the middle of an epoch."""
 
-    sampler: RepeatSampler
     batch_size: int
     trainer: pl.Trainer  # knows what was trained on, where workers may have fetched more
 
     def state_dict(self) -> dict[str, int]:
+        if not isinstance(self.sampler, RepeatSampler):  # Lightning's, for overfit_batches
+            return {}
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-        if progress.is_last_batch:
-            return {"epoch": self.sampler.epoch + 1, "batches": 0}
-        return {"epoch": self.sampler.epoch, "batches": progress.current.processed}
+        batches = 0 if progress.is_last_batch else progress.current.processed
+        epoch = self.sampler.epoch + progress.is_last_batch
+        return {"epoch": epoch, "batches": batches, "images": self.batch_size * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        if not state or not isinstance(self.sampler, RepeatSampler):
+            return
+        if state["batches"] and state["images"] != (images := self.batch_size * self.sampler.num_replicas):
+            raise ValueError(
+                f"batch_size times processes must be {state['images']}, as before, for a run to go on in the middle of "
+                f"an epoch, got {images}"
+            )
         self.sampler.done = state["epoch"], state["batches"] * self.batch_size
         self.sampler.set_epoch(state["epoch"])
 

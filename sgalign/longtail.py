@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -105,7 +106,7 @@ class RepeatSampler(DistributedSampler[int]):
         self, graphs: Sequence[SceneGraph], factors: Tensor, *, num_replicas: int, rank: int, seed: int
     ) -> None:
         ends = torch.stack([factors[graph.relations[:, 2]].amax() for graph in graphs]).cumsum(0)
-        draws = round(ends[-1].item())
+        draws = math.ceil(ends[-1].item())
         self.ends = ends * (draws / ends[-1])
         self.done = 0, 0  # an epoch, and how many of its images another run has seen
         super().__init__(range(draws), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageL
 
 from sgalign.alignment import relation_alignment_loss
 from sgalign.data import GraphBatch
-from sgalign.models.entity_detector import Backbone, DetectedEntities, EntityDetector, resize
+from sgalign.models.entity_detector import BACKBONES, Backbone, DetectedEntities, EntityDetector, resize
 from sgalign.models.graph_assembly import PAIRS, Annotations, Entities, assemble, match, relation_losses
 from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs
 from sgalign.sampling import step_seed
@@ -113,8 +113,11 @@ class _DetectingModule(RelationModule):
     def _tell_sizes(self) -> None:
         """Says what options `detector_weights` have overridden."""
         options, config = self.options, self.detector.detr.config
+        stages = list(getattr(config.backbone_config, "depths", None) or ())
+        if stages != BACKBONES[options.backbone]["depths"][: 4 if options.stride == 32 else 3]:
+            rank_zero_info(f"the detector's backbone is that of detector_weights, blocks of its stages: {stages}")
         sizes = {
-            "entity_layers": config.encoder_layers,
+            "entity_layers": config.decoder_layers,
             "entity_queries": config.num_queries,
             "heads": config.encoder_attention_heads,
             "ffn_dim": config.encoder_ffn_dim,
@@ -428,6 +431,7 @@ class SGTRModule(_DetectingModule):
         if "decoder" in self.options.frozen:
             entities = entities._replace(memory=entities.memory.detach(), features=entities.features.detach())
         outputs, alignment = self._outputs(entities, batch_index)
+        self.finite(outputs.logits.sum(), losses)  # or matching fails without a word about why
         candidates, sizes = self._candidates(entities, *zip(*objects, strict=True)), sizes_of(pixels)
         relations = torch.tensor(float(sum(len(image.predicates) for image in annotations)), device=self.device)
         relations = self.trainer.strategy.reduce(relations, reduce_op="mean")

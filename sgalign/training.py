@@ -48,6 +48,7 @@ class RelationModule(pl.LightningModule):
         self.object_names: list[str] = []
         self.predicate_names: list[str] = []
         self.run_seed = 0
+        self.random_states: list[Tensor] = []  # of the checkpoint that is gone on from
 
     @property
     def options(self) -> Any:
@@ -105,6 +106,7 @@ class RelationModule(pl.LightningModule):
             "object_names": self.object_names,
             "predicate_names": self.predicate_names,
             "run_seed": self.run_seed,
+            "random_states": random_states(),
             "module": type(self).__name__,
         }
 
@@ -112,22 +114,31 @@ class RelationModule(pl.LightningModule):
         saved = checkpoint.get("sgalign")
         if saved is None:
             raise ValueError("checkpoint must be one that this package saved, got one without its class names")
-        # Motifs or SGTR may be made of what has a mirror. Modules of others are theirs to check.
-        if not issubclass(module_named(saved["module"]) or type(self), type(self)):
+        # Motifs or SGTR may be made of what has a mirror.
+        kind = type(self) if saved["module"] == type(self).__name__ else module_named(saved["module"])
+        if kind is None or not issubclass(kind, type(self)):
             raise ValueError(f"checkpoint must be of {type(self).__name__}, as asked for, is of {saved['module']}")
         self._set_classes(saved["object_names"], saved["predicate_names"], "the checkpoint")
-        self.run_seed = saved["run_seed"]
+        self.run_seed, self.random_states = saved["run_seed"], saved["random_states"]
         if self.network is None:
             classes, predicates = len(self.object_names), len(self.predicate_names)
             self.make_network(torch.ones(classes, classes, predicates))  # the weights follow
         weights, of_model = checkpoint["state_dict"], self.state_dict()
         # A mirror exists in training alone: a model without one leaves it out.
-        for name in [name for name in weights if name.startswith("mirrored_") and name not in of_model]:
+        mirror = [name for name in weights if name.startswith("mirrored_") and name not in of_model]
+        if mirror and self._trainer is not None and self.trainer.training:
+            raise ValueError(f"checkpoint has a mirror: {type(self).__name__} can be tested with it, not go on from it")
+        for name in mirror:
             del weights[name]
         for name, own in of_model.items():
             if name in weights and weights[name].shape != own.shape:
                 shapes = f"{name} is {list(weights[name].shape)}, not {list(own.shape)}"
                 raise ValueError(f"checkpoint must be of a model with the same options: {shapes}")
+
+    def on_train_start(self) -> None:
+        # What dropout and the detector's sampling go on from. Of several processes one has saved its states.
+        if self.trainer.ckpt_path and self.trainer.world_size == 1:
+            restore_random_states(self.random_states)
 
     def finite(self, loss: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """The loss of a step, which says what it is made of where it cannot be learned from."""
@@ -203,6 +214,20 @@ class RelationModule(pl.LightningModule):
         )
         fields = "image_id", "boxes", "labels", "scores", "pairs", "predicate_scores"
         return [dict(zip(fields, image, strict=True)) for image in images]
+
+
+def random_states() -> list[Tensor]:
+    """Of torch's generators, of the CPU and of each GPU."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def restore_random_states(states: Sequence[Tensor]) -> None:
+    """As far as there are states and GPUs."""
+    for number, state in enumerate(states):
+        if number == 0:
+            torch.set_rng_state(state)
+        elif number <= torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, number - 1)
 
 
 def module_named(name: str) -> type[RelationModule] | None:
@@ -308,10 +333,10 @@ class DetectorModule(RelationModule):
             ((box_iou(d.boxes, truth["boxes"]) >= 0.5) & (d.labels[:, None] == truth["labels"])).any(0).sum()
             for d, truth in zip(found, batch.truth, strict=True)
         ]
-        objects = len(batch.labels)
         part = "test" if self.trainer.testing else "val"
-        share = torch.stack(hits).sum() / max(objects, 1)
-        self.log(f"{part}/found", share, batch_size=max(objects, 1), prog_bar=True, sync_dist=True)
+        if objects := len(batch.labels):
+            share = torch.stack(hits).sum() / objects
+            self.log(f"{part}/found", share, batch_size=objects, prog_bar=True, sync_dist=True, on_epoch=True)
 
     def on_validation_epoch_start(self) -> None:
         pass

@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
@@ -107,6 +109,63 @@ def test_a_run_goes_on_from_any_step(tmp_path, when, workers):
         assert again.global_step == 2 * steps and same_weights(whole, resumed), path.name
 
 
+def test_dropout_goes_on_where_it_was(scenes, tmp_path):
+    """Draws from torch's own generator, in the middle of an epoch and after it."""
+
+    class Noisy(MotifsModule):
+        def supervised_loss(self, prediction, batch):
+            dropped = torch.nn.functional.dropout(prediction.logits, 0.5)
+            return super().supervised_loss(prediction._replace(logits=dropped), batch)
+
+    whole, save = Noisy(**SMALL), ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=3)
+    fit(whole, scenes, max_epochs=2, callbacks=[save], enable_checkpointing=True)
+    for name in ("epoch=0-step=3", "epoch=0-step=6", "epoch=1-step=9"):
+        resumed = Noisy(**SMALL)
+        pl.seed_everything(5, verbose=False)
+        trainer(max_epochs=2).fit(resumed, scenes, ckpt_path=tmp_path / f"{name}.ckpt")
+        assert same_weights(whole, resumed), name
+
+
+def test_an_error_leaves_a_checkpoint_to_go_on_from(scenes, tmp_path):
+    of_configs = [callback["init_args"] for path in CONFIGS for callback in callbacks(path)]
+    options = [options for options in of_configs if options.get("filename") == "interrupted"]
+    assert len(options) == len(CONFIGS) and all(one == options[0] for one in options)
+    whole, stopped, resumed = (AlignMotifsModule(**SMALL) for _ in range(3))
+    fit(whole, scenes)
+    step, save = stopped.training_step, ModelCheckpoint(tmp_path, **options[0])
+
+    def fail(self, batch, batch_index):
+        if batch_index == 3:
+            raise RuntimeError("pulled the plug")
+        return step(batch, batch_index)
+
+    stopped.training_step = MethodType(fail, stopped)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        fit(stopped, scenes, callbacks=[save], enable_checkpointing=True)
+    assert list(tmp_path.iterdir()) == [tmp_path / "interrupted.ckpt"]
+    trainer().fit(resumed, scenes, ckpt_path=tmp_path / "interrupted.ckpt")
+    assert same_weights(whole, resumed)
+
+
+def callbacks(path):
+    return yaml.safe_load(path.read_text())["trainer"]["callbacks"]
+
+
+def test_the_middle_of_an_epoch_needs_the_same_batches(scenes, tmp_path):
+    save = ModelCheckpoint(tmp_path, filename="middle", every_n_train_steps=2)
+    fit(MotifsModule(**SMALL), scenes, limit_train_batches=3, callbacks=[save], enable_checkpointing=True)
+    data = SceneGraphData(batch_size=8)
+    data.train, data.validation = scenes.train, scenes.validation
+    with pytest.raises(ValueError, match="batch_size times processes must be 16, as before, .* got 8"):
+        trainer().fit(MotifsModule(**SMALL), data, ckpt_path=tmp_path / "middle.ckpt")
+
+
+def test_overfitting_saves_checkpoints_too(scenes, tmp_path):
+    save = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    fit(MotifsModule(**SMALL), scenes, overfit_batches=2, callbacks=[save], enable_checkpointing=True)
+    assert list(tmp_path.glob("*.ckpt"))
+
+
 def test_a_checkpoint_needs_neither_data_nor_word_vectors(scenes, tmp_path):
     vectors = tmp_path / "vectors.txt"
     vectors.write_text("dog " + "1 " * 12 + "\ncat " + "2 " * 12 + "\n")
@@ -189,6 +248,8 @@ def test_motifs_of_an_aligned_model_leaves_the_mirror_out(scenes, tmp_path):
     fit(aligned, scenes, max_epochs=0).save_checkpoint(tmp_path / "aligned.ckpt")
     trainer().test(plain, datamodule=scenes, ckpt_path=tmp_path / "aligned.ckpt", verbose=False)
     assert same_weights(plain, aligned) and not hasattr(plain, "mirrored_head")
+    with pytest.raises(ValueError, match="checkpoint has a mirror: MotifsModule can be tested with it"):
+        trainer(max_epochs=1).fit(MotifsModule(**SMALL), scenes, ckpt_path=tmp_path / "aligned.ckpt")
 
 
 @pytest.mark.parametrize(

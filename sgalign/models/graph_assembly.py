@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
-from torchvision.ops import box_convert, box_iou, generalized_box_iou, sigmoid_focal_loss
+from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 
 from sgalign.models.sgtr import RelationOutputs
 
@@ -276,7 +276,7 @@ def assemble(
         predicate = (place % predicates).repeat_interleave(width)
         score = best.repeat_interleave(width) * confidence[subject] * confidence[object_]
         boxes = box_convert(entities.boxes[image], "cxcywh", "xyxy")
-        fits = (generalized_box_iou(boxes, boxes)[subject, object_] < 0.95) & (subject != object_)
+        fits = (giou(entities.boxes[image, subject], entities.boxes[image, object_]) < 0.95) & (subject != object_)
         fits &= (confidence[subject] > 0) & (confidence[object_] > 0)  # others fill up a shorter image
         order = score.where(fits, -1).sort(descending=True, stable=True).indices[: int(fits.sum())]
         triplets = torch.stack([subject, object_, predicate], dim=1)[order]

@@ -20,8 +20,6 @@ from sgalign.attention import dual_branch_attention, fused_masked_attention
 from sgalign.models.entity_detector import DetectedEntities
 from sgalign.random_mask import random_attention_mask
 
-PREDICATE, SUBJECT, OBJECT = range(3)
-
 
 class MirrorMask(NamedTuple):
     """The random mask of one step: every cross-attention block of every layer draws its own from one seed."""
