@@ -25,11 +25,16 @@ from torch.utils.data import DataLoader
 from sgalign.alignment import relation_alignment_loss
 from sgalign.data import GraphBatch, SceneGraph
 from sgalign.datamodule import SceneGraphData
-from sgalign.files import write_json
+from sgalign.files import check_writable, write_json
 from sgalign.metrics.matching import rank_triplets, relation_overlaps
 from sgalign.training import AlignMotifsModule, MotifsModule, RelationModule
 
 DEPTH = 100  # of the ranks that are kept
+ANNOTATIONS = (  # files of VRD, of VG150 and of COCO with relations
+    *("annotations_*.json", "objects.json", "predicates.json"),
+    *("VG-SGG*", "*dicts*.json", "image_data.json"),
+    *("train.json", "val.json", "test.json", "rel.json"),
+)
 
 
 class Arm(NamedTuple):
@@ -199,6 +204,15 @@ class ScarceData(SceneGraphData):
             raise ValueError(f"data must be a folder with cached features in {features}/, got the generated scenes")
         super().__init__(root, features=features and str(Path(root or "", features)), **data)
         generator = torch.Generator().manual_seed(0)
+        # What figures are of does not depend on what is trained on.
+        self.predicate_groups, self.zero_shot_validation, self.zero_shot_test = (
+            self.predicate_groups,
+            self.zero_shot_validation,
+            self.zero_shot_test,
+        )
+        for part in ("train", "validation", "test"):
+            if not any(len(graph.relations) for graph in getattr(self, part)):
+                raise ValueError(f"{self.name}: must have relations in its {part} part, has none")
         graphs = self.train
         order = torch.randperm(len(graphs), generator=generator).tolist()
         cut = round(labelled * len(graphs))
@@ -239,7 +253,10 @@ def _collate_without_labels(collate: Any, ids: set[str], graphs: Sequence[SceneG
 
 
 class MaskedMotifsModule(AlignMotifsModule):
-    """A control: Motifs trained on what a mirror would see, without the other branch."""
+    """A control: Motifs trained on what a mirror would see, without the other branch.
+
+    Of the mirror's options `mask_ratio` counts.
+    """
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
         batch = self.see(batch, batch_index)
@@ -250,7 +267,10 @@ class MaskedMotifsModule(AlignMotifsModule):
 
 
 class AveragedTeacherModule(AlignMotifsModule):
-    """A control: the mirror is aligned with what an average of earlier weights predicts (mean teacher)."""
+    """A control: the mirror is aligned with what an average of earlier weights predicts (mean teacher).
+
+    Of the mirror's options `mask_ratio` and `alignment_weight` count.
+    """
 
     def make_network(self, counts: Tensor) -> None:
         super().make_network(counts)
@@ -310,6 +330,7 @@ def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[
     """Trains one arm with one seed and writes what its best epoch reaches to `path`, which appears when complete."""
     warnings.filterwarnings("ignore", module="lightning.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    check_writable(path)
     pl.seed_everything(seed, verbose=False)
     start = time.monotonic()
     data = ScarceData(root, seed=seed, **arm.data)
@@ -365,8 +386,8 @@ def data_name(root: str | None) -> str:
     if root is None:
         return "generated scenes"
     digest = hashlib.sha256()
-    for path in sorted(Path(root).iterdir()):
-        if path.suffix in (".json", ".h5", ".csv"):
+    for path in sorted(path for pattern in ANNOTATIONS for path in Path(root).glob(pattern)):
+        if path.is_file():
             digest.update(f"{path.name} {path.stat().st_size} ".encode())
             with path.open("rb") as file:
                 while block := file.read(1 << 20):
@@ -389,10 +410,9 @@ def ranks(module: RelationModule, loader: DataLoader[GraphBatch]) -> list[list[i
         for prediction, target in zip(module.predictions(batch), batch.truth, strict=True):
             triplets = rank_triplets(prediction, DEPTH, 1)
             finds = relation_overlaps(triplets, prediction, target, phrase=False) >= 0.5
-            never = torch.ones_like(finds[:1].sum(0, keepdim=True), dtype=torch.bool)
-            finds = torch.cat((finds, never.expand(1, finds.shape[1])))
-            rank = torch.arange(len(finds))[:, None].where(finds, DEPTH).amin(0)
-            found.append(rank.where(rank < len(triplets.scores), DEPTH).tolist())
+            rank = torch.arange(len(finds))[:, None].where(finds, DEPTH)
+            never = rank.new_full((1, rank.shape[1]), DEPTH)
+            found.append(torch.cat((rank, never)).amin(0).tolist())
     return found
 
 
@@ -444,5 +464,9 @@ def _results(tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[tuple[Arm,
     # Small operations gain little from threads: several runs side by side, one thread each, do more.
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         futures = {pool.submit(run, *task): task[1] for task in tasks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # or all the others would be done first
+            raise

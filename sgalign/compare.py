@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import time
@@ -19,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from sgalign.data import GraphBatch, count_predicates
 from sgalign.datamodule import SceneGraphData
+from sgalign.files import save_figure, write_json
 from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, RelationModule
 
 METRICS = ("R@20", "R@50", "R@100", "mR@20", "mR@50", "mR@100")
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     seconds = step_seconds([motifs.to(DEVICE), mirrored.to(DEVICE)], list(data.train_dataloader()))
     report: dict[str, Any] = {"data": data.name, "epochs": options.epochs, "seed": options.seed}
     report |= {"test": results, "validation": history, "step_seconds": dict(zip(("Motifs", "Align-Motifs"), seconds))}
-    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(out / "results.json", report, indent=1)
     draw(out / "comparison.png", data, history, results)
 
     print(f"\n{table(results)}\n")
@@ -170,7 +170,7 @@ def draw(
     names = [data.predicate_names[index] for index in order]
     change = [100 * (results["Align-Motifs"][f"R@50/{name}"] - results["Motifs"][f"R@50/{name}"]) for name in names]
     bars.bar(range(len(names)), change, color="tab:orange")
-    bars.set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 30 else 5)
+    bars.set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 30 else 5, parse_math=False)
     bars.axhline(0, color="black", linewidth=0.5)
     bars.set(ylabel="points of R@50", title="Align-Motifs less Motifs, predicates by falling frequency, test part")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

@@ -14,6 +14,7 @@ from torchvision.ops import box_convert
 from torchvision.transforms.functional import pil_to_tensor
 
 from sgalign.data import load_image
+from sgalign.files import save_figure
 from sgalign.models.entity_detector import resize
 from sgalign.models.sgtr import MirrorMask
 from sgalign.prediction import load_module
@@ -89,5 +90,5 @@ def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -
                 frame = {"fill": False, "linewidth": 1.5, "edgecolor": "red", "alpha": alpha}
                 axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **frame))
     figure.suptitle(f"{image.name}: {module.predicate_names[predicate + 1]} ({likelihood.max():.2f})")
-    figure.savefig(out, dpi=90)
+    save_figure(figure, out)
     print(f"wrote {out}")

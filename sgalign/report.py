@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign.ablate import DEPTH, STUDIES, Arm, Study, settings
+from sgalign.ablate import DEPTH, STUDIES, Arm, Study, run_path, settings
 from sgalign.evaluate import split_name
-from sgalign.files import check_writable, read_json, written_whole
+from sgalign.files import check_writable, read_json, save_figure, written_whole
 
 COLUMNS = ("R@50", "mR@50", "mR@100", "ngR@50", "zR@100", "mR@100/tail")
 PAIRED = (("R", 50), ("mR", 50), ("mR", 100))
@@ -69,10 +69,11 @@ def write(folder: Path, names: Sequence[str] | None, data: str | None, epochs: i
     epochs = _only([run for run in runs if run["settings"]["data"] == data], "epochs", epochs)
     found = {name: runs_by_arm(runs, STUDIES[name], data, epochs) for name in names or STUDIES}
     studies = {name: arms for name, arms in found.items() if names or len(arms) == len(STUDIES[name].arms)}
-    if not any(studies.values()):
-        begun = [name for name, arms in found.items() if arms]
-        of = f"--study must be of {', '.join(begun)}, none of which has a run of every row" if begun else "of no study"
-        raise FileNotFoundError(f"{folder}: has runs, but of {', '.join(names)} none" if names else f"{folder}: {of}")
+    if names and (missing := [name for name in names if not found[name]]):
+        raise FileNotFoundError(f"{folder}: has runs, but of {', '.join(missing)} none")
+    if not studies:
+        begun = ", ".join(name for name, arms in found.items() if arms) or "none"
+        raise FileNotFoundError(f"{folder}: no study has a run of every row; --study tables what there is of {begun}")
     write_csv(folder / "results.csv", studies)
     lines = []
     for name, arms in studies.items():
@@ -95,8 +96,10 @@ def read_runs(folder: Path) -> list[Run]:
     remedy = "delete it, run sgalign ablate again"
     for path in sorted((folder / "runs").glob("*.json")):
         run = read_json(path, remedy)
-        if not isinstance(run, dict) or not run.keys() >= FIELDS or not isinstance(run["settings"], dict):
-            raise ValueError(f"{path}: not a run of sgalign ablate: {remedy}")
+        is_run = isinstance(run, dict) and run.keys() >= FIELDS
+        # The name tells settings and seed: copies and what was edited are no runs.
+        if not is_run or path != run_path(folder, run["settings"], run["seed"]):
+            raise ValueError(f"{path}: not a run of sgalign ablate, or renamed: {remedy}")
         runs.append(run)
     return runs
 
@@ -146,7 +149,8 @@ def table(study: Study, arms: dict[str, list[Run]]) -> list[str]:
     ]
     for name, runs in arms.items():
         validation = spread([run["curve"][run["epoch"] - 1]["mR@50"] for run in runs])
-        cells = [spread([run["test"][column] for run in runs]) for column in COLUMNS]
+        # A data set with few predicates may have no tail.
+        cells = [spread([run["test"][column] for run in runs if column in run["test"]]) for column in COLUMNS]
         lines.append(f"| {name} | {len(runs)} | {validation} | " + " | ".join(cells) + " |")
     headers = [f"{metric}@{k}" for metric, k in PAIRED]
     lines += ["", "| | less | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 2)]
@@ -157,7 +161,11 @@ def table(study: Study, arms: dict[str, list[Run]]) -> list[str]:
             beyond = "" if low <= 0 <= high else " *"
             cells.append(f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}){beyond}")
         lines.append(f"| {arm.name} | {arm.base} | " + " | ".join(cells) + " |")
-    return [*lines, "", "\\* beyond the 95 % interval of seeds and images"]
+    without = ", ".join(arm.name for arm in study.arms if arm.name not in arms)
+    one = all(len(runs) == 1 for runs in arms.values())
+    of = "images; one seed says nothing of others" if one else "seeds and images"
+    lines += ["", f"\\* beyond the 95 % interval of {of}"]
+    return [*lines, *(["", f"no run yet: {without}"] if without else [])]
 
 
 def _compared(study: Study, arms: dict[str, list[Run]]) -> list[Arm]:
@@ -167,6 +175,8 @@ def _compared(study: Study, arms: dict[str, list[Run]]) -> list[Arm]:
 
 
 def spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
     deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):.1f}{deviation}"
 
@@ -252,7 +262,7 @@ def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
                 axes.fill_between(epochs, list(map(min, by_epoch)), list(map(max, by_epoch)), color=color, alpha=0.1)
         axes.set(xlabel="epoch", ylabel=f"validation {metric}, %", xticks=epochs)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_predicates(path: Path, study: Study, arms: dict[str, list[Run]]) -> None:
@@ -286,5 +296,6 @@ def draw_predicates(path: Path, study: Study, arms: dict[str, list[Run]]) -> Non
         axes.set_xlim(-1, len(names))
         of = f"{arm.name} less {arm.base}, {len(change)} seeds"
         axes.set_title(f"{of}: {better} predicates better, {worse} worse", fontsize=9)
-    panels[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 30 else 6)
-    figure.savefig(path, dpi=120)
+    size = 8 if len(names) <= 30 else 6
+    panels[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)
+    save_figure(figure, path)

@@ -79,8 +79,14 @@ def test_runs_are_kept_shared_and_reported(folder, tmp_path, studies, monkeypatc
     assert "## Two" not in (tmp_path / "tables.md").read_text()
     assert main(["report", str(tmp_path), "--data", name, "--study", "two"]) == 0
     assert "## Two" in (tmp_path / "tables.md").read_text()
+    monkeypatch.setitem(studies, "three", ablate.Study("Three", [ablate.motifs(**SMALL | {"hidden_dim": 9})]))
+    before = (tmp_path / "results.csv").read_text()
+    assert main(["report", str(tmp_path), "--data", name, "--study", "one", "three"]) == 1
+    assert "has runs, but of three none" in capsys.readouterr().err
+    assert (tmp_path / "results.csv").read_text() == before
 
-    for content in ('{"cut', "[1]", '{"seed": 0}'):
+    first = next(iter((tmp_path / "runs").glob("*.json")))
+    for content in (first.read_text().replace('"epochs": 1', '"epochs": 2'), '{"cut', "[1]", '{"seed": 0}'):
         next(iter((tmp_path / "runs").glob("*.json"))).write_text(content)
         capsys.readouterr()
         assert main(["report", str(tmp_path)]) == 1
@@ -104,6 +110,17 @@ def test_a_run_says_what_its_best_epoch_reaches(folder, tmp_path):
     assert recall == pytest.approx(result["test"]["R@50"], abs=1e-5)
     again = ablate.run(str(folder), ablate.align(**SMALL), 0, 2, tmp_path / "again.json")
     assert again["test"] == result["test"], "a run must repeat"
+
+
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_parts_without_relations_are_refused_before_training(folder, part, monkeypatch):
+    read = ablate.ScarceData._read
+    bare = lambda graph: ablate._with(graph, graph.relations[:0])  # noqa: E731
+    monkeypatch.setattr(
+        ablate.ScarceData, "_read", lambda self, p: [bare(g) if p == part else g for g in read(self, p)]
+    )
+    with pytest.raises(ValueError, match=f"must have relations in its {part} part, has none"):
+        ablate.ScarceData(str(folder))
 
 
 def test_nothing_to_report(tmp_path, capsys):
@@ -166,6 +183,9 @@ def test_missing_and_wrong_labels(folder):
     changed = [a[2] != b[2] for graph in pairs for a, b in graph if a[:2] == b[:2]]
     assert len(changed) == relations(whole) and sum(changed) > 0.5 * len(changed)
     assert torch.equal(missing.test[0].relations, whole.test[0].relations)
+    few = ablate.ScarceData(str(folder), labelled=0.1, unlabelled=False)
+    assert few.predicate_groups == whole.predicate_groups and len(whole.zero_shot_test)
+    assert torch.equal(few.zero_shot_test, whole.zero_shot_test)
 
 
 def test_unlabelled_images_have_targets_that_do_not_count(folder):
