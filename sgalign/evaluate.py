@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +17,7 @@ from torch import Tensor
 from sgalign.data import SceneGraph, count_predicates, open_dataset
 from sgalign.data.scene_graph import check_range
 from sgalign.data.vg150 import read_zero_shot_triplets
-from sgalign.files import check_writable, hdf5_written_whole, write_json, written_whole
+from sgalign.files import check_writable, hdf5_written_whole, read_json, write_json, written_whole
 from sgalign.metrics import (
     PROTOCOLS,
     OpenImagesEvaluator,
@@ -39,8 +37,8 @@ FIELDS = {
     "triplet_scores": torch.float32,
 }
 VRD_TASKS = ("relationship", "phrase", "predicate")
-DAMAGE = (KeyError, OSError, RuntimeError, ValueError)  # what h5py and json raise of files that are not whole
-WRITTEN = "; the callback sgalign.prediction.PredictionWriter of sgalign predict --config writes such a file"
+DAMAGE = (KeyError, MemoryError, OSError, RuntimeError, ValueError)  # what h5py raises of files that are not whole
+WRITTEN = "it must be HDF5 or JSON of predictions, as the callback sgalign.prediction.PredictionWriter writes"
 EPILOG = "docs/evaluation.md has the format of the file, every rule, and what each choice is worth."
 
 
@@ -54,31 +52,38 @@ class PredictionFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._stack = ExitStack()
         self._written = hdf5_written_whole(path)
+        self._folders: set[str] = set()
 
     def __enter__(self) -> PredictionFile:
-        self._file = self._stack.enter_context(self._written)
+        self._file = self._written.__enter__()
         return self
 
     def write(self, image_id: str, prediction: Mapping[str, Any]) -> None:
         """Adds an image: tensors or arrays, as `SceneGraphEvaluator.update` takes them.
 
         Raises:
-            ValueError: the image was written before.
+            ValueError: the image was written before, or HDF5 has no such name.
             OSError: the disk has no space for it; perhaps only at the end of the block.
         """
+        parts = image_id.split("/")
+        folders = {"/".join(parts[:count]) for count in range(1, len(parts))}
+        if not {"", "."}.isdisjoint(parts) or "\0" in image_id:
+            raise ValueError(f"image_id must be names with single slashes between, got {image_id!r}")
+        if image_id in self._folders or any(folder in self._file and folder not in self._folders for folder in folders):
+            raise ValueError(f"image_id must not be a folder of another image's, got {image_id!r}")
         if image_id in self._file:
             raise ValueError(f"image_id must be new, {image_id!r} was written before")
-        fields = {name: torch.as_tensor(prediction[name]).cpu() for name in FIELDS if name in prediction}
+        self._folders |= folders
+        fields = {name: torch.as_tensor(prediction[name]).detach().cpu() for name in FIELDS if name in prediction}
         group = self._file.create_group(image_id)
         for name, tensor in fields.items():
-            group[name] = tensor.numpy()
+            group[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.__exit__(kind, error, trace)
+        self._written.__exit__(kind, error, trace)
 
 
 class Predictions:
@@ -101,17 +106,19 @@ class Predictions:
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such file of predictions")
         self._images: Mapping[str, Any]
-        try:
-            if h5py.is_hdf5(self.path):
+        if h5py.is_hdf5(self.path):
+            try:
                 self._images = h5py.File(self.path, "r")
                 self.image_ids = set(_image_ids(self._images))
-            else:
-                self._images = json.loads(self.path.read_text(encoding="utf-8"))
-                self.image_ids = set(self._images) if isinstance(self._images, dict) else set()
-        except DAMAGE as error:
-            raise ValueError(f"{self.path}: neither HDF5 nor JSON, or cut short ({error}){WRITTEN}") from error
-        if not isinstance(self._images, Mapping):
-            raise ValueError(f"{self.path}: must be an object of image ids, got {type(self._images).__name__}{WRITTEN}")
+            except DAMAGE as error:
+                raise ValueError(f"{self.path}: HDF5, but cut short or damaged ({error})") from error
+            return
+        self._images = read_json(self.path, WRITTEN)
+        if not isinstance(self._images, dict):
+            raise ValueError(
+                f"{self.path}: must be an object of image ids, got {type(self._images).__name__}; {WRITTEN}"
+            )
+        self.image_ids = set(self._images)
 
     def __getitem__(self, image_id: str) -> dict[str, Tensor]:
         """The fields of an image that are there, as `SceneGraphEvaluator.update` takes them."""
@@ -126,16 +133,27 @@ class Predictions:
         fields = {}
         for field in there:
             try:
-                value = torch.as_tensor(image[field][()] if isinstance(image, h5py.Group) else image[field])
+                value = self._read(image[field], FIELDS[field].is_floating_point)
             except (*DAMAGE, TypeError) as error:
                 raise ValueError(f"{where}: {field} must be numbers in equally long rows ({error})") from error
             fields[field] = self._typed(where, field, value)
         return fields
 
+    def _read(self, values: Any, fractions: bool) -> Tensor:
+        """Of a data set, or of lists, whose fractions are as exact as they stand."""
+        if isinstance(values, h5py.Group):
+            raise TypeError("it is a group")
+        if isinstance(values, h5py.Dataset):
+            array = values[()]
+            return torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
+        return torch.as_tensor(values, dtype=torch.float64 if fractions else None)
+
     def _typed(self, where: str, field: str, value: Tensor) -> Tensor:
         whole = FIELDS[field] == torch.int64
         if whole and value.is_floating_point() and value.numel():
             raise ValueError(f"{where}: {field} must be whole numbers, got {value.dtype}")
+        if value.is_complex():
+            raise ValueError(f"{where}: {field} must be real numbers, got {value.dtype}")
         value = value.long() if whole else value if value.is_floating_point() else value.float()
         return value.reshape(0, self._widths[field]) if field in self._widths and value.shape == (0,) else value
 
@@ -164,7 +182,13 @@ def parser() -> argparse.ArgumentParser:
         help="what was given to the model, or the protocol of VRD's paper or of Open Images",
     )
     parser.add_argument("--zero-shot", metavar="FILE", help="the public list (default: what other parts do not have)")
-    parser.add_argument("--predicates-per-pair", type=int, default=1, metavar="N", help="of vrd-* and open-images only")
+    parser.add_argument(
+        "--predicates-per-pair",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of vrd-* and open-images only (default: %(default)s)",
+    )
     parser.add_argument("--skip-missing", action="store_true", help="images without prediction do not count")
     parser.add_argument("--no-plus-one", action="store_true", help="a box is x2 - x1 wide, not x2 - x1 + 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures")
@@ -182,7 +206,10 @@ def main(arguments: Sequence[str]) -> int:
         parser().error("--zero-shot is not for --protocol open-images")
     if not special and options.predicates_per_pair != 1:
         parser().error(f"--predicates-per-pair is not for --protocol {options.protocol}")
-    for path in filter(None, (options.json, options.csv)):
+    files = [path for path in (options.predictions, options.json, options.csv) if path is not None]
+    if len({path.resolve() for path in files}) < len(files):
+        parser().error("--json and --csv must be two files, and not that of the predictions")
+    for path in files[1:]:
         check_writable(path)
     dataset = open_dataset(options.annotations, options.split, validation_images=options.validation_images)
     predictions = Predictions(options.predictions, len(dataset.predicate_names) - 1)
@@ -205,7 +232,6 @@ def main(arguments: Sequence[str]) -> int:
     if missing:
         counted = "do not count" if options.skip_missing else "count 0"
         print(f"sgalign: {missing} images with relations have no prediction and {counted}", file=sys.stderr)
-    print(table(figures))
     if options.json is not None:
         write_json(options.json, figures, indent=1)
     if options.csv is not None:
@@ -213,6 +239,7 @@ def main(arguments: Sequence[str]) -> int:
             csv.writer(file).writerows(
                 [("metric", "k", "of", "value"), *(split_name(n) + (v,) for n, v in figures.items())]
             )
+    print(table(figures))
     return 0
 
 
@@ -223,19 +250,25 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
         return OpenImagesEvaluator(predicates, predicates_per_pair=options.predicates_per_pair)
     others = {"train": (), "validation": ("train",), "test": ("train", "validation")}[options.split]
     held_out = options.validation_images
-    parts = [list(open_dataset(options.annotations, other, validation_images=held_out)) for other in others]
-    seen: list[SceneGraph] = sum(parts, [])
+    parts = [open_dataset(options.annotations, other, validation_images=held_out) for other in others]
+    seen: list[SceneGraph] = sum(map(list, parts), [])
+    for kind in ("object_names", "predicate_names"):
+        if any(getattr(part, kind) != getattr(dataset, kind) for part in parts):
+            raise ValueError(f"{options.annotations}: {kind} must be the same in all parts, those of {others} differ")
     zero_shot = None
     if options.zero_shot is not None:
         # The public list has subject, object, predicate.
         zero_shot = read_zero_shot_triplets(options.zero_shot)[:, [0, 2, 1]]
+        where = f"{options.zero_shot}: "
+        check_range(where, "classes of objects", zero_shot[:, [0, 2]], 1, len(dataset.object_names) - 1)
+        check_range(where, "predicates", zero_shot[:, 1], 1, predicates)
     elif seen:
         zero_shot = zero_shot_triplets(seen, graphs)
     if options.protocol.startswith("vrd-"):
         task = options.protocol.removeprefix("vrd-")
         return VRDEvaluator(task, predicates, predicates_per_pair=options.predicates_per_pair, zero_shot=zero_shot)
     # By frequency in the training part alone, as in training.
-    counts = count_predicates(parts[0] if parts else graphs, predicates)
+    counts = count_predicates(seen[: len(parts[0])] if parts else graphs, predicates)
     return SceneGraphEvaluator(
         options.protocol,
         predicates,

@@ -8,42 +8,59 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Where to write a file, beside `path`; it takes its place when the block ends without an error, and goes with one.
 
-    What was at `path` stays as it was until then, whatever happens: a full disk, an interruption, a kill.
+    What was at `path` stays as it was until then, whatever happens: a full disk, an interruption, a kill, which leaves
+    the file beside it. A link stays one; devices and pipes are written to themselves.
 
     Raises:
-        IsADirectoryError: `path` is a folder.
+        OSError: as `check_writable`.
     """
     path = Path(path)
     check_writable(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    if _is_device(path):
+        yield path
+        return
+    partial = _beside(path)
     try:
         yield partial
-        partial.replace(path)
+        partial.replace(path.resolve())
     finally:
         partial.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
-    """Makes the folder of a file that is to be written, so that what cannot be is known before the work, not after it.
+    """Tries to write beside a file, whose folder is made: what cannot be is known before the work, not after it.
 
     Raises:
-        OSError: `path` is a folder, or its own cannot be made or written to; names it.
+        OSError: `path` is a folder, or nothing can be written in its own; names it.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder, must be a file", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, "cannot write here", str(path.parent))
+    if not _is_device(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _beside(path).touch()
+        _beside(path).unlink()
+
+
+def _beside(path: Path) -> Path:
+    path = path.resolve()
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def _is_device(path: Path) -> bool:
+    return (path.exists() and not path.is_file()) or path.is_relative_to("/dev")
 
 
 @contextmanager
@@ -70,7 +87,7 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: {remedy}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # with a mark of the byte order or without
     except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{path}: not JSON, or cut short ({error}); {remedy}") from error
 
@@ -78,6 +95,12 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     with written_whole(path) as partial:
         partial.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """A picture of 120 dots an inch, PNG."""
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def read_tensors(path: str | Path, what: str) -> Any:

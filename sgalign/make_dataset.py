@@ -18,6 +18,7 @@ from sgalign.data import SceneGraph, ScenesDataset, open_dataset
 from sgalign.data.coco import save_image, write_coco
 from sgalign.data.vrd import SPLITS
 from sgalign.files import hdf5_written_whole, write_json
+from sgalign.metrics import zero_shot_triplets
 
 LONG_SIDE = 1024
 
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str]) -> int:
         parser().error("--sizes is of generated scenes, not of --source")
     if options.few is not None and options.source is None:
         parser().error("--few needs --source")
+    if options.validation_images is not None and (options.source is None or options.few is not None):
+        parser().error("--validation-images needs --source, and is not of --few")
     if options.long_side is not None and options.few is None:
         parser().error("--long-side needs --few")
     for name in ("few", "long_side"):
@@ -155,7 +158,6 @@ def write_vg150(
     columns: dict[str, list[int]] = {f"img_to_{e}_{w}": [] for e in ("first", "last") for w in ("box", "rel")}
     rows: list[dict[str, int]] = []
     splits: list[int] = []
-    seen: set[tuple[int, int, int]] = set()
     for number, split in enumerate(SPLITS):
         for graph in parts.get(split, []):
             image_id = len(rows) + 1
@@ -177,8 +179,6 @@ def write_vg150(
             for subject, object_, predicate in graph.relations.tolist():
                 pairs.append([start + subject, start + object_])
                 predicates.append(predicate)
-                if split == "train":
-                    seen.add((labels[start + subject], labels[start + object_], predicate))
     with hdf5_written_whole(root / "VG-SGG.h5") as file:
         all_boxes = np.concatenate(boxes) if boxes else np.zeros((0, 4), np.int32)
         file["boxes_1024"], file["boxes_512"] = all_boxes, np.maximum(all_boxes // 2, [0, 0, 1, 1]).astype(np.int32)
@@ -197,10 +197,9 @@ def write_vg150(
         dicts[f"{of}_count"] = {name: found[i] for i, name in enumerate(names) if i}
     write_json(root / "VG-SGG-dicts.json", dicts)
     write_json(root / "image_data.json", rows)
-    tested = {
-        (int(g.labels[s]), int(g.labels[o]), p) for g in parts.get("test", []) for s, o, p in g.relations.tolist()
-    }
-    lines = ["subject,object,predicate", *(",".join(map(str, triplet)) for triplet in sorted(tested - seen))]
+    seen = [graph for split in ("train", "validation") for graph in parts.get(split, [])]
+    unseen = zero_shot_triplets(seen, parts.get("test", []))[:, [0, 2, 1]].tolist()
+    lines = ["subject,object,predicate", *(",".join(map(str, triplet)) for triplet in sorted(unseen))]
     (root / "zeroshot_triplets.csv").write_text("\n".join(lines) + "\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from sgalign.data import SceneGraph, collate, collate_detected, load_image, read_detections
 from sgalign.evaluate import PredictionFile
-from sgalign.files import check_writable, write_json, written_whole
+from sgalign.files import check_writable, save_figure, write_json, written_whole
 from sgalign.metrics.matching import rank_triplets
 from sgalign.sgtr import EntityDetectorModule, SGTRModule
 from sgalign.training import DetectorModule, MotifsModule, RelationModule, module_named, read_checkpoint
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--draw", action="store_true", help="pictures too, in a folder named like the JSON file")
     parser.add_argument("--detections", metavar="FILE", help="the images' objects")
     parser.add_argument("--top-k", type=int, default=20, help="triplets an image (default: %(default)s)")
-    parser.add_argument("--all-predicates", action="store_true", help="a pair may have several predicates")
+    parser.add_argument("--all-predicates", action="store_true", help="of Motifs: a pair may have several predicates")
     return parser
 
 
@@ -82,7 +83,11 @@ def main(arguments: Sequence[str]) -> int:
             continue
         graphs.append(graph)
         if options.draw:
-            draw(path, graph, folder / f"{path.name}.png")
+            try:
+                draw(path, graph, folder / f"{path.name}.png")
+            except OSError as error:  # a name too long for an ending, a full disk
+                print(f"sgalign: not drawn: {path}: {error}", file=sys.stderr)
+                failed += 1
     if not graphs:
         print(f"sgalign: {options.out} is not written: no image could be read", file=sys.stderr)
         return 1
@@ -114,7 +119,7 @@ def image_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    files = sorted(p for p in path.glob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else []
+    files = sorted(p for p in path.glob("*") if p.suffix.lower() in SUFFIXES and p.is_file()) if path.is_dir() else []
     if not files:
         raise FileNotFoundError(f"{path}: must be an image or a folder of images ({', '.join(sorted(SUFFIXES))})")
     return files
@@ -127,11 +132,13 @@ def predict_image(
     """The scene graph of an image file, as `describe` puts it."""
     image = load_image(path, upright=True)
     objects = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)
-    graph = SceneGraph(path.name, *image.size, *objects, lambda: image)
+    # What is not UTF-8 in a file's name cannot be in JSON.
+    name = os.fsencode(path.name).decode("utf-8", "backslashreplace")
+    graph = SceneGraph(name, *image.size, *objects, lambda: image)
     predicates, pixels = len(module.predicate_names) - 1, module.vision == "images"
     if detections is None:
         batch = collate([graph], predicates, pixels=pixels)
-    elif path.name in detections:
+    elif name in detections:
         batch = collate_detected([graph], detections, predicates, pixels=pixels)
     else:
         raise ValueError(f"{path}: the detections know no image {path.name!r}")
@@ -160,7 +167,7 @@ def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
         left.text(x1, y1, _name(graph, index), fontsize=8, va="bottom", bbox=box, parse_math=False)
     left.set_axis_off()
     _draw_graph(right, graph, triplets, colors)
-    figure.savefig(out, dpi=100)
+    save_figure(figure, out)
 
 
 def _draw_graph(axes: Axes, graph: dict[str, Any], triplets: list[dict[str, Any]], colors: dict[int, Any]) -> None:
@@ -342,7 +349,7 @@ def describe(
     """A prediction of `RelationModule.predictions` in names and plain numbers, best triplets first.
 
     A triplet's score is that of both objects and of the predicate, multiplied. Each pair has its best predicate (the
-    graph constraint), or with `all_predicates` all of them.
+    graph constraint), or with `all_predicates` all of them; SGTR ranks triplets itself, some of them of one pair.
     """
     best = rank_triplets(prediction, top_k, len(predicate_names) - 1 if all_predicates else 1)
     return {

@@ -5,6 +5,7 @@ import json
 import re
 
 import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -168,8 +169,8 @@ def test_an_interrupted_prediction_leaves_the_file_as_it_was(tmp_path, annotatio
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "neither HDF5 nor JSON"),
-        (b"\x89HDF\r\n\x1a\n cut", "neither HDF5 nor JSON"),
+        (b"", "not JSON, or cut short .*; it must be HDF5 or JSON of predictions"),
+        (b"\x89HDF\r\n\x1a\n cut", "cut short"),
         (b"[1, 2]", "object of image ids, got list"),
         (b'{"nowhere.jpg": {}}', "image ids must be those of the test part .* got 1 others, such as 'nowhere.jpg'"),
         (b'{"IMAGE": 3}', "image 'IMAGE': must have boxes"),
@@ -188,12 +189,52 @@ def test_bad_files_are_one_sentence(tmp_path, annotations, graphs, content, mess
     assert re.search(message.replace("IMAGE", image), error), error
 
 
+def test_numbers_are_as_exact_as_they_stand(tmp_path, graphs):
+    """Fractions of JSON are float64; HDF5's may have any order of bytes."""
+    scores = [0.5 + 1e-9, 0.5]
+    (tmp_path / "p.json").write_text(json.dumps({"a": {"scores": scores, "labels": [1, 2]}}))
+    with h5py.File(tmp_path / "p.h5", "w") as file:
+        file["a/scores"], file["a/labels"] = np.array(scores, ">f8"), np.array([1, 2], ">i4")
+        file["b/scores"] = np.array(scores, np.complex64)
+    for name in ("p.json", "p.h5"):
+        fields = Predictions(tmp_path / name, 20)["a"]
+        assert fields["scores"].tolist() == scores and fields["labels"].tolist() == [1, 2]
+    with pytest.raises(ValueError, match="image 'b': scores must be real numbers, got torch.complex64"):
+        Predictions(tmp_path / "p.h5", 20)["b"]
+
+
+@pytest.mark.parametrize(
+    "ids", [["a//b"], ["./a"], [""], ["a\0b"], ["a", "a/b"], ["a/b", "a"], ["a/b/c", "a/b"]], ids=str
+)
+def test_ids_that_hdf5_does_not_keep_apart_are_refused(tmp_path, graphs, ids):
+    with pytest.raises(ValueError, match="image_id must "), PredictionFile(tmp_path / "p.h5") as file:
+        for image_id in ids:
+            file.write(image_id, perfect(graphs[0]))
+
+
+def test_files_must_differ(tmp_path, annotations, capsys):
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path / "p.json", annotations, "--json", str(tmp_path / "p.json"))
+    assert "must be two files" in capsys.readouterr().err
+
+
 def test_labels_beyond_the_classes_are_refused(tmp_path, annotations, graphs, capsys):
     path, graph = tmp_path / "p.h5", next(graph for graph in graphs if len(graph.relations))
     with PredictionFile(path) as file:
         file.write(graph.image_id, perfect(graph) | {"labels": graph.labels + 100})
     assert evaluate(path, annotations, protocol="sgdet") == 1
     assert f"image {graph.image_id!r}: labels must be in 1 to 16, got 1" in capsys.readouterr().err
+
+
+def test_a_file_takes_what_a_model_gives(tmp_path, graphs):
+    given = perfect(graphs[0])
+    given |= {"scores": torch.rand(len(given["scores"]), requires_grad=True)}
+    given |= {"predicate_scores": given["predicate_scores"].bfloat16()}
+    with PredictionFile(tmp_path / "p.h5") as file:
+        file.write("a", given)
+    fields = Predictions(tmp_path / "p.h5", 20)["a"]
+    assert torch.equal(fields["scores"], given["scores"].detach())
+    assert torch.equal(fields["predicate_scores"], given["predicate_scores"].float())
 
 
 def test_ids_with_slashes(tmp_path, graphs):

@@ -1,6 +1,8 @@
 """Files appear whole or not at all: errors, disks that are full, folders that cannot be written to."""
 
+import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +34,20 @@ def test_a_file_takes_its_place_at_the_end(tmp_path):
             partial.write_text("third")
             raise error
     assert path.read_text() == "second" and list(path.parent.iterdir()) == [path]
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target.json")
+    for content in ("first", "second"):
+        write_json(tmp_path / "link", content)
+        assert (tmp_path / "link").is_symlink() and read_json(tmp_path / "target.json") == content
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(tmp_path / "pipe", "through")
+    assert os.read(reader, 100) == b'"through"\n' and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+    write_json(Path("/dev/null"), "nothing")
+    assert Path("/dev/null").is_char_device()
 
 
 def test_what_does_not_fit_leaves_what_was_there(tmp_path, full_disk):

@@ -186,8 +186,9 @@ def test_boxes_are_cut_off_in_integers(tmp_path):
 def test_validation_images_are_the_first(tmp_path):
     root = small_vg150(tmp_path / "vg")
     assert VG150Dataset(root, "validation", validation_images=1)[0].image_id == "7.jpg"
+    assert len(VG150Dataset(root, "validation")) == 0, "a fifth of two"
     with pytest.raises(ValueError, match="validation_images must be in 0 to 2"):
-        VG150Dataset(root, "train")
+        VG150Dataset(root, "train", validation_images=3)
     own = small_vg150(tmp_path / "own", split=np.array([0, 1, 2]))
     assert VG150Dataset(own, "validation")[0].image_id == "8.jpg"
     with pytest.raises(ValueError, match="has a validation part of its own, validation_images must be left out"):
@@ -280,22 +281,22 @@ def test_workers_share_the_data(vg150):
 
 
 def test_zero_shot_triplets(folders, scenes, tmp_path):
-    """The file has the class triplets of the test part that the training part has not, each once."""
+    """The file has the class triplets of the test part that no other part has, each once."""
     in_part = {
         split: {(int(g.labels[s]), int(g.labels[o]), p) for g in scenes[split] for s, o, p in g.relations.tolist()}
-        for split in ("train", "test")
+        for split in SPLITS
     }
     triplets = read_zero_shot_triplets(folders / "vg150" / "zeroshot_triplets.csv")
-    expected = in_part["test"] - in_part["train"]
+    expected = in_part["test"] - in_part["train"] - in_part["validation"]
     assert 0 < len(expected) < len(in_part["test"]), "both kinds must be there for this to say something"
     assert sorted(map(tuple, triplets.tolist())) == sorted(expected)
     torch.save(triplets, tmp_path / "z.pytorch", _use_new_zipfile_serialization=False)
     assert torch.equal(read_zero_shot_triplets(tmp_path / "z.pytorch"), triplets)
     (tmp_path / "bare.csv").write_text("1,2,3\n")
     assert read_zero_shot_triplets(tmp_path / "bare.csv").tolist() == [[1, 2, 3]]
-    for content in ("1,2\n", "", "a,b,c\n0,1,2\n"):
+    for content, message in (("1,2\n", "must be rows"), ("", "cut short"), ("a,b,c\n0,1,2\n", "must be rows")):
         (tmp_path / "bad.csv").write_text(content)
-        with pytest.raises(ValueError, match="bad.csv: must be rows of subject"):
+        with pytest.raises(ValueError, match=f"bad.csv: .*{message}"):
             read_zero_shot_triplets(tmp_path / "bad.csv")
 
 
@@ -356,6 +357,7 @@ def test_parts_with_other_classes_are_refused(folders, tmp_path):
         (lambda c, r: c["images"][0].update(file_name="../x.jpg"), "file_name must lie in the data set's folder"),
         (lambda c, r: c["images"][0].update(file_name=7), "not as COCO and relations are"),
         (lambda c, r: c["images"].append(c["images"][0]), "id must be new, got 0 again"),
+        (lambda c, r: c["images"].append(c["images"][0] | {"id": 99}), "file_name must be new, got .* again"),
         (lambda c, r: c.update(annotations=None), "not as COCO and relations are"),
         (lambda c, r: r["test"].update({"0": None}), "not as COCO and relations are"),
     ],

@@ -68,6 +68,8 @@ class CocoDataset(Dataset[SceneGraph]):
         predicates = [str(name) for name in relations["rel_categories"]]
         self._first = 0 if predicates[:1] == [BACKGROUND] else 1
         self.predicate_names = [BACKGROUND, *predicates[1 - self._first :]]
+        if "" in (*self.object_names, *self.predicate_names):
+            raise ValueError(f"{path}, {rel}: names of categories must not be empty, got one that is")
         self._images = _parse(path, content, label_of)
         by_id = relations[part]
         if unknown := by_id.keys() - {str(image["id"]) for image in self._images.values()}:
@@ -112,6 +114,7 @@ class CocoDataset(Dataset[SceneGraph]):
 def _parse(path: Path, content: dict[str, Any], label_of: Mapping[Any, int]) -> dict[Any, dict[str, Any]]:
     """The images of a COCO file by id, each with its `boxes` (x, y, width, height) and `labels`."""
     images: dict[Any, dict[str, Any]] = {}
+    names: set[str] = set()
     for number, image in enumerate(content["images"]):
         fields = ("id", "file_name", "width", "height")
         if not isinstance(image, dict) or not image.keys() >= set(fields):
@@ -123,6 +126,9 @@ def _parse(path: Path, content: dict[str, Any], label_of: Mapping[Any, int]) -> 
             )
         if image["id"] in images:
             raise ValueError(f"{path}, images, row {number}: id must be new, got {image['id']!r} again")
+        if image["file_name"] in names:
+            raise ValueError(f"{path}, images, row {number}: file_name must be new, got {image['file_name']!r} again")
+        names.add(image["file_name"])
         images[image["id"]] = {field: image[field] for field in fields} | {"boxes": [], "labels": []}
     for number, annotation in enumerate(content["annotations"]):
         where = f"{path}, annotations, row {number}"
@@ -135,6 +141,8 @@ def _parse(path: Path, content: dict[str, Any], label_of: Mapping[Any, int]) -> 
             raise ValueError(f"{where}: category_id must be of a category, got {annotation['category_id']!r}")
         if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
             raise ValueError(f"{where}: bbox must be 4 numbers x, y, width, height, got {box!r}")
+        if max(map(abs, box)) > 1e9:
+            raise ValueError(f"{where}: bbox must be in pixels, got a number beyond 1e9")
         if not (box[2] > 0 and box[3] > 0):
             raise ValueError(f"{where}: bbox must have a width and a height above 0, got {box}")
         images[annotation["image_id"]]["boxes"].append(box)

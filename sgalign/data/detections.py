@@ -58,10 +58,10 @@ def _parse(where: str, image: Any, num_objects: int) -> Detections:
             raise ValueError(f"{where}labels must be integers in 0 to {num_objects - 1}, got {label!r} in row {row}")
         if type(score) not in (int, float) or not 0 <= score <= 1:
             raise ValueError(f"{where}scores must be in 0 to 1, got {score!r} in row {row}")
-    found = Detections(
-        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        torch.tensor(labels, dtype=torch.int64) + 1,
-        torch.tensor(scores, dtype=torch.float32),
-    )
+    try:
+        corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    except OverflowError as error:
+        raise ValueError(f"{where}boxes_xyxy must be finite ({error})") from error
+    found = Detections(corners, torch.tensor(labels, dtype=torch.int64) + 1, torch.tensor(scores, dtype=torch.float32))
     check_objects(where, found.boxes, found.labels, (torch.float32,))
     return found

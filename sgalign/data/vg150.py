@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from sgalign.data.images import load_image
 from sgalign.data.scene_graph import BACKGROUND, SceneGraph
 from sgalign.data.vrd import SPLITS
-from sgalign.files import read_json
+from sgalign.files import read_json, read_tensors
 
 CORRUPTED = {1592, 1722, 4616, 4617}  # in image_data.json, but not in the official HDF5 file
 IMAGE_FOLDERS = ("VG_100K", "images")
@@ -39,7 +39,7 @@ class VG150Dataset(Dataset[SceneGraph]):
         root: folder of these files, and of the images as `VG_100K/ID.jpg` or `images/ID.jpg`, if wanted.
         split: "train" (0 in the file), "validation" or "test" (2).
         validation_images: how many of the training images, from the first on, are the validation part, where the file
-            has none; None for 5000.
+            has none; None for 5000, at most a fifth.
 
     Attributes:
         object_names, predicate_names: class names, `__background__` first.
@@ -69,7 +69,8 @@ class VG150Dataset(Dataset[SceneGraph]):
         if len(parts[1]) and validation_images is not None:
             raise ValueError(f"{self.path}: has a validation part of its own, validation_images must be left out")
         if len(parts[1]) == 0 and split != "test":
-            validation_images = 5000 if validation_images is None else validation_images
+            if validation_images is None:
+                validation_images = min(5000, len(parts[0]) // 5)
             if not 0 <= validation_images <= len(parts[0]):
                 raise ValueError(
                     f"validation_images must be in 0 to {len(parts[0])}, what {self.path} has, got {validation_images}"
@@ -142,20 +143,20 @@ def read_zero_shot_triplets(path: str | Path) -> Tensor:
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is not one of these.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no zero-shot triplets {path}")
-    try:
-        if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
+    path, what = Path(path), "file of zero-shot triplets"
+    if path.suffix == ".csv":
+        if not path.is_file():
+            raise FileNotFoundError(f"no {what} {path}")
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
                 rows = [row for row in csv.reader(file) if row]
             triplets = torch.tensor([[int(v) for v in row] for row in rows[0 if rows[0][0].isdigit() else 1 :]])
-        else:
-            triplets = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(triplets, Tensor) or triplets.dim() != 2 or triplets.shape[1] != 3 or (triplets < 1).any():
-            raise ValueError("not rows of three classes from 1")
-    except Exception as error:  # torch raises nearly anything
-        raise ValueError(f"{path}: must be rows of subject, object and predicate class ({error}); {REMEDY}") from error
+        except (IndexError, ValueError) as error:
+            raise ValueError(f"{path}: not a {what}, or cut short ({error}); {REMEDY}") from error
+    else:
+        triplets = read_tensors(path, what)
+    if not isinstance(triplets, Tensor) or triplets.dim() != 2 or triplets.shape[1] != 3 or (triplets < 1).any():
+        raise ValueError(f"{path}: must be rows of subject, object and predicate class from 1; {REMEDY}")
     return triplets.long()
 
 

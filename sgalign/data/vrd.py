@@ -34,7 +34,7 @@ class VRDDataset(Dataset[SceneGraph]):
             images/.
         split: "validation" is held out of annotations_train.json, "train" is the rest.
         validation_images: how many to hold out: those whose names hash lowest, so that the choice depends on neither
-            file order nor a random generator, and a larger part contains a smaller one; None for 600.
+            file order nor a random generator, and a larger part contains a smaller one; None for 600, at most a fifth.
 
     Attributes:
         object_names: class names, `__background__` first.
@@ -58,7 +58,8 @@ class VRDDataset(Dataset[SceneGraph]):
         if not isinstance(annotations, dict):
             raise ValueError(f"{path}: must be an object of image names, got {type(annotations).__name__}; {REMEDY}")
         if split != "test":
-            validation_images = 600 if validation_images is None else validation_images
+            if validation_images is None:
+                validation_images = min(600, len(annotations) // 5)
             if not 0 <= validation_images <= len(annotations):
                 raise ValueError(
                     f"validation_images must be in 0 to {len(annotations)}, what {path} has, got {validation_images}"

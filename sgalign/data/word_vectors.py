@@ -39,9 +39,10 @@ def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             # Only rows asked for are split: GloVe has 400 thousand others.
-            if dimension and line.partition(" ")[0] not in wanted:
+            word, *rest = line.split(None, 1)
+            if dimension and word not in wanted:
                 continue
-            word, *numbers = line.split()
+            numbers = "".join(rest).split()
             if number == 1 and len(numbers) == 1:
                 continue
             dimension = dimension or len(numbers)

@@ -59,7 +59,7 @@ class VRDEvaluator(ImageMetric):
     def _add(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
         triplets = rank_triplets(prediction, max(self.top_k), self.predicates_per_pair)
         overlap = relation_overlaps(triplets, prediction, target, phrase=self.task == "phrase")
-        subsets = [torch.ones_like(overlap[:0].sum(0), dtype=torch.bool)]
+        subsets = [overlap.new_ones(overlap.shape[1], dtype=torch.bool)]
         if self.zero_shot is not None:
             subsets.append(self.zero_shot.has_relations(target))
         top_k = torch.tensor(self.top_k, device=overlap.device)
