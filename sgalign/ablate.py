@@ -204,12 +204,8 @@ class ScarceData(SceneGraphData):
             raise ValueError(f"data must be a folder with cached features in {features}/, got the generated scenes")
         super().__init__(root, features=features and str(Path(root or "", features)), **data)
         generator = torch.Generator().manual_seed(0)
-        # What figures are of does not depend on what is trained on.
-        self.predicate_groups, self.zero_shot_validation, self.zero_shot_test = (
-            self.predicate_groups,
-            self.zero_shot_validation,
-            self.zero_shot_test,
-        )
+        for name in ("predicate_groups", "zero_shot_validation", "zero_shot_test"):
+            getattr(self, name)  # kept from here on: what figures are of does not depend on what is trained on
         for part in ("train", "validation", "test"):
             if not any(len(graph.relations) for graph in getattr(self, part)):
                 raise ValueError(f"{self.name}: must have relations in its {part} part, has none")

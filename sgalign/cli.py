@@ -86,7 +86,8 @@ def _sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError | ValueError) and "in DataLoader worker" in str(error):
         # torch raises it again, with the worker's traceback as its message
         return str(error).strip().splitlines()[-1].partition(": ")[2]
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_in = Path(frames[-1].filename if frames else "")
     if isinstance(error, OSError | MisconfigurationException):
         return str(error)
     if isinstance(error, ValueError) and Path(__file__).parent in raised_in.parents:

@@ -431,7 +431,7 @@ class SGTRModule(_DetectingModule):
         if "decoder" in self.options.frozen:
             entities = entities._replace(memory=entities.memory.detach(), features=entities.features.detach())
         outputs, alignment = self._outputs(entities, batch_index)
-        self.finite(outputs.logits.sum(), losses)  # or matching fails without a word about why
+        self.finite(outputs.logits.abs().max(), losses)  # or matching fails without a word about why
         candidates, sizes = self._candidates(entities, *zip(*objects, strict=True)), sizes_of(pixels)
         relations = torch.tensor(float(sum(len(image.predicates) for image in annotations)), device=self.device)
         relations = self.trainer.strategy.reduce(relations, reduce_op="mean")

@@ -119,7 +119,7 @@ class RelationModule(pl.LightningModule):
         if kind is None or not issubclass(kind, type(self)):
             raise ValueError(f"checkpoint must be of {type(self).__name__}, as asked for, is of {saved['module']}")
         self._set_classes(saved["object_names"], saved["predicate_names"], "the checkpoint")
-        self.run_seed, self.random_states = saved["run_seed"], saved["random_states"]
+        self.run_seed, self.random_states = saved["run_seed"], saved.get("random_states", [])
         if self.network is None:
             classes, predicates = len(self.object_names), len(self.predicate_names)
             self.make_network(torch.ones(classes, classes, predicates))  # the weights follow

@@ -308,6 +308,8 @@ def test_word_vectors(tmp_path):
         assert tuple(table[row].tolist()) not in known
     assert torch.equal(read_word_vectors(path, ["kite"]), table[5:]), "random rows depend on the name alone"
     assert read_word_vectors(path, []).shape == (0, 2)
+    path.write_text("\nlight\t1\t2\n\nkite\t3\t4\n")
+    assert read_word_vectors(path, ["kite", "light"]).tolist() == [[3, 4], [1, 2]], "tabs, and lines of nothing"
 
 
 def test_word_vectors_random_rows_are_standard_normal(tmp_path):

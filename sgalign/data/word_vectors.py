@@ -39,7 +39,7 @@ def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             # Only rows asked for are split: GloVe has 400 thousand others.
-            word, *rest = line.split(None, 1)
+            word, *rest = line.split(None, 1) or [""]
             if dimension and word not in wanted:
                 continue
             numbers = "".join(rest).split()
