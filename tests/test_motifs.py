@@ -83,6 +83,27 @@ def test_frequency_baseline_is_the_log_of_smoothed_counts(counts, scenes):
 # ---- Motifs
 
 
+@pytest.fixture
+def threads():
+    count = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(count)
+
+
+def test_gradients_of_the_frequencies_are_the_same_bits_for_any_number_of_threads(threads):
+    """Most pairs of a batch meet in a few pairs of classes."""
+    draw = torch.Generator().manual_seed(0)
+    baseline = FrequencyBaseline(torch.ones(5, 5, 71), trainable=True)
+    objects = [graph([[0, 0, 9, 9]] * 20, torch.randint(1, 5, (20,), generator=draw).tolist(), []) for _ in range(4)]
+    batch = collate(objects, 70)
+    grad = torch.randn(len(batch.pairs), 71, generator=draw)
+    found = []
+    for count in (1, 2, 4, 2, 4):
+        threads(count)
+        found += torch.autograd.grad(baseline(batch), baseline.logits, grad)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 def test_box_features_by_hand():
     features = box_features(torch.tensor([[10.0, 20, 29, 29]]), torch.tensor([[100.0, 50]]))
     expected = [20 / 100, 10 / 50, 20 / 100, 25 / 50, 10 / 100, 20 / 50, 29 / 100, 29 / 50, 0.2 * 0.2]
