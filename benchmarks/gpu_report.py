@@ -55,6 +55,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 SECONDS = {"tests": 170, "attention bfloat16": 140, "attention float16": 35, "attention float32": 45, "steps": 80}
 TEST_FILES = ("tests/test_attention.py", "tests/test_relation.py", "tests/test_alignment.py")
 SANITIZER_EXIT = 9  # of compute-sanitizer where it has found something
+SANITIZER_MARK = "========= "
 SANITIZED = "test_each_branch_is_the_single_one or test_rows_with_nothing_kept"
 
 # B, H, Lq, Lk, D. The goals are set at SGTR's shapes (180 queries; 100 entities or an image's memory).
@@ -271,12 +272,12 @@ def tests() -> Figures:
                 cut_off = True
             text = log.read_text(errors="replace")
             lines = text.splitlines() or ["no output"]
-            outcomes = [re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", line) for line in lines]
-            # pytest's own line is the last with outcomes; compute-sanitizer says "0 errors" after it.
-            said = [pairs for pairs in outcomes if any(outcome != "errors" for _, outcome in pairs)]
-            for count, outcome in said[-1] if said else ():
+            # Of pytest the last line that has outcomes; compute-sanitizer's own, "0 errors" too, begin with its mark.
+            own = [line for line in lines if not line.startswith(SANITIZER_MARK)]
+            outcomes = [re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", line) for line in own]
+            for count, outcome in next(filter(None, reversed(outcomes)), []):
                 figures["counts"][outcome] += int(count)
-            marks = ("FAILED", "ERROR", "========= ") if process.returncode == SANITIZER_EXIT else ("FAILED", "ERROR")
+            marks = ("FAILED", "ERROR", *([SANITIZER_MARK] if process.returncode == SANITIZER_EXIT else []))
             failed = [line[:300] for line in lines if line.startswith(marks)]
             ended_badly = process.returncode != 0 and not cut_off
             figures["failed"] += failed or (lines[-3:] if ended_badly else [])

@@ -115,10 +115,11 @@ def test_a_run_says_what_its_best_epoch_reaches(folder, tmp_path):
 @pytest.mark.parametrize("part", ["train", "validation", "test"])
 def test_parts_without_relations_are_refused_before_training(folder, part, monkeypatch):
     read = ablate.ScarceData._read
-    bare = lambda graph: ablate._with(graph, graph.relations[:0])  # noqa: E731
-    monkeypatch.setattr(
-        ablate.ScarceData, "_read", lambda self, p: [bare(g) if p == part else g for g in read(self, p)]
-    )
+
+    def read_bare(self, asked):
+        return [ablate._with(g, g.relations[:0] if asked == part else g.relations) for g in read(self, asked)]
+
+    monkeypatch.setattr(ablate.ScarceData, "_read", read_bare)
     with pytest.raises(ValueError, match=f"must have relations in its {part} part, has none"):
         ablate.ScarceData(str(folder))
 
