@@ -270,18 +270,29 @@ def tests() -> Figures:
                 process.wait()
                 figures["cut off"] += 1
                 cut_off = True
-            text = log.read_text(errors="replace")
-            lines = text.splitlines() or ["no output"]
-            # Of pytest the last line that has outcomes; compute-sanitizer's own, "0 errors" too, begin with its mark.
-            own = [line for line in lines if not line.startswith(SANITIZER_MARK)]
-            outcomes = [re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", line) for line in own]
-            for count, outcome in next(filter(None, reversed(outcomes)), []):
-                figures["counts"][outcome] += int(count)
-            marks = ("FAILED", "ERROR", *([SANITIZER_MARK] if process.returncode == SANITIZER_EXIT else []))
-            failed = [line[:300] for line in lines if line.startswith(marks)]
-            ended_badly = process.returncode != 0 and not cut_off
-            figures["failed"] += failed or (lines[-3:] if ended_badly else [])
+            counts, failed = outcomes(log.read_text(errors="replace"), 0 if cut_off else process.returncode)
+            figures["counts"] += counts
+            figures["failed"] += failed
     return found
+
+
+def outcomes(log: str, status: int) -> tuple[Counter[str], list[str]]:
+    """How many tests passed, failed, ..., and the lines of a run of pytest that say what failed.
+
+    A run that ends with another status than 0 has failed, even where no line says so: then its last lines tell. Lines
+    of compute-sanitizer begin with its mark and are no outcomes ("0 errors"); where it found something they are
+    failures.
+    """
+    lines = log.splitlines() or ["no output"]
+    counted = [
+        re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", line)
+        for line in lines
+        if not line.startswith(SANITIZER_MARK)
+    ]
+    last = next(filter(None, reversed(counted)), [])
+    marks = ("FAILED", "ERROR", *([SANITIZER_MARK] if status == SANITIZER_EXIT else []))
+    failed = [line[:300] for line in lines if line.startswith(marks)]
+    return Counter({outcome: int(count) for count, outcome in last}), failed or (lines[-3:] if status else [])
 
 
 def test_environment(backend: str) -> dict[str, str]:

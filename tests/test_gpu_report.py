@@ -67,6 +67,37 @@ def test_a_failure_is_a_sentence():
     assert gpu_report.attempt(fails, deadline=0.0) == {"failure": "no time was left"}
 
 
+PASSED = "....\n4 passed, 1 skipped in 2.00s\n"
+FAILED = "..F\nFAILED tests/test_a.py::test_b - assert\n1 failed, 2 passed in 2.00s\n"
+MARK = gpu_report.SANITIZER_MARK
+
+
+@pytest.mark.parametrize(
+    "log, status, counts, failed",
+    [
+        (PASSED, 0, {"passed": 4, "skipped": 1}, []),
+        (FAILED, 1, {"passed": 2, "failed": 1}, ["FAILED tests/test_a.py::test_b - assert"]),
+        ("...\nSegmentation fault", -11, {}, ["...", "Segmentation fault"]),
+        ("", 4, {}, ["no output"]),
+        ("....", 0, {}, []),  # cut off, which is counted elsewhere
+        (
+            f"{MARK} COMPUTE-SANITIZER\n{PASSED}{MARK} ERROR SUMMARY: 0 errors\n",
+            0,
+            {"passed": 4, "skipped": 1},
+            [],
+        ),
+        (
+            f"{MARK} COMPUTE-SANITIZER\n{PASSED}{MARK} Invalid __global__ read\n{MARK} ERROR SUMMARY: 1 error\n",
+            gpu_report.SANITIZER_EXIT,
+            {"passed": 4, "skipped": 1},
+            [f"{MARK} COMPUTE-SANITIZER", f"{MARK} Invalid __global__ read", f"{MARK} ERROR SUMMARY: 1 error"],
+        ),
+    ],
+)
+def test_outcomes_of_a_run(log, status, counts, failed):
+    assert gpu_report.outcomes(log, status) == (counts, failed)
+
+
 def test_check_finds_what_is_wrong_or_not_written():
     right = [torch.ones(3, dtype=torch.float64)]
     for got, is_right in ((1.0, True), (1.001, False), (math.nan, False)):

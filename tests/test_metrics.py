@@ -625,6 +625,39 @@ def test_files_are_merged_into_an_empty_evaluator(recwarn):
 
 # ---- refusals
 
+
+@pytest.mark.parametrize("bad", [None, {"boxes": torch.zeros(0, 4)}, [torch.zeros(2)], iter([])])
+def test_what_is_no_list_of_images_is_refused(bad):
+    metric = SceneGraphEvaluator("sgdet", PREDICATES)
+    with pytest.raises(TypeError, match="predictions must be a list with a dict for each image, got"):
+        metric.update(bad, [truth((0, 1, 1))])
+    with pytest.raises(TypeError, match="targets must be a list with a dict for each image, got"):
+        metric.update([predict([(0, 1)], [0.0, 0.9, 0, 0])], bad)
+
+
+TRIPLETS = torch.tensor([[1, 1, 2], [2, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    "own, other, name",
+    [
+        (SceneGraphEvaluator("sgdet", PREDICATES), SceneGraphEvaluator("predcls", PREDICATES), "protocol"),
+        (SceneGraphEvaluator("sgdet", 3), SceneGraphEvaluator("sgdet", 4), "num_predicates"),
+        (VRDEvaluator("phrase", 3), VRDEvaluator("phrase", 3, top_k=(10, 20)), "top_k"),
+        (VRDEvaluator("phrase", 3, zero_shot=TRIPLETS), VRDEvaluator("phrase", 3, zero_shot=TRIPLETS[:1]), "zero_shot"),
+        (OpenImagesEvaluator(3), OpenImagesEvaluator(3, predicates_per_pair=2), "predicates_per_pair"),
+    ],
+)
+def test_evaluators_of_other_settings_are_not_merged(own, other, name):
+    with pytest.raises(ValueError, match=f"incoming_state must have the same {name}, "):
+        own.merge_state(other)
+
+
+def test_evaluators_with_the_same_zero_shot_triplets_are_merged():
+    own, other = (VRDEvaluator("phrase", 3, zero_shot=triplets) for triplets in (TRIPLETS, TRIPLETS.flip(0)))
+    own.merge_state(other)
+
+
 GOOD = predict([(0, 1)], [0.1, 0.5, 0.2, 0.2], of=TWO), truth((0, 1, 1))
 BAD_PREDICTIONS = {
     "scores": [torch.tensor([math.nan, 1]), torch.tensor([1.0, -1]), torch.ones(3), torch.ones(2, dtype=torch.int64)],

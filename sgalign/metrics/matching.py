@@ -124,6 +124,7 @@ class ImageMetric(Metric):
     is_differentiable = False
 
     num_predicates: int
+    _settings: tuple[str, ...]  # attributes in which evaluators that are merged must agree
 
     def update(self, predictions: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> None:
         """Adds images.
@@ -140,8 +141,14 @@ class ImageMetric(Metric):
                 predicate from 1. An `image_id` here or there names the image in errors.
 
         Raises:
+            TypeError: `predictions` or `targets` is no list of dicts.
             ValueError: a field is missing or malformed; names the field and the image. Nothing was added then.
         """
+        for name, images in (("predictions", predictions), ("targets", targets)):
+            kinds = {type(image) for image in images} if isinstance(images, Sequence) else {type(images)}
+            if not isinstance(images, Sequence) or not all(issubclass(kind, Mapping) for kind in kinds):
+                got = ", ".join(sorted(kind.__name__ for kind in kinds))
+                raise TypeError(f"{name} must be a list with a dict for each image, got {got}")
         if len(predictions) != len(targets):
             raise ValueError(f"predictions and targets must be as many, got {len(predictions)} and {len(targets)}")
         for where, prediction, target in self._named(predictions, targets):
@@ -150,7 +157,15 @@ class ImageMetric(Metric):
             self._add(_to(prediction, self.device), _to(target, self.device))
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the images of another evaluator of the same settings, as of another file or process."""
+        """Adds the images of another evaluator of the same settings, as of another file or process.
+
+        Raises:
+            ValueError: its settings are others.
+        """
+        for name in self._settings if isinstance(incoming_state, type(self)) else ():
+            own, other = getattr(self, name), getattr(incoming_state, name)
+            if own != other:
+                raise ValueError(f"incoming_state must have the same {name}, {own!r}, got {other!r}")
         super().merge_state(incoming_state)
         self._computed = None  # or the figures of before would be given again
         self._update_count += getattr(incoming_state, "_update_count", 1)
@@ -189,6 +204,12 @@ class TripletSet:
         check_tensor("", name, triplets, (None, 3), (torch.int64,))
         check_range("", name, triplets, 1, (1 << 20) - 1)
         self._codes = _code(triplets).unique()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TripletSet) and torch.equal(self._codes.cpu(), other._codes.cpu())
+
+    def __repr__(self) -> str:
+        return f"{len(self._codes)} triplets"
 
     def has(self, triplets: Tensor) -> Tensor:
         """Which rows of `[M, 3]` are in the set: bool `[M]`."""

@@ -38,6 +38,8 @@ class OpenImagesEvaluator(ImageMetric):
     found: Tensor
     relations: Tensor
 
+    _settings = ("num_predicates", "predicates_per_pair")
+
     def __init__(self, num_predicates: int, *, predicates_per_pair: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name, value in (("num_predicates", num_predicates), ("predicates_per_pair", predicates_per_pair)):

@@ -90,6 +90,8 @@ class SceneGraphEvaluator(ImageMetric):
     predicate_found: Tensor
     accuracy_found: Tensor
 
+    _settings = ("protocol", "num_predicates", "top_k", "plus_one", "zero_shot")
+
     def __init__(
         self,
         protocol: str,

@@ -33,6 +33,8 @@ class VRDEvaluator(ImageMetric):
     found: Tensor
     relations: Tensor
 
+    _settings = ("task", "num_predicates", "predicates_per_pair", "top_k", "zero_shot")
+
     def __init__(
         self,
         task: Literal["relationship", "phrase", "predicate"],
