@@ -48,7 +48,8 @@ def find_nvcc() -> tuple[str, list[str]] | None:
             sys.exit(f"sgalign: SGALIGN_CUDA is 1, but {why}")
         print(f"sgalign: built for the CPU alone, without CUDA C++ kernels: {why}", file=sys.stderr)
         return None
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    listing = f"{shlex.quote(nvcc)} --list-gpu-code"  # by the shell, which survives a program of another machine
+    known = subprocess.run(listing, shell=True, capture_output=True, text=True).stdout.split()
     offered = [code[3:] for code in known if code[3:].isdigit() and int(code[3:]) >= 80]
     if not offered:
         sys.exit(f"sgalign: {nvcc} --list-gpu-code names nothing from 80 on; mend it or set SGALIGN_CUDA=0")
@@ -105,13 +106,11 @@ class NinjaBuild(build_ext):
         openmp = ["-fopenmp"] if compiles(compiler, ["-fopenmp"]) else []
         if not openmp:
             print(f"sgalign: {compiler} has no OpenMP here, so the kernels will use one thread", file=sys.stderr)
-        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
-        version = version.partition("\n")[0]
+        said = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
         digest = runpy.run_path(str(ROOT / "sgalign" / "_source_digest.py"))["source_digest"](ROOT / "csrc")
         includes = [shlex.quote(f"-I{path}") for path in (sysconfig.get_path("include"), pybind11.get_include())]
-        bindings = [*includes, f'-DSGALIGN_SOURCES=\\"{digest}\\"', f"-DSGALIGN_COMPILER='\"{version}\"'"]
+        bindings = [*includes, f'-DSGALIGN_SOURCES=\\"{digest}\\"', f"-DSGALIGN_COMPILER='\"{said.splitlines()[0]}\"'"]
         bindings += [f"-DSGALIGN_{name.upper()}" for name, _, _ in INSTRUCTION_SETS]
-        link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         cuda = find_nvcc()
         if cuda:
             bindings += ["-DSGALIGN_CUDA", f"-DSGALIGN_CUDA_ARCHS='\"{' '.join(cuda[1])}\"'"]
@@ -127,12 +126,15 @@ class NinjaBuild(build_ext):
             writer = ninja_syntax.Writer(file, width=10_000)
             command = " ".join([compiler, *FLAGS, *openmp])
             writer.rule("compile", f"{command} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-            linker = " ".join([compiler, "-shared", *openmp, *link])
+            undefined = ["-undefined dynamic_lookup"] * (sys.platform == "darwin")
+            linker = " ".join([compiler, "-shared", *openmp, *undefined])
             if cuda:
-                nvcc, archs = cuda
-                host = f"{shlex.quote(nvcc)} -ccbin {compiler} -Xcompiler=-fPIC,-fvisibility=hidden"
+                # Of "ccache g++ -pthread" nvcc's -ccbin takes g++.
+                *_, program = (word for word in compiler.split() if not word.startswith("-"))
+                options = ",".join(["-fPIC", "-fvisibility=hidden", *compiler.partition(program)[2].split()])
+                host = f"{shlex.quote(cuda[0])} -ccbin {program} -Xcompiler={options}"
                 # All from one PTX, which later GPUs compile for themselves: half the time of one for each.
-                targets = "compute_80", *(f"sm_{arch}" for arch in archs)
+                targets = "compute_80", *(f"sm_{arch}" for arch in cuda[1])
                 codes = " ".join(f"-gencode=arch=compute_80,code={target}" for target in targets)
                 compile_cuda = f"{host} -std=c++20 -O3 {codes} -MMD -MF $out.d $flags -c $in -o $out"
                 writer.rule("cuda", compile_cuda, depfile="$out.d", deps="gcc")
@@ -140,8 +142,7 @@ class NinjaBuild(build_ext):
                 linker = " ".join([host, "-shared -cudart=static", *(f"-Xcompiler={flag}" for flag in openmp)])
             writer.rule("link", f"{linker} $in -o $out")
             for name, rule, source, flags in objects:
-                path = str(ROOT / "csrc" / source)
-                writer.build(f"{name}.o", rule, path, variables={"flags": " ".join(flags)})
+                writer.build(f"{name}.o", rule, str(ROOT / "csrc" / source), variables={"flags": " ".join(flags)})
             writer.build(module.name, "link", [f"{name}.o" for name, *_ in objects])
 
 

@@ -2,8 +2,8 @@
 
 Part by part, each in a process of its own, so that one that crashes takes no other with it: what is installed, the
 tests on the device, attention, the relation head, the alignment loss, and whole training steps, beside what one would
-use instead. DIR/report.json holds all figures and is written after every part; a run that was cut off goes on where it
-stopped, and `--only PART` runs a part again. DIR/report.md is read from it.
+use instead. DIR/report.json holds all figures and is written after every part; the same command goes on where a run was
+cut off or a part's time was up, and `--only PART` measures a part again. DIR/report.md is read from it.
 
 Times are medians, "graph" those of a CUDA graph's replay, which are the device's alone, "call" those of plain calls,
 which small shapes spend on launching. What fails is recorded as a sentence.
@@ -42,7 +42,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import report_markdown
+from benchmarks.report_markdown import NOT_REACHED, markdown, unfinished
 from sgalign import _version, backends, relation_alignment_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +54,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # What a part may take; all in all ten minutes.
 SECONDS = {"tests": 170, "attention bfloat16": 140, "attention float16": 35, "attention float32": 45, "steps": 80}
 TEST_FILES = ("tests/test_attention.py", "tests/test_relation.py", "tests/test_alignment.py")
+PYTEST = (sys.executable, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider")
 SANITIZER_EXIT = 9  # of compute-sanitizer where it has found something
 SANITIZER_MARK = "========= "
 SANITIZED = "test_each_branch_is_the_single_one or test_rows_with_nothing_kept"
@@ -138,17 +139,34 @@ def timed(calls: list[Callable[[], object]]) -> Figures:
     return {"graph": graph_ms(calls), "call": call_ms(calls[0]), "peak": peak - before}
 
 
-def attempt(measure: Callable[..., Figures], *arguments: Any, deadline: float = float("inf")) -> Figures:
-    """What `measure` gives, or a sentence about why it gives nothing."""
-    if time.monotonic() > deadline:
-        return {"failure": "no time was left"}
+def attempt(
+    measure: Callable[..., Figures],
+    *arguments: Any,
+    deadline: float = float("inf"),
+    before: Figures | None = None,
+) -> Figures:
+    """What `measure` gives, or a sentence about why it gives nothing; `before` where an earlier run came to this."""
+    if before and before.get("failure") != NOT_REACHED:
+        return before
+    if time.monotonic() > deadline or not usable():
+        return {"failure": NOT_REACHED}
     try:
         return measure(*arguments)
     except (Exception, pytest.skip.Exception) as error:  # benchmarks skip what is not installed
         return {"failure": sentence(error)}
     finally:
         gc.collect()
-        torch.cuda.empty_cache()
+        if usable():
+            torch.cuda.empty_cache()
+
+
+def usable() -> bool:
+    """Whether the device answers: after an illegal access this process never gets it back."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def sentence(error: BaseException) -> str:
@@ -202,7 +220,7 @@ def checked(got: Callable[[], list[Tensor]], expected: Callable[[], list[Tensor]
 # ------------------------------------------------------------------------------------------------------ parts
 
 
-def environment() -> Figures:
+def environment(before: Figures) -> Figures:
     """What is installed, and two rates that everything is held against: of copying and of matrix products."""
     properties = torch.cuda.get_device_properties(DEVICE)
     smi = shutil.which("nvidia-smi")
@@ -234,84 +252,100 @@ def environment() -> Figures:
     return found
 
 
-def tests() -> Figures:
-    """The tests of the operations on the device, cut into pieces that run side by side: compiling takes longest."""
+def tests(before: Figures) -> Figures:
+    """The tests of the operations on the device, cut into pieces that run side by side: compiling takes longest.
+
+    "not run" has those that time did not reach, which are all that a run that goes on does.
+    """
     deadline = time.monotonic() + SECONDS["tests"]
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider"]
-    runs = []
-    for name in available():
-        listing = [*pytest_command, "--collect-only", *TEST_FILES]
-        listed = subprocess.run(listing, cwd=ROOT, env=test_environment(name), capture_output=True, text=True)
-        ids = [line for line in listed.stdout.splitlines() if "::" in line]
-        pieces = max(1, min(12, (os.cpu_count() or 1) // len(available())))
-        runs += [(name, [*pytest_command, *ids[piece::pieces]]) for piece in range(pieces) if ids[piece::pieces]]
-        sanitizer = shutil.which("compute-sanitizer")
-        if name == "cuda" and sanitizer:
-            watched = [sanitizer, f"--error-exitcode={SANITIZER_EXIT}", *pytest_command, TEST_FILES[0], "-k", SANITIZED]
-            runs.append(("cuda under compute-sanitizer", watched))
+    sanitizer = shutil.which("compute-sanitizer")
     found: Figures = {}
+    started = []
     with tempfile.TemporaryDirectory() as folder:
-        started = []
-        for number, (name, command) in enumerate(runs):
-            log = Path(folder, str(number))
-            with log.open("w") as output:  # not a pipe, which fills up while another process is waited for
-                process = subprocess.Popen(
-                    command, cwd=ROOT, env=test_environment(name.split()[0]), stdout=output, stderr=output,
-                    start_new_session=True,
-                )  # fmt: skip
-            started.append((name, process, log))
-        for name, process, log in started:
-            figures = found.setdefault(name, {"counts": Counter(), "failed": [], "cut off": 0})
-            cut_off = False
+        for name in available():
+            suites = {name: ([], ["-k", ""])}
+            if name == "cuda" and sanitizer:
+                watched = [sanitizer, f"--error-exitcode={SANITIZER_EXIT}"]
+                suites[f"{name} under compute-sanitizer"] = watched, ["-k", SANITIZED]
+            for suite, (prefix, chosen) in suites.items():
+                known = before.get(suite) or {"counts": {}, "failed": [], "not run": collected(name, chosen)}
+                found[suite] = {"counts": Counter(known["counts"]), "failed": known["failed"], "not run": []}
+                pieces = 1 if prefix else min(12, os.cpu_count() or 1)
+                for piece in range(pieces):
+                    if not (ids := known["not run"][piece::pieces]):
+                        continue
+                    log = Path(folder, f"{suite} {piece}")
+                    with log.open("w") as output:  # not a pipe, which fills up while another process is waited for
+                        process = subprocess.Popen(
+                            [*prefix, *PYTEST, "-v", *ids], cwd=ROOT, env=test_environment(name), stdout=output,
+                            stderr=output, start_new_session=True,
+                        )  # fmt: skip
+                    started.append((suite, ids, process, log))
+        for suite, ids, process, log in started:
+            status: int | None = None
             try:
-                process.wait(max(1.0, deadline - time.monotonic()))
+                status = process.wait(max(1.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                figures["cut off"] += 1
-                cut_off = True
-            counts, failed = outcomes(log.read_text(errors="replace"), 0 if cut_off else process.returncode)
-            figures["counts"] += counts
-            figures["failed"] += failed
+            counts, failed, left = outcomes(log.read_text(errors="replace"), status, ids)
+            found[suite]["counts"] += counts
+            found[suite]["failed"] += failed
+            found[suite]["not run"] += left
     return found
 
 
-def outcomes(log: str, status: int) -> tuple[Counter[str], list[str]]:
-    """How many tests passed, failed, ..., and the lines of a run of pytest that say what failed.
+def collected(backend: str, chosen: Sequence[str]) -> list[str]:
+    """The ids of the tests."""
+    listing = [*PYTEST, "-q", "--collect-only", *chosen, *TEST_FILES]
+    listed = subprocess.run(listing, cwd=ROOT, env=test_environment(backend), capture_output=True, text=True)
+    return [line for line in listed.stdout.splitlines() if "::" in line]
 
-    A run that ends with another status than 0 has failed, even where no line says so: then its last lines tell. Lines
-    of compute-sanitizer begin with its mark and are no outcomes ("0 errors"); where it found something they are
-    failures.
+
+def outcomes(log: str, status: int | None, ids: Sequence[str]) -> tuple[Counter[str], list[str], list[str]]:
+    """Of a run of pytest with -v: how many tests passed, failed, ...; lines that say what failed; what was not run.
+
+    `status` is None where time was up. A run that died has failed at the first test without an outcome. Lines of
+    compute-sanitizer begin with its mark, and are failures where it says so by its status.
     """
-    lines = log.splitlines() or ["no output"]
-    counted = [
-        re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", line)
-        for line in lines
-        if not line.startswith(SANITIZER_MARK)
-    ]
-    last = next(filter(None, reversed(counted)), [])
+    lines = log.splitlines()
+    of_pytest = "\n".join(line for line in lines if not line.startswith(SANITIZER_MARK))
+    outcome_of = dict(re.findall(r"^(\S+::.*?)\s+(PASSED|FAILED|SKIPPED|ERROR)\b", of_pytest, re.MULTILINE))
     marks = ("FAILED", "ERROR", *([SANITIZER_MARK] if status == SANITIZER_EXIT else []))
-    failed = [line[:300] for line in lines if line.startswith(marks)]
-    return Counter({outcome: int(count) for count, outcome in last}), failed or (lines[-3:] if status else [])
+    failed = [line[:300] for line in lines if line.startswith(marks)]  # pytest's end with the reason
+    failed = failed or [f"{outcome} {name}" for name, outcome in outcome_of.items() if outcome in marks]
+    left = [name for name in ids if name not in outcome_of]
+    died = status not in (None, 0, 1, SANITIZER_EXIT)
+    if died:
+        failed.append(f"status {status} in {left[0] if left else 'the end'}: {lines[-1][:200] if lines else ''}")
+    if status is not None:
+        left = left[1:] if died else []
+    return Counter(map(str.lower, outcome_of.values())), failed, left
 
 
 def test_environment(backend: str) -> dict[str, str]:
     return os.environ | {"SGALIGN_TEST_BACKEND": backend}
 
 
-def attention(dtype: str) -> Figures:
+def attention(dtype: str, before: Figures) -> Figures:
     """Both branches at many shapes, forward and with the backward, ours and theirs."""
     from benchmarks.test_attention import ours
 
     deadline = time.monotonic() + SECONDS[f"attention {dtype}"]
+    checked_before = before.get("checks", {})
+    measured = {(tuple(row["shape"]), row["backward"]): row["contenders"] for row in before.get("rows", [])}
     checks = {
-        f"{name} {kind}": attempt(check_attention, name, kind, dtype) for name in available() for kind in ours(name)
+        name: attempt(check_attention, backend, kind, dtype, before=checked_before.get(name))
+        for backend in available()
+        for kind in ours(backend)
+        for name in [f"{backend} {kind}"]
     }
     rows = []
     for shape, backward in itertools.product(SHAPES[dtype], (True, False)):
         torch._dynamo.reset()  # or its limit of compiled versions is reached
+        known = measured.get((shape, backward), {})
         contenders = {
-            name: attempt(time_attention, contender, shape, dtype, backward, deadline=deadline)
+            name: attempt(time_attention, contender, shape, dtype, backward, deadline=deadline, before=known.get(name))
             for name, contender in attention_contenders(shape).items()
         }
         row = {"shape": shape, "dtype": dtype, "backward": backward, "contenders": contenders}
@@ -444,7 +478,7 @@ def attention_work(shape: tuple[int, ...], dtype: str, backward: bool) -> Figure
     return {"flops": bench.flops(shape, backward), "bytes": batch * heads * rows * dim * DTYPES[dtype].itemsize}
 
 
-def relation() -> Figures:
+def relation(before: Figures) -> Figures:
     """Motifs' relation head, post_cat's halves included."""
     from benchmarks import test_relation as bench
 
@@ -504,7 +538,7 @@ def check_relation(contender: Callable[[Any], list[Tensor]], dtype: str) -> Figu
     return checked(lambda: run(contender, head), lambda: run(lambda head: head.usual()[:branches], exact), dtype)
 
 
-def loss() -> Figures:
+def loss(before: Figures) -> Figures:
     """The alignment loss with its gradient."""
     from benchmarks.test_relation import plain_loss
 
@@ -536,7 +570,7 @@ def loss() -> Figures:
     return {"checks": checks, "rows": [row]}
 
 
-def steps() -> Figures:
+def steps(before: Figures) -> Figures:
     """Whole training steps: what the mirror costs, beside the ratio of counted arithmetic."""
     from benchmarks import conftest
 
@@ -569,13 +603,13 @@ def steps() -> Figures:
         taken = {name: {"call": 1e3 * statistics.median(times[name]), "peak": peaks[name]} for name in times}
         return {"contenders": taken, "counted": counted}
 
-    return {
-        f"{case}, {precision}": attempt(measure, case, precision, deadline=deadline)
-        for case, precision in itertools.product(cases, ("float32", "bfloat16"))
-    }
+    names = {f"{case}, {precision}": (case, precision) for case in cases for precision in ("float32", "bfloat16")}
+    return {name: attempt(measure, *names[name], deadline=deadline, before=before.get(name)) for name in names}
 
 
-PARTS: dict[str, Callable[[], Figures]] = {
+# Each takes what a run that was cut off has of it.
+Part = Callable[[Figures], Figures]
+PARTS: dict[str, Part] = {
     "environment": environment,
     "tests": tests,
     "attention bfloat16": functools.partial(attention, "bfloat16"),
@@ -590,31 +624,31 @@ PARTS: dict[str, Callable[[], Figures]] = {
 # ------------------------------------------------------------------------------------------------------ the report
 
 
-def in_own_process(part: Callable[[], Figures]) -> Figures:
+def in_own_process(part: Part, before: Figures) -> Figures:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(part).result()
+        return pool.submit(part, before).result()
 
 
-def write_report(out: Path, parts: Mapping[str, Callable[[], Figures]], only: Iterable[str] = ()) -> Figures:
-    """Runs what `out` does not have yet, or what `only` names, "attention" for all of its dtypes."""
+def write_report(out: Path, parts: Mapping[str, Part], only: Iterable[str] = ()) -> Figures:
+    """Runs what `out` does not have yet, or from its beginning what `only` names, "attention" for all of its dtypes."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / "report.json"
     report: Figures = json.loads(file.read_text()) if file.exists() else {}
     for name, part in parts.items():
-        present = name in report and "failure" not in report[name]
-        if not {name, name.split()[0]} & set(only) if only else present:
+        before = {} if only or "failure" in report.get(name, {}) else report.get(name, {})
+        if not {name, name.split()[0]} & set(only) if only else before and not unfinished(before):
             continue
         print(f"{name} ...", flush=True)
         start = time.monotonic()
         try:
-            report[name] = part()
+            report[name] = part(before)
         except Exception as error:
             report[name] = {"failure": sentence(error)}
-        report[name]["seconds"] = round(time.monotonic() - start, 1)
+        report[name]["seconds"] = round(before.get("seconds", 0) + time.monotonic() - start, 1)
         partial = file.with_suffix(".partial")  # a run that is cut off while writing leaves the old one
         partial.write_text(json.dumps(report, indent=1) + "\n")
         partial.replace(file)
-        (out / "report.md").write_text(report_markdown.markdown(report))
+        (out / "report.md").write_text(markdown(report))
     return report
 
 
@@ -629,8 +663,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     card = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = options.out or ROOT / "benchmarks" / "results" / card
-    write_report(out, {name: functools.partial(in_own_process, part) for name, part in PARTS.items()}, options.only)
+    parts = {name: functools.partial(in_own_process, part) for name, part in PARTS.items()}
+    report = write_report(out, parts, options.only)
     print(f"{out / 'report.md'} and report.json")
+    if left := [name for name, figures in report.items() if unfinished(figures)]:
+        print(f"time was up in {', '.join(left)}: the same command without --only goes on there")
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 Figures = dict[str, Any]
 DUAL = " dual"
 DENSE = ("sdpa twice", "sdpa concatenated")
+NOT_REACHED = "no time was left, or the device was lost before"
 ALTERNATIVES = (*DENSE, "eager", "flex", "xformers", "flash-attn, no mask")
 
 
@@ -22,7 +23,7 @@ def markdown(report: Figures) -> str:
         "## Goals",
         table(("", "goal", "least favourable", "reached"), goals(report)),
         "## Tests",
-        table(("backend", "outcome", "pieces cut off"), test_rows(report)),
+        table(("backend", "outcome", "not run"), test_rows(report)),
         "## Attention",
         "Of the ceilings: the time that the card's own rates of copying and of matrix products allow, divided by the"
         " time taken; exponentials and random numbers are not counted.",
@@ -109,9 +110,23 @@ def step_ratio(case: Figures) -> float | None:
     return ratio(mirrored["call"], base["call"])
 
 
+def unfinished(figures: Any) -> bool:
+    """Whether something of a part was not reached."""
+    if isinstance(figures, dict):
+        not_reached = figures.get("failure") == NOT_REACHED or bool(figures.get("not run"))
+        return not_reached or any(map(unfinished, figures.values()))
+    return isinstance(figures, list) and any(map(unfinished, figures))
+
+
 def failures(report: Figures) -> Iterator[str]:
-    """Sentences: parts, checks, contenders and tests."""
+    """Sentences: parts, checks, contenders and tests. What was not reached is said once a part."""
+    return (said for said in all_failures(report) if not said.endswith(NOT_REACHED))
+
+
+def all_failures(report: Figures) -> Iterator[str]:
     for part, figures in report.items():
+        if unfinished(figures):
+            yield f"{part}: time was up, or the device was lost; the same command goes on"
         if "failure" in figures:
             yield f"{part}: {figures['failure']}"
         for name, check in figures.get("checks", {}).items():
@@ -165,7 +180,7 @@ def test_rows(report: Figures) -> Iterator[tuple[str, ...]]:
     for backend, figures in report.get("tests", {}).items():
         if isinstance(figures, dict):
             counts = ", ".join(f"{count} {outcome}" for outcome, count in figures["counts"].items())
-            yield backend, counts or "nothing ran", str(figures["cut off"] or "")
+            yield backend, counts or "nothing ran", str(len(figures["not run"]) or "")
 
 
 def attention_table(rows: list[Figures], environment: Figures) -> str:

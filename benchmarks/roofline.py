@@ -69,7 +69,7 @@ def bounds(card: Card, kernel: str, shape: tuple[int, ...]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints a Markdown table: microseconds of each bound, and their share of the longest."""
+    """Prints a Markdown table a card: microseconds of each bound."""
     for name, card in CARDS.items():
         print(f"\n| {name}: B, H, Lq, Lk, D | kernel | instructions | exponentials | matrix products | bytes |")
         print("|---|---|---|---|---|---|")

@@ -230,13 +230,14 @@ def test_sanitizers_and_poisoned_memory(copy, name, width, flags):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[:3000]
 
 
-OFFERED = "echo sm_75 sm_80 sm_90 sm_90a"
+OFFERED = "#!/bin/sh\necho sm_75 sm_80 sm_90 sm_90a"
 
 
 @pytest.mark.parametrize(
     ("answer", "archs", "expected"),
     [
-        ("exit 3", "", "nvcc --list-gpu-code names nothing from 80 on"),
+        ("#!/bin/sh\nexit 3", "", "nvcc --list-gpu-code names nothing from 80 on"),
+        ("\x7fELF of another machine", "", "nvcc --list-gpu-code names nothing from 80 on"),
         (OFFERED, "", "('80', '90')"),
         (OFFERED, "90, 80 90", "('90', '80')"),
         (OFFERED, "75", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 75"),
@@ -248,7 +249,7 @@ OFFERED = "echo sm_75 sm_80 sm_90 sm_90a"
 def test_architectures(tmp_path, answer, archs, expected):
     compiler = tmp_path / "bin" / "nvcc"
     compiler.parent.mkdir()
-    compiler.write_text(f"#!/bin/sh\n{answer}\n")
+    compiler.write_text(answer + "\n")
     compiler.chmod(0o755)
     code = f"""
 import runpy, setuptools

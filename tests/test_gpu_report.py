@@ -29,33 +29,40 @@ def test_parts_that_are_there_are_not_run_again(tmp_path):
     runs = []
 
     def part(name, **figures):
-        def run():
-            runs.append(name)
+        def run(before):
+            runs.append((name, before.get("checks")))
             return dict(figures)
 
         return run
 
-    def cut_off():
+    def cut_off(before):
         raise KeyboardInterrupt
 
-    def crash():
+    def crash(before):
         raise RuntimeError("the card fell off\nand more")
 
-    parts = {"environment": part("environment"), "loss": crash, "attention a": part("a", rows=[]), "steps": cut_off}
+    def out_of_time(before):
+        return {"checks": {"triton": {"failure": gpu_report.NOT_REACHED}}}
+
+    parts = {"environment": part("environment"), "loss": crash, "attention a": out_of_time, "steps": cut_off}
     with pytest.raises(KeyboardInterrupt):
         gpu_report.write_report(tmp_path, parts)
     written = json.loads((tmp_path / "report.json").read_text())
     assert list(written) == ["environment", "loss", "attention a"]
     assert written["loss"]["failure"] == "RuntimeError: the card fell off"
-    parts |= {"loss": part("loss"), "steps": part("steps")}
+    parts |= {"loss": part("loss"), "attention a": part("a", rows=[]), "steps": part("steps")}
     gpu_report.write_report(tmp_path, parts)
-    assert runs == ["environment", "a", "loss", "steps"]  # what failed is tried again
+    checks = written["attention a"]["checks"]
+    # What failed is tried again, what time did not reach goes on from what there is.
+    assert runs == [("environment", None), ("loss", None), ("a", checks), ("steps", None)]
     gpu_report.write_report(tmp_path, parts, ["attention", "steps"])
-    assert runs[4:] == ["a", "steps"]
+    assert runs[4:] == [("a", None), ("steps", None)]
     assert not (tmp_path / "report.md").read_text().count("fell off")
 
 
-def test_a_failure_is_a_sentence():
+def test_a_failure_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
     def fails():
         raise ValueError("no such shape\ntraceback")
 
@@ -64,38 +71,97 @@ def test_a_failure_is_a_sentence():
 
     assert gpu_report.attempt(fails) == {"failure": "ValueError: no such shape"}
     assert gpu_report.attempt(skips) == {"failure": "Skipped: not installed"}
-    assert gpu_report.attempt(fails, deadline=0.0) == {"failure": "no time was left"}
 
 
-PASSED = "....\n4 passed, 1 skipped in 2.00s\n"
-FAILED = "..F\nFAILED tests/test_a.py::test_b - assert\n1 failed, 2 passed in 2.00s\n"
+IDS = ["tests/test_a.py::test_a[1, 2]", "tests/test_a.py::test_b", "tests/test_a.py::test_c"]
+PASSED = f"{IDS[0]} PASSED [ 33%]\n{IDS[1]} SKIPPED (why) [ 66%]\n{IDS[2]} PASSED [100%]\n== 2 passed, 1 skipped ==\n"
+FAILED = f"{IDS[0]} PASSED [ 33%]\n{IDS[1]} FAILED [ 66%]\n"
+SUMMARY = f"{IDS[2]} ERROR\nFAILED {IDS[1]} - assert\n"
 MARK = gpu_report.SANITIZER_MARK
 
 
 @pytest.mark.parametrize(
-    "log, status, counts, failed",
+    "log, status, counts, failed, left",
     [
-        (PASSED, 0, {"passed": 4, "skipped": 1}, []),
-        (FAILED, 1, {"passed": 2, "failed": 1}, ["FAILED tests/test_a.py::test_b - assert"]),
-        ("...\nSegmentation fault", -11, {}, ["...", "Segmentation fault"]),
-        ("", 4, {}, ["no output"]),
-        ("....", 0, {}, []),  # cut off, which is counted elsewhere
+        (PASSED, 0, {"passed": 2, "skipped": 1}, [], []),
+        (FAILED + SUMMARY, 1, {"passed": 1, "failed": 1, "error": 1}, [f"FAILED {IDS[1]} - assert"], []),
+        (FAILED, None, {"passed": 1, "failed": 1}, [f"FAILED {IDS[1]}"], IDS[2:]),
+        ("", None, {}, [], IDS),
         (
-            f"{MARK} COMPUTE-SANITIZER\n{PASSED}{MARK} ERROR SUMMARY: 0 errors\n",
-            0,
-            {"passed": 4, "skipped": 1},
-            [],
+            f"{IDS[0]} PASSED\nSegmentation fault",
+            -11,
+            {"passed": 1},
+            [f"status -11 in {IDS[1]}: Segmentation fault"],
+            IDS[2:],
         ),
+        ("", 4, {}, [f"status 4 in {IDS[0]}: "], IDS[1:]),
+        (f"{MARK} COMPUTE-SANITIZER\n{PASSED}{MARK} ERROR SUMMARY: 0 errors\n", 0, {"passed": 2, "skipped": 1}, [], []),
         (
-            f"{MARK} COMPUTE-SANITIZER\n{PASSED}{MARK} Invalid __global__ read\n{MARK} ERROR SUMMARY: 1 error\n",
+            PASSED.replace(" PASSED", f"\n{MARK} Invalid read\nPASSED", 1),
             gpu_report.SANITIZER_EXIT,
-            {"passed": 4, "skipped": 1},
-            [f"{MARK} COMPUTE-SANITIZER", f"{MARK} Invalid __global__ read", f"{MARK} ERROR SUMMARY: 1 error"],
+            {"passed": 2, "skipped": 1},
+            [f"{MARK} Invalid read"],
+            [],
         ),
     ],
 )
-def test_outcomes_of_a_run(log, status, counts, failed):
-    assert gpu_report.outcomes(log, status) == (counts, failed)
+def test_outcomes_of_a_run(log, status, counts, failed, left):
+    assert gpu_report.outcomes(log, status, IDS) == (counts, failed, left)
+
+
+def test_tests_go_on_where_time_was_up(tmp_path, monkeypatch):
+    file = tmp_path / "test_made_up.py"
+    file.write_text(
+        "import os, time, pytest\n"
+        "@pytest.mark.parametrize('name', ['a b', 'c'])\n"
+        "def test_quick(name): assert os.environ['SGALIGN_TEST_BACKEND'] == 'made up'\n"
+        "def test_wrong(): assert False\n"
+        "def test_slow(): time.sleep(100 * (not os.path.exists('again')))\n"
+    )
+    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_report, "TEST_FILES", (file.name,))
+    monkeypatch.setattr(gpu_report, "available", lambda: ["made up"])
+    monkeypatch.setattr(gpu_report.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(gpu_report, "SANITIZED", "")
+    monkeypatch.setitem(gpu_report.SECONDS, "tests", 15)
+    first = gpu_report.tests({})["made up"]
+    assert first == {
+        "counts": {"passed": 2, "failed": 1},
+        "failed": ["FAILED test_made_up.py::test_wrong"],
+        "not run": ["test_made_up.py::test_slow"],
+    }
+    (tmp_path / "again").touch()
+    second = gpu_report.tests({"made up": first})["made up"]
+    assert second == first | {"counts": {"passed": 3, "failed": 1}, "not run": []}
+
+
+def test_what_was_measured_is_not_measured_again(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    late = {"deadline": 0.0}
+    for before in ({"graph": 1.0}, {"failure": "OutOfMemoryError"}):
+        assert gpu_report.attempt(dict, before=before, **late) == before
+    for before in (None, {"failure": gpu_report.NOT_REACHED}):
+        assert gpu_report.attempt(dict, before=before, **late) == {"failure": gpu_report.NOT_REACHED}
+        assert gpu_report.attempt(lambda: {"graph": 2.0}, before=before) == {"graph": 2.0}
+
+
+def test_after_the_device_is_lost_nothing_is_measured_or_blamed(monkeypatch):
+    lost = []
+
+    def synchronize():
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def illegal():
+        lost.append(True)
+        synchronize()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", synchronize)
+    assert "illegal memory access" in gpu_report.attempt(illegal)["failure"]
+    found = gpu_report.attempt(lambda: pytest.fail("measured on a lost device"))
+    assert found == {"failure": gpu_report.NOT_REACHED} and gpu_report.unfinished({"rows": [{"sdpa": found}]})
 
 
 def test_check_finds_what_is_wrong_or_not_written():
@@ -120,7 +186,7 @@ REPORT = {
         "seconds": 1.0,
     },
     "tests": {
-        "triton": {"counts": {"passed": 3, "failed": 1}, "failed": ["FAILED test_x"], "cut off": 0},
+        "triton": {"counts": {"passed": 3, "failed": 1}, "failed": ["FAILED test_x"], "not run": ["a", "b"]},
         "seconds": 1.0,
     },
     "attention bfloat16": {
@@ -158,7 +224,7 @@ def test_markdown():
         "| 8, 8, 180, 608, 32 | triton | 0.100 | 0.200 | 5.00 |  | 1.90 | 1.25 |  | 5.00 | 10.0 | 50% | 10 | 50 |"
         in text
     )
-    assert "| triton | 3 passed, 1 failed |  |" in text
+    assert "| triton | 3 passed, 1 failed | 2 |" in text
     for failure in (
         "triton dual: error 5.0e-01",
         "eager: OutOfMemoryError",

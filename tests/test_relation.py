@@ -122,7 +122,7 @@ def test_each_branch_is_the_single_one_to_the_bit(branches):
 
 def test_equal_branches_are_equal_to_the_bit():
     union, pairs, (branch, _), (grad, _) = make((9, 60, 300, 51))
-    (logits, mirrored), grads = run(union, pairs, [branch, branch], [grad, grad], "cpu")
+    (logits, mirrored), grads = run(union, pairs, [branch, branch], [grad, grad], BACKEND)
     assert torch.equal(logits, mirrored)
     assert all(torch.equal(a, b) for a, b in zip(grads[1:5], grads[5:], strict=True))
 
