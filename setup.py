@@ -36,48 +36,52 @@ CUDA_ARCHS = "80,90,100,120"
 CUDA_TYPES = ("Half", "BFloat16", "float")  # each of csrc/cuda/*_*.cu is compiled once for each
 
 
-def find_nvcc() -> tuple[str, list[str]] | None:
-    """nvcc and the architectures to compile for; None to build for the CPU alone, and a line that says why."""
-    wanted, home = os.environ.get("SGALIGN_CUDA", "auto"), os.environ.get("CUDA_HOME")
+def find_nvcc(compiler: str) -> tuple[str, list[str]]:
+    """nvcc with its host compiler, and the architectures; none for the CPU alone, and a line that says why."""
+    wanted, home = os.environ.get("SGALIGN_CUDA") or "auto", os.environ.get("CUDA_HOME")
     if wanted not in ("0", "1", "auto"):
         sys.exit(f"sgalign: SGALIGN_CUDA must be 0, 1 or auto, got {wanted}")
-    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
-    if wanted == "0" or not nvcc:
-        why = "SGALIGN_CUDA is 0" if wanted == "0" else f"there is no nvcc {f'in {home}/bin' if home else 'on PATH'}"
+    nvcc = os.path.join(home, "bin", "nvcc") if home else "nvcc"
+    *_, program = (word for word in compiler.split() if not word.startswith("-"))  # g++ of "ccache g++ -pthread"
+    options = ",".join(["-fPIC", "-fvisibility=hidden", *compiler.partition(program)[2].split()])
+    command = f"{shlex.quote(nvcc)} -ccbin {program} -Xcompiler={options}"
+    why = "SGALIGN_CUDA is 0" if wanted == "0" else refusal(command, ["-x", "cu"])
+    if why:
         if wanted == "1":
             sys.exit(f"sgalign: SGALIGN_CUDA is 1, but {why}")
         print(f"sgalign: built for the CPU alone, without CUDA C++ kernels: {why}", file=sys.stderr)
-        return None
-    listing = f"{shlex.quote(nvcc)} --list-gpu-code"  # by the shell, which survives a program of another machine
-    known = subprocess.run(listing, shell=True, capture_output=True, text=True).stdout.split()
+        return command, []
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     offered = [code[3:] for code in known if code[3:].isdigit() and int(code[3:]) >= 80]
     if not offered:
         sys.exit(f"sgalign: {nvcc} --list-gpu-code names nothing from 80 on; mend it or set SGALIGN_CUDA=0")
     archs = list(dict.fromkeys(os.environ.get("SGALIGN_CUDA_ARCHS", "").replace(",", " ").split()))
     if not set(archs) <= set(offered):
         sys.exit(f"sgalign: SGALIGN_CUDA_ARCHS must be of {', '.join(offered)}, got {', '.join(archs)}")
-    return nvcc, archs or [arch for arch in CUDA_ARCHS.split(",") if arch in offered]
+    return command, archs or [arch for arch in CUDA_ARCHS.split(",") if arch in offered]
 
 
 def find_compiler() -> str:
     """CXX, else the first of g++, clang++ and c++ that is on PATH and speaks C++20."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     for compiler in candidates:
-        if compiles(compiler, []):
+        if not refusal(compiler, []):
             return compiler
     sys.exit(f"sgalign: no C++20 compiler (tried {', '.join(candidates)}): install g++ 11 or clang 14, or set CXX")
 
 
-def compiles(compiler: str, flags: list[str]) -> bool:
-    """Whether a C++20 program with these flags compiles and links."""
+def refusal(compiler: str, flags: list[str]) -> str:
+    """Why a C++20 program with these flags does not compile and link; empty where it does."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("#include <bit>\nint main() { return !new int(std::popcount(0u)); }\n")
-        command = [*compiler.split(), "-std=c++20", *flags, str(source), "-o", str(source.with_suffix(""))]
+        command = [*shlex.split(compiler), "-std=c++20", *flags, str(source), "-o", str(source.with_suffix(""))]
         try:
-            return subprocess.run(command, capture_output=True).returncode == 0
-        except OSError:
-            return False
+            tried = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            return f"{command[0]} cannot be run: {error.strerror}"
+        said = [line for line in tried.stderr.splitlines() if "error" in line or "fatal" in line]
+        return f"{command[0]} compiles no C++20: {said[0] if said else tried.stderr}" if tried.returncode else ""
 
 
 class NinjaBuild(build_ext):
@@ -103,7 +107,7 @@ class NinjaBuild(build_ext):
         from ninja import ninja_syntax
 
         compiler = find_compiler()
-        openmp = ["-fopenmp"] if compiles(compiler, ["-fopenmp"]) else []
+        openmp = [] if refusal(compiler, ["-fopenmp"]) else ["-fopenmp"]
         if not openmp:
             print(f"sgalign: {compiler} has no OpenMP here, so the kernels will use one thread", file=sys.stderr)
         said = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
@@ -111,15 +115,15 @@ class NinjaBuild(build_ext):
         includes = [shlex.quote(f"-I{path}") for path in (sysconfig.get_path("include"), pybind11.get_include())]
         bindings = [*includes, f'-DSGALIGN_SOURCES=\\"{digest}\\"', f"-DSGALIGN_COMPILER='\"{said.splitlines()[0]}\"'"]
         bindings += [f"-DSGALIGN_{name.upper()}" for name, _, _ in INSTRUCTION_SETS]
-        cuda = find_nvcc()
-        if cuda:
-            bindings += ["-DSGALIGN_CUDA", f"-DSGALIGN_CUDA_ARCHS='\"{' '.join(cuda[1])}\"'"]
+        nvcc, archs = find_nvcc(compiler)
+        if archs:
+            bindings += ["-DSGALIGN_CUDA", f"-DSGALIGN_CUDA_ARCHS='\"{' '.join(archs)}\"'"]
         objects = [("bindings", "compile", "bindings.cpp", bindings)]
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             for name, width, flags in INSTRUCTION_SETS:
                 names = [f"-DSGALIGN_VECTOR_BYTES={width}", f"-DSGALIGN_KERNELS={source.stem}_{name}"]
                 objects.append((f"{source.stem}_{name}", "compile", f"cpu/{source.name}", [*flags, *names]))
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if cuda else ():
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if archs else ():
             for name in CUDA_TYPES if "_" in source.stem else ("",):
                 objects.append((f"{source.stem}_{name}", "cuda", f"cuda/{source.name}", [f"-DSGALIGN_TYPE={name}"]))
         with open(folder / "build.ninja", "w") as file:
@@ -128,18 +132,14 @@ class NinjaBuild(build_ext):
             writer.rule("compile", f"{command} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
             undefined = ["-undefined dynamic_lookup"] * (sys.platform == "darwin")
             linker = " ".join([compiler, "-shared", *openmp, *undefined])
-            if cuda:
-                # Of "ccache g++ -pthread" nvcc's -ccbin takes g++.
-                *_, program = (word for word in compiler.split() if not word.startswith("-"))
-                options = ",".join(["-fPIC", "-fvisibility=hidden", *compiler.partition(program)[2].split()])
-                host = f"{shlex.quote(cuda[0])} -ccbin {program} -Xcompiler={options}"
+            if archs:
                 # All from one PTX, which later GPUs compile for themselves: half the time of one for each.
-                targets = "compute_80", *(f"sm_{arch}" for arch in cuda[1])
+                targets = "compute_80", *(f"sm_{arch}" for arch in archs)
                 codes = " ".join(f"-gencode=arch=compute_80,code={target}" for target in targets)
-                compile_cuda = f"{host} -std=c++20 -O3 {codes} -MMD -MF $out.d $flags -c $in -o $out"
+                compile_cuda = f"{nvcc} -std=c++20 -O3 {codes} -MMD -MF $out.d $flags -c $in -o $out"
                 writer.rule("cuda", compile_cuda, depfile="$out.d", deps="gcc")
                 # The runtime is linked in, so that it need not be the version that torch comes with.
-                linker = " ".join([host, "-shared -cudart=static", *(f"-Xcompiler={flag}" for flag in openmp)])
+                linker = " ".join([nvcc, "-shared -cudart=static", *(f"-Xcompiler={flag}" for flag in openmp)])
             writer.rule("link", f"{linker} $in -o $out")
             for name, rule, source, flags in objects:
                 writer.build(f"{name}.o", rule, str(ROOT / "csrc" / source), variables={"flags": " ".join(flags)})

@@ -230,14 +230,18 @@ def test_sanitizers_and_poisoned_memory(copy, name, width, flags):
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[:3000]
 
 
-OFFERED = "#!/bin/sh\necho sm_75 sm_80 sm_90 sm_90a"
+WORKS = "#!/bin/sh\n[ $1 = --list-gpu-code ] || exit 0\n"
+OFFERED = f"{WORKS}echo sm_75 sm_80 sm_90 sm_90a"
+OLD = "#!/bin/sh\necho nvcc fatal : \\'c++20\\' is not defined >&2; exit 1"
+CPU_ALONE = "built for the CPU alone, without CUDA C++ kernels: "
 
 
 @pytest.mark.parametrize(
     ("answer", "archs", "expected"),
     [
-        ("#!/bin/sh\nexit 3", "", "nvcc --list-gpu-code names nothing from 80 on"),
-        ("\x7fELF of another machine", "", "nvcc --list-gpu-code names nothing from 80 on"),
+        (f"{WORKS}exit 3", "", "nvcc --list-gpu-code names nothing from 80 on"),
+        (OLD, "", f"{CPU_ALONE}{{nvcc}} compiles no C++20: nvcc fatal : 'c++20' is not defined"),
+        ("\x7fELF of another machine", "", f"{CPU_ALONE}{{nvcc}} cannot be run: Exec format error"),
         (OFFERED, "", "('80', '90')"),
         (OFFERED, "90, 80 90", "('90', '80')"),
         (OFFERED, "75", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 75"),
@@ -246,17 +250,18 @@ OFFERED = "#!/bin/sh\necho sm_75 sm_80 sm_90 sm_90a"
         (OFFERED, "120", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 120"),
     ],
 )
-def test_architectures(tmp_path, answer, archs, expected):
+def test_nvcc_and_architectures(tmp_path, answer, archs, expected):
     compiler = tmp_path / "bin" / "nvcc"
     compiler.parent.mkdir()
     compiler.write_text(answer + "\n")
     compiler.chmod(0o755)
     code = f"""
-import runpy, setuptools
-setuptools.setup = lambda **_: None
+import runpy, setuptools, sys
+setuptools.setup, sys.stderr = lambda **_: None, sys.stdout
 try:
-    print(tuple(runpy.run_path({str(ROOT / "setup.py")!r})["find_nvcc"]()[1]))
+    print(tuple(runpy.run_path({str(ROOT / "setup.py")!r})["find_nvcc"]("g++")[1]))
 except SystemExit as error:
     print(error)
 """
-    assert expected in run_python(code, CUDA_HOME=str(tmp_path), SGALIGN_CUDA="auto", SGALIGN_CUDA_ARCHS=archs)
+    said = run_python(code, CUDA_HOME=str(tmp_path), SGALIGN_CUDA="auto", SGALIGN_CUDA_ARCHS=archs)
+    assert expected.format(nvcc=compiler) in said
