@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -22,9 +23,11 @@ def find_cuobjdump() -> str | None:
 
 def nvcc_version() -> str | None:
     """The release of the nvcc that setup.py takes, as in 13.0."""
-    if not shutil.which("nvcc"):
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which(os.path.join(home, "bin", "nvcc") if home else "nvcc")
+    if not nvcc:
         return None
-    output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     match = re.search(r"release (\d+\.\d+)", output)
     return match[1] if match else None
 
@@ -55,7 +58,10 @@ def read() -> list[dict[str, str]]:
 
 if __name__ == "__main__":
     built = next((TABLE.parents[2] / "sgalign").glob("_C.*.so"))
+    rows = [{"nvcc": nvcc_version()} | row for row in usage(built)]  # before the old ones are gone
+    if not rows:
+        raise SystemExit(f"{built} has no CUDA kernels")
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({"nvcc": nvcc_version()} | row for row in usage(built))
+        writer.writerows(rows)

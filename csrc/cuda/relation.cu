@@ -131,7 +131,6 @@ __global__ void __launch_bounds__(kThreads) relation_forward_kernel(const __grid
                     multiply(logits[b][n + 1], left, right[1]);
                 }
             }
-        sync_warp();
     }
     const int64_t size = a.relations * a.classes;
 #pragma unroll

@@ -99,6 +99,10 @@ void mistake_kernel(Lanes lanes) {
             copy_async(shared + 4 * i + 1, lanes.in, 16);
             copies_wait();
             break;
+        case 9:  // written after another lane of the warp and this one have read
+            if (i < 2) lanes.out[i] = shared_load(shared);
+            if (i == 1) shared_store(shared, 1u);
+            break;
     }
 }
 

@@ -174,19 +174,21 @@ inline void run_block(int threads) {
 // -------------------------------------------------------------------------------------------------- shared memory
 
 struct Access {
-    int thread = -1;  // -1: none, kMany: of several warps
+    int thread = -1;  // -1: none; kLanes + warp: several of a warp; kMany: of several warps
     uint32_t barriers, warp_barriers;
 };
 struct Byte {
     Access write, read;
 };
-constexpr int kMany = 1 << 20;
+constexpr int kLanes = 1 << 16, kMany = 1 << 20;
 #ifdef SGALIGN_RACE_CHECK
 inline std::vector<Byte> accesses;
 
+inline int warp_of(int thread) { return thread < kLanes ? thread / kWarp : thread - kLanes; }
+
 inline bool is_ordered(const Access& before) {
     if (before.thread < 0 || before.thread == block.current || before.barriers < me().barriers) return true;
-    return before.thread / kWarp == block.current / kWarp && before.warp_barriers < me().warp_barriers;
+    return warp_of(before.thread) == block.current / kWarp && before.warp_barriers < me().warp_barriers;
 }
 
 inline void check_access(const void* address, int bytes, bool writes) {
@@ -200,8 +202,12 @@ inline void check_access(const void* address, int bytes, bool writes) {
             byte.write = now;
         } else {
             const Access& last = byte.read;
-            if (last.thread >= 0 && last.thread / kWarp != block.current / kWarp && last.barriers == now.barriers)
-                now.thread = kMany;
+            if (last.thread >= 0 && last.thread != block.current && last.barriers == now.barriers) {
+                if (warp_of(last.thread) != block.current / kWarp)
+                    now.thread = kMany;
+                else if (last.warp_barriers == now.warp_barriers)
+                    now.thread = kLanes + block.current / kWarp;
+            }
             byte.read = now;
         }
     }
