@@ -56,16 +56,33 @@ def load_weight(branch, k, classes, channel, channels):
 @triton.jit
 def grad_of_product(
     grad_logits, branch, row, present, classes, channel, channels,
-    CLASS_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    CLASS_BLOCKS: tl.constexpr, UNROLLED: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`grad_logits @ weight`, the gradient of `(subject + object) * union`, in float32."""
     total = tl.zeros([row.shape[0], channel.shape[0]], tl.float32)
-    for block in tl.static_range(CLASS_BLOCKS):
-        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        grad = load_tile(grad_logits, classes, row, k, present[:, None] & (k < classes)[None, :])
-        weight = load_weight(branch, k, classes, channel, channels)
-        total = tl.dot(grad, weight, total, input_precision=PRECISION)
+    if UNROLLED:
+        for block in tl.static_range(CLASS_BLOCKS):
+            total = add_classes(
+                total, block, grad_logits, branch, row, present, classes, channel, channels, BLOCK_K, PRECISION
+            )
+    else:
+        for block in range(CLASS_BLOCKS):
+            total = add_classes(
+                total, block, grad_logits, branch, row, present, classes, channel, channels, BLOCK_K, PRECISION
+            )
     return total
+
+
+@triton.jit
+def add_classes(
+    total, block, grad_logits, branch, row, present, classes, channel, channels,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of classes further."""
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    grad = load_tile(grad_logits, classes, row, k, present[:, None] & (k < classes)[None, :])
+    weight = load_weight(branch, k, classes, channel, channels)
+    return tl.dot(grad, weight, total, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["relations", "span"])
@@ -118,8 +135,8 @@ def add_bias_and_store(logits, bias, total, split, row, k, classes, inside):
 def grad_weight_kernel(
     grad_weight, mirrored_grad_weight, grad_union, grad_logits, mirrored_grad_logits, union, union_stride, pairs,
     branch, mirrored, relations, classes, channels, span,
-    BLOCK_R: tl.constexpr, CLASS_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, CLASS_BLOCKS: tl.constexpr, UNROLLED: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (block of channels, block of classes, split): gradients of a tile of the weights and of `union`.
 
@@ -151,12 +168,13 @@ def grad_weight_kernel(
             )  # fmt: skip
         if grad_union is not None:  # after both products of the weights, or more registers are needed than there are
             to_union = sums * grad_of_product(
-                grad_logits, branch, row, present, classes, channel, channels, CLASS_BLOCKS, BLOCK_K, PRECISION
-            )
+                grad_logits, branch, row, present, classes, channel, channels,
+                CLASS_BLOCKS, UNROLLED, BLOCK_K, PRECISION,
+            )  # fmt: skip
             if mirrored is not None:
                 to_union += mirrored_sums * grad_of_product(
                     mirrored_grad_logits, mirrored, row, present, classes, channel, channels,
-                    CLASS_BLOCKS, BLOCK_K, PRECISION,
+                    CLASS_BLOCKS, UNROLLED, BLOCK_K, PRECISION,
                 )  # fmt: skip
             store_tile(grad_union, channels, row, channel, inside & (class_block == 0), to_union)
     inside = (k < classes)[:, None] & (channel < channels)[None, :]
@@ -182,8 +200,8 @@ def step(
 def grad_ends_kernel(
     grad_subject, grad_object, mirrored_grad_subject, mirrored_grad_object, grad_logits, mirrored_grad_logits,
     union, union_stride, order, offsets, branch, mirrored, relations, objects, classes, channels,
-    BLOCK_R: tl.constexpr, CLASS_BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, CLASS_BLOCKS: tl.constexpr, UNROLLED: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (object, block of channels, end): the object's gradient as subject (end 0) or object (end 1).
 
@@ -206,12 +224,12 @@ def grad_ends_kernel(
         inside = present[:, None] & (channel < channels)[None, :]
         features = load_tile(union, union_stride, row, channel, inside).to(tl.float32)
         total += features * grad_of_product(
-            grad_logits, branch, row, present, classes, channel, channels, CLASS_BLOCKS, BLOCK_K, PRECISION
+            grad_logits, branch, row, present, classes, channel, channels, CLASS_BLOCKS, UNROLLED, BLOCK_K, PRECISION
         )
         if mirrored is not None:
             mirrored_total += features * grad_of_product(
                 mirrored_grad_logits, mirrored, row, present, classes, channel, channels,
-                CLASS_BLOCKS, BLOCK_K, PRECISION,
+                CLASS_BLOCKS, UNROLLED, BLOCK_K, PRECISION,
             )  # fmt: skip
     place = index.to(tl.int64) * channels + channel
     store_end(grad_subject, grad_object, end, place, channel < channels, total)
@@ -261,6 +279,18 @@ class Blocks(NamedTuple):
         return Blocks(32 if width * size > 128 else 64, width, row_bytes // size)
 
 
+def backward_sizes(blocks: Blocks, classes: int) -> dict[str, Any]:
+    """What the kernels of the backward are compiled for.
+
+    Two blocks of classes one after the other let loads of the next pairs go ahead, but each has memory of its own for
+    them, which more of them, and two on AMD, do not leave in a multiprocessor.
+    """
+    count = triton.cdiv(classes, blocks.classes)
+    unrolled = count <= (1 if torch.version.hip else 2)
+    sizes = {"CLASS_BLOCKS": count, "UNROLLED": unrolled, "BLOCK_K": blocks.classes, "BLOCK_C": blocks.channels}
+    return sizes | {"PRECISION": dot_precision()}
+
+
 def forward(
     union: Tensor,
     pairs: Tensor,
@@ -305,11 +335,10 @@ def backward(
     given = _both([grad.contiguous() for grad in grad_logits])
     branches = _branches(subjects, objects, weights)
     to_subject, to_object, to_weight = (grads[i : 3 * len(weights) : 3] for i in range(3))
-    class_blocks, channel_blocks = triton.cdiv(classes, blocks.classes), triton.cdiv(channels, blocks.channels)
-    sizes: dict[str, Any] = {"CLASS_BLOCKS": class_blocks, "BLOCK_K": blocks.classes, "BLOCK_C": blocks.channels}
-    sizes |= {"PRECISION": dot_precision(), "num_stages": STAGES}
+    channel_blocks = triton.cdiv(channels, blocks.channels)
+    sizes = backward_sizes(blocks, classes) | {"num_stages": STAGES}
 
-    programs = channel_blocks, max(class_blocks, 1)  # without a class, the gradient of union is still zero
+    programs = channel_blocks, max(sizes["CLASS_BLOCKS"], 1)  # without a class, the gradient of union is still zero
     span, splits = _split(relations, BACKWARD_PAIRS, programs[0] * programs[1], union.device)
     parts = _Parts(to_weight, splits)
     grad_weight_kernel[(*programs, splits)](

@@ -27,8 +27,13 @@ from triton.compiler import ASTSource
 from sgalign.kernels import alignment, attention, configs, relation
 
 TABLE = Path(__file__).with_suffix(".csv")
+TRITON = "3.8"  # which compiled them
+# Bytes of shared memory that a program can have. 8.0's kernels run on 8.6 and 8.9 too, which have less than 8.0.
+LARGEST_SHARED = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-DIMS, CHANNELS, CLASSES = (32, 64, 128, 256), (512, 4096), (51, 71)
+DIMS = 32, 64, 128, 256
+CLASSES = 51, 71
+HEADS = (512, 51), (512, 71), (512, 310), (4096, 51), (4096, 71)  # channels and classes of the relation head
 
 
 class Compiled(NamedTuple):
@@ -184,43 +189,40 @@ def relation_sources() -> Iterator[Compiled]:
     """Of both branches and of one, with bias and gradient of union."""
     for dtype, element in TYPES.items():
         x = f"*{element}"
-        for channels in CHANNELS:
-            for classes in CLASSES:
-                blocks = relation.Blocks.of(torch.empty(0, dtype=dtype), classes)
-                branch = (x, channels) * 3
-                sizes = {"BLOCK_K": blocks.classes, "BLOCK_C": blocks.channels}
-                sizes |= {"PRECISION": configs.dot_precision()}
-                options = {"num_warps": relation.WARPS, "num_stages": relation.STAGES}
-                for branches in (1, 2):
-                    both = lambda value, n=branches: (value, value if n == 2 else None)  # noqa: E731
-                    of = f"{element}, {channels} channels, {classes} classes, {branches} branches"
-                    yield Compiled(
-                        f"relation forward: {of}",
-                        source(
-                            relation.forward_kernel, *both("*fp32"), x, channels, "*i64", *both(branch), *both(x),
-                            "i32", classes, channels, "i32", constants={"BLOCK_R": blocks.pairs, **sizes},
-                        ),
-                        options,
-                    )  # fmt: skip
-                    constants = {"CLASS_BLOCKS": -(-classes // blocks.classes), **sizes}
-                    yield Compiled(
-                        f"relation gradients of weight and union: {of}",
-                        source(
-                            relation.grad_weight_kernel, *both("*fp32"), x, *both(x), x, channels, "*i64",
-                            *both(branch), "i32", classes, channels, "i32",
-                            constants={"BLOCK_R": relation.BACKWARD_PAIRS, **constants},
-                        ),
-                        options,
-                    )  # fmt: skip
-                    yield Compiled(
-                        f"relation gradients of objects: {of}",
-                        source(
-                            relation.grad_ends_kernel, x, x, *2 * both(x)[1:], *both(x), x, channels, "*i64", "*i64",
-                            *both(branch), "i32", "i32", classes, channels,
-                            constants={"BLOCK_R": relation.BACKWARD_PAIRS, **constants},
-                        ),
-                        options | {"num_warps": relation.SEGMENT_WARPS},
-                    )  # fmt: skip
+        for channels, classes in HEADS:
+            blocks = relation.Blocks.of(torch.empty(0, dtype=dtype), classes)
+            branch = (x, channels) * 3
+            sizes = {"BLOCK_K": blocks.classes, "BLOCK_C": blocks.channels}
+            sizes |= {"PRECISION": configs.dot_precision()}
+            backward = {"BLOCK_R": relation.BACKWARD_PAIRS, **relation.backward_sizes(blocks, classes)}
+            options = {"num_warps": relation.WARPS, "num_stages": relation.STAGES}
+            for branches in (1, 2):
+                both = lambda value, n=branches: (value, value if n == 2 else None)  # noqa: E731
+                of = f"{element}, {channels} channels, {classes} classes, {branches} branches"
+                yield Compiled(
+                    f"relation forward: {of}",
+                    source(
+                        relation.forward_kernel, *both("*fp32"), x, channels, "*i64", *both(branch), *both(x),
+                        "i32", classes, channels, "i32", constants={"BLOCK_R": blocks.pairs, **sizes},
+                    ),
+                    options,
+                )  # fmt: skip
+                yield Compiled(
+                    f"relation gradients of weight and union: {of}",
+                    source(
+                        relation.grad_weight_kernel, *both("*fp32"), x, *both(x), x, channels, "*i64",
+                        *both(branch), "i32", classes, channels, "i32", constants=backward,
+                    ),
+                    options,
+                )  # fmt: skip
+                yield Compiled(
+                    f"relation gradients of objects: {of}",
+                    source(
+                        relation.grad_ends_kernel, x, x, *2 * both(x)[1:], *both(x), x, channels, "*i64", "*i64",
+                        *both(branch), "i32", "i32", classes, channels, constants=backward,
+                    ),
+                    options | {"num_warps": relation.SEGMENT_WARPS},
+                )  # fmt: skip
         yield Compiled(
             f"relation sum of splits: {element}",
             source(relation.sum_splits_kernel, x, x, "*fp32", "i32", "i32", constants={"BLOCK": relation.SUMMED}),
@@ -251,4 +253,6 @@ def alignment_sources() -> Iterator[Compiled]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        raise SystemExit((__doc__ or "").split("\n\n")[1])
     write_table(sys.argv[1], sys.argv[2:])
