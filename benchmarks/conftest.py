@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 DEVICE = torch.device(os.environ.get("SGALIGN_TEST_DEVICE", "cpu"))
+if DEVICE.type == "cuda" and not torch.cuda.is_available():
+    raise pytest.UsageError(f"SGALIGN_TEST_DEVICE={DEVICE} needs a GPU, torch finds none")
 # Filled by the tests.
 seconds: dict[str, dict[str, float]] = defaultdict(dict)  # group -> contender -> fastest round
 flops: dict[str, int] = {}  # group -> of the matrix products of both branches

@@ -61,7 +61,8 @@ def architecture(device: torch.device) -> str:
 def dot_precision() -> str:
     """How products of float32 matrices are computed: three products of TF32 on NVIDIA's tensor cores, else exactly.
 
-    The three have the error of float32, where one, Triton's default, has that of ten bits.
+    The three keep float32's digits, where one, Triton's default, keeps ten bits of the factors; what the units cut off
+    of long sums is for a GPU to show.
     """
     return "ieee" if torch.version.hip else "tf32x3"
 

@@ -47,5 +47,7 @@ def _quicken_interpreter() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
+if DEVICE == "cuda" and not torch.cuda.is_available():
+    raise pytest.UsageError(f"SGALIGN_TEST_BACKEND={BACKEND} needs a GPU, torch finds none")
 if INTERPRETED:
     _quicken_interpreter()

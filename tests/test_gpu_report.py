@@ -25,7 +25,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys, command):
 # ------------------------------------------------------------------------------------------------------ the report
 
 
-def test_parts_that_are_there_are_not_run_again(tmp_path):
+def test_parts_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     runs = []
 
     def part(name, **figures):
@@ -58,6 +58,17 @@ def test_parts_that_are_there_are_not_run_again(tmp_path):
     gpu_report.write_report(tmp_path, parts, ["attention", "steps"])
     assert runs[4:] == [("a", None), ("steps", None)]
     assert not (tmp_path / "report.md").read_text().count("fell off")
+    monkeypatch.setattr(gpu_report, "sources", lambda: "changed")
+    gpu_report.write_report(tmp_path, parts)
+    assert [name for name, _ in runs[6:]] == ["environment", "loss", "a", "steps"]  # of other code: all anew
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"loss": null}', '{"environment": {}'])
+def test_what_is_no_report_is_not_written_over(tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ValueError, match=r"report\.json.* remove it, or give another --out"):
+        gpu_report.write_report(tmp_path, {"loss": dict})
+    assert (tmp_path / "report.json").read_text() == content
 
 
 def test_a_failure_is_a_sentence(monkeypatch):

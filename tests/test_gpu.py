@@ -1,0 +1,175 @@
+"""What only a device shows: captured graphs, streams, several devices, more elements than 32 bits count.
+
+`python -m benchmarks.gpu_report` runs these and the operations' own tests; without a GPU they are skipped.
+"""
+
+import functools
+
+import pytest
+import torch
+from target import BACKEND, DEVICE
+
+from sgalign import (
+    dual_branch_attention,
+    dual_branch_relation_logits,
+    fused_masked_attention,
+    random_attention_mask,
+    relation_alignment_loss,
+)
+
+pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU and SGALIGN_TEST_BACKEND")
+SHAPE = (2, 3, 40, 300, 32)  # B, H, Lq, Lk, D
+
+
+def make(device=DEVICE, dtype=torch.float32):
+    """query, mirrored query, key, value."""
+    batch, heads, queries, keys, dim = SHAPE
+    generator = torch.Generator().manual_seed(0)
+    lengths = (queries, queries, keys, keys)
+    tensors = (torch.randn(batch, heads, length, dim, generator=generator) for length in lengths)
+    return [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
+
+
+def step(tensors, **options):
+    """Outputs of both branches and all gradients."""
+    outs = dual_branch_attention(*tensors, mask_ratio=0.4, dropout_p=0.1, backend=BACKEND, **options)
+    return [*outs, *torch.autograd.grad(outs, tensors, [torch.ones_like(out) for out in outs])]
+
+
+def relation_step(**options):
+    """Logits of both branches, the alignment loss, and gradients."""
+    generator = torch.Generator().manual_seed(1)
+    normal = functools.partial(torch.randn, generator=generator)
+    union, ends, weights = normal(60, 64), [normal(9, 64) for _ in range(4)], [normal(11, 64) for _ in range(2)]
+    tensors = [tensor.to(DEVICE).requires_grad_() for tensor in (union, *ends, *weights)]
+    pairs = torch.randint(9, (60, 2), generator=generator).to(DEVICE)
+    union, subject, object_, mirrored_subject, mirrored_object, weight, mirrored_weight = tensors
+
+    def run():
+        logits, mirrored = dual_branch_relation_logits(
+            subject, object_, mirrored_subject, mirrored_object, union, pairs, weight, None, mirrored_weight, None,
+            backend=BACKEND,
+        )  # fmt: skip
+        loss = relation_alignment_loss(logits, mirrored, backend=BACKEND)
+        return [logits, mirrored, loss, *torch.autograd.grad(loss + logits.sum(), tensors, allow_unused=True)]
+
+    return run
+
+
+def captured(run):
+    """A graph of `run` and what it writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
+def copies(results):
+    return [None if result is None else result.clone() for result in results]
+
+
+def assert_equal(results, expected):
+    for ours, theirs in zip(results, expected, strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+def test_a_replayed_graph_draws_a_new_mask():
+    tensors = make()
+    graph, results = captured(lambda: step(tensors))
+    graph.replay()
+    first = copies(results)
+    graph.replay()
+    second = copies(results)
+    assert not any(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_a_replayed_graph_reads_its_seed_from_the_device():
+    tensors, seed = make(), torch.tensor(3, device=DEVICE)
+    graph, results = captured(lambda: step(tensors, mask_seed=seed))
+    for value in (3, 4):
+        seed.fill_(value)
+        graph.replay()
+        assert_equal(copies(results), step(make(), mask_seed=value))
+
+
+def test_the_relation_branch_can_be_captured():
+    run = relation_step()
+    expected = copies(run())
+    graph, results = captured(run)
+    graph.replay()
+    assert_equal(copies(results), expected)
+
+
+def test_work_goes_into_the_current_stream():
+    tensors = make()
+    expected = copies(step(tensors, mask_seed=1))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # what is put into another stream would come before
+        moved = [tensor.detach().mul(1).requires_grad_() for tensor in tensors]
+        results = step(moved, mask_seed=1)
+    side.synchronize()
+    assert_equal(results, expected)
+
+
+def test_another_device_than_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    expected = [tensor.cpu() for tensor in step(make(), mask_seed=1)]
+    results = step(make("cuda:1"), mask_seed=1)
+    assert all(result.device == torch.device("cuda:1") for result in results)
+    assert_equal([result.cpu() for result in results], expected)
+
+
+def test_the_mask_of_a_device_is_that_of_the_cpu():
+    options = {"ratio": 0.3, "seed": 7, "stream": 2}
+    mask = random_attention_mask(*SHAPE[:4], device=DEVICE, **options)
+    assert torch.equal(mask.cpu(), random_attention_mask(*SHAPE[:4], device="cpu", **options))
+
+
+def test_more_elements_than_32_bits_count():
+    """Batches that lie 2^31 elements apart, in both directions of the computation."""
+    apart = 2**31
+    free, _ = torch.cuda.mem_get_info()
+    if free < 40 * 2**30:
+        pytest.skip("needs 40 GiB of the GPU's memory")
+    tensors = make(dtype=torch.float16)
+    expected = step(tensors, mask_seed=1)
+    far = []
+    for tensor in tensors:
+        store = torch.empty(apart + tensor[0].numel(), dtype=torch.float16, device=DEVICE)
+        strides = apart, *tensor.stride()[1:]
+        far.append(store.as_strided(tensor.shape, strides).copy_(tensor.detach()).requires_grad_())
+    assert_equal(step(far, mask_seed=1), expected)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(mode):
+    tensors = make()
+
+    @torch.compile(fullgraph=True, mode=mode)
+    def compiled(query, mirrored, key, value, seed):
+        return dual_branch_attention(query, mirrored, key, value, mask_ratio=0.4, mask_seed=seed, backend=BACKEND)
+
+    for value in (1, 2, 3):
+        seed = torch.tensor(value, device=DEVICE)
+        outs = compiled(*tensors, seed)
+        grads = copies(torch.autograd.grad(outs, tensors, [torch.ones_like(out) for out in outs]))
+        expected = dual_branch_attention(*make(), mask_ratio=0.4, mask_seed=value, backend=BACKEND)
+        torch.testing.assert_close([out.detach().clone() for out in outs], [out.detach() for out in expected])
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_autocast_computes_in_its_type():
+    query, _, key, value = make()
+    with torch.autocast("cuda", torch.bfloat16):
+        out = fused_masked_attention(query, key, value, mask_ratio=0.4, mask_seed=1, backend=BACKEND)
+    assert out.dtype == torch.bfloat16
+    query, key, value = (tensor.bfloat16() for tensor in (query, key, value))
+    assert torch.equal(out, fused_masked_attention(query, key, value, mask_ratio=0.4, mask_seed=1, backend=BACKEND))
