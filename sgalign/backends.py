@@ -48,6 +48,8 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
             raise ImportError(f"backend {backend!r} cannot be used: {problem}")
         if device.type != "cuda" and not (device.type == "cpu" and _is_emulated(backend)):
             raise ValueError(f"backend {backend!r} needs tensors on a GPU, got {device}; 'reference' serves any device")
+        if device.type == "cpu" and backend == "triton" and dtype == torch.bfloat16:
+            raise ValueError("backend 'triton' in Triton's interpreter, which multiplies bfloat16 wrongly: use a GPU")
         if problem := _too_old(device):
             raise ValueError(f"backend {backend!r} {problem}; 'reference' serves any device")
     return backend
@@ -61,9 +63,16 @@ def unavailable(backend: str) -> str | None:
         if problem := _problem(backend):
             return problem
         if not torch.cuda.is_available():
-            return None if _is_emulated(backend) else "torch finds no GPU here"
+            return None if _is_emulated(backend) else _no_gpu()
         return _too_old(torch.device("cuda"))
     return None
+
+
+def _no_gpu() -> str:
+    if built := torch.version.cuda or torch.version.hip:
+        platform = "CUDA" if torch.version.cuda else "ROCm"
+        return f"torch finds no GPU here; if there is one, see whether its driver is there and knows {platform} {built}"
+    return "this torch is for the CPU alone: install one for CUDA or ROCm"
 
 
 def _problem(backend: str) -> str | None:

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="of --source: the first N photographs of its test part, by name, as training, validation and test part, "
-        "to see whether a model can learn them by heart",
+        "to see whether a model can memorise them",
     )
     parser.add_argument("--long-side", type=int, metavar="PIXELS", help="of --few: makes larger photographs smaller")
     parser.add_argument("--validation-images", type=int, metavar="N", help="of --source, as for fit")

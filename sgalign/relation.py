@@ -1,7 +1,8 @@
 """The relation head of Neural Motifs, for one branch or for both in a single pass over the union features.
 
 From the public function to the kernel as in `sgalign.attention`: checks, `_RelationLogits` (autograd), the registered
-operation ``sgalign::relation_logits``, the compiled core (csrc/cpu/relation.cpp).
+operation ``sgalign::relation_logits``, the compiled core (csrc/cpu/relation.cpp, csrc/cuda/relation.cu) or Triton's
+kernels (kernels/relation.py).
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def fused_relation_logits(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
-        IndexError: a pair is out of range; found before anything is computed. On a GPU it is a device-side assertion.
+        IndexError: a pair is out of range; found before anything is computed. On a GPU it is a device-side assertion,
+            which torch for ROCm is built without: there the result is undefined.
         ImportError: the compiled core is not built, or older than its sources.
     """
     branch = {"subject": subject, "object": object, "weight": weight, "bias": bias}

@@ -278,7 +278,7 @@ class DetectorModule(RelationModule):
 
     Args:
         backbone, min_size, max_size, head_dim: of `sgalign.models.Detector`.
-        weights: of `Detector.load_weights`, read when training starts; None starts from nothing, and then batch
+        weights: of `Detector.load_weights`, read when training starts; None starts from scratch, and then batch
             normalisation is trained too.
         learning_rate: of Adam. Another optimizer: ``--optimizer`` of the command line.
     """

@@ -571,6 +571,19 @@ def test_usage(capsys):
     assert captured.out.startswith("usage: sgalign") and "no command 'train'" in captured.err
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_doctor_finds_a_backend_that_does_not_work(capfd, monkeypatch, fails):
+    def broken(*tensors, backend, **options):
+        if fails and backend == "cpu":
+            raise RuntimeError("no such kernel")
+        return tensors[0] + (backend == "cpu"), tensors[1]
+
+    monkeypatch.setattr(doctor, "dual_branch_attention", broken)
+    assert doctor.main() == 1
+    said = "fails: RuntimeError: no such kernel" if fails else "differs from the reference by 1.0e+00: WRONG"
+    assert f"cpu: dual-branch attention {said}" in capfd.readouterr().out
+
+
 def test_doctor_finds_the_package_working(capfd):
     assert cli.main(["doctor"]) == 0
     assert "cpu: available" in capfd.readouterr().out

@@ -68,7 +68,7 @@ class Detector(nn.Module):
         min_size, max_size: images are resized so that their short side has `min_size` pixels and their long side at
             most `max_size`.
         head_dim: channels of the box head; 4096 as published, 1024 in torchvision's weights.
-        trains_norms: batch normalisation learns, for a detector that starts from nothing; otherwise it stays as the
+        trains_norms: batch normalisation learns, for a detector that starts from scratch; otherwise it stays as the
             weights have it, as small batches want.
         box_score_threshold, nms_threshold, detections_per_image: of `detect`; the public code's values.
     """

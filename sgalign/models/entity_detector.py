@@ -66,10 +66,10 @@ class EntityDetector(nn.Module):
         dim, heads, ffn_dim, layers, num_queries: of the transformer; `layers` each of encoder and decoder.
         dropout: in the transformer, of attention weights too.
         weights: folder or name of weights of `transformers`' `DetrForObjectDetection`, which then tell all sizes; heads
-            for another number of classes start anew. None starts from nothing: with batch normalisation that is
+            for another number of classes start anew. None starts from scratch: with batch normalisation that is
             trained, instead of the frozen one, and the initial values of `_start`.
         config: `self.config` of a detector, to make it again without weights.
-        trains_norms: with `config`, batch normalisation is trained, as in a detector from nothing.
+        trains_norms: with `config`, batch normalisation is trained, as in a detector from scratch.
     """
 
     mean: Tensor
