@@ -50,7 +50,7 @@ def bounds(card: Card, kernel: str, shape: tuple[int, ...]) -> dict[str, float]:
     from sgalign.kernels import attention, configs
 
     batch, heads, queries, keys, dim = shape
-    plan = configs.lookup(kernel, card.target, 16, dim, 2)
+    plan = configs.lookup(kernel, card.target, 16, dim, 2, False)
     tiling = attention.Tiling.of(plan, True, keys)
     with open(TABLE, newline="") as file:
         name = f"attention {kernel.replace('_', ' ')}: fp16, {dim} channels, two branches"
@@ -69,14 +69,18 @@ def bounds(card: Card, kernel: str, shape: tuple[int, ...]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints a Markdown table a card: microseconds of each bound."""
+    """Prints a Markdown table a card: microseconds of each bound, and instructions of a thread a score and branch."""
     for name, card in CARDS.items():
-        print(f"\n| {name}: B, H, Lq, Lk, D | kernel | instructions | exponentials | matrix products | bytes |")
-        print("|---|---|---|---|---|---|")
+        print(
+            f"\n| {name}: B, H, Lq, Lk, D | kernel | instructions | exponentials | matrix products | bytes | a score |"
+        )
+        print("|---|---|---|---|---|---|---|")
         for shape in SHAPES:
             for kernel in ("forward", "query_gradient", "key_value_gradient"):
-                times = bounds(card, kernel, shape).values()
-                print(f"| {', '.join(map(str, shape))} | {kernel} | {' | '.join(f'{1e6 * t:.1f}' for t in times)} |")
+                times = bounds(card, kernel, shape)
+                each = times["instructions"] * card.processors * 128 * card.clock * 1e9 / (2 * math.prod(shape[:4]))
+                columns = [*(f"{1e6 * time:.1f}" for time in times.values()), f"{each:.1f}"]
+                print(f"| {', '.join(map(str, shape))} | {kernel} | {' | '.join(columns)} |")
 
 
 if __name__ == "__main__":

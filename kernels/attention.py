@@ -562,7 +562,7 @@ def forward(
         return
     queries, scale = _positive_scale(queries, scale)
     batch, heads, length, dim = queries[0].shape
-    plan = config("forward", key, len(outs))
+    plan = config("forward", key, len(outs), dropout_threshold > 0)
     tiling = Tiling.of(plan, mask_threshold + dropout_threshold > 0, key.shape[2])
     blocks = batch * heads * triton.cdiv(length, plan.block_q)
     span, splits = _split(blocks, tiling.count, key.device)
@@ -615,7 +615,7 @@ def backward(
     deltas = [torch.empty_like(log_sum) for log_sum in log_sums]
     options = stream, mask_threshold, dropout_threshold, scale * math.log2(math.e), dropout_scale(dropout_threshold)
 
-    plan = config("query_gradient", key, branches)
+    plan = config("query_gradient", key, branches, dropout_threshold > 0)
     tiling = Tiling.of(plan, drawn, key.shape[2])
     blocks = batch * heads * triton.cdiv(length, plan.block_q)
     span, splits = _split(blocks, tiling.count, key.device)
@@ -634,7 +634,7 @@ def backward(
         if sign != 1:
             grad.mul_(sign)
 
-    plan = config("key_value_gradient", key, branches)
+    plan = config("key_value_gradient", key, branches, dropout_threshold > 0)
     tiling = Tiling.of(plan, drawn, key.shape[2])
     if tiling.count:
         key_value_gradient_kernel[(batch * heads * tiling.count,)](

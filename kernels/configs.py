@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 TABLE = Path(__file__).with_name("configs.json")
-# architecture -> kernel -> bits and branches -> channels -> `Config`
+# architecture -> kernel -> `kind` -> channels -> `Config`
 Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
 
 
@@ -25,20 +25,27 @@ class Config(NamedTuple):
     stages: int
 
 
-def config(kernel: str, key: Tensor, branches: int) -> Config:
+def config(kernel: str, key: Tensor, branches: int, dropout: bool) -> Config:
     """Of `kernel` for keys of this dtype, number of channels and device."""
-    return lookup(kernel, architecture(key.device), key.element_size() * 8, key.shape[3], branches)
+    return lookup(kernel, architecture(key.device), key.element_size() * 8, key.shape[3], branches, dropout)
 
 
 @functools.cache
-def lookup(kernel: str, architecture: str, bits: int, dim: int, branches: int) -> Config:
-    """The table's entry of the smallest number of channels that is large enough, "default" where it has no other."""
+def lookup(kernel: str, architecture: str, bits: int, dim: int, branches: int, dropout: bool) -> Config:
+    """The table's entry of the smallest number of channels that is large enough, "default" where it has no other.
+
+    Dropout draws as much again as the random mask, and has entries of its own where that takes other tiles.
+    """
     table = read_table()
     by_dim: dict[str, list[int]] = {}
     for name in ("default", architecture):
-        sizes = table.get(name, {}).get(kernel, {})
-        by_dim |= sizes.get(f"{bits} bits, {branches} branch{'es' if branches > 1 else ''}", {})
+        for drops in (False, True) if dropout else (False,):
+            by_dim |= table.get(name, {}).get(kernel, {}).get(kind(bits, branches, drops), {})
     return Config(*by_dim[str(min(size for size in map(int, by_dim) if size >= dim))])
+
+
+def kind(bits: int, branches: int, dropout: bool) -> str:
+    return f"{bits} bits, {branches} branch{'es' if branches > 1 else ''}{', dropout' if dropout else ''}"
 
 
 @functools.cache

@@ -157,7 +157,7 @@ def attention_sources(target: str) -> Iterator[Compiled]:
     for (name, kernel), element, dim in itertools.product(kernels.items(), ("fp16", "fp32"), DIMS):
         kinds = ((1, False), (2, False), (2, True))
         for (branches, shared), dropout in itertools.product(kinds, (0, 6554) if dim == 32 else (0,)):
-            plan = configs.lookup(name, target, int(element[2:]), dim, branches)
+            plan = configs.lookup(name, target, int(element[2:]), dim, branches, dropout > 0)
             tiling = attention.Tiling.of(plan, True, 4096)
             rows = attention.Matrix(f"*{element}", 4096 * dim, 512 * dim, 8 * dim, 1)  # of a projection
             both = lambda value, n=branches: (value, value if n == 2 else None)  # noqa: E731

@@ -278,12 +278,16 @@ def test_climb_finds_the_fastest_that_can_be_used():
 
 def test_a_plan_is_used_and_ordered(monkeypatch):
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_0")
-    entry = tune.Entry("forward", 16, 2, 32)
+    entry = tune.Entry("forward", 16, 2, 32, False)
     try:
-        tune.use(entry._replace(channels=64), configs.lookup("forward", "default", 16, 64, 2))
+        tune.use(entry._replace(channels=64), configs.lookup("forward", "default", 16, 64, 2, False))
         tune.use(entry, (16, 16, 2, 3))
-        assert configs.lookup("forward", "sm_0", 16, 32, 2) == (16, 16, 2, 3)
-        assert configs.lookup("forward", "sm_0", 16, 64, 2) == configs.lookup("forward", "default", 16, 64, 2)
+        tune.use(entry._replace(dropout=True), (32, 32, 2, 3))
+        assert configs.lookup("forward", "sm_0", 16, 32, 2, False) == (16, 16, 2, 3)
+        assert configs.lookup("forward", "sm_0", 16, 64, 2, False) == configs.lookup(
+            "forward", "default", 16, 64, 2, False
+        )
+        assert configs.lookup("forward", "sm_0", 16, 32, 2, True) == (32, 32, 2, 3)
         assert list(configs.read_table()["sm_0"]["forward"][entry.kind]) == ["32", "64"]
         assert "sm_0" not in json.loads(configs.TABLE.read_text())
     finally:
