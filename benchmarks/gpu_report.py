@@ -280,7 +280,7 @@ def tests(before: Figures) -> Figures:
                     suites["cuda under compute-sanitizer"] = [sanitizer, f"--error-exitcode={SANITIZER_EXIT}"]
                 for suite, watched in suites.items():
                     known = before.get(suite) or collected(name, ["-k", SANITIZED] if watched else [])
-                    found[suite] = {"counts": Counter(known["counts"]), "failed": known["failed"], "not run": []}
+                    found[suite] = {"counts": Counter(known["counts"]), "failed": [*known["failed"]], "not run": []}
                     pieces = 1 if watched else min(12, os.cpu_count() or 1)
                     for piece in range(pieces):
                         if ids := known["not run"][piece::pieces]:

@@ -185,10 +185,10 @@ void define_cuda(py::module_& m) {
               cuda::attention_forward(a, pointer<uint64_t>(seed), splits, pointer<float>(workspace), queue(to));
           });
     m.def("cuda_attention_backward", [](Attention a, const MatrixArgument& grad_key, const MatrixArgument& grad_value,
-                                        Address seed, Address workspace, const QueueArgument& to) {
+                                        Address seed, int splits, Address workspace, const QueueArgument& to) {
         a.grad_key = matrix(grad_key), a.grad_value = matrix(grad_value);
         py::gil_scoped_release unlocked;
-        cuda::attention_backward(a, pointer<uint64_t>(seed), pointer<float>(workspace), queue(to));
+        cuda::attention_backward(a, pointer<uint64_t>(seed), splits, pointer<float>(workspace), queue(to));
     });
     m.def("cuda_random_mask", [](Address out, int64_t batch_heads, int64_t queries, int64_t keys, Address seed,
                                  uint32_t stream, int threshold, const QueueArgument& to) {

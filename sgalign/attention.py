@@ -473,10 +473,12 @@ def _attention_backward(
     description = _description(groups, queries[0], key, value, *options)
     grad_key, grad_value = _matrix(grads[-2]), _matrix(grads[-1])
     if backend == "cuda":
-        workspace = _cuda.workspace(key, len(outs), *queries[0].shape[:3])
+        splits = core.cuda_attention_splits(description, _cuda.multiprocessors(key.device))
+        parts = splits * sum(query.numel() for query in queries) if splits > 1 else 0
+        workspace = _cuda.workspace(key, sum(log_sum.numel() for log_sum in log_sums) + parts)
         with _cuda.queue(key.device) as queue:
             core.cuda_attention_backward(
-                description, grad_key, grad_value, _seed_address(*options), workspace.data_ptr(), queue
+                description, grad_key, grad_value, _seed_address(*options), splits, workspace.data_ptr(), queue
             )
     else:
         core.attention_backward(description, grad_key, grad_value)

@@ -488,6 +488,7 @@ def test_core_without_cuda(monkeypatch):
 
 
 SPILLS = [(arch, "attention_forward_kernel<float, 256, 1>") for arch in ("90", "100", "120")]  # two to four registers
+SPILLS += [(arch, "attention_grad_query_kernel<float, 256>") for arch in ("90", "100")]
 SPILLS += [("120", "attention_grad_key_kernel<float, 32>")]
 
 

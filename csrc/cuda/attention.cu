@@ -52,9 +52,10 @@ void attention_forward(const Attention& a, const uint64_t* seed, int splits, flo
     });
 }
 
-void attention_backward(const Attention& a, const uint64_t* seed, float* workspace, const Queue& queue) {
-    with_type(a.dtype,
-              [&](auto zero) { backward<decltype(zero)>(attention_call(a, seed, 1, workspace, sizeof zero), queue); });
+void attention_backward(const Attention& a, const uint64_t* seed, int splits, float* workspace, const Queue& queue) {
+    with_type(a.dtype, [&](auto zero) {
+        backward<decltype(zero)>(attention_call(a, seed, splits, workspace, sizeof zero), queue);
+    });
 }
 
 }  // namespace sgalign::cuda

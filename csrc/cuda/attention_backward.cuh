@@ -52,7 +52,15 @@ struct GradQueryTiles {
     static constexpr int kSharedBytes = (2 * kRows * kWarps * D + 4 * kKeyTile) * int(sizeof(T)) + 2 * 2 * 4;
 };
 
-// `c.shared_query`: both groups have the same query, and the first group's gradient is their sum.
+// Queries with a gradient of their own. With `c.shared_query` both groups have the same, and the first group's gradient
+// is their sum.
+__host__ __device__ inline int query_targets(const AttentionCall& c) { return c.shared_query ? 1 : c.a.group_count; }
+
+// Where the keys are cut: parts of these gradients lie [split][query][row][D], behind the deltas.
+__device__ __forceinline__ float* query_parts(const AttentionCall& c) {
+    return c.workspace + c.a.group_count * c.a.batch * c.a.heads * c.a.queries;
+}
+
 template <class T, int D>
 __global__ void __launch_bounds__(GradQueryTiles<T, D>::kThreads, 1)
     attention_grad_query_kernel(const __grid_constant__ AttentionCall c) {
@@ -60,7 +68,7 @@ __global__ void __launch_bounds__(GradQueryTiles<T, D>::kThreads, 1)
     constexpr int kStrips = Tiles::kStrips, kWarps = Tiles::kWarps, kStep = kDepth<T> / 8;
     using Keys = KeyTiles<kStrips>;
     const Attention& a = c.a;
-    const int targets = c.shared_query ? 1 : a.group_count;  // queries with a gradient of their own
+    const int targets = query_targets(c);
     const int row_tiles = int(divide_up(a.queries, kRows)) * targets;
     const Head head(a, int(divide_up(row_tiles, kWarps)));
     const int warp = warp_index(), lane = lane_index(), first_tile = head.place * kWarps;
@@ -89,7 +97,8 @@ __global__ void __launch_bounds__(GradQueryTiles<T, D>::kThreads, 1)
     const uint64_t seed = load_seed(c);
     const int64_t all_rows = a.batch * a.heads * a.queries;
     const float scale = float(a.scale) * kLog2e, dropout = dropout_scale(a);
-    const int tiles = Keys::count(a.keys);
+    const int64_t tiles = Keys::count(a.keys);
+    const int begin = int(tiles * block_index_y() / c.splits), end = int(tiles * (block_index_y() + 1) / c.splits);
     float grad_query[D / 8][4] = {};
     for (int pass = 0; pass < (c.shared_query ? a.group_count : 1); ++pass) {
         const Branch& branch = a.groups[target + pass].branches[0];
@@ -105,12 +114,12 @@ __global__ void __launch_bounds__(GradQueryTiles<T, D>::kThreads, 1)
         sync_block();  // the tiles of the pass before are no longer read
         load_rows(queries, pass, [](const QueryGroup& group) -> const Matrix& { return group.query; });
         load_rows(grad_outs, pass, [](const QueryGroup& group) -> const Matrix& { return group.branches[0].grad_out; });
-        if (tiles) load(0, 0);
-        for (int tile = 0; tile < tiles; ++tile) {
-            const int stage = tile & 1, strips = Keys::strips(tile, a.keys);
+        if (begin < end) load(begin, 0);
+        for (int tile = begin; tile < end; ++tile) {
+            const int stage = (tile - begin) & 1, strips = Keys::strips(tile, a.keys);
             copies_wait();
             sync_block();
-            if (tile + 1 < tiles) load(tile + 1, stage ^ 1);
+            if (tile + 1 < end) load(tile + 1, stage ^ 1);
             if (idle) continue;
 
             const Tile<T, D> key_tile{keys + stage * Tiles::kKeyTile}, value_tile{values + stage * Tiles::kKeyTile};
@@ -148,15 +157,41 @@ __global__ void __launch_bounds__(GradQueryTiles<T, D>::kThreads, 1)
     for (int half = 0; half < 2; ++half) {
         const int row = first_row + lane / 4 + 8 * half;
         if (row >= a.queries) continue;
-        T* const to = row_of<T>(a.groups[target].grad_query, head.b, head.h, row);
+        const auto store = [&](auto* to) {
 #pragma unroll
-        for (int d = 0; d < D / 8; ++d)
+            for (int d = 0; d < D / 8; ++d)
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int column = 8 * d + lane % 4 * 2 + e;
-                if (column < a.dim) to[column] = from_float<T>(grad_query[d][2 * half + e] * float(a.scale));
-            }
+                for (int e = 0; e < 2; ++e) {
+                    const int column = 8 * d + lane % 4 * 2 + e;
+                    if (column < a.dim)
+                        to[column] =
+                            from_float<std::decay_t<decltype(*to)>>(grad_query[d][2 * half + e] * float(a.scale));
+                }
+        };
+        if (c.splits == 1) {
+            store(row_of<T>(a.groups[target].grad_query, head.b, head.h, row));
+        } else {
+            const int64_t part = int64_t(block_index_y()) * targets + target;
+            store(query_parts(c) + (part * all_rows + head.index * a.queries + row) * a.dim);
+        }
     }
+}
+
+// Adds up the parts of the queries' gradients, in their order: a thread an element.
+constexpr int kSumThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kSumThreads) attention_sum_kernel(const __grid_constant__ AttentionCall c) {
+    const Attention& a = c.a;
+    const int64_t all_rows = a.batch * a.heads * a.queries;
+    const int64_t count = query_targets(c) * all_rows * a.dim;
+    const int64_t index = int64_t(block_index()) * kSumThreads + thread_index();
+    if (index >= count) return;
+    float sum = 0;
+    for (int split = 0; split < c.splits; ++split) sum += query_parts(c)[split * count + index];
+    const int64_t row = index / a.dim % all_rows, head = row / a.queries;
+    const Matrix& to = a.groups[index / a.dim / all_rows].grad_query;
+    row_of<T>(to, head / a.heads, head % a.heads, row % a.queries)[index % a.dim] = from_float<T>(sum);
 }
 
 // -------------------------------------------------------------------------------------------------- keys and values
@@ -324,10 +359,13 @@ void backward(AttentionCall c, const Queue& queue) {
         constexpr int D = decltype(dim)::value;
         using QueryTiles = GradQueryTiles<T, D>;
         using Tiles = GradKeyTiles<T, D>;
-        const int64_t row_tiles = divide_up(c.a.queries, kRows) * (c.shared_query ? 1 : c.a.group_count);
+        const int targets = query_targets(c);
         launch("sgalign's attention backward (query) of " + shape(c.a), attention_grad_query_kernel<T, D>,
-               heads * divide_up(row_tiles, QueryTiles::kWarps), 1, QueryTiles::kThreads, QueryTiles::kSharedBytes,
-               queue, c);
+               heads * divide_up(divide_up(c.a.queries, kRows) * targets, QueryTiles::kWarps), c.splits,
+               QueryTiles::kThreads, QueryTiles::kSharedBytes, queue, c);
+        if (c.splits > 1)
+            launch("sgalign's attention backward (sum) of " + shape(c.a), attention_sum_kernel<T>,
+                   divide_up(targets * rows * c.a.dim, kSumThreads), 1, kSumThreads, 0, queue, c);
         launch("sgalign's attention backward (key, value) of " + shape(c.a), attention_grad_key_kernel<T, D>,
                heads * KeyTiles<Tiles::kStrips>::count(c.a.keys), D / Tiles::kColumns, Tiles::kThreads,
                Tiles::kSharedBytes, queue, c);

@@ -15,8 +15,8 @@ struct Queue {
 // `seed` lies in device memory and is read by the kernels; Attention::seed is not used.
 // Workspace: with splits > 1 float32 [splits, branches, B, H, Lq, D + 1].
 void attention_forward(const Attention&, const uint64_t* seed, int splits, float* workspace, const Queue&);
-// Workspace: float32 [branches, B, H, Lq].
-void attention_backward(const Attention&, const uint64_t* seed, float* workspace, const Queue&);
+// Workspace: float32 [branches, B, H, Lq], and with splits > 1 [splits, queries, B, H, Lq, D] behind it.
+void attention_backward(const Attention&, const uint64_t* seed, int splits, float* workspace, const Queue&);
 void random_mask(const RandomMask&, const uint64_t* seed, const Queue&);
 
 // Into how many parts the keys are best cut, to keep that many multiprocessors busy.
