@@ -42,9 +42,10 @@ def find_nvcc(compiler: str) -> tuple[str, list[str]]:
     if wanted not in ("0", "1", "auto"):
         sys.exit(f"sgalign: SGALIGN_CUDA must be 0, 1 or auto, got {wanted}")
     nvcc = os.path.join(home, "bin", "nvcc") if home else "nvcc"
-    *_, program = (word for word in compiler.split() if not word.startswith("-"))  # g++ of "ccache g++ -pthread"
-    options = ",".join(["-fPIC", "-fvisibility=hidden", *compiler.partition(program)[2].split()])
-    command = f"{shlex.quote(nvcc)} -ccbin {program} -Xcompiler={options}"
+    words = shlex.split(compiler)  # of "ccache g++ -pthread" nvcc takes g++, and the options apart
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    flags = [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden", *words[first:])]
+    command = shlex.join([nvcc, "-ccbin", words[first - 1], *flags])
     why = "SGALIGN_CUDA is 0" if wanted == "0" else refusal(command, ["-x", "cu"])
     if why:
         if wanted == "1":
@@ -94,9 +95,7 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         module = folder / target.name
         self.write_ninja_file(folder, module)
-        import ninja
-
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder], check=True)
+        subprocess.run([sys.executable, "-m", "ninja", "-C", folder], check=True)
         for destination in (target, ROOT / "sgalign" / target.name):
             # Replaced, not overwritten: a process may have the old one loaded.
             shutil.copy2(module, destination.with_suffix(".new"))
@@ -110,10 +109,11 @@ class NinjaBuild(build_ext):
         openmp = [] if refusal(compiler, ["-fopenmp"]) else ["-fopenmp"]
         if not openmp:
             print(f"sgalign: {compiler} has no OpenMP here, so the kernels will use one thread", file=sys.stderr)
-        said = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True).stdout
+        command = [*shlex.split(compiler), "--version"]
+        version = subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
         digest = runpy.run_path(str(ROOT / "sgalign" / "_source_digest.py"))["source_digest"](ROOT / "csrc")
         includes = [shlex.quote(f"-I{path}") for path in (sysconfig.get_path("include"), pybind11.get_include())]
-        bindings = [*includes, f'-DSGALIGN_SOURCES=\\"{digest}\\"', f"-DSGALIGN_COMPILER='\"{said.splitlines()[0]}\"'"]
+        bindings = [*includes, f'-DSGALIGN_SOURCES=\\"{digest}\\"', f"-DSGALIGN_COMPILER='\"{version}\"'"]
         bindings += [f"-DSGALIGN_{name.upper()}" for name, _, _ in INSTRUCTION_SETS]
         nvcc, archs = find_nvcc(compiler)
         if archs:
@@ -130,8 +130,7 @@ class NinjaBuild(build_ext):
             writer = ninja_syntax.Writer(file, width=10_000)
             command = " ".join([compiler, *FLAGS, *openmp])
             writer.rule("compile", f"{command} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
-            undefined = ["-undefined dynamic_lookup"] * (sys.platform == "darwin")
-            linker = " ".join([compiler, "-shared", *openmp, *undefined])
+            linker = " ".join([compiler, "-shared", *openmp])
             if archs:
                 # All from one PTX, which later GPUs compile for themselves: half the time of one for each.
                 targets = "compute_80", *(f"sm_{arch}" for arch in archs)
@@ -140,7 +139,8 @@ class NinjaBuild(build_ext):
                 writer.rule("cuda", compile_cuda, depfile="$out.d", deps="gcc")
                 # The runtime is linked in, so that it need not be the version that torch comes with.
                 linker = " ".join([nvcc, "-shared -cudart=static", *(f"-Xcompiler={flag}" for flag in openmp)])
-            writer.rule("link", f"{linker} $in -o $out")
+            undefined = " -undefined dynamic_lookup" if sys.platform == "darwin" else ""
+            writer.rule("link", f"{linker}{undefined} $in -o $out")
             for name, rule, source, flags in objects:
                 writer.build(f"{name}.o", rule, str(ROOT / "csrc" / source), variables={"flags": " ".join(flags)})
             writer.build(module.name, "link", [f"{name}.o" for name, *_ in objects])

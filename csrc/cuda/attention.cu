@@ -38,7 +38,7 @@ void random_mask(const RandomMask& m, const uint64_t* seed, const Queue& queue) 
            random_mask_kernel, divide_up(threads, kMaskThreads), 1, kMaskThreads, 0, queue, RandomMaskCall{m, seed});
 }
 
-// Parts of at least four tiles, while a multiprocessor would have nothing to do.
+// Parts of at least four tiles, while a multiprocessor would have nothing to do if blocks had four warps, as most have.
 int attention_splits(const Attention& a, int multiprocessors) {
     const int64_t blocks = a.batch * a.heads * divide_up(QueryRows::count(a), 4);
     if (blocks == 0) return 1;
