@@ -63,6 +63,8 @@ TEST_FILES = ("tests/test_attention.py", "tests/test_relation.py", "tests/test_a
 PYTEST = (sys.executable, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider")
 SANITIZER_EXIT = 9  # of compute-sanitizer where it has found something
 SANITIZER_MARK = "========= "
+SANITIZER_FINDS = SANITIZER_MARK + r"(Invalid|Misaligned|Uninitialized|Race|Barrier|Program hit|.*SUMMARY: [1-9])"
+DEVICE_LOST = 7  # of pytest, as tests/conftest.py ends it after an illegal access
 SANITIZED = "test_each_branch_is_the_single_one or test_rows_with_nothing_kept"
 
 # B, H, Lq, Lk, D. The goals are set at SGTR's shapes (180 queries; 100 entities or an image's memory).
@@ -164,6 +166,13 @@ def attempt(
         gc.collect()
         if usable():
             torch.cuda.empty_cache()
+
+
+def known_contenders(before: Figures, shape: Sequence[int], dtype: str, backward: bool) -> Figures:
+    """What a run that was cut off has measured of a row."""
+    case = [*shape], dtype, backward
+    rows = (row for row in before.get("rows", []) if ([*row["shape"]], row["dtype"], row["backward"]) == case)
+    return next(rows, {"contenders": {}})["contenders"]
 
 
 def usable() -> bool:
@@ -328,22 +337,24 @@ def collected(backend: str, chosen: Sequence[str]) -> Figures:
 def outcomes(log: str, status: int | None, ids: Sequence[str]) -> tuple[Counter[str], list[str], list[str]]:
     """Of a run of pytest with -v: how many tests passed, failed, ...; lines that say what failed; what was not run.
 
-    `status` is None where time was up. A run that died has failed at the first test without an outcome. Lines of
-    compute-sanitizer begin with its mark, and are failures where it says so by its status.
+    `status` is None where time was up. A run that died has failed at the first test without an outcome, and one that
+    had time for no test at its first.
     """
     lines = log.splitlines()
     of_pytest = "\n".join(line for line in lines if not line.startswith(SANITIZER_MARK))
     outcome_of = dict(re.findall(r"^(\S+::.*?)\s+(PASSED|FAILED|SKIPPED|ERROR)\b", of_pytest, re.MULTILINE))
-    marks = ("FAILED", "ERROR", *([SANITIZER_MARK] if status == SANITIZER_EXIT else []))
-    failed = [line[:300] for line in lines if line.startswith(marks)]  # pytest's end with the reason
-    failed = failed or [f"{outcome} {name}" for name, outcome in outcome_of.items() if outcome in marks]
+    failed = [line[:300] for line in lines if re.match(r"(FAILED|ERROR) \S+\.py", line)]  # with the reason, at the end
+    failed = failed or [f"{outcome} {name}" for name, outcome in outcome_of.items() if outcome in ("FAILED", "ERROR")]
+    failed += [line for line in lines if re.match(SANITIZER_FINDS, line)][:20]
+    if status == DEVICE_LOST:
+        failed.append(f"the device was lost in {next(reversed(outcome_of), 'the beginning')}")
     left = [name for name in ids if name not in outcome_of]
-    died = status not in (None, 0, 1, SANITIZER_EXIT)
-    if died:
-        failed.append(f"status {status} in {left[0] if left else 'the end'}: {lines[-1][:200] if lines else ''}")
-    if status is not None:
-        left = left[1:] if died else []
-    return Counter(map(str.lower, outcome_of.values())), failed, left
+    died = status not in (None, 0, 1, SANITIZER_EXIT, DEVICE_LOST)
+    if died or (status is None and left == list(ids)):
+        said = f"status {status}" if died else "time was up"
+        failed.append(f"{said} in {left[0] if left else 'the end'}: {lines[-1][:200] if lines else ''}")
+        left = left[1:]
+    return Counter(map(str.lower, outcome_of.values())), failed, [] if status in (0, 1, SANITIZER_EXIT) else left
 
 
 def test_environment(backend: str) -> dict[str, str]:
@@ -356,7 +367,6 @@ def attention(dtype: str, before: Figures) -> Figures:
 
     deadline = time.monotonic() + SECONDS[f"attention {dtype}"]
     checked_before = before.get("checks", {})
-    measured = {(tuple(row["shape"]), row["backward"]): row["contenders"] for row in before.get("rows", [])}
     checks = {
         name: attempt(check_attention, backend, kind, dtype, before=checked_before.get(name))
         for backend in available()
@@ -366,7 +376,7 @@ def attention(dtype: str, before: Figures) -> Figures:
     rows = []
     for shape, backward in itertools.product(SHAPES[dtype], (True, False)):
         torch._dynamo.reset()  # or its limit of compiled versions is reached
-        known = measured.get((shape, backward), {})
+        known = known_contenders(before, shape, dtype, backward)
         contenders = {
             name: attempt(time_attention, contender, shape, dtype, backward, deadline=deadline, before=known.get(name))
             for name, contender in attention_contenders(shape).items()
@@ -511,15 +521,21 @@ def relation(before: Figures) -> Figures:
     for name in available():
         contenders[f"{name} dual"] = functools.partial(bench.Head.ours_dual, backend=name)
         contenders[f"{name} single"] = functools.partial(bench.Head.ours_single, backend=name)
+    checked_before = before.get("checks", {})
     checks = {
-        f"{name}, {dtype}": attempt(check_relation, contender, dtype)
+        case: attempt(check_relation, contender, dtype, before=checked_before.get(case))
         for name, contender in contenders.items()
         for dtype in ("bfloat16", "float32")
+        for case in [f"{name}, {dtype}"]
     }
     contenders |= {"usual form": bench.Head.usual, "decomposed": bench.Head.decomposed}
     rows = []
     for shape, dtype, backward in itertools.product(RELATION_SHAPES, ("bfloat16", "float32"), (True, False)):
-        measured = {name: attempt(time_relation, call, shape, dtype, backward) for name, call in contenders.items()}
+        known = known_contenders(before, shape, dtype, backward)
+        measured = {
+            name: attempt(time_relation, call, shape, dtype, backward, before=known.get(name))
+            for name, call in contenders.items()
+        }
         relations, objects, channels, classes = shape
         weights = (2 * bench.HIDDEN + 2 * classes) * channels
         elements = relations * channels + weights + 4 * objects * bench.HIDDEN + 2 * relations * classes
@@ -588,9 +604,12 @@ def loss(before: Figures) -> Figures:
         student = mirrored.detach().requires_grad_()
         return timed([differentiated(lambda student: (contender(logits, student),), [student])])
 
-    checks = {name: attempt(check, contender) for name, contender in contenders.items()}
+    checked_before, known = before.get("checks", {}), known_contenders(before, shape, "float32", True)
+    checks = {
+        name: attempt(check, contender, before=checked_before.get(name)) for name, contender in contenders.items()
+    }
     contenders["kl_div of log_softmax"] = plain_loss
-    measured = {name: attempt(time_loss, contender) for name, contender in contenders.items()}
+    measured = {name: attempt(time_loss, call, before=known.get(name)) for name, call in contenders.items()}
     row = {"shape": shape, "dtype": "float32", "backward": True, "contenders": measured}
     return {"checks": checks, "rows": [row]}
 
@@ -655,10 +674,12 @@ def in_own_process(part: Part, before: Figures) -> Figures:
 
 
 def sources() -> str:
-    """A digest of the code: figures of another one are measured again."""
-    paths = [path for folder in ("benchmarks", "csrc", "kernels", "sgalign") for path in (ROOT / folder).rglob("*")]
+    """A digest of the code and of who takes part: figures of another one are measured again."""
+    folders = "benchmarks", "csrc", "kernels", "sgalign", "tests"
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     code = [path for path in paths if path.suffix in (".py", ".h", ".cpp", ".cuh", ".cu")]
-    digest = hashlib.sha256()
+    others = [name for name in ("xformers", "flash_attn") if importlib.util.find_spec(name)]
+    digest = hashlib.sha256(" ".join([*available(), *others]).encode())
     for path in sorted([*code, ROOT / "kernels" / "configs.json"]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -673,17 +694,17 @@ def write_report(out: Path, parts: Mapping[str, Part], only: Iterable[str] = ())
         raise ValueError(f"{file} is no report: {remedy}")
     digest = sources()
     for name, part in parts.items():
-        before = report.get(name, {})
-        if only or "failure" in before or before.get("sources") != digest:
-            before = {}
-        if not {name, name.split()[0]} & set(only) if only else before and not unfinished(before):
+        before = {} if only or report.get(name, {}).get("sources") != digest else report[name]
+        done = before and "failure" not in before and not unfinished(before)
+        if not {name, name.split()[0]} & set(only) if only else done:
             continue
+        before = {key: value for key, value in before.items() if key != "failure"}
         print(f"{name} ...", flush=True)
         start = time.monotonic()
         try:
             report[name] = part(before)
         except Exception as error:
-            report[name] = {"failure": sentence(error)}
+            report[name] = before | {"failure": sentence(error)}
         report[name]["sources"] = digest
         report[name]["seconds"] = round(before.get("seconds", 0) + time.monotonic() - start, 1)
         write_json(file, report, indent=1)

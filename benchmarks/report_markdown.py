@@ -118,28 +118,28 @@ def unfinished(figures: Any) -> bool:
     return isinstance(figures, list) and any(map(unfinished, figures))
 
 
+def failed(figures: Figures) -> bool:
+    return figures.get("failure", NOT_REACHED) != NOT_REACHED
+
+
 def failures(report: Figures) -> Iterator[str]:
     """Sentences: parts, checks, contenders and tests. What was not reached is said once a part."""
-    return (said for said in all_failures(report) if not said.endswith(NOT_REACHED))
-
-
-def all_failures(report: Figures) -> Iterator[str]:
     for part, figures in report.items():
         if unfinished(figures):
             yield f"{part}: time was up, or the device was lost; the same command goes on"
         if "failure" in figures:
             yield f"{part}: {figures['failure']}"
         for name, check in figures.get("checks", {}).items():
-            if not check.get("right"):
+            if not check.get("right") and check.get("failure") != NOT_REACHED:
                 said = check.get("failure") or f"error {check['error']:.1e}, allowed {check['allowed']:.1e}"
                 yield f"{part}, check of {name}: {said}"
         for row in figures.get("rows", []):
             passes = "forward and backward" if row["backward"] else "forward"
             for name, contender in row["contenders"].items():
-                if "failure" in contender:
+                if failed(contender):
                     yield f"{part}, {shape_of(row)}, {row['dtype']}, {passes}, {name}: {contender['failure']}"
     for case, figures in report.get("steps", {}).items():
-        if isinstance(figures, dict) and "failure" in figures:
+        if isinstance(figures, dict) and failed(figures):
             yield f"steps, {case}: {figures['failure']}"
     for backend, figures in report.get("tests", {}).items():
         if isinstance(figures, dict):
@@ -172,7 +172,7 @@ def environment_rows(environment: Figures) -> Iterator[tuple[str, str]]:
             yield "matrix products", ", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in value.items())
         elif name == "backends":
             yield name, "; ".join(f"{backend}: {state}" for backend, state in value.items())
-        elif name != "seconds":
+        elif name not in ("seconds", "sources"):
             yield name, str(value)
 
 

@@ -2,13 +2,14 @@
 
 For every kernel, size of elements, number of branches and of channels it starts from what kernels/configs.json says,
 tries the neighbours of the best (half or twice a block, other warps, a stage more or less), drops those that do not fit
-or that change the result, and moves on while one is faster. The table is written after each entry, so
-that a run that is cut off loses nothing; `--kernels`, `--bits` and `--channels` choose a part.
+or that change the result, and moves on while one is faster. The table is written after each entry, so that a run that
+is cut off loses nothing; `--kernels`, `--bits` and `--channels` choose a part.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -34,7 +35,7 @@ GAIN = 0.98  # what counts as faster: less is noise
 TOLERANCE = {16: 3e-2, 32: 1e-4}  # of ||out - reference|| / ||reference||
 
 
-LOST = "an illegal access has taken this process its device"  # what another process may find can be used
+LOST = "an illegal access has cost this process its device"  # what another process may find can be used
 
 
 class Entry(NamedTuple):
@@ -132,13 +133,18 @@ def calls(entry: Entry, shape: tuple[int, ...]) -> tuple[Callable[[], object], l
     return functools.partial(attention.backward, *tensors, *options), grads
 
 
-def problem(entry: Entry, plan: Plan) -> str | None:
-    """Why a plan cannot be used. In a worker's process it leaves the compiled kernels in Triton's cache."""
+def problem(entry: Entry, plan: Plan, table: Any) -> str | None:
+    """Why a plan cannot be used, beside what `table` has for other kernels.
+
+    In a worker's process it leaves the compiled kernels in Triton's cache.
+    """
     from benchmarks.gpu_report import usable
+    from sgalign.kernels import configs
 
     if not usable():
         return LOST
     try:
+        configs.read_table().update(copy.deepcopy(table))
         use(entry, plan)
         for shape in SHAPES:
             run, _ = calls(entry, shape)
@@ -160,13 +166,16 @@ def differs(entry: Entry, expected: list[Tensor]) -> bool:
 def times(entry: Entry, pool: Executor, expected: list[Tensor], plans: list[Plan]) -> dict[Plan, float]:
     """Milliseconds, the geometric mean of the shapes, of those that can be used."""
     from benchmarks.gpu_report import graph_ms
+    from sgalign.kernels import configs
 
     found = {}
-    problems = list(pool.map(problem, itertools.repeat(entry), plans))  # all, before anything is timed on the same GPU
+    table = copy.deepcopy(configs.read_table())
+    # All, before anything is timed on the same GPU.
+    problems = list(pool.map(problem, itertools.repeat(entry), plans, itertools.repeat(table)))
     for plan, said in zip(plans, problems):
-        said = (said if said != LOST else None) or problem(entry, plan)
+        said = (said if said != LOST else None) or problem(entry, plan, table)
         if said == LOST:
-            sys.exit(f"benchmarks.tune: {said} after {entry}; the table has what came before")
+            raise RuntimeError(LOST)
         if not said:
             use(entry, plan)
             said = "another result" if differs(entry, expected) else None
@@ -193,14 +202,19 @@ def reference_result(entry: Entry) -> list[Tensor]:
 
 
 def tune(entries: list[Entry], pool: Executor) -> None:
+    from benchmarks.gpu_report import usable
     from sgalign.kernels import configs
 
     for entry in entries:
         name = configs.architecture(DEVICE)
         start = configs.lookup(entry.kernel, name, entry.bits, entry.channels, entry.branches, entry.dropout)
         print(f"{entry.kernel}, {entry.kind}, {entry.channels} channels, from {tuple(start)}", flush=True)
-        expected = reference_result(entry)
-        best, taken = climb((*start,), functools.partial(times, entry, pool, expected))
+        try:
+            best, taken = climb((*start,), functools.partial(times, entry, pool, reference_result(entry)))
+        except RuntimeError:
+            if usable():
+                raise
+            sys.exit(f"benchmarks.tune: {LOST}; the table has what came before")
         if math.isinf(taken):
             use(entry, (*start,))  # not what was tried last, which the next entry would write
             print("  nothing can be used", flush=True)

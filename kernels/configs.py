@@ -68,8 +68,8 @@ def architecture(device: torch.device) -> str:
 def dot_precision() -> str:
     """How products of float32 matrices are computed: three products of TF32 on NVIDIA's tensor cores, else exactly.
 
-    The three keep float32's digits, where one, Triton's default, keeps ten bits of the factors; what the units cut off
-    of long sums is for a GPU to show.
+    The three keep float32's digits, where one, Triton's default, keeps ten bits of the factors. How much the units cut
+    off long sums was not measured.
     """
     return "ieee" if torch.version.hip else "tf32x3"
 

@@ -282,8 +282,8 @@ class Blocks(NamedTuple):
 def backward_sizes(blocks: Blocks, classes: int) -> dict[str, Any]:
     """What the kernels of the backward are compiled for.
 
-    Two blocks of classes one after the other let loads of the next pairs go ahead, but each has memory of its own for
-    them, which more of them, and two on AMD, do not leave in a multiprocessor.
+    Blocks of classes that are written out one after the other let the next pairs be loaded ahead, each into shared
+    memory of its own: on AMD there is room for one such block, else for two.
     """
     count = triton.cdiv(classes, blocks.classes)
     unrolled = count <= (1 if torch.version.hip else 2)

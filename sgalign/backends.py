@@ -49,7 +49,7 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
         if device.type != "cuda" and not (device.type == "cpu" and _is_emulated(backend)):
             raise ValueError(f"backend {backend!r} needs tensors on a GPU, got {device}; 'reference' serves any device")
         if device.type == "cpu" and backend == "triton" and dtype == torch.bfloat16:
-            raise ValueError("backend 'triton' in Triton's interpreter, which multiplies bfloat16 wrongly: use a GPU")
+            raise ValueError("backend 'triton' needs a GPU for bfloat16: Triton's interpreter multiplies it wrongly")
         if problem := _too_old(device):
             raise ValueError(f"backend {backend!r} {problem}; 'reference' serves any device")
     return backend

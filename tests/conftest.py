@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from target import BACKEND, CASES_INTERPRETED, INTERPRETED
+from target import BACKEND, CASES_INTERPRETED, DEVICE, INTERPRETED
 
 from sgalign import _core
 
@@ -25,6 +25,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
+
+
+def pytest_runtest_logfinish() -> None:
+    """After an illegal access this process never gets its device back: no test that follows is to blame."""
+    if DEVICE == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the device was lost: {error}", returncode=7)  # as benchmarks/gpu_report.py knows
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def captured(run):
 
 
 def copies(results):
-    return [None if result is None else result.clone() for result in results]
+    return [None if result is None else result.detach().clone() for result in results]  # a graph would keep its stream
 
 
 def assert_equal(results, expected):
@@ -128,17 +128,16 @@ def test_another_device_than_the_current_one():
 
 
 def test_the_mask_of_a_device_is_that_of_the_cpu():
-    options = {"ratio": 0.3, "seed": 7, "stream": 2}
-    mask = random_attention_mask(*SHAPE[:4], device=DEVICE, **options)
-    assert torch.equal(mask.cpu(), random_attention_mask(*SHAPE[:4], device="cpu", **options))
+    mask = torch.ops.sgalign.random_mask(BACKEND, torch.tensor(7, device=DEVICE), *SHAPE[:4], round(0.3 * 65536), 2)
+    assert torch.equal(mask.cpu(), random_attention_mask(*SHAPE[:4], ratio=0.3, seed=7, stream=2, device="cpu"))
 
 
 def test_more_elements_than_32_bits_count():
     """Batches that lie 2^31 elements apart, in both directions of the computation."""
     apart = 2**31
     free, _ = torch.cuda.mem_get_info()
-    if free < 40 * 2**30:
-        pytest.skip("needs 40 GiB of the GPU's memory")
+    if free < 20 * 2**30:
+        pytest.skip("needs 20 GiB of the GPU's memory")
     tensors = make(dtype=torch.float16)
     expected = step(tensors, mask_seed=1)
     far = []
@@ -160,10 +159,11 @@ def test_compiled(mode):
     for value in (1, 2, 3):
         seed = torch.tensor(value, device=DEVICE)
         outs = compiled(*tensors, seed)
-        grads = copies(torch.autograd.grad(outs, tensors, [torch.ones_like(out) for out in outs]))
-        expected = dual_branch_attention(*make(), mask_ratio=0.4, mask_seed=value, backend=BACKEND)
-        torch.testing.assert_close([out.detach().clone() for out in outs], [out.detach() for out in expected])
-        assert all(grad.isfinite().all() for grad in grads)
+        results = copies([*outs, *torch.autograd.grad(outs, tensors, [torch.ones_like(out) for out in outs])])
+        eager = make()
+        outs = dual_branch_attention(*eager, mask_ratio=0.4, mask_seed=value, backend=BACKEND)
+        grads = torch.autograd.grad(outs, eager, [torch.ones_like(out) for out in outs])
+        torch.testing.assert_close(results, copies([*outs, *grads]))
 
 
 def test_autocast_computes_in_its_type():

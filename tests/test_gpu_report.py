@@ -97,7 +97,8 @@ MARK = gpu_report.SANITIZER_MARK
         (PASSED, 0, {"passed": 2, "skipped": 1}, [], []),
         (FAILED + SUMMARY, 1, {"passed": 1, "failed": 1, "error": 1}, [f"FAILED {IDS[1]} - assert"], []),
         (FAILED, None, {"passed": 1, "failed": 1}, [f"FAILED {IDS[1]}"], IDS[2:]),
-        ("", None, {}, [], IDS),
+        ("", None, {}, [f"time was up in {IDS[0]}: "], IDS[1:]),
+        (FAILED, 7, {"passed": 1, "failed": 1}, [f"FAILED {IDS[1]}", f"the device was lost in {IDS[1]}"], IDS[2:]),
         (
             f"{IDS[0]} PASSED\nSegmentation fault",
             -11,
@@ -106,12 +107,12 @@ MARK = gpu_report.SANITIZER_MARK
             IDS[2:],
         ),
         ("", 4, {}, [f"status 4 in {IDS[0]}: "], IDS[1:]),
-        (f"{MARK} COMPUTE-SANITIZER\n{PASSED}{MARK} ERROR SUMMARY: 0 errors\n", 0, {"passed": 2, "skipped": 1}, [], []),
+        (f"{MARK}COMPUTE-SANITIZER\n{PASSED}{MARK}ERROR SUMMARY: 0 errors\n", 0, {"passed": 2, "skipped": 1}, [], []),
         (
-            PASSED.replace(" PASSED", f"\n{MARK} Invalid read\nPASSED", 1),
+            PASSED.replace(" PASSED", f"\n{MARK}Invalid read\nPASSED", 1),
             gpu_report.SANITIZER_EXIT,
             {"passed": 2, "skipped": 1},
-            [f"{MARK} Invalid read"],
+            [f"{MARK}Invalid read"],
             [],
         ),
     ],
@@ -173,6 +174,43 @@ def test_after_the_device_is_lost_nothing_is_measured_or_blamed(monkeypatch):
     assert "illegal memory access" in gpu_report.attempt(illegal)["failure"]
     found = gpu_report.attempt(lambda: pytest.fail("measured on a lost device"))
     assert found == {"failure": gpu_report.NOT_REACHED} and gpu_report.unfinished({"rows": [{"sdpa": found}]})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory on the CPU is read from /proc")
+@pytest.mark.parametrize("part", ["attention float32", "relation", "loss"])
+def test_parts_go_on_from_what_was_measured(monkeypatch, part):
+    """On the CPU, with made-up times: what a part makes, and that it measures what was not reached alone."""
+
+    def run_all(calls):
+        for call in calls:
+            call()
+        return 1.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for name, value in {
+        "DEVICE": torch.device("cpu"),
+        "graph_ms": run_all,
+        "call_ms": lambda call: 2.0,
+        "sets_beyond_cache": lambda mebibytes: 1,
+        "available": lambda: ["cpu"],
+        "SHAPES": {"float32": [(1, 2, 20, 40, 32)]},
+        "FLEX_SHAPES": [],
+        "CHECKED_SHAPES": [(1, 2, 20, 40, 32), (1, 1, 30, 40, 64)],
+        "RELATION_SHAPES": [(30, 9, 64, 11)],
+    }.items():
+        monkeypatch.setattr(gpu_report, name, value)
+    first = json.loads(json.dumps(gpu_report.PARTS[part]({})))
+    assert first["checks"] and all(check["right"] for check in first["checks"].values())
+    for row in first["rows"]:
+        assert {contender["graph"] for contender in row["contenders"].values()} == {1.0}
+    measured, *_, missing = first["rows"][0]["contenders"]
+    first["rows"][0]["contenders"] |= {measured: {"graph": 42.0}, missing: {"failure": gpu_report.NOT_REACHED}}
+    assert gpu_report.unfinished(first)
+    second = gpu_report.PARTS[part](first)
+    assert not gpu_report.unfinished(second)
+    assert second["rows"][0]["contenders"][measured] == {"graph": 42.0}
+    assert second["rows"][0]["contenders"][missing]["graph"] == 1.0
 
 
 def test_check_finds_what_is_wrong_or_not_written():

@@ -84,8 +84,13 @@ def test_compiled(target, name, tmp_path, monkeypatch):
 
 
 def test_shared_memory_is_there():
+    from sgalign.kernels import configs
+
+    limits = dict(compiled_kernels.LARGEST_SHARED)
+    if "sm_80" not in configs.read_table():
+        limits["sm_80"] = limits["sm_120"]  # the default, which 8.6 and 8.9 run too, and have less
     for (target, name), taken in compiled_kernels.read_table().items():
-        assert taken.shared <= compiled_kernels.LARGEST_SHARED[target], (target, name)
+        assert taken.shared <= limits[target], (target, name)
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ class SceneGraphEvaluator(ImageMetric):
     predicate_found: Tensor
     accuracy_found: Tensor
 
-    _settings = ("protocol", "num_predicates", "top_k", "plus_one", "zero_shot")
+    _settings = ("protocol", "num_predicates", "top_k", "missing", "plus_one", "zero_shot")
 
     def __init__(
         self,
