@@ -36,7 +36,7 @@ def step(tensors, **options):
     return [*outs, *torch.autograd.grad(outs, tensors, [torch.ones_like(out) for out in outs])]
 
 
-def relation_step(**options):
+def relation_step():
     """Logits of both branches, the alignment loss, and gradients."""
     generator = torch.Generator().manual_seed(1)
     normal = functools.partial(torch.randn, generator=generator)
