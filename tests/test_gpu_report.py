@@ -134,7 +134,6 @@ def test_tests_go_on_where_time_was_up(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "TEST_FILES", (file.name,))
     monkeypatch.setattr(gpu_report, "available", lambda: ["made up"])
     monkeypatch.setattr(gpu_report.os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(gpu_report, "SANITIZED", "")
     monkeypatch.setitem(gpu_report.SECONDS, "tests", 15)
     first = gpu_report.tests({})["made up"]
     assert first == {
