@@ -31,6 +31,7 @@ doctor: $(VENV)/train
 
 # Each stamp stands for one set of extras; a changed source installs again.
 $(VENV)/train $(VENV)/test $(VENV)/lint: $(SOURCES) | $(VENV)/bin/pip
+	rm -rf build/lib*  # which would keep modules that have moved
 	$(BIN)/pip install --quiet --constraint constraints.txt '.[$(EXTRAS)]'
 	touch $@
 $(VENV)/train: EXTRAS := train

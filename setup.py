@@ -111,7 +111,7 @@ class NinjaBuild(build_ext):
             print(f"sgalign: {compiler} has no OpenMP here, so the kernels will use one thread", file=sys.stderr)
         command = [*shlex.split(compiler), "--version"]
         version = subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
-        digest = runpy.run_path(str(ROOT / "sgalign" / "_source_digest.py"))["source_digest"](ROOT / "csrc")
+        digest = runpy.run_path(str(ROOT / "sgalign" / "ops" / "_source_digest.py"))["source_digest"](ROOT / "csrc")
         includes = [shlex.quote(f"-I{path}") for path in (sysconfig.get_path("include"), pybind11.get_include())]
         bindings = [*includes, f'-DSGALIGN_SOURCES=\\"{digest}\\"', f"-DSGALIGN_COMPILER='\"{version}\"'"]
         bindings += [f"-DSGALIGN_{name.upper()}" for name, _, _ in INSTRUCTION_SETS]

@@ -42,7 +42,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.report_markdown import NOT_REACHED, markdown, unfinished
-from sgalign import _version, backends, relation_alignment_loss
+from sgalign import _version, relation_alignment_loss
+from sgalign.ops import backends
 
 try:
     import pytest

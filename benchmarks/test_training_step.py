@@ -19,8 +19,8 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead  # noqa: E402
 from benchmarks import conftest  # noqa: E402
 from sgalign import relation_alignment_loss  # noqa: E402
 from sgalign.data import GraphBatch, SceneGraph, collate  # noqa: E402
-from sgalign.longtail import RelationLoss  # noqa: E402
 from sgalign.models import Motifs  # noqa: E402
+from sgalign.training.longtail import RelationLoss  # noqa: E402
 
 IMAGES, OBJECTS, PAIRS = 4, 40, 1024
 CLASSES, PREDICATES, DIM, HIDDEN = 151, 51, 4096, 512

@@ -1,4 +1,4 @@
-// The random mask's definition (sgalign/reference.py has it in PyTorch), shared by every kernel.
+// The random mask's definition (sgalign/ops/reference.py has it in PyTorch), shared by every kernel.
 //
 // Key k lies in lane k % 32 of group k % 256 / 32 of chunk k / 256. One Philox call per (chunk, lane) gives eight
 // 16-bit numbers, one a group; the key is dropped where its number is below the threshold. A kernel holds the result

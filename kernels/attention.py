@@ -2,8 +2,8 @@
 
 A program holds a block of queries (for the gradients of keys and values, a tile of keys) and walks over the other side.
 Where something is drawn, a tile of keys is `GROUPS` strips of `COLUMNS` keys that lie 32 apart, so that one Philox call
-for a row and a column decides `GROUPS` keys (`sgalign.reference.random_mask` has the definition). With `BRANCHES` of 2
-the second is the mirror, which alone has the random mask; `mirrored_query` is None where one query serves both.
+for a row and a column decides `GROUPS` keys (`sgalign.ops.reference.random_mask` has the definition). With `BRANCHES`
+of 2 the second is the mirror, which alone has the random mask; `mirrored_query` is None where one query serves both.
 
 Scores and log sums are in units of log2, and `scale` is positive: it is multiplied by log2(e), and a negative one by -1
 with the query, before the kernels see it.
@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgalign._cuda import multiprocessors
 from sgalign.kernels.configs import Config, config, dot_precision
-from sgalign.random_mask import dropout_scale
+from sgalign.ops._cuda import multiprocessors
+from sgalign.ops.random_mask import dropout_scale
 
 NOT_SPECIALIZED = ["batch_heads", "queries", "keys", "tiles", "span", "stream", "mask_threshold", "dropout_threshold"]
 # With one query for both branches, the mirror's exponentials are the supervised ones times a factor. Its own maximum

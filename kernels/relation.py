@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sgalign._cuda import multiprocessors
-from sgalign.attention import unit_stride
 from sgalign.kernels.configs import dot_precision, is_interpreting
+from sgalign.ops._cuda import multiprocessors
+from sgalign.ops.attention import unit_stride
 
 BACKWARD_PAIRS = 16  # of a step of the backward, the fewest that `tl.dot` takes: sums of the weights fill registers
 LEAST_STEPS = 2  # of a program that shares its work: partial results are written and read again

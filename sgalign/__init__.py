@@ -1,17 +1,23 @@
 """Relation alignment for scene graph generation, nearly free: fused kernels for both branches in one pass."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
 from sgalign import nn
 from sgalign._version import __version__
-from sgalign.alignment import relation_alignment_loss
-from sgalign.attention import dual_branch_attention, fused_masked_attention
-from sgalign.random_mask import random_attention_mask
-from sgalign.relation import dual_branch_relation_logits, fused_relation_logits
+from sgalign.ops.alignment import relation_alignment_loss
+from sgalign.ops.attention import dual_branch_attention, fused_masked_attention
+from sgalign.ops.random_mask import random_attention_mask
+from sgalign.ops.relation import dual_branch_relation_logits, fused_relation_logits
 
-_root = Path(__file__).resolve().parent.parent
-if (_root / "csrc" / "kernels.h").exists():
-    __path__.append(str(_root))  # the source tree keeps kernels/, installed as sgalign.kernels, beside the package
+_kernels = Path(__file__).resolve().parent.parent / "kernels" / "__init__.py"
+if not Path(__file__).with_name("kernels").exists() and _kernels.exists():
+    # The source tree keeps kernels/ beside the package; an installation has it inside, as sgalign.kernels.
+    _spec = importlib.util.spec_from_file_location("sgalign.kernels", _kernels)
+    assert _spec is not None and _spec.loader is not None
+    kernels = sys.modules["sgalign.kernels"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(kernels)
 
 __all__ = [
     "__version__",

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import torch
 
+from sgalign.errors import InputError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -89,7 +91,7 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))  # with a mark of the byte order or without
     except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path}: not JSON, or cut short ({error}); {remedy}") from error
+        raise InputError(f"{path}: not JSON, or cut short ({error}); {remedy}") from error
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
@@ -118,4 +120,4 @@ def read_tensors(path: str | Path, what: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything
-        raise ValueError(f"{path}: not a {what}, or cut short ({type(error).__name__})") from error
+        raise InputError(f"{path}: not a {what}, or cut short ({type(error).__name__})") from error

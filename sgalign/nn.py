@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sgalign.attention import dual_branch_attention, fused_masked_attention
-from sgalign.backends import BACKENDS
-from sgalign.random_mask import ratio_threshold
+from sgalign.errors import InputError
+from sgalign.ops.attention import dual_branch_attention, fused_masked_attention
+from sgalign.ops.backends import BACKENDS
+from sgalign.ops.random_mask import ratio_threshold
 
 
 class MaskedMultiheadAttention(nn.Module):
@@ -53,13 +54,13 @@ class MaskedMultiheadAttention(nn.Module):
         kdim, vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
         for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
+                raise InputError(f"{name} must be an int of at least 1, got {size!r}")
         if embed_dim % num_heads:
-            raise ValueError(f"num_heads must divide embed_dim, {embed_dim}, got {num_heads}")
+            raise InputError(f"num_heads must divide embed_dim, {embed_dim}, got {num_heads}")
         ratio_threshold(dropout, "dropout")
         ratio_threshold(mask_ratio, "mask_ratio")
         if backend not in (None, *BACKENDS):
-            raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+            raise InputError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
         self.embed_dim, self.num_heads, self.batch_first = embed_dim, num_heads, batch_first
         self.dropout, self.mask_ratio, self.backend = dropout, mask_ratio, backend
         self.kdim, self.vdim = kdim, vdim
@@ -120,12 +121,12 @@ class MaskedMultiheadAttention(nn.Module):
             ValueError, TypeError: `need_weights` is True, or an argument has the wrong shape or dtype.
         """
         if need_weights:
-            raise ValueError(
+            raise InputError(
                 "need_weights must be False, got True: the fused kernels never form the [Lq, Lk] attention weights; "
                 "sgalign.random_attention_mask gives the random mask alone"
             )
         if is_causal and attn_mask is None:
-            raise ValueError("attn_mask must be given where is_causal is True, as torch.nn.MultiheadAttention asks")
+            raise InputError("attn_mask must be given where is_causal is True, as torch.nn.MultiheadAttention asks")
         (out,) = self._attend([query], key, value, key_padding_mask, attn_mask, mask_seed, mask_stream, dual=False)
         return out, None
 
@@ -177,7 +178,7 @@ class MaskedMultiheadAttention(nn.Module):
                 raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
             if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched or tensor.shape[-1] != width:
                 layout = f"[B, L, {width}]" if self.batch_first else f"[L, B, {width}]"
-                raise ValueError(f"{name} must be {layout}, or [L, {width}] like every other, got {list(tensor.shape)}")
+                raise InputError(f"{name} must be {layout}, or [L, {width}] like every other, got {list(tensor.shape)}")
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask[None]
         weights = self._projection_weights()
@@ -211,7 +212,7 @@ class MaskedMultiheadAttention(nn.Module):
             return attn_mask
         by_head = (batch * self.num_heads, queries, keys)
         if attn_mask.shape != by_head:
-            raise ValueError(
+            raise InputError(
                 f"attn_mask must be {[queries, keys]} or {list(by_head)}, [B * num_heads, Lq, Lk], "
                 f"got {list(attn_mask.shape)}"
             )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from target import BACKEND, CASES_INTERPRETED, DEVICE, INTERPRETED
 
-from sgalign import _core
+from sgalign.ops import _core
 
 ROOT = Path(__file__).resolve().parent.parent
 

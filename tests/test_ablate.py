@@ -11,10 +11,12 @@ pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
 import lightning.pytorch as pl  # noqa: E402
 
-from sgalign import ablate, report  # noqa: E402
-from sgalign.cli import main  # noqa: E402
-from sgalign.features import cache_features  # noqa: E402
+from sgalign.commands import ablate, studies  # noqa: E402
+from sgalign.commands.cache_features import cache_features  # noqa: E402
+from sgalign.commands.main import main  # noqa: E402
+from sgalign.metrics.comparison import paired_difference  # noqa: E402
 from sgalign.models import Detector, RegionFeatures  # noqa: E402
+from sgalign.training import controls  # noqa: E402
 
 SMALL = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
 
@@ -27,20 +29,19 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def studies(monkeypatch):
+def chosen(monkeypatch):
     controls = {"dropout": "MaskedMotifsModule", "average": "AveragedTeacherModule"}
-    arms = [ablate.motifs(**SMALL), ablate.align(**SMALL)]
-    arms += [ablate.Arm(name, "Motifs", module, SMALL, {}) for name, module in controls.items()]
-    studies = {
-        "one": ablate.Study("One", arms),
-        "two": ablate.Study("Two", [*arms[:2], ablate.motifs("0", "Motifs", learning_rate=1e-9, **SMALL)]),
+    arms = [studies.motifs(**SMALL), studies.align(**SMALL)]
+    arms += [studies.Arm(name, "Motifs", module, SMALL, {}) for name, module in controls.items()]
+    chosen = {
+        "one": studies.Study("One", arms),
+        "two": studies.Study("Two", [*arms[:2], studies.motifs("0", "Motifs", learning_rate=1e-9, **SMALL)]),
     }
-    for module in (ablate, report):
-        monkeypatch.setattr(module, "STUDIES", studies)
-    return studies
+    monkeypatch.setattr(studies, "STUDIES", chosen)
+    return chosen
 
 
-def test_runs_are_kept_shared_and_reported(folder, tmp_path, studies, monkeypatch, capsys):
+def test_runs_are_kept_shared_and_reported(folder, tmp_path, chosen, monkeypatch, capsys):
     command = ["ablate", "one", "--data", str(folder), "--seeds", "2", "--epochs", "1", "--out", str(tmp_path)]
     assert main(command) == 0
     assert len(list((tmp_path / "runs").glob("*.json"))) == 8
@@ -74,12 +75,12 @@ def test_runs_are_kept_shared_and_reported(folder, tmp_path, studies, monkeypatc
     assert main(["report", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "--data must be of 'scenes " in error and error.count("'scenes ") == 2
-    name = ablate.data_name(str(other))
+    name = studies.data_name(str(other))
     assert main(["report", str(tmp_path), "--data", name]) == 0
     assert "## Two" not in (tmp_path / "tables.md").read_text()
     assert main(["report", str(tmp_path), "--data", name, "--study", "two"]) == 0
     assert "## Two" in (tmp_path / "tables.md").read_text()
-    monkeypatch.setitem(studies, "three", ablate.Study("Three", [ablate.motifs(**SMALL | {"hidden_dim": 9})]))
+    monkeypatch.setitem(chosen, "three", studies.Study("Three", [studies.motifs(**SMALL | {"hidden_dim": 9})]))
     before = (tmp_path / "results.csv").read_text()
     assert main(["report", str(tmp_path), "--data", name, "--study", "one", "three"]) == 1
     assert "has runs, but of three none" in capsys.readouterr().err
@@ -98,7 +99,7 @@ real = ablate.run
 
 
 def test_a_run_says_what_its_best_epoch_reaches(folder, tmp_path):
-    result = ablate.run(str(folder), ablate.align(**SMALL), 0, 2, tmp_path / "run.json")
+    result = ablate.run(str(folder), studies.align(**SMALL), 0, 2, tmp_path / "run.json")
     assert json.loads((tmp_path / "run.json").read_text()) == result and list(tmp_path.iterdir()) == [
         tmp_path / "run.json"
     ]
@@ -108,20 +109,20 @@ def test_a_run_says_what_its_best_epoch_reaches(folder, tmp_path):
     found = [[rank < 50 for rank in ranks] for ranks in result["ranks"] if ranks]
     recall = sum(sum(image) / len(image) for image in found) / len(found)
     assert recall == pytest.approx(result["test"]["R@50"], abs=1e-5)
-    again = ablate.run(str(folder), ablate.align(**SMALL), 0, 2, tmp_path / "again.json")
+    again = ablate.run(str(folder), studies.align(**SMALL), 0, 2, tmp_path / "again.json")
     assert again["test"] == result["test"], "a run must repeat"
 
 
 @pytest.mark.parametrize("part", ["train", "validation", "test"])
 def test_parts_without_relations_are_refused_before_training(folder, part, monkeypatch):
-    read = ablate.ScarceData._read
+    read = controls.ScarceData._read
 
     def read_bare(self, asked):
-        return [ablate._with(g, g.relations[:0] if asked == part else g.relations) for g in read(self, asked)]
+        return [controls._with(g, g.relations[:0] if asked == part else g.relations) for g in read(self, asked)]
 
-    monkeypatch.setattr(ablate.ScarceData, "_read", read_bare)
+    monkeypatch.setattr(controls.ScarceData, "_read", read_bare)
     with pytest.raises(ValueError, match=f"must have relations in its {part} part, has none"):
-        ablate.ScarceData(str(folder))
+        controls.ScarceData(str(folder))
 
 
 def test_nothing_to_report(tmp_path, capsys):
@@ -132,33 +133,32 @@ def test_nothing_to_report(tmp_path, capsys):
 
 
 def test_every_study_names_its_base_and_no_arm_twice():
-    for name, study in ablate.STUDIES.items():
+    for name, study in studies.STUDIES.items():
         names = [arm.name for arm in study.arms]
         assert len(set(names)) == len(names), name
         assert not study.arms[0].base and all(arm.base in names for arm in study.arms[1:]), name
         for arm in study.arms:
-            ablate.MODULES[arm.module](**arm.options)
+            studies.MODULES[arm.module](**arm.options)
 
 
 def test_masking_grows_from_nothing_to_its_ratio(folder, tmp_path, monkeypatch):
-    ratios, draw = [], ablate.AlignMotifsModule.draw_mask
+    ratios, draw = [], controls.AlignMotifsModule.draw_mask
     monkeypatch.setattr(
-        ablate.GrowingMaskModule, "draw_mask", lambda self, *args: ratios.append(self.mask_ratio) or draw(self, *args)
+        controls.GrowingMaskModule, "draw_mask", lambda self, *args: ratios.append(self.mask_ratio) or draw(self, *args)
     )
-    arm = ablate.Arm("growing", "", "GrowingMaskModule", SMALL | {"mask_ratio": 0.4}, {})
+    arm = studies.Arm("growing", "", "GrowingMaskModule", SMALL | {"mask_ratio": 0.4}, {})
     ablate.run(str(folder), arm, 0, 2, tmp_path / "run.json")
     assert len(ratios) > 4 and ratios == pytest.approx([0.4 * step / len(ratios) for step in range(len(ratios))])
 
 
 def test_features_are_those_in_the_folder_of_the_data(folder, tmp_path, monkeypatch, capsys):
-    data = ablate.ScarceData(str(folder))
+    data = controls.ScarceData(str(folder))
     graphs = [*data.train, *data.validation, *data.test]
     torch.manual_seed(0)
     detector = Detector(len(data.object_names), backbone="resnet18", min_size=32, max_size=48, head_dim=16)
     cache_features(graphs, detector, RegionFeatures(dim=16), folder / "features")
-    arm = ablate.motifs(vision="cached", **SMALL)._replace(data={"features": "features"})
-    for module in (ablate, report):
-        monkeypatch.setattr(module, "STUDIES", {"seen": ablate.Study("Seen", [arm])})
+    arm = studies.motifs(vision="cached", **SMALL)._replace(data={"features": "features"})
+    monkeypatch.setattr(studies, "STUDIES", {"seen": studies.Study("Seen", [arm])})
     command = ["ablate", "seen", "--seeds", "1", "--epochs", "1", "--out", str(tmp_path)]
     assert main([*command, "--data", str(folder)]) == 0
     (path,) = (tmp_path / "runs").iterdir()
@@ -176,7 +176,7 @@ def relations(data):
 
 
 def test_missing_and_wrong_labels(folder):
-    whole, missing, wrong = (ablate.ScarceData(str(folder), **o) for o in ({}, {"missing": 0.5}, {"wrong": 1.0}))
+    whole, missing, wrong = (controls.ScarceData(str(folder), **o) for o in ({}, {"missing": 0.5}, {"wrong": 1.0}))
     assert 0.35 < relations(missing) / relations(whole) < 0.65
     assert all(len(graph.relations) for graph in missing.train)
     assert relations(wrong) == relations(whole)
@@ -184,15 +184,15 @@ def test_missing_and_wrong_labels(folder):
     changed = [a[2] != b[2] for graph in pairs for a, b in graph if a[:2] == b[:2]]
     assert len(changed) == relations(whole) and sum(changed) > 0.5 * len(changed)
     assert torch.equal(missing.test[0].relations, whole.test[0].relations)
-    few = ablate.ScarceData(str(folder), labelled=0.1, unlabelled=False)
+    few = controls.ScarceData(str(folder), labelled=0.1, unlabelled=False)
     assert few.predicate_groups == whole.predicate_groups and len(whole.zero_shot_test)
     assert torch.equal(few.zero_shot_test, whole.zero_shot_test)
 
 
 def test_unlabelled_images_have_targets_that_do_not_count(folder):
-    data = ablate.ScarceData(str(folder), labelled=0.25)
+    data = controls.ScarceData(str(folder), labelled=0.25)
     count = len(data.train) + len(data.unlabelled)
-    assert len(data.train) == round(0.25 * count) and count == len(ablate.ScarceData(str(folder)).train)
+    assert len(data.train) == round(0.25 * count) and count == len(controls.ScarceData(str(folder)).train)
     data.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     ids = {graph.image_id for graph in data.unlabelled}
     seen = []
@@ -202,7 +202,7 @@ def test_unlabelled_images_have_targets_that_do_not_count(folder):
             unlabelled = batch.image_ids[int(batch.images[subject])] in ids
             assert batch.targets[row].sum() == (0 if unlabelled else 1)
     assert len(set(seen)) == count
-    assert len(ablate.ScarceData(str(folder), labelled=0.25, unlabelled=False).unlabelled) == 0
+    assert len(controls.ScarceData(str(folder), labelled=0.25, unlabelled=False).unlabelled) == 0
 
 
 # ---- statistics
@@ -214,24 +214,24 @@ def made_run(ranks, predicates=([1, 1, 2], [1], [2, 2]), seed=0):
 
 def test_paired_difference_by_hand():
     none, some = made_run([[100] * 3, [100], [100] * 2]), made_run([[3, 100, 60], [2], [100, 7]])
-    assert report.paired_difference([some], [some], "R", 50) == (0, 0, 0)
-    difference, low, high = report.paired_difference([some], [none], "R", 50)
+    assert paired_difference([some], [some], "R", 50) == (0, 0, 0)
+    difference, low, high = paired_difference([some], [none], "R", 50)
     assert difference == pytest.approx((1 / 3 + 1 + 1 / 2) / 3) and 0 < low < difference < high <= 1
     # Predicate 1: 1/2 and 1; predicate 2: 0 and 1/2.
-    difference, _, _ = report.paired_difference([some], [none], "mR", 50)
+    difference, _, _ = paired_difference([some], [none], "mR", 50)
     assert difference == pytest.approx((3 / 4 + 1 / 4) / 2)
-    difference, _, _ = report.paired_difference([some], [none], "mR", 100)
+    difference, _, _ = paired_difference([some], [none], "mR", 100)
     assert difference == pytest.approx((3 / 4 + 3 / 4) / 2)
 
 
 def test_paired_difference_is_over_common_seeds_and_the_same_images():
     none, some = made_run([[100] * 3, [100], [100] * 2]), made_run([[3, 100, 60], [2], [100, 7]])
     other = made_run([[0] * 3, [0], [0] * 2], seed=1)
-    assert report.paired_difference([some, other], [none], "R", 50) == report.paired_difference([some], [none], "R", 50)
+    assert paired_difference([some, other], [none], "R", 50) == paired_difference([some], [none], "R", 50)
     with pytest.raises(ValueError, match=r"base must have a seed of \[1\], got \[0\]"):
-        report.paired_difference([other], [none], "R", 50)
+        paired_difference([other], [none], "R", 50)
     with pytest.raises(ValueError, match="same test images"):
-        report.paired_difference([made_run([[0]], [[1]])], [none], "R", 50)
+        paired_difference([made_run([[0]], [[1]])], [none], "R", 50)
 
 
 def test_noise_is_within_the_interval():
@@ -247,6 +247,6 @@ def test_noise_is_within_the_interval():
             ]
             for _ in range(2)
         ]
-        _, low, high = report.paired_difference(*runs, "R", 50)
+        _, low, high = paired_difference(*runs, "R", 50)
         called += not low <= 0 <= high
     assert called <= 8, f"{called} of 40 differences of nothing were called real"

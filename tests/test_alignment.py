@@ -19,7 +19,7 @@ def logits(relations=7, classes=5, *, seed=0, dtype=EXACT):
 @pytest.fixture(params=[BACKEND, "reference"], autouse=True)
 def backend(request, monkeypatch):
     """Every test with both, by what None stands for."""
-    monkeypatch.setattr("sgalign.backends.choose", lambda backend, *_: backend or request.param)
+    monkeypatch.setattr("sgalign.ops.backends.choose", lambda backend, *_: backend or request.param)
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""What the kernels compute, against `sgalign.reference` in float64: the compiled core, or what target.py names."""
+"""What the kernels compute, against `sgalign.ops.reference` in float64: the compiled core, or what target.py names."""
 
 import math
 
@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from target import BACKEND, DEVICE, DTYPES, EXACT, INTERPRETED, core_only
 
-from sgalign import dual_branch_attention, fused_masked_attention, random_attention_mask, reference
+from sgalign import dual_branch_attention, fused_masked_attention, random_attention_mask
+from sgalign.ops import reference
 
 SEED, STREAM = 5, 3
 TOLERANCE = 1e-12 if EXACT == torch.float64 else 1e-5  # between two ways to the same numbers

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sgalign import backends, dual_branch_attention, fused_masked_attention
+from sgalign import dual_branch_attention, fused_masked_attention
+from sgalign.ops import backends
 
 SHAPE = (2, 2, 5, 40, 8)  # B, H, Lq, Lk, D
 OPTIONS = {"mask_ratio": 0.4, "dropout_p": 0.2}

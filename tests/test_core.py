@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import sgalign
-from sgalign import _core
-from sgalign._source_digest import source_digest
+from sgalign.ops import _core
+from sgalign.ops._source_digest import source_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(sgalign.__file__).resolve().parent.parent  # where the tested package lies, installed or not
@@ -96,7 +96,8 @@ def copy(tmp_path):
 
 USE = """
 import torch
-from sgalign import _core, fused_masked_attention, random_attention_mask
+from sgalign import fused_masked_attention, random_attention_mask
+from sgalign.ops import _core
 x = torch.ones(1, 1, 2, 3)
 for call in (lambda: fused_masked_attention(x, x, x), lambda: random_attention_mask(1, 1, 2, 2, ratio=0.5, seed=0)):
     try:

@@ -21,8 +21,9 @@ import test_relation as relation
 import torch
 from torch.nn import functional
 
-from sgalign import _core, _cuda, backends, random_attention_mask, reference, relation_alignment_loss
-from sgalign._source_digest import source_digest
+from sgalign import random_attention_mask, relation_alignment_loss
+from sgalign.ops import _core, _cuda, backends, reference
+from sgalign.ops._source_digest import source_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = {"attention_forward": ["Half", "BFloat16", "float"], "attention_backward": ["Half", "BFloat16", "float"]}

@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("lightning")
 
 from sgalign.data import collate  # noqa: E402
-from sgalign.datamodule import SceneGraphData  # noqa: E402
 from sgalign.training import AlignMotifsModule, MotifsModule  # noqa: E402
+from sgalign.training.datamodule import SceneGraphData  # noqa: E402
 
 SMALL = {"embed_dim": 8, "hidden_dim": 8, "relation_dim": 16}
 

@@ -13,13 +13,16 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
 
-from sgalign.cli import main  # noqa: E402
+from sgalign.commands.main import main  # noqa: E402
 from sgalign.data import open_dataset  # noqa: E402
-from sgalign.datamodule import SceneGraphData  # noqa: E402
-from sgalign.evaluate import PredictionFile, Predictions, split_name, table  # noqa: E402
+from sgalign.data.predictions import PredictionFile, Predictions  # noqa: E402
 from sgalign.metrics import zero_shot_triplets  # noqa: E402
-from sgalign.prediction import PredictionWriter  # noqa: E402
-from sgalign.training import FrequencyModule  # noqa: E402
+from sgalign.metrics.figures import split_name, table  # noqa: E402
+from sgalign.training import (
+    FrequencyModule,  # noqa: E402
+    PredictionWriter,  # noqa: E402
+)
+from sgalign.training.datamodule import SceneGraphData  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +286,7 @@ def test_damaged_hdf5_is_one_sentence(tmp_path, annotations, graphs, damage, cap
 def test_lines_of_triplets_are_told_what_writes_predictions(tmp_path, annotations, capsys):
     path = tmp_path / "p.jsonl"
     path.write_text('{"image_id": "a"}\n{"image_id": "b"}\n')
-    assert evaluate(path, annotations) == 1 and "sgalign.prediction.PredictionWriter" in capsys.readouterr().err
+    assert evaluate(path, annotations) == 1 and "sgalign.training.PredictionWriter" in capsys.readouterr().err
 
 
 def test_files_that_cannot_be_written_are_known_before_scoring(tmp_path, annotations, capsys):

@@ -14,11 +14,12 @@ from torchvision.models import WeightsEnum  # noqa: E402
 from torchvision.models.detection import fasterrcnn_resnet50_fpn  # noqa: E402
 from torchvision.ops import box_iou, roi_align  # noqa: E402
 
-from sgalign import cli  # noqa: E402
+from sgalign.commands import main as cli  # noqa: E402
+from sgalign.commands.cache_features import cache_features  # noqa: E402
 from sgalign.data import SceneGraph, ScenesDataset, collate  # noqa: E402
 from sgalign.data.batch import read_pixels  # noqa: E402
+from sgalign.data.features import FeatureCache  # noqa: E402
 from sgalign.data.images import image_size, load_image  # noqa: E402
-from sgalign.features import FeatureCache, cache_features  # noqa: E402
 from sgalign.models import Detector, RegionFeatures  # noqa: E402
 from sgalign.models.detector import ObjectDetections  # noqa: E402
 from sgalign.models.regions import rectangle_masks  # noqa: E402
@@ -319,7 +320,7 @@ def test_cached_features_are_those_seen(detector, regions, scenes, tmp_path, hal
 
 
 def test_an_interrupted_cache_goes_on(detector, regions, scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr("sgalign.features.IMAGES_A_FILE", 1)
+    monkeypatch.setattr("sgalign.commands.cache_features.IMAGES_A_FILE", 1)
 
     def fails():
         raise OSError("the disk is full")
@@ -335,7 +336,7 @@ def test_an_interrupted_cache_goes_on(detector, regions, scenes, tmp_path, monke
 
 
 def test_a_deleted_file_of_a_cache_is_made_again(detector, regions, scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr("sgalign.features.IMAGES_A_FILE", 1)
+    monkeypatch.setattr("sgalign.commands.cache_features.IMAGES_A_FILE", 1)
     cache_features([*scenes[:3], scenes[0]], detector, regions, tmp_path)  # one image twice
     sorted(tmp_path.glob("*.h5"))[1].unlink()
     cache_features(scenes[:4], detector, regions, tmp_path)
@@ -344,7 +345,7 @@ def test_a_deleted_file_of_a_cache_is_made_again(detector, regions, scenes, tmp_
 
 
 def test_an_incomplete_cache_is_refused_when_the_data_are_read(detector, regions, scenes, tmp_path):
-    from sgalign.datamodule import SceneGraphData
+    from sgalign.training.datamodule import SceneGraphData
 
     cache_features(scenes[:2], detector, regions, tmp_path)
     with pytest.raises(ValueError, match="has no features of 498 of the 500 images of part validation"):
@@ -380,7 +381,7 @@ def test_caches_of_other_weights_boxes_or_images_are_refused(detector, regions, 
 
 @pytest.fixture(scope="module")
 def data():
-    from sgalign.datamodule import SceneGraphData
+    from sgalign.training.datamodule import SceneGraphData
 
     data = SceneGraphData(images=True, batch_size=2)
     data.train, data.validation, data.test = data.train[:4], data.validation[:2], data.test[:2]
@@ -434,8 +435,8 @@ def test_decoded_labels_are_not_told_at_evaluation(data):
 
 def test_training_from_the_cache_equals_training_from_images(data, tmp_path):
     """With what is before the cache not trained: logits of the same network."""
-    from sgalign.datamodule import SceneGraphData, collate_for
     from sgalign.training import MotifsModule
+    from sgalign.training.datamodule import SceneGraphData, collate_for
 
     module, _ = fitted(MotifsModule, data, protocol="sgcls")
     cache_features(data.test, module.detector, module.regions, tmp_path)
@@ -457,8 +458,8 @@ def test_training_from_the_cache_equals_training_from_images(data, tmp_path):
 
 
 def test_a_model_is_not_tested_on_features_of_other_weights(data, detector, tmp_path):
-    from sgalign.datamodule import SceneGraphData
     from sgalign.training import MotifsModule
+    from sgalign.training.datamodule import SceneGraphData
 
     def seen(folder, seed):
         torch.manual_seed(seed)
@@ -515,8 +516,7 @@ def test_found_are_annotated_objects_with_a_detection_of_their_class(data, monke
 
 def test_found_objects_are_written_for_other_models(data, tmp_path):
     from sgalign.data import read_detections
-    from sgalign.prediction import DetectionWriter
-    from sgalign.training import DetectorModule
+    from sgalign.training import DetectionWriter, DetectorModule
 
     trainer = detector_trainer()
     trainer.callbacks.append(DetectionWriter(tmp_path / "found.json"))
@@ -585,7 +585,7 @@ def test_predict_images(data, tmp_path, capsys, protocol):
 
 
 def test_triplets_by_pair_or_by_predicate():
-    from sgalign.prediction import describe
+    from sgalign.training.writers import describe
 
     prediction = {
         "image_id": "x", "boxes": torch.zeros(3, 4), "labels": torch.tensor([1, 2, 1]),

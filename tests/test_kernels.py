@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 INTERPRETED = """
 import torch
-from sgalign import kernels, reference
+from sgalign import kernels
+from sgalign.ops import reference
 from sgalign.kernels.random_mask import random_mask
 
 for batch_heads, queries, keys in ((1, 1, 1), (2, 3, 257), (1, 2, 600), (0, 3, 4), (2, 0, 4), (2, 3, 0)):

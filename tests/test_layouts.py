@@ -11,7 +11,8 @@ h5py = pytest.importorskip("h5py")
 pytest.importorskip("PIL")
 import numpy as np  # noqa: E402
 
-from sgalign import cli, make_dataset  # noqa: E402
+from sgalign.commands import main as cli  # noqa: E402
+from sgalign.commands import make_dataset  # noqa: E402
 from sgalign.data import SceneGraph, ScenesDataset, VRDDataset, open_dataset  # noqa: E402
 from sgalign.data.coco import CocoDataset, write_coco  # noqa: E402
 from sgalign.data.vg150 import VG150Dataset, read_zero_shot_triplets  # noqa: E402
@@ -131,7 +132,7 @@ def test_make_dataset(tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sgalign.make_dataset.save_image", full)
+    monkeypatch.setattr("sgalign.data.vg150.save_image", full)
     assert cli.main(["make-dataset", str(tmp_path / "full"), "--sizes", "1", "1", "1"]) == 1
     assert "No space left" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new"], "nothing half made"
@@ -323,7 +324,7 @@ def test_coco_ids_names_and_predicates_without_background(tmp_path):
 
 
 def test_parts_with_other_classes_are_refused(folders, tmp_path):
-    from sgalign.datamodule import SceneGraphData
+    from sgalign.training.datamodule import SceneGraphData
 
     root = shutil.copytree(folders / "coco", tmp_path / "coco")
     content = json.loads((root / "train.json").read_text())

@@ -8,9 +8,9 @@ pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
 
 from sgalign.data import SceneGraph, collate  # noqa: E402
-from sgalign.datamodule import SceneGraphData  # noqa: E402
-from sgalign.longtail import RelationLoss, RepeatSampler, drop_repeated, repeat_factors  # noqa: E402
 from sgalign.training import AlignMotifsModule, MotifsModule  # noqa: E402
+from sgalign.training.datamodule import SceneGraphData  # noqa: E402
+from sgalign.training.longtail import RelationLoss, RepeatSampler, drop_repeated, repeat_factors  # noqa: E402
 
 COUNTS = torch.tensor([900.0, 64, 32, 4, 0])  # the background, three predicates, one that never occurs
 

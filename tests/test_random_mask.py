@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from sgalign import _core, random_attention_mask, reference
+from sgalign import random_attention_mask
+from sgalign.ops import _core, reference
 
 
 @pytest.fixture(params=_core.load().instruction_sets())

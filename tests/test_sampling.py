@@ -2,7 +2,7 @@ import pytest
 import torch
 
 pytest.importorskip("torchvision")
-from sgalign.sampling import match_detections, sample_pairs  # noqa: E402
+from sgalign.training.sampling import match_detections, sample_pairs  # noqa: E402
 
 
 def generator(seed=0):

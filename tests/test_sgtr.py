@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgalign import reference, relation_alignment_loss
-from sgalign.random_mask import ratio_threshold
+from sgalign import relation_alignment_loss
+from sgalign.ops import reference
+from sgalign.ops.random_mask import ratio_threshold
 
 pytest.importorskip("transformers")
 pytest.importorskip("scipy")
@@ -18,9 +19,8 @@ pl = pytest.importorskip("lightning.pytorch")
 
 from torchvision.ops import box_convert, box_iou, generalized_box_iou  # noqa: E402
 
-from sgalign.cli import main  # noqa: E402
+from sgalign.commands.main import main  # noqa: E402
 from sgalign.data import Detections, ScenesDataset, collate, read_detections  # noqa: E402
-from sgalign.datamodule import SceneGraphData  # noqa: E402
 from sgalign.models.entity_detector import DetectedEntities, EntityDetector, resize  # noqa: E402
 from sgalign.models.graph_assembly import (  # noqa: E402
     Annotations,
@@ -33,15 +33,16 @@ from sgalign.models.graph_assembly import (  # noqa: E402
 )
 from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs, RoleLinear, RoleNorm, sine_embedding  # noqa: E402
 from sgalign.models.sgtr_weights import load_published  # noqa: E402
-from sgalign.prediction import DetectionWriter, TripletWriter, load_module  # noqa: E402
-from sgalign.sgtr import (  # noqa: E402
+from sgalign.training import (  # noqa: E402
     AlignSGTRModule,
+    DetectionWriter,
     EntityDetectorModule,
+    SceneGraphData,
     SGTRModule,
-    annotations_of,
-    mirrored_boxes,
-    mirrored_predicates,
+    TripletWriter,
+    load_module,
 )
+from sgalign.training.detr import annotations_of, mirrored_boxes, mirrored_predicates  # noqa: E402
 
 OBJECTS, PREDICATES, QUERIES, DIM, HEADS = 5, 4, 7, 16, 2
 SMALL = dict(
@@ -615,7 +616,7 @@ def test_sgtr_starts_from_a_trained_detector(tmp_path, monkeypatch):
         expected = first.eval().detector(pixels)
         torch.testing.assert_close(again.detector(pixels).boxes, expected.boxes)
     told = []
-    monkeypatch.setattr("sgalign.sgtr.rank_zero_info", told.append)
+    monkeypatch.setattr("sgalign.training.detr.rank_zero_info", told.append)
     fit(SGTRModule(detector_weights=str(path), **SMALL | {"entity_queries": 5}))
     queries = SMALL["entity_queries"]
     assert told == [f"the detector is of the sizes of detector_weights: entity_queries {queries}, not 5"]
@@ -682,7 +683,7 @@ def test_a_resumed_run_needs_no_initial_weights(tmp_path, monkeypatch):
     (tmp_path / "detector.ckpt").rename(tmp_path / "moved.ckpt")
     with pytest.raises(FileNotFoundError, match="detector.ckpt"):
         fit(SGTRModule(detector_weights=str(tmp_path / "detector.ckpt"), **SMALL))
-    command = ["test", "--model", "sgalign.sgtr.SGTRModule", "--ckpt_path", str(tmp_path / "sgtr.ckpt")]
+    command = ["test", "--model", "sgalign.training.SGTRModule", "--ckpt_path", str(tmp_path / "sgtr.ckpt")]
     for name, value in (SMALL | {"detector_weights": str(tmp_path / "detector.ckpt")}).items():
         command += [f"--model.{name}", str(value)]
     command += ["--data.images", "true", "--trainer.limit_test_batches", "1", "--trainer.logger", "false"]
@@ -788,7 +789,7 @@ def test_configs_hold_the_published_sizes():
     for name, kind in kinds.items():
         for suffix in ("", "_small"):
             config = yaml.safe_load((folder / f"{name}{suffix}.yaml").read_text())["model"]
-            assert config["class_path"] == f"sgalign.sgtr.{kind.__name__}"
+            assert config["class_path"] == f"sgalign.training.{kind.__name__}"
             kind(**config["init_args"])
         published = yaml.safe_load((folder / f"{name}.yaml").read_text())["model"]["init_args"]
         sizes = {"dim": 256, "heads": 8, "ffn_dim": 2048, "entity_layers": 6, "entity_queries": 100}

@@ -15,17 +15,18 @@ import lightning.pytorch as pl  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 
-from sgalign import cli, compare, doctor  # noqa: E402
+from sgalign.commands import compare, doctor  # noqa: E402
+from sgalign.commands import main as cli  # noqa: E402
 from sgalign.data import Detections, collate  # noqa: E402
-from sgalign.datamodule import SceneGraphData  # noqa: E402
-from sgalign.sampling import step_seed  # noqa: E402
 from sgalign.training import (  # noqa: E402
     AlignMotifsModule,
     DetectorModule,
     FrequencyModule,
     MotifsModule,
-    WholeCheckpointIO,
+    SceneGraphData,
 )
+from sgalign.training.checkpoints import WholeCheckpointIO  # noqa: E402
+from sgalign.training.sampling import step_seed  # noqa: E402
 
 SMALL = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
 ROOT = Path(__file__).resolve().parent.parent
@@ -443,7 +444,12 @@ def test_motifs_beats_the_frequency_baseline_on_vrd(vrd_root):
 
 
 def run(*arguments, cwd, **options):
-    command = [sys.executable, "-c", "import sys; from sgalign.cli import main; sys.exit(main())", *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from sgalign.commands.main import main; sys.exit(main())",
+        *map(str, arguments),
+    ]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sgalign.data.detections import Detections
 from sgalign.data.scene_graph import SceneGraph
+from sgalign.errors import InputError
 
 
 class GraphBatch(NamedTuple):
@@ -106,7 +107,7 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
         ValueError: there is no graph, a predicate is beyond `num_predicates`, or an image is not there; names it.
     """
     if not graphs:
-        raise ValueError("graphs must be at least one scene graph, got none")
+        raise InputError("graphs must be at least one scene graph, got none")
     objects = Objects.of(torch.tensor([len(graph.labels) for graph in graphs]))
     # rows[subject, object within its image] is the pair's place in `pairs`
     rows = torch.full((len(objects.images), int(objects.lengths.max())), -1)
@@ -115,7 +116,7 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
     targets = torch.zeros(len(objects.pairs), num_predicates + 1)
     for graph, start in zip(graphs, objects.starts.tolist()):
         if len(graph.relations) and int(graph.relations[:, 2].max()) > num_predicates:
-            raise ValueError(
+            raise InputError(
                 f"image {graph.image_id!r}: relations[:, 2] must be in 1 to {num_predicates}, "
                 f"got {int(graph.relations[:, 2].max())}"
             )
@@ -173,7 +174,7 @@ def read_pixels(graph: SceneGraph) -> Tensor:
     from torchvision.transforms.functional import pil_to_tensor
 
     if graph.image is None:
-        raise ValueError(f"image {graph.image_id!r}: must be there for a model that reads images, got boxes alone")
+        raise InputError(f"image {graph.image_id!r}: must be there for a model that reads images, got boxes alone")
     image = graph.image()
     if image.size != (graph.width, graph.height):
         image = image.resize((graph.width, graph.height), Image.Resampling.BILINEAR)

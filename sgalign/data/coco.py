@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import Dataset
 
-from sgalign.data.images import load_image
-from sgalign.data.scene_graph import BACKGROUND, SceneGraph
-from sgalign.data.vrd import SPLITS
+from sgalign.data.images import load_image, save_image
+from sgalign.data.scene_graph import BACKGROUND, SPLITS, SceneGraph
+from sgalign.errors import InputError
 from sgalign.files import read_json, write_json
 
 FILES = {"train": "train", "validation": "val", "test": "test"}
@@ -41,7 +41,7 @@ class CocoDataset(Dataset[SceneGraph]):
 
     def __init__(self, root: str | Path, split: Literal["train", "validation", "test"]) -> None:
         if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+            raise InputError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
         self.root = Path(root)
         path, rel = self.root / f"{FILES[split]}.json", self.root / "rel.json"
         content, relations = read_json(path), read_json(rel)
@@ -50,11 +50,11 @@ class CocoDataset(Dataset[SceneGraph]):
             (rel, relations, ("rel_categories", FILES[split])),
         ):
             if missing := [field for field in fields if not isinstance(value, dict) or field not in value]:
-                raise ValueError(f"{where}: must have {', '.join(fields)}, misses {', '.join(missing)}")
+                raise InputError(f"{where}: must have {', '.join(fields)}, misses {', '.join(missing)}")
         try:
             self._read(path, content, rel, relations, FILES[split])
         except (AttributeError, OverflowError, TypeError) as error:
-            raise ValueError(f"{path}, {rel}: not as COCO and relations are ({error})") from error
+            raise InputError(f"{path}, {rel}: not as COCO and relations are ({error})") from error
 
     def _read(self, path: Path, content: dict[str, Any], rel: Path, relations: dict[str, Any], part: str) -> None:
         try:
@@ -62,18 +62,18 @@ class CocoDataset(Dataset[SceneGraph]):
             label_of = {category["id"]: index + 1 for index, category in enumerate(categories)}
             self.object_names = [BACKGROUND, *(str(category["name"]) for category in categories)]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: categories must have id and name, misses {error}") from error
+            raise InputError(f"{path}: categories must have id and name, misses {error}") from error
         if not isinstance(relations["rel_categories"], list) or not isinstance(relations[part], dict):
-            raise ValueError(f"{rel}: rel_categories must be a list of names, {part} an object of image ids")
+            raise InputError(f"{rel}: rel_categories must be a list of names, {part} an object of image ids")
         predicates = [str(name) for name in relations["rel_categories"]]
         self._first = 0 if predicates[:1] == [BACKGROUND] else 1
         self.predicate_names = [BACKGROUND, *predicates[1 - self._first :]]
         if "" in (*self.object_names, *self.predicate_names):
-            raise ValueError(f"{path}, {rel}: names of categories must not be empty, got one that is")
+            raise InputError(f"{path}, {rel}: names of categories must not be empty, got one that is")
         self._images = _parse(path, content, label_of)
         by_id = relations[part]
         if unknown := by_id.keys() - {str(image["id"]) for image in self._images.values()}:
-            raise ValueError(f"{rel}, {part}: image ids must be those of {path.name}, got {min(unknown)!r}")
+            raise InputError(f"{rel}, {part}: image ids must be those of {path.name}, got {min(unknown)!r}")
         for image in self._images.values():
             triplets = by_id.get(str(image["id"]), [])
             image["relations"] = self._relations(f"{rel}, {part}, image {image['id']}", triplets, image)
@@ -103,11 +103,11 @@ class CocoDataset(Dataset[SceneGraph]):
         highest = len(self.predicate_names) - 1 - self._first
         for row, triplet in enumerate(triplets):
             if not isinstance(triplet, list) or len(triplet) != 3 or any(type(v) is not int for v in triplet):
-                raise ValueError(f"{where}: must be [subject, object, predicate], got {triplet!r} in row {row}")
+                raise InputError(f"{where}: must be [subject, object, predicate], got {triplet!r} in row {row}")
             if not 0 <= min(triplet[:2]) <= max(triplet[:2]) < objects:
-                raise ValueError(f"{where}: objects must be in 0 to {objects - 1}, got {triplet[:2]} in row {row}")
+                raise InputError(f"{where}: objects must be in 0 to {objects - 1}, got {triplet[:2]} in row {row}")
             if not lowest <= triplet[2] <= highest:
-                raise ValueError(f"{where}: predicate must be in {lowest} to {highest}, got {triplet[2]} in row {row}")
+                raise InputError(f"{where}: predicate must be in {lowest} to {highest}, got {triplet[2]} in row {row}")
         return [[s, o, p + self._first] for s, o, p in triplets]
 
 
@@ -118,33 +118,33 @@ def _parse(path: Path, content: dict[str, Any], label_of: Mapping[Any, int]) -> 
     for number, image in enumerate(content["images"]):
         fields = ("id", "file_name", "width", "height")
         if not isinstance(image, dict) or not image.keys() >= set(fields):
-            raise ValueError(f"{path}, images, row {number}: must have {', '.join(fields)}, got {image!r}")
+            raise InputError(f"{path}, images, row {number}: must have {', '.join(fields)}, got {image!r}")
         name = Path(image["file_name"])
         if name.is_absolute() or ".." in name.parts:
-            raise ValueError(
+            raise InputError(
                 f"{path}, images, row {number}: file_name must lie in the data set's folder, got {str(name)!r}"
             )
         if image["id"] in images:
-            raise ValueError(f"{path}, images, row {number}: id must be new, got {image['id']!r} again")
+            raise InputError(f"{path}, images, row {number}: id must be new, got {image['id']!r} again")
         if image["file_name"] in names:
-            raise ValueError(f"{path}, images, row {number}: file_name must be new, got {image['file_name']!r} again")
+            raise InputError(f"{path}, images, row {number}: file_name must be new, got {image['file_name']!r} again")
         names.add(image["file_name"])
         images[image["id"]] = {field: image[field] for field in fields} | {"boxes": [], "labels": []}
     for number, annotation in enumerate(content["annotations"]):
         where = f"{path}, annotations, row {number}"
         if not isinstance(annotation, dict) or not annotation.keys() >= {"image_id", "category_id", "bbox"}:
-            raise ValueError(f"{where}: must have image_id, category_id and bbox, got {annotation!r}")
+            raise InputError(f"{where}: must have image_id, category_id and bbox, got {annotation!r}")
         box = annotation["bbox"]
         if annotation["image_id"] not in images:
-            raise ValueError(f"{where}: image_id must be of an image, got {annotation['image_id']!r}")
+            raise InputError(f"{where}: image_id must be of an image, got {annotation['image_id']!r}")
         if annotation["category_id"] not in label_of:
-            raise ValueError(f"{where}: category_id must be of a category, got {annotation['category_id']!r}")
+            raise InputError(f"{where}: category_id must be of a category, got {annotation['category_id']!r}")
         if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
-            raise ValueError(f"{where}: bbox must be 4 numbers x, y, width, height, got {box!r}")
+            raise InputError(f"{where}: bbox must be 4 numbers x, y, width, height, got {box!r}")
         if max(map(abs, box)) > 1e9:
-            raise ValueError(f"{where}: bbox must be in pixels, got a number beyond 1e9")
+            raise InputError(f"{where}: bbox must be in pixels, got a number beyond 1e9")
         if not (box[2] > 0 and box[3] > 0):
-            raise ValueError(f"{where}: bbox must have a width and a height above 0, got {box}")
+            raise InputError(f"{where}: bbox must have a width and a height above 0, got {box}")
         images[annotation["image_id"]]["boxes"].append(box)
         images[annotation["image_id"]]["labels"].append(label_of[annotation["category_id"]])
     return images
@@ -193,10 +193,3 @@ def write_coco(
             of_part[str(number)] = graph.relations.tolist()
         write_json(root / f"{FILES[part]}.json", content)
     write_json(root / "rel.json", relations)
-
-
-def save_image(graph: SceneGraph, path: Path) -> None:
-    """Writes a graph's image, if it has one."""
-    if graph.image is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        graph.image().convert("RGB").save(path, quality=92)

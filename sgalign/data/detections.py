@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sgalign.data.scene_graph import check_objects
+from sgalign.errors import InputError
 from sgalign.files import read_json
 
 _FIELDS = ("boxes_xyxy", "labels", "scores")
@@ -38,30 +39,30 @@ def read_detections(path: str | Path, num_objects: int) -> dict[str, Detections]
     path = Path(path)
     images = read_json(path, "a file of detections is needed, as docs/data.md describes it")
     if not isinstance(images, dict):
-        raise ValueError(f"{path}: must be an object of image names, got {type(images).__name__}")
+        raise InputError(f"{path}: must be an object of image names, got {type(images).__name__}")
     return {name: _parse(f"{path}, image {name!r}: ", image, num_objects) for name, image in images.items()}
 
 
 def _parse(where: str, image: Any, num_objects: int) -> Detections:
     if not isinstance(image, dict) or not image.keys() >= set(_FIELDS):
-        raise ValueError(
+        raise InputError(
             f"{where}must have {', '.join(_FIELDS)}, got {list(image) if isinstance(image, dict) else image!r}"
         )
     lists = [image[field] for field in _FIELDS]
     if not all(isinstance(values, list) for values in lists) or len({len(values) for values in lists}) != 1:
-        raise ValueError(f"{where}{', '.join(_FIELDS)} must be equally long lists")
+        raise InputError(f"{where}{', '.join(_FIELDS)} must be equally long lists")
     boxes, labels, scores = lists
     for row, (box, label, score) in enumerate(zip(boxes, labels, scores)):
         if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
-            raise ValueError(f"{where}boxes_xyxy must be of 4 numbers each, got {box!r} in row {row}")
+            raise InputError(f"{where}boxes_xyxy must be of 4 numbers each, got {box!r} in row {row}")
         if type(label) is not int or not 0 <= label < num_objects:
-            raise ValueError(f"{where}labels must be integers in 0 to {num_objects - 1}, got {label!r} in row {row}")
+            raise InputError(f"{where}labels must be integers in 0 to {num_objects - 1}, got {label!r} in row {row}")
         if type(score) not in (int, float) or not 0 <= score <= 1:
-            raise ValueError(f"{where}scores must be in 0 to 1, got {score!r} in row {row}")
+            raise InputError(f"{where}scores must be in 0 to 1, got {score!r} in row {row}")
     try:
         corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     except OverflowError as error:
-        raise ValueError(f"{where}boxes_xyxy must be finite ({error})") from error
+        raise InputError(f"{where}boxes_xyxy must be finite ({error})") from error
     found = Detections(corners, torch.tensor(labels, dtype=torch.int64) + 1, torch.tensor(scores, dtype=torch.float32))
     check_objects(where, found.boxes, found.labels, (torch.float32,))
     return found

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sgalign.data.scene_graph import SceneGraph
+from sgalign.errors import InputError
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -51,4 +54,11 @@ def _open(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not an image that can be read ({error}); replace or remove it") from error
+        raise InputError(f"{path}: not an image that can be read ({error}); replace or remove it") from error
+
+
+def save_image(graph: SceneGraph, path: Path) -> None:
+    """Writes a graph's image, if it has one."""
+    if graph.image is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        graph.image().convert("RGB").save(path, quality=92)

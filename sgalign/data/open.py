@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sgalign.data.vrd import VRDDataset
+from sgalign.errors import InputError
 
 
 def open_dataset(root: str | Path, split: Any, *, validation_images: int | None = None) -> Any:
@@ -29,7 +30,7 @@ def open_dataset(root: str | Path, split: Any, *, validation_images: int | None 
         from sgalign.data.coco import CocoDataset
 
         if validation_images is not None:
-            raise ValueError(f"{root}: has a validation part of its own, validation_images must be left out")
+            raise InputError(f"{root}: has a validation part of its own, validation_images must be left out")
         return CocoDataset(root, split)
     elif list(root.glob("*.h5")):
         from sgalign.data.vg150 import VG150Dataset

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sgalign.errors import InputError
+
 if TYPE_CHECKING:
     from PIL import Image
 
 BACKGROUND = "__background__"
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +48,7 @@ class SceneGraph:
         where = f"image {self.image_id!r}: "
         for field in ("width", "height"):
             if not isinstance(size := getattr(self, field), int) or size < 1:
-                raise ValueError(f"{where}{field} must be an int of at least 1, got {size!r}")
+                raise InputError(f"{where}{field} must be an int of at least 1, got {size!r}")
         check_objects(where, self.boxes, self.labels, (torch.float32,))
         check_tensor(where, "relations", self.relations, (None, 3), (torch.int64,))
         check_range(where, "relations[:, :2]", self.relations[:, :2], 0, len(self.labels) - 1)
@@ -66,7 +69,7 @@ def count_predicates(graphs: Iterable[SceneGraph], num_predicates: int) -> Tenso
 
 
 def check_objects(where: str, boxes: Any, labels: Any, box_dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raises ValueError unless boxes are `[N, 4]`, finite and ordered, and labels int64 `[N]` from 1."""
+    """Raises InputError unless boxes are `[N, 4]`, finite and ordered, and labels int64 `[N]` from 1."""
     check_tensor(where, "boxes", boxes, (None, 4), box_dtypes)
     check_tensor(where, "labels", labels, (len(boxes),), (torch.int64,))
     # One comparison serves NaN, infinity and both extents.
@@ -74,7 +77,7 @@ def check_objects(where: str, boxes: Any, labels: Any, box_dtypes: tuple[torch.d
     valid = ((extent >= 0) & extent.isfinite()).all(1)
     if not valid.all():
         row = int((~valid).nonzero()[0])
-        raise ValueError(
+        raise InputError(
             f"{where}boxes must be finite with x1 <= x2 and y1 <= y2, got {boxes[row].tolist()} in row {row}"
         )
     check_range(where, "labels", labels, 1)
@@ -83,19 +86,19 @@ def check_objects(where: str, boxes: Any, labels: Any, box_dtypes: tuple[torch.d
 def check_tensor(
     where: str, field: str, value: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    """Raises ValueError unless `value` is a tensor of one of `dtypes` and of `shape`, where None fits any length."""
+    """Raises InputError unless `value` is a tensor of one of `dtypes` and of `shape`, where None fits any length."""
     wanted = f"a tensor of {' or '.join(map(str, dtypes))} and shape {shape}".replace("None", "any")
     if not isinstance(value, Tensor):
-        raise ValueError(f"{where}{field} must be {wanted}, got {type(value).__name__}")
+        raise InputError(f"{where}{field} must be {wanted}, got {type(value).__name__}")
     fits = len(shape) == value.dim() and all(want in (None, got) for want, got in zip(shape, value.shape, strict=True))
     if value.dtype not in dtypes or not fits:
-        raise ValueError(f"{where}{field} must be {wanted}, got {value.dtype} and {tuple(value.shape)}")
+        raise InputError(f"{where}{field} must be {wanted}, got {value.dtype} and {tuple(value.shape)}")
 
 
 def check_range(where: str, field: str, value: Tensor, lowest: int, highest: int | None = None) -> None:
-    """Raises ValueError unless every element lies in `lowest` to `highest`, both inclusive."""
+    """Raises InputError unless every element lies in `lowest` to `highest`, both inclusive."""
     outside = value < lowest if highest is None else (value < lowest) | (value > highest)
     if outside.any():
         place = outside.nonzero()[0].tolist()
         bounds = f"at least {lowest}" if highest is None else f"in {lowest} to {highest}"
-        raise ValueError(f"{where}{field} must be {bounds}, got {value[tuple(place)].item()} in row {place[0]}")
+        raise InputError(f"{where}{field} must be {bounds}, got {value[tuple(place)].item()} in row {place[0]}")

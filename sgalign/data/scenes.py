@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sgalign.data.scene_graph import BACKGROUND, SceneGraph
+from sgalign.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -119,9 +120,9 @@ class ScenesDataset(Dataset[SceneGraph]):
         self, split: Literal["train", "validation", "test"], *, size: int | None = None, seed: int = 0
     ) -> None:
         if split not in SIZES:
-            raise ValueError(f"split must be one of {', '.join(map(repr, SIZES))}, got {split!r}")
+            raise InputError(f"split must be one of {', '.join(map(repr, SIZES))}, got {split!r}")
         if size is not None and size < 0:
-            raise ValueError(f"size must be at least 0, got {size}")
+            raise InputError(f"size must be at least 0, got {size}")
         self.split, self.seed = split, seed
         self.size = SIZES[split] if size is None else size
         self.object_names = list(OBJECT_NAMES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgalign.data.images import load_image
-from sgalign.data.scene_graph import BACKGROUND, SceneGraph
-from sgalign.data.vrd import SPLITS
-from sgalign.files import read_json, read_tensors
+from sgalign.data.images import load_image, save_image
+from sgalign.data.scene_graph import BACKGROUND, SPLITS, SceneGraph
+from sgalign.data.triplets import zero_shot_triplets
+from sgalign.errors import InputError
+from sgalign.files import hdf5_written_whole, read_json, read_tensors, write_json
 
 CORRUPTED = {1592, 1722, 4616, 4617}  # in image_data.json, but not in the official HDF5 file
 IMAGE_FOLDERS = ("VG_100K", "images")
@@ -53,7 +56,7 @@ class VG150Dataset(Dataset[SceneGraph]):
         self, root: str | Path, split: Literal["train", "validation", "test"], *, validation_images: int | None = None
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+            raise InputError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
         self.root, self.split = Path(root), split
         self.path = _only(self.root, "VG-SGG-with-attri.h5", "VG-SGG.h5", "*.h5")
         names = read_json(_only(self.root, "VG-SGG-dicts-with-attri.json", "VG-SGG-dicts.json", "*dicts*.json"))
@@ -67,12 +70,12 @@ class VG150Dataset(Dataset[SceneGraph]):
         used = (self._arrays["img_to_first_box"] >= 0) & (self._arrays["img_to_first_rel"] >= 0)
         parts = {number: np.flatnonzero(used & (self._arrays["split"] == number)) for number in (0, 1, 2)}
         if len(parts[1]) and validation_images is not None:
-            raise ValueError(f"{self.path}: has a validation part of its own, validation_images must be left out")
+            raise InputError(f"{self.path}: has a validation part of its own, validation_images must be left out")
         if len(parts[1]) == 0 and split != "test":
             if validation_images is None:
                 validation_images = min(5000, len(parts[0]) // 5)
             if not 0 <= validation_images <= len(parts[0]):
-                raise ValueError(
+                raise InputError(
                     f"validation_images must be in 0 to {len(parts[0])}, what {self.path} has, got {validation_images}"
                 )
             parts[1], parts[0] = parts[0][:validation_images], parts[0][validation_images:]
@@ -122,15 +125,15 @@ class VG150Dataset(Dataset[SceneGraph]):
         path = self.root / "image_data.json"
         rows = read_json(path)
         if not isinstance(rows, list):
-            raise ValueError(f"{path}: must be a list of images, got {type(rows).__name__}; {REMEDY}")
+            raise InputError(f"{path}: must be a list of images, got {type(rows).__name__}; {REMEDY}")
         for number, row in enumerate(rows):
             fields = [row.get(field) if isinstance(row, dict) else None for field in ("image_id", "width", "height")]
             if not all(type(value) is int and value > 0 for value in fields):
-                raise ValueError(f"{path}, row {number}: must have image_id, width and height, got {row!r}; {REMEDY}")
+                raise InputError(f"{path}, row {number}: must have image_id, width and height, got {row!r}; {REMEDY}")
         if len(rows) == count + len(CORRUPTED):
             rows = [row for row in rows if row["image_id"] not in CORRUPTED]
         if len(rows) != count:
-            raise ValueError(f"{path}: must have the {count} images of {self.path}, got {len(rows)}; {REMEDY}")
+            raise InputError(f"{path}: must have the {count} images of {self.path}, got {len(rows)}; {REMEDY}")
         return [(row["image_id"], row["width"], row["height"]) for row in rows]
 
 
@@ -152,19 +155,19 @@ def read_zero_shot_triplets(path: str | Path) -> Tensor:
                 rows = [row for row in csv.reader(file) if row]
             triplets = torch.tensor([[int(v) for v in row] for row in rows[0 if rows[0][0].isdigit() else 1 :]])
         except (IndexError, ValueError) as error:
-            raise ValueError(f"{path}: not a {what}, or cut short ({error}); {REMEDY}") from error
+            raise InputError(f"{path}: not a {what}, or cut short ({error}); {REMEDY}") from error
     else:
         triplets = read_tensors(path, what)
     if not isinstance(triplets, Tensor) or triplets.dim() != 2 or triplets.shape[1] != 3 or (triplets < 1).any():
-        raise ValueError(f"{path}: must be rows of subject, object and predicate class from 1; {REMEDY}")
+        raise InputError(f"{path}: must be rows of subject, object and predicate class from 1; {REMEDY}")
     return triplets.long()
 
 
 def _read_arrays(path: Path, objects: int, predicates: int) -> dict[str, Any]:
     """The arrays of the file, boxes as corners; checked."""
 
-    def fail(message: str) -> ValueError:
-        return ValueError(f"{path}, {message}; {REMEDY}")
+    def fail(message: str) -> InputError:
+        return InputError(f"{path}, {message}; {REMEDY}")
 
     wanted = {"labels", "relationships", "predicates", "split"}
     wanted |= {f"img_to_{end}_{what}" for end in ("first", "last") for what in ("box", "rel")}
@@ -178,7 +181,7 @@ def _read_arrays(path: Path, objects: int, predicates: int) -> dict[str, Any]:
             arrays: dict[str, Any] = {name: file[name][()] for name in wanted}
             boxes = file[f"boxes_{sides[0]}"][()]
     except (OSError, TypeError) as error:  # TypeError of a group in an array's place
-        raise ValueError(f"{path}: not an HDF5 file, or cut short ({error}); {REMEDY}") from error
+        raise InputError(f"{path}: not an HDF5 file, or cut short ({error}); {REMEDY}") from error
     for name, array in (*arrays.items(), (f"boxes_{sides[0]}", boxes)):
         if not (isinstance(array, np.ndarray) and array.dtype.kind in "iuf" and np.isfinite(array).all()):
             raise fail(f"array {name}: must be of finite numbers, got {getattr(array, 'dtype', type(array).__name__)}")
@@ -227,7 +230,7 @@ def _read_arrays(path: Path, objects: int, predicates: int) -> dict[str, Any]:
 def _names(dicts: Any, field: str, root: Path) -> list[str]:
     names = dicts.get(field) if isinstance(dicts, dict) else None
     if not isinstance(names, dict) or not names or set(names) != {str(i + 1) for i in range(len(names))}:
-        raise ValueError(f"{root}, dicts: {field} must be names by '1', '2', ...; {REMEDY}")
+        raise InputError(f"{root}, dicts: {field} must be names by '1', '2', ...; {REMEDY}")
     return [BACKGROUND, *(str(names[str(i + 1)]) for i in range(len(names)))]
 
 
@@ -236,3 +239,68 @@ def _only(root: Path, *patterns: str) -> Path:
         if found := sorted(root.glob(pattern)):
             return found[0]
     raise FileNotFoundError(f"{root}: must have {' or '.join(patterns)}")
+
+
+LONG_SIDE = 1024
+
+
+def write_vg150(
+    parts: Mapping[str, Sequence[SceneGraph]],
+    object_names: list[str],
+    predicate_names: list[str],
+    root: Path,
+    *,
+    images: bool = False,
+) -> None:
+    """The layout of VG150's official files, with a validation part of its own (split 1)."""
+    root.mkdir(parents=True)
+    boxes: list[np.ndarray] = []
+    labels: list[int] = []
+    pairs: list[list[int]] = []
+    predicates: list[int] = []
+    columns: dict[str, list[int]] = {f"img_to_{e}_{w}": [] for e in ("first", "last") for w in ("box", "rel")}
+    rows: list[dict[str, int]] = []
+    splits: list[int] = []
+    for number, split in enumerate(SPLITS):
+        for graph in parts.get(split, []):
+            image_id = len(rows) + 1
+            rows.append({"image_id": image_id, "width": graph.width, "height": graph.height})
+            splits.append(number)
+            if images:
+                save_image(graph, root / "VG_100K" / f"{image_id}.jpg")
+            for what, start, count in (
+                ("box", len(labels), len(graph.labels)),
+                ("rel", len(predicates), len(graph.relations)),
+            ):
+                columns[f"img_to_first_{what}"].append(start if count else -1)
+                columns[f"img_to_last_{what}"].append(start + count - 1 if count else -1)
+            start = len(labels)
+            corners = np.floor(graph.boxes.numpy() * LONG_SIDE / max(graph.width, graph.height))
+            extent = np.maximum(corners[:, 2:] - corners[:, :2], 1)
+            boxes.append(np.concatenate([corners[:, :2] + np.floor(extent / 2), extent], 1).astype(np.int32))
+            labels += graph.labels.tolist()
+            for subject, object_, predicate in graph.relations.tolist():
+                pairs.append([start + subject, start + object_])
+                predicates.append(predicate)
+    with hdf5_written_whole(root / "VG-SGG.h5") as file:
+        all_boxes = np.concatenate(boxes) if boxes else np.zeros((0, 4), np.int32)
+        file["boxes_1024"], file["boxes_512"] = all_boxes, np.maximum(all_boxes // 2, [0, 0, 1, 1]).astype(np.int32)
+        file["labels"] = np.array(labels, np.int64).reshape(-1, 1)
+        file["relationships"] = np.array(pairs, np.int32).reshape(-1, 2)
+        file["predicates"] = np.array(predicates, np.int64).reshape(-1, 1)
+        file["split"] = np.array(splits, np.int32)
+        for name, column in columns.items():
+            file[name] = np.array(column, np.int32)
+    counts = Counter(labels), Counter(predicates)
+    dicts: dict[str, Any] = {}
+    for what, names, found in zip(("label", "predicate"), (object_names, predicate_names), counts):
+        dicts[f"idx_to_{what}"] = {str(i): name for i, name in enumerate(names) if i}
+        dicts[f"{what}_to_idx"] = {name: i for i, name in enumerate(names) if i}
+        of = "object" if what == "label" else what
+        dicts[f"{of}_count"] = {name: found[i] for i, name in enumerate(names) if i}
+    write_json(root / "VG-SGG-dicts.json", dicts)
+    write_json(root / "image_data.json", rows)
+    seen = [graph for split in ("train", "validation") for graph in parts.get(split, [])]
+    unseen = zero_shot_triplets(seen, parts.get("test", []))[:, [0, 2, 1]].tolist()
+    lines = ["subject,object,predicate", *(",".join(map(str, triplet)) for triplet in sorted(unseen))]
+    (root / "zeroshot_triplets.csv").write_text("\n".join(lines) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgalign.data.images import image_size, load_image
-from sgalign.data.scene_graph import BACKGROUND, SceneGraph
-from sgalign.files import read_json
+from sgalign.data.images import image_size, load_image, save_image
+from sgalign.data.scene_graph import BACKGROUND, SPLITS, SceneGraph
+from sgalign.errors import InputError
+from sgalign.files import read_json, write_json
 
-SPLITS = ("train", "validation", "test")
 LARGEST = 1 << 24  # beyond, float32 does not hold every integer
 REMEDY = "download the annotations again from https://cs.stanford.edu/people/ranjaykrishna/vrd/"
 _KEYS = {"subject", "predicate", "object"}
@@ -49,19 +50,19 @@ class VRDDataset(Dataset[SceneGraph]):
         self, root: str | Path, split: Literal["train", "validation", "test"], *, validation_images: int | None = None
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+            raise InputError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
         self.root = Path(root)
         self.object_names = _read_names(self.root / "objects.json")
         self.predicate_names = _read_names(self.root / "predicates.json")
         path = self.root / f"annotations_{'test' if split == 'test' else 'train'}.json"
         annotations = read_json(path, REMEDY)
         if not isinstance(annotations, dict):
-            raise ValueError(f"{path}: must be an object of image names, got {type(annotations).__name__}; {REMEDY}")
+            raise InputError(f"{path}: must be an object of image names, got {type(annotations).__name__}; {REMEDY}")
         if split != "test":
             if validation_images is None:
                 validation_images = min(600, len(annotations) // 5)
             if not 0 <= validation_images <= len(annotations):
-                raise ValueError(
+                raise InputError(
                     f"validation_images must be in 0 to {len(annotations)}, what {path} has, got {validation_images}"
                 )
             held_out = set(sorted(annotations, key=_stable_hash)[:validation_images])
@@ -84,7 +85,7 @@ class VRDDataset(Dataset[SceneGraph]):
     def _parse(self, path: Path, name: str, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes, labels and relations of one image, objects in order of first mention."""
         if not isinstance(rows, list):
-            raise ValueError(
+            raise InputError(
                 f"{path}, image {name!r}: must be a list of relations, got {type(rows).__name__}; {REMEDY}"
             )
         objects: dict[tuple[int, ...], int] = {}
@@ -92,7 +93,7 @@ class VRDDataset(Dataset[SceneGraph]):
         for number, row in enumerate(rows):
             where = f"{path}, image {name!r}, row {number}"
             if not isinstance(row, dict) or not row.keys() >= _KEYS:
-                raise ValueError(f"{where}: must have subject, predicate and object, got {row!r}; {REMEDY}")
+                raise InputError(f"{where}: must have subject, predicate and object, got {row!r}; {REMEDY}")
             subject, object_ = (
                 objects.setdefault(_parse_object(f"{where}, {role}", row[role], self.object_names), len(objects))
                 for role in ("subject", "object")
@@ -109,29 +110,57 @@ class VRDDataset(Dataset[SceneGraph]):
 def _parse_object(where: str, entry: Any, names: list[str]) -> tuple[int, ...]:
     """Class from 1, then x1, y1, x2, y2."""
     if not isinstance(entry, dict) or not entry.keys() >= {"category", "bbox"}:
-        raise ValueError(f"{where}: must have category and bbox, got {entry!r}; {REMEDY}")
+        raise InputError(f"{where}: must have category and bbox, got {entry!r}; {REMEDY}")
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or any(type(v) is not int or abs(v) > LARGEST for v in box):
-        raise ValueError(f"{where}: bbox must be 4 integers [ymin, ymax, xmin, xmax], got {box!r}; {REMEDY}")
+        raise InputError(f"{where}: bbox must be 4 integers [ymin, ymax, xmin, xmax], got {box!r}; {REMEDY}")
     top, bottom, left, right = box
     if top >= bottom or left >= right:
-        raise ValueError(f"{where}: bbox [ymin, ymax, xmin, xmax] must have an extent, got {box}; correct or remove it")
+        raise InputError(f"{where}: bbox [ymin, ymax, xmin, xmax] must have an extent, got {box}; correct or remove it")
     return _category(f"{where}, category", entry["category"], names), left, top, right, bottom
 
 
 def _category(where: str, value: Any, names: list[str]) -> int:
     """The class from 1 of a 0-based one; `names` has the background first."""
     if type(value) is not int or not 0 <= value < len(names) - 1:
-        raise ValueError(f"{where}: must be an integer in 0 to {len(names) - 2}, got {value!r}; {REMEDY}")
+        raise InputError(f"{where}: must be an integer in 0 to {len(names) - 2}, got {value!r}; {REMEDY}")
     return value + 1
 
 
 def _read_names(path: Path) -> list[str]:
     names = read_json(path, REMEDY)
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path}: must be a list of names; {REMEDY}")
+        raise InputError(f"{path}: must be a list of names; {REMEDY}")
     return [BACKGROUND, *names]
 
 
 def _stable_hash(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
+
+
+def write_vrd(
+    parts: Mapping[str, Sequence[SceneGraph]],
+    object_names: list[str],
+    predicate_names: list[str],
+    root: Path,
+    *,
+    images: bool = False,
+) -> None:
+    """VRD's layout, in which objects without relations do not exist; validation images are training images."""
+    root.mkdir(parents=True)
+    write_json(root / "objects.json", object_names[1:])
+    write_json(root / "predicates.json", predicate_names[1:])
+    for name, splits in (("train", ("train", "validation")), ("test", ("test",))):
+        content = {}
+        for graph in (graph for split in splits for graph in parts.get(split, [])):
+            file_name = graph.image_id.replace("/", "_") + ".jpg"
+            if images:
+                save_image(graph, root / "images" / file_name)
+            ends = [
+                {"category": label - 1, "bbox": [round(y1), round(y2), round(x1), round(x2)]}
+                for (x1, y1, x2, y2), label in zip(graph.boxes.tolist(), graph.labels.tolist(), strict=True)
+            ]
+            content[file_name] = [
+                {"subject": ends[s], "predicate": p - 1, "object": ends[o]} for s, o, p in graph.relations.tolist()
+            ]
+        write_json(root / f"annotations_{name}.json", content)

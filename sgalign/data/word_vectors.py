@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sgalign.errors import InputError
+
 
 def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
     """The vector of each name, from a GloVe or word2vec text file: a word a line, then its numbers.
@@ -49,7 +51,7 @@ def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
             if word in wanted and word not in rows:
                 rows[word] = _vector(numbers, dimension, f"{path}, line {number}, word {word!r}")
     if not dimension:
-        raise ValueError(f"word vectors {path} must hold a word and its numbers a line, got an empty file")
+        raise InputError(f"word vectors {path} must hold a word and its numbers a line, got an empty file")
     table = torch.empty(len(names), dimension)
     for row, name in zip(table, names, strict=True):
         known = [rows[word] for word in candidates[name] if word in rows]
@@ -61,9 +63,9 @@ def _vector(numbers: list[str], dimension: int, where: str) -> Tensor:
     try:
         vector = torch.tensor([float(number) for number in numbers])
     except ValueError as error:
-        raise ValueError(f"{where}: must be {dimension} numbers, {error}") from None
+        raise InputError(f"{where}: must be {dimension} numbers, {error}") from None
     if len(vector) != dimension or not vector.isfinite().all():
-        raise ValueError(f"{where}: must be {dimension} finite numbers, got {len(vector)}, is the file complete?")
+        raise InputError(f"{where}: must be {dimension} finite numbers, got {len(vector)}, is the file complete?")
     return vector
 
 

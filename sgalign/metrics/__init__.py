@@ -1,6 +1,6 @@
 """Metrics of scene graph generation, as the field computes them."""
 
-from sgalign.metrics.matching import zero_shot_triplets
+from sgalign.data.triplets import zero_shot_triplets
 from sgalign.metrics.open_images import OpenImagesEvaluator
 from sgalign.metrics.recall import PROTOCOLS, SceneGraphEvaluator, predicate_groups
 from sgalign.metrics.vrd import VRDEvaluator

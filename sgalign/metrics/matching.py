@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from sgalign.data.scene_graph import SceneGraph, check_objects, check_range, check_tensor
+from sgalign.data.scene_graph import check_objects, check_range, check_tensor
+from sgalign.errors import InputError
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -150,7 +151,7 @@ class ImageMetric(Metric):
                 got = ", ".join(sorted(kind.__name__ for kind in kinds))
                 raise TypeError(f"{name} must be a list with a dict for each image, got {got}")
         if len(predictions) != len(targets):
-            raise ValueError(f"predictions and targets must be as many, got {len(predictions)} and {len(targets)}")
+            raise InputError(f"predictions and targets must be as many, got {len(predictions)} and {len(targets)}")
         for where, prediction, target in self._named(predictions, targets):
             self._check(where, prediction, target)
         for prediction, target in zip(predictions, targets, strict=True):
@@ -165,7 +166,7 @@ class ImageMetric(Metric):
         for name in self._settings if isinstance(incoming_state, type(self)) else ():
             own, other = getattr(self, name), getattr(incoming_state, name)
             if own != other:
-                raise ValueError(f"incoming_state must have the same {name}, {own!r}, got {other!r}")
+                raise InputError(f"incoming_state must have the same {name}, {own!r}, got {other!r}")
         super().merge_state(incoming_state)
         self._computed = None  # or the figures of before would be given again
         self._update_count += getattr(incoming_state, "_update_count", 1)
@@ -188,60 +189,8 @@ class ImageMetric(Metric):
 
 def check_top_k(top_k: Sequence[int]) -> tuple[int, ...]:
     if not isinstance(top_k, Sequence) or not top_k or any(type(k) is not int or k < 1 for k in top_k):
-        raise ValueError(f"top_k must be integers of at least 1, got {top_k!r}")
+        raise InputError(f"top_k must be integers of at least 1, got {top_k!r}")
     return tuple(top_k)
-
-
-class TripletSet:
-    """A set of class triplets that relations are looked up in.
-
-    Args:
-        name: of the argument, for errors.
-        triplets: int64 `[Z, 3]`, subject class, predicate, object class.
-    """
-
-    def __init__(self, name: str, triplets: Tensor) -> None:
-        check_tensor("", name, triplets, (None, 3), (torch.int64,))
-        check_range("", name, triplets, 1, (1 << 20) - 1)
-        self._codes = _code(triplets).unique()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, TripletSet) and torch.equal(self._codes.cpu(), other._codes.cpu())
-
-    def __repr__(self) -> str:
-        return f"{len(self._codes)} triplets"
-
-    def has(self, triplets: Tensor) -> Tensor:
-        """Which rows of `[M, 3]` are in the set: bool `[M]`."""
-        if not len(self._codes):
-            return torch.zeros(len(triplets), dtype=torch.bool, device=triplets.device)
-        self._codes, codes = self._codes.to(triplets.device), _code(triplets)
-        place = torch.searchsorted(self._codes, codes).clamp(max=len(self._codes) - 1)
-        return self._codes[place] == codes
-
-    def has_relations(self, target: Mapping[str, Tensor]) -> Tensor:
-        """Which relations of an image are of one of the triplets: bool `[M]`."""
-        subject, object_, predicate = target["relations"].unbind(1)
-        return self.has(torch.stack((target["labels"][subject], predicate, target["labels"][object_]), 1))
-
-
-def _code(triplets: Tensor) -> Tensor:
-    return (triplets << torch.tensor((40, 20, 0), device=triplets.device)).sum(1)
-
-
-def zero_shot_triplets(seen: Iterable[SceneGraph], evaluated: Iterable[SceneGraph]) -> Tensor:
-    """The class triplets of `evaluated` that do not occur in `seen`: int64 `[Z, 3]`, subject, predicate, object."""
-    known = TripletSet("seen", _class_triplets(seen))
-    triplets = _class_triplets(evaluated).unique(dim=0)
-    return triplets[~known.has(triplets)]
-
-
-def _class_triplets(graphs: Iterable[SceneGraph]) -> Tensor:
-    triplets = [torch.zeros(0, 3, dtype=torch.int64)]
-    for graph in graphs:
-        subject, object_, predicate = graph.relations.unbind(1)
-        triplets.append(torch.stack((graph.labels[subject], predicate, graph.labels[object_]), 1))
-    return torch.cat(triplets)
 
 
 def _to(fields: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
@@ -250,7 +199,7 @@ def _to(fields: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
 
 def _check_fields(where: str, fields: Mapping[str, Any], names: Iterable[str]) -> None:
     if missing := [name for name in names if name not in fields]:
-        raise ValueError(f"{where}must have {', '.join(missing)}, got only {', '.join(fields) or 'an empty dict'}")
+        raise InputError(f"{where}must have {', '.join(missing)}, got only {', '.join(fields) or 'an empty dict'}")
 
 
 def _check_scores(where: str, field: str, value: Any, shape: tuple[int, ...]) -> None:
@@ -261,7 +210,7 @@ def _check_scores(where: str, field: str, value: Any, shape: tuple[int, ...]) ->
     lowest, highest = value.aminmax()
     if not (lowest >= 0 and highest < float("inf")):
         place = (~((value >= 0) & value.isfinite())).nonzero()[0].tolist()
-        raise ValueError(f"{where}{field} must be finite and at least 0, got {value[tuple(place)].item()} at {place}")
+        raise InputError(f"{where}{field} must be finite and at least 0, got {value[tuple(place)].item()} at {place}")
 
 
 def _check_prediction(where: str, prediction: Mapping[str, Any], num_predicates: int) -> None:
@@ -288,7 +237,7 @@ def _check_target(where: str, target: Mapping[str, Any], num_predicates: int) ->
 
 
 def check_triplets(where: str, field: str, triplets: Any, objects: int, num_predicates: int) -> None:
-    """Raises ValueError unless `triplets` are int64 `[T, 3]`, two indices of objects and a predicate from 1."""
+    """Raises InputError unless `triplets` are int64 `[T, 3]`, two indices of objects and a predicate from 1."""
     check_tensor(where, field, triplets, (None, 3), (torch.int64,))
     check_range(where, f"{field}[:, :2]", triplets[:, :2], 0, objects - 1)
     check_range(where, f"{field}[:, 2]", triplets[:, 2], 1, num_predicates)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgalign.errors import InputError
 from sgalign.metrics.matching import ImageMetric, rank_triplets, relation_overlaps
 
 _DEPTH = 100
@@ -44,7 +45,7 @@ class OpenImagesEvaluator(ImageMetric):
         super().__init__(**kwargs)
         for name, value in (("num_predicates", num_predicates), ("predicates_per_pair", predicates_per_pair)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         self.num_predicates, self.predicates_per_pair = num_predicates, predicates_per_pair
         for state in ("scores", "predicates", "right"):
             self.add_state(state, [], dist_reduce_fx="cat")

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from sgalign.data.scene_graph import check_range
-from sgalign.metrics.matching import ImageMetric, TripletSet, check_top_k, rank_triplets, relation_overlaps
+from sgalign.data.triplets import TripletSet
+from sgalign.errors import InputError
+from sgalign.metrics.matching import ImageMetric, check_top_k, rank_triplets, relation_overlaps
 
 PROTOCOLS = ("predcls", "sgcls", "sgdet", "phrdet")
 
@@ -107,20 +109,20 @@ class SceneGraphEvaluator(ImageMetric):
     ) -> None:
         super().__init__(**kwargs)
         if protocol not in PROTOCOLS:
-            raise ValueError(f"protocol must be one of those supported, {', '.join(PROTOCOLS)}, got {protocol!r}")
+            raise InputError(f"protocol must be one of those supported, {', '.join(PROTOCOLS)}, got {protocol!r}")
         if num_predicates < 1:
-            raise ValueError(f"num_predicates must be at least 1, got {num_predicates}")
+            raise InputError(f"num_predicates must be at least 1, got {num_predicates}")
         if predicate_names is not None and not (
             len(predicate_names) == len(set(predicate_names)) == num_predicates + 1
         ):
-            raise ValueError(
+            raise InputError(
                 f"predicate_names must be {num_predicates + 1} different names, background first, got {predicate_names}"
             )
         if missing not in ("zero", "skip"):
-            raise ValueError(f"missing must be 'zero' or 'skip', got {missing!r}")
+            raise InputError(f"missing must be 'zero' or 'skip', got {missing!r}")
         for name, predicates in (groups or {}).items():
             if not predicates:
-                raise ValueError(f"groups[{name!r}] must have a predicate, got none")
+                raise InputError(f"groups[{name!r}] must have a predicate, got none")
             check_range("", f"groups[{name!r}]", torch.tensor(predicates), 1, num_predicates)
         self.protocol = protocol
         self.num_predicates = num_predicates
@@ -153,7 +155,7 @@ class SceneGraphEvaluator(ImageMetric):
             ours, theirs = prediction[field], target[field].to(prediction[field])
             # Boxes may have been scaled and scaled back.
             if ours.shape != theirs.shape or not torch.allclose(ours.double(), theirs.double(), rtol=0, atol=0.5):
-                raise ValueError(f"{where}prediction {field} must be the target's, in its order, for {self.protocol}")
+                raise InputError(f"{where}prediction {field} must be the target's, in its order, for {self.protocol}")
 
     def _add(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
         relations = target["relations"]

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sgalign.metrics.matching import ImageMetric, TripletSet, check_top_k, rank_triplets, relation_overlaps
+from sgalign.data.triplets import TripletSet
+from sgalign.errors import InputError
+from sgalign.metrics.matching import ImageMetric, check_top_k, rank_triplets, relation_overlaps
 
 
 class VRDEvaluator(ImageMetric):
@@ -47,10 +49,10 @@ class VRDEvaluator(ImageMetric):
     ) -> None:
         super().__init__(**kwargs)
         if task not in ("relationship", "phrase", "predicate"):
-            raise ValueError(f"task must be relationship, phrase or predicate, got {task!r}")
+            raise InputError(f"task must be relationship, phrase or predicate, got {task!r}")
         for name, value in (("num_predicates", num_predicates), ("predicates_per_pair", predicates_per_pair)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         self.task, self.num_predicates, self.predicates_per_pair = task, num_predicates, predicates_per_pair
         self.top_k = check_top_k(top_k)
         self.zero_shot = None if zero_shot is None else TripletSet("zero_shot", zero_shot)

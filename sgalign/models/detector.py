@@ -16,6 +16,7 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
 from torchvision.ops.poolers import initLevelMapper
 
+from sgalign.errors import InputError
 from sgalign.files import read_tensors
 
 BACKBONES = {
@@ -88,9 +89,9 @@ class Detector(nn.Module):
     ) -> None:
         super().__init__()
         if backbone not in BACKBONES:
-            raise ValueError(f"backbone must be one of {', '.join(map(repr, BACKBONES))}, got {backbone!r}")
+            raise InputError(f"backbone must be one of {', '.join(map(repr, BACKBONES))}, got {backbone!r}")
         if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, background included, got {num_classes}")
+            raise InputError(f"num_classes must be at least 2, background included, got {num_classes}")
         self.backbone_name, self.num_classes, self.head_dim = backbone, num_classes, head_dim
         self.box_score_threshold, self.nms_threshold = box_score_threshold, nms_threshold
         self.detections_per_image = detections_per_image
@@ -134,7 +135,7 @@ class Detector(nn.Module):
             self.load_state_dict(state)
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-            raise ValueError(
+            raise InputError(
                 f"{source}: must be of a detector with backbone {self.backbone_name!r}, head_dim {self.head_dim} and "
                 f"{self.num_classes} classes, background included; {reason}"
             ) from error
@@ -159,7 +160,7 @@ class Detector(nn.Module):
         for image in images:
             if max(image.shape[1:]) > self.model.transform.max_size * min(image.shape[1:]):
                 ratio = f"a long side of at most {self.model.transform.max_size} times the short one"
-                raise ValueError(f"images must have {ratio}, got one of {image.shape[2]} x {image.shape[1]} pixels")
+                raise InputError(f"images must have {ratio}, got one of {image.shape[2]} x {image.shape[1]} pixels")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             original = [(image.shape[1], image.shape[2]) for image in images]
             resized, _ = self.model.transform(list(images))

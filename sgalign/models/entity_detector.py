@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AutoBackbone, DetrConfig, DetrForObjectDetection, ResNetConfig
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from sgalign.attention import fused_masked_attention
+from sgalign.ops.attention import fused_masked_attention
 
 # What the library's weights and torchvision's are trained with, for RGB in 0 to 1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

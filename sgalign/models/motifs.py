@@ -16,9 +16,10 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from sgalign.data import GraphBatch
+from sgalign.errors import InputError
 from sgalign.models.frequency import FrequencyBaseline
 from sgalign.models.label_decoder import LabelDecoder
-from sgalign.relation import dual_branch_relation_logits, fused_relation_logits
+from sgalign.ops.relation import dual_branch_relation_logits, fused_relation_logits
 
 BOX_FEATURES = 9
 PAIR_FEATURES = 3 * BOX_FEATURES + 5
@@ -101,7 +102,7 @@ class Motifs(nn.Module):
         """Starts all class embeddings from `vectors`, `[num_objects + 1, embed_dim]`, as of `read_word_vectors`."""
         wanted = self.object_embedding.weight.shape
         if vectors.shape != wanted:
-            raise ValueError(f"vectors must be {list(wanted)}, classes and embed_dim, got {list(vectors.shape)}")
+            raise InputError(f"vectors must be {list(wanted)}, classes and embed_dim, got {list(vectors.shape)}")
         for embedding in (self.object_embedding, self.edge_embedding):
             embedding.weight.data.copy_(vectors)
         if self.label_decoder is not None:
@@ -149,7 +150,7 @@ class Motifs(nn.Module):
         region: list[Tensor] = []
         if self.object_dim:
             if batch.object_features is None or batch.union_features is None:
-                raise ValueError("batch must have object_features and union_features for a model with object_dim")
+                raise InputError("batch must have object_features and union_features for a model with object_dim")
             region = [batch.object_features]
         places = right_to_left(batch)
         position = self.position(box_features(batch.boxes, batch.sizes[batch.images]))
@@ -180,7 +181,7 @@ class Motifs(nn.Module):
         if self.label_decoder is None:
             return self.object_embedding(batch.labels)
         if batch.logits is None:
-            raise ValueError("batch must have the detector's logits for a model that decodes labels")
+            raise InputError("batch must have the detector's logits for a model that decodes labels")
         return batch.logits.detach().softmax(1) @ self.object_embedding.weight
 
     def branches(

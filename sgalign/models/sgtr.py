@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sgalign.attention import dual_branch_attention, fused_masked_attention
 from sgalign.models.entity_detector import DetectedEntities
-from sgalign.random_mask import random_attention_mask
+from sgalign.ops.attention import dual_branch_attention, fused_masked_attention
+from sgalign.ops.random_mask import random_attention_mask
 
 
 class MirrorMask(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
+from sgalign.errors import InputError
 from sgalign.files import read_tensors
 from sgalign.models.entity_detector import STD, EntityDetector
 from sgalign.models.sgtr import SGTR
@@ -55,7 +56,7 @@ def load_published(path: str | Path, *, focal: bool = True) -> tuple[EntityDetec
         )
         network.load_state_dict(relation_weights(public, layers, encoder_layers))
     except KeyError as error:
-        raise ValueError(f"{path}: must be a checkpoint of SGTR's public code, has no {error}") from error
+        raise InputError(f"{path}: must be a checkpoint of SGTR's public code, has no {error}") from error
     return detector, network
 
 

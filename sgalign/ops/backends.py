@@ -7,7 +7,8 @@ import os
 
 import torch
 
-from sgalign import _core, _cuda
+from sgalign.errors import InputError
+from sgalign.ops import _core, _cuda
 
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 # Triton itself is not imported before a GPU is used: it looks for a driver.
@@ -36,22 +37,22 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
             return next((backend for backend in ("triton", "cuda") if not _problem(backend)), "reference")
         return "reference"
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
+        raise InputError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {device}; 'reference' serves any device")
+        raise InputError(f"backend 'cpu' needs tensors on the CPU, got {device}; 'reference' serves any device")
     if backend in ("triton", "cuda"):
         if dtype == torch.float64:
-            raise ValueError(
+            raise InputError(
                 f"backend {backend!r} computes in float32 at most, got float64; 'reference' serves any dtype"
             )
         if problem := _problem(backend):
             raise ImportError(f"backend {backend!r} cannot be used: {problem}")
         if device.type != "cuda" and not (device.type == "cpu" and _is_emulated(backend)):
-            raise ValueError(f"backend {backend!r} needs tensors on a GPU, got {device}; 'reference' serves any device")
+            raise InputError(f"backend {backend!r} needs tensors on a GPU, got {device}; 'reference' serves any device")
         if device.type == "cpu" and backend == "triton" and dtype == torch.bfloat16:
-            raise ValueError("backend 'triton' needs a GPU for bfloat16: Triton's interpreter multiplies it wrongly")
+            raise InputError("backend 'triton' needs a GPU for bfloat16: Triton's interpreter multiplies it wrongly")
         if problem := _too_old(device):
-            raise ValueError(f"backend {backend!r} {problem}; 'reference' serves any device")
+            raise InputError(f"backend {backend!r} {problem}; 'reference' serves any device")
     return backend
 
 

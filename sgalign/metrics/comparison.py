@@ -1,126 +1,24 @@
-"""Tables and figures of `sgalign ablate`'s runs: what settings reach, and which differences are more than noise."""
+"""Tables and figures that compare runs: what each arm of a study reaches, and which differences exceed noise."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgalign.ablate import DEPTH, STUDIES, Arm, Study, run_path, settings
-from sgalign.evaluate import split_name
-from sgalign.files import check_writable, read_json, save_figure, written_whole
+from sgalign.errors import InputError
+from sgalign.files import save_figure, written_whole
+from sgalign.metrics.figures import split_name
+from sgalign.metrics.runs import DEPTH, Run
 
 COLUMNS = ("R@50", "mR@50", "mR@100", "ngR@50", "zR@100", "mR@100/tail")
 PAIRED = (("R", 50), ("mR", 50), ("mR", 100))
 CURVE = ("R@50", "R@100", "mR@50", "mR@100")
 SAMPLES = 2000
-
-FIELDS = {"seed", "settings", "curve", "epoch", "test", "groups", "predicates", "ranks"}
-
-Run = dict[str, Any]
-
-
-def main(arguments: Sequence[str]) -> int:
-    """`sgalign report FOLDER`."""
-    parser = argparse.ArgumentParser("sgalign report", description=__doc__)
-    parser.add_argument("folder", type=Path, help="that sgalign ablate has written, or for a figure")
-    parser.add_argument(
-        "--study", nargs="+", choices=STUDIES, metavar="STUDY", help="(default: those with a run of every row)"
-    )
-    parser.add_argument("--data", metavar="NAME", help="of the runs' settings, if there are several")
-    parser.add_argument("--epochs", type=int, metavar="N", help="of the runs, if there are several numbers")
-    parser.add_argument("--checkpoint", help="of Align-SGTR: draws what it attends to in --image instead")
-    parser.add_argument("--image", type=Path, help="a photograph")
-    options = parser.parse_args(arguments)
-    if (options.checkpoint is None) != (options.image is None):
-        parser.error("--checkpoint and --image must be given together")
-    if options.checkpoint is not None:
-        from sgalign.mirror_figure import draw_mirror
-
-        out = options.folder / f"mirror_{options.image.stem}.png"
-        check_writable(out)
-        draw_mirror(options.checkpoint, options.image, out)
-        return 0
-    write(options.folder, options.study, options.data, options.epochs)
-    return 0
-
-
-def write(folder: Path, names: Sequence[str] | None, data: str | None, epochs: int | None) -> None:
-    """Tables and figures of studies into the folder of their runs.
-
-    Args:
-        names: of `STUDIES`; None for those with a run of every row.
-        data, epochs: of the runs' settings; None where the folder's runs have but one.
-
-    Raises:
-        FileNotFoundError: no study has runs.
-        ValueError: data or epochs must be named, or a file is not of a run; says which there are, or names it.
-    """
-    runs = read_runs(folder)
-    if not runs:
-        raise FileNotFoundError(f"{folder}: must be a folder of sgalign ablate with runs in {folder / 'runs'}")
-    data = _only(runs, "data", data)
-    epochs = _only([run for run in runs if run["settings"]["data"] == data], "epochs", epochs)
-    found = {name: runs_by_arm(runs, STUDIES[name], data, epochs) for name in names or STUDIES}
-    studies = {name: arms for name, arms in found.items() if names or len(arms) == len(STUDIES[name].arms)}
-    if names and (missing := [name for name in names if not found[name]]):
-        raise FileNotFoundError(f"{folder}: has runs, but of {', '.join(missing)} none")
-    if not studies:
-        begun = ", ".join(name for name, arms in found.items() if arms) or "none"
-        raise FileNotFoundError(f"{folder}: no study has a run of every row; --study tables what there is of {begun}")
-    write_csv(folder / "results.csv", studies)
-    lines = []
-    for name, arms in studies.items():
-        lines += [f"## {STUDIES[name].title}", "", *table(STUDIES[name], arms), ""]
-        draw_curves(folder / f"{name}_curves.png", arms)
-        draw_predicates(folder / f"{name}_predicates.png", STUDIES[name], arms)
-    with written_whole(folder / "tables.md") as partial:
-        partial.write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
-    print(f"numbers {folder / 'results.csv'}, tables {folder / 'tables.md'}, figures {folder}/*.png")
-
-
-def read_runs(folder: Path) -> list[Run]:
-    """All runs of a folder.
-
-    Raises:
-        ValueError: a file is not of a run; names it.
-    """
-    runs = []
-    remedy = "delete it, run sgalign ablate again"
-    for path in sorted((folder / "runs").glob("*.json")):
-        run = read_json(path, remedy)
-        is_run = isinstance(run, dict) and run.keys() >= FIELDS
-        # The name tells settings and seed: copies and what was edited are no runs.
-        if not is_run or path != run_path(folder, run["settings"], run["seed"]):
-            raise ValueError(f"{path}: not a run of sgalign ablate, or renamed: {remedy}")
-        runs.append(run)
-    return runs
-
-
-def _only(runs: Sequence[Run], name: str, wanted: Any) -> Any:
-    """The value of a setting that is asked for, or that all runs share."""
-    there = {run["settings"].get(name) for run in runs}
-    if wanted in there or (wanted is None and len(there) == 1):
-        return wanted if wanted in there else there.pop()
-    of = ", ".join(sorted(map(repr, there)))
-    raise ValueError(f"--{name} must be of {of}, the runs there are, got {wanted!r}")
-
-
-def runs_by_arm(runs: Sequence[Run], study: Study, data: str, epochs: int) -> dict[str, list[Run]]:
-    """The runs of a study by arm, in the study's order, seeds in order; no arms without runs."""
-    arms = {}
-    for arm in study.arms:
-        of_arm = settings(data, arm, epochs)
-        if found := [run for run in runs if run["settings"] == of_arm]:
-            arms[arm.name] = sorted(found, key=lambda run: run["seed"])
-    return arms
 
 
 def write_csv(path: Path, studies: dict[str, dict[str, list[Run]]]) -> None:
@@ -141,7 +39,7 @@ def write_csv(path: Path, studies: dict[str, dict[str, list[Run]]]) -> None:
                         writer.writerow((study, arm, run["seed"], "test", run["epoch"], metric, k, of, value))
 
 
-def table(study: Study, arms: dict[str, list[Run]]) -> list[str]:
+def table(bases: Mapping[str, str], arms: dict[str, list[Run]]) -> list[str]:
     """Markdown: mean and standard deviation over seeds in percent, then differences to bases with intervals."""
     lines = [
         "| | seeds | validation mR@50 | " + " | ".join(f"test {column}" for column in COLUMNS) + " |",
@@ -154,24 +52,24 @@ def table(study: Study, arms: dict[str, list[Run]]) -> list[str]:
         lines.append(f"| {name} | {len(runs)} | {validation} | " + " | ".join(cells) + " |")
     headers = [f"{metric}@{k}" for metric, k in PAIRED]
     lines += ["", "| | less | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 2)]
-    for arm in _compared(study, arms):
+    for name, base in _compared(bases, arms).items():
         cells = []
         for metric, k in PAIRED:
-            difference, low, high = paired_difference(arms[arm.name], arms[arm.base], metric, k)
+            difference, low, high = paired_difference(arms[name], arms[base], metric, k)
             beyond = "" if low <= 0 <= high else " *"
             cells.append(f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}){beyond}")
-        lines.append(f"| {arm.name} | {arm.base} | " + " | ".join(cells) + " |")
-    without = ", ".join(arm.name for arm in study.arms if arm.name not in arms)
+        lines.append(f"| {name} | {base} | " + " | ".join(cells) + " |")
+    without = ", ".join(name for name in bases if name not in arms)
     one = all(len(runs) == 1 for runs in arms.values())
     of = "images; one seed says nothing of others" if one else "seeds and images"
     lines += ["", f"\\* beyond the 95 % interval of {of}"]
     return [*lines, *(["", f"no run yet: {without}"] if without else [])]
 
 
-def _compared(study: Study, arms: dict[str, list[Run]]) -> list[Arm]:
-    """The arms that have runs with the seeds of their base."""
+def _compared(bases: Mapping[str, str], arms: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    """Return the base of each arm that has a run with a seed of its base."""
     seeds = {name: {run["seed"] for run in runs} for name, runs in arms.items()}
-    return [arm for arm in study.arms if seeds.get(arm.name, set()) & seeds.get(arm.base, set())]
+    return {name: base for name, base in bases.items() if seeds.get(name, set()) & seeds.get(base, set())}
 
 
 def spread(values: Sequence[float]) -> str:
@@ -198,9 +96,9 @@ def paired_difference(runs: Sequence[Run], base: Sequence[Run], metric: str, k: 
     by_seed = {run["seed"]: run for run in base}
     pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
     if not pairs:
-        raise ValueError(f"base must have a seed of {sorted(run['seed'] for run in runs)}, got {sorted(by_seed)}")
+        raise InputError(f"base must have a seed of {sorted(run['seed'] for run in runs)}, got {sorted(by_seed)}")
     if any(run["predicates"] != pairs[0][0]["predicates"] for both in pairs for run in both):
-        raise ValueError("runs must be of the same test images, they differ")
+        raise InputError("runs must be of the same test images, they differ")
     image, predicate = _units(pairs[0][0], metric)
     differences = torch.stack([_recalls(run, metric, k) - _recalls(other, metric, k) for run, other in pairs])
     generator = torch.Generator().manual_seed(0)
@@ -265,20 +163,20 @@ def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
     save_figure(figure, path)
 
 
-def draw_predicates(path: Path, study: Study, arms: dict[str, list[Run]]) -> None:
+def draw_predicates(path: Path, bases: Mapping[str, str], arms: dict[str, list[Run]]) -> None:
     """Each arm less its base, R@100 by predicate (the supplement's Figure 2): mean over seeds, dots are seeds."""
     from matplotlib.figure import Figure
 
     groups: dict[str, list[str]] = next(iter(arms.values()))[0]["groups"]
     names = [name for predicates in groups.values() for name in predicates]
-    others = _compared(study, arms)
+    others = _compared(bases, arms)
     figure = Figure(figsize=(12, 0.7 + 2.3 * max(len(others), 1)), layout="constrained")
     panels = figure.subplots(max(len(others), 1), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, arm in zip(panels, others):
-        of_base = {run["seed"]: run["test"] for run in arms[arm.base]}
+    for axes, (arm, base) in zip(panels, others.items()):
+        of_base = {run["seed"]: run["test"] for run in arms[base]}
         change = [
             [100 * (run["test"][f"R@100/{name}"] - of_base[run["seed"]][f"R@100/{name}"]) for name in names]
-            for run in arms[arm.name]
+            for run in arms[arm]
             if run["seed"] in of_base
         ]
         mean = [statistics.mean(values) for values in zip(*change)]
@@ -294,7 +192,7 @@ def draw_predicates(path: Path, study: Study, arms: dict[str, list[Run]]) -> Non
             end += len(predicates)
         axes.set_ylabel("points of R@100", fontsize=8)
         axes.set_xlim(-1, len(names))
-        of = f"{arm.name} less {arm.base}, {len(change)} seeds"
+        of = f"{arm} minus {base}, {len(change)} seeds"
         axes.set_title(f"{of}: {better} predicates better, {worse} worse", fontsize=9)
     size = 8 if len(names) <= 30 else 6
     panels[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)

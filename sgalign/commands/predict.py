@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
 
 from sgalign.data import SceneGraph, collate, collate_detected, load_image, read_detections
-from sgalign.evaluate import PredictionFile
-from sgalign.files import check_writable, save_figure, write_json, written_whole
-from sgalign.metrics.matching import rank_triplets
-from sgalign.sgtr import EntityDetectorModule, SGTRModule
-from sgalign.training import DetectorModule, MotifsModule, RelationModule, module_named, read_checkpoint
+from sgalign.errors import InputError
+from sgalign.files import check_writable, save_figure, write_json
+from sgalign.training import MotifsModule, SGTRModule, load_module
+from sgalign.training.writers import describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,13 +53,13 @@ def main(arguments: Sequence[str]) -> int:
         parser().error(f"--out must not name the folder of the images, pictures would go there, got {options.out}")
     module = load_module(options.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(module, MotifsModule | SGTRModule):
-        raise ValueError(f"{options.checkpoint}: must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
+        raise InputError(f"{options.checkpoint}: must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
     if module.vision == "cached":
-        raise ValueError(f"{options.checkpoint} reads cached features: it has no detector to look at images with")
+        raise InputError(f"{options.checkpoint} reads cached features: it has no detector to look at images with")
     if options.detections is None and module.protocol != "sgdet":
-        raise ValueError(f"{options.checkpoint} is of protocol {module.protocol}: it needs --detections FILE")
+        raise InputError(f"{options.checkpoint} is of protocol {module.protocol}: it needs --detections FILE")
     if options.detections is not None and module.protocol == "sgdet":
-        raise ValueError(f"{options.checkpoint} is of protocol sgdet: it finds objects itself, without --detections")
+        raise InputError(f"{options.checkpoint} is of protocol sgdet: it finds objects itself, without --detections")
     detections = None
     if options.detections is not None:
         detections = read_detections(options.detections, len(module.object_names) - 1)
@@ -76,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     for path in paths:
         try:
             graph = predict_image(module, path, detections, options.top_k, options.all_predicates)
-        except ValueError as error:
+        except InputError as error:
             reason = str(error) if str(path) in str(error) else f"{path}: {error}"
             print(f"sgalign: left out: {reason}", file=sys.stderr)
             failed += 1
@@ -96,19 +91,6 @@ def main(arguments: Sequence[str]) -> int:
         f"wrote {options.out}: {len(graphs)} of {len(paths)} images" + (f", drawn in {folder}" if options.draw else "")
     )
     return 1 if failed else 0
-
-
-def load_module(path: str | Path) -> RelationModule:
-    """The module of a checkpoint, in evaluation mode on the CPU.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_checkpoint`.
-    """
-    name = read_checkpoint(path)["sgalign"].get("module", "")
-    kind = module_named(name)
-    if kind is None:
-        raise ValueError(f"{path}: must be of a module of this package, got {name!r}")
-    return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
 
 
 def image_files(path: Path) -> list[Path]:
@@ -141,7 +123,7 @@ def predict_image(
     elif name in detections:
         batch = collate_detected([graph], detections, predicates, pixels=pixels)
     else:
-        raise ValueError(f"{path}: the detections know no image {path.name!r}")
+        raise InputError(f"{path}: the detections know no image {path.name!r}")
     (prediction,) = module.predictions(module.transfer_batch_to_device(batch, module.device, 0))
     names = module.object_names, module.predicate_names
     return describe(prediction, *names, top_k, all_predicates=all_predicates)
@@ -205,168 +187,3 @@ def _draw_graph(axes: Axes, graph: dict[str, Any], triplets: list[dict[str, Any]
 
 def _name(graph: dict[str, Any], index: int) -> str:
     return f"{graph['objects'][index]['label']} {index}"
-
-
-class FileWriter(BasePredictionWriter):
-    """Writes what a model predicts for the test part into a file, which appears when the prediction is complete.
-
-    Args:
-        path: the file; what was there is replaced.
-
-    Raises:
-        ValueError: the trainer has several processes, which would write one file.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__("batch")
-        self.path = Path(path)
-        self._stack = ExitStack()
-
-    def open(self, module: pl.LightningModule) -> None:
-        """Makes ready for a file, with `self._stack` to close it; refuses modules whose predictions do not fit."""
-        raise NotImplementedError(f"{type(self).__name__} must override open")
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_one_process(trainer)
-        self.open(pl_module)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stack.__exit__(type(exception), exception, None)
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stack.close()
-        print(f"wrote {self.path}")
-
-
-class TripletWriter(FileWriter):
-    """Writes what `sgalign predict` finds, an image a line of JSON.
-
-    A line has `image_id`, `objects` (`label`, `box` x1, y1, x2, y2 in pixels) and `triplets` by falling score
-    (`subject` and `object`, indices of objects; `predicate`; `score`), as `describe` chooses them.
-
-    Args:
-        path: of `FileWriter`.
-        top_k: triplets an image.
-        all_predicates: of `describe`.
-    """
-
-    _file: TextIO
-
-    def __init__(self, path: str = "predictions.jsonl", top_k: int = 100, all_predicates: bool = False) -> None:
-        super().__init__(path)
-        self.top_k, self.all_predicates = top_k, all_predicates
-
-    def open(self, module: pl.LightningModule) -> None:
-        check_relates(module)
-        partial = self._stack.enter_context(written_whole(self.path))
-        self._file = self._stack.enter_context(partial.open("w", encoding="utf-8"))
-
-    def write_on_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Iterable[dict[str, Any]], *args: Any
-    ) -> None:
-        assert isinstance(pl_module, RelationModule)
-        for image in prediction:
-            names = pl_module.object_names, pl_module.predicate_names
-            graph = describe(image, *names, self.top_k, all_predicates=self.all_predicates)
-            self._file.write(json.dumps(graph) + "\n")
-
-
-class DetectionWriter(FileWriter):
-    """Writes the objects that a detector finds in the test part, as `sgalign.data.read_detections` reads them.
-
-        sgalign predict --config CONFIG --ckpt_path CHECKPOINT --trainer.callbacks+=sgalign.prediction.DetectionWriter
-
-    Args:
-        path: of `FileWriter`.
-    """
-
-    def __init__(self, path: str = "detections.json") -> None:
-        super().__init__(path)
-
-    def open(self, module: pl.LightningModule) -> None:
-        check_writable(self.path)
-        self._found: dict[str, Any] = {}
-
-    def write_on_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Iterable[dict[str, Any]], *args: Any
-    ) -> None:
-        for image in prediction:
-            self._found[image["image_id"]] = {
-                "boxes_xyxy": image["boxes"].tolist(),
-                "labels": (image["labels"] - 1).tolist(),
-                "scores": image["scores"].tolist(),
-            }
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        write_json(self.path, self._found)
-        super().on_predict_end(trainer, pl_module)
-
-
-class PredictionWriter(FileWriter):
-    """Writes what `sgalign predict --config` finds, whole, for `sgalign evaluate`: `PredictionFile`'s HDF5.
-
-    Args:
-        path: of `FileWriter`.
-    """
-
-    _file: PredictionFile
-
-    def __init__(self, path: str = "predictions.h5") -> None:
-        super().__init__(path)
-
-    def open(self, module: pl.LightningModule) -> None:
-        check_relates(module)
-        self._file = self._stack.enter_context(PredictionFile(self.path))
-
-    def write_on_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Iterable[dict[str, Any]], *args: Any
-    ) -> None:
-        for image in prediction:
-            self._file.write(image["image_id"], image)
-
-
-def check_one_process(trainer: pl.Trainer) -> None:
-    if trainer.world_size > 1:
-        raise ValueError(f"trainer must predict in one process (--trainer.devices 1), got {trainer.world_size}")
-
-
-def check_relates(module: pl.LightningModule) -> None:
-    if isinstance(module, DetectorModule | EntityDetectorModule):
-        raise ValueError(
-            f"{type(module).__name__} relates nothing: predict with a model that has it as detector_weights, or write "
-            "its boxes with sgalign.prediction.DetectionWriter"
-        )
-
-
-def describe(
-    prediction: dict[str, Any],
-    object_names: list[str],
-    predicate_names: list[str],
-    top_k: int,
-    *,
-    all_predicates: bool = False,
-) -> dict[str, Any]:
-    """A prediction of `RelationModule.predictions` in names and plain numbers, best triplets first.
-
-    A triplet's score is that of both objects and of the predicate, multiplied. Each pair has its best predicate (the
-    graph constraint), or with `all_predicates` all of them; SGTR ranks triplets itself, some of them of one pair.
-    """
-    best = rank_triplets(prediction, top_k, len(predicate_names) - 1 if all_predicates else 1)
-    return {
-        "image_id": prediction["image_id"],
-        "objects": [
-            {"label": object_names[label], "box": box, "score": round(score, 6)}
-            for label, box, score in zip(
-                prediction["labels"].tolist(), prediction["boxes"].tolist(), prediction["scores"].tolist(), strict=True
-            )
-        ],
-        "triplets": [
-            {
-                "subject": subject,
-                "predicate": predicate_names[predicate],
-                "object": object_,
-                "score": round(score, 6),
-            }
-            for (subject, object_), predicate, score in zip(*(field.tolist() for field in best), strict=True)
-        ],
-    }

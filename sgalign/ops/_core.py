@@ -7,9 +7,9 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-from sgalign._source_digest import source_digest
+from sgalign.ops._source_digest import source_digest
 
-ROOT = Path(__file__).resolve().parent.parent  # the source tree, if this is one
+ROOT = Path(__file__).resolve().parents[2]  # the source tree, if this is one
 BUILD = "run `pip install .` in its root"
 
 

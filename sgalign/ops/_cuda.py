@@ -9,7 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from sgalign import _core
+from sgalign.errors import InputError
+from sgalign.ops import _core
 
 
 def problem() -> str | None:
@@ -39,7 +40,7 @@ def core(device: torch.device) -> ModuleType:
     if why := problem():
         raise ImportError(f"backend 'cuda' cannot be used: {why}")
     if device.type != "cuda" and not is_emulated():
-        raise ValueError(f"backend 'cuda' needs tensors on a GPU, got {device}; 'reference' serves any device")
+        raise InputError(f"backend 'cuda' needs tensors on a GPU, got {device}; 'reference' serves any device")
     return _core.load()
 
 

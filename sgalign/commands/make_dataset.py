@@ -5,22 +5,19 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sgalign.data import SceneGraph, ScenesDataset, open_dataset
-from sgalign.data.coco import save_image, write_coco
-from sgalign.data.vrd import SPLITS
-from sgalign.files import hdf5_written_whole, write_json
-from sgalign.metrics import zero_shot_triplets
-
-LONG_SIDE = 1024
+from sgalign.data.coco import write_coco
+from sgalign.data.scene_graph import SPLITS
+from sgalign.data.vg150 import write_vg150
+from sgalign.data.vrd import write_vrd
+from sgalign.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,7 +95,7 @@ def few_photographs(source: str, count: int, long_side: int | None) -> list[Scen
     dataset = open_dataset(source, "test")
     graphs = [graph for graph in dataset if graph.image is not None and len(graph.relations)]
     if len(graphs) < count:
-        raise ValueError(f"{source}: the test part must have {count} photographs with relations, has {len(graphs)}")
+        raise InputError(f"{source}: the test part must have {count} photographs with relations, has {len(graphs)}")
     graphs = sorted(graphs, key=lambda graph: graph.image_id)[:count]
     return graphs if long_side is None else [smaller(graph, long_side) for graph in graphs]
 
@@ -111,96 +108,6 @@ def smaller(graph: SceneGraph, long_side: int) -> SceneGraph:
     image = graph.image
     resized = None if image is None else lambda: image().resize((width, height))
     return replace(graph, width=width, height=height, boxes=boxes, image=resized)
-
-
-def write_vrd(
-    parts: Mapping[str, Sequence[SceneGraph]],
-    object_names: list[str],
-    predicate_names: list[str],
-    root: Path,
-    *,
-    images: bool = False,
-) -> None:
-    """VRD's layout, in which objects without relations do not exist; validation images are training images."""
-    root.mkdir(parents=True)
-    write_json(root / "objects.json", object_names[1:])
-    write_json(root / "predicates.json", predicate_names[1:])
-    for name, splits in (("train", ("train", "validation")), ("test", ("test",))):
-        content = {}
-        for graph in (graph for split in splits for graph in parts.get(split, [])):
-            file_name = graph.image_id.replace("/", "_") + ".jpg"
-            if images:
-                save_image(graph, root / "images" / file_name)
-            ends = [
-                {"category": label - 1, "bbox": [round(y1), round(y2), round(x1), round(x2)]}
-                for (x1, y1, x2, y2), label in zip(graph.boxes.tolist(), graph.labels.tolist(), strict=True)
-            ]
-            content[file_name] = [
-                {"subject": ends[s], "predicate": p - 1, "object": ends[o]} for s, o, p in graph.relations.tolist()
-            ]
-        write_json(root / f"annotations_{name}.json", content)
-
-
-def write_vg150(
-    parts: Mapping[str, Sequence[SceneGraph]],
-    object_names: list[str],
-    predicate_names: list[str],
-    root: Path,
-    *,
-    images: bool = False,
-) -> None:
-    """The layout of VG150's official files, with a validation part of its own (split 1)."""
-    root.mkdir(parents=True)
-    boxes: list[np.ndarray] = []
-    labels: list[int] = []
-    pairs: list[list[int]] = []
-    predicates: list[int] = []
-    columns: dict[str, list[int]] = {f"img_to_{e}_{w}": [] for e in ("first", "last") for w in ("box", "rel")}
-    rows: list[dict[str, int]] = []
-    splits: list[int] = []
-    for number, split in enumerate(SPLITS):
-        for graph in parts.get(split, []):
-            image_id = len(rows) + 1
-            rows.append({"image_id": image_id, "width": graph.width, "height": graph.height})
-            splits.append(number)
-            if images:
-                save_image(graph, root / "VG_100K" / f"{image_id}.jpg")
-            for what, start, count in (
-                ("box", len(labels), len(graph.labels)),
-                ("rel", len(predicates), len(graph.relations)),
-            ):
-                columns[f"img_to_first_{what}"].append(start if count else -1)
-                columns[f"img_to_last_{what}"].append(start + count - 1 if count else -1)
-            start = len(labels)
-            corners = np.floor(graph.boxes.numpy() * LONG_SIDE / max(graph.width, graph.height))
-            extent = np.maximum(corners[:, 2:] - corners[:, :2], 1)
-            boxes.append(np.concatenate([corners[:, :2] + np.floor(extent / 2), extent], 1).astype(np.int32))
-            labels += graph.labels.tolist()
-            for subject, object_, predicate in graph.relations.tolist():
-                pairs.append([start + subject, start + object_])
-                predicates.append(predicate)
-    with hdf5_written_whole(root / "VG-SGG.h5") as file:
-        all_boxes = np.concatenate(boxes) if boxes else np.zeros((0, 4), np.int32)
-        file["boxes_1024"], file["boxes_512"] = all_boxes, np.maximum(all_boxes // 2, [0, 0, 1, 1]).astype(np.int32)
-        file["labels"] = np.array(labels, np.int64).reshape(-1, 1)
-        file["relationships"] = np.array(pairs, np.int32).reshape(-1, 2)
-        file["predicates"] = np.array(predicates, np.int64).reshape(-1, 1)
-        file["split"] = np.array(splits, np.int32)
-        for name, column in columns.items():
-            file[name] = np.array(column, np.int32)
-    counts = Counter(labels), Counter(predicates)
-    dicts: dict[str, Any] = {}
-    for what, names, found in zip(("label", "predicate"), (object_names, predicate_names), counts):
-        dicts[f"idx_to_{what}"] = {str(i): name for i, name in enumerate(names) if i}
-        dicts[f"{what}_to_idx"] = {name: i for i, name in enumerate(names) if i}
-        of = "object" if what == "label" else what
-        dicts[f"{of}_count"] = {name: found[i] for i, name in enumerate(names) if i}
-    write_json(root / "VG-SGG-dicts.json", dicts)
-    write_json(root / "image_data.json", rows)
-    seen = [graph for split in ("train", "validation") for graph in parts.get(split, [])]
-    unseen = zero_shot_triplets(seen, parts.get("test", []))[:, [0, 2, 1]].tolist()
-    lines = ["subject,object,predicate", *(",".join(map(str, triplet)) for triplet in sorted(unseen))]
-    (root / "zeroshot_triplets.csv").write_text("\n".join(lines) + "\n")
 
 
 WRITERS = {"vg150": write_vg150, "vrd": write_vrd, "coco": write_coco}

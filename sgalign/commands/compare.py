@@ -17,9 +17,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from sgalign.data import GraphBatch, count_predicates
-from sgalign.datamodule import SceneGraphData
 from sgalign.files import save_figure, write_json
-from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, RelationModule
+from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, RelationModule, SceneGraphData
 
 METRICS = ("R@20", "R@50", "R@100", "mR@20", "mR@50", "mR@100")
 COST_STEPS = 40

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign import _core, _cuda, backends, reference
-from sgalign.attention import DTYPES, check_dense, unit_stride
+from sgalign.errors import InputError
+from sgalign.ops import _core, _cuda, backends, reference
+from sgalign.ops.attention import DTYPES, check_dense, unit_stride
 
 KINDS = ("softmax", "sigmoid")
 REDUCTIONS = ("element", "relation")
@@ -65,16 +66,16 @@ def relation_alignment_loss(
         ("direction", direction, DIRECTIONS),
     ):
         if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+            raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     for name, tensor in (("logits", logits), ("mirrored_logits", mirrored_logits)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a tensor of float32, float64, bfloat16 or float16, got {got}")
         check_dense(name, tensor)
     if logits.dim() != 2 or not logits.shape[1]:
-        raise ValueError(f"logits must be [R, K] with K at least 1, got {list(logits.shape)}")
+        raise InputError(f"logits must be [R, K] with K at least 1, got {list(logits.shape)}")
     if mirrored_logits.shape != logits.shape:
-        raise ValueError(f"mirrored_logits must be {list(logits.shape)} like logits, got {list(mirrored_logits.shape)}")
+        raise InputError(f"mirrored_logits must be {list(logits.shape)} like logits, got {list(mirrored_logits.shape)}")
     relations, classes = logits.shape
     if weight is not None:
         if not isinstance(weight, Tensor):
@@ -83,10 +84,10 @@ def relation_alignment_loss(
         if weight.is_complex():
             raise TypeError(f"weight must be real, got {weight.dtype}")
         if weight.shape != (relations,):
-            raise ValueError(f"weight must be [{relations}], one a relation, got {list(weight.shape)}")
+            raise InputError(f"weight must be [{relations}], one a relation, got {list(weight.shape)}")
     for name, other in (("mirrored_logits", mirrored_logits), ("weight", weight)):
         if other is not None and other.device != logits.device:
-            raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {other.device}")
+            raise InputError(f"{name} must be on the device of logits, {logits.device}, got {other.device}")
     dtype = torch.promote_types(logits.dtype, mirrored_logits.dtype)
     backend = backends.choose(backend, logits.device, dtype)
     logits, mirrored_logits = logits.detach().to(dtype), mirrored_logits.to(dtype)

@@ -1,8 +1,8 @@
 """The relation head of Neural Motifs, for one branch or for both in a single pass over the union features.
 
-From the public function to the kernel as in `sgalign.attention`: checks, `_RelationLogits` (autograd), the registered
-operation ``sgalign::relation_logits``, the compiled core (csrc/cpu/relation.cpp, csrc/cuda/relation.cu) or Triton's
-kernels (kernels/relation.py).
+From the public function to the kernel as in `sgalign.ops.attention`: checks, `_RelationLogits` (autograd), the
+registered operation ``sgalign::relation_logits``, the compiled core (csrc/cpu/relation.cpp, csrc/cuda/relation.cu) or
+Triton's kernels (kernels/relation.py).
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign import _core, _cuda, backends, reference
-from sgalign.attention import DTYPES, check_dense, computed_dtype, distinct, unit_stride
+from sgalign.errors import InputError
+from sgalign.ops import _core, _cuda, backends, reference
+from sgalign.ops.attention import DTYPES, check_dense, computed_dtype, distinct, unit_stride
 
 
 def fused_relation_logits(
@@ -129,17 +130,17 @@ def _check(branches: list[dict[str, Tensor | None]], union: Tensor, pairs: Tenso
             raise TypeError(f"{name} must have the dtype of union, {union.dtype}, got {tensor.dtype}")
         dim = 1 if name.endswith("bias") else 2
         if tensor.dim() != dim:
-            raise ValueError(f"{name} must have {dim} dimensions, got {tensor.dim()}: {list(tensor.shape)}")
+            raise InputError(f"{name} must have {dim} dimensions, got {tensor.dim()}: {list(tensor.shape)}")
         if tensor.device != union.device:
-            raise ValueError(f"{name} must be on the device of union, {union.device}, got {tensor.device}")
+            raise InputError(f"{name} must be on the device of union, {union.device}, got {tensor.device}")
     if not isinstance(pairs, Tensor) or pairs.dtype != torch.int64:
         raise TypeError(f"pairs must be an int64 tensor, got {getattr(pairs, 'dtype', type(pairs).__name__)}")
     check_dense("pairs", pairs)
     if pairs.device != union.device:
-        raise ValueError(f"pairs must be on the device of union, {union.device}, got {pairs.device}")
+        raise InputError(f"pairs must be on the device of union, {union.device}, got {pairs.device}")
     relations, channels = union.shape
     if pairs.shape != (relations, 2):
-        raise ValueError(f"pairs must be [{relations}, 2], a row for each of union, got {list(pairs.shape)}")
+        raise InputError(f"pairs must be [{relations}, 2], a row for each of union, got {list(pairs.shape)}")
     subject, weight = branches[0]["subject"], branches[0]["weight"]
     assert subject is not None and weight is not None
     for name, tensor in named.items():
@@ -148,7 +149,7 @@ def _check(branches: list[dict[str, Tensor | None]], union: Tensor, pairs: Tenso
         objects, classes = len(subject), len(weight)
         rows = {"bias": (classes,), "weight": (classes, channels)}.get(name.rpartition("_")[2], (objects, channels))
         if tensor.shape != rows:
-            raise ValueError(f"{name} must be {list(rows)} to go with the others, got {list(tensor.shape)}")
+            raise InputError(f"{name} must be {list(rows)} to go with the others, got {list(tensor.shape)}")
 
 
 def _check_pairs(pairs: Tensor, objects: int) -> None:

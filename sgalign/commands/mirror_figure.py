@@ -14,12 +14,12 @@ from torchvision.ops import box_convert
 from torchvision.transforms.functional import pil_to_tensor
 
 from sgalign.data import load_image
+from sgalign.errors import InputError
 from sgalign.files import save_figure
 from sgalign.models.entity_detector import resize
 from sgalign.models.sgtr import MirrorMask
-from sgalign.prediction import load_module
-from sgalign.random_mask import random_attention_mask
-from sgalign.sgtr import AlignSGTRModule
+from sgalign.ops.random_mask import random_attention_mask
+from sgalign.training import AlignSGTRModule, load_module
 
 ROLES = ("predicate", "subject", "object")
 
@@ -43,7 +43,7 @@ def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -
     """
     module = load_module(checkpoint)
     if not isinstance(module, AlignSGTRModule):
-        raise ValueError(f"{checkpoint}: must be a checkpoint of AlignSGTRModule, got {type(module).__name__}")
+        raise InputError(f"{checkpoint}: must be a checkpoint of AlignSGTRModule, got {type(module).__name__}")
     photograph = load_image(image, upright=True)
     options = module.options
     pixels = resize(pil_to_tensor(photograph).float() / 255, options.short_sides[-1], options.long_side)

@@ -23,10 +23,12 @@ from sgalign.data import (
     open_dataset,
     read_detections,
 )
-from sgalign.features import FeatureCache
-from sgalign.longtail import RepeatSampler, drop_repeated, repeat_factors
-from sgalign.metrics import predicate_groups, zero_shot_triplets
-from sgalign.sampling import step_seed
+from sgalign.data.features import FeatureCache
+from sgalign.data.triplets import zero_shot_triplets
+from sgalign.errors import InputError
+from sgalign.metrics import predicate_groups
+from sgalign.training.longtail import RepeatSampler, drop_repeated, repeat_factors
+from sgalign.training.sampling import step_seed
 
 Split = Literal["train", "validation", "test"]
 
@@ -50,10 +52,10 @@ class SceneGraphData(pl.LightningDataModule):
         detections: file of `sgalign.data.read_detections`, whose objects take the place of the annotated ones in the
             test part (SGDet of a model of labels and boxes).
         num_workers: processes that read images; 0 reads them in the training process.
-        repeat_threshold: t of `sgalign.longtail.repeat_factors`, which images of rare predicates are repeated by; 0 for
-            not at all.
-        instance_drop: rate of `sgalign.longtail.drop_repeated`, for images that are repeated. Not for SGDet, whose
-            training pairs are made of detections, nor for SGTR, which has no pairs.
+        repeat_threshold: t of `sgalign.training.longtail.repeat_factors`, which images of rare predicates are repeated
+            by; 0 for not at all.
+        instance_drop: rate of `sgalign.training.longtail.drop_repeated`, for images that are repeated. Not for SGDet,
+            whose training pairs are made of detections, nor for SGTR, which has no pairs.
     """
 
     def __init__(
@@ -72,19 +74,19 @@ class SceneGraphData(pl.LightningDataModule):
         super().__init__()
         for option, value in (("repeat_threshold", repeat_threshold), ("instance_drop", instance_drop)):
             if not 0 <= value < float("inf"):
-                raise ValueError(f"{option} must be at least 0 and finite, got {value}")
+                raise InputError(f"{option} must be at least 0 and finite, got {value}")
         self.repeat_threshold, self.instance_drop = repeat_threshold, instance_drop
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+            raise InputError(f"num_workers must be at least 0, got {num_workers}")
         self.root, self.batch_size, self.seed, self.validation_images = root, batch_size, seed, validation_images
         self.images, self.num_workers = images, num_workers
         self.name = "generated scenes" if root is None else f"the data in {root}"
         dataset = self._open("validation")
         self.object_names, self.predicate_names = dataset.object_names, dataset.predicate_names
         if features is not None and detections is not None:
-            raise ValueError("features and detections exclude each other: what was cached is of annotated boxes")
+            raise InputError("features and detections exclude each other: what was cached is of annotated boxes")
         self.cache = None if features is None else FeatureCache(features)
         if self.cache is not None and not self.cache.paths:
             raise FileNotFoundError(
@@ -129,12 +131,12 @@ class SceneGraphData(pl.LightningDataModule):
         dataset = self._open(split)
         for kind in ("object_names", "predicate_names"):
             if getattr(dataset, kind) != getattr(self, kind):
-                raise ValueError(f"{self.name}: {kind} must be the same in all parts, those of {split} differ")
+                raise InputError(f"{self.name}: {kind} must be the same in all parts, those of {split} differ")
         graphs: list[SceneGraph] = list(dataset)
         if split == "train":
             graphs = [graph for graph in graphs if (graph.relations[:, 0] != graph.relations[:, 1]).any()]
         if self.cache is not None and (missing := [g.image_id for g in graphs if g.image_id not in self.cache]):
-            raise ValueError(
+            raise InputError(
                 f"{self.cache.folder}: has no features of {len(missing)} of the {len(graphs)} images of part {split}, "
                 f"such as {missing[0]!r}: run sgalign cache-features again, it goes on"
             )
@@ -142,7 +144,7 @@ class SceneGraphData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
         if not self.train:
-            raise ValueError(f"{self.name}: no training image has a relation between two objects, nothing to fit")
+            raise InputError(f"{self.name}: no training image has a relation between two objects, nothing to fit")
         # A sampler for several processes also where there is one: Lightning tells it the epoch, but not before workers
         # have begun with the first.
         assert self.trainer is not None
@@ -172,7 +174,7 @@ class SceneGraphData(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader[GraphBatch]:
         ids = [graph.image_id for graph in self.test]
         if self.detections is not None and ids and self.detections.keys().isdisjoint(ids):
-            raise ValueError(f"detections must be of images of the test part, such as {ids[0]!r}; none is")
+            raise InputError(f"detections must be of images of the test part, such as {ids[0]!r}; none is")
         return self._loader(self.test, self.detections, sampler=self._shard(self.test))
 
     predict_dataloader = test_dataloader
@@ -226,7 +228,7 @@ class TrainingLoader(DataLoader[GraphBatch]):
         if not state or not isinstance(self.sampler, RepeatSampler):
             return
         if state["batches"] and state["images"] != (images := self.batch_size * self.sampler.num_replicas):
-            raise ValueError(
+            raise InputError(
                 f"batch_size times processes must be {state['images']}, as before, for a run to go on in the middle of "
                 f"an epoch, got {images}"
             )

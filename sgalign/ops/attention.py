@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign import _core, _cuda, backends, reference
-from sgalign.random_mask import check_stream, dropout_scale, ratio_threshold, seed_tensor
+from sgalign.errors import InputError
+from sgalign.ops import _core, _cuda, backends, reference
+from sgalign.ops.random_mask import check_stream, dropout_scale, ratio_threshold, seed_tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/kernels.h
 MAX_DIM = 256
@@ -144,7 +145,7 @@ def _attention(
     elif isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     elif not -MAX_SCALE <= scale <= MAX_SCALE:  # also catches NaN
-        raise ValueError(f"scale must be finite and at most {MAX_SCALE:.2g} in size, got {scale}")
+        raise InputError(f"scale must be finite and at most {MAX_SCALE:.2g} in size, got {scale}")
     elif isinstance(scale, numbers.Real):
         scale = float(scale)
     dtype = computed_dtype(query)
@@ -173,7 +174,7 @@ def _check_tensors(
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         check_dense(name, tensor)
         if tensor.dim() != 4:
-            raise ValueError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions: {list(tensor.shape)}")
+            raise InputError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions: {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
     query = queries[0]
@@ -183,16 +184,16 @@ def _check_tensors(
     expected["value"] = expected["key"]
     for name, tensor in zip(names[1:], tensors[1:]):
         if tensor.shape != expected[name]:
-            raise ValueError(
+            raise InputError(
                 f"{name} must be {list(expected[name])} to go with query {list(query.shape)}"
                 f"{' and key ' + str(list(key.shape)) if name == 'value' else ''}, got {list(tensor.shape)}"
             )
         if tensor.device != query.device:
-            raise ValueError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
+            raise InputError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
         if computed_dtype(tensor) != computed_dtype(query):
             raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {tensor.dtype}")
     if dim > MAX_DIM:
-        raise ValueError(f"query must have at most {MAX_DIM} channels a head (D), got {dim}")
+        raise InputError(f"query must have at most {MAX_DIM} channels a head (D), got {dim}")
     for name, boolean, shape in (
         ("mask", mask, (batch, heads, length, keys)),
         ("key_padding_mask", key_padding_mask, (batch, keys)),
@@ -204,14 +205,14 @@ def _check_tensors(
             raise TypeError(f"{name} must be a bool tensor, True = dropped, got {got}")
         check_dense(name, boolean)
         if boolean.device != query.device:
-            raise ValueError(f"{name} must be on the query's device {query.device}, got {boolean.device}")
+            raise InputError(f"{name} must be on the query's device {query.device}, got {boolean.device}")
         if name == "mask":
             fits = boolean.dim() <= 4 and all(size in (1, full) for size, full in zip(boolean.shape[::-1], shape[::-1]))
         else:
             fits = boolean.shape == shape
         if not fits:
             how = "broadcastable to" if name == "mask" else "of shape"
-            raise ValueError(f"{name} must be {how} {list(shape)}, got {list(boolean.shape)}")
+            raise InputError(f"{name} must be {how} {list(shape)}, got {list(boolean.shape)}")
 
 
 def check_dense(name: str, tensor: Tensor) -> None:

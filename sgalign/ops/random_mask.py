@@ -7,7 +7,8 @@ import numbers
 import torch
 from torch import Tensor
 
-from sgalign import _core, _cuda, backends, reference
+from sgalign.errors import InputError
+from sgalign.ops import _core, _cuda, backends, reference
 
 STEPS = 1 << 16  # the quantum of a ratio is 1/65536
 
@@ -26,7 +27,7 @@ def random_attention_mask(
     """The mask that `fused_masked_attention` draws for the same ratio, seed and stream.
 
     An entry depends on ``seed``, ``stream`` and its indices ``(b * heads + h, q, k)`` alone, and is the same on every
-    device and for every backend (`sgalign.reference.random_mask` is the definition).
+    device and for every backend (`sgalign.ops.reference.random_mask` is the definition).
 
     Args:
         batch, heads, queries, keys: the mask's shape, each at least 0.
@@ -44,7 +45,7 @@ def random_attention_mask(
     for name, size in (("batch", batch), ("heads", heads), ("queries", queries), ("keys", keys)):
         check_int(size, name)
         if size < 0:
-            raise ValueError(f"{name} must be at least 0, got {size}")
+            raise InputError(f"{name} must be at least 0, got {size}")
     check_stream(stream, "stream")
     threshold = ratio_threshold(ratio, "ratio")
     if device is None:
@@ -62,7 +63,7 @@ def ratio_threshold(ratio: float, name: str) -> int:
     if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(ratio).__name__}")
     if not 0 <= ratio <= 1:  # also catches NaN
-        raise ValueError(f"{name} must be in [0, 1], got {ratio}")
+        raise InputError(f"{name} must be in [0, 1], got {ratio}")
     return round(STEPS * float(ratio))
 
 
@@ -79,7 +80,7 @@ def check_int(value: int, name: str) -> None:
 def check_stream(stream: int, name: str) -> None:
     check_int(stream, name)
     if not 0 <= stream < reference.DROPOUT_STREAM_BIT:
-        raise ValueError(f"{name} must be in [0, 2**31), got {stream}")
+        raise InputError(f"{name} must be in [0, 2**31), got {stream}")
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device, name: str) -> Tensor:
@@ -93,12 +94,12 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device, name: str) -> T
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"{name} must hold one int64, got {seed.dtype} of shape {list(seed.shape)}")
         if seed.device != device:
-            raise ValueError(f"{name} must be on {device}, got {seed.device}")
+            raise InputError(f"{name} must be on {device}, got {seed.device}")
         return seed.reshape(())
     if isinstance(seed, bool) or not isinstance(seed, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int, an int64 tensor or None, got {type(seed).__name__}")
     if not -(1 << 63) <= seed < 1 << 63:
-        raise ValueError(f"{name} must be in [-2**63, 2**63), got {seed}")
+        raise InputError(f"{name} must be in [-2**63, 2**63), got {seed}")
     # Filled on the device: a copy of a number from the host would wait, and no CUDA graph could capture it.
     return torch.full((), seed, dtype=torch.int64, device=device)
 

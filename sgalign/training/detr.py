@@ -1,4 +1,4 @@
-"""Training and evaluation of SGTR and Align-SGTR with Lightning."""
+"""Training of DETR, by itself and as the entity detector of SGTR."""
 
 from __future__ import annotations
 
@@ -12,22 +12,14 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
-from sgalign.alignment import relation_alignment_loss
 from sgalign.data import GraphBatch
+from sgalign.errors import InputError
 from sgalign.models.entity_detector import BACKBONES, Backbone, DetectedEntities, EntityDetector, resize
-from sgalign.models.graph_assembly import PAIRS, Annotations, Entities, assemble, match, relation_losses
-from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs
-from sgalign.sampling import step_seed
-from sgalign.training import (
-    RelationModule,
-    alignment_weight,
-    check_at_least,
-    check_choice,
-    check_learning_rate,
-    check_mirror,
-    pixels_of,
-    read_checkpoint,
-)
+from sgalign.models.graph_assembly import Annotations, Entities
+from sgalign.training.base import RelationModule, pixels_of
+from sgalign.training.checkpoints import read_checkpoint
+from sgalign.training.options import check_at_least, check_choice, check_learning_rate
+from sgalign.training.sampling import step_seed
 
 PARTS = ("backbone", "encoder", "decoder", "detector")
 ALIGNED = ("predicates", "subjects", "objects", "boxes")
@@ -54,19 +46,19 @@ class _DetectingModule(RelationModule):
         for name in ("learning_rate", "backbone_learning_rate"):
             check_learning_rate(name, options[name])
         if options.dim % 4 or options.dim % options.heads:
-            raise ValueError(f"dim must be a multiple of 4 and of heads, got {options.dim} and {options.heads}")
+            raise InputError(f"dim must be a multiple of 4 and of heads, got {options.dim} and {options.heads}")
         if not 0 <= options.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {options.dropout}")
+            raise InputError(f"dropout must be in [0, 1), got {options.dropout}")
         if len(options.entity_loss_weights) != 3:
             weights = list(options.entity_loss_weights)
-            raise ValueError(f"entity_loss_weights must be three, of classes, boxes and overlaps, got {weights}")
+            raise InputError(f"entity_loss_weights must be three, of classes, boxes and overlaps, got {weights}")
         if not options.short_sides or min(options.short_sides) < 32 or options.long_side < max(options.short_sides):
-            raise ValueError(
+            raise InputError(
                 "short_sides must be at least 32 and at most long_side, "
                 f"got {list(options.short_sides)} and {options.long_side}"
             )
         if not 0 <= options.flip <= 1:
-            raise ValueError(f"flip must be in [0, 1], got {options.flip}")
+            raise InputError(f"flip must be in [0, 1], got {options.flip}")
 
     def _make_detector(self, num_objects: int) -> None:
         options, saved = self.options, self._detector_saved
@@ -75,16 +67,16 @@ class _DetectingModule(RelationModule):
             pass  # a checkpoint follows
         elif weights is None:
             if options.frozen:
-                raise ValueError(f"detector_weights must be given for frozen to be {list(options.frozen)}, got none")
+                raise InputError(f"detector_weights must be given for frozen to be {list(options.frozen)}, got none")
         elif not Path(weights).exists():
             if Path(weights).suffix == ".ckpt" or len(Path(weights).parts) > 2:  # no name that the library may know
                 raise FileNotFoundError(f"detector_weights: no such file or folder, {weights}")
         elif Path(weights).is_file():
             checkpoint = read_checkpoint(weights)
             if "detector" not in checkpoint["sgalign"]:
-                raise ValueError(f"{weights}: must be a checkpoint of EntityDetectorModule or SGTRModule, has no DETR")
+                raise InputError(f"{weights}: must be a checkpoint of EntityDetectorModule or SGTRModule, has no DETR")
             if checkpoint["sgalign"]["object_names"] != self.object_names:
-                raise ValueError(f"{weights}: must be of a detector of the data's object classes, is of others")
+                raise InputError(f"{weights}: must be of a detector of the data's object classes, is of others")
             # What another run has trained is normalised as it was there, like the library's weights.
             saved, prefix = {"config": checkpoint["sgalign"]["detector"]["config"]}, "detector."
             state = {n.removeprefix(prefix): t for n, t in checkpoint["state_dict"].items() if n.startswith(prefix)}
@@ -104,7 +96,7 @@ class _DetectingModule(RelationModule):
         if state is not None:
             self.detector.load_state_dict(state)
         if self.detector.dim != options.dim:
-            raise ValueError(f"dim must be that of detector_weights, {self.detector.dim}, got {options.dim}")
+            raise InputError(f"dim must be that of detector_weights, {self.detector.dim}, got {options.dim}")
         if weights is not None:
             self._tell_sizes()
         self.detector.freeze(tuple(options.frozen))
@@ -134,7 +126,7 @@ class _DetectingModule(RelationModule):
         self._detector_saved = checkpoint.get("sgalign", {}).get("detector", {})
         super().on_load_checkpoint(checkpoint)
         if self.detector.trains_norms != self._detector_saved["trains_norms"]:
-            raise ValueError(
+            raise InputError(
                 "the checkpoint's batch normalisation must be that of the model that is to go on: give the same "
                 "detector_weights, or make the model by load_from_checkpoint"
             )
@@ -286,245 +278,6 @@ class EntityDetectorModule(_DetectingModule):
 
     on_validation_epoch_end = on_test_epoch_start = on_test_epoch_end = on_validation_epoch_start
     test_step = validation_step
-
-
-class SGTRModule(_DetectingModule):
-    """SGTR on images: entity detector and relations trained together.
-
-    Args:
-        protocol: "sgdet"; or "predcls", where the annotated boxes and classes take the place of the detected entities
-            when graphs are assembled, in training too.
-        backbone, stride, dim, heads, ffn_dim, dropout: of `sgalign.models.entity_detector.EntityDetector`; all but the
-            first two of `sgalign.models.sgtr.SGTR` as well.
-        entity_layers, entity_queries: of the detector's transformer.
-        encoder_layers, layers, queries, focal: of `SGTR`.
-        distinct_matching: as `distinct` of `sgalign.models.graph_assembly.match`; false as in the public code.
-        pairs: of entities that a query and predicate may join at evaluation, best first.
-        detector_weights: as `weights` of `EntityDetector`, or a checkpoint of `EntityDetectorModule` or of SGTR; read
-            when training starts. They tell the detector's sizes. Subjects' and objects' heads start as the detector's.
-        frozen: parts of the detector that are not trained: "backbone", "encoder", "decoder". With a frozen decoder
-            nothing that is learned about relations changes what relations read of the detector. Input projection,
-            queries and heads are still trained then, as in the public code; "detector" is all of it, and the cheapest.
-        entity_loss_weights: of the detector's classes, box L1 and box generalised IoU, in all its layers.
-        short_sides: of training images, one drawn for each step; test images have the last one.
-        long_side: at most.
-        flip: probability of mirroring a training image; predicates of "left" and "right" are exchanged.
-        learning_rate: of AdamW with a weight decay of 1e-4.
-        backbone_learning_rate: of the backbone.
-        warmup_steps: over which the learning rate grows from a tenth.
-        learning_rate_drops: steps at which it falls to a tenth.
-    """
-
-    network: SGTR
-
-    def __init__(
-        self,
-        protocol: Literal["sgdet", "predcls"] = "sgdet",
-        backbone: Backbone = "resnet101",
-        stride: Literal[16, 32] = 32,
-        dim: int = 256,
-        heads: int = 8,
-        ffn_dim: int = 2048,
-        dropout: float = 0.1,
-        entity_layers: int = 6,
-        entity_queries: int = 100,
-        encoder_layers: int = 3,
-        layers: int = 6,
-        queries: int = 180,
-        focal: bool = True,
-        distinct_matching: bool = False,
-        pairs: int = PAIRS,
-        detector_weights: str | None = None,
-        frozen: Sequence[str] = (),
-        entity_loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
-        short_sides: Sequence[int] = (480, 500, 520, 540, 560, 580, 600),
-        long_side: int = 1000,
-        flip: float = 0.5,
-        learning_rate: float = 8e-5,
-        backbone_learning_rate: float = 8e-6,
-        warmup_steps: int = 100,
-        learning_rate_drops: Sequence[int] = (),
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        check_choice("protocol", protocol, ("sgdet", "predcls"))
-        self._check_detector(PARTS)
-        check_at_least(1, self.options, ("layers", "queries", "pairs"))
-        check_at_least(0, self.options, ("encoder_layers",))
-        self.protocol = protocol
-
-    def make_network(self, counts: Tensor) -> None:
-        options, (classes, _, predicates) = self.options, counts.shape
-        self._make_detector(classes - 1)
-        self.network = SGTR(
-            classes - 1,
-            predicates - 1,
-            dim=options.dim,
-            layers=options.layers,
-            encoder_layers=options.encoder_layers,
-            num_queries=options.queries,
-            focal=options.focal,
-            heads=options.heads,
-            ffn_dim=options.ffn_dim,
-            dropout=options.dropout,
-        )
-        if options.detector_weights is not None:
-            detr = self.detector.detr
-            self.network.start_heads(detr.class_labels_classifier, list(detr.bbox_predictor.layers))
-
-    # ---- evaluation
-
-    def validation_step(self, batch: GraphBatch) -> None:
-        pixels, entities = self.detect(batch)
-        self.log_found(entities, batch)
-        self.recall.update(self._graphs(batch, pixels, entities), batch.truth)
-
-    test_step = validation_step
-
-    def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
-        return self._graphs(batch, *self.detect(batch))
-
-    def _graphs(self, batch: GraphBatch, pixels: list[Tensor], entities: DetectedEntities) -> list[dict[str, Any]]:
-        lengths = batch.lengths.tolist()
-        # What the model is told: annotated objects, or another detector's.
-        labels, boxes = batch.labels.split(lengths), batch.boxes.split(lengths)
-        in_units = box_convert(batch.boxes / batch.sizes[batch.images].repeat(1, 2), "xyxy", "cxcywh").split(lengths)
-        sure = torch.ones_like(batch.boxes[:, 0]) if batch.scores is None else batch.scores
-        scores = sure.split(lengths)
-        candidates = self._candidates(entities, labels, in_units, scores)
-        options = {name: self.options[name] for name in ("focal", "pairs")}
-        graphs = assemble(self.network(entities).at(-1), candidates, sizes_of(pixels), **options)
-        predictions = []
-        for image, (triplets, triplet_scores) in enumerate(graphs):
-            relations = {"triplets": triplets, "triplet_scores": triplet_scores}
-            if self.protocol == "predcls":  # as they are, even where a box ends beyond its image
-                told = {"boxes": boxes[image], "labels": labels[image], "scores": scores[image]}
-                predictions.append({"image_id": batch.image_ids[image], **told, **relations})
-            else:
-                predictions.append(self._objects(batch, candidates, image) | relations)
-        return predictions
-
-    def _candidates(
-        self,
-        entities: DetectedEntities,
-        labels: Sequence[Tensor],
-        boxes: Sequence[Tensor],
-        scores: Sequence[Tensor] | None = None,
-    ) -> Entities:
-        """What was detected, or under PredCls what the model was told of each image."""
-        if self.protocol == "predcls":
-            return Entities.given(labels, boxes, self.network.num_objects, scores)
-        return Entities.detected(entities.logits[-1], entities.boxes[-1])
-
-    # ---- training
-
-    def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
-        seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose="samples")
-        pixels, objects, annotations = self._augmented(batch, torch.Generator().manual_seed(seed))
-        losses: dict[str, Tensor] = {}
-        if "detector" in self.options.frozen:
-            with torch.no_grad():
-                entities = self.detector(pixels)
-        else:
-            entities = self.detector(pixels)
-            losses |= {f"entity {name}": loss for name, loss in self._entity_losses(entities, objects).items()}
-        if "decoder" in self.options.frozen:
-            entities = entities._replace(memory=entities.memory.detach(), features=entities.features.detach())
-        outputs, alignment = self._outputs(entities, batch_index)
-        self.finite(outputs.logits.abs().max(), losses)  # or matching fails without a word about why
-        candidates, sizes = self._candidates(entities, *zip(*objects, strict=True)), sizes_of(pixels)
-        relations = torch.tensor(float(sum(len(image.predicates) for image in annotations)), device=self.device)
-        relations = self.trainer.strategy.reduce(relations, reduce_op="mean")
-        losses |= relation_losses(
-            outputs,
-            annotations,
-            match(outputs, candidates, sizes, annotations, distinct=self.options.distinct_matching),
-            focal=self.options.focal,
-            relations=max(float(relations), 1.0),
-        )
-        return self._log_losses(losses | alignment, len(pixels))
-
-    def _outputs(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
-        """Of the supervised branch, and what else is minimised."""
-        return self.network(entities), {}
-
-
-class AlignSGTRModule(SGTRModule):
-    """Align-SGTR (Xu, Liao, Sigal, WACV 2024): SGTR trained with a mirrored structural predicate decoder.
-
-    L = L_supervised + alignment_weight * L_align. The mirror shares every weight but its three class heads; each
-    cross-attention block of each layer draws its own mask of the attention matrix. L_align is the sum over what is
-    aligned, of the last layer: `relation_alignment_loss` of predicates ("sigmoid", or "softmax" without the focal loss)
-    and of subjects' and objects' classes ("softmax"), and the mean absolute difference of their boxes. At evaluation
-    the mirror does not exist.
-
-    Args:
-        mask_ratio: p, the probability of masking.
-        alignment_weight: lambda.
-        aligned: of "predicates", "subjects", "objects" (their classes) and "boxes".
-        tied_heads: the mirror has the supervised class heads instead of its own.
-        reduction, direction: of `relation_alignment_loss`.
-        alignment_warmup: steps over which the weight grows from 0 to `alignment_weight`.
-        sgtr: the arguments of `SGTRModule`.
-    """
-
-    def __init__(
-        self,
-        mask_ratio: float = 0.1,
-        alignment_weight: float = 10.0,
-        aligned: Sequence[str] = ("predicates", "subjects", "objects"),
-        tied_heads: bool = False,
-        reduction: Literal["element", "relation"] = "element",
-        direction: Literal["teacher_to_student", "student_to_teacher", "symmetric"] = "teacher_to_student",
-        alignment_warmup: int = 0,
-        **sgtr: Any,
-    ) -> None:
-        super().__init__(**sgtr)
-        check_mirror(self.options)
-        for part in aligned:
-            check_choice("aligned", part, ALIGNED)
-        if not aligned:
-            raise ValueError("aligned must have at least one part, got none")
-
-    def make_network(self, counts: Tensor) -> None:
-        super().make_network(counts)
-        tied = self.network.predicate, self.network.entity_class
-        self.mirrored_predicate, self.mirrored_class = tied if self.options.tied_heads else self.network.new_heads()
-        if not self.options.tied_heads:  # what is not aligned has no gradient, for which DDP would wait
-            aligned = set(self.options.aligned)
-            self.mirrored_predicate.requires_grad_("predicates" in aligned)
-            self.mirrored_class.requires_grad_(not aligned.isdisjoint({"subjects", "objects"}))
-
-    def _outputs(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
-        seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank)
-        mask = MirrorMask(self.options.mask_ratio, seed)
-        outputs, mirrored = self.network.dual_branch(entities, (self.mirrored_predicate, self.mirrored_class), mask)
-        weight = alignment_weight(self.options, self.global_step)
-        parts = self.alignment(outputs.at(-1), mirrored)
-        return outputs, {f"alignment {name}": weight * part for name, part in parts.items()}
-
-    def alignment(self, outputs: RelationOutputs, mirrored: RelationOutputs) -> dict[str, Tensor]:
-        """Each aligned part's loss, not weighted."""
-        options = self.options
-        pairs = {
-            "predicates": (outputs.logits, mirrored.logits, "sigmoid" if options.focal else "softmax"),
-            "subjects": (outputs.class_logits[0], mirrored.class_logits[0], "softmax"),
-            "objects": (outputs.class_logits[1], mirrored.class_logits[1], "softmax"),
-        }
-        losses = {
-            name: relation_alignment_loss(
-                teacher.flatten(0, -2),
-                student.flatten(0, -2),
-                kind=kind,
-                reduction=options.reduction,
-                direction=options.direction,
-            )
-            for name, (teacher, student, kind) in pairs.items()
-            if name in options.aligned
-        }
-        if "boxes" in options.aligned:
-            losses["boxes"] = (outputs.boxes.detach() - mirrored.boxes).abs().mean()
-        return losses
 
 
 def sizes_of(pixels: list[Tensor]) -> Tensor:

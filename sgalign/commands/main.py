@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sgalign.errors import InputError
+
 USAGE = """\
 usage: sgalign COMMAND ...
 
@@ -31,14 +33,7 @@ usage: sgalign COMMAND ...
 
 sgalign COMMAND --help has each command's options."""
 
-COMMANDS = {
-    "ablate": "ablate",
-    "cache-features": "features",
-    "compare": "compare",
-    "evaluate": "evaluate",
-    "make-dataset": "make_dataset",
-    "report": "report",
-}  # and the modules whose main they are
+COMMANDS = ("ablate", "cache-features", "compare", "evaluate", "make-dataset", "report")
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 LIGHTNING_OPTIONS = {"-c", "--config", "--model", "--data", "--trainer", "--ckpt_path"}  # not of predict on photographs
 
@@ -57,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in ("doctor", *COMMANDS, *TRAINER_COMMANDS):
         print(f"sgalign: no command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
-    from sgalign import doctor
+    from sgalign.commands import doctor
 
     if command == "doctor":
         argparse.ArgumentParser("sgalign doctor", description=doctor.__doc__).parse_args(rest)
@@ -66,11 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sgalign: {command} cannot run, {missing[0]}", file=sys.stderr)
         return 1
     try:
-        module = COMMANDS.get(command)
-        if command == "predict" and LIGHTNING_OPTIONS.isdisjoint(re.split("[.+=]", option)[0] for option in rest):
-            module = "prediction"
-        if module is not None:
-            return importlib.import_module(f"sgalign.{module}").main(rest)
+        photographs = LIGHTNING_OPTIONS.isdisjoint(re.split("[.+=]", option)[0] for option in rest)
+        if command in COMMANDS or (command == "predict" and photographs):
+            return importlib.import_module(f"sgalign.commands.{command.replace('-', '_')}").main(rest)
         return _lightning([command, *rest])
     except Exception as error:
         if (sentence := _sentence(error)) is None:
@@ -80,29 +73,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: BaseException) -> str | None:
-    """What helps of an error: what our own checks, the file system or Lightning's say; None for a defect."""
+    """Return what an error of our own checks, the file system or Lightning says, or None if it is a defect."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    if isinstance(error, OSError | ValueError) and "in DataLoader worker" in str(error):
+    if isinstance(error, OSError | InputError) and "in DataLoader worker" in str(error):
         # torch raises it again, with the worker's traceback as its message
         return str(error).strip().splitlines()[-1].partition(": ")[2]
+    if isinstance(error, OSError | InputError | MisconfigurationException):
+        return str(error)
+    # jsonargparse raises an error of its own for what a constructor says.
     frames = traceback.extract_tb(error.__traceback__)
-    raised_in = Path(frames[-1].filename if frames else "")
-    if isinstance(error, OSError | MisconfigurationException):
-        return str(error)
-    if isinstance(error, ValueError) and Path(__file__).parent in raised_in.parents:
-        return str(error)
+    by_parser = bool(frames) and "jsonargparse" in Path(frames[-1].filename).parts
     cause = error.__cause__ or error.__context__
-    # The parser of options raises its own for what a constructor says.
-    return _sentence(cause) if cause is not None and "jsonargparse" in raised_in.parts else None
+    return _sentence(cause) if by_parser and cause is not None else None
 
 
 def _lightning(arguments: list[str]) -> int:
     from lightning.pytorch.cli import LightningCLI
     from lightning.pytorch.utilities import rank_zero_info
 
-    from sgalign.datamodule import SceneGraphData
-    from sgalign.training import FrequencyModule, RelationModule, read_checkpoint
+    from sgalign.training import FrequencyModule, RelationModule, SceneGraphData, read_checkpoint
 
     class CLI(LightningCLI):
         checkpoint: dict[str, Any] | None = None
@@ -116,7 +106,7 @@ def _lightning(arguments: list[str]) -> int:
 
         def before_fit(self) -> None:
             if isinstance(self.model, FrequencyModule):
-                raise ValueError("FrequencyModule has nothing to fit: sgalign test --model FrequencyModule is all")
+                raise InputError("FrequencyModule has nothing to fit: sgalign test --model FrequencyModule is all")
             self._make_from_checkpoint()
 
         def _make_from_checkpoint(self) -> None:
@@ -127,7 +117,7 @@ def _lightning(arguments: list[str]) -> int:
 
         def _needs_checkpoint(self) -> None:
             if not isinstance(self.model, FrequencyModule) and not self.config[self.config.subcommand].ckpt_path:
-                raise ValueError(f"{self.config.subcommand} needs --ckpt_path FILE, a checkpoint that fit has written")
+                raise InputError(f"{self.config.subcommand} needs --ckpt_path FILE, a checkpoint that fit has written")
             self._make_from_checkpoint()
 
         def _parse_ckpt_path(self) -> None:

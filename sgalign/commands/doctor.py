@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from sgalign import _core, _version, backends, dual_branch_attention
+from sgalign import _version, dual_branch_attention
+from sgalign.ops import _core, backends
 
 EXTRAS = {
     "train": (
@@ -30,7 +31,7 @@ EXTRAS = {
 
 def main() -> int:
     """Prints the report; 0 if the package works, 1 if not."""
-    print(f"sgalign {_version.__version__} in {Path(__file__).parent}")
+    print(f"sgalign {_version.__version__} in {Path(__file__).parents[1]}")
     print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}")
     for extra, packages in EXTRAS.items():
         versions = {package: _installed_version(package) for package in packages}

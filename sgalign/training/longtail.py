@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.data import DistributedSampler
 
 from sgalign.data import GraphBatch, SceneGraph, count_predicates
+from sgalign.errors import InputError
 
 PredicateWeights = Literal["none", "inverse_frequency", "effective_number"]
 
@@ -56,7 +57,7 @@ class RelationLoss(nn.Module):
         elif weights == "effective_number":
             weight = (1 - beta) / (1 - beta**counts)
         elif weights != "none":
-            raise ValueError(f"weights must be none, inverse_frequency or effective_number, got {weights!r}")
+            raise InputError(f"weights must be none, inverse_frequency or effective_number, got {weights!r}")
         weight *= counts.sum() / (counts * weight).sum()
         prior = counts[1:] / counts[1:].mean()
         self.register_buffer("weight", weight.float())

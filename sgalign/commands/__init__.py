@@ -1,0 +1,1 @@
+"""The command line: `main` chooses the command; every other module is one command. Nothing else imports these."""

@@ -1,0 +1,162 @@
+"""Trains variants of Motifs with several seeds each, run by run, and tables what they reach."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sgalign.commands import studies
+from sgalign.commands.studies import EPOCHS, MODULES, Arm, data_name, settings
+from sgalign.data import GraphBatch
+from sgalign.files import check_writable, write_json
+from sgalign.metrics.matching import rank_triplets, relation_overlaps
+from sgalign.metrics.runs import DEPTH, run_path
+from sgalign.training import RelationModule
+from sgalign.training.controls import ScarceData
+
+# ---- one run
+
+
+class _Best(Callback):
+    """Validation figures after each epoch, and the weights of the best by SGTR's number, (R@100 + mR@100) / 2."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+        self.epoch = 0
+        self.weights: dict[str, Tensor] = {}
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, RelationModule)
+        figures = pl_module.recall.compute().items()
+        names = pl_module.predicate_names
+        self.epochs.append({k: round(v.item(), 5) for k, v in figures if k.partition("/")[2] not in names})
+        number = [epoch["R@100"] + epoch["mR@100"] for epoch in self.epochs]
+        if number[-1] == max(number):
+            self.epoch = len(number)
+            self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[str, Any]:
+    """Trains one arm with one seed and writes what its best epoch reaches to `path`, which appears when complete."""
+    warnings.filterwarnings("ignore", module="lightning.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    check_writable(path)
+    pl.seed_everything(seed, verbose=False)
+    start = time.monotonic()
+    data = ScarceData(root, seed=seed, **arm.data)
+    module = MODULES[arm.module](**arm.options)
+    best = _Best()
+    trainer = pl.Trainer(
+        accelerator="auto",
+        devices=1,
+        max_epochs=epochs,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[best],
+    )
+    trainer.fit(module, datamodule=data)
+    module.load_state_dict(best.weights)
+    trainer.test(module, datamodule=data, verbose=False)
+    result = {
+        "seed": seed,
+        "settings": settings(data_name(root), arm, epochs),
+        "seconds": round(time.monotonic() - start),
+        "curve": best.epochs,
+        "epoch": best.epoch,
+        "test": {name: round(value.item(), 5) for name, value in module.recall.compute().items()},
+        "groups": {
+            group: [data.predicate_names[predicate] for predicate in predicates]
+            for group, predicates in data.predicate_groups.items()
+        },
+        "predicates": [graph.relations[:, 2].tolist() for graph in data.test],
+        "ranks": ranks(module, data.test_dataloader()),
+    }
+    write_json(path, result)
+    return result
+
+
+@torch.no_grad()
+def ranks(module: RelationModule, loader: DataLoader[GraphBatch]) -> list[list[int]]:
+    """Of each image the rank from 0, at most `DEPTH`, of the first triplet that finds each relation."""
+    module.eval()
+    found = []
+    for batch in loader:
+        for prediction, target in zip(module.predictions(batch), batch.truth, strict=True):
+            triplets = rank_triplets(prediction, DEPTH, 1)
+            finds = relation_overlaps(triplets, prediction, target, phrase=False) >= 0.5
+            rank = torch.arange(len(finds))[:, None].where(finds, DEPTH)
+            never = rank.new_full((1, rank.shape[1]), DEPTH)
+            found.append(torch.cat((rank, never)).amin(0).tolist())
+    return found
+
+
+# ---- many
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sgalign ablate", description=__doc__)
+    parser.add_argument(
+        "study", nargs="+", choices=studies.STUDIES, metavar="STUDY", help=f"of {', '.join(studies.STUDIES)}"
+    )
+    parser.add_argument("--data", metavar="FOLDER", help="a data set; without it, the generated scenes")
+    parser.add_argument("--seeds", type=int, default=4, metavar="N", help="runs a row (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each training (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for results; a second call goes on")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: %(default)s)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`sgalign ablate STUDY --out FOLDER`: whatever run is not in the folder yet is done; then come the tables."""
+    options = parser().parse_args(arguments)
+    for name in ("seeds", "jobs", "epochs"):
+        if (value := getattr(options, name)) < 1:
+            parser().error(f"--{name} must be at least 1, got {value}")
+    data = data_name(options.data)
+    tasks: dict[Path, tuple[Any, ...]] = {}
+    # All arms with one seed before any with the next, so that a part of it says something.
+    for seed in range(options.seeds):
+        for arm in (arm for name in options.study for arm in studies.STUDIES[name].arms):
+            path = run_path(options.out, settings(data, arm, options.epochs), seed)
+            tasks[path] = options.data, arm, seed, options.epochs, path
+    there = [path for path in tasks if path.exists()]
+    for path in there:
+        del tasks[path]
+    print(f"{options.out}: {len(tasks)} runs to do, {len(there)} are there", flush=True)
+    for number, (arm, result) in enumerate(_results(list(tasks.values()), options.jobs), 1):
+        test = {name: f"{100 * result['test'][name]:.1f}" for name in ("R@50", "mR@50")}
+        of = f"{number}/{len(tasks)} {arm.name}, seed {result['seed']}"
+        print(f"{of}: test R@50 {test['R@50']}, mR@50 {test['mR@50']}, {result['seconds']} s", flush=True)
+    studies.tabulate(options.out, options.study, data, options.epochs)
+    return 0
+
+
+def _results(tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[tuple[Arm, dict[str, Any]]]:
+    if jobs == 1:
+        yield from ((task[1], run(*task)) for task in tasks)
+        return
+    # Small operations gain little from threads: several runs side by side, one thread each, do more.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(run, *task): task[1] for task in tasks}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # or all the others would be done first
+            raise

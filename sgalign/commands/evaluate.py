@@ -1,0 +1,97 @@
+"""Scores any system's predictions, read from a file, against a data set's annotations."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sgalign.data import open_dataset
+from sgalign.data.predictions import Predictions
+from sgalign.data.scene_graph import check_range
+from sgalign.errors import InputError
+from sgalign.files import check_writable, write_json, written_whole
+from sgalign.metrics import (
+    PROTOCOLS,
+)
+from sgalign.metrics.figures import VRD_TASKS, make_evaluator, nothing, split_name, table
+
+EPILOG = "docs/evaluation.md has the format of the file, every rule, and what each choice is worth."
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sgalign evaluate", description=__doc__, epilog=EPILOG)
+    parser.add_argument("predictions", type=Path, help="HDF5 or JSON file of predictions")
+    parser.add_argument("--annotations", metavar="FOLDER", required=True, help="a data set: VRD, VG150 or COCO layout")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(default: test)")
+    parser.add_argument(
+        "--validation-images", type=int, metavar="N", help="held out of training images (default: the data set's)"
+    )
+    parser.add_argument(
+        "--protocol",
+        required=True,
+        choices=(*PROTOCOLS, *(f"vrd-{task}" for task in VRD_TASKS), "open-images"),
+        help="what was given to the model, or the protocol of VRD's paper or of Open Images",
+    )
+    parser.add_argument("--zero-shot", metavar="FILE", help="the public list (default: what other parts do not have)")
+    parser.add_argument(
+        "--predicates-per-pair",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of vrd-* and open-images only (default: %(default)s)",
+    )
+    parser.add_argument("--skip-missing", action="store_true", help="images without prediction do not count")
+    parser.add_argument("--no-plus-one", action="store_true", help="a box is x2 - x1 wide, not x2 - x1 + 1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="writes all figures, one a line")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`sgalign evaluate PREDICTIONS --annotations FOLDER --protocol PROTOCOL`."""
+    options = parser().parse_args(arguments)
+    special = options.protocol not in PROTOCOLS
+    if special and (options.skip_missing or options.no_plus_one):
+        parser().error(f"--skip-missing and --no-plus-one are not for --protocol {options.protocol}")
+    if options.protocol == "open-images" and options.zero_shot is not None:
+        parser().error("--zero-shot is not for --protocol open-images")
+    if not special and options.predicates_per_pair != 1:
+        parser().error(f"--predicates-per-pair is not for --protocol {options.protocol}")
+    files = [path for path in (options.predictions, options.json, options.csv) if path is not None]
+    if len({path.resolve() for path in files}) < len(files):
+        parser().error("--json and --csv must be two files, and not that of the predictions")
+    for path in files[1:]:
+        check_writable(path)
+    dataset = open_dataset(options.annotations, options.split, validation_images=options.validation_images)
+    predictions = Predictions(options.predictions, len(dataset.predicate_names) - 1)
+    graphs = list(dataset)
+    if unknown := predictions.image_ids - {graph.image_id for graph in graphs}:
+        raise InputError(
+            f"{options.predictions}: image ids must be those of the {options.split} part of {options.annotations}, "
+            f"got {len(unknown)} others, such as {min(unknown)!r}"
+        )
+    metric = make_evaluator(options, dataset, graphs)
+    missing = 0
+    for graph in graphs:
+        prediction = predictions[graph.image_id] if graph.image_id in predictions.image_ids else None
+        missing += prediction is None and len(graph.relations) > 0
+        metric.update([nothing() if prediction is None else prediction], [graph.truth])
+        if prediction is not None:
+            where = f"{options.predictions}, image {graph.image_id!r}: "
+            check_range(where, "labels", prediction["labels"], 1, len(dataset.object_names) - 1)
+    figures = {name: value.item() for name, value in metric.compute().items()}
+    if missing:
+        counted = "do not count" if options.skip_missing else "count 0"
+        print(f"sgalign: {missing} images with relations have no prediction and {counted}", file=sys.stderr)
+    if options.json is not None:
+        write_json(options.json, figures, indent=1)
+    if options.csv is not None:
+        with written_whole(options.csv) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(
+                [("metric", "k", "of", "value"), *(split_name(n) + (v,) for n, v in figures.items())]
+            )
+    print(table(figures))
+    return 0

@@ -1,0 +1,152 @@
+"""Files of predictions, of any system: written one image at a time, read for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import torch
+from torch import Tensor
+
+from sgalign.errors import InputError
+from sgalign.files import hdf5_written_whole, read_json
+
+FIELDS = {
+    "boxes": torch.float32,
+    "labels": torch.int64,
+    "scores": torch.float32,
+    "pairs": torch.int64,
+    "predicate_scores": torch.float32,
+    "triplets": torch.int64,
+    "triplet_scores": torch.float32,
+}
+DAMAGE = (KeyError, MemoryError, OSError, RuntimeError, ValueError)  # what h5py raises of files that are not whole
+WRITTEN = "it must be HDF5 or JSON of predictions, as the callback sgalign.training.PredictionWriter writes"
+
+
+class PredictionFile:
+    """Writes the HDF5 file that `sgalign evaluate` reads; it appears when the `with` block ends without an error.
+
+    What is written of it until then is beside it, ends in `.partial`, and goes with an error.
+
+    Args:
+        path: of the file, replaced if it is there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._written = hdf5_written_whole(path)
+        self._folders: set[str] = set()
+
+    def __enter__(self) -> PredictionFile:
+        self._file = self._written.__enter__()
+        return self
+
+    def write(self, image_id: str, prediction: Mapping[str, Any]) -> None:
+        """Adds an image: tensors or arrays, as `SceneGraphEvaluator.update` takes them.
+
+        Raises:
+            ValueError: the image was written before, or HDF5 has no such name.
+            OSError: the disk has no space for it; perhaps only at the end of the block.
+        """
+        parts = image_id.split("/")
+        folders = {"/".join(parts[:count]) for count in range(1, len(parts))}
+        if not {"", "."}.isdisjoint(parts) or "\0" in image_id:
+            raise InputError(f"image_id must be names with single slashes between, got {image_id!r}")
+        if image_id in self._folders or any(folder in self._file and folder not in self._folders for folder in folders):
+            raise InputError(f"image_id must not be a folder of another image's, got {image_id!r}")
+        if image_id in self._file:
+            raise InputError(f"image_id must be new, {image_id!r} was written before")
+        self._folders |= folders
+        fields = {name: torch.as_tensor(prediction[name]).detach().cpu() for name in FIELDS if name in prediction}
+        group = self._file.create_group(image_id)
+        for name, tensor in fields.items():
+            group[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._written.__exit__(kind, error, trace)
+
+
+class Predictions:
+    """The images of a file of predictions, read one at a time from HDF5, at once from JSON.
+
+    Args:
+        path: HDF5, a group an image named by its id, with a data set for each field; or JSON, an object of image ids,
+            each with lists by field.
+        num_predicates: without the background.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither, or cut short; a field of an image is not of numbers; names file, image and field.
+    """
+
+    def __init__(self, path: str | Path, num_predicates: int) -> None:
+        self.path = Path(path)
+        # JSON's empty list has no second dimension.
+        self._widths = {"boxes": 4, "pairs": 2, "predicate_scores": num_predicates + 1, "triplets": 3}
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such file of predictions")
+        self._images: Mapping[str, Any]
+        if h5py.is_hdf5(self.path):
+            try:
+                self._images = h5py.File(self.path, "r")
+                self.image_ids = set(_image_ids(self._images))
+            except DAMAGE as error:
+                raise InputError(f"{self.path}: HDF5, but cut short or damaged ({error})") from error
+            return
+        self._images = read_json(self.path, WRITTEN)
+        if not isinstance(self._images, dict):
+            raise InputError(
+                f"{self.path}: must be an object of image ids, got {type(self._images).__name__}; {WRITTEN}"
+            )
+        self.image_ids = set(self._images)
+
+    def __getitem__(self, image_id: str) -> dict[str, Tensor]:
+        """The fields of an image that are there, as `SceneGraphEvaluator.update` takes them."""
+        where = f"{self.path}, image {image_id!r}"
+        try:
+            image = self._images[image_id]
+            there = FIELDS.keys() & image.keys() if isinstance(image, Mapping) else None
+        except DAMAGE as error:
+            raise InputError(f"{where}: damaged ({error})") from error
+        if there is None:
+            raise InputError(f"{where}: must have {', '.join(FIELDS)}, got {type(image).__name__}")
+        fields = {}
+        for field in there:
+            try:
+                value = self._read(image[field], FIELDS[field].is_floating_point)
+            except (*DAMAGE, TypeError) as error:
+                raise InputError(f"{where}: {field} must be numbers in equally long rows ({error})") from error
+            fields[field] = self._typed(where, field, value)
+        return fields
+
+    def _read(self, values: Any, fractions: bool) -> Tensor:
+        """Of a data set, or of lists, whose fractions are as exact as they stand."""
+        if isinstance(values, h5py.Group):
+            raise TypeError("it is a group")
+        if isinstance(values, h5py.Dataset):
+            array = values[()]
+            return torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
+        return torch.as_tensor(values, dtype=torch.float64 if fractions else None)
+
+    def _typed(self, where: str, field: str, value: Tensor) -> Tensor:
+        whole = FIELDS[field] == torch.int64
+        if whole and value.is_floating_point() and value.numel():
+            raise InputError(f"{where}: {field} must be whole numbers, got {value.dtype}")
+        if value.is_complex():
+            raise InputError(f"{where}: {field} must be real numbers, got {value.dtype}")
+        value = value.long() if whole else value if value.is_floating_point() else value.float()
+        return value.reshape(0, self._widths[field]) if field in self._widths and value.shape == (0,) else value
+
+
+def _image_ids(group: h5py.Group, prefix: str = "") -> Iterator[str]:
+    """Of an id with slashes HDF5 makes groups of groups."""
+    for name, item in group.items():
+        if isinstance(item, h5py.Group) and len(item) and all(isinstance(c, h5py.Group) for c in item.values()):
+            yield from _image_ids(item, f"{prefix}{name}/")
+        else:
+            yield prefix + name

@@ -1,0 +1,30 @@
+"""Training and evaluation with Lightning: a module for each system, the data they read, the files they write."""
+
+from sgalign.training.align_motifs import AlignMotifsModule
+from sgalign.training.align_sgtr import AlignSGTRModule
+from sgalign.training.base import RelationModule, load_module
+from sgalign.training.checkpoints import read_checkpoint
+from sgalign.training.datamodule import SceneGraphData
+from sgalign.training.detector import DetectorModule
+from sgalign.training.detr import EntityDetectorModule
+from sgalign.training.frequency import FrequencyModule
+from sgalign.training.motifs import MotifsModule
+from sgalign.training.sgtr import SGTRModule
+from sgalign.training.writers import DetectionWriter, PredictionWriter, TripletWriter
+
+__all__ = [
+    "AlignMotifsModule",
+    "AlignSGTRModule",
+    "DetectionWriter",
+    "DetectorModule",
+    "EntityDetectorModule",
+    "FrequencyModule",
+    "MotifsModule",
+    "PredictionWriter",
+    "RelationModule",
+    "SGTRModule",
+    "SceneGraphData",
+    "TripletWriter",
+    "load_module",
+    "read_checkpoint",
+]

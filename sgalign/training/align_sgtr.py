@@ -1,0 +1,95 @@
+"""Training of Align-SGTR."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sgalign.errors import InputError
+from sgalign.models.entity_detector import DetectedEntities
+from sgalign.models.sgtr import MirrorMask, RelationOutputs
+from sgalign.ops.alignment import relation_alignment_loss
+from sgalign.training.detr import ALIGNED
+from sgalign.training.options import alignment_weight, check_choice, check_mirror
+from sgalign.training.sampling import step_seed
+from sgalign.training.sgtr import SGTRModule
+
+
+class AlignSGTRModule(SGTRModule):
+    """Align-SGTR (Xu, Liao, Sigal, WACV 2024): SGTR trained with a mirrored structural predicate decoder.
+
+    L = L_supervised + alignment_weight * L_align. The mirror shares every weight but its three class heads; each
+    cross-attention block of each layer draws its own mask of the attention matrix. L_align is the sum over what is
+    aligned, of the last layer: `relation_alignment_loss` of predicates ("sigmoid", or "softmax" without the focal loss)
+    and of subjects' and objects' classes ("softmax"), and the mean absolute difference of their boxes. At evaluation
+    the mirror does not exist.
+
+    Args:
+        mask_ratio: p, the probability of masking.
+        alignment_weight: lambda.
+        aligned: of "predicates", "subjects", "objects" (their classes) and "boxes".
+        tied_heads: the mirror has the supervised class heads instead of its own.
+        reduction, direction: of `relation_alignment_loss`.
+        alignment_warmup: steps over which the weight grows from 0 to `alignment_weight`.
+        sgtr: the arguments of `SGTRModule`.
+    """
+
+    def __init__(
+        self,
+        mask_ratio: float = 0.1,
+        alignment_weight: float = 10.0,
+        aligned: Sequence[str] = ("predicates", "subjects", "objects"),
+        tied_heads: bool = False,
+        reduction: Literal["element", "relation"] = "element",
+        direction: Literal["teacher_to_student", "student_to_teacher", "symmetric"] = "teacher_to_student",
+        alignment_warmup: int = 0,
+        **sgtr: Any,
+    ) -> None:
+        super().__init__(**sgtr)
+        check_mirror(self.options)
+        for part in aligned:
+            check_choice("aligned", part, ALIGNED)
+        if not aligned:
+            raise InputError("aligned must have at least one part, got none")
+
+    def make_network(self, counts: Tensor) -> None:
+        super().make_network(counts)
+        tied = self.network.predicate, self.network.entity_class
+        self.mirrored_predicate, self.mirrored_class = tied if self.options.tied_heads else self.network.new_heads()
+        if not self.options.tied_heads:  # what is not aligned has no gradient, for which DDP would wait
+            aligned = set(self.options.aligned)
+            self.mirrored_predicate.requires_grad_("predicates" in aligned)
+            self.mirrored_class.requires_grad_(not aligned.isdisjoint({"subjects", "objects"}))
+
+    def _outputs(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
+        seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank)
+        mask = MirrorMask(self.options.mask_ratio, seed)
+        outputs, mirrored = self.network.dual_branch(entities, (self.mirrored_predicate, self.mirrored_class), mask)
+        weight = alignment_weight(self.options, self.global_step)
+        parts = self.alignment(outputs.at(-1), mirrored)
+        return outputs, {f"alignment {name}": weight * part for name, part in parts.items()}
+
+    def alignment(self, outputs: RelationOutputs, mirrored: RelationOutputs) -> dict[str, Tensor]:
+        """Each aligned part's loss, not weighted."""
+        options = self.options
+        pairs = {
+            "predicates": (outputs.logits, mirrored.logits, "sigmoid" if options.focal else "softmax"),
+            "subjects": (outputs.class_logits[0], mirrored.class_logits[0], "softmax"),
+            "objects": (outputs.class_logits[1], mirrored.class_logits[1], "softmax"),
+        }
+        losses = {
+            name: relation_alignment_loss(
+                teacher.flatten(0, -2),
+                student.flatten(0, -2),
+                kind=kind,
+                reduction=options.reduction,
+                direction=options.direction,
+            )
+            for name, (teacher, student, kind) in pairs.items()
+            if name in options.aligned
+        }
+        if "boxes" in options.aligned:
+            losses["boxes"] = (outputs.boxes.detach() - mirrored.boxes).abs().mean()
+        return losses

@@ -1,0 +1,52 @@
+"""Checkpoints: written whole, read safely, and the random states that a run resumes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from sgalign.errors import InputError
+from sgalign.files import read_tensors, written_whole
+
+
+def random_states() -> list[Tensor]:
+    """Of torch's generators, of the CPU and of each GPU."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+def restore_random_states(states: Sequence[Tensor]) -> None:
+    """As far as there are states and GPUs."""
+    for number, state in enumerate(states):
+        if number == 0:
+            torch.set_rng_state(state)
+        elif number <= torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, number - 1)
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place first, so that a full disk or a kill leaves the one before as it was."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with written_whole(path) as partial:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint that this package saved; nothing but tensors and plain values is unpickled from the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, is cut short, or another program wrote it.
+    """
+    checkpoint = read_tensors(path, "checkpoint")
+    if not isinstance(checkpoint, dict) or "sgalign" not in checkpoint:
+        raise InputError(f"{path}: must be a checkpoint that sgalign fit has written, has no class names")
+    return checkpoint
