@@ -1,6 +1,8 @@
 """README and docs do what they say: marked Python blocks run, links lead somewhere, commands and extras exist."""
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,45 @@ def test_every_package_is_installed():
     listed = re.search(r"^packages = \[([^]]*)\]", (ROOT / "pyproject.toml").read_text(), re.M).group(1)
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "sgalign").rglob("__init__.py")}
     assert set(re.findall(r'"([\w.]+)"', listed)) == found | {"sgalign.kernels"}
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    """Yield the name and the syntax tree of each module of the package, as it is installed."""
+    for package, folder in (("sgalign", ROOT / "sgalign"), ("sgalign.kernels", ROOT / "kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join((package, *parts)).removesuffix(".__init__"), ast.parse(path.read_text())
+
+
+def imported_layers() -> set[tuple[str, str]]:
+    """Return which layer (the second part of a module's name) imports from which other."""
+    layers = {name.split(".")[1] for name, _ in modules() if "." in name}
+    found = set()
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] != "sgalign":
+                continue
+            targets = [node.module] if "." in node.module else [f"sgalign.{alias.name}" for alias in node.names]
+            found |= {(name.split(".")[1], target.split(".")[1]) for target in targets if "." in name}
+    return {(above, below) for above, below in found if above != below and below in layers}
+
+
+def test_the_drawing_of_layers_is_that_of_the_imports():
+    drawing = re.search(r"```mermaid\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S).group(1)
+    drawn = set(re.findall(r"(\w+) --> (\w+)", drawing))
+    imported = {edge for edge in imported_layers() if not {"__main__", "_version"} & set(edge)}
+    assert len(drawn) > 8 and drawn <= imported, "an arrow without an import"
+    reached = set(drawn)
+    while more := {(a, d) for a, b in reached for c, d in drawn if b == c} - reached:
+        reached |= more
+    assert imported <= reached, "an import that no arrow leads to"
+
+
+def test_modules_and_functions_are_short():
+    """The limits that CONTRIBUTING.md states."""
+    paths = [*(ROOT / "sgalign").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    for path in paths:
+        assert len(path.read_text().splitlines()) <= 450, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno + 1 <= 60, f"{path}: {node.name}"

@@ -7,17 +7,28 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from sgalign.data import open_dataset
+import torch
+from torch import Tensor
+
+from sgalign.data import SceneGraph, count_predicates, open_dataset
 from sgalign.data.predictions import Predictions
 from sgalign.data.scene_graph import check_range
+from sgalign.data.vg150 import read_zero_shot_triplets
 from sgalign.errors import InputError
 from sgalign.files import check_writable, write_json, written_whole
 from sgalign.metrics import (
     PROTOCOLS,
+    OpenImagesEvaluator,
+    SceneGraphEvaluator,
+    VRDEvaluator,
+    predicate_groups,
+    zero_shot_triplets,
 )
-from sgalign.metrics.figures import VRD_TASKS, make_evaluator, nothing, split_name, table
+from sgalign.metrics.figures import split_name, table
 
+VRD_TASKS = ("relationship", "phrase", "predicate")
 EPILOG = "docs/evaluation.md has the format of the file, every rule, and what each choice is worth."
 
 
@@ -95,3 +106,50 @@ def main(arguments: Sequence[str]) -> int:
             )
     print(table(figures))
     return 0
+
+
+def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[SceneGraph]) -> Any:
+    """The evaluator of the command's options, with zero-shot triplets and groups as the data set's other parts tell."""
+    predicates = len(dataset.predicate_names) - 1
+    if options.protocol == "open-images":
+        return OpenImagesEvaluator(predicates, predicates_per_pair=options.predicates_per_pair)
+    others = {"train": (), "validation": ("train",), "test": ("train", "validation")}[options.split]
+    held_out = options.validation_images
+    parts = [open_dataset(options.annotations, other, validation_images=held_out) for other in others]
+    seen: list[SceneGraph] = sum(map(list, parts), [])
+    for kind in ("object_names", "predicate_names"):
+        if any(getattr(part, kind) != getattr(dataset, kind) for part in parts):
+            raise InputError(f"{options.annotations}: {kind} must be the same in all parts, those of {others} differ")
+    zero_shot = None
+    if options.zero_shot is not None:
+        # The public list has subject, object, predicate.
+        zero_shot = read_zero_shot_triplets(options.zero_shot)[:, [0, 2, 1]]
+        where = f"{options.zero_shot}: "
+        check_range(where, "classes of objects", zero_shot[:, [0, 2]], 1, len(dataset.object_names) - 1)
+        check_range(where, "predicates", zero_shot[:, 1], 1, predicates)
+    elif seen:
+        zero_shot = zero_shot_triplets(seen, graphs)
+    if options.protocol.startswith("vrd-"):
+        task = options.protocol.removeprefix("vrd-")
+        return VRDEvaluator(task, predicates, predicates_per_pair=options.predicates_per_pair, zero_shot=zero_shot)
+    # By frequency in the training part alone, as in training.
+    counts = count_predicates(seen[: len(parts[0])] if parts else graphs, predicates)
+    return SceneGraphEvaluator(
+        options.protocol,
+        predicates,
+        zero_shot=zero_shot,
+        groups=predicate_groups(dataset.predicate_names, counts[1:]),
+        predicate_names=dataset.predicate_names,
+        missing="skip" if options.skip_missing else "zero",
+        plus_one=not options.no_plus_one,
+    )
+
+
+def nothing() -> dict[str, Tensor]:
+    """The prediction for an image of which a file says nothing."""
+    return {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "triplets": torch.zeros(0, 3, dtype=torch.int64),
+        "triplet_scores": torch.zeros(0),
+    }
