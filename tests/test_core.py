@@ -162,8 +162,9 @@ print(hasattr(kernels, "__version__"))
 def test_only_kernels_can_be_imported_beside_the_package():
     """In a source tree the root's other files, setup.py first of all, are not modules of the package."""
     code = """
-import importlib.util, sgalign.kernels
-print(sgalign.kernels.__file__, [importlib.util.find_spec(f"sgalign.{name}") for name in ("setup", "tests", "benchmarks")])
+import sgalign.kernels
+from importlib.util import find_spec
+print(sgalign.kernels.__file__, [find_spec(f"sgalign.{name}") for name in ("setup", "tests", "benchmarks")])
 """
     assert run_python(code, ROOT) == f"{ROOT / 'kernels' / '__init__.py'} [None, None, None]"
 
