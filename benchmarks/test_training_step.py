@@ -18,7 +18,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead  # noqa: E402
 
 from benchmarks import conftest  # noqa: E402
 from sgalign import relation_alignment_loss  # noqa: E402
-from sgalign.data import GraphBatch, SceneGraph, collate  # noqa: E402
+from sgalign.data import GraphBatch, SceneGraph, SeenBatch, VisualFeatures, collate  # noqa: E402
 from sgalign.models import Motifs  # noqa: E402
 from sgalign.training.longtail import RelationLoss  # noqa: E402
 
@@ -59,10 +59,10 @@ class Step:
         self.parameters = [*self.motifs.parameters(), *self.mirrored_head.parameters()]
         self.parameters += list(self.heads.parameters()) if self.heads is not None else []
 
-    def seen(self) -> GraphBatch:
+    def seen(self) -> SeenBatch:
         heads = self.heads if self.heads is not None else [nn.Identity(), nn.Identity()]
         objects, union = (head(region) for head, region in zip(heads, self.regions))
-        return self.batch._replace(object_features=objects, union_features=union)
+        return SeenBatch(self.batch, VisualFeatures(objects, union))
 
     def dropped(self) -> Tensor:
         return torch.rand(IMAGES * OBJECTS, 1, device=self.regions[0].device) < 0.1
@@ -77,8 +77,8 @@ class Step:
 
     def two_passes(self) -> Tensor:
         """The relation branch as in the public code, run again on masked input; what lies before it runs once."""
-        batch = self.seen()
-        shared = self.motifs.shared(batch)
+        batch = self.batch
+        shared = self.motifs.shared(self.seen())
         logits = self.usual_branch(batch, shared, shared.edge_input, self.motifs.predicate)
         masked = shared.edge_input.masked_fill(self.dropped(), 0)
         mirrored = self.usual_branch(batch, shared, masked, self.mirrored_head)

@@ -138,7 +138,10 @@ def test_weights(detector, tmp_path):
     path = tmp_path / "weights.pt"
     for state in (
         detector.state_dict(),
-        {"state_dict": {f"detector.{k}": v for k, v in detector.state_dict().items()} | {"network.x": torch.zeros(1)}},
+        {
+            "state_dict": {f"vision.detector.{k}": v for k, v in detector.state_dict().items()}
+            | {"network.x": torch.zeros(1)}
+        },
     ):
         torch.save(state, path)
         other = Detector(CLASSES, **SIZES)
@@ -307,8 +310,8 @@ def test_cached_features_are_those_seen(detector, regions, scenes, tmp_path, hal
     with torch.no_grad():
         for graph, objects, logits in zip(
             scenes,
-            batch.object_features.split(batch.lengths.tolist()),
-            batch.logits.split(batch.lengths.tolist()),
+            batch.features.objects.split(batch.lengths.tolist()),
+            batch.features.logits.split(batch.lengths.tolist()),
         ):
             alone = detector.features([read_pixels(graph)])
             tolerance = {"atol": 1e-2, "rtol": 1e-2} if half else {"atol": 1e-5, "rtol": 1e-5}
@@ -316,7 +319,7 @@ def test_cached_features_are_those_seen(detector, regions, scenes, tmp_path, hal
             torch.testing.assert_close(logits, detector.classify(alone, [graph.boxes]), **tolerance)
         pairs = collate(scenes[:1], 20).pairs
         union = regions.pairs(detector.features([read_pixels(scenes[0])]), [scenes[0].boxes], [pairs])
-        torch.testing.assert_close(batch.union_features[: len(pairs)], union, **tolerance)
+        torch.testing.assert_close(batch.features.unions[: len(pairs)], union, **tolerance)
 
 
 def test_an_interrupted_cache_goes_on(detector, regions, scenes, tmp_path, monkeypatch):
@@ -410,15 +413,15 @@ def test_protocols_train_from_images(data, protocol):
     metrics = trainer.callback_metrics
     assert ("train/objects" in metrics) == (protocol != "predcls") and metrics["train/alignment"] >= 0
     assert 0 <= metrics["val/R@100"] <= 1
-    batch = module.see(collate(data.train[:2], 20, pixels=True))
+    graph = module.see(collate(data.train[:2], 20, pixels=True)).graph
     if protocol == "sgdet":
-        assert len(batch.boxes) != len(collate(data.train[:2], 20).boxes), "objects are detections"
+        assert len(graph.boxes) != len(collate(data.train[:2], 20).boxes), "objects are detections"
     module.train()
     loss, _ = module.losses(collate(data.train[:2], 20, pixels=True), 0)
     module.zero_grad()
     loss.backward()
     missing = {n for n, p in module.named_parameters() if p.requires_grad and p.grad is None}
-    assert not missing and all(p.grad is None for p in module.detector.parameters())
+    assert not missing and all(p.grad is None for p in module.vision.detector.parameters())
 
 
 def test_decoded_labels_are_not_told_at_evaluation(data):
@@ -439,8 +442,11 @@ def test_training_from_the_cache_equals_training_from_images(data, tmp_path):
     from sgalign.training.datamodule import SceneGraphData, collate_for
 
     module, _ = fitted(MotifsModule, data, protocol="sgcls")
-    cache_features(data.test, module.detector, module.regions, tmp_path)
-    cached = MotifsModule(protocol="sgcls", vision="cached", embed_dim=8, hidden_dim=8, relation_dim=16)
+    cache_features(data.test, module.vision.detector, module.vision.regions, tmp_path)
+    sizes = {"embed_dim": 8, "hidden_dim": 8, "relation_dim": 16}
+    cached, wrong = (MotifsModule(protocol="sgcls", vision="cached", **sizes | s) for s in ({}, {"relation_dim": 8}))
+    for made in (cached, wrong):
+        made.make_network(torch.ones(17, 17, 21))
     cached.network, cached.relation_loss = module.network.eval(), module.relation_loss
     batch = collate_for(data.test[:1], 20, cache=FeatureCache(tmp_path))
     module.eval()
@@ -449,9 +455,8 @@ def test_training_from_the_cache_equals_training_from_images(data, tmp_path):
     torch.testing.assert_close(ours.logits, expected.logits, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="data must have features: FOLDER"):
         cached.see(collate(data.test[:1], 20))
-    cached.options.relation_dim = 8
     with pytest.raises(ValueError, match="relation_dim must be that of the features, 16, got 8"):
-        cached.see(batch)
+        wrong.see(batch)
     with pytest.raises(ValueError, match="vision must be images for sgdet, got 'cached'"):
         MotifsModule(protocol="sgdet", vision="cached")
     assert SceneGraphData(features=str(tmp_path)).cache is not None

@@ -7,7 +7,7 @@ from torch.nn import functional
 pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
 
-from sgalign.data import SceneGraph, collate  # noqa: E402
+from sgalign.data import SceneGraph, SeenBatch, collate  # noqa: E402
 from sgalign.training import AlignMotifsModule, MotifsModule  # noqa: E402
 from sgalign.training.datamodule import SceneGraphData  # noqa: E402
 from sgalign.training.longtail import RelationLoss, RepeatSampler, drop_repeated, repeat_factors  # noqa: E402
@@ -143,8 +143,8 @@ def test_weights_travel_in_checkpoints(tmp_path):
     assert loaded.relation_loss.weight.std() > 0
     torch.testing.assert_close(loaded.relation_loss.state_dict(), module.relation_loss.state_dict())
     batch = collate(data.validation, 20)
-    plain = module.eval().network(batch).logits
-    torch.testing.assert_close(loaded.eval()(batch).logits, plain - 0.5 * module.relation_loss.log_prior)
+    plain = module.eval().network(SeenBatch(batch)).logits
+    torch.testing.assert_close(loaded.eval()(SeenBatch(batch)).logits, plain - 0.5 * module.relation_loss.log_prior)
 
 
 def test_training_with_repeats_and_drops_is_repeatable(tmp_path):

@@ -3,7 +3,7 @@ import torch
 
 pytest.importorskip("torchvision")
 
-from sgalign.data import SceneGraph, ScenesDataset, collate
+from sgalign.data import SceneGraph, ScenesDataset, SeenBatch, collate
 from sgalign.models import FrequencyBaseline, Motifs, predicate_counts
 from sgalign.models.motifs import _Context, box_features, pair_features, right_to_left
 
@@ -129,10 +129,10 @@ def test_objects_stand_from_right_to_left():
 def test_images_of_a_batch_do_not_meet(motifs, scenes):
     motifs.eval()
     empty = graph([], [], [])
-    together = motifs(collate([scenes[0], empty, scenes[1], scenes[2]], PREDICATES)).logits
-    apart = torch.cat([motifs(collate([scene], PREDICATES)).logits for scene in scenes[:3]])
+    together = motifs(SeenBatch(collate([scenes[0], empty, scenes[1], scenes[2]], PREDICATES))).logits
+    apart = torch.cat([motifs(SeenBatch(collate([scene], PREDICATES))).logits for scene in scenes[:3]])
     torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
-    assert motifs(collate([empty], PREDICATES)).logits.shape == (0, PREDICATES + 1)
+    assert motifs(SeenBatch(collate([empty], PREDICATES))).logits.shape == (0, PREDICATES + 1)
 
 
 def test_order_of_objects_does_not_matter(motifs, scenes):
@@ -142,15 +142,15 @@ def test_order_of_objects_does_not_matter(motifs, scenes):
         "b", scene.width, scene.height, scene.boxes[order], scene.labels[order], torch.zeros(0, 3).long()
     )
     before, after = collate([scene], PREDICATES), collate([moved], PREDICATES)
-    row = {tuple(pair): logits for pair, logits in zip(before.pairs.tolist(), motifs(before).logits)}
+    row = {tuple(pair): logits for pair, logits in zip(before.pairs.tolist(), motifs(SeenBatch(before)).logits)}
     expected = torch.stack([row[int(order[s]), int(order[o])] for s, o in after.pairs.tolist()])
-    torch.testing.assert_close(motifs(after).logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(motifs(SeenBatch(after)).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_equals_the_usual_form_of_the_relation_head(motifs, scenes):
     """Concatenating the two vectors of each pair and multiplying once, as the public code does."""
     batch = collate(scenes[:3], PREDICATES)
-    shared = motifs.shared(batch)
+    shared = motifs.shared(SeenBatch(batch))
     (edge,) = motifs.edge_context(shared.edge_input, batch, shared.places)
     head, tail = motifs.head_tail(edge).chunk(2, dim=1)
     pair = motifs.pair(torch.cat([head[batch.pairs[:, 0]], tail[batch.pairs[:, 1]]], dim=1))
@@ -159,17 +159,17 @@ def test_equals_the_usual_form_of_the_relation_head(motifs, scenes):
 
 
 def test_gradients_reach_every_parameter(motifs, scenes):
-    motifs(collate(scenes[:4], PREDICATES)).logits.square().sum().backward()
+    motifs(SeenBatch(collate(scenes[:4], PREDICATES))).logits.square().sum().backward()
     assert [name for name, p in motifs.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_mirror_without_mask_and_with_tied_head_is_the_supervised_branch(motifs, scenes):
     batch = collate(scenes[:6], PREDICATES)
     nothing = torch.zeros(len(batch.labels), 1, dtype=torch.bool)
-    prediction, mirrored = motifs.dual_branch(batch, motifs.predicate, dropped=nothing)
+    prediction, mirrored = motifs.dual_branch(SeenBatch(batch), motifs.predicate, dropped=nothing)
     assert torch.equal(prediction.logits, mirrored)
-    prediction, _ = motifs.eval().dual_branch(batch, motifs.predicate, dropped=nothing)
-    torch.testing.assert_close(motifs(batch).logits, prediction.logits)
+    prediction, _ = motifs.eval().dual_branch(SeenBatch(batch), motifs.predicate, dropped=nothing)
+    torch.testing.assert_close(motifs(SeenBatch(batch)).logits, prediction.logits)
 
 
 def test_mask_reaches_the_mirror_alone(motifs, scenes):
@@ -177,8 +177,8 @@ def test_mask_reaches_the_mirror_alone(motifs, scenes):
     batch = collate(scenes[:2], PREDICATES)
     dropped = torch.zeros(len(batch.labels), 1, dtype=torch.bool)
     dropped[0] = True
-    prediction, mirrored = motifs.dual_branch(batch, motifs.predicate, dropped=dropped)
-    torch.testing.assert_close(prediction.logits, motifs(batch).logits)
+    prediction, mirrored = motifs.dual_branch(SeenBatch(batch), motifs.predicate, dropped=dropped)
+    torch.testing.assert_close(prediction.logits, motifs(SeenBatch(batch)).logits)
     changed = (prediction.logits - mirrored).abs().amax(1) > 1e-6
     of_first_image = batch.images[batch.pairs[:, 0]] == 0
     assert changed[of_first_image].any() and not changed[~of_first_image].any()
@@ -213,16 +213,16 @@ def test_a_wide_input_is_projected_once(counts, scenes):
     dropped = torch.rand(len(batch.labels), 1) < 0.3
     called = []
     wide.edge_context.lstm.register_forward_hook(lambda *_: called.append(1))
-    (prediction, mirrored) = wide.dual_branch(batch, wide.predicate, dropped=dropped)
+    (prediction, mirrored) = wide.dual_branch(SeenBatch(batch), wide.predicate, dropped=dropped)
     assert not called
-    shared = wide.shared(batch)
+    shared = wide.shared(SeenBatch(batch))
     inputs = [shared.edge_input, shared.edge_input.masked_fill(dropped, 0)]
     edges = wide.edge_context.packed(inputs, batch, shared.places)
     for ours, theirs in zip((prediction.logits, mirrored), wide.branches(batch, shared, edges, [wide.predicate] * 2)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     (alone,) = wide.edge_context(shared.edge_input, batch, shared.places)
     torch.testing.assert_close(alone, edges[0], rtol=1e-4, atol=1e-4)
-    same, mirror = wide.dual_branch(batch, wide.predicate, dropped=torch.zeros_like(dropped))
+    same, mirror = wide.dual_branch(SeenBatch(batch), wide.predicate, dropped=torch.zeros_like(dropped))
     assert torch.equal(same.logits, mirror)
 
 
@@ -231,9 +231,9 @@ def test_wide_input_under_autocast(counts, scenes):
     wide = Motifs(counts, embed_dim=60, hidden_dim=4, relation_dim=16)
     batch = collate(scenes[:4], PREDICATES)
     dropped = torch.rand(len(batch.labels), 1) < 0.3
-    exact, _ = wide.dual_branch(batch, wide.predicate, dropped=dropped)
+    exact, _ = wide.dual_branch(SeenBatch(batch), wide.predicate, dropped=dropped)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        prediction, mirrored = wide.dual_branch(batch, wide.predicate, dropped=dropped)
+        prediction, mirrored = wide.dual_branch(SeenBatch(batch), wide.predicate, dropped=dropped)
     (prediction.logits.float().square().mean() + mirrored.float().square().mean()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in wide.parameters())
     assert (prediction.logits.float() - exact.logits).abs().max() < 0.1 * exact.logits.abs().max()

@@ -42,7 +42,7 @@ from sgalign.training import (  # noqa: E402
     TripletWriter,
     load_module,
 )
-from sgalign.training.detr import annotations_of, mirrored_boxes, mirrored_predicates  # noqa: E402
+from sgalign.training.augmentation import annotations_of, mirrored_boxes, mirrored_predicates  # noqa: E402
 
 OBJECTS, PREDICATES, QUERIES, DIM, HEADS = 5, 4, 7, 16, 2
 SMALL = dict(

@@ -90,6 +90,7 @@ def _digest(*modules: torch.nn.Module) -> str:
 def main(arguments: Sequence[str]) -> int:
     """`sgalign cache-features`."""
     from sgalign.training import MotifsModule, SceneGraphData, load_module
+    from sgalign.training.vision import ImageVision
 
     parser = argparse.ArgumentParser("sgalign cache-features", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="of a model whose vision is 'images'")
@@ -100,12 +101,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--half", action="store_true", help="float16, half the size")
     options = parser.parse_args(arguments)
     module = load_module(options.checkpoint)
-    if not isinstance(module, MotifsModule) or module.options.vision != "images":
+    if not isinstance(module, MotifsModule) or not isinstance(module.vision, ImageVision):
         raise InputError(f"{options.checkpoint}: must be of a model whose vision is 'images'")
     data = SceneGraphData(options.data, validation_images=options.validation_images)
     if unknown := set(options.parts) - {"train", "validation", "test"}:
         parser.error(f"--parts must be of train, validation and test, got {', '.join(sorted(unknown))}")
     graphs = [graph for part in options.parts for graph in getattr(data, part)]
     module.to("cuda" if torch.cuda.is_available() else "cpu")
-    cache_features(graphs, module.detector, module.regions, options.out, half=options.half)
+    cache_features(graphs, module.vision.detector, module.vision.regions, options.out, half=options.half)
     return 0

@@ -92,7 +92,7 @@ def _lightning(arguments: list[str]) -> int:
     from lightning.pytorch.cli import LightningCLI
     from lightning.pytorch.utilities import rank_zero_info
 
-    from sgalign.training import FrequencyModule, RelationModule, SceneGraphData, read_checkpoint
+    from sgalign.training import FrequencyModule, SavedModule, SceneGraphData, read_checkpoint
 
     class CLI(LightningCLI):
         checkpoint: dict[str, Any] | None = None
@@ -137,7 +137,7 @@ def _lightning(arguments: list[str]) -> int:
     ):
         warnings.filterwarnings("ignore", message=expected)
     cli = CLI(
-        RelationModule,
+        SavedModule,
         SceneGraphData,
         subclass_mode_model=True,
         save_config_kwargs={"overwrite": True},

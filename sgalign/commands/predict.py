@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     module = load_module(options.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(module, MotifsModule | SGTRModule):
         raise InputError(f"{options.checkpoint}: must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
-    if module.vision == "cached":
+    if isinstance(module, MotifsModule) and module.options.vision == "cached":
         raise InputError(f"{options.checkpoint} reads cached features: it has no detector to look at images with")
     if options.detections is None and module.protocol != "sgdet":
         raise InputError(f"{options.checkpoint} is of protocol {module.protocol}: it needs --detections FILE")
@@ -117,7 +117,7 @@ def predict_image(
     # What is not UTF-8 in a file's name cannot be in JSON.
     name = os.fsencode(path.name).decode("utf-8", "backslashreplace")
     graph = SceneGraph(name, *image.size, *objects, lambda: image)
-    predicates, pixels = len(module.predicate_names) - 1, module.vision == "images"
+    predicates, pixels = len(module.predicate_names) - 1, module.looks_at_images
     if detections is None:
         batch = collate([graph], predicates, pixels=pixels)
     elif name in detections:

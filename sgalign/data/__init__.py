@@ -1,6 +1,6 @@
 """Scene graphs: the type every part of the package reads, and the data sets that yield it."""
 
-from sgalign.data.batch import GraphBatch, Objects, collate, collate_detected
+from sgalign.data.batch import GraphBatch, Objects, SeenBatch, VisualFeatures, collate, collate_detected
 from sgalign.data.detections import Detections, read_detections
 from sgalign.data.images import load_image
 from sgalign.data.open import open_dataset
@@ -15,7 +15,9 @@ __all__ = [
     "Objects",
     "SceneGraph",
     "ScenesDataset",
+    "SeenBatch",
     "VRDDataset",
+    "VisualFeatures",
     "collate",
     "collate_detected",
     "count_predicates",

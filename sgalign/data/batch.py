@@ -14,10 +14,23 @@ from sgalign.data.scene_graph import SceneGraph
 from sgalign.errors import InputError
 
 
+class VisualFeatures(NamedTuple):
+    """What a detector and the extractors of a relation model see of a batch's objects and pairs.
+
+    Attributes:
+        objects: float32 `[T, F]`, of each object.
+        unions: float32 `[R, G]`, of each pair.
+        logits: float32 `[T, num_objects + 1]` of the detector, from which labels are decoded; None where the classes
+            are given and no detector was asked for them.
+    """
+
+    objects: Tensor
+    unions: Tensor
+    logits: Tensor | None = None
+
+
 class GraphBatch(NamedTuple):
     """B images; their T objects one after the other, and R ordered pairs of different objects of one image.
-
-    The first fields are always there. The others depend on what the model reads, and on the protocol.
 
     Attributes:
         image_ids: names of the images.
@@ -26,18 +39,15 @@ class GraphBatch(NamedTuple):
         boxes: float32 `[T, 4]`, x1, y1, x2, y2 in pixels.
         labels: int64 `[T]`, from 1. Where a label decoder predicts them: what it is trained towards, 0 for a detection
             of nothing.
+        scores: float32 `[T]`, how sure a detector is of each object; 1 for annotated ones.
         images: int64 `[T]`, the image of each object.
         positions: int64 `[T]`, its place in its image, from 0.
         pairs: int64 `[R, 2]`, subject and object among the T; the pairs of an image stand together.
         targets: float32 `[R, num_predicates + 1]`, the distribution of the pair's annotated predicates, or the
             background (column 0) for a pair without any.
         truth: `image_id`, `boxes`, `labels` and `relations` of each image as annotated, for the evaluation.
-        scores: float32 `[T]` of detected objects.
-        logits: float32 `[T, num_objects + 1]` of the detector, from which labels are decoded.
-        boxes_per_class: float32 `[T, num_objects + 1, 4]`, the detector's box for each class.
-        object_features: float32 `[T, F]`, what the image shows of each object.
-        union_features: float32 `[R, G]`, what it shows of each pair.
-        pixels: float32 `[3, H, W]` of each image, in 0 to 1.
+        pixels: float32 `[3, H, W]` of each image, in 0 to 1; an empty list where images were not read.
+        features: what `sgalign cache-features` has kept of the objects and pairs, where a cache was read.
     """
 
     image_ids: list[str]
@@ -45,28 +55,56 @@ class GraphBatch(NamedTuple):
     lengths: Tensor
     boxes: Tensor
     labels: Tensor
+    scores: Tensor
     images: Tensor
     positions: Tensor
     pairs: Tensor
     targets: Tensor
     truth: list[dict[str, Any]]
-    scores: Tensor | None = None
-    logits: Tensor | None = None
-    boxes_per_class: Tensor | None = None
-    object_features: Tensor | None = None
-    union_features: Tensor | None = None
-    pixels: list[Tensor] | None = None
+    pixels: list[Tensor]
+    features: VisualFeatures | None = None
 
     def keep_pairs(self, rows: Tensor) -> GraphBatch:
-        """The batch with these rows of `pairs` alone."""
-        union = None if self.union_features is None else self.union_features[rows]
-        return self._replace(pairs=self.pairs[rows], targets=self.targets[rows], union_features=union)
+        """Return the batch with these rows of `pairs` alone."""
+        features = self.features
+        if features is not None:
+            features = features._replace(unions=features.unions[rows])
+        return self._replace(pairs=self.pairs[rows], targets=self.targets[rows], features=features)
 
     def pairs_by_image(self) -> list[Tensor]:
-        """`pairs` of each image, int64 `[R_b, 2]`: subject and object among the image's own objects."""
+        """Return `pairs` of each image, int64 `[R_b, 2]`: subject and object among the image's own objects."""
         counts = torch.bincount(self.images[self.pairs[:, 0]], minlength=len(self.lengths)).tolist()
         starts = (self.lengths.cumsum(0) - self.lengths).tolist()
         return [pairs - start for pairs, start in zip(self.pairs.split(counts), starts, strict=True)]
+
+    def boxes_by_image(self) -> tuple[Tensor, ...]:
+        """Return `boxes` of each image, float32 `[N, 4]`."""
+        return self.boxes.split(self.lengths.tolist())
+
+    def require_pixels(self) -> list[Tensor]:
+        """Return `pixels`, which a model that looks at images needs.
+
+        Raises:
+            ValueError: the images were not read.
+        """
+        if not self.pixels:
+            raise InputError("data must have images: true for a model that looks at images")
+        return self.pixels
+
+
+class SeenBatch(NamedTuple):
+    """A batch that a model has looked at, before it relates anything.
+
+    Attributes:
+        graph: the objects and pairs that it relates: those of the data or some of their pairs, or what it has detected.
+        features: what it sees of them; None for a model of labels and boxes.
+        boxes_per_class: float32 `[T, num_objects + 1, 4]`, the detector's box for each class, by which decoded labels
+            are committed; None but for detected objects at evaluation.
+    """
+
+    graph: GraphBatch
+    features: VisualFeatures | None = None
+    boxes_per_class: Tensor | None = None
 
 
 class Objects(NamedTuple):
@@ -128,18 +166,21 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
         lengths=objects.lengths,
         boxes=torch.cat([graph.boxes for graph in graphs]),
         labels=torch.cat([graph.labels for graph in graphs]),
+        scores=torch.ones(len(objects.images)),
         images=objects.images,
         positions=objects.positions,
         pairs=objects.pairs,
         targets=target_distribution(targets),
         truth=[graph.truth for graph in graphs],
-        pixels=[read_pixels(graph) for graph in graphs] if pixels else None,
+        pixels=[read_pixels(graph) for graph in graphs] if pixels else [],
     )
 
 
 def target_distribution(marks: Tensor) -> Tensor:
-    """The distribution over predicates of pairs whose predicates are marked 1, float32 `[R, num_predicates + 1]`: their
-    mean, or the background (column 0) for a pair without any."""
+    """Return the distribution over predicates of pairs whose predicates are marked 1.
+
+    It is their mean, or the background (column 0) for a pair without any: float32 `[R, num_predicates + 1]`.
+    """
     background = (~marks.any(1, keepdim=True)).to(marks)
     marks = torch.cat([background, marks[:, 1:]], dim=1)
     return marks / marks.sum(1, keepdim=True)

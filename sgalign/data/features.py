@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import h5py
 import torch
 from torch import Tensor
 
-from sgalign.data.batch import GraphBatch
+from sgalign.data.batch import GraphBatch, VisualFeatures
 from sgalign.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 IMAGES_A_FILE = 64
 FIELDS = ("boxes", "objects", "logits", "union")
@@ -85,17 +82,17 @@ class FeatureCache:
         return {**self.__dict__, "_open": {}}
 
     def add_to(self, batch: GraphBatch) -> GraphBatch:
-        """The batch, which has all pairs of its images, with their features.
+        """Return the batch, which has all pairs of its images, with their features.
 
         Raises:
             ValueError: an image is not there, or its boxes are not those that were seen.
         """
         images = [self[image_id] for image_id in batch.image_ids]
-        for image, boxes, image_id in zip(images, batch.boxes.split(batch.lengths.tolist()), batch.image_ids):
+        for image, boxes, image_id in zip(images, batch.boxes_by_image(), batch.image_ids):
             if not torch.equal(image["boxes"], boxes):
                 raise InputError(f"{self.folder}: image {image_id!r} was seen with other boxes: cache its data again")
-        objects, logits, union = (torch.cat([image[field] for image in images]) for field in FIELDS[1:])
-        return batch._replace(object_features=objects, logits=logits, union_features=union)
+        objects, logits, unions = (torch.cat([image[field] for image in images]) for field in FIELDS[1:])
+        return batch._replace(features=VisualFeatures(objects, unions, logits))
 
 
 def image_key(image_id: str) -> str:

@@ -128,7 +128,7 @@ class Detector(nn.Module):
             return
         state = read_tensors(source, "file of detector weights")
         state = state.get("state_dict", state) if isinstance(state, dict) else {}
-        for prefix in ("detector.", "network."):  # of MotifsModule, of DetectorModule
+        for prefix in ("vision.detector.", "network."):  # of MotifsModule, of DetectorModule
             if any(str(name).startswith(prefix + "model.") for name in state):
                 state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
         try:

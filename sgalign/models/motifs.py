@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from sgalign.data import GraphBatch
+from sgalign.data import GraphBatch, SeenBatch
 from sgalign.errors import InputError
 from sgalign.models.frequency import FrequencyBaseline
 from sgalign.models.label_decoder import LabelDecoder
@@ -26,7 +26,7 @@ PAIR_FEATURES = 3 * BOX_FEATURES + 5
 
 
 class Prediction(NamedTuple):
-    """What a model says of a batch."""
+    """What a model predicts for a batch."""
 
     logits: Tensor  # [R, num_predicates + 1], column 0 the background
     labels: Tensor  # int64 [T], given or decoded
@@ -53,10 +53,10 @@ class Motifs(nn.Module):
         embed_dim: channels of a class embedding.
         hidden_dim: of each direction of both LSTMs, and of the contexts.
         relation_dim: channels of a pair's features.
-        object_dim: channels of the batch's `object_features`; its `union_features` have `relation_dim` then. 0 for a
+        object_dim: channels of the batch's `features.objects`; its `features.unions` have `relation_dim` then. 0 for a
             model without images.
-        decodes_labels: object classes are predicted from the batch's `logits` (SGCls, SGDet) rather than given
-            (PredCls).
+        decodes_labels: object classes are predicted from the batch's `features.logits` (SGCls, SGDet) rather than
+            given (PredCls).
     """
 
     def __init__(
@@ -108,111 +108,104 @@ class Motifs(nn.Module):
         if self.label_decoder is not None:
             self.label_decoder.load_class_vectors(vectors)
 
-    def forward(self, batch: GraphBatch) -> Prediction:
-        """What the supervised branch alone says of the batch: all there is at evaluation."""
-        shared = self.shared(batch)
-        edges = self.edge_context(shared.edge_input, batch, shared.places)
-        (logits,) = self.branches(batch, shared, edges, [self.predicate])
+    def forward(self, seen: SeenBatch) -> Prediction:
+        """Return what the supervised branch alone says of the batch: all there is at evaluation."""
+        shared = self.shared(seen)
+        edges = self.edge_context(shared.edge_input, seen.graph, shared.places)
+        (logits,) = self.branches(seen.graph, shared, edges, [self.predicate])
         return Prediction(logits, shared.labels, shared.object_logits)
 
-    def dual_branch(
-        self,
-        batch: GraphBatch,
-        mirrored_head: nn.Linear,
-        *,
-        dropped: Tensor | None = None,
-        dropped_union: Tensor | None = None,
-    ) -> tuple[Prediction, Tensor]:
-        """Both branches of relation alignment. What the mirror does not see is set to 0, and nothing is rescaled.
+    def dual_branch(self, seen: SeenBatch, mirrored_head: nn.Linear, *, dropped: Tensor) -> tuple[Prediction, Tensor]:
+        """Run both branches of relation alignment. What the mirror does not see is set to 0, and nothing is rescaled.
 
         Args:
             mirrored_head: the mirror's predicate head; `self.predicate` ties it.
-            dropped: bool, broadcastable to the edge context's input `[T, F]`.
-            dropped_union: bool, broadcastable to the union features `[R, relation_dim]`.
+            dropped: bool `[T, 1]` or `[T, F]`, what the mirror does not see of the edge context's input `[T, F]`.
 
         Returns:
             What `forward` gives, and the mirror's logits `[R, num_predicates + 1]`.
         """
-        shared = self.shared(batch)
-        union = None if dropped_union is None else shared.union.masked_fill(dropped_union, 0)
-        edges = self.edge_context(shared.edge_input, batch, shared.places, dropped)
-        edges = edges if len(edges) == 2 else edges * 2
-        heads = [self.predicate, mirrored_head]
-        logits, mirrored_logits = self.branches(batch, shared, edges, heads, mirrored_union=union)
+        shared = self.shared(seen)
+        edges = self.edge_context(shared.edge_input, seen.graph, shared.places, dropped)
+        logits, mirrored_logits = self.branches(seen.graph, shared, edges, [self.predicate, mirrored_head])
         return Prediction(logits, shared.labels, shared.object_logits), mirrored_logits
 
     @property
     def edge_input_dim(self) -> int:
         return self.edge_context.lstm.input_size
 
-    def shared(self, batch: GraphBatch) -> Shared:
-        """Everything before the mirror's mask, and what does not depend on it."""
-        region: list[Tensor] = []
-        if self.object_dim:
-            if batch.object_features is None or batch.union_features is None:
-                raise InputError("batch must have object_features and union_features for a model with object_dim")
-            region = [batch.object_features]
+    def shared(self, seen: SeenBatch) -> Shared:
+        """Compute everything before the mirror's mask, and what does not depend on it."""
+        batch, region = seen.graph, self._regions(seen)
         places = right_to_left(batch)
         position = self.position(box_features(batch.boxes, batch.sizes[batch.images]))
-        seen = torch.cat([*region, self._embed(batch), position], dim=1)
-        (context,) = self.object_context(seen, batch, places)
+        inputs = torch.cat([*region, self._embed(seen), position], dim=1)
+        (context,) = self.object_context(inputs, batch, places)
         labels, object_logits = batch.labels, None
         if self.label_decoder is not None:
             object_logits, labels = self.label_decoder(
-                torch.cat([seen, context], dim=1),
+                torch.cat([inputs, context], dim=1),
                 batch.lengths,
                 places,
                 labels=batch.labels if self.training else None,
-                boxes_per_class=None if self.training else batch.boxes_per_class,
+                boxes_per_class=seen.boxes_per_class,
             )
-        union = batch.union_features if self.union is None else self.union(batch)
-        assert union is not None
         return Shared(
             places=places,
             edge_input=torch.cat([self.edge_embedding(labels), *region, context], dim=1),
-            union=union,
+            union=self._unions(seen),
             bias=self.frequency_bias(batch._replace(labels=labels)),
             labels=labels,
             object_logits=object_logits,
         )
 
-    def _embed(self, batch: GraphBatch) -> Tensor:
-        """Of the classes where they are given, else the mean embedding under the detector's distribution: `[T, E]`."""
-        if self.label_decoder is None:
-            return self.object_embedding(batch.labels)
-        if batch.logits is None:
-            raise InputError("batch must have the detector's logits for a model that decodes labels")
-        return batch.logits.detach().softmax(1) @ self.object_embedding.weight
+    def _regions(self, seen: SeenBatch) -> list[Tensor]:
+        """Return the region features `[T, object_dim]` in a list, which is empty for a model without images."""
+        if not self.object_dim:
+            return []
+        if seen.features is None:
+            raise InputError("batch must have features for a model with object_dim")
+        return [seen.features.objects]
 
-    def branches(
-        self,
-        batch: GraphBatch,
-        shared: Shared,
-        edges: list[Tensor],
-        heads: list[nn.Linear],
-        *,
-        mirrored_union: Tensor | None = None,
-    ) -> list[Tensor]:
-        """Each branch's logits, from its edge context `[T, hidden_dim]` and its head."""
-        as_subject, as_object = self.pair.weight.chunk(2, dim=1)
-        ends = []
-        for edge in edges:
-            # A linear layer of two concatenated vectors is a sum of two layers, each of N objects instead of N^2 pairs.
-            head, tail = self.head_tail(edge).chunk(2, dim=1)
-            ends.append((linear(head, as_subject, self.pair.bias), linear(tail, as_object)))
-        if len(ends) == 2 and mirrored_union is None:
-            (own, mirrored), (own_head, mirrored_head) = ends, heads
-            logits: tuple[Tensor, ...] = dual_branch_relation_logits(
-                *own, *mirrored, shared.union, batch.pairs,
-                own_head.weight, own_head.bias, mirrored_head.weight, mirrored_head.bias,
-            )  # fmt: skip
-        else:
-            unions = [shared.union, mirrored_union][: len(ends)]
-            logits = tuple(
-                fused_relation_logits(*end, union, batch.pairs, head.weight, head.bias)  # type: ignore[arg-type]
-                for end, union, head in zip(ends, unions, heads, strict=True)
+    def _unions(self, seen: SeenBatch) -> Tensor:
+        """Return the union features `[R, relation_dim]`: of the image, or of the boxes' geometry."""
+        if self.union is not None:
+            return self.union(seen.graph)
+        assert seen.features is not None
+        return seen.features.unions
+
+    def _embed(self, seen: SeenBatch) -> Tensor:
+        """Return class embeddings `[T, E]`: of given classes, else the mean under the detector's distribution."""
+        if self.label_decoder is None:
+            return self.object_embedding(seen.graph.labels)
+        if seen.features is None or seen.features.logits is None:
+            raise InputError("batch must have the detector's logits for a model that decodes labels")
+        return seen.features.logits.detach().softmax(1) @ self.object_embedding.weight
+
+    def branches(self, batch: GraphBatch, shared: Shared, edges: list[Tensor], heads: list[nn.Linear]) -> list[Tensor]:
+        """Return each branch's logits, from its edge context `[T, hidden_dim]` and its head."""
+        ends = [self._ends(edge) for edge in edges]
+        if len(ends) == 1:
+            (own,), (head,) = ends, heads
+            logits: tuple[Tensor, ...] = (
+                fused_relation_logits(*own, shared.union, batch.pairs, head.weight, head.bias),
             )
+        else:
+            (own, mirrored), (head, mirrored_head) = ends, heads
+            logits = dual_branch_relation_logits(
+                *own, *mirrored, shared.union, batch.pairs,
+                head.weight, head.bias, mirrored_head.weight, mirrored_head.bias,
+            )  # fmt: skip
         return [branch + shared.bias for branch in logits]
+
+    def _ends(self, edge: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what each object adds to a pair's features as its subject and as its object, `[T, relation_dim]`.
+
+        A linear layer of two concatenated vectors is a sum of two layers, each of N objects instead of N^2 pairs.
+        """
+        as_subject, as_object = self.pair.weight.chunk(2, dim=1)
+        head, tail = self.head_tail(edge).chunk(2, dim=1)
+        return linear(head, as_subject, self.pair.bias), linear(tail, as_object)
 
 
 class _GeometryUnion(nn.Sequential):

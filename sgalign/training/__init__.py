@@ -2,13 +2,14 @@
 
 from sgalign.training.align_motifs import AlignMotifsModule
 from sgalign.training.align_sgtr import AlignSGTRModule
-from sgalign.training.base import RelationModule, load_module
+from sgalign.training.base import SavedModule, load_module
 from sgalign.training.checkpoints import read_checkpoint
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.detector import DetectorModule
 from sgalign.training.detr import EntityDetectorModule
 from sgalign.training.frequency import FrequencyModule
 from sgalign.training.motifs import MotifsModule
+from sgalign.training.relation import RelationModule
 from sgalign.training.sgtr import SGTRModule
 from sgalign.training.writers import DetectionWriter, PredictionWriter, TripletWriter
 
@@ -23,6 +24,7 @@ __all__ = [
     "PredictionWriter",
     "RelationModule",
     "SGTRModule",
+    "SavedModule",
     "SceneGraphData",
     "TripletWriter",
     "load_module",

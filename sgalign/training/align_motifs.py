@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from sgalign.data import GraphBatch
+from sgalign.data import GraphBatch, SeenBatch
+from sgalign.models import Prediction
 from sgalign.ops.alignment import relation_alignment_loss
 from sgalign.ops.random_mask import random_attention_mask
+from sgalign.training.base import SavedModule
 from sgalign.training.motifs import MotifsModule
-from sgalign.training.options import alignment_weight, check_choice, check_mirror
-from sgalign.training.sampling import step_seed
+from sgalign.training.options import MirrorOptions, MotifsOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignMotifsOptions(MotifsOptions, MirrorOptions):
+    """Options of Motifs, of its mirror, and of how both are aligned.
+
+    Args:
+        mask_granularity: "row" masks whole objects, "feature" single numbers of them.
+        tied_head: the mirror has the supervised head instead of its own.
+        supervise_mirror: adds the supervised loss of the mirror's logits.
+    """
+
+    mask_granularity: Literal["row", "feature"] = "row"
+    tied_head: bool = False
+    supervise_mirror: bool = False
 
 
 class AlignMotifsModule(MotifsModule):
@@ -23,35 +40,14 @@ class AlignMotifsModule(MotifsModule):
     defaults are the paper's where it says something; docs/training.md has the reasons for the others.
 
     Args:
-        mask_ratio: p, the probability of masking.
-        alignment_weight: lambda.
-        mask_granularity: "row" masks whole objects, "feature" single numbers of them, "union" the union features of
-            whole pairs instead.
-        tied_head: the mirror has the supervised head instead of its own.
-        reduction, direction: of `relation_alignment_loss`.
-        aligned_relations: "all" pairs, annotated ("foreground") ones, or those with a "masked" object or union.
-        alignment_warmup: steps over which the weight grows from 0 to `alignment_weight`.
-        supervise_mirror: adds the supervised loss of the mirror's logits.
-        motifs: the arguments of `MotifsModule`.
+        options: of `AlignMotifsOptions`.
     """
 
-    def __init__(
-        self,
-        mask_ratio: float = 0.1,
-        alignment_weight: float = 10.0,
-        mask_granularity: Literal["row", "feature", "union"] = "row",
-        tied_head: bool = False,
-        reduction: Literal["element", "relation"] = "element",
-        direction: Literal["teacher_to_student", "student_to_teacher", "symmetric"] = "teacher_to_student",
-        aligned_relations: Literal["all", "foreground", "masked"] = "all",
-        alignment_warmup: int = 0,
-        supervise_mirror: bool = False,
-        **motifs: Any,
-    ) -> None:
-        super().__init__(**motifs)
-        check_mirror(self.options)
-        check_choice("mask_granularity", mask_granularity, ("row", "feature", "union"))
-        check_choice("aligned_relations", aligned_relations, ("all", "foreground", "masked"))
+    options: AlignMotifsOptions
+    options_type = AlignMotifsOptions
+
+    def __init__(self, **options: Any) -> None:
+        SavedModule.__init__(self, AlignMotifsOptions(**options))  # MotifsModule's would make options without a mirror
 
     def make_network(self, counts: Tensor) -> None:
         super().make_network(counts)
@@ -59,50 +55,36 @@ class AlignMotifsModule(MotifsModule):
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
         options = self.options
-        batch = self.see(batch, batch_index)
-        dropped = self.draw_mask(batch, batch_index)
-        mask = {"dropped_union" if options.mask_granularity == "union" else "dropped": dropped}
-        prediction, mirrored_logits = self.network.dual_branch(batch, self.mirrored_head, **mask)
-        loss, parts = self.supervised_loss(prediction, batch)
-        weight = self._weights(batch, dropped)
+        seen, prediction, mirrored_logits = self.both_branches(batch, batch_index, self.mirrored_head)
+        loss, parts = self.supervised_loss(prediction, seen.graph)
         alignment = relation_alignment_loss(
-            prediction.logits,
-            mirrored_logits,
-            reduction=options.reduction,
-            direction=options.direction,
-            weight=weight,
+            prediction.logits, mirrored_logits, reduction=options.reduction, direction=options.direction
         )
-        counted = len(batch.pairs) if weight is None else weight.sum().item()
-        parts["alignment"] = alignment * self.share(counted)
-        loss = loss + alignment_weight(options, self.global_step) * parts["alignment"]
+        parts["alignment"] = alignment * self.share(len(seen.graph.pairs))
+        loss = loss + options.alignment_weight * parts["alignment"]
         if options.supervise_mirror:
-            mirrored_loss, labelled = self.relation_loss(mirrored_logits, batch.targets)
+            mirrored_loss, labelled = self.relation_loss(mirrored_logits, seen.graph.targets)
             loss = loss + mirrored_loss * self.share(labelled)
         return loss, parts
 
+    def both_branches(
+        self, batch: GraphBatch, batch_index: int, mirrored_head: nn.Linear
+    ) -> tuple[SeenBatch, Prediction, Tensor]:
+        """Return the batch as it is seen, what the supervised branch predicts, and the logits of the mirror."""
+        seen = self.see(batch, batch_index)
+        dropped = self.draw_mask(seen.graph, batch_index)
+        return seen, *self.network.dual_branch(seen, mirrored_head, dropped=dropped)
+
     @property
     def mask_ratio(self) -> float:
-        """p of this step."""
+        """The probability of masking in this step."""
         return self.options.mask_ratio
 
     def draw_mask(self, batch: GraphBatch, batch_index: int) -> Tensor:
-        """What this step's mirror does not see, drawn as attention masks are: bool `[T, 1]` (row), `[T, F]` (feature)
-        or `[R, 1]` (union)."""
-        seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank)
+        """Draw what this step's mirror does not see, as attention masks are drawn: bool `[T, 1]` (row) or `[T, F]`."""
         images, objects = len(batch.lengths), int(batch.lengths.max())
-        draw = partial(random_attention_mask, ratio=self.mask_ratio, seed=seed, device=batch.boxes.device)
+        seed, device = self.step_seed(batch_index), batch.boxes.device
+        draw = partial(random_attention_mask, images, 1, ratio=self.mask_ratio, seed=seed, device=device)
         if self.options.mask_granularity == "row":
-            return draw(images, 1, 1, objects)[batch.images, 0, 0, batch.positions, None]
-        if self.options.mask_granularity == "feature":
-            return draw(images, 1, objects, self.network.edge_input_dim)[batch.images, 0, batch.positions]
-        subject, object_ = batch.positions[batch.pairs].unbind(1)
-        return draw(images, 1, objects, objects)[batch.images[batch.pairs[:, 0]], 0, subject, object_, None]
-
-    def _weights(self, batch: GraphBatch, dropped: Tensor) -> Tensor | None:
-        if self.options.aligned_relations == "foreground":
-            return batch.targets[:, 1:].sum(1)
-        if self.options.aligned_relations == "masked":
-            if self.options.mask_granularity == "union":
-                return dropped[:, 0].float()
-            return dropped.any(1)[batch.pairs].any(1).float()
-        return None
+            return draw(1, objects)[batch.images, 0, 0, batch.positions, None]
+        return draw(objects, self.network.edge_input_dim)[batch.images, 0, batch.positions]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -11,10 +12,31 @@ from sgalign.errors import InputError
 from sgalign.models.entity_detector import DetectedEntities
 from sgalign.models.sgtr import MirrorMask, RelationOutputs
 from sgalign.ops.alignment import relation_alignment_loss
-from sgalign.training.detr import ALIGNED
-from sgalign.training.options import alignment_weight, check_choice, check_mirror
-from sgalign.training.sampling import step_seed
-from sgalign.training.sgtr import SGTRModule
+from sgalign.training.detr import DetrModule
+from sgalign.training.options import MirrorOptions, check_choice
+from sgalign.training.sgtr import SGTRModule, SGTROptions
+
+ALIGNED = ("predicates", "subjects", "objects", "boxes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignSGTROptions(SGTROptions, MirrorOptions):
+    """Options of SGTR, of its mirror, and of how both are aligned.
+
+    Args:
+        aligned: of "predicates", "subjects", "objects" (their classes) and "boxes".
+        tied_heads: the mirror has the supervised class heads instead of its own.
+    """
+
+    aligned: Sequence[str] = ("predicates", "subjects", "objects")
+    tied_heads: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in self.aligned:
+            check_choice("aligned", part, ALIGNED)
+        if not self.aligned:
+            raise InputError("aligned must have at least one part, got none")
 
 
 class AlignSGTRModule(SGTRModule):
@@ -27,32 +49,14 @@ class AlignSGTRModule(SGTRModule):
     the mirror does not exist.
 
     Args:
-        mask_ratio: p, the probability of masking.
-        alignment_weight: lambda.
-        aligned: of "predicates", "subjects", "objects" (their classes) and "boxes".
-        tied_heads: the mirror has the supervised class heads instead of its own.
-        reduction, direction: of `relation_alignment_loss`.
-        alignment_warmup: steps over which the weight grows from 0 to `alignment_weight`.
-        sgtr: the arguments of `SGTRModule`.
+        options: of `AlignSGTROptions`.
     """
 
-    def __init__(
-        self,
-        mask_ratio: float = 0.1,
-        alignment_weight: float = 10.0,
-        aligned: Sequence[str] = ("predicates", "subjects", "objects"),
-        tied_heads: bool = False,
-        reduction: Literal["element", "relation"] = "element",
-        direction: Literal["teacher_to_student", "student_to_teacher", "symmetric"] = "teacher_to_student",
-        alignment_warmup: int = 0,
-        **sgtr: Any,
-    ) -> None:
-        super().__init__(**sgtr)
-        check_mirror(self.options)
-        for part in aligned:
-            check_choice("aligned", part, ALIGNED)
-        if not aligned:
-            raise InputError("aligned must have at least one part, got none")
+    options: AlignSGTROptions
+    options_type = AlignSGTROptions
+
+    def __init__(self, **options: Any) -> None:
+        DetrModule.__init__(self, AlignSGTROptions(**options))  # SGTRModule's would make options without a mirror
 
     def make_network(self, counts: Tensor) -> None:
         super().make_network(counts)
@@ -63,16 +67,14 @@ class AlignSGTRModule(SGTRModule):
             self.mirrored_predicate.requires_grad_("predicates" in aligned)
             self.mirrored_class.requires_grad_(not aligned.isdisjoint({"subjects", "objects"}))
 
-    def _outputs(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
-        seed = step_seed(self.run_seed, self.global_step, batch_index, self.global_rank)
-        mask = MirrorMask(self.options.mask_ratio, seed)
+    def decode(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
+        mask = MirrorMask(self.options.mask_ratio, self.step_seed(batch_index))
         outputs, mirrored = self.network.dual_branch(entities, (self.mirrored_predicate, self.mirrored_class), mask)
-        weight = alignment_weight(self.options, self.global_step)
         parts = self.alignment(outputs.at(-1), mirrored)
-        return outputs, {f"alignment {name}": weight * part for name, part in parts.items()}
+        return outputs, {f"alignment {name}": self.options.alignment_weight * part for name, part in parts.items()}
 
     def alignment(self, outputs: RelationOutputs, mirrored: RelationOutputs) -> dict[str, Tensor]:
-        """Each aligned part's loss, not weighted."""
+        """Return each aligned part's loss, not weighted."""
         options = self.options
         pairs = {
             "predicates": (outputs.logits, mirrored.logits, "sigmoid" if options.focal else "softmax"),

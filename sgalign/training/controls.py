@@ -101,10 +101,8 @@ class MaskedMotifsModule(AlignMotifsModule):
     """
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self.see(batch, batch_index)
-        dropped = self.draw_mask(batch, batch_index)
-        _, masked_logits = self.network.dual_branch(batch, self.network.predicate, dropped=dropped)
-        loss, _ = self.relation_loss(masked_logits, batch.targets)
+        seen, _, masked_logits = self.both_branches(batch, batch_index, self.network.predicate)
+        loss, _ = self.relation_loss(masked_logits, seen.graph.targets)
         return loss, {"loss": loss}
 
 
@@ -120,11 +118,9 @@ class AveragedTeacherModule(AlignMotifsModule):
         self.teacher = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self.see(batch, batch_index)
-        dropped = self.draw_mask(batch, batch_index)
-        prediction, mirrored_logits = self.network.dual_branch(batch, self.mirrored_head, dropped=dropped)
-        teacher = self.teacher.eval()(batch).logits
-        loss, parts = self.supervised_loss(prediction, batch)
+        seen, prediction, mirrored_logits = self.both_branches(batch, batch_index, self.mirrored_head)
+        teacher = self.teacher.eval()(seen).logits
+        loss, parts = self.supervised_loss(prediction, seen.graph)
         parts["alignment"] = relation_alignment_loss(teacher, mirrored_logits)
         return loss + self.options.alignment_weight * parts["alignment"], parts
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sgalign.data import GraphBatch
-from sgalign.models import (
-    FrequencyBaseline,
-    Prediction,
-)
-from sgalign.training.base import RelationModule
+from sgalign.data import SeenBatch
+from sgalign.models import FrequencyBaseline, Prediction
+from sgalign.training.options import Options
+from sgalign.training.relation import RelationModule
 
 
 class FrequencyModule(RelationModule):
     """The frequency baseline: nothing to train, so `sgalign test --model FrequencyModule` is all it takes."""
 
+    network: FrequencyBaseline
+
+    def __init__(self) -> None:
+        super().__init__(Options())
+
     def make_network(self, counts: Tensor) -> None:
         self.network = FrequencyBaseline(counts)
 
-    def forward(self, batch: GraphBatch) -> Prediction:
-        assert self.network is not None
-        return Prediction(self.network(batch), batch.labels)
+    def forward(self, seen: SeenBatch) -> Prediction:
+        return Prediction(self.network(seen.graph), seen.graph.labels)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -15,12 +15,7 @@ from sgalign.data.predictions import PredictionFile
 from sgalign.errors import InputError
 from sgalign.files import check_writable, write_json, written_whole
 from sgalign.metrics.matching import rank_triplets
-from sgalign.training.base import RelationModule
-from sgalign.training.detector import DetectorModule
-from sgalign.training.detr import EntityDetectorModule
-
-if TYPE_CHECKING:
-    pass
+from sgalign.training.relation import RelationModule
 
 
 class FileWriter(BasePredictionWriter):
@@ -147,7 +142,7 @@ def check_one_process(trainer: pl.Trainer) -> None:
 
 
 def check_relates(module: pl.LightningModule) -> None:
-    if isinstance(module, DetectorModule | EntityDetectorModule):
+    if not isinstance(module, RelationModule):
         raise InputError(
             f"{type(module).__name__} relates nothing: predict with a model that has it as detector_weights, or write "
             "its boxes with sgalign.training.DetectionWriter"

@@ -1,0 +1,82 @@
+"""Images as DETR and SGTR train on them: of one drawn size, each mirrored or not, with what is annotated in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from sgalign.data import GraphBatch
+from sgalign.models.entity_detector import resize
+from sgalign.models.graph_assembly import Annotations
+
+
+class TrainingImages(NamedTuple):
+    """Images with their annotations; boxes are middle x, y, width, height in units of the image."""
+
+    pixels: list[Tensor]  # float32 [3, H, W]
+    objects: list[tuple[Tensor, Tensor]]  # labels int64 [N] from 1, boxes [N, 4]
+    relations: list[Annotations]
+
+
+def augment(
+    batch: GraphBatch,
+    predicate_names: Sequence[str],
+    generator: torch.Generator,
+    *,
+    short_sides: Sequence[int],
+    long_side: int,
+    flip: float,
+) -> TrainingImages:
+    """Return the batch's images of one drawn size, each mirrored with probability `flip`, with their annotations.
+
+    Args:
+        predicate_names: with the background; those of "left" and "right" are exchanged in a mirrored image.
+        generator: on the CPU.
+        short_sides: one of them is drawn.
+        long_side: at most.
+    """
+    short_side = short_sides[int(torch.randint(len(short_sides), (), generator=generator))]
+    pixels = [resize(image, short_side, long_side) for image in batch.require_pixels()]
+    flips = (torch.rand(len(pixels), generator=generator) < flip).tolist()
+    device = pixels[0].device
+    objects, relations = annotations_of(batch, device)
+    swap = torch.tensor(mirrored_predicates(predicate_names), device=device)
+    for image, is_flipped in enumerate(flips):
+        if is_flipped:
+            pixels[image] = pixels[image].flip(-1)
+            objects[image] = objects[image][0], mirrored_boxes(objects[image][1])
+            predicates, labels, boxes = relations[image]
+            relations[image] = Annotations(swap[predicates + 1] - 1, labels, mirrored_boxes(boxes))
+    return TrainingImages(pixels, objects, relations)
+
+
+def annotations_of(batch: GraphBatch, device: torch.device) -> tuple[list[tuple[Tensor, Tensor]], list[Annotations]]:
+    """Return labels and boxes of each image's annotated objects, as in `TrainingImages`, and its relations.
+
+    Relations of an object with itself are left out: no assembled pair can be one.
+    """
+    objects, annotations = [], []
+    for truth, size in zip(batch.truth, batch.sizes, strict=True):
+        boxes = box_convert(truth["boxes"].to(device) / size.to(device).repeat(2), "xyxy", "cxcywh")
+        labels, relations = truth["labels"].to(device), truth["relations"].to(device)
+        ends, predicates = relations[relations[:, 0] != relations[:, 1]].split((2, 1), dim=1)
+        objects.append((labels, boxes))
+        annotations.append(Annotations(predicates[:, 0] - 1, labels[ends.T] - 1, boxes[ends.T]))
+    return objects, annotations
+
+
+def mirrored_boxes(boxes: Tensor) -> Tensor:
+    """Return boxes `[..., 4]`, as in `TrainingImages`, of the image mirrored left to right."""
+    return torch.cat([1 - boxes[..., :1], boxes[..., 1:]], dim=-1)
+
+
+def mirrored_predicates(names: Sequence[str]) -> list[int]:
+    """Return what each predicate is in a mirrored image: the one with "left" for "right" in its name, if any."""
+    exchange = {"left": "right", "right": "left"}
+    places = {name: place for place, name in enumerate(names)}
+    mirrored = (" ".join(exchange.get(word, word) for word in name.split()) for name in names)
+    return [places.get(name, place) for place, name in enumerate(mirrored)]

@@ -1,0 +1,208 @@
+"""What Motifs sees of a batch before it relates anything: a class for each choice of vision and protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from sgalign.data import GraphBatch, Objects, SeenBatch, VisualFeatures
+from sgalign.errors import InputError
+from sgalign.models import Detector, ImageFeatures, ObjectDetections, RegionFeatures
+from sgalign.training.options import MotifsOptions
+from sgalign.training.sampling import match_detections, sample_pairs
+
+
+class BoxVision(nn.Module):
+    """Nothing but boxes and classes (`vision: none`), and the base of the others.
+
+    Args:
+        options: of Motifs.
+    """
+
+    def __init__(self, options: MotifsOptions) -> None:
+        super().__init__()
+        self.options = options
+
+    def load_initial_weights(self) -> None:
+        """Load what training starts from, where there are networks."""
+
+    def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
+        """Return the batch as it is seen.
+
+        Args:
+            generator: on the CPU; the pairs that training draws depend on it alone.
+        """
+        return SeenBatch(self.sample(batch, generator))
+
+    def sample(self, batch: GraphBatch, generator: torch.Generator) -> GraphBatch:
+        """Return the batch with `relations_per_image` pairs in training, with all of them at evaluation."""
+        if not self.training:
+            return batch
+        rows = sample_pairs(
+            batch.targets[:, 1:].any(1),
+            batch.images[batch.pairs[:, 0]],
+            limit=self.options.relations_per_image,
+            generator=generator,
+        )
+        return batch if len(rows) == len(batch.pairs) else batch.keep_pairs(rows)
+
+
+class CachedVision(BoxVision):
+    """Features that `sgalign cache-features` wrote (`vision: cached`)."""
+
+    source: str | None = None  # `FeatureCache.source` of what the model was trained on
+
+    def read_from(self, source: str | None) -> None:
+        """Note the source of the data's and of the checkpoint's features, which must be the same."""
+        if source is not None and self.source not in (None, source):
+            raise InputError(
+                f"data.features must be those that the model was trained on, got {source} and {self.source}: "
+                "sgalign cache-features must have read the same checkpoint for both"
+            )
+        self.source = source or self.source
+
+    def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
+        if batch.features is None:
+            raise InputError("data must have features: FOLDER for a model whose vision is 'cached'")
+        if (dim := batch.features.objects.shape[1]) != self.options.relation_dim:
+            raise InputError(f"relation_dim must be that of the features, {dim}, got {self.options.relation_dim}")
+        batch = self.sample(batch, generator)
+        return SeenBatch(batch, batch.features)
+
+
+class ImageVision(BoxVision):
+    """A detector, which is not trained, and extractors of the relation head, which are (`vision: images`).
+
+    Under PredCls the detector's backbone alone is used: boxes and classes are given.
+
+    Args:
+        options: of Motifs.
+        num_classes: object classes, background included.
+    """
+
+    def __init__(self, options: MotifsOptions, num_classes: int) -> None:
+        super().__init__(options)
+        self.detector = Detector(
+            num_classes,
+            backbone=options.backbone,
+            min_size=options.min_size,
+            max_size=options.max_size,
+            head_dim=options.head_dim,
+            detections_per_image=options.detections_per_image,
+        )
+        self.detector.freeze()
+        self.regions = RegionFeatures(dim=options.relation_dim)
+
+    def load_initial_weights(self) -> None:
+        if self.options.detector_weights is None:
+            rank_zero_info(
+                "detector_weights is null: the detector is random and stays so, which is of use for tests only"
+            )
+        else:
+            self.detector.load_weights(self.options.detector_weights)
+            self.regions.load_box_head(self.detector)
+
+    def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
+        image = self.detector.features(batch.require_pixels())
+        graph = self.sample(batch, generator)
+        return SeenBatch(graph, self.extract(graph, image))
+
+    def extract(self, graph: GraphBatch, image: ImageFeatures, logits: Tensor | None = None) -> VisualFeatures:
+        """Return what the extractors see of the graph's objects and pairs, with the detector's logits."""
+        boxes = graph.boxes_by_image()
+        objects = self.regions.objects(image, boxes)
+        return VisualFeatures(objects, self.regions.pairs(image, boxes, graph.pairs_by_image()), logits)
+
+
+class ClassifyingVision(ImageVision):
+    """`ImageVision` whose detector classifies the given boxes (SGCls)."""
+
+    def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
+        image = self.detector.features(batch.require_pixels())
+        logits = self.detector.classify(image, batch.boxes_by_image())
+        graph = self.sample(batch, generator)
+        return SeenBatch(graph, self.extract(graph, image, logits))
+
+
+class DetectingVision(ImageVision):
+    """`ImageVision` whose detector finds the objects (SGDet); in training the annotated boxes are among them."""
+
+    def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
+        image = self.detector.features(batch.require_pixels())
+        found = self.detector.detect(image)
+        if self.training:
+            found = self._with_annotated(found, batch, image)
+        graph = with_detections(batch, found)
+        if self.training:
+            graph = self._matched(graph, generator)
+        features = self.extract(graph, image, torch.cat([objects.logits for objects in found]))
+        boxes_per_class = None if self.training else torch.cat([objects.boxes_per_class for objects in found])
+        return SeenBatch(graph, features, boxes_per_class)
+
+    def _with_annotated(
+        self, found: Sequence[ObjectDetections], batch: GraphBatch, image: ImageFeatures
+    ) -> list[ObjectDetections]:
+        """Return each image's detections and, after them, its annotated objects as the detector would classify them."""
+        lengths = batch.lengths.tolist()
+        logits = self.detector.classify(image, batch.boxes_by_image())
+        boxes_per_class = batch.boxes[:, None].expand(-1, logits.shape[1], -1)  # each box stands for every class
+        fields = batch.boxes, batch.labels, batch.scores, logits, boxes_per_class
+        annotated = zip(*(field.split(lengths) for field in fields), strict=True)
+        return [ObjectDetections(*map(torch.cat, zip(*both))) for both in zip(found, annotated, strict=True)]
+
+    def _matched(self, graph: GraphBatch, generator: torch.Generator) -> GraphBatch:
+        """Return the graph of detections with drawn pairs, and what they and the objects are trained towards."""
+        matched = [
+            match_detections(
+                boxes,
+                truth["boxes"],
+                truth["labels"],
+                truth["relations"],
+                generator=generator,
+                limit=self.options.relations_per_image,
+                num_predicates=graph.targets.shape[1] - 1,
+            )
+            for boxes, truth in zip(graph.boxes_by_image(), graph.truth, strict=True)
+        ]
+        pairs, targets, labels = zip(*matched, strict=True)
+        starts = (graph.lengths.cumsum(0) - graph.lengths).tolist()
+        return graph._replace(
+            pairs=torch.cat([of_image + start for of_image, start in zip(pairs, starts, strict=True)]),
+            targets=torch.cat(targets),
+            labels=torch.cat(labels),
+        )
+
+
+def with_detections(batch: GraphBatch, found: Sequence[ObjectDetections]) -> GraphBatch:
+    """Return the batch with the objects found in each image instead of the annotated ones, and all pairs of them.
+
+    No pair has a target.
+    """
+    objects = Objects.of(torch.tensor([len(image.boxes) for image in found], device=batch.boxes.device))
+    return batch._replace(
+        lengths=objects.lengths,
+        images=objects.images,
+        positions=objects.positions,
+        boxes=torch.cat([image.boxes for image in found]),
+        labels=torch.cat([image.labels for image in found]),
+        scores=torch.cat([image.scores for image in found]),
+        pairs=objects.pairs,
+        targets=batch.targets.new_zeros(len(objects.pairs), batch.targets.shape[1]),
+    )
+
+
+def make_vision(options: MotifsOptions, num_classes: int) -> BoxVision:
+    """Return what the options choose.
+
+    Args:
+        num_classes: object classes, background included.
+    """
+    if options.vision == "none":
+        return BoxVision(options)
+    if options.vision == "cached":
+        return CachedVision(options)
+    kinds = {"predcls": ImageVision, "sgcls": ClassifyingVision, "sgdet": DetectingVision}
+    return kinds[options.protocol](options, num_classes)
