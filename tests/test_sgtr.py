@@ -727,6 +727,16 @@ def test_all_that_is_trained_has_a_gradient(aligned):
     assert idle == []
 
 
+@pytest.mark.parametrize("focal", [True, False])
+def test_tied_heads_without_a_mask_leave_nothing_to_align(focal):
+    """Whether predicates are independent or exclude one another."""
+    aligned = ["predicates", "subjects", "objects", "boxes"]
+    for tied in (True, False):
+        options = SMALL | {"mask_ratio": 0.0, "dropout": 0.0, "aligned": aligned, "focal": focal, "tied_heads": tied}
+        metrics = fit(AlignSGTRModule(**options)).callback_metrics
+        assert all((metrics[f"train/alignment {part}"] < 1e-5) == (tied or part == "boxes") for part in aligned)
+
+
 def test_runs_repeat():
     states = []
     for _ in range(2):

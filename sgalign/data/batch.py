@@ -15,7 +15,7 @@ from sgalign.errors import InputError
 
 
 class VisualFeatures(NamedTuple):
-    """What a detector and the extractors of a relation model see of a batch's objects and pairs.
+    """Features of a batch's objects and pairs, as a detector and the extractors of a relation model see them.
 
     Attributes:
         objects: float32 `[T, F]`, of each object.

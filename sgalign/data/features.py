@@ -56,7 +56,7 @@ class FeatureCache:
 
     @property
     def source(self) -> str:
-        """What tells these features from those that other weights, or the same ones at other sizes, see."""
+        """The weights and image sizes by which these features were made, which tell them from others."""
         return f"{self.header['weights']} at {self.header.get('sizes')}"
 
     def __contains__(self, image_id: str) -> bool:

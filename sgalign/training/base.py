@@ -85,7 +85,7 @@ class SavedModule(pl.LightningModule):
             self.run_seed = torch.initial_seed()
 
     def on_train_start(self) -> None:
-        # What dropout and the detector's sampling go on from. Of several processes one has saved its states.
+        # Dropout and the detector's sampling resume from them. Of several processes only one has saved its states.
         if self.trainer.ckpt_path and self.trainer.world_size == 1:
             restore_random_states(self.random_states)
 

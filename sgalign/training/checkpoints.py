@@ -15,12 +15,12 @@ from sgalign.files import read_tensors, written_whole
 
 
 def random_states() -> list[Tensor]:
-    """Of torch's generators, of the CPU and of each GPU."""
+    """Return the states of torch's generators: the CPU's, and each GPU's."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
 
 
 def restore_random_states(states: Sequence[Tensor]) -> None:
-    """As far as there are states and GPUs."""
+    """Set the states of torch's generators, as far as there are states and GPUs."""
     for number, state in enumerate(states):
         if number == 0:
             torch.set_rng_state(state)
@@ -40,7 +40,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint that this package saved; nothing but tensors and plain values is unpickled from the file.
+    """Return a checkpoint that this package saved. Nothing but tensors and plain values is unpickled from the file.
 
     Raises:
         FileNotFoundError: there is no such file.

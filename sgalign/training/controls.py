@@ -51,7 +51,7 @@ class ScarceData(SceneGraphData):
         super().__init__(root, features=features and str(Path(root or "", features)), **data)
         generator = torch.Generator().manual_seed(0)
         for name in ("predicate_groups", "zero_shot_validation", "zero_shot_test"):
-            getattr(self, name)  # kept from here on: what figures are of does not depend on what is trained on
+            getattr(self, name)  # cached before the training part is made worse, so that all runs have the same figures
         for part in ("train", "validation", "test"):
             if not any(len(graph.relations) for graph in getattr(self, part)):
                 raise InputError(f"{self.name}: must have relations in its {part} part, has none")
@@ -88,7 +88,7 @@ def _with(graph: SceneGraph, relations: Tensor) -> SceneGraph:
 
 
 def _collate_without_labels(collate: Any, ids: set[str], graphs: Sequence[SceneGraph]) -> GraphBatch:
-    """A batch where images of `ids` have no target: rows of 0, which the supervised loss does not count."""
+    """Return a batch where images of `ids` have no target: rows of 0, which the supervised loss does not count."""
     batch = collate(graphs)
     labelled = torch.tensor([image_id not in ids for image_id in batch.image_ids])
     return batch._replace(targets=batch.targets * labelled[batch.images[batch.pairs[:, 0]], None])

@@ -108,7 +108,7 @@ class SceneGraphData(pl.LightningDataModule):
 
     @cached_property
     def predicate_groups(self) -> dict[str, list[int]]:
-        """Head, body and tail, as the training part or the data set's authors tell them."""
+        """The predicates of head, body and tail, by the training part or by the data set's authors."""
         counts = count_predicates(self.train, len(self.predicate_names) - 1)
         return predicate_groups(self.predicate_names, counts[1:])
 
@@ -180,7 +180,10 @@ class SceneGraphData(pl.LightningDataModule):
     predict_dataloader = test_dataloader
 
     def _shard(self, graphs: Sequence[SceneGraph]) -> UnrepeatedDistributedSampler | None:
-        """This process's part; Lightning's own sampler repeats images to make parts equal, which would count twice."""
+        """Return the sampler of this process's part.
+
+        Lightning's own repeats images to make all parts equal, and those would count twice.
+        """
         if self.trainer is None or self.trainer.world_size == 1:
             return None
         world, rank = self.trainer.world_size, self.trainer.global_rank
@@ -211,7 +214,7 @@ class SceneGraphData(pl.LightningDataModule):
 
 
 class TrainingLoader(DataLoader[GraphBatch]):
-    """A loader whose place Lightning saves and finds again, so that a run goes on in the middle of an epoch."""
+    """A loader whose place Lightning saves and finds again, so that a run resumes in the middle of an epoch."""
 
     batch_size: int
     trainer: pl.Trainer  # knows what was trained on, where workers may have fetched more
@@ -244,7 +247,7 @@ def collate_for(
     cache: FeatureCache | None = None,
     detections: dict[str, Detections] | None = None,
 ) -> GraphBatch:
-    """`collate`, with what else the model reads."""
+    """Return the batch of `collate`, with given detections or cached features where the model reads them."""
     if detections is not None:
         return collate_detected(graphs, detections, num_predicates, pixels=pixels)
     batch = collate(graphs, num_predicates, pixels=pixels)

@@ -28,14 +28,14 @@ class DetrOptions(Options):
     """Options of DETR and of its training; the defaults are those of DETR trained by itself.
 
     Args:
-        backbone: as in `sgalign.models.entity_detector.EntityDetector`.
-        stride: as in `EntityDetector`.
-        dim: as in `EntityDetector`; SGTR's decoder has it too, as the next three.
-        heads: as in `EntityDetector`.
-        ffn_dim: as in `EntityDetector`.
-        dropout: as in `EntityDetector`.
-        entity_layers: `layers` of `EntityDetector`.
-        entity_queries: `num_queries` of `EntityDetector`.
+        backbone: "resnet10" is a small one for experiments.
+        stride: of the feature map in pixels, 32 as published, or 16 by leaving out the backbone's last stage.
+        dim: channels of the transformer, and of SGTR's encoder and decoder.
+        heads: attention heads in all of them.
+        ffn_dim: channels of the feed-forward layers in all of them.
+        dropout: in all of them, of attention weights too.
+        entity_layers: layers of DETR's encoder, and of its decoder.
+        entity_queries: objects that DETR finds in an image.
         detector_weights: as `weights` of `EntityDetector`, or a checkpoint of `EntityDetectorModule` or of SGTR; read
             when training starts. They tell the detector's sizes. SGTR's heads of subjects and objects start as the
             detector's.

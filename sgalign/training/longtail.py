@@ -64,19 +64,19 @@ class RelationLoss(nn.Module):
         self.register_buffer("log_prior", torch.cat((prior.new_ones(1), prior)).log().float())
 
     def forward(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean, and what it divides by, of logits `[R, K + 1]` and targets of the same shape; 0 without labels."""
+        """Return the mean loss and its divisor, for logits and targets `[R, K + 1]`; both are 0 without labels."""
         total = (targets * self.weight).sum()
         logits = logits + self.adjustment * self.log_prior if self.adjustment else logits
         loss = functional.cross_entropy(logits, targets, weight=self.weight, reduction="sum")
         return loss / total.clamp(min=1e-12), total
 
     def adjusted(self, logits: Tensor) -> Tensor:
-        """Logits `[R, K + 1]` of a trained model after `adjustment_test`."""
+        """Return logits `[R, K + 1]` of a trained model after `adjustment_test`."""
         return logits - self.adjustment_test * self.log_prior if self.adjustment_test else logits
 
 
 def repeat_factors(graphs: Iterable[SceneGraph], num_predicates: int, threshold: float) -> Tensor:
-    """How often an image with each predicate should be seen, as LVIS (Gupta et al., CVPR 2019) repeats images.
+    """Return how often to show images with each predicate, as LVIS repeats images (Gupta et al., CVPR 2019).
 
     Args:
         num_predicates: without the background.
@@ -92,7 +92,7 @@ def repeat_factors(graphs: Iterable[SceneGraph], num_predicates: int, threshold:
 
 
 class RepeatSampler(DistributedSampler[int]):
-    """Images as often as their rarest predicate should be seen, in an order that depends on seed and epoch alone.
+    """Draws images as often as their rarest predicate should be seen, in an order of seed and epoch alone.
 
     An image that should be seen r times an epoch is seen floor(r) or ceil(r) times, r on average; an epoch has the same
     length always. Shards, shuffling and `set_epoch` are those of `DistributedSampler`.
@@ -121,7 +121,7 @@ class RepeatSampler(DistributedSampler[int]):
 
 
 def drop_repeated(batch: GraphBatch, factors: Tensor, rate: float, generator: torch.Generator) -> GraphBatch:
-    """BGNN's instance dropping: of images seen often for a rare predicate, labels of the others are dropped in part.
+    """Return the batch without some labels of images that are repeated for a rarer predicate: BGNN's instance dropping.
 
     A pair whose rarest predicate has factor r, in an image seen R times, loses its label with probability
     rate (1 - r / R): it has a target of zeros, which `RelationLoss` does not count.

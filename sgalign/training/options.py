@@ -30,7 +30,7 @@ class FasterRCNNOptions(Options):
     """Sizes of the Faster R-CNN that Motifs looks through.
 
     Args:
-        backbone: of `sgalign.models.Detector`; the published one is "resnext101_32x8d".
+        backbone: the published one is "resnext101_32x8d".
         min_size: pixels of the short side that images are resized to.
         max_size: pixels of their long side, at most.
         head_dim: channels of the box head; 4096 as published, 1024 in torchvision's weights.
@@ -69,10 +69,10 @@ class MotifsOptions(FasterRCNNOptions):
         learning_rate_images: None for a learning rate that no batch size changes.
         warmup_steps: over which the learning rate grows from a tenth.
         predicate_weights: as `weights` of `sgalign.training.longtail.RelationLoss`.
-        predicate_weight_power: as `power` of it.
-        effective_number_beta: as `beta` of it.
-        logit_adjustment: as `adjustment` of it.
-        logit_adjustment_test: as `adjustment_test` of it.
+        predicate_weight_power: as `power` of `RelationLoss`.
+        effective_number_beta: as `beta` of `RelationLoss`.
+        logit_adjustment: as `adjustment` of `RelationLoss`.
+        logit_adjustment_test: as `adjustment_test` of `RelationLoss`.
     """
 
     protocol: Literal["predcls", "sgcls", "sgdet"] = "predcls"
@@ -115,8 +115,9 @@ class MirrorOptions(Options):
     Args:
         mask_ratio: p, the probability of masking.
         alignment_weight: lambda.
-        reduction: as in `sgalign.relation_alignment_loss`.
-        direction: as in `sgalign.relation_alignment_loss`.
+        reduction: of the alignment loss; "element" is the mean over relations and classes, "relation" over relations.
+        direction: of the alignment loss; "teacher_to_student" is KL(supervised, mirrored), "symmetric" the mean with
+            KL(mirrored, supervised).
     """
 
     mask_ratio: float = 0.1

@@ -20,7 +20,7 @@ def sample_pairs(
     positive_fraction: float = 0.25,
     generator: torch.Generator,
 ) -> Tensor:
-    """At most `limit` pairs an image, of these at most `positive_fraction` related (or one), the rest drawn at random.
+    """Draw at most `limit` pairs an image, of these at most `positive_fraction` related (or one).
 
     Args:
         is_foreground: bool `[R]`, the pair is related.
@@ -57,7 +57,7 @@ def match_detections(
     positive_fraction: float = 0.25,
     iou: float = 0.5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What one image's detections are trained towards (SGDet).
+    """Match one image's detections with its annotations, which they are trained towards (SGDet).
 
     A detection is of the annotated object that it overlaps most, if by an IoU above `iou`. A pair of detections is
     related as annotated objects are if each overlaps its one by more than `iou` and is of its class; of these pairs
@@ -101,7 +101,7 @@ def match_detections(
 
 
 def step_seed(run_seed: int, step: int, micro_batch: int, rank: int, *, purpose: str = "mask") -> int:
-    """A seed in the range of int64 for what one step draws; any change of an argument gives an unrelated one.
+    """Return a seed in the range of int64 for what one step draws; any change of an argument gives an unrelated one.
 
     Of explicit arguments rather than of torch's generator, so that ranks differ and a resumed run repeats.
     """

@@ -26,10 +26,10 @@ class SGTROptions(DetrOptions):
     Args:
         protocol: "sgdet"; or "predcls", where the annotated boxes and classes take the place of the detected entities
             when graphs are assembled, in training too.
-        encoder_layers: of the predicate encoder, as in `sgalign.models.sgtr.SGTR`.
-        layers: of the structural decoder, as in `SGTR`.
-        queries: as `num_queries` of `SGTR`.
-        focal: as in `SGTR`.
+        encoder_layers: layers of the predicate encoder.
+        layers: layers of the structural decoder.
+        queries: relations that the decoder looks for in an image.
+        focal: predicates are trained by a focal loss, as for Visual Genome; otherwise by cross-entropy.
         distinct_matching: as `distinct` of `sgalign.models.graph_assembly.match`; false as in the public code.
         pairs: of entities that a query and predicate may join at evaluation, best first.
     """

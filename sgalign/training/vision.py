@@ -195,7 +195,7 @@ def with_detections(batch: GraphBatch, found: Sequence[ObjectDetections]) -> Gra
 
 
 def make_vision(options: MotifsOptions, num_classes: int) -> BoxVision:
-    """Return what the options choose.
+    """Return the vision that the options choose.
 
     Args:
         num_classes: object classes, background included.

@@ -34,7 +34,7 @@ class FileWriter(BasePredictionWriter):
         self._stack = ExitStack()
 
     def open(self, module: pl.LightningModule) -> None:
-        """Makes ready for a file, with `self._stack` to close it; refuses modules whose predictions do not fit."""
+        """Open the file, with `self._stack` to close it; refuse modules whose predictions do not fit."""
         raise NotImplementedError(f"{type(self).__name__} must override open")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -157,7 +157,7 @@ def describe(
     *,
     all_predicates: bool = False,
 ) -> dict[str, Any]:
-    """A prediction of `RelationModule.predictions` in names and plain numbers, best triplets first.
+    """Return a prediction of `RelationModule.predictions` in names and plain numbers, best triplets first.
 
     A triplet's score is that of both objects and of the predicate, multiplied. Each pair has its best predicate (the
     graph constraint), or with `all_predicates` all of them; SGTR ranks triplets itself, some of them of one pair.
