@@ -3,7 +3,7 @@ import torch
 
 pytest.importorskip("torchvision")
 
-from sgalign.data import SceneGraph, ScenesDataset, SeenBatch, collate
+from sgalign.data import SceneGraph, ScenesDataset, SeenBatch, VisualFeatures, collate
 from sgalign.models import FrequencyBaseline, Motifs, predicate_counts
 from sgalign.models.motifs import _Context, box_features, pair_features, right_to_left
 
@@ -237,6 +237,22 @@ def test_wide_input_under_autocast(counts, scenes):
     (prediction.logits.float().square().mean() + mirrored.float().square().mean()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in wide.parameters())
     assert (prediction.logits.float() - exact.logits).abs().max() < 0.1 * exact.logits.abs().max()
+
+
+def test_models_that_look_need_features(counts, scenes):
+    sizes, batch = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}, collate(scenes[:2], PREDICATES)
+    with pytest.raises(ValueError, match="batch must have features for a model with object_dim"):
+        Motifs(counts, object_dim=16, **sizes)(SeenBatch(batch))
+    features = VisualFeatures(torch.zeros(len(batch.labels), 16), torch.zeros(len(batch.pairs), 16))
+    with pytest.raises(ValueError, match="batch must have the detector's logits for a model that decodes labels"):
+        Motifs(counts, object_dim=16, decodes_labels=True, **sizes)(SeenBatch(batch, features))
+
+
+def test_cached_features_of_pairs_are_kept_with_their_pairs(scenes):
+    batch = collate(scenes[:2], PREDICATES)
+    features = VisualFeatures(torch.zeros(len(batch.labels), 16), torch.arange(len(batch.pairs)))
+    kept = batch._replace(features=features).keep_pairs(torch.tensor([3]))
+    assert kept.features.unions.tolist() == [3] and torch.equal(kept.pairs, batch.pairs[3:4])
 
 
 def test_class_vectors_are_the_initial_embeddings(motifs):

@@ -666,6 +666,9 @@ def test_labels_that_nothing_learns_from_cannot_be_dropped():
     data = FewScenes(None, batch_size=2, images=True, instance_drop=1.6)
     with pytest.raises(ValueError, match="instance_drop must be 0 for SGTRModule of protocol sgdet.* got 1.6"):
         trainer(max_epochs=1).fit(SGTRModule(**SMALL), data)
+    options = {n: v for n, v in SMALL.items() if n not in ("encoder_layers", "layers", "queries")}
+    with pytest.raises(ValueError, match="instance_drop must be 0 for EntityDetectorModule, which does not learn"):
+        trainer(max_epochs=1).fit(EntityDetectorModule(**options), data)
 
 
 def test_stride_16_has_no_last_stage():

@@ -1,4 +1,4 @@
-"""Scene graph models: each maps a `GraphBatch` to a `Prediction`; and what they see of images."""
+"""Networks: those that relate objects, and those that find objects and their features in images."""
 
 from sgalign.models.detector import Detector, ImageFeatures, ObjectDetections
 from sgalign.models.frequency import FrequencyBaseline, predicate_counts
