@@ -147,7 +147,7 @@ void set_gradients(RelationLogits& a, const std::vector<RelationGradients>& grad
 }
 
 AlignmentLoss alignment_loss(int dtype, std::array<int64_t, 2> sizes, const RowsArgument& logits,
-                             const RowsArgument& mirrored, Address weight, double scale, bool sigmoid, int direction,
+                             const RowsArgument& mirrored, Address weight, double scale, bool sigmoid, bool symmetric,
                              Address losses, Address grad, int threads) {
     return {.dtype = DType(dtype),
             .relations = sizes[0],
@@ -159,7 +159,7 @@ AlignmentLoss alignment_loss(int dtype, std::array<int64_t, 2> sizes, const Rows
             .weight = reinterpret_cast<void*>(weight),
             .scale = scale,
             .sigmoid = sigmoid,
-            .direction = direction,
+            .symmetric = symmetric,
             .losses = reinterpret_cast<void*>(losses),
             .grad = reinterpret_cast<void*>(grad),
             .threads = threads};

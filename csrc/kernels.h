@@ -89,7 +89,7 @@ struct AlignmentLoss {
     const void* weight = nullptr;  // [R], float32 (float64 for float64); null: all the same
     double scale = 1;
     bool sigmoid = false;
-    int direction = 0;       // 0: KL(teacher || student), 1: KL(student || teacher), 2: their mean
+    bool symmetric = false;  // the mean of KL(teacher || student) and KL(student || teacher); else the first
     void* losses = nullptr;  // [R], float32 (float64 for float64)
     void* grad = nullptr;  // [R, K], contiguous, float32 (float64 for float64): its 1 / (R K) is too small for 16 bits
     int threads = 1;

@@ -14,20 +14,23 @@ ELEMENTS = 1024  # of a program: 4 a thread keep what a row needs in registers; 
 
 @triton.jit
 def divergence(p, log_p, log_q):
-    """What a class adds to KL(p || q) of two distributions: 0 where p is 0, whatever log q says."""
+    """Return what a class adds to KL(p || q) of two distributions: 0 where p is 0, whatever log q says."""
     return tl.where(p == 0, 0.0, p * (log_p - log_q))
 
 
 @triton.jit
 def log_softmax(x):
-    """In two steps, as large logits then cancel without a rounding."""
+    """Return the logarithms of a softmax over the classes.
+
+    In two steps, as large logits then cancel without a rounding.
+    """
     shifted = x - tl.max(x, 1)[:, None]
     return shifted - tl.log(tl.sum(tl.exp(shifted), 1))[:, None]
 
 
 @triton.jit
 def bernoulli(x):
-    """Probabilities of yes and no and their logarithms."""
+    """Return the probabilities of yes and no, and their logarithms."""
     below = tl.where(x < 0, x, 0.0)
     above = tl.where(x > 0, x, 0.0)
     u = tl.exp(below - above)
@@ -48,9 +51,9 @@ def bernoulli(x):
 @triton.jit(do_not_specialize=["relations", "scale"])
 def alignment_kernel(
     losses, grad, mirrored, mirrored_stride, logits, logits_stride, weight, relations, classes, scale,
-    SIGMOID: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+    SIGMOID: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Some relations. FORWARD is KL(teacher || student), BACKWARD KL(student || teacher), both their mean.
+    """Some relations: KL(teacher || student), and where SYMMETRIC its mean with KL(student || teacher).
 
     Bound by memory: two numbers are read and one is written a class.
     """
@@ -67,15 +70,12 @@ def alignment_kernel(
     if weight is not None:
         factor *= tl.load(weight + row, mask=present, other=0.0)
 
-    loss = tl.zeros([ROWS], tl.float32)
-    gradient = tl.zeros([ROWS, BLOCK_K], tl.float32)
     if SIGMOID:
         t, not_t, log_t, log_not_t = bernoulli(x)
         s, not_s, log_s, log_not_s = bernoulli(y)
-        if FORWARD:
-            loss += tl.sum(divergence(t, log_t, log_s) + divergence(not_t, log_not_t, log_not_s), 1)
-            gradient += s - t
-        if BACKWARD:
+        loss = tl.sum(divergence(t, log_t, log_s) + divergence(not_t, log_not_t, log_not_s), 1)
+        gradient = s - t
+        if SYMMETRIC:
             loss += tl.sum(divergence(s, log_s, log_t) + divergence(not_s, log_not_s, log_not_t), 1)
             spread = s * not_s
             gradient += tl.where(spread == 0, 0.0, spread * (y - x))
@@ -84,15 +84,14 @@ def alignment_kernel(
         log_s = log_softmax(y)
         t = tl.exp(log_t)
         s = tl.exp(log_s)
-        if FORWARD:
-            loss += tl.sum(divergence(t, log_t, log_s), 1)
-            gradient += s - t
-        if BACKWARD:
+        loss = tl.sum(divergence(t, log_t, log_s), 1)
+        gradient = s - t
+        if SYMMETRIC:
             back = divergence(s, log_s, log_t)
             total = tl.sum(back, 1)
             loss += total
             gradient += back - s * total[:, None]
-    if FORWARD and BACKWARD:
+    if SYMMETRIC:
         factor *= 0.5
     # A relation without weight adds nothing, even where its divergence is infinite.
     tl.store(losses + row, tl.where(factor == 0, 0.0, factor * loss), mask=present)
@@ -106,22 +105,22 @@ def loss(
     weight: Tensor | None,
     scale: float,
     sigmoid: bool,
-    direction: int,
+    symmetric: bool,
     losses: Tensor,
     grad: Tensor,
 ) -> None:
-    """Writes `losses` and `grad`; direction 0 is teacher to student, 1 student to teacher, 2 both."""
+    """Write each relation's share of the loss, and the gradient of their sum in `mirrored`. Last strides are 1."""
     relations, classes = mirrored.shape
     if not relations:
         return
     rows, width, warps = sizes(classes)
     alignment_kernel[(triton.cdiv(relations, rows),)](
         losses, grad, mirrored, mirrored.stride(0), logits, logits.stride(0), weight, relations, classes, scale,
-        SIGMOID=sigmoid, FORWARD=direction != 1, BACKWARD=direction != 0, ROWS=rows, BLOCK_K=width, num_warps=warps,
+        SIGMOID=sigmoid, SYMMETRIC=symmetric, ROWS=rows, BLOCK_K=width, num_warps=warps,
     )  # fmt: skip
 
 
 def sizes(classes: int) -> tuple[int, int, int]:
-    """Rows of a program, their padded length and the number of warps."""
+    """Return the rows of a program, their padded length and the number of warps."""
     width = triton.next_power_of_2(classes)
     return max(1, ELEMENTS // width), width, min(max(8 * width // ELEMENTS, 8), 32)

@@ -236,12 +236,8 @@ def alignment_sources() -> Iterator[Compiled]:
         for classes in (*CLASSES, 4096):
             rows, width, warps = alignment.sizes(classes)
             for kind in ("softmax", "sigmoid"):
-                for direction, (forward, backward) in {
-                    "teacher to student": (True, False),
-                    "student to teacher": (False, True),
-                    "symmetric": (True, True),
-                }.items():
-                    constants = {"SIGMOID": kind == "sigmoid", "FORWARD": forward, "BACKWARD": backward}
+                for direction in ("teacher to student", "symmetric"):
+                    constants = {"SIGMOID": kind == "sigmoid", "SYMMETRIC": direction == "symmetric"}
                     yield Compiled(
                         f"alignment loss: {element}, {classes} classes, {kind}, {direction}",
                         source(

@@ -33,12 +33,12 @@ def kl(p, q, kind):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher", "symmetric"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
 def test_equals_torch(kind, direction):
     teacher, student = logits()
     fixed = teacher.detach()
     forth, back = kl(fixed, student, kind), kl(student, fixed, kind)
-    divergence = {"teacher_to_student": forth, "student_to_teacher": back, "symmetric": (forth + back) / 2}[direction]
+    divergence = {"teacher_to_student": forth, "symmetric": (forth + back) / 2}[direction]
     weight = torch.rand(7, dtype=EXACT, device=DEVICE)
     for reduction, share in (("relation", 1), ("element", 5)):
         for w in (None, weight):
@@ -59,7 +59,7 @@ def test_element_is_the_mean_over_elements():
 
 def test_teacher_gets_no_gradient():
     teacher, student = logits()
-    for direction in ("teacher_to_student", "student_to_teacher", "symmetric"):
+    for direction in ("teacher_to_student", "symmetric"):
         relation_alignment_loss(teacher, student, direction=direction).backward()
         assert teacher.grad is None and student.grad.abs().sum() > 0
 
@@ -72,7 +72,7 @@ def test_gradcheck(kind):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher", "symmetric"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
 def test_zero_where_equal_and_stable_at_extreme_logits(kind, direction):
     extreme = torch.tensor([[1000.0, -1000, 0], [-1000, -1000, -1000], [1000, 1000, 1000]], device=DEVICE)
     student = extreme.clone().requires_grad_()
@@ -136,7 +136,7 @@ def test_half_gradients_survive_small_shares(relations):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher", "symmetric"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
 def test_nan_is_not_hidden(kind, direction):
     for branch in (0, 1):
         pair = [x.detach() for x in logits()]
@@ -188,7 +188,7 @@ def test_bad_input_is_refused_by_name(change, error, message):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher", "symmetric"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
 @pytest.mark.parametrize("spread", [1e-3, 1, 30])
 def test_compiled_is_as_good_as_plain(kind, direction, dtype, spread, instruction_set, poisoned):
     for shape in ((1, 1), (9, 51), (3, 64), (40, 130)):
@@ -233,7 +233,7 @@ def test_opcheck_and_compile():
     teacher, student = torch.randn(2, 6, 5, device=DEVICE)
     for weight in (None, torch.rand(6, device=DEVICE)):
         torch.library.opcheck(
-            torch.ops.sgalign.alignment_loss.default, (BACKEND, student, teacher, weight, 0.5, False, 2)
+            torch.ops.sgalign.alignment_loss.default, (BACKEND, student, teacher, weight, 0.5, False, True)
         )
 
     def grad(function):

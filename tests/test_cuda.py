@@ -400,7 +400,7 @@ def test_strides_of_relation(shape, core):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher", "symmetric"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
 def test_alignment(kind, direction, core):
     generator = torch.Generator().manual_seed(0)
     for relations, classes in ((7, 5), (9, 51), (1, 200), (0, 3)):
@@ -423,7 +423,7 @@ def test_alignment(kind, direction, core):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher", "symmetric"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
 def test_alignment_of_extreme_logits(kind, direction, core):
     extreme = torch.tensor([[1000.0, -1000, 0], [-1000, -1000, -1000], [1000, 1000, 1000]])
     student = extreme.clone().requires_grad_()

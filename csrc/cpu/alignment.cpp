@@ -44,29 +44,24 @@ inline Vector<R> divergence(Vector<R> p, Vector<R> log_p, Vector<R> log_q) {
     return p == R(0) ? Vector<R>{} : p * (log_p - log_q);
 }
 
-struct Directions {
-    bool forward, backward;  // KL(teacher || student), KL(student || teacher); both: their mean
-};
-
 // One categorical distribution a row. Teacher x, student y; the gradient goes to `grad`, times `factor`.
 template <class R>
-R softmax_row(R* x, R* y, R* t, R* s, int64_t padded, Directions directions, R factor, R* grad) {
+R softmax_row(R* x, R* y, R* t, R* s, int64_t padded, bool symmetric, R factor, R* grad) {
     log_softmax(x, t, padded);
     log_softmax(y, s, padded);
     Vector<R> ahead{}, back{};
     for (int64_t k = 0; k < padded; k += Real<R>::lanes) {
         ahead += divergence<R>(load(t + k), load(x + k), load(y + k));
-        back += divergence<R>(load(s + k), load(y + k), load(x + k));
+        if (symmetric) back += divergence<R>(load(s + k), load(y + k), load(x + k));
     }
     const R forward = sum_lanes<R>(ahead), backward = sum_lanes<R>(back);
-    const R half = directions.forward && directions.backward ? R(0.5) : R(1);
+    const R half = symmetric ? R(0.5) : R(1);
     for (int64_t k = 0; k < padded; k += Real<R>::lanes) {
-        Vector<R> g{};
-        if (directions.forward) g += load(s + k) - load(t + k);
-        if (directions.backward) g += divergence<R>(load(s + k), load(y + k), load(x + k)) - load(s + k) * backward;
+        Vector<R> g = load(s + k) - load(t + k);
+        if (symmetric) g += divergence<R>(load(s + k), load(y + k), load(x + k)) - load(s + k) * backward;
         store<R>(grad + k, g * (half * factor));
     }
-    return half * ((directions.forward ? forward : R(0)) + (directions.backward ? backward : R(0)));
+    return half * (forward + backward);
 }
 
 template <class R>
@@ -86,17 +81,14 @@ struct Bernoulli {
 
 // One yes or no a class. Padding is equal in teacher and student, and so adds nothing.
 template <class R>
-R sigmoid_row(const R* x, const R* y, int64_t padded, Directions directions, R factor, R* grad) {
-    const R half = directions.forward && directions.backward ? R(0.5) : R(1);
+R sigmoid_row(const R* x, const R* y, int64_t padded, bool symmetric, R factor, R* grad) {
+    const R half = symmetric ? R(0.5) : R(1);
     Vector<R> sum{};
     for (int64_t k = 0; k < padded; k += Real<R>::lanes) {
         const Bernoulli<R> t(load(x + k)), s(load(y + k));
-        Vector<R> g{};
-        if (directions.forward) {
-            sum += divergence<R>(t.p, t.log_p, s.log_p) + divergence<R>(t.q, t.log_q, s.log_q);
-            g += s.p - t.p;
-        }
-        if (directions.backward) {
+        sum += divergence<R>(t.p, t.log_p, s.log_p) + divergence<R>(t.q, t.log_q, s.log_q);
+        Vector<R> g = s.p - t.p;
+        if (symmetric) {
             sum += divergence<R>(s.p, s.log_p, t.log_p) + divergence<R>(s.q, s.log_q, t.log_q);
             const Vector<R> spread = s.p * s.q;
             g += spread == R(0) ? Vector<R>{} : spread * (load(y + k) - load(x + k));
@@ -110,7 +102,6 @@ template <class T>
 void align(const AlignmentLoss& a) {
     using R = typename Storage<T>::R;
     const int64_t padded = round_to_panel<R>(a.classes);
-    const Directions directions{a.direction != 1, a.direction != 0};
     const Scratch scratch(a.threads, 5 * padded * int64_t(sizeof(R)) + 64 * 5);
 #pragma omp parallel for schedule(static) num_threads(a.threads)
     for (int64_t row = 0; row < a.relations; ++row) {
@@ -124,8 +115,8 @@ void align(const AlignmentLoss& a) {
         read_row((const T*)a.logits + row * a.logits_row, a.classes, padded, fill, x);
         read_row((const T*)a.mirrored + row * a.mirrored_row, a.classes, padded, fill, y);
         const R factor = R(a.scale) * (a.weight ? ((const R*)a.weight)[row] : R(1));
-        const R loss = a.sigmoid ? sigmoid_row<R>(x, y, padded, directions, factor, grad)
-                                 : softmax_row<R>(x, y, t, s, padded, directions, factor, grad);
+        const R loss = a.sigmoid ? sigmoid_row<R>(x, y, padded, a.symmetric, factor, grad)
+                                 : softmax_row<R>(x, y, t, s, padded, a.symmetric, factor, grad);
         ((R*)a.losses)[row] = factor == R(0) ? R(0) : factor * loss;
         R* const out = (R*)a.grad + row * a.classes;
         for (int64_t k = 0; k < a.classes; ++k) out[k] = factor == R(0) ? R(0) : grad[k];

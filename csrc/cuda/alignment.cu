@@ -58,20 +58,15 @@ __global__ void __launch_bounds__(kWarps* kWarp) alignment_loss_kernel(const __g
     const T* const x = (const T*)a.logits + row * a.logits_row;
     const T* const y = (const T*)a.mirrored + row * a.mirrored_row;
     float* const grad = (float*)a.grad + row * a.classes;
-    const bool forward = a.direction != 1, backward = a.direction != 0;
-    const float half = forward && backward ? 0.5f : 1.0f;
     const float factor = float(a.scale) * (a.weight ? ((const float*)a.weight)[row] : 1.0f);
-    const float slope = half * factor;
+    const float slope = a.symmetric ? 0.5f * factor : factor;
     float loss = 0;
     if (a.sigmoid) {
         for (int64_t k = lane_index(); k < a.classes; k += kWarp) {
             const Bernoulli t(to_float(x[k])), s(to_float(y[k]));
-            float g = 0;
-            if (forward) {
-                loss += divergence(t.p, t.log_p, s.log_p) + divergence(t.q, t.log_q, s.log_q);
-                g += s.p - t.p;
-            }
-            if (backward) {
+            loss += divergence(t.p, t.log_p, s.log_p) + divergence(t.q, t.log_q, s.log_q);
+            float g = s.p - t.p;
+            if (a.symmetric) {
                 loss += divergence(s.p, s.log_p, t.log_p) + divergence(s.q, s.log_q, t.log_q);
                 const float spread = s.p * s.q;
                 g += spread == 0 ? 0 : spread * (to_float(y[k]) - to_float(x[k]));
@@ -84,14 +79,14 @@ __global__ void __launch_bounds__(kWarps* kWarp) alignment_loss_kernel(const __g
         float ahead = 0, back = 0;
         for (int64_t k = lane_index(); k < a.classes; k += kWarp) {
             ahead += divergence(expf(log_t[k]), log_t[k], log_s[k]);
-            back += divergence(expf(log_s[k]), log_s[k], log_t[k]);
+            back += divergence(expf(log_s[k]), log_s[k], log_t[k]);  // a branch here takes 8 registers
         }
         ahead = sum_of_warp(ahead), back = sum_of_warp(back);
-        loss = (forward ? ahead : 0) + (backward ? back : 0);
+        loss = ahead + (a.symmetric ? back : 0);
         for (int64_t k = lane_index(); k < a.classes; k += kWarp) {
             const float t = expf(log_t[k]), s = expf(log_s[k]);
-            float g = forward ? s - t : 0;
-            if (backward) g += divergence(s, log_s[k], log_t[k]) - s * back;
+            float g = s - t;
+            if (a.symmetric) g += divergence(s, log_s[k], log_t[k]) - s * back;
             grad[k] = factor == 0 ? 0 : g * slope;
         }
     }

@@ -13,7 +13,7 @@ from sgalign.ops.attention import DTYPES, check_dense, unit_stride
 
 KINDS = ("softmax", "sigmoid")
 REDUCTIONS = ("element", "relation")
-DIRECTIONS = ("teacher_to_student", "student_to_teacher", "symmetric")
+DIRECTIONS = ("teacher_to_student", "symmetric")
 
 
 def relation_alignment_loss(
@@ -31,7 +31,6 @@ def relation_alignment_loss(
     With ``t = softmax(logits[r])`` and ``s = softmax(mirrored_logits[r])``, the divergence of relation r is
 
         teacher_to_student: KL(t || s) = sum over k of t[k] * (log t[k] - log s[k])
-        student_to_teacher: KL(s || t)
         symmetric:          (KL(t || s) + KL(s || t)) / 2
 
     and for "sigmoid" the sum over classes of the same between Bernoulli distributions of ``sigmoid(logits[r, k])``. The
@@ -50,7 +49,7 @@ def relation_alignment_loss(
         reduction: "element" or "relation".
         weight: ``[R]`` of any real dtype, at least 0 (which is not checked: that would wait for the
             device); None weighs all relations the same.
-        direction: "teacher_to_student", "student_to_teacher" or "symmetric".
+        direction: "teacher_to_student" or "symmetric".
         backend: "cpu" (compiled), "triton" or "cuda" (GPUs), "reference" (plain PyTorch); None takes the fastest that
             serves device and dtype.
 
@@ -104,7 +103,7 @@ def relation_alignment_loss(
             logits, mirrored_logits = logits.masked_fill(without, 0), mirrored_logits.masked_fill(without, 0)
         divergence = reference.alignment_divergence(logits, mirrored_logits, kind, direction)
         return (divergence if weight is None else divergence * weight).sum() * scale
-    settings = scale, kind == "sigmoid", DIRECTIONS.index(direction)
+    settings = scale, kind == "sigmoid", direction == "symmetric"
     return _AlignmentLoss.apply(backend, mirrored_logits, logits, weight, *settings)[0]
 
 
@@ -121,9 +120,9 @@ class _AlignmentLoss(torch.autograd.Function):
         weight: Tensor | None,
         scale: float,
         sigmoid: bool,
-        direction: int,
+        symmetric: bool,
     ) -> tuple[Tensor, Tensor]:
-        losses, grad = torch.ops.sgalign.alignment_loss(backend, mirrored, logits, weight, scale, sigmoid, direction)
+        losses, grad = torch.ops.sgalign.alignment_loss(backend, mirrored, logits, weight, scale, sigmoid, symmetric)
         return losses.sum(), grad
 
     @staticmethod
@@ -160,7 +159,7 @@ _library = torch.library.Library("sgalign", "FRAGMENT")
 # -> each relation's share of the loss, and the gradient of their sum in `mirrored`
 _library.define(
     "alignment_loss(str backend, Tensor mirrored, Tensor logits, Tensor? weight, float scale, bool sigmoid,"
-    " int direction) -> (Tensor, Tensor)"
+    " bool symmetric) -> (Tensor, Tensor)"
 )
 
 
@@ -178,7 +177,7 @@ def _loss(
     weight: Tensor | None,
     scale: float,
     sigmoid: bool,
-    direction: int,
+    symmetric: bool,
 ) -> tuple[Tensor, Tensor]:
     losses, grad = _loss_fake(backend, mirrored, logits)
     mirrored, logits = unit_stride(mirrored), unit_stride(logits)
@@ -187,7 +186,7 @@ def _loss(
         from sgalign.kernels import alignment as kernels
 
         with _cuda.queue(mirrored.device):
-            kernels.loss(mirrored, logits, weight, scale, sigmoid, direction, losses, grad)
+            kernels.loss(mirrored, logits, weight, scale, sigmoid, symmetric, losses, grad)
         return losses, grad
     core = _cuda.core(mirrored.device) if backend == "cuda" else _core.load()
     description = core.AlignmentLoss(
@@ -198,7 +197,7 @@ def _loss(
         0 if weight is None else weight.data_ptr(),
         scale,
         sigmoid,
-        direction,
+        symmetric,
         losses.data_ptr(),
         grad.data_ptr(),
         torch.get_num_threads(),

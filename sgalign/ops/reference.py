@@ -135,8 +135,6 @@ def alignment_divergence(logits: Tensor, mirrored_logits: Tensor, kind: str, dir
     teacher, student = (_log_probabilities(x, kind) for x in (logits, mirrored_logits))
     if direction == "teacher_to_student":
         return _divergence(teacher, student)
-    if direction == "student_to_teacher":
-        return _divergence(student, teacher)
     return (_divergence(teacher, student) + _divergence(student, teacher)) / 2
 
 
