@@ -70,7 +70,7 @@ def attention_flops(backend, queries, branches, key, value, *options, out_shape=
 
 
 def attention_backward_flops(
-    backend, grad_outs, queries, outs, log_sums, key, value, *options, out_shape=None, **unused
+    backend, grad_outs, queries, outs, logsumexps, key, value, *options, out_shape=None, **unused
 ) -> int:
     return 5 * len(grad_outs) * 2 * queries[0][0] * queries[0][1] * queries[0][2] * key[2] * key[3]
 

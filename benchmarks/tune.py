@@ -117,20 +117,22 @@ def operands(entry: Entry, shape: tuple[int, ...]) -> tuple[list[Tensor], ...]:
 def calls(entry: Entry, shape: tuple[int, ...]) -> tuple[Callable[[], object], list[Tensor]]:
     """What runs the kernel, a backward with both of its kernels, and where it writes."""
     from sgalign.kernels import attention
+    from sgalign.ops import _cuda
+    from sgalign.ops.attention import Options
 
     queries, (key, value), grad_outs = operands(entry, shape)
     seed = torch.tensor(1, device=DEVICE)
-    options = None, None, seed, THRESHOLD, THRESHOLD * entry.dropout, 0, entry.channels**-0.5
+    options = Options(None, None, seed, THRESHOLD, THRESHOLD * entry.dropout, 0, entry.channels**-0.5)
     nan = functools.partial(torch.full_like, fill_value=float("nan"))  # shows what is not written
     outs = [nan(query) for query in queries]
-    log_sums = [nan(query[..., 0], dtype=torch.float32).contiguous() for query in queries]
-    forward = functools.partial(attention.forward, queries, key, value, outs, log_sums, *options)
+    logsumexps = [nan(query[..., 0], dtype=torch.float32).contiguous() for query in queries]
+    call = queries, key, value, outs, logsumexps, options, _cuda.multiprocessors(DEVICE)
+    forward = functools.partial(attention.forward, *call)
     if entry.kernel == "forward":
         return forward, outs
     forward()
     grads = [nan(tensor) for tensor in (*queries, key, value)]
-    tensors = grad_outs, queries, outs, log_sums, key, value, grads
-    return functools.partial(attention.backward, *tensors, *options), grads
+    return functools.partial(attention.backward, grad_outs, grads, *call), grads
 
 
 def problem(entry: Entry, plan: Plan, table: Any) -> str | None:

@@ -26,15 +26,16 @@ class Config(NamedTuple):
 
 
 def config(kernel: str, key: Tensor, branches: int, dropout: bool) -> Config:
-    """Of `kernel` for keys of this dtype, number of channels and device."""
+    """Return how `kernel` is compiled for keys of this dtype, number of channels and device."""
     return lookup(kernel, architecture(key.device), key.element_size() * 8, key.shape[3], branches, dropout)
 
 
 @functools.cache
 def lookup(kernel: str, architecture: str, bits: int, dim: int, branches: int, dropout: bool) -> Config:
-    """The table's entry of the smallest number of channels that is large enough, "default" where it has no other.
+    """Return the table's entry of the smallest number of channels that is large enough.
 
-    Dropout draws as much again as the random mask, and has entries of its own where that takes other tiles.
+    It is that of "default" where the architecture has none of its own. Dropout draws as much again as the random mask,
+    and has entries of its own where that takes other tiles.
     """
     table = read_table()
     by_dim: dict[str, list[int]] = {}
@@ -45,18 +46,20 @@ def lookup(kernel: str, architecture: str, bits: int, dim: int, branches: int, d
 
 
 def kind(bits: int, branches: int, dropout: bool) -> str:
+    """Return the name of a group of entries in the table."""
     return f"{bits} bits, {branches} branch{'es' if branches > 1 else ''}{', dropout' if dropout else ''}"
 
 
 @functools.cache
 def read_table() -> Table:
+    """Return the table, which a caller may change for this process."""
     table: Table = json.loads(TABLE.read_text())
     return table
 
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942", or "interpreter" for tensors on the CPU."""
+    """Return "sm_90", "gfx942", or "interpreter" for tensors on the CPU."""
     if device.type == "cpu":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
@@ -66,7 +69,7 @@ def architecture(device: torch.device) -> str:
 
 
 def dot_precision() -> str:
-    """How products of float32 matrices are computed: three products of TF32 on NVIDIA's tensor cores, else exactly.
+    """Return how float32 matrices are multiplied: by three products of TF32 on NVIDIA's tensor cores, else exactly.
 
     The three keep float32's digits, where one, Triton's default, keeps ten bits of the factors. How much the units cut
     off long sums was not measured.
@@ -75,5 +78,5 @@ def dot_precision() -> str:
 
 
 def is_interpreting() -> bool:
-    """Whether kernels run on the CPU, in Python: TRITON_INTERPRET was set when they were imported."""
+    """Return whether kernels run on the CPU, in Python: TRITON_INTERPRET was set when they were imported."""
     return bool(triton.knobs.runtime.interpret)

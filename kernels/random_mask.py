@@ -28,7 +28,7 @@ def random_mask_kernel(out, seed, queries, keys, stream, threshold):
 
 
 def random_mask(out: Tensor, seed: Tensor, threshold: int, stream: int) -> None:
-    """Writes `sgalign.ops.reference.random_mask` into a contiguous bool ``[B, H, Lq, Lk]``, True = dropped."""
+    """Write `sgalign.ops.reference.random_mask` into a contiguous bool ``[B, H, Lq, Lk]``, True = dropped."""
     *batch_heads, queries, keys = out.shape
     if out.numel():
         grid = (math.prod(batch_heads) * queries, triton.cdiv(keys, 256))

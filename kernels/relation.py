@@ -18,8 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sgalign.kernels.configs import dot_precision, is_interpreting
-from sgalign.ops._cuda import multiprocessors
-from sgalign.ops.attention import unit_stride
 
 BACKWARD_PAIRS = 16  # of a step of the backward, the fewest that `tl.dot` takes: sums of the weights fill registers
 LEAST_STEPS = 2  # of a program that shares its work: partial results are written and read again
@@ -42,7 +40,7 @@ def store_tile(matrix, stride, row, column, inside, tile):
 
 @triton.jit
 def load_sum(branch, subject_of, object_of, channel, inside):
-    """`subject + object` of each pair, in float32."""
+    """Return `subject + object` of each pair, in float32."""
     subject = load_tile(branch[0], branch[1], subject_of, channel, inside)
     object = load_tile(branch[2], branch[3], object_of, channel, inside)
     return subject.to(tl.float32) + object.to(tl.float32)
@@ -58,7 +56,7 @@ def grad_of_product(
     grad_logits, branch, row, present, classes, channel, channels,
     CLASS_BLOCKS: tl.constexpr, UNROLLED: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`grad_logits @ weight`, the gradient of `(subject + object) * union`, in float32."""
+    """Return `grad_logits @ weight`, the gradient of `(subject + object) * union`, in float32."""
     total = tl.zeros([row.shape[0], channel.shape[0]], tl.float32)
     if UNROLLED:
         for block in tl.static_range(CLASS_BLOCKS):
@@ -78,7 +76,7 @@ def add_classes(
     total, block, grad_logits, branch, row, present, classes, channel, channels,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of classes further."""
+    """Return `total` with one block of classes added."""
     k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     grad = load_tile(grad_logits, classes, row, k, present[:, None] & (k < classes)[None, :])
     weight = load_weight(branch, k, classes, channel, channels)
@@ -189,7 +187,7 @@ def step(
     total, grad_logits, branch, features, row, subject_of, object_of, present, k, classes, channel, channels, inside,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of subject and object of these pairs, and the gradient of the weights with these pairs in it."""
+    """Return the sums of subject and object of these pairs, and the gradient of the weights with these pairs in it."""
     sums = load_sum(branch, subject_of, object_of, channel, inside)
     product = (sums * features.to(tl.float32)).to(features.dtype)
     grad = load_tile(grad_logits, classes, row, k, present[:, None] & (k < classes)[None, :])
@@ -264,7 +262,7 @@ def sum_splits_kernel(out, mirrored_out, partial, splits, count, BLOCK: tl.const
 
 
 class Blocks(NamedTuple):
-    """Of a dtype and a number of classes, such that sums of both branches fit into registers."""
+    """The sizes of blocks for a dtype and a number of classes: sums of both branches fit into registers."""
 
     pairs: int  # of a forward program: weights are read again for every block, so the more the better
     classes: int  # more than these take several programs, or several steps of one
@@ -280,7 +278,7 @@ class Blocks(NamedTuple):
 
 
 def backward_sizes(blocks: Blocks, classes: int) -> dict[str, Any]:
-    """What the kernels of the backward are compiled for.
+    """Return what the kernels of the backward are compiled for.
 
     Blocks of classes that are written out one after the other let the next pairs be loaded ahead, each into shared
     memory of its own: on AMD there is room for one such block, else for two.
@@ -291,26 +289,24 @@ def backward_sizes(blocks: Blocks, classes: int) -> dict[str, Any]:
     return sizes | {"PRECISION": dot_precision()}
 
 
-def forward(
-    union: Tensor,
-    pairs: Tensor,
-    subjects: list[Tensor],
-    objects: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor],
-    logits: list[Tensor],
-) -> None:
-    """Writes the logits of each branch."""
-    (relations, channels), classes = union.shape, len(weights[0])
+def forward(union: Tensor, pairs: Tensor, branches: list[Any], logits: list[Tensor], multiprocessors: int) -> None:
+    """Write the logits of each branch.
+
+    Args:
+        union, pairs: with last strides of 1; pairs are contiguous.
+        branches: subject, object, weight and bias (or None) of each, with last strides of 1.
+        multiprocessors: of the GPU, which as many programs should fill.
+    """
+    (relations, channels), classes = union.shape, logits[0].shape[1]
     if not relations * classes:
         return
-    union, blocks = unit_stride(union), Blocks.of(union, classes)
+    blocks = Blocks.of(union, classes)
     programs = triton.cdiv(relations, blocks.pairs), triton.cdiv(classes, blocks.classes)
-    span, splits = _split(channels, blocks.channels, programs[0] * programs[1], union.device)
+    span, splits = _split(channels, blocks.channels, programs[0] * programs[1], multiprocessors)
     parts = _Parts(logits, splits)
     forward_kernel[(*programs, splits)](
-        *parts.outs, union, union.stride(0), pairs.contiguous(), *_branches(subjects, objects, weights),
-        *_both([bias.contiguous() for bias in biases]), relations, classes, channels, span,
+        *parts.outs, union, union.stride(0), pairs, *_both([_matrices(branch) for branch in branches]),
+        *_both([branch.bias for branch in branches]), relations, classes, channels, span,
         BLOCK_R=blocks.pairs, BLOCK_K=blocks.classes, BLOCK_C=blocks.channels, PRECISION=dot_precision(),
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
@@ -318,31 +314,33 @@ def forward(
 
 
 def backward(
-    grad_logits: list[Tensor],
     union: Tensor,
     pairs: Tensor,
-    subjects: list[Tensor],
-    objects: list[Tensor],
-    weights: list[Tensor],
-    grads: list[Tensor],
-    wants_union: bool,
+    branches: list[Any],
+    grads: list[Any],
+    grad_union: Tensor | None,
+    multiprocessors: int,
 ) -> None:
-    """Writes `grads`: of each branch's subject, object and weight, then of union if wanted."""
-    (relations, channels), classes, count = union.shape, len(weights[0]), len(subjects[0])
+    """Write the gradients of each branch's subject, object and weight, and that of union if it is wanted.
+
+    Args:
+        union, pairs, branches, multiprocessors: as in `forward`; no bias is read.
+        grads: of each branch: that of the logits, which is given, and those of subject, object and weight, contiguous.
+    """
+    (relations, channels), count = union.shape, len(branches[0].subject)
+    classes = len(branches[0].weight)
     if not channels:
         return
-    union, blocks, pairs = unit_stride(union), Blocks.of(union, classes), pairs.contiguous()
-    given = _both([grad.contiguous() for grad in grad_logits])
-    branches = _branches(subjects, objects, weights)
-    to_subject, to_object, to_weight = (grads[i : 3 * len(weights) : 3] for i in range(3))
+    blocks = Blocks.of(union, classes)
+    matrices, given = _both([_matrices(branch) for branch in branches]), _both([of.logits for of in grads])
     channel_blocks = triton.cdiv(channels, blocks.channels)
     sizes = backward_sizes(blocks, classes) | {"num_stages": STAGES}
 
     programs = channel_blocks, max(sizes["CLASS_BLOCKS"], 1)  # without a class, the gradient of union is still zero
-    span, splits = _split(relations, BACKWARD_PAIRS, programs[0] * programs[1], union.device)
-    parts = _Parts(to_weight, splits)
+    span, splits = _split(relations, BACKWARD_PAIRS, programs[0] * programs[1], multiprocessors)
+    parts = _Parts([of.weight for of in grads], splits)
     grad_weight_kernel[(*programs, splits)](
-        *parts.outs, grads[-1] if wants_union else None, *given, union, union.stride(0), pairs, *branches,
+        *parts.outs, grad_union, *given, union, union.stride(0), pairs, *matrices,
         relations, classes, channels, span, BLOCK_R=BACKWARD_PAIRS, num_warps=WARPS, **sizes,
     )  # fmt: skip
     parts.sum()
@@ -352,35 +350,33 @@ def backward(
     ends, order = pairs.t().contiguous().sort(stable=True)
     numbers = torch.arange(count + 1, device=pairs.device).expand(2, -1).contiguous()
     offsets = torch.searchsorted(ends, numbers)  # [2, N + 1]: no number that the host would wait for
-    to_ends = _both(list(zip(to_subject, to_object)))
-    ends_given = [grad for branch in to_ends for grad in (branch or (None, None))]
+    to_ends = [grad for of in _both(grads) for grad in ((of.subject, of.object) if of else (None, None))]
     grad_ends_kernel[(count, channel_blocks, 2)](
-        *ends_given, *given, union, union.stride(0), order, offsets, *branches,
+        *to_ends, *given, union, union.stride(0), order, offsets, *matrices,
         relations, count, classes, channels, BLOCK_R=BACKWARD_PAIRS, num_warps=SEGMENT_WARPS, **sizes,
     )  # fmt: skip
 
 
-def _branches(subjects: list[Tensor], objects: list[Tensor], weights: list[Tensor]) -> list[Any]:
-    """`branch` and `mirrored` as the kernels take them."""
-    branches = [[unit_stride(tensor) for tensor in branch] for branch in zip(subjects, objects, weights)]
-    return _both([tuple(x for tensor in branch for x in (tensor, tensor.stride(0))) for branch in branches])
+def _matrices(branch: Any) -> tuple[Any, ...]:
+    """Return a branch as the kernels take it."""
+    return tuple(x for matrix in (branch.subject, branch.object, branch.weight) for x in (matrix, matrix.stride(0)))
 
 
 def _both(values: list[Any]) -> list[Any]:
-    """Of the branch and of the mirror, None where there is none."""
+    """Return the branch's and the mirror's value, None where there is none."""
     return [*values, None, None][:2]
 
 
-def _split(length: int, block: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Blocks of a program, and how many programs share in a length: two a multiprocessor."""
+def _split(length: int, block: int, programs: int, multiprocessors: int) -> tuple[int, int]:
+    """Return the blocks of a program, and how many programs share in a length: two a multiprocessor."""
     steps = max(triton.cdiv(length, block), 1)
-    splits = max(min(2 * multiprocessors(device) // programs, steps // LEAST_STEPS), 1)
+    splits = max(min(2 * multiprocessors // programs, steps // LEAST_STEPS), 1)
     span = triton.cdiv(steps, splits)
     return span, triton.cdiv(steps, span)
 
 
 class _Parts:
-    """What the programs of `splits` write, one result for each of `outs`; without splits the results themselves."""
+    """The results that the programs of `splits` write, to be added up; without splits the results themselves."""
 
     def __init__(self, outs: list[Tensor], splits: int) -> None:
         self.results, self.splits = outs, splits

@@ -551,7 +551,7 @@ def test_what_is_kept_for_the_backward_grows_with_rows_alone(branches):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         tensors = [tensor.requires_grad_() for tensor in tensors]
         outs = attend(branches, tensors, mask_ratio=0.4, mask_seed=SEED, dropout_p=0.1, key_padding_mask=padding)
-    assert sum(kept.values()) == len(outs) * batch * heads * queries * (dim + 1) * 4 + 8  # out, log_sum and the seed
+    assert sum(kept.values()) == len(outs) * batch * heads * queries * (dim + 1) * 4 + 8  # out, logsumexp and the seed
 
 
 # ------------------------------------------------------------------------------------------------------- the seed

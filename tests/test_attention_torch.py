@@ -49,9 +49,9 @@ def test_opcheck(kind, options, strided):
     forward = ("cpu", queries, branches, key, value, *options)
     torch.library.opcheck(torch.ops.sgalign.attention, forward)
     outputs = torch.ops.sgalign.attention(*forward)
-    outs, log_sums = outputs[:branches], outputs[branches:]
+    outs, logsumexps = outputs[:branches], outputs[branches:]
     grad_outs = [out.cos() for out in outs]
-    backward = ("cpu", grad_outs, queries, outs, log_sums, key, value, *options)
+    backward = ("cpu", grad_outs, queries, outs, logsumexps, key, value, *options)
     torch.library.opcheck(torch.ops.sgalign.attention_backward, backward)
 
 
@@ -210,7 +210,7 @@ def test_autocast_recognises_one_query_for_both_branches():
         outs = dual_branch_attention(query, query, key, value)
     with Spy():
         grads = gradients(outs, (query, key, value))
-    # one query; and for the backward two gradients of outputs, one query, two outputs, two log sums
+    # one query; and for the backward two gradients of outputs, one query, two outputs, two logsumexps
     assert seen == [("sgalign::attention", [1]), ("sgalign::attention_backward", [2, 1, 2, 2])]
     assert all(grad.dtype == torch.float32 for grad in grads)
 

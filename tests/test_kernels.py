@@ -122,15 +122,16 @@ def compiled_for(monkeypatch):
 def attend(queries, keys, dim=32, dtype=torch.float16, **options):
     """Both branches forward and backward through the kernels' launchers; returns nothing of worth."""
     from sgalign.kernels import attention
+    from sgalign.ops.attention import Options
 
     rows = [torch.empty(1, 2, length, dim, dtype=dtype) for length in (queries, queries, keys, keys)]
     sums = [torch.empty(1, 2, queries) for _ in range(2)]
     padding = torch.zeros(1, keys, dtype=torch.bool)
     seed = torch.tensor(options.pop("seed", 0))
     drawn = {"mask_threshold": 6554, "dropout_threshold": 0, "stream": 0, "scale": 0.25} | options
-    shared = {"mask": None, "key_padding_mask": padding, "seed": seed, **drawn}
-    attention.forward(rows[:2], *rows[2:], rows[:2], sums, **shared)
-    attention.backward(rows[:2], rows[:2], rows[:2], sums, *rows[2:], rows, **shared)
+    call = rows[:2], *rows[2:], rows[:2], sums, Options(None, padding, seed, **drawn)
+    attention.forward(*call, multiprocessors=4)
+    attention.backward(rows[:2], rows, *call, multiprocessors=4)
 
 
 def test_seeds_streams_and_ratios_compile_nothing_anew(compiled_for):

@@ -15,7 +15,7 @@ BUILD = "run `pip install .` in its root"
 
 @functools.cache
 def load() -> ModuleType:
-    """`sgalign._C`.
+    """Return `sgalign._C`.
 
     Raises:
         ImportError: it was never built, was built from other sources, or does not load; the message says what to run.
@@ -33,7 +33,7 @@ def load() -> ModuleType:
 
 @functools.cache
 def problem() -> str | None:
-    """Why the core cannot be used, in one sentence, or None."""
+    """Return why the core cannot be used, in one sentence, or None."""
     try:
         load()
     except ImportError as error:

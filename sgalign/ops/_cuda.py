@@ -1,4 +1,4 @@
-"""What GPU kernels need of torch: streams, the size of a GPU, and memory to work in."""
+"""The CUDA part of the compiled core, torch's streams, the size of a GPU, and memory for kernels to work in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sgalign.ops import _core
 
 
 def problem() -> str | None:
-    """Why the core has no CUDA kernels, in one sentence, or None."""
+    """Return why the core has no CUDA kernels, in one sentence, or None."""
     if broken := _core.problem():
         return broken
     if not hasattr(_core.load(), "cuda_archs"):
@@ -26,12 +26,14 @@ def problem() -> str | None:
 
 
 def is_emulated() -> bool:
-    """Whether the core is that of the tests, which runs the kernels on the CPU."""
+    """Return whether the core is that of the tests, which runs the kernels on the CPU."""
     return problem() is None and _core.load().cuda_archs == "emulated"
 
 
 def core(device: torch.device) -> ModuleType:
-    """The compiled core for tensors on `device`: asked where torch.compile could not trace the question before.
+    """Return the compiled core for tensors on `device`.
+
+    `backends.choose` has asked the same before, but not where torch.compile traced it.
 
     Raises:
         ImportError: it has no CUDA kernels.
@@ -45,8 +47,8 @@ def core(device: torch.device) -> ModuleType:
 
 
 @contextlib.contextmanager
-def queue(device: torch.device) -> Iterator[tuple[int, int]]:
-    """Makes `device` current; its index and torch's current stream on it, as the core takes them."""
+def current_stream(device: torch.device) -> Iterator[tuple[int, int]]:
+    """Make `device` current, and yield its index and torch's current stream on it, as the core takes them."""
     if device.type == "cpu":
         yield 0, 0
         return
@@ -56,9 +58,13 @@ def queue(device: torch.device) -> Iterator[tuple[int, int]]:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU. Where kernels are emulated a few, so that tests see work that is split."""
+    """Return the number of a GPU's multiprocessors.
+
+    Where kernels are emulated they are a few, so that tests see work that is split.
+    """
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def workspace(like: Tensor, *sizes: int) -> Tensor:
+    """Return uninitialised float32 memory on the device of `like`."""
     return like.new_empty(sizes, dtype=torch.float32)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def source_digest(folder: Path) -> str:
-    """A digest of every C++ and CUDA source in `folder`."""
+    """Return a digest of every C++ and CUDA source in `folder`."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in {".h", ".cpp", ".cuh", ".cu"}:

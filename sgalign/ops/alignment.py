@@ -1,15 +1,29 @@
-"""The alignment loss: pulls the mirrored branch's predictions towards the supervised branch's."""
+"""The alignment loss: pulls the mirrored branch's predictions towards the supervised branch's.
+
+From the public function to the kernel as in `sgalign.ops.attention`: checks, `_AlignmentLoss` (autograd), the
+registered operation ``sgalign::alignment_loss``, and the backend's launch function from the table `_LAUNCH`. One pass
+gives loss and gradient, so there is no backward operation.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda, backends, reference
-from sgalign.ops.attention import DTYPES, check_dense, unit_stride
+from sgalign.ops._operands import (
+    DTYPES,
+    accumulated_dtype,
+    check_dense,
+    check_device,
+    differentiable_once,
+    unit_stride,
+)
 
 KINDS = ("softmax", "sigmoid")
 REDUCTIONS = ("element", "relation")
@@ -26,7 +40,7 @@ def relation_alignment_loss(
     direction: str = "teacher_to_student",
     backend: str | None = None,
 ) -> Tensor:
-    """Divergence between the predictions of the supervised branch (teacher, detached) and of the mirror (student).
+    """Return the divergence of the mirror's predictions (student) from the supervised branch's (teacher, detached).
 
     With ``t = softmax(logits[r])`` and ``s = softmax(mirrored_logits[r])``, the divergence of relation r is
 
@@ -59,6 +73,43 @@ def relation_alignment_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or value.
     """
+    _check_choices(kind, reduction, direction)
+    _check_logits(logits, mirrored_logits, weight)
+    dtype = torch.promote_types(logits.dtype, mirrored_logits.dtype)
+    backend = backends.choose(backend, logits.device, dtype)
+    logits, mirrored_logits = logits.detach().to(dtype), mirrored_logits.to(dtype)
+    scale, weight = _shares(logits, weight, reduction)
+    if backend == "reference":
+        return _reference(mirrored_logits, logits, weight, scale, kind, direction)
+    options = scale, kind == "sigmoid", direction == "symmetric"
+    return _AlignmentLoss.apply(backend, mirrored_logits, logits, weight, *options)[0]
+
+
+def _shares(logits: Tensor, weight: Tensor | None, reduction: str) -> tuple[float, Tensor | None]:
+    """Return what multiplies the divergence of every relation, and that of each, if they differ."""
+    relations, classes = logits.shape
+    scale = 1 / classes if reduction == "element" else 1.0
+    if weight is None:
+        return scale / max(relations, 1), None
+    weight = weight.detach().double()
+    total = weight.sum()
+    return scale, (weight / total.where(total > 0, 1)).to(accumulated_dtype(logits.dtype))
+
+
+def _reference(
+    mirrored: Tensor, logits: Tensor, weight: Tensor | None, scale: float, kind: str, direction: str
+) -> Tensor:
+    if weight is None:
+        return reference.alignment_divergence(logits, mirrored, kind, direction).sum() * scale
+    without = (weight == 0)[:, None]  # 0 times an infinite divergence would be NaN
+    logits, mirrored = logits.masked_fill(without, 0), mirrored.masked_fill(without, 0)
+    return (reference.alignment_divergence(logits, mirrored, kind, direction) * weight).sum() * scale
+
+
+# ------------------------------------------------------------------------------------------------------ checks
+
+
+def _check_choices(kind: str, reduction: str, direction: str) -> None:
     for name, value, allowed in (
         ("kind", kind, KINDS),
         ("reduction", reduction, REDUCTIONS),
@@ -66,6 +117,9 @@ def relation_alignment_loss(
     ):
         if value not in allowed:
             raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_logits(logits: Tensor, mirrored_logits: Tensor, weight: Tensor | None) -> None:
     for name, tensor in (("logits", logits), ("mirrored_logits", mirrored_logits)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -75,54 +129,26 @@ def relation_alignment_loss(
         raise InputError(f"logits must be [R, K] with K at least 1, got {list(logits.shape)}")
     if mirrored_logits.shape != logits.shape:
         raise InputError(f"mirrored_logits must be {list(logits.shape)} like logits, got {list(mirrored_logits.shape)}")
-    relations, classes = logits.shape
     if weight is not None:
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a tensor or None, got {type(weight).__name__}")
         check_dense("weight", weight)
         if weight.is_complex():
             raise TypeError(f"weight must be real, got {weight.dtype}")
-        if weight.shape != (relations,):
-            raise InputError(f"weight must be [{relations}], one a relation, got {list(weight.shape)}")
-    for name, other in (("mirrored_logits", mirrored_logits), ("weight", weight)):
-        if other is not None and other.device != logits.device:
-            raise InputError(f"{name} must be on the device of logits, {logits.device}, got {other.device}")
-    dtype = torch.promote_types(logits.dtype, mirrored_logits.dtype)
-    backend = backends.choose(backend, logits.device, dtype)
-    logits, mirrored_logits = logits.detach().to(dtype), mirrored_logits.to(dtype)
-    scale = 1 / classes if reduction == "element" else 1.0
-    if weight is None:
-        scale /= max(relations, 1)
-    else:
-        weight = weight.detach().double()
-        total = weight.sum()
-        weight = (weight / total.where(total > 0, 1)).to(_computed_in(dtype))
-    if backend == "reference":
-        if weight is not None:  # 0 times an infinite divergence would be NaN
-            without = (weight == 0)[:, None]
-            logits, mirrored_logits = logits.masked_fill(without, 0), mirrored_logits.masked_fill(without, 0)
-        divergence = reference.alignment_divergence(logits, mirrored_logits, kind, direction)
-        return (divergence if weight is None else divergence * weight).sum() * scale
-    settings = scale, kind == "sigmoid", direction == "symmetric"
-    return _AlignmentLoss.apply(backend, mirrored_logits, logits, weight, *settings)[0]
+        if weight.shape != logits.shape[:1]:
+            raise InputError(f"weight must be [{len(logits)}], one a relation, got {list(weight.shape)}")
+    check_device("mirrored_logits", mirrored_logits, logits.device, "logits")
+    if weight is not None:
+        check_device("weight", weight, logits.device, "logits")
 
 
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+# ------------------------------------------------------------------------------------------------------ autograd
 
 
 class _AlignmentLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        backend: str,
-        mirrored: Tensor,
-        logits: Tensor,
-        weight: Tensor | None,
-        scale: float,
-        sigmoid: bool,
-        symmetric: bool,
-    ) -> tuple[Tensor, Tensor]:
-        losses, grad = torch.ops.sgalign.alignment_loss(backend, mirrored, logits, weight, scale, sigmoid, symmetric)
+    def forward(backend: str, mirrored: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        losses, grad = torch.ops.sgalign.alignment_loss(backend, mirrored, *others)
         return losses.sum(), grad
 
     @staticmethod
@@ -136,24 +162,15 @@ class _AlignmentLoss(torch.autograd.Function):
         return None, _AlignmentLossBackward.apply(grad_loss, grad, mirrored), None, None, None, None, None
 
 
-class _AlignmentLossBackward(torch.autograd.Function):
-    """What the forward has left, times the loss's own gradient; cannot be differentiated again, and says so."""
+def _gradient(grad_loss: Tensor, grad: Tensor, mirrored: Tensor) -> Tensor:
+    """Return what the forward has left, times the loss's own gradient."""
+    return (grad * grad_loss).to(mirrored.dtype)  # rounded once, with a scale of the loss in it
 
-    @staticmethod
-    def forward(grad_loss: Tensor, grad: Tensor, mirrored: Tensor) -> Tensor:
-        return (grad * grad_loss).to(mirrored.dtype)  # rounded once, with a scale of the loss in it
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+_AlignmentLossBackward = differentiable_once("the alignment loss", _gradient)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise RuntimeError(
-            "sgalign: second-order gradients of the alignment loss are not supported (create_graph=True, or a gradient"
-            " of a gradient); backend='reference' has them"
-        )
 
+# ------------------------------------------------------------------------------------------------------ operation
 
 _library = torch.library.Library("sgalign", "FRAGMENT")
 # -> each relation's share of the loss, and the gradient of their sum in `mirrored`
@@ -165,7 +182,7 @@ _library.define(
 
 @torch.library.register_fake("sgalign::alignment_loss")
 def _loss_fake(backend: str, mirrored: Tensor, logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    dtype = _computed_in(mirrored.dtype)
+    dtype = accumulated_dtype(mirrored.dtype)
     return mirrored.new_empty(mirrored.shape[0], dtype=dtype), mirrored.new_empty(mirrored.shape, dtype=dtype)
 
 
@@ -180,31 +197,64 @@ def _loss(
     symmetric: bool,
 ) -> tuple[Tensor, Tensor]:
     losses, grad = _loss_fake(backend, mirrored, logits)
-    mirrored, logits = unit_stride(mirrored), unit_stride(logits)
     weight = None if weight is None else weight.contiguous()
-    if backend == "triton":
-        from sgalign.kernels import alignment as kernels
+    _LAUNCH[backend](Call(unit_stride(mirrored), unit_stride(logits), weight, scale, sigmoid, symmetric, losses, grad))
+    return losses, grad
 
-        with _cuda.queue(mirrored.device):
-            kernels.loss(mirrored, logits, weight, scale, sigmoid, symmetric, losses, grad)
-        return losses, grad
-    core = _cuda.core(mirrored.device) if backend == "cuda" else _core.load()
-    description = core.AlignmentLoss(
-        DTYPES.index(mirrored.dtype),
-        tuple(mirrored.shape),
-        (logits.data_ptr(), logits.stride(0)),
-        (mirrored.data_ptr(), mirrored.stride(0)),
-        0 if weight is None else weight.data_ptr(),
-        scale,
-        sigmoid,
-        symmetric,
-        losses.data_ptr(),
-        grad.data_ptr(),
+
+# ------------------------------------------------------------------------------------------------------ backends
+
+
+class Call(NamedTuple):
+    """The arguments of a launch function, which writes the losses and the gradient. Last strides are 1."""
+
+    mirrored: Tensor
+    logits: Tensor
+    weight: Tensor | None  # contiguous, as the losses and the gradient
+    scale: float
+    sigmoid: bool
+    symmetric: bool
+    losses: Tensor
+    grad: Tensor
+
+
+def _launch_cpu(call: Call) -> None:
+    core = _core.load()
+    core.alignment_loss(_description(core, call))
+
+
+def _launch_triton(call: Call) -> None:
+    from sgalign.kernels import alignment as kernels
+
+    with _cuda.current_stream(call.mirrored.device):
+        kernels.loss(*call)
+
+
+def _launch_cuda(call: Call) -> None:
+    core = _cuda.core(call.mirrored.device)
+    with _cuda.current_stream(call.mirrored.device) as cuda_stream:
+        core.cuda_alignment_loss(_description(core, call), cuda_stream)
+
+
+_LAUNCH: dict[str, Callable[[Call], None]] = {
+    "cpu": _launch_cpu,
+    "triton": _launch_triton,
+    "cuda": _launch_cuda,
+}
+
+
+def _description(core: ModuleType, call: Call) -> Any:
+    """Return the call as the core takes it (csrc/kernels.h). It holds addresses: the tensors must outlive it."""
+    return core.AlignmentLoss(
+        DTYPES.index(call.mirrored.dtype),
+        tuple(call.mirrored.shape),
+        (call.logits.data_ptr(), call.logits.stride(0)),
+        (call.mirrored.data_ptr(), call.mirrored.stride(0)),
+        0 if call.weight is None else call.weight.data_ptr(),
+        call.scale,
+        call.sigmoid,
+        call.symmetric,
+        call.losses.data_ptr(),
+        call.grad.data_ptr(),
         torch.get_num_threads(),
     )
-    if backend == "cuda":
-        with _cuda.queue(mirrored.device) as queue:
-            core.cuda_alignment_loss(description, queue)
-    else:
-        core.alignment_loss(description)
-    return losses, grad

@@ -1,8 +1,10 @@
 """Masked attention, for one branch or for a supervised and a mirrored one in a single pass over the keys.
 
 From the public function to the kernel: `fused_masked_attention` checks its arguments and calls `_Attention` (autograd),
-which calls the registered operation ``sgalign::attention`` (fake implementation, torch.compile), which calls the
-backend's kernels. Both public functions are the same operation on one or two branches.
+which calls the registered operation ``sgalign::attention``, which allocates what it returns and calls the backend's
+launch function, from the table `FORWARD` in _attention_backends.py. The gradients take the same way:
+`_Attention.backward`, ``sgalign::attention_backward``, `BACKWARD`. Both public functions are the same operation on one
+or two branches.
 """
 
 from __future__ import annotations
@@ -15,13 +17,26 @@ import torch
 from torch import Tensor
 
 from sgalign.errors import InputError
-from sgalign.ops import _core, _cuda, backends, reference
-from sgalign.ops.random_mask import check_stream, dropout_scale, ratio_threshold, seed_tensor
+from sgalign.ops import backends
+from sgalign.ops._attention_backends import BACKWARD, FORWARD, Call, Options, run_reference
+from sgalign.ops._operands import (
+    accumulated_dtype,
+    check_dense,
+    check_floating,
+    check_tensor,
+    computed_dtype,
+    differentiable_once,
+    distinct,
+    empty_like,
+    unit_stride,
+)
+from sgalign.ops.random_mask import check_stream, ratio_threshold, seed_tensor
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/kernels.h
 MAX_DIM = 256
 MAX_SCALE = torch.finfo(torch.float32).max / 2  # the kernels multiply it by log2(e)
-Settings = tuple[int, int, int, float]  # mask threshold, dropout threshold, stream, scale
+
+
+# ------------------------------------------------------------------------------------------------------ public
 
 
 def fused_masked_attention(
@@ -38,7 +53,7 @@ def fused_masked_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention whose entries are dropped *before* the softmax at random, by a mask that is never stored.
+    """Return attention whose entries are dropped *before* the softmax at random, by a mask that is never stored.
 
     ``S = scale * Q K^T``; an entry is dropped by `mask`, by `key_padding_mask` or, with probability `mask_ratio`, at
     random; ``out = softmax over what is kept, times V``. The random mask is not dropout: what is kept is a softmax
@@ -94,7 +109,7 @@ def dual_branch_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The supervised and the mirrored branch of relation alignment in one pass over keys and values.
+    """Return the supervised and the mirrored branch of relation alignment, in one pass over keys and values.
 
     ``out`` is `fused_masked_attention` of `query` without the random mask, ``mirrored_out`` of `mirrored_query` with
     it. `mask`, `key_padding_mask` and the dropout noise are the same in both, so that the random mask is the only
@@ -134,58 +149,45 @@ def _attention(
     scale: float | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    """The outputs of one or two branches; the random mask applies to the last. One query may serve both."""
-    _check_tensors(queries, key, value, mask, key_padding_mask)
+    """Return the outputs of one or two branches. One query may serve both; the random mask applies to the last."""
+    _check_rows(queries, key, value)
     query = queries[0]
-    mask_threshold = ratio_threshold(mask_ratio, "mask_ratio")
-    dropout_threshold = ratio_threshold(dropout_p, "dropout_p")
+    _check_masks(mask, key_padding_mask, query, key.shape[2])
+    thresholds = ratio_threshold(mask_ratio, "mask_ratio"), ratio_threshold(dropout_p, "dropout_p")
     check_stream(mask_stream, "mask_stream")
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
-    elif isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    elif not -MAX_SCALE <= scale <= MAX_SCALE:  # also catches NaN
-        raise InputError(f"scale must be finite and at most {MAX_SCALE:.2g} in size, got {scale}")
-    elif isinstance(scale, numbers.Real):
-        scale = float(scale)
+    scale = _checked_scale(scale, query.shape[-1])
     dtype = computed_dtype(query)
     backend = backends.choose(backend, query.device, dtype)
     queries, key, value = [q.to(dtype) for q in queries], key.to(dtype), value.to(dtype)
-    seed = None
-    if mask_threshold or dropout_threshold:
-        seed = seed_tensor(mask_seed, query.device, "mask_seed")
-    settings = (mask_threshold, dropout_threshold, mask_stream, scale)
-    if backend == "reference":
-        return _reference(queries, branches, key, value, mask, key_padding_mask, seed, settings)
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
+    seed = seed_tensor(mask_seed, query.device, "mask_seed") if any(thresholds) else None
+    options = Options(mask, key_padding_mask, seed, *thresholds, mask_stream, scale)
+    if backend == "reference":
+        return run_reference(queries, branches, key, value, options)
     query, key, value, *mirrored_query = distinct([queries[0], key, value, *queries[1:]])
-    operands = query, *(mirrored_query or [None]), branches, key, value, mask, key_padding_mask, seed, settings
-    return _Attention.apply(backend, *operands)[:branches]
+    outputs = _Attention.apply(backend, query, *(mirrored_query or [None]), branches, key, value, options)
+    return outputs[:branches]
 
 
-def _check_tensors(
-    queries: list[Tensor], key: Tensor, value: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None
-) -> None:
+# ------------------------------------------------------------------------------------------------------ checks
+
+
+def _check_rows(queries: list[Tensor], key: Tensor, value: Tensor) -> None:
     names = ["query", "mirrored_query"][: len(queries)] + ["key", "value"]
     tensors = [*queries, key, value]
     for name, tensor in zip(names, tensors):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        check_dense(name, tensor)
+        check_tensor(name, tensor)
         if tensor.dim() != 4:
             raise InputError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions: {list(tensor.shape)}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        check_floating(name, tensor)
     query = queries[0]
-    batch, heads, length, dim = query.shape
-    keys = key.shape[2]
-    expected = {"mirrored_query": (batch, heads, length, dim), "key": (batch, heads, keys, dim)}
-    expected["value"] = expected["key"]
+    batch, heads, _, dim = query.shape
     for name, tensor in zip(names[1:], tensors[1:]):
-        if tensor.shape != expected[name]:
+        expected = query.shape if name == "mirrored_query" else (batch, heads, key.shape[2], dim)
+        if tensor.shape != expected:
             raise InputError(
-                f"{name} must be {list(expected[name])} to go with query {list(query.shape)}"
+                f"{name} must be {list(expected)} to go with query {list(query.shape)}"
                 f"{' and key ' + str(list(key.shape)) if name == 'value' else ''}, got {list(tensor.shape)}"
             )
         if tensor.device != query.device:
@@ -194,6 +196,10 @@ def _check_tensors(
             raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {tensor.dtype}")
     if dim > MAX_DIM:
         raise InputError(f"query must have at most {MAX_DIM} channels a head (D), got {dim}")
+
+
+def _check_masks(mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor, keys: int) -> None:
+    batch, heads, length, _ = query.shape
     for name, boolean, shape in (
         ("mask", mask, (batch, heads, length, keys)),
         ("key_padding_mask", key_padding_mask, (batch, keys)),
@@ -215,72 +221,17 @@ def _check_tensors(
             raise InputError(f"{name} must be {how} {list(shape)}, got {list(boolean.shape)}")
 
 
-def check_dense(name: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got {'nested' if tensor.is_nested else tensor.layout}")
+def _checked_scale(scale: float | None, dim: int) -> float:
+    if scale is None:
+        return 1 / math.sqrt(dim) if dim else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
+    if not -MAX_SCALE <= scale <= MAX_SCALE:  # also catches NaN
+        raise InputError(f"scale must be finite and at most {MAX_SCALE:.2g} in size, got {scale}")
+    return float(scale) if isinstance(scale, numbers.Real) else scale
 
 
-def distinct(tensors: list[Any]) -> list[Any]:
-    """Tensors and None, with views for those that come again: torch.compile gives a Function no tensor twice."""
-    if not torch.compiler.is_compiling():
-        return tensors
-    found: list[Any] = []
-    for tensor in tensors:
-        again = tensor is not None and any(tensor is other for other in found)
-        found.append(tensor.view_as(tensor) if again else tensor)
-    return found
-
-
-def computed_dtype(tensor: Tensor) -> torch.dtype:
-    """The tensor's own, or what autocast makes of it."""
-    device = tensor.device.type
-    # torch.is_autocast_enabled knows no meta tensors.
-    if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return tensor.dtype
-    return torch.get_autocast_dtype(device)
-
-
-def _reference(
-    queries: list[Tensor],
-    branches: int,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    settings: Settings,
-) -> tuple[Tensor, ...]:
-    """Materialises the masks and calls `reference.attention` for each branch."""
-    batch, heads, length, _ = queries[0].shape
-    mask_threshold, dropout_threshold, stream, scale = settings
-
-    def draw(threshold: int, stream: int) -> Tensor:
-        assert seed is not None
-        random = reference.random_mask(
-            batch * heads, length, key.shape[2], threshold=threshold, seed=seed, stream=stream, device=key.device
-        )
-        return random.view(batch, heads, length, key.shape[2])
-
-    dropout_keep = ~draw(dropout_threshold, stream | reference.DROPOUT_STREAM_BIT) if dropout_threshold else None
-    outs = []
-    for branch in range(branches):
-        dropped = mask
-        if branch == branches - 1 and mask_threshold:
-            random = draw(mask_threshold, stream)
-            dropped = random if mask is None else mask | random
-        outs.append(
-            reference.attention(
-                queries[min(branch, len(queries) - 1)],
-                key,
-                value,
-                dropped=dropped,
-                key_padding_mask=key_padding_mask,
-                dropout_keep=dropout_keep,
-                dropout_scale=dropout_scale(dropout_threshold),
-                scale=scale,
-            )
-        )
-    return tuple(outs)
+# ------------------------------------------------------------------------------------------------------ autograd
 
 
 class _Attention(torch.autograd.Function):
@@ -294,263 +245,130 @@ class _Attention(torch.autograd.Function):
         branches: int,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-        seed: Tensor | None,
-        settings: Settings,
+        options: Options,
     ) -> tuple[Tensor, ...]:
         queries = [query] if mirrored_query is None else [query, mirrored_query]
-        operation = torch.ops.sgalign.attention
-        return tuple(operation(backend, queries, branches, key, value, mask, key_padding_mask, seed, *settings))
+        return tuple(torch.ops.sgalign.attention(backend, queries, branches, key, value, *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend, query, mirrored_query, branches, *options, ctx.settings = inputs
-        outs, log_sums = output[:branches], output[branches:]
-        ctx.mark_non_differentiable(*log_sums)
+        ctx.backend, query, mirrored_query, branches, key, value, options = inputs
+        tensors, ctx.numbers = options[:3], options[3:]
+        outs, logsumexps = output[:branches], output[branches:]
+        ctx.mark_non_differentiable(*logsumexps)
         ctx.set_materialize_grads(False)
         unused = [None] * (2 - branches)
-        ctx.save_for_backward(query, mirrored_query, *outs, *unused, *log_sums, *unused, *options)
+        ctx.save_for_backward(query, mirrored_query, *outs, *unused, *logsumexps, *unused, key, value, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_outs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_out, mirrored_grad_out = (*grad_outs, None)[:2]
-        query, mirrored_query, out, mirrored_out, *rest = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        _, _, out, mirrored_out = saved[:4]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if mirrored_out is None:
             mirrored_grad_out = None
         elif mirrored_grad_out is None:
             mirrored_grad_out = torch.zeros_like(mirrored_out)
-        grads = _AttentionBackward.apply(
-            ctx.backend, grad_out, mirrored_grad_out, query, mirrored_query, out, mirrored_out, *rest, ctx.settings
-        )
+        options = Options(*saved[-3:], *ctx.numbers)
+        grads = _AttentionBackward.apply(ctx.backend, grad_out, mirrored_grad_out, *saved[:-3], options)
         *grad_queries, grad_key, grad_value = grads
         grad_query, mirrored_grad_query = (*grad_queries, None)[:2]
-        return None, grad_query, mirrored_grad_query, None, grad_key, grad_value, None, None, None, None
+        return None, grad_query, mirrored_grad_query, None, grad_key, grad_value, None
 
 
-class _AttentionBackward(torch.autograd.Function):
-    """The backward operation, which cannot be differentiated again, and says so."""
-
-    @staticmethod
-    def forward(
-        backend: str,
-        grad_out: Tensor,
-        mirrored_grad_out: Tensor | None,
-        query: Tensor,
-        mirrored_query: Tensor | None,
-        out: Tensor,
-        mirrored_out: Tensor | None,
-        log_sum: Tensor,
-        mirrored_log_sum: Tensor | None,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-        seed: Tensor | None,
-        settings: Settings,
-    ) -> tuple[Tensor, ...]:
-        pairs = (grad_out, mirrored_grad_out), (query, mirrored_query), (out, mirrored_out), (log_sum, mirrored_log_sum)
-        branches = [[tensor for tensor in pair if tensor is not None] for pair in pairs]
-        operation = torch.ops.sgalign.attention_backward
-        return tuple(operation(backend, *branches, key, value, mask, key_padding_mask, seed, *settings))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise RuntimeError(
-            "sgalign: second-order gradients of fused attention are not supported (create_graph=True, or a gradient of"
-            " a gradient); backend='reference' has them"
-        )
+def _gradients(
+    backend: str,
+    grad_out: Tensor,
+    mirrored_grad_out: Tensor | None,
+    query: Tensor,
+    mirrored_query: Tensor | None,
+    out: Tensor,
+    mirrored_out: Tensor | None,
+    logsumexp: Tensor,
+    mirrored_logsumexp: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    options: Options,
+) -> tuple[Tensor, ...]:
+    pairs = (grad_out, mirrored_grad_out), (query, mirrored_query), (out, mirrored_out), (logsumexp, mirrored_logsumexp)
+    branches = [[tensor for tensor in pair if tensor is not None] for pair in pairs]
+    return tuple(torch.ops.sgalign.attention_backward(backend, *branches, key, value, *options))
 
 
-_OPTIONS = (
+_AttentionBackward = differentiable_once("fused attention", _gradients)
+
+
+# ------------------------------------------------------------------------------------------------------ operations
+
+_SCHEMA = (
     "Tensor? mask, Tensor? key_padding_mask, Tensor? seed, int mask_threshold, int dropout_threshold, int stream,"
     " float scale"
 )
 _library = torch.library.Library("sgalign", "FRAGMENT")
-# -> the branches' outputs, then their log sums
+# -> the branches' outputs, then their logsumexps
 _library.define(
-    f"attention(str backend, Tensor[] queries, int branches, Tensor key, Tensor value, {_OPTIONS}) -> Tensor[]"
+    f"attention(str backend, Tensor[] queries, int branches, Tensor key, Tensor value, {_SCHEMA}) -> Tensor[]"
 )
 # -> the gradients of the queries, of key and of value
 _library.define(
-    "attention_backward(str backend, Tensor[] grad_outs, Tensor[] queries, Tensor[] outs, Tensor[] log_sums,"
-    f" Tensor key, Tensor value, {_OPTIONS}) -> Tensor[]"
+    "attention_backward(str backend, Tensor[] grad_outs, Tensor[] queries, Tensor[] outs, Tensor[] logsumexps,"
+    f" Tensor key, Tensor value, {_SCHEMA}) -> Tensor[]"
 )
-
-
-def _empty_like(tensor: Tensor) -> Tensor:
-    """Uninitialised, with unit last stride, and if it can be the tensor's memory order.
-
-    The order of a ``[B, L, H * D]`` projection survives, so that the way back to it needs no copy.
-    """
-    out = torch.empty_like(tensor)
-    # Of a tensor that overlaps itself empty_like makes an order of its own.
-    return out if out.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _empty_outputs(queries: list[Tensor], branches: int) -> tuple[list[Tensor], list[Tensor]]:
     query = queries[0]
-    outs = [_empty_like(queries[min(branch, len(queries) - 1)]) for branch in range(branches)]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return outs, [query.new_empty(query.shape[:3], dtype=dtype) for _ in range(branches)]
+    outs = [empty_like(queries[min(branch, len(queries) - 1)]) for branch in range(branches)]
+    return outs, [query.new_empty(query.shape[:3], dtype=accumulated_dtype(query.dtype)) for _ in range(branches)]
 
 
 @torch.library.register_fake("sgalign::attention")
-def _attention_fake(
+def _forward_fake(
     backend: str, queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any
 ) -> list[Tensor]:
-    outs, log_sums = _empty_outputs([unit_stride(query) for query in queries], branches)
-    return [*outs, *log_sums]
+    outs, logsumexps = _empty_outputs([unit_stride(query) for query in queries], branches)
+    return [*outs, *logsumexps]
 
 
 @torch.library.register_fake("sgalign::attention_backward")
-def _attention_backward_fake(
+def _backward_fake(
     backend: str,
     grad_outs: list[Tensor],
     queries: list[Tensor],
     outs: list[Tensor],
-    log_sums: list[Tensor],
+    logsumexps: list[Tensor],
     key: Tensor,
     value: Tensor,
     *options: Any,
 ) -> list[Tensor]:
-    return [_empty_like(unit_stride(tensor)) for tensor in (*queries, key, value)]
+    return [empty_like(unit_stride(tensor)) for tensor in (*queries, key, value)]
 
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
-def _attention_forward(
+def _forward(
     backend: str, queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any
 ) -> list[Tensor]:
-    queries = [unit_stride(query) for query in queries]
-    key, value = unit_stride(key), unit_stride(value)
-    outs, log_sums = _empty_outputs(queries, branches)
-    if backend == "triton":
-        from sgalign.kernels import attention as kernels
-
-        with _cuda.queue(key.device):
-            kernels.forward(queries, key, value, outs, log_sums, *options)
-        return [*outs, *log_sums]
-    core = _cuda.core(key.device) if backend == "cuda" else _core.load()
-    description = _description(_groups(queries, outs, log_sums), queries[0], key, value, *options)
-    if backend == "cuda":
-        splits = core.cuda_attention_splits(description, _cuda.multiprocessors(key.device))
-        parts = [splits, len(outs), *queries[0].shape[:3], key.shape[3] + 1] if splits > 1 else [0]
-        workspace = _cuda.workspace(key, *parts)
-        with _cuda.queue(key.device) as queue:
-            core.cuda_attention_forward(description, _seed_address(*options), splits, workspace.data_ptr(), queue)
-    else:
-        core.attention_forward(description)
-    return [*outs, *log_sums]
+    queries, key, value = [unit_stride(query) for query in queries], unit_stride(key), unit_stride(value)
+    outs, logsumexps = _empty_outputs(queries, branches)
+    FORWARD[backend](Call(queries, key, value, outs, logsumexps, Options(*options)))
+    return [*outs, *logsumexps]
 
 
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
-def _attention_backward(
+def _backward(
     backend: str,
     grad_outs: list[Tensor],
     queries: list[Tensor],
     outs: list[Tensor],
-    log_sums: list[Tensor],
+    logsumexps: list[Tensor],
     key: Tensor,
     value: Tensor,
     *options: Any,
 ) -> list[Tensor]:
     queries, grad_outs = [unit_stride(query) for query in queries], [unit_stride(grad) for grad in grad_outs]
     key, value = unit_stride(key), unit_stride(value)
-    grads = [_empty_like(tensor) for tensor in (*queries, key, value)]
-    if backend == "triton":
-        from sgalign.kernels import attention as kernels
-
-        with _cuda.queue(key.device):
-            kernels.backward(grad_outs, queries, outs, log_sums, key, value, grads, *options)
-        return grads
-    core = _cuda.core(key.device) if backend == "cuda" else _core.load()
-    groups = _groups(queries, outs, log_sums, grad_outs, grads)
-    description = _description(groups, queries[0], key, value, *options)
-    grad_key, grad_value = _matrix(grads[-2]), _matrix(grads[-1])
-    if backend == "cuda":
-        splits = core.cuda_attention_splits(description, _cuda.multiprocessors(key.device))
-        parts = splits * sum(query.numel() for query in queries) if splits > 1 else 0
-        workspace = _cuda.workspace(key, sum(log_sum.numel() for log_sum in log_sums) + parts)
-        with _cuda.queue(key.device) as queue:
-            core.cuda_attention_backward(
-                description, grad_key, grad_value, _seed_address(*options), splits, workspace.data_ptr(), queue
-            )
-    else:
-        core.attention_backward(description, grad_key, grad_value)
+    grads = [empty_like(tensor) for tensor in (*queries, key, value)]
+    BACKWARD[backend](Call(queries, key, value, outs, logsumexps, Options(*options)), grad_outs, grads)
     return grads
-
-
-def unit_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _matrix(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.stride()
-
-
-def _groups(
-    queries: list[Tensor],
-    outs: list[Tensor],
-    log_sums: list[Tensor],
-    grad_outs: list[Tensor] | None = None,
-    grad_queries: list[Tensor] | None = None,
-) -> list[tuple[Any, ...]]:
-    """Query groups as csrc/bindings.cpp takes them: two branches share one query, or each has its own."""
-    branches = [
-        (
-            _matrix(out),
-            log_sums[i].data_ptr(),
-            i == len(outs) - 1,
-            None if grad_outs is None else _matrix(grad_outs[i]),
-        )
-        for i, out in enumerate(outs)
-    ]
-    return [
-        (
-            _matrix(query),
-            branches if len(queries) == 1 else [branches[i]],
-            None if grad_queries is None else _matrix(grad_queries[i]),
-        )
-        for i, query in enumerate(queries)
-    ]
-
-
-def _seed_address(mask: Tensor | None, key_padding_mask: Tensor | None, seed: Tensor | None, *settings: Any) -> int:
-    return 0 if seed is None else seed.data_ptr()
-
-
-def _description(
-    groups: list[tuple[Any, ...]],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    mask_threshold: int,
-    dropout_threshold: int,
-    stream: int,
-    scale: float,
-) -> Any:
-    """The call as the core takes it (csrc/kernels.h). It holds addresses: the tensors must outlive it."""
-    return _core.load().Attention(
-        DTYPES.index(key.dtype),
-        (*query.shape[:3], *key.shape[2:]),
-        groups,
-        _matrix(key),
-        _matrix(value),
-        None if mask is None else _matrix(mask),
-        None if key_padding_mask is None else _matrix(key_padding_mask),
-        0 if seed is None or seed.device.type != "cpu" else seed.item(),  # a GPU reads it itself
-        stream,
-        mask_threshold,
-        dropout_threshold,
-        scale,
-        torch.get_num_threads(),
-    )

@@ -1,4 +1,4 @@
-"""Which implementation serves a call."""
+"""Which backend serves a call. Each operation has a table of what its backends launch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda
 
-BACKENDS = ("cpu", "triton", "cuda", "reference")
+ON_GPU = ("triton", "cuda")  # in the order in which None takes what is there
+BACKENDS = ("cpu", *ON_GPU, "reference")
 # Triton itself is not imported before a GPU is used: it looks for a driver.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend asked for, or the fastest that serves `device` and `dtype`.
+    """Return the backend asked for, or the fastest that serves `device` and `dtype`.
 
     Args:
         backend: "cpu" (the compiled core), "triton" or "cuda" (its CUDA C++ kernels) for GPUs, "reference" (plain
@@ -34,13 +35,13 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
         if device.type == "cpu":
             return "cpu"
         if device.type == "cuda" and dtype != torch.float64 and not _too_old(device):
-            return next((backend for backend in ("triton", "cuda") if not _problem(backend)), "reference")
+            return next((backend for backend in ON_GPU if not _problem(backend)), "reference")
         return "reference"
     if backend not in BACKENDS:
         raise InputError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     if backend == "cpu" and device.type != "cpu":
         raise InputError(f"backend 'cpu' needs tensors on the CPU, got {device}; 'reference' serves any device")
-    if backend in ("triton", "cuda"):
+    if backend in ON_GPU:
         if dtype == torch.float64:
             raise InputError(
                 f"backend {backend!r} computes in float32 at most, got float64; 'reference' serves any dtype"
@@ -57,10 +58,10 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
 
 
 def unavailable(backend: str) -> str | None:
-    """Why `backend` cannot be used here and how to get it; None if it can."""
+    """Return why `backend` cannot be used here and how to get it; None if it can."""
     if backend == "cpu":
         return _core.problem()
-    if backend in ("triton", "cuda"):
+    if backend in ON_GPU:
         if problem := _problem(backend):
             return problem
         if not torch.cuda.is_available():
@@ -86,7 +87,7 @@ def _problem(backend: str) -> str | None:
 
 
 def _too_old(device: torch.device) -> str | None:
-    """What a GPU lacks for our kernels, as the rest of a sentence; None if nothing."""
+    """Return what a GPU lacks for our kernels, as the rest of a sentence; None if nothing."""
     # torch.compile cannot trace the question; a fake tensor's device may not be there to be asked.
     if device.type != "cuda" or torch.version.hip or torch.compiler.is_compiling() or not torch.cuda.is_available():
         return None
@@ -95,5 +96,5 @@ def _too_old(device: torch.device) -> str | None:
 
 
 def _is_emulated(backend: str) -> bool:
-    """Whether a backend for GPUs runs on the CPU, for tests."""
+    """Return whether a backend for GPUs runs on the CPU, for tests."""
     return INTERPRETED if backend == "triton" else torch.compiler.is_compiling() or _cuda.is_emulated()

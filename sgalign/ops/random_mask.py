@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def random_attention_mask(
     stream: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The mask that `fused_masked_attention` draws for the same ratio, seed and stream.
+    """Return the mask that `fused_masked_attention` draws for the same ratio, seed and stream.
 
     An entry depends on ``seed``, ``stream`` and its indices ``(b * heads + h, q, k)`` alone, and is the same on every
     device and for every backend (`sgalign.ops.reference.random_mask` is the definition).
@@ -59,7 +60,7 @@ def random_attention_mask(
 
 
 def ratio_threshold(ratio: float, name: str) -> int:
-    """``round(65536 * ratio)``; a random 16-bit number below it is a dropped entry."""
+    """Return ``round(65536 * ratio)``; an entry whose random 16-bit number is below it is dropped."""
     if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(ratio).__name__}")
     if not 0 <= ratio <= 1:  # also catches NaN
@@ -67,24 +68,21 @@ def ratio_threshold(ratio: float, name: str) -> int:
     return round(STEPS * float(ratio))
 
 
-def dropout_scale(threshold: int) -> float:
-    """What dropout of this threshold multiplies what it keeps by."""
-    return STEPS / (STEPS - threshold) if threshold < STEPS else 0.0
-
-
 def check_int(value: int, name: str) -> None:
+    """Raise TypeError unless `value` is an int."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
 def check_stream(stream: int, name: str) -> None:
+    """Raise an error unless `stream` is an int of 31 bits."""
     check_int(stream, name)
     if not 0 <= stream < reference.DROPOUT_STREAM_BIT:
         raise InputError(f"{name} must be in [0, 2**31), got {stream}")
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device, name: str) -> Tensor:
-    """The seed as an int64 scalar on `device`; None draws one from torch's generator of that device.
+    """Return the seed as an int64 scalar on `device`; None draws one from torch's generator of that device.
 
     A new seed is drawn as a tensor, never as a Python number: torch.compile and CUDA graphs would bake a number in.
     """
@@ -122,24 +120,46 @@ def _random_mask_fake(
 def _random_mask(
     backend: str, seed: Tensor, batch: int, heads: int, queries: int, keys: int, threshold: int, stream: int
 ) -> Tensor:
-    if backend == "reference":
-        mask = reference.random_mask(
-            batch * heads, queries, keys, threshold=threshold, seed=seed, stream=stream, device=seed.device
-        )
-        return mask.view(batch, heads, queries, keys)
     mask = _random_mask_fake(backend, seed, batch, heads, queries, keys, threshold, stream)
-    if backend == "triton":
-        from sgalign.kernels import random_mask as kernels
-
-        with _cuda.queue(seed.device):
-            kernels.random_mask(mask, seed, threshold, stream)
-    elif backend == "cuda":
-        with _cuda.queue(seed.device) as queue:
-            _core.load().cuda_random_mask(
-                mask.data_ptr(), batch * heads, queries, keys, seed.data_ptr(), stream, threshold, queue
-            )
-    else:
-        _core.load().random_mask(
-            mask.data_ptr(), batch * heads, queries, keys, seed.item(), stream, threshold, torch.get_num_threads()
-        )
+    _LAUNCH[backend](mask, seed, threshold, stream)
     return mask
+
+
+def _launch_reference(mask: Tensor, seed: Tensor, threshold: int, stream: int) -> None:
+    batch, heads, queries, keys = mask.shape
+    drawn = reference.random_mask(
+        batch * heads, queries, keys, threshold=threshold, seed=seed, stream=stream, device=seed.device
+    )
+    mask.copy_(drawn.view(mask.shape))
+
+
+def _launch_cpu(mask: Tensor, seed: Tensor, threshold: int, stream: int) -> None:
+    batch, heads, queries, keys = mask.shape
+    _core.load().random_mask(
+        mask.data_ptr(), batch * heads, queries, keys, seed.item(), stream, threshold, torch.get_num_threads()
+    )
+
+
+def _launch_triton(mask: Tensor, seed: Tensor, threshold: int, stream: int) -> None:
+    from sgalign.kernels import random_mask as kernels
+
+    with _cuda.current_stream(seed.device):
+        kernels.random_mask(mask, seed, threshold, stream)
+
+
+def _launch_cuda(mask: Tensor, seed: Tensor, threshold: int, stream: int) -> None:
+    batch, heads, queries, keys = mask.shape
+    core = _cuda.core(seed.device)
+    with _cuda.current_stream(seed.device) as cuda_stream:
+        core.cuda_random_mask(
+            mask.data_ptr(), batch * heads, queries, keys, seed.data_ptr(), stream, threshold, cuda_stream
+        )
+
+
+# Each writes into a contiguous mask.
+_LAUNCH: dict[str, Callable[[Tensor, Tensor, int, int], None]] = {
+    "reference": _launch_reference,
+    "cpu": _launch_cpu,
+    "triton": _launch_triton,
+    "cuda": _launch_cuda,
+}

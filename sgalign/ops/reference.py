@@ -21,7 +21,7 @@ _WORD = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 7) -> tuple[Tensor, ...]:
-    """Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+    """Return the words of Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
     Args:
         counter: four broadcastable int64 tensors holding 32-bit words.
@@ -49,7 +49,7 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: 
 def random_mask(
     batch_heads: int, queries: int, keys: int, *, threshold: int, seed: Tensor, stream: int, device: torch.device
 ) -> Tensor:
-    """The random mask of every backend, bit for bit: a function of seed, stream and logical indices alone.
+    """Return the random mask of every backend, bit for bit: a function of seed, stream and logical indices alone.
 
     Key ``k`` of query ``q`` lies in lane ``k % 32`` of group ``k % 256 // 32`` of chunk ``k // 256``. One Philox call
     per (chunk, lane) gives eight 16-bit numbers, one a group; a key is dropped where its number is below `threshold`.
@@ -88,7 +88,7 @@ def attention(
     dropout_scale: float,
     scale: float,
 ) -> Tensor:
-    """Softmax attention over the entries that are kept; rows with nothing kept give zeros.
+    """Return softmax attention over the entries that are kept; rows with nothing kept give zeros.
 
     ``S = scale * Q K^T;  P = exp(S - max) / sum(exp(S - max)) over kept entries;  O = (P * keep * dropout_scale) V``
 
@@ -121,7 +121,7 @@ def attention(
 def relation_logits(
     subject: Tensor, object: Tensor, union: Tensor, pairs: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """``logits[r] = weight ((subject[s] + object[o]) * union[r]) + bias`` with ``s, o = pairs[r]``: ``[R, K]``.
+    """Return ``logits[r] = weight ((subject[s] + object[o]) * union[r]) + bias`` with ``s, o = pairs[r]``: ``[R, K]``.
 
     Args:
         subject, object: ``[N, C]``; union: ``[R, C]``; pairs: int64 ``[R, 2]``; weight: ``[K, C]``; bias: ``[K]``.
@@ -131,7 +131,7 @@ def relation_logits(
 
 
 def alignment_divergence(logits: Tensor, mirrored_logits: Tensor, kind: str, direction: str) -> Tensor:
-    """Divergence of each relation's predictions, `[R]`, as `sgalign.relation_alignment_loss` defines it."""
+    """Return the divergence of each relation's predictions, `[R]`, that `sgalign.relation_alignment_loss` defines."""
     teacher, student = (_log_probabilities(x, kind) for x in (logits, mirrored_logits))
     if direction == "teacher_to_student":
         return _divergence(teacher, student)
@@ -139,7 +139,7 @@ def alignment_divergence(logits: Tensor, mirrored_logits: Tensor, kind: str, dir
 
 
 def _log_probabilities(logits: Tensor, kind: str) -> Tensor:
-    """``[R, K, 1]`` of one distribution over K classes, or ``[R, K, 2]`` of K distributions over yes and no."""
+    """Return ``[R, K, 1]`` of one distribution over K classes, or ``[R, K, 2]`` of K distributions over yes and no."""
     if logits.dtype != torch.float64:
         logits = logits.float()
     if kind == "softmax":

@@ -1,20 +1,48 @@
 """The relation head of Neural Motifs, for one branch or for both in a single pass over the union features.
 
 From the public function to the kernel as in `sgalign.ops.attention`: checks, `_RelationLogits` (autograd), the
-registered operation ``sgalign::relation_logits``, the compiled core (csrc/cpu/relation.cpp, csrc/cuda/relation.cu) or
-Triton's kernels (kernels/relation.py).
+registered operation ``sgalign::relation_logits``, and the backend's launch function from the table `_FORWARD`: the
+compiled core (csrc/cpu/relation.cpp, csrc/cuda/relation.cu) or Triton's kernels (kernels/relation.py). The gradients
+take the same way to `_BACKWARD`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda, backends, reference
-from sgalign.ops.attention import DTYPES, check_dense, computed_dtype, distinct, unit_stride
+from sgalign.ops._operands import (
+    DTYPES,
+    check_dense,
+    check_device,
+    check_floating,
+    check_tensor,
+    computed_dtype,
+    differentiable_once,
+    distinct,
+    unit_stride,
+)
+
+
+class Branch(NamedTuple):
+    """The operands of one branch; `union` and `pairs` belong to both."""
+
+    subject: Tensor  # [N, C]
+    object: Tensor  # [N, C]
+    weight: Tensor  # [K, C]
+    bias: Tensor | None  # [K]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Branch:
+        """Return the branch with `function` of each operand that is there."""
+        bias = None if self.bias is None else function(self.bias)
+        return Branch(function(self.subject), function(self.object), function(self.weight), bias)
 
 
 def fused_relation_logits(
@@ -27,7 +55,7 @@ def fused_relation_logits(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Predicate logits of R pairs of N objects, without any tensor of R x C but `union` itself.
+    """Return the predicate logits of R pairs of N objects, without any tensor of R x C but `union` itself.
 
     ``logits[r] = weight ((subject[s] + object[o]) * union[r]) + bias`` with ``s, o = pairs[r]``. This is the end of
     Neural Motifs as in Scene-Graph-Benchmark: its ``post_cat``, a linear layer on the concatenated features of subject
@@ -53,8 +81,7 @@ def fused_relation_logits(
             which torch for ROCm is built without: there the result is undefined.
         ImportError: the compiled core is not built, or older than its sources.
     """
-    branch = {"subject": subject, "object": object, "weight": weight, "bias": bias}
-    return _relation_logits([branch], union, pairs, backend)[0]
+    return _relation_logits([Branch(subject, object, weight, bias)], union, pairs, backend)[0]
 
 
 def dual_branch_relation_logits(
@@ -71,7 +98,7 @@ def dual_branch_relation_logits(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`fused_relation_logits` of the supervised and of the mirrored branch; each row of `union` is read once for both.
+    """Return `fused_relation_logits` of the supervised and of the mirrored branch, in one pass over `union`.
 
     Args:
         subject, object, weight, bias: of the supervised branch, as in `fused_relation_logits`.
@@ -85,75 +112,69 @@ def dual_branch_relation_logits(
     Raises:
         As `fused_relation_logits`.
     """
-    branch = {"subject": subject, "object": object, "weight": weight, "bias": bias}
-    mirrored = {
-        "mirrored_subject": mirrored_subject,
-        "mirrored_object": mirrored_object,
-        "mirrored_weight": mirrored_weight,
-        "mirrored_bias": mirrored_bias,
-    }
-    logits, mirrored_logits = _relation_logits([branch, mirrored], union, pairs, backend)
+    branches = [
+        Branch(subject, object, weight, bias),
+        Branch(mirrored_subject, mirrored_object, mirrored_weight, mirrored_bias),
+    ]
+    logits, mirrored_logits = _relation_logits(branches, union, pairs, backend)
     return logits, mirrored_logits
 
 
-def _relation_logits(
-    branches: list[dict[str, Tensor | None]], union: Tensor, pairs: Tensor, backend: str | None
-) -> tuple[Tensor, ...]:
-    """Logits of each branch; a branch is its subject, object, weight and bias by the names of the arguments."""
+def _relation_logits(branches: list[Branch], union: Tensor, pairs: Tensor, backend: str | None) -> tuple[Tensor, ...]:
+    """Return the logits of each branch."""
     _check(branches, union, pairs)
     dtype = computed_dtype(union)
     backend = backends.choose(backend, union.device, dtype)
     union = union.to(dtype)
-    operands = [[None if t is None else t.to(dtype) for t in branch.values()] for branch in branches]
+    branches = [branch.map(lambda tensor: tensor.to(dtype)) for branch in branches]
     if backend != "cpu":
-        _check_pairs(pairs, len(operands[0][0]))  # type: ignore[arg-type]
+        _check_pairs(pairs, len(branches[0].subject))
     if backend == "reference":
-        return tuple(reference.relation_logits(s, o, union, pairs, w, b) for s, o, w, b in operands)  # type: ignore[arg-type]
-    mirrored = operands[1] if len(operands) == 2 else [None] * 4
-    union, *both = distinct([union, *operands[0], *mirrored])
-    return _RelationLogits.apply(backend, union, pairs, *both)
+        return tuple(reference.relation_logits(s, o, union, pairs, w, b) for s, o, w, b in branches)
+    missing = [None] * len(Branch._fields) * (2 - len(branches))
+    union, *operands = distinct([union, *itertools.chain(*branches), *missing])
+    return _RelationLogits.apply(backend, union, pairs, *operands)
 
 
-def _check(branches: list[dict[str, Tensor | None]], union: Tensor, pairs: Tensor) -> None:
-    named: dict[str, Tensor | None] = {"union": union}
-    for branch in branches:
-        named.update(branch)
-    for name, tensor in named.items():
-        if tensor is None and name.endswith("bias"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        check_dense(name, tensor)
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+# ------------------------------------------------------------------------------------------------------ checks
+
+
+def _check(branches: list[Branch], union: Tensor, pairs: Tensor) -> None:
+    named: dict[str, Any] = {
+        prefix + role: tensor
+        for prefix, branch in zip(("", "mirrored_"), branches)
+        for role, tensor in zip(Branch._fields, branch)
+        if tensor is not None or role != "bias"
+    }
+    for name, tensor in {"union": union, **named}.items():
+        check_tensor(name, tensor)
+        check_floating(name, tensor)
         if computed_dtype(tensor) != computed_dtype(union):
             raise TypeError(f"{name} must have the dtype of union, {union.dtype}, got {tensor.dtype}")
         dim = 1 if name.endswith("bias") else 2
         if tensor.dim() != dim:
             raise InputError(f"{name} must have {dim} dimensions, got {tensor.dim()}: {list(tensor.shape)}")
-        if tensor.device != union.device:
-            raise InputError(f"{name} must be on the device of union, {union.device}, got {tensor.device}")
+        check_device(name, tensor, union.device, "union")
     if not isinstance(pairs, Tensor) or pairs.dtype != torch.int64:
         raise TypeError(f"pairs must be an int64 tensor, got {getattr(pairs, 'dtype', type(pairs).__name__)}")
     check_dense("pairs", pairs)
-    if pairs.device != union.device:
-        raise InputError(f"pairs must be on the device of union, {union.device}, got {pairs.device}")
+    check_device("pairs", pairs, union.device, "union")
     relations, channels = union.shape
     if pairs.shape != (relations, 2):
         raise InputError(f"pairs must be [{relations}, 2], a row for each of union, got {list(pairs.shape)}")
-    subject, weight = branches[0]["subject"], branches[0]["weight"]
-    assert subject is not None and weight is not None
+    objects, classes = len(branches[0].subject), len(branches[0].weight)
+    shapes = dict(zip(Branch._fields, ((objects, channels), (objects, channels), (classes, channels), (classes,))))
     for name, tensor in named.items():
-        if tensor is None or name == "union":
-            continue
-        objects, classes = len(subject), len(weight)
-        rows = {"bias": (classes,), "weight": (classes, channels)}.get(name.rpartition("_")[2], (objects, channels))
-        if tensor.shape != rows:
-            raise InputError(f"{name} must be {list(rows)} to go with the others, got {list(tensor.shape)}")
+        expected = shapes[name.removeprefix("mirrored_")]
+        if tensor.shape != expected:
+            raise InputError(f"{name} must be {list(expected)} to go with the others, got {list(tensor.shape)}")
 
 
 def _check_pairs(pairs: Tensor, objects: int) -> None:
-    """The compiled core checks by itself; PyTorch would count negative indices from the end."""
+    """Raise IndexError for a pair out of range.
+
+    The compiled core for the CPU does so by itself; PyTorch would count negative indices from the end.
+    """
     outside = (pairs < 0) | (pairs >= objects)
     if pairs.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(~outside.any(), f"pairs must be in 0 to {objects - 1}")
@@ -163,7 +184,12 @@ def _check_pairs(pairs: Tensor, objects: int) -> None:
         raise IndexError(f"pairs must be in 0 to {objects - 1}, one less than the objects, got {got} in row {row}")
 
 
+# ------------------------------------------------------------------------------------------------------ autograd
+
+
 class _RelationLogits(torch.autograd.Function):
+    """Autograd over the registered operations. Without a mirror its operands are None."""
+
     @staticmethod
     def forward(
         backend: str,
@@ -192,56 +218,44 @@ class _RelationLogits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_logits: Tensor) -> tuple[Tensor | None, ...]:
-        grad, mirrored_grad = (*grad_logits, None)[:2]
-        needs = ctx.needs_input_grad[1:]
-        grads = _RelationLogitsBackward.apply(ctx.backend, needs[0], grad, mirrored_grad, *ctx.saved_tensors)
-        subject, object, weight, *rest = grads
-        grad_union = rest.pop() if needs[0] else None
-        mirrored_subject, mirrored_object, mirrored_weight = rest or (None, None, None)
-        bias = grad.sum(0) if grad is not None and needs[5] else None
-        mirrored_bias = mirrored_grad.sum(0) if mirrored_grad is not None and needs[9] else None
-        mirrored = mirrored_subject, mirrored_object, mirrored_weight, mirrored_bias
-        return None, grad_union, None, subject, object, weight, bias, *mirrored
+        wants_union, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[6::4]
+        given = (*grad_logits, None)[:2]
+        grads = _RelationLogitsBackward.apply(ctx.backend, wants_union, *given, *ctx.saved_tensors)
+        by_branch: list[Tensor | None] = []
+        for i, (grad, needed) in enumerate(zip(grad_logits, needs_bias)):
+            by_branch += [*grads[3 * i : 3 * i + 3], grad.sum(0) if needed else None]
+        grad_union = grads[-1] if wants_union else None
+        return None, grad_union, None, *(*by_branch, None, None, None, None)[:8]
 
 
-class _RelationLogitsBackward(torch.autograd.Function):
-    """The backward operation, which cannot be differentiated again, and says so."""
-
-    @staticmethod
-    def forward(
-        backend: str,
-        wants_union: bool,
-        grad: Tensor,
-        mirrored_grad: Tensor | None,
-        union: Tensor,
-        pairs: Tensor,
-        subject: Tensor,
-        object: Tensor,
-        weight: Tensor,
-        mirrored_subject: Tensor | None,
-        mirrored_object: Tensor | None,
-        mirrored_weight: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        grads, weights = _present(grad, mirrored_grad), _present(weight, mirrored_weight)
-        subjects, objects = _present(subject, mirrored_subject), _present(object, mirrored_object)
-        operation = torch.ops.sgalign.relation_logits_backward
-        return tuple(operation(backend, grads, union, pairs, subjects, objects, weights, wants_union))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise RuntimeError(
-            "sgalign: second-order gradients of the fused relation head are not supported (create_graph=True, or a"
-            " gradient of a gradient); backend='reference' has them"
-        )
+def _gradients(
+    backend: str,
+    wants_union: bool,
+    grad: Tensor,
+    mirrored_grad: Tensor | None,
+    union: Tensor,
+    pairs: Tensor,
+    subject: Tensor,
+    object: Tensor,
+    weight: Tensor,
+    mirrored_subject: Tensor | None,
+    mirrored_object: Tensor | None,
+    mirrored_weight: Tensor | None,
+) -> tuple[Tensor, ...]:
+    grads, weights = _present(grad, mirrored_grad), _present(weight, mirrored_weight)
+    subjects, objects = _present(subject, mirrored_subject), _present(object, mirrored_object)
+    operation = torch.ops.sgalign.relation_logits_backward
+    return tuple(operation(backend, grads, union, pairs, subjects, objects, weights, wants_union))
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
+
+_RelationLogitsBackward = differentiable_once("the fused relation head", _gradients)
+
+
+# ------------------------------------------------------------------------------------------------------ operations
 
 _library = torch.library.Library("sgalign", "FRAGMENT")
 _library.define(
@@ -253,124 +267,160 @@ _library.define(
     "relation_logits_backward(str backend, Tensor[] grad_logits, Tensor union, Tensor pairs, Tensor[] subjects,"
     " Tensor[] objects, Tensor[] weights, bool wants_union) -> Tensor[]"
 )
+Tensors = list[Tensor]
 
 
 @torch.library.register_fake("sgalign::relation_logits")
-def _logits_fake(
-    backend: str, union: Tensor, pairs: Tensor, subjects: Any, objects: Any, weights: list[Tensor], biases: Any
-) -> list[Tensor]:
+def _forward_fake(
+    backend: str, union: Tensor, pairs: Tensor, subjects: Tensors, objects: Tensors, weights: Tensors, biases: Tensors
+) -> Tensors:
     return [union.new_empty(union.shape[0], weight.shape[0]) for weight in weights]
 
 
 @torch.library.register_fake("sgalign::relation_logits_backward")
 def _backward_fake(
     backend: str,
-    grad_logits: list[Tensor],
+    grad_logits: Tensors,
     union: Tensor,
     pairs: Tensor,
-    subjects: list[Tensor],
-    objects: list[Tensor],
-    weights: list[Tensor],
+    subjects: Tensors,
+    objects: Tensors,
+    weights: Tensors,
     wants_union: bool,
-) -> list[Tensor]:
+) -> Tensors:
     grads = [tensor.new_empty(tensor.shape) for branch in zip(subjects, objects, weights) for tensor in branch]
     return [*grads, union.new_empty(union.shape)] if wants_union else grads
 
 
 @torch.library.impl(_library, "relation_logits", "CompositeExplicitAutograd")
-def _logits(
-    backend: str,
-    union: Tensor,
-    pairs: Tensor,
-    subjects: list[Tensor],
-    objects: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor],
-) -> list[Tensor]:
-    logits = _logits_fake(backend, union, pairs, subjects, objects, weights, biases)
-    if backend == "triton":
-        from sgalign.kernels import relation as kernels
-
-        with _cuda.queue(union.device):
-            kernels.forward(union, pairs, subjects, objects, weights, biases, logits)
-        return logits
-    core = _cuda.core(union.device) if backend == "cuda" else _core.load()
-    description, _kept = _description(union, pairs, subjects, objects, weights, biases, logits)
-    if backend == "cuda":
-        splits = core.cuda_relation_splits(description, _cuda.multiprocessors(union.device))
-        workspace = _cuda.workspace(union, splits, len(weights), *logits[0].shape)
-        with _cuda.queue(union.device) as queue:
-            core.cuda_relation_forward(description, splits, workspace.data_ptr(), queue)
-    else:
-        core.relation_forward(description)
+def _forward(
+    backend: str, union: Tensor, pairs: Tensor, subjects: Tensors, objects: Tensors, weights: Tensors, biases: Tensors
+) -> Tensors:
+    logits = _forward_fake(backend, union, pairs, subjects, objects, weights, biases)
+    branches = _dense_branches(subjects, objects, weights, biases)
+    _FORWARD[backend](unit_stride(union), pairs.contiguous(), branches, logits)
     return logits
 
 
 @torch.library.impl(_library, "relation_logits_backward", "CompositeExplicitAutograd")
 def _backward(
     backend: str,
-    grad_logits: list[Tensor],
+    grad_logits: Tensors,
     union: Tensor,
     pairs: Tensor,
-    subjects: list[Tensor],
-    objects: list[Tensor],
-    weights: list[Tensor],
+    subjects: Tensors,
+    objects: Tensors,
+    weights: Tensors,
     wants_union: bool,
-) -> list[Tensor]:
+) -> Tensors:
     grads = _backward_fake(backend, grad_logits, union, pairs, subjects, objects, weights, wants_union)
-    if backend == "triton":
-        from sgalign.kernels import relation as kernels
-
-        with _cuda.queue(union.device):
-            kernels.backward(grad_logits, union, pairs, subjects, objects, weights, grads, wants_union)
-        return grads
-    description, _kept = _description(union, pairs, subjects, objects, weights, [], [])
-    grad_logits = [grad.contiguous() for grad in grad_logits]
-    by_branch = [
-        (grad.data_ptr(), *(g.data_ptr() for g in grads[3 * i : 3 * i + 3])) for i, grad in enumerate(grad_logits)
-    ]
-    grad_union = grads[-1].data_ptr() if wants_union else 0
-    if backend == "cuda":
-        orders = pairs.t().contiguous().argsort(dim=1, stable=True)
-        with _cuda.queue(union.device) as queue:
-            _core.load().cuda_relation_backward(description, by_branch, grad_union, orders.data_ptr(), queue)
-    else:
-        _core.load().relation_backward(description, by_branch, grad_union)
+    ends, grad_union = (grads[:-1], grads[-1]) if wants_union else (grads, None)
+    by_branch = [Gradients(grad.contiguous(), *ends[3 * i : 3 * i + 3]) for i, grad in enumerate(grad_logits)]
+    branches = _dense_branches(subjects, objects, weights, [])
+    _BACKWARD[backend](unit_stride(union), pairs.contiguous(), branches, by_branch, grad_union)
     return grads
 
 
+def _dense_branches(subjects: Tensors, objects: Tensors, weights: Tensors, biases: Tensors) -> list[Branch]:
+    """Return the branches' operands with last strides of 1."""
+    operands = zip(subjects, objects, weights, biases or itertools.repeat(None))
+    return [Branch(*of_branch).map(unit_stride) for of_branch in operands]
+
+
+# ------------------------------------------------------------------------------------------------------ backends
+# Last strides are 1; pairs and what is written, and gradients, are contiguous.
+
+
+class Gradients(NamedTuple):
+    """The gradients of one branch: what is given, and what is written."""
+
+    logits: Tensor
+    subject: Tensor
+    object: Tensor
+    weight: Tensor
+
+
+def _forward_cpu(union: Tensor, pairs: Tensor, branches: list[Branch], logits: Tensors) -> None:
+    core = _core.load()
+    core.relation_forward(_description(core, union, pairs, branches, logits))
+
+
+def _forward_triton(union: Tensor, pairs: Tensor, branches: list[Branch], logits: Tensors) -> None:
+    from sgalign.kernels import relation as kernels
+
+    with _cuda.current_stream(union.device):
+        kernels.forward(union, pairs, branches, logits, _cuda.multiprocessors(union.device))
+
+
+def _forward_cuda(union: Tensor, pairs: Tensor, branches: list[Branch], logits: Tensors) -> None:
+    core = _cuda.core(union.device)
+    description = _description(core, union, pairs, branches, logits)
+    splits = core.cuda_relation_splits(description, _cuda.multiprocessors(union.device))
+    workspace = _cuda.workspace(union, splits, len(branches), *logits[0].shape)
+    with _cuda.current_stream(union.device) as cuda_stream:
+        core.cuda_relation_forward(description, splits, workspace.data_ptr(), cuda_stream)
+
+
+def _backward_cpu(
+    union: Tensor, pairs: Tensor, branches: list[Branch], grads: list[Gradients], grad_union: Tensor | None
+) -> None:
+    core = _core.load()
+    addresses = [tuple(map(_address, of_branch)) for of_branch in grads]
+    core.relation_backward(_description(core, union, pairs, branches), addresses, _address(grad_union))
+
+
+def _backward_triton(
+    union: Tensor, pairs: Tensor, branches: list[Branch], grads: list[Gradients], grad_union: Tensor | None
+) -> None:
+    from sgalign.kernels import relation as kernels
+
+    with _cuda.current_stream(union.device):
+        kernels.backward(union, pairs, branches, grads, grad_union, _cuda.multiprocessors(union.device))
+
+
+def _backward_cuda(
+    union: Tensor, pairs: Tensor, branches: list[Branch], grads: list[Gradients], grad_union: Tensor | None
+) -> None:
+    core = _cuda.core(union.device)
+    description = _description(core, union, pairs, branches)
+    addresses = [tuple(map(_address, of_branch)) for of_branch in grads]
+    orders = pairs.t().contiguous().argsort(dim=1, stable=True)
+    with _cuda.current_stream(union.device) as cuda_stream:
+        core.cuda_relation_backward(description, addresses, _address(grad_union), orders.data_ptr(), cuda_stream)
+
+
+_FORWARD: dict[str, Callable[[Tensor, Tensor, list[Branch], Tensors], None]] = {
+    "cpu": _forward_cpu,
+    "triton": _forward_triton,
+    "cuda": _forward_cuda,
+}
+_BACKWARD: dict[str, Callable[[Tensor, Tensor, list[Branch], list[Gradients], Tensor | None], None]] = {
+    "cpu": _backward_cpu,
+    "triton": _backward_triton,
+    "cuda": _backward_cuda,
+}
+
+
 def _description(
+    core: ModuleType,
     union: Tensor,
     pairs: Tensor,
-    subjects: list[Tensor],
-    objects: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor],
-    logits: list[Tensor],
-) -> tuple[Any, list[Tensor]]:
-    """The call as the core takes it (csrc/kernels.h), and the tensors whose addresses it holds."""
-    kept: list[Tensor] = []
-
-    def address(tensor: Tensor) -> int:
-        kept.append(tensor)
-        return tensor.data_ptr()
-
-    def rows(tensor: Tensor) -> tuple[int, int]:
-        tensor = unit_stride(tensor)
-        return address(tensor), tensor.stride(0)
-
-    branches = [
-        (
-            *map(rows, branch),
-            address(biases[i].contiguous()) if biases else 0,
-            address(logits[i]) if logits else 0,
-        )
-        for i, branch in enumerate(zip(subjects, objects, weights))
+    branches: list[Branch],
+    logits: Iterable[Tensor | None] = itertools.repeat(None),
+) -> Any:
+    """Return the call as the core takes it (csrc/kernels.h). It holds addresses: the tensors must outlive it."""
+    described = [
+        (_rows(branch.subject), _rows(branch.object), _rows(branch.weight), _address(branch.bias), _address(out))
+        for branch, out in zip(branches, logits)
     ]
-    sizes = (len(subjects[0]), *union.shape, len(weights[0]))
+    sizes = len(branches[0].subject), *union.shape, len(branches[0].weight)
     threads = torch.get_num_threads()
-    core = _core.load()
-    description = core.RelationLogits(
-        DTYPES.index(union.dtype), sizes, branches, rows(union), address(pairs.contiguous()), threads
-    )
-    return description, kept
+    return core.RelationLogits(DTYPES.index(union.dtype), sizes, described, _rows(union), pairs.data_ptr(), threads)
+
+
+def _rows(matrix: Tensor) -> tuple[int, int]:
+    return matrix.data_ptr(), matrix.stride(0)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

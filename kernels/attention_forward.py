@@ -1,0 +1,190 @@
+"""The forward of attention in Triton, for one branch or both, and the merging of what several programs did.
+
+A program holds a block of queries and walks over tiles of keys.
+"""
+
+import triton
+import triton.language as tl
+
+from sgalign.kernels.attention_tiles import (
+    NOT_SPECIALIZED,
+    add_weighted,
+    kept_scores,
+    load_draws,
+    load_rows,
+    load_tile,
+    masks,
+    mirrored,
+    moved,
+    products,
+    store_rows,
+)
+
+# With one query for both branches, the mirror's exponentials are the supervised ones times a factor. Its own maximum
+# may lie this far below the other one before they lose digits; blocks where it lies lower are done again.
+SHARED_RANGE = tl.constexpr(16.0)
+
+
+@triton.jit
+def nothing(BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return weighted values, maximum and sum of exponentials of rows that have seen no key."""
+    zeros = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    return zeros, tl.full([BLOCK_Q], -float("inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
+
+
+@triton.jit
+def finite(top):
+    """Return a maximum to subtract: where nothing is kept, subtracting 0 keeps the exponentials 0 instead of NaN."""
+    return tl.where(top == -float("inf"), 0.0, top)
+
+
+@triton.jit
+def add_values(weights, rescale, weighted, total, v, noise, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return weighted values and the sum of exponentials, rescaled, with one tile added."""
+    total = total * rescale + tl.sum(weights, 1)
+    if DROPOUT:
+        weights = tl.where(noise, 0.0, weights)
+    return add_weighted(weighted * rescale[:, None], weights, v, PRECISION), total
+
+
+@triton.jit
+def attend(scores, scale, state, v, noise, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the state with one tile added, by the online softmax. Dropped scores are -inf."""
+    weighted, top, total = state
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    shift = finite(new_top)
+    weights = tl.exp2(scores * scale - shift[:, None])
+    weighted, total = add_values(weights, tl.exp2(top - shift), weighted, total, v, noise, DROPOUT, PRECISION)
+    return weighted, new_top, total
+
+
+@triton.jit
+def attend_both(
+    scores, random, scale, state, mirrored_state, v, noise,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return both branches' states with one tile added, with one exponential for both."""
+    weighted, top, total = state
+    mirrored_weighted, mirrored_top, mirrored_total = mirrored_state
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    new_mirrored_top = new_top
+    if MASKED:
+        own = tl.max(mirrored(scores, random, MASKED), 1) * scale
+        new_mirrored_top = tl.maximum(tl.maximum(mirrored_top, own), new_top - SHARED_RANGE)
+    shift, mirrored_shift = finite(new_top), finite(new_mirrored_top)
+    weights = tl.exp2(scores * scale - shift[:, None])
+    mirrored_weights = weights
+    if MASKED:
+        mirrored_weights = tl.where(random, 0.0, weights * tl.exp2(shift - mirrored_shift)[:, None])
+    weighted, total = add_values(weights, tl.exp2(top - shift), weighted, total, v, noise, DROPOUT, PRECISION)
+    mirrored_weighted, mirrored_total = add_values(
+        mirrored_weights, tl.exp2(mirrored_top - mirrored_shift), mirrored_weighted, mirrored_total, v, noise, DROPOUT,
+        PRECISION,
+    )  # fmt: skip
+    return (weighted, new_top, total), (mirrored_weighted, new_mirrored_top, mirrored_total)
+
+
+@triton.jit
+def finish(
+    out, logsumexp, state, batch, head, batch_head, split, batch_heads, row, queries, dropout_scale,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Store a block's output and logsumexps, as part `split` of several, or as the whole."""
+    weighted, top, total = state
+    inside = row < queries
+    divisor = tl.where(total == 0, 1.0, total)
+    values = weighted * (dropout_scale / divisor)[:, None]
+    part = split.to(tl.int64) * batch_heads
+    store_rows(moved(out, part * queries * DIM), batch, head, row, inside, values, DIM, BLOCK_D)
+    # inf makes every weight of a row with nothing kept 0 in the backward pass.
+    sums = tl.where(total == 0, float("inf"), top + tl.log2(divisor))
+    tl.store(logsumexp + (part + batch_head) * queries + row, sums, mask=inside)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def forward_kernel(
+    query, mirrored_query, key, value, out, mirrored_out, logsumexp, mirrored_logsumexp, mask, padding, seed,
+    batch_heads, heads, queries, keys, tiles, span, stream, mask_threshold, dropout_threshold, scale, dropout_scale,
+    BRANCHES: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (batch * heads + head, block of queries; split): tiles of keys from `split * span` on, `span` of them."""
+    SHARED: tl.constexpr = BRANCHES == 2 and mirrored_query is None
+    blocks = tl.cdiv(queries, BLOCK_Q)
+    batch_head, split = tl.program_id(0) // blocks, tl.program_id(1)
+    batch, head = batch_head // heads, batch_head % heads
+    row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    draws = load_draws(
+        mask, padding, seed, stream, mask_threshold, dropout_threshold, batch, head, batch_head, MASKED, DROPOUT
+    )
+    q = load_rows(query, batch, head, row, row < queries, DIM, BLOCK_D)
+    if BRANCHES == 2 and not SHARED:
+        mirrored_q = load_rows(mirrored_query, batch, head, row, row < queries, DIM, BLOCK_D)
+    state = nothing(BLOCK_Q, BLOCK_D)
+    mirrored_state = nothing(BLOCK_Q, BLOCK_D)
+    begin = split * span
+    end = tl.minimum(begin + span, tiles)
+    for tile in range(begin, end):
+        k, v = load_tile(key, value, draws, tile, keys, GROUPS, COLUMNS, DIM, BLOCK_D)
+        bias, random, noise = masks(draws, tile, row, queries, k, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
+        scores = kept_scores(products(q, k, DIM, BLOCK_D, PRECISION), bias, draws)
+        if BRANCHES == 1:
+            scores = mirrored(scores, random, MASKED)
+        if SHARED:
+            state, mirrored_state = attend_both(
+                scores, random, scale, state, mirrored_state, v, noise, MASKED, DROPOUT, PRECISION
+            )
+        else:
+            state = attend(scores, scale, state, v, noise, DROPOUT, PRECISION)
+        if BRANCHES == 2 and not SHARED:
+            scores = kept_scores(products(mirrored_q, k, DIM, BLOCK_D, PRECISION), bias, draws)
+            scores = mirrored(scores, random, MASKED)
+            mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
+
+    if SHARED and MASKED:
+        # The sum holds the exponential of the maximum, 1, unless the maximum was taken too high for what is kept. Rows
+        # of which the supervised branch keeps nothing have nothing to do again.
+        if tl.min(tl.where(state[2] > 0, mirrored_state[2], 1.0)) < 0.5:
+            mirrored_state = nothing(BLOCK_Q, BLOCK_D)
+            for tile in range(begin, end):
+                k, v = load_tile(key, value, draws, tile, keys, GROUPS, COLUMNS, DIM, BLOCK_D)
+                bias, random, noise = masks(draws, tile, row, queries, k, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
+                scores = kept_scores(products(q, k, DIM, BLOCK_D, PRECISION), bias, draws)
+                scores = mirrored(scores, random, MASKED)
+                mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
+
+    finish(
+        out, logsumexp, state, batch, head, batch_head, split, batch_heads, row, queries, dropout_scale, DIM, BLOCK_D
+    )
+    if BRANCHES == 2:
+        finish(
+            mirrored_out, mirrored_logsumexp, mirrored_state, batch, head, batch_head, split, batch_heads, row, queries,
+            dropout_scale, DIM, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["batch_heads", "queries", "splits"])
+def merge_kernel(
+    parts, part_logsumexps, out, logsumexp, batch_heads, heads, queries, splits,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Program (batch * heads + head, block of queries): the splits' outputs, weighted by their sums of exponentials."""
+    blocks = tl.cdiv(queries, BLOCK_Q)
+    batch_head = tl.program_id(0) // blocks
+    batch, head = batch_head // heads, batch_head % heads
+    row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    weighted, top, total = nothing(BLOCK_Q, BLOCK_D)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    for split in range(splits):
+        place = (split * batch_heads + batch_head).to(tl.int64) * queries + row
+        sums = tl.load(part_logsumexps + place, mask=row < queries, other=float("inf"))
+        sums = tl.where(sums == float("inf"), -float("inf"), sums)
+        inside = (row < queries)[:, None] & (channel < DIM)
+        values = tl.load(parts + place[:, None] * DIM + channel, mask=inside, other=0.0)
+        new_top = tl.maximum(top, sums)
+        rescale, weight = tl.exp2(top - finite(new_top)), tl.exp2(sums - finite(new_top))
+        weighted = weighted * rescale[:, None] + values * weight[:, None]
+        total = total * rescale + weight
+        top = new_top
+    state = weighted, top, total
+    finish(out, logsumexp, state, batch, head, batch_head, batch_head * 0, batch_heads, row, queries, 1.0, DIM, BLOCK_D)

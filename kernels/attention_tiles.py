@@ -1,0 +1,215 @@
+"""The parts of which the attention kernels are made: tiles of rows, products, masks, random numbers.
+
+A tile of keys is a block of neighbours where nothing is drawn. Where something is, it is `GROUPS` strips of `COLUMNS`
+keys that lie 32 apart, so that one Philox call for a row and a column decides `GROUPS` keys
+(`sgalign.ops.reference.random_mask` has the definition).
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+NOT_SPECIALIZED = ["batch_heads", "queries", "keys", "tiles", "span", "stream", "mask_threshold", "dropout_threshold"]
+WIDEST = tl.constexpr(16)  # float32 channels of a row that `products` holds at once
+DROPOUT_BIT = tl.constexpr(0x80000000)  # of the stream: reference.DROPOUT_STREAM_BIT
+
+
+class Matrix(NamedTuple):
+    """A `[B, H, rows, columns]` tensor as the kernels take it; strides count elements."""
+
+    data: Any
+    batch: Any
+    head: Any
+    row: Any
+    column: Any
+
+
+class Rows(NamedTuple):
+    """Some rows of one `[B, H]` of a `Matrix`, and where they are from."""
+
+    block: Any  # [rows, BLOCK_D]; tuples of Triton have `values` already
+    matrix: Any
+    batch: Any
+    head: Any
+    row: Any
+    inside: Any
+
+
+class Draws(NamedTuple):
+    """The arguments of a program's random numbers, and the masks that need none."""
+
+    mask: Any
+    padding: Any
+    seed: Any
+    stream: Any
+    mask_threshold: Any
+    dropout_threshold: Any
+    batch: Any
+    head: Any
+    batch_head: Any
+
+
+@triton.jit
+def load(matrix, batch, head, row, column, inside, other):
+    """Return the elements at `row` and `column`, which broadcast; `other` where not `inside`."""
+    start = matrix.data + batch.to(tl.int64) * matrix.batch + head.to(tl.int64) * matrix.head
+    place = row.to(tl.int64) * matrix.row + column.to(tl.int64) * matrix.column
+    return tl.load(start + place, mask=inside, other=other)
+
+
+@triton.jit
+def load_rows(matrix, batch, head, row, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return `[rows, BLOCK_D]`, zeros beyond the channels and for rows not `inside`: what those hold must not leak."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    values = load(matrix, batch, head, row[:, None], channel, inside[:, None] & (channel < DIM), 0.0)
+    return Rows(values, matrix, batch, head, row, inside)
+
+
+@triton.jit
+def products(rows, others, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """Return `[rows, others]`: the product of each row with each of the others, over all channels.
+
+    The matrix units want all channels of a row in one thread's registers, float32 ones twice, as they take them in two
+    parts. So each product loads `WIDEST` of those at a time anew, which the cache has.
+    """
+    if BLOCK_D <= WIDEST or rows.block.dtype != tl.float32:
+        result = tl.dot(rows.block, tl.trans(others.block), input_precision=PRECISION)
+    else:
+        result = tl.zeros([rows.row.shape[0], others.row.shape[0]], tl.float32)
+        for first in range(0, DIM, WIDEST):
+            some, of_others = load_channels(rows, first, DIM), load_channels(others, first, DIM)
+            result = tl.dot(some, tl.trans(of_others), result, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def add_weighted(total, weights, rows, PRECISION: tl.constexpr):
+    """Return `total` with the sums of rows by each row of weights added."""
+    return tl.dot(weights.to(rows.block.dtype), rows.block, total, input_precision=PRECISION)
+
+
+@triton.jit
+def load_channels(rows, first, DIM: tl.constexpr):
+    """Return `WIDEST` channels of each row, from `first` on."""
+    channel = first + tl.arange(0, WIDEST)[None, :]
+    inside = rows.inside[:, None] & (channel < DIM)
+    return load(rows.matrix, rows.batch, rows.head, rows.row[:, None], channel, inside, 0.0)
+
+
+@triton.jit
+def store_rows(matrix, batch, head, row, inside, values, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write `[rows, BLOCK_D]` in the dtype of `matrix`, without the channels beyond its own."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    start = matrix.data + batch.to(tl.int64) * matrix.batch + head.to(tl.int64) * matrix.head
+    target = start + row.to(tl.int64)[:, None] * matrix.row + channel
+    tl.store(target, values.to(matrix.data.dtype.element_ty), mask=inside[:, None] & (channel < DIM))
+
+
+@triton.jit
+def moved(matrix, elements):
+    """Return the matrix that begins `elements` further on."""
+    return Matrix(matrix.data + elements, matrix.batch, matrix.head, matrix.row, matrix.column)
+
+
+@triton.jit
+def first_key(tile, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the index of a tile's first key."""
+    if GROUPS == 1:
+        return tile * COLUMNS
+    return tile // (32 // COLUMNS) * (32 * GROUPS) + tile % (32 // COLUMNS) * COLUMNS
+
+
+@triton.jit
+def drawn(draws, stream, threshold, tile, query, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return which entries of a tile draw a number below the threshold: `[BLOCK_Q, GROUPS * COLUMNS]`.
+
+    Asked for in the layout of a matrix product's result, whose threads hold a column in all groups: each draws what it
+    needs itself.
+    """
+    first = first_key(tile, GROUPS, COLUMNS)
+    column = first // 256 * 32 + first % 32 + tl.arange(0, COLUMNS)
+    word0, word1, word2, word3 = tl.philox(
+        draws.seed,
+        column.to(tl.uint32)[None, None, :],
+        query.to(tl.uint32)[:, None, None],
+        draws.batch_head.to(tl.uint32),
+        stream.to(tl.uint32),
+        n_rounds=7,
+    )
+    group = tl.arange(0, GROUPS)[None, :, None]
+    if GROUPS < 8:
+        group += first % 256 // 32
+    word = tl.where(group < 4, tl.where(group < 2, word0, word1), tl.where(group < 6, word2, word3))
+    number = tl.reshape(tl.where(group % 2 == 0, word << 16, word), [query.shape[0], GROUPS * COLUMNS])
+    # A half is below the threshold where, moved to the upper half, it is at most this. 65536 wraps to all ones.
+    return number <= (threshold.to(tl.uint32) << 16) - 1
+
+
+@triton.jit
+def load_tile(
+    key, value, draws, tile, keys,
+    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of keys and their values; `inside` are those that exist and are not padding."""
+    place = tl.arange(0, GROUPS * COLUMNS)
+    row = first_key(tile, GROUPS, COLUMNS) + place // COLUMNS * 32 + place % COLUMNS
+    kept = row < keys
+    if draws.padding is not None:
+        kept = kept & (load(draws.padding, draws.batch, draws.head, row * 0, row, kept, 1) == 0)
+    k = load_rows(key, draws.batch, draws.head, row, kept, DIM, BLOCK_D)
+    return k, load_rows(value, draws.batch, draws.head, row, kept, DIM, BLOCK_D)
+
+
+@triton.jit
+def masks(
+    draws, tile, query, queries, k, keys,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Return what both branches drop, what the random mask drops, and what dropout does.
+
+    The first is 0 for what is kept and -inf for what is dropped, broadcastable to `[BLOCK_Q, BLOCK_K]`.
+    """
+    bias = tl.where(k.inside, 0.0, -float("inf"))[None, :]
+    if draws.mask is not None:
+        inside = (query < queries)[:, None] & (k.row < keys)[None, :]
+        explicit = load(draws.mask, draws.batch, draws.head, query[:, None], k.row[None, :], inside, 1)
+        bias = tl.where(explicit != 0, -float("inf"), bias)
+    random, noise = False, False
+    if MASKED:
+        random = drawn(draws, draws.stream, draws.mask_threshold, tile, query, GROUPS, COLUMNS)
+    if DROPOUT:
+        stream = draws.stream.to(tl.uint32) | DROPOUT_BIT
+        noise = drawn(draws, stream, draws.dropout_threshold, tile, query, GROUPS, COLUMNS)
+    return bias, random, noise
+
+
+@triton.jit
+def kept_scores(scores, bias, draws):
+    """Return the scores, -inf where both branches drop them.
+
+    Padding was loaded as 0; what the explicit mask drops may be NaN.
+    """
+    if draws.mask is not None:
+        return tl.where(bias == 0, scores, -float("inf"))
+    return scores + bias
+
+
+@triton.jit
+def mirrored(scores, random, MASKED: tl.constexpr):
+    """Return the scores, -inf where the random mask drops them."""
+    if MASKED:
+        return tl.where(random, -float("inf"), scores)
+    return scores
+
+
+@triton.jit
+def load_draws(
+    mask, padding, seed, stream, mask_threshold, dropout_threshold, batch, head, batch_head,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Return the arguments of a program's random numbers. The seed is read where anything is drawn."""
+    seed_value = 0
+    if MASKED or DROPOUT:
+        seed_value = tl.load(seed)
+    return Draws(mask, padding, seed_value, stream, mask_threshold, dropout_threshold, batch, head, batch_head)

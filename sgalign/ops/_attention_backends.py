@@ -1,0 +1,206 @@
+"""How each backend runs attention: the parts of a call, and the launch functions, forward and backward.
+
+A new backend is a file of kernels and an entry in each of the tables `FORWARD` and `BACKWARD`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgalign.ops import _core, _cuda, reference
+from sgalign.ops._operands import DTYPES
+from sgalign.ops.random_mask import STEPS
+
+
+class Options(NamedTuple):
+    """The options of a call: all but queries, keys and values, in the order of the registered operations' schema."""
+
+    mask: Tensor | None  # bool [B, H, Lq, Lk], with strides of 0 where it was broadcast
+    key_padding_mask: Tensor | None
+    seed: Tensor | None  # None where nothing is drawn
+    mask_threshold: int  # the probability times 65536, as the next
+    dropout_threshold: int
+    stream: int  # of the random mask
+    scale: float  # of the scores
+
+    @property
+    def dropout_scale(self) -> float:
+        """The factor of what dropout keeps."""
+        return STEPS / (STEPS - self.dropout_threshold) if self.dropout_threshold < STEPS else 0.0
+
+
+class Call(NamedTuple):
+    """The tensors that a forward reads and writes, and that a backward reads. Last strides are 1.
+
+    With two outputs the second is the mirror's, to which alone the random mask applies. One query may serve both.
+    """
+
+    queries: list[Tensor]
+    key: Tensor
+    value: Tensor
+    outs: list[Tensor]
+    logsumexps: list[Tensor]  # [B, H, Lq], in units of log2
+    options: Options
+
+
+Tensors = list[Tensor]
+
+
+def run_reference(
+    queries: list[Tensor], branches: int, key: Tensor, value: Tensor, options: Options
+) -> tuple[Tensor, ...]:
+    """Return the outputs of one or two branches in plain PyTorch, with the random mask in the last.
+
+    Autograd differentiates it, as often as one likes, so that it serves in front of the registered operation.
+    """
+    batch, heads, length, _ = queries[0].shape
+
+    def draw(threshold: int, stream: int) -> Tensor:
+        assert options.seed is not None
+        random = reference.random_mask(
+            batch * heads, length, key.shape[2], threshold=threshold, seed=options.seed, stream=stream,
+            device=key.device,
+        )  # fmt: skip
+        return random.view(batch, heads, length, key.shape[2])
+
+    dropout_keep = None
+    if options.dropout_threshold:
+        dropout_keep = ~draw(options.dropout_threshold, options.stream | reference.DROPOUT_STREAM_BIT)
+    outs = []
+    for branch in range(branches):
+        dropped = options.mask
+        if branch == branches - 1 and options.mask_threshold:
+            random = draw(options.mask_threshold, options.stream)
+            dropped = random if dropped is None else dropped | random
+        outs.append(
+            reference.attention(
+                queries[min(branch, len(queries) - 1)],
+                key,
+                value,
+                dropped=dropped,
+                key_padding_mask=options.key_padding_mask,
+                dropout_keep=dropout_keep,
+                dropout_scale=options.dropout_scale,
+                scale=options.scale,
+            )
+        )
+    return tuple(outs)
+
+
+# ------------------------------------------------------------------------------------------------------ forward
+
+
+def _forward_cpu(call: Call) -> None:
+    core = _core.load()
+    core.attention_forward(_description(core, call))
+
+
+def _forward_triton(call: Call) -> None:
+    from sgalign.kernels import attention as kernels
+
+    with _cuda.current_stream(call.key.device):
+        kernels.forward(*call, multiprocessors=_cuda.multiprocessors(call.key.device))
+
+
+def _forward_cuda(call: Call) -> None:
+    core, device = _cuda.core(call.key.device), call.key.device
+    description = _description(core, call)
+    splits = core.cuda_attention_splits(description, _cuda.multiprocessors(device))
+    parts = [splits, len(call.outs), *call.queries[0].shape[:3], call.key.shape[3] + 1] if splits > 1 else [0]
+    workspace = _cuda.workspace(call.key, *parts)
+    with _cuda.current_stream(device) as cuda_stream:
+        core.cuda_attention_forward(description, _seed_address(call), splits, workspace.data_ptr(), cuda_stream)
+
+
+FORWARD: dict[str, Callable[[Call], None]] = {
+    "cpu": _forward_cpu,
+    "triton": _forward_triton,
+    "cuda": _forward_cuda,
+}
+
+
+# ------------------------------------------------------------------------------------------------------ backward
+# `grads` are written: of the queries, of key and of value.
+
+
+def _backward_cpu(call: Call, grad_outs: Tensors, grads: Tensors) -> None:
+    core = _core.load()
+    core.attention_backward(_description(core, call, grad_outs, grads), _matrix(grads[-2]), _matrix(grads[-1]))
+
+
+def _backward_triton(call: Call, grad_outs: Tensors, grads: Tensors) -> None:
+    from sgalign.kernels import attention as kernels
+
+    with _cuda.current_stream(call.key.device):
+        kernels.backward(grad_outs, grads, *call, multiprocessors=_cuda.multiprocessors(call.key.device))
+
+
+def _backward_cuda(call: Call, grad_outs: Tensors, grads: Tensors) -> None:
+    core, device = _cuda.core(call.key.device), call.key.device
+    description = _description(core, call, grad_outs, grads)
+    splits = core.cuda_attention_splits(description, _cuda.multiprocessors(device))
+    parts = splits * sum(query.numel() for query in call.queries) if splits > 1 else 0
+    workspace = _cuda.workspace(call.key, sum(logsumexp.numel() for logsumexp in call.logsumexps) + parts)
+    to_key_and_value = _matrix(grads[-2]), _matrix(grads[-1])
+    with _cuda.current_stream(device) as cuda_stream:
+        core.cuda_attention_backward(
+            description, *to_key_and_value, _seed_address(call), splits, workspace.data_ptr(), cuda_stream
+        )
+
+
+BACKWARD: dict[str, Callable[[Call, Tensors, Tensors], None]] = {
+    "cpu": _backward_cpu,
+    "triton": _backward_triton,
+    "cuda": _backward_cuda,
+}
+
+
+# ------------------------------------------------------------------------------------------------------ compiled core
+
+
+def _description(
+    core: ModuleType,
+    call: Call,
+    grad_outs: Iterable[Tensor | None] = itertools.repeat(None),
+    grad_queries: Iterable[Tensor | None] = itertools.repeat(None),
+) -> Any:
+    """Return the call as the core takes it (csrc/kernels.h). It holds addresses: the tensors must outlive it."""
+    queries, key, value, outs, logsumexps, options = call
+    branches = [
+        (_matrix(out), logsumexp.data_ptr(), i == len(outs) - 1, _matrix(grad))
+        for i, (out, logsumexp, grad) in enumerate(zip(outs, logsumexps, grad_outs))
+    ]
+    groups = [
+        (_matrix(query), branches if len(queries) == 1 else [branches[i]], _matrix(grad))
+        for i, (query, grad) in enumerate(zip(queries, grad_queries))
+    ]
+    seed = options.seed
+    return core.Attention(
+        DTYPES.index(key.dtype),
+        (*queries[0].shape[:3], *key.shape[2:]),
+        groups,
+        _matrix(key),
+        _matrix(value),
+        _matrix(options.mask),
+        _matrix(options.key_padding_mask),
+        0 if seed is None or seed.device.type != "cpu" else seed.item(),  # a GPU reads it itself
+        options.stream,
+        options.mask_threshold,
+        options.dropout_threshold,
+        options.scale,
+        torch.get_num_threads(),
+    )
+
+
+def _matrix(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor.stride())
+
+
+def _seed_address(call: Call) -> int:
+    return 0 if call.options.seed is None else call.options.seed.data_ptr()
