@@ -5,6 +5,7 @@ shared memory that was never written, or on the order of warps, the emulation sa
 """
 
 import ctypes
+import functools
 import importlib.util
 import math
 import os
@@ -212,22 +213,7 @@ SHAPES = [(2, 3, 17, 33, 8), (1, 2, 5, 7, 3), (1, 2, 40, 300, 32), (1, 1, 70, 27
 SHAPES += [(1, 1, 3, 65, 256), (1, 1, 35, 100, 128)]
 
 
-def assert_accurate(branches, tensors, grad_outs, **options):
-    """At most twice the error of plain PyTorch in the same dtype, three times for gradients, and a few last places."""
-    dtype = tensors[0].dtype
-    exact = attention.run_float64(branches, tensors, grad_outs, **options)
-    plain = attention.run(branches, tensors, grad_outs, backend="reference", **options)
-    ours = attention.run(branches, tensors, grad_outs, backend="cuda", **options)
-    for factor, *results in zip((2, 3), exact, plain, ours):
-        for i, (expected, theirs, mine) in enumerate(zip(*results)):
-            if expected is None:
-                assert mine is None
-                continue
-            assert mine.dtype == dtype and mine.shape == expected.shape
-            allowed = factor * (theirs - expected).abs().max().item()
-            allowed += 8 * torch.finfo(dtype).eps * expected.abs().max().item()
-            error = (mine - expected).abs().max().item()
-            assert error <= allowed, f"{'output' if factor == 2 else 'gradient'} {i}: {error} > {allowed}"
+assert_accurate = functools.partial(attention.assert_accurate, backend="cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -372,19 +358,7 @@ def test_random_mask_is_the_definition(size, core, monkeypatch):
 def test_relation(shape, branches, dtype, core):
     union, pairs, operands, grads = relation.make(shape, dtype, bias=shape[0] != 5)
     operands, grads = operands[:branches], grads[:branches]
-    double = lambda t: None if t is None else t.double()  # noqa: E731
-    doubles = union.double(), pairs, [[double(t) for t in branch] for branch in operands], [g.double() for g in grads]
-    exact, plain = relation.run(*doubles, "reference"), relation.run(union, pairs, operands, grads, "reference")
-    ours = relation.run(union, pairs, operands, grads, "cuda")
-    for factor, *results in zip((2, 3), exact, plain, ours):
-        for i, (expected, theirs, mine) in enumerate(zip(*results, strict=True)):
-            assert mine.dtype == dtype and mine.shape == expected.shape
-            if not expected.numel():
-                continue
-            allowed = factor * (theirs - expected).abs().max().item()
-            allowed += 8 * torch.finfo(dtype).eps * expected.abs().max().item()
-            error = (mine - expected).abs().max().item()
-            assert error <= allowed, f"{'logits' if factor == 2 else 'gradient'} {i}: {error} > {allowed}"
+    ours = relation.assert_accurate(union, pairs, operands, grads, "cuda")
     for mine, again in zip(ours, relation.run(union, pairs, operands, grads, "cuda")):
         assert all(torch.equal(a, b) for a, b in zip(mine, again))
 
