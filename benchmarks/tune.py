@@ -1,4 +1,4 @@
-"""Finds the attention kernels' configurations on this machine's GPU: `python -m benchmarks.tune`.
+"""Find the attention kernels' configurations on this machine's GPU: `python -m benchmarks.tune`.
 
 For every kernel, size of elements, number of branches and of channels it starts from what kernels/configs.json says,
 tries the neighbours of the best (half or twice a block, other warps, a stage more or less), drops those that do not fit
@@ -34,7 +34,6 @@ SHAPES = [(8, 8, 180, 608), (2, 8, 2048, 2048)]  # B, H, Lq, Lk: SGTR's image me
 GAIN = 0.98  # what counts as faster: less is noise
 TOLERANCE = {16: 3e-2, 32: 1e-4}  # of ||out - reference|| / ||reference||
 
-
 LOST = "an illegal access has cost this process its device"  # what another process may find can be used
 
 
@@ -58,7 +57,7 @@ Plan = tuple[int, int, int, int]  # as kernels.configs.Config: block_q, block_k,
 
 
 def neighbours(plan: Plan) -> Iterator[Plan]:
-    """One step away in one direction; matrix units take no fewer than 16 rows."""
+    """Yield the plans one step away in one direction; matrix units take no fewer than 16 rows."""
     block_q, block_k, warps, stages = plan
     for q, k in ((block_q // 2, block_k), (block_q * 2, block_k), (block_q, block_k // 2), (block_q, block_k * 2)):
         if min(q, k) >= 16 and max(q, k) <= 256:
@@ -72,7 +71,7 @@ def neighbours(plan: Plan) -> Iterator[Plan]:
 
 
 def climb(start: Plan, time: Callable[[list[Plan]], dict[Plan, float]]) -> tuple[Plan, float]:
-    """The plan that no neighbour beats. `time` leaves out what cannot be used."""
+    """Return the plan that no neighbour beats, and its time. `time` leaves out what cannot be used."""
     known = time([start])
     best, tried = start, {start}
     known.setdefault(start, math.inf)  # the table's own may not fit this card
@@ -87,7 +86,7 @@ def climb(start: Plan, time: Callable[[list[Plan]], dict[Plan, float]]) -> tuple
 
 
 def use(entry: Entry, plan: Plan) -> None:
-    """Puts a plan in the table that this process reads, not in its file."""
+    """Put a plan in the table that this process reads, not in its file."""
     from sgalign.kernels import configs
 
     table, name = configs.read_table(), configs.architecture(DEVICE)
@@ -99,7 +98,7 @@ def use(entry: Entry, plan: Plan) -> None:
 
 @functools.lru_cache(len(SHAPES))
 def operands(entry: Entry, shape: tuple[int, ...]) -> tuple[list[Tensor], ...]:
-    """Queries, key and value, and a gradient of each output."""
+    """Return queries, key and value, and a gradient of each output."""
     batch, heads, queries, keys = shape
     generator = torch.Generator(DEVICE).manual_seed(0)
 
@@ -115,7 +114,7 @@ def operands(entry: Entry, shape: tuple[int, ...]) -> tuple[list[Tensor], ...]:
 
 
 def calls(entry: Entry, shape: tuple[int, ...]) -> tuple[Callable[[], object], list[Tensor]]:
-    """What runs the kernel, a backward with both of its kernels, and where it writes."""
+    """Return what runs the kernel, a backward with both of its kernels, and where it writes."""
     from sgalign.kernels import attention
     from sgalign.ops import _cuda
     from sgalign.ops.attention import Options
@@ -136,11 +135,11 @@ def calls(entry: Entry, shape: tuple[int, ...]) -> tuple[Callable[[], object], l
 
 
 def problem(entry: Entry, plan: Plan, table: Any) -> str | None:
-    """Why a plan cannot be used, beside what `table` has for other kernels.
+    """Return why a plan cannot be used, beside what `table` has for other kernels.
 
     In a worker's process it leaves the compiled kernels in Triton's cache.
     """
-    from benchmarks.gpu_report import usable
+    from benchmarks.measuring import usable
     from sgalign.kernels import configs
 
     if not usable():
@@ -158,7 +157,8 @@ def problem(entry: Entry, plan: Plan, table: Any) -> str | None:
 
 
 def differs(entry: Entry, expected: list[Tensor]) -> bool:
-    from benchmarks.gpu_report import relative_error
+    """Return whether the kernel's result is another than the reference's, or not a number."""
+    from benchmarks.measuring import relative_error
 
     run, found = calls(entry, SHAPES[0])
     run()
@@ -166,8 +166,8 @@ def differs(entry: Entry, expected: list[Tensor]) -> bool:
 
 
 def times(entry: Entry, pool: Executor, expected: list[Tensor], plans: list[Plan]) -> dict[Plan, float]:
-    """Milliseconds, the geometric mean of the shapes, of those that can be used."""
-    from benchmarks.gpu_report import graph_ms
+    """Return the milliseconds of the plans that can be used, the geometric mean of the shapes."""
+    from benchmarks.measuring import graph_ms
     from sgalign.kernels import configs
 
     found = {}
@@ -189,7 +189,7 @@ def times(entry: Entry, pool: Executor, expected: list[Tensor], plans: list[Plan
 
 
 def reference_result(entry: Entry) -> list[Tensor]:
-    """What `calls` writes at the first shape, by plain PyTorch in float64."""
+    """Return what `calls` writes at the first shape, by plain PyTorch in float64."""
     from sgalign import dual_branch_attention, fused_masked_attention
 
     queries, memory, grad_outs = operands(entry, SHAPES[0])
@@ -204,7 +204,8 @@ def reference_result(entry: Entry) -> list[Tensor]:
 
 
 def tune(entries: list[Entry], pool: Executor) -> None:
-    from benchmarks.gpu_report import usable
+    """Find the best plan of each entry, and write the table after each."""
+    from benchmarks.measuring import usable
     from sgalign.kernels import configs
 
     for entry in entries:
@@ -227,7 +228,7 @@ def tune(entries: list[Entry], pool: Executor) -> None:
 
 
 def write_table(file: Path) -> None:
-    """`kernels.configs`' table as that reads it, a line for what one bits and branches have."""
+    """Write the table that `kernels.configs` reads, a line for what one bits and branches have."""
     from sgalign.files import written_whole
     from sgalign.kernels import configs
 

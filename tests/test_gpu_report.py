@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the installed package comes first
 pytest.importorskip("triton", reason="the tuner reads the table of Triton's kernels")
-from benchmarks import gpu_report, report_markdown, tune  # noqa: E402
+from benchmarks import attention_part, device_tests, gpu_report, measuring, relation_part, report_markdown, tune  # noqa: E402
 from sgalign.kernels import configs  # noqa: E402
 
 
@@ -42,7 +42,7 @@ def test_parts_that_are_there_are_not_run_again(tmp_path, monkeypatch):
         raise RuntimeError("the card fell off\nand more")
 
     def out_of_time(before):
-        return {"checks": {"triton": {"failure": gpu_report.NOT_REACHED}}}
+        return {"checks": {"triton": {"failure": report_markdown.NOT_REACHED}}}
 
     parts = {"environment": part("environment"), "loss": crash, "attention a": out_of_time, "steps": cut_off}
     with pytest.raises(KeyboardInterrupt):
@@ -80,15 +80,15 @@ def test_a_failure_is_a_sentence(monkeypatch):
     def skips():
         pytest.skip("not installed")
 
-    assert gpu_report.attempt(fails) == {"failure": "ValueError: no such shape"}
-    assert gpu_report.attempt(skips) == {"failure": "Skipped: not installed"}
+    assert measuring.attempt(fails) == {"failure": "ValueError: no such shape"}
+    assert measuring.attempt(skips) == {"failure": "Skipped: not installed"}
 
 
 IDS = ["tests/test_a.py::test_a[1, 2]", "tests/test_a.py::test_b", "tests/test_a.py::test_c"]
 PASSED = f"{IDS[0]} PASSED [ 33%]\n{IDS[1]} SKIPPED (why) [ 66%]\n{IDS[2]} PASSED [100%]\n== 2 passed, 1 skipped ==\n"
 FAILED = f"{IDS[0]} PASSED [ 33%]\n{IDS[1]} FAILED [ 66%]\n"
 SUMMARY = f"{IDS[2]} ERROR\nFAILED {IDS[1]} - assert\n"
-MARK = gpu_report.SANITIZER_MARK
+MARK = device_tests.SANITIZER_MARK
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ MARK = gpu_report.SANITIZER_MARK
         (f"{MARK}COMPUTE-SANITIZER\n{PASSED}{MARK}ERROR SUMMARY: 0 errors\n", 0, {"passed": 2, "skipped": 1}, [], []),
         (
             PASSED.replace(" PASSED", f"\n{MARK}Invalid read\nPASSED", 1),
-            gpu_report.SANITIZER_EXIT,
+            device_tests.SANITIZER_EXIT,
             {"passed": 2, "skipped": 1},
             [f"{MARK}Invalid read"],
             [],
@@ -118,7 +118,7 @@ MARK = gpu_report.SANITIZER_MARK
     ],
 )
 def test_outcomes_of_a_run(log, status, counts, failed, left):
-    assert gpu_report.outcomes(log, status, IDS) == (counts, failed, left)
+    assert device_tests.outcomes(log, status, IDS) == (counts, failed, left)
 
 
 def test_tests_go_on_where_time_was_up(tmp_path, monkeypatch):
@@ -130,19 +130,19 @@ def test_tests_go_on_where_time_was_up(tmp_path, monkeypatch):
         "def test_wrong(): assert False\n"
         "def test_slow(): time.sleep(100 * (not os.path.exists('again')))\n"
     )
-    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_report, "TEST_FILES", (file.name,))
-    monkeypatch.setattr(gpu_report, "available", lambda: ["made up"])
-    monkeypatch.setattr(gpu_report.os, "cpu_count", lambda: 1)
-    monkeypatch.setitem(gpu_report.SECONDS, "tests", 15)
-    first = gpu_report.tests({})["made up"]
+    monkeypatch.setattr(device_tests, "ROOT", tmp_path)
+    monkeypatch.setattr(device_tests, "TEST_FILES", (file.name,))
+    monkeypatch.setattr(device_tests, "SECONDS", 15)
+    monkeypatch.setattr(measuring, "available", lambda: ["made up"])
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    first = device_tests.run({})["made up"]
     assert first == {
         "counts": {"passed": 2, "failed": 1},
         "failed": ["FAILED test_made_up.py::test_wrong"],
         "not run": ["test_made_up.py::test_slow"],
     }
     (tmp_path / "again").touch()
-    second = gpu_report.tests({"made up": first})["made up"]
+    second = device_tests.run({"made up": first})["made up"]
     assert second == first | {"counts": {"passed": 3, "failed": 1}, "not run": []}
 
 
@@ -151,10 +151,10 @@ def test_what_was_measured_is_not_measured_again(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     late = {"deadline": 0.0}
     for before in ({"graph": 1.0}, {"failure": "OutOfMemoryError"}):
-        assert gpu_report.attempt(dict, before=before, **late) == before
-    for before in (None, {"failure": gpu_report.NOT_REACHED}):
-        assert gpu_report.attempt(dict, before=before, **late) == {"failure": gpu_report.NOT_REACHED}
-        assert gpu_report.attempt(lambda: {"graph": 2.0}, before=before) == {"graph": 2.0}
+        assert measuring.attempt(dict, before=before, **late) == before
+    for before in (None, {"failure": report_markdown.NOT_REACHED}):
+        assert measuring.attempt(dict, before=before, **late) == {"failure": report_markdown.NOT_REACHED}
+        assert measuring.attempt(lambda: {"graph": 2.0}, before=before) == {"graph": 2.0}
 
 
 def test_after_the_device_is_lost_nothing_is_measured_or_blamed(monkeypatch):
@@ -170,9 +170,9 @@ def test_after_the_device_is_lost_nothing_is_measured_or_blamed(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "empty_cache", synchronize)
-    assert "illegal memory access" in gpu_report.attempt(illegal)["failure"]
-    found = gpu_report.attempt(lambda: pytest.fail("measured on a lost device"))
-    assert found == {"failure": gpu_report.NOT_REACHED} and gpu_report.unfinished({"rows": [{"sdpa": found}]})
+    assert "illegal memory access" in measuring.attempt(illegal)["failure"]
+    found = measuring.attempt(lambda: pytest.fail("measured on a lost device"))
+    assert found == {"failure": report_markdown.NOT_REACHED} and report_markdown.unfinished({"rows": [{"sdpa": found}]})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory on the CPU is read from /proc")
@@ -187,27 +187,27 @@ def test_parts_go_on_from_what_was_measured(monkeypatch, part):
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    for name, value in {
-        "DEVICE": torch.device("cpu"),
-        "graph_ms": run_all,
-        "call_ms": lambda call: 2.0,
-        "sets_beyond_cache": lambda mebibytes: 1,
-        "available": lambda: ["cpu"],
-        "SHAPES": {"float32": [(1, 2, 20, 40, 32)]},
-        "FLEX_SHAPES": [],
-        "CHECKED_SHAPES": [(1, 2, 20, 40, 32), (1, 1, 30, 40, 64)],
-        "RELATION_SHAPES": [(30, 9, 64, 11)],
-    }.items():
-        monkeypatch.setattr(gpu_report, name, value)
+    for module, name, value in (
+        (measuring, "DEVICE", torch.device("cpu")),
+        (measuring, "graph_ms", run_all),
+        (measuring, "call_ms", lambda call: 2.0),
+        (measuring, "sets_beyond_cache", lambda mebibytes: 1),
+        (measuring, "available", lambda: ["cpu"]),
+        (attention_part, "SHAPES", {"float32": [(1, 2, 20, 40, 32)]}),
+        (attention_part, "FLEX_SHAPES", []),
+        (attention_part, "CHECKED_SHAPES", [(1, 2, 20, 40, 32), (1, 1, 30, 40, 64)]),
+        (relation_part, "SHAPES", [(30, 9, 64, 11)]),
+    ):
+        monkeypatch.setattr(module, name, value)
     first = json.loads(json.dumps(gpu_report.PARTS[part]({})))
     assert first["checks"] and all(check["right"] for check in first["checks"].values())
     for row in first["rows"]:
         assert {contender["graph"] for contender in row["contenders"].values()} == {1.0}
     measured, *_, missing = first["rows"][0]["contenders"]
-    first["rows"][0]["contenders"] |= {measured: {"graph": 42.0}, missing: {"failure": gpu_report.NOT_REACHED}}
-    assert gpu_report.unfinished(first)
+    first["rows"][0]["contenders"] |= {measured: {"graph": 42.0}, missing: {"failure": report_markdown.NOT_REACHED}}
+    assert report_markdown.unfinished(first)
     second = gpu_report.PARTS[part](first)
-    assert not gpu_report.unfinished(second)
+    assert not report_markdown.unfinished(second)
     assert second["rows"][0]["contenders"][measured] == {"graph": 42.0}
     assert second["rows"][0]["contenders"][missing]["graph"] == 1.0
 
@@ -215,9 +215,9 @@ def test_parts_go_on_from_what_was_measured(monkeypatch, part):
 def test_check_finds_what_is_wrong_or_not_written():
     right = [torch.ones(3, dtype=torch.float64)]
     for got, is_right in ((1.0, True), (1.001, False), (math.nan, False)):
-        found = gpu_report.checked(lambda got=got: [torch.full((3,), got)], lambda: right, "float32")
+        found = measuring.checked(lambda got=got: [torch.full((3,), got)], lambda: right, "float32")
         assert found["right"] is is_right
-    unwritten = gpu_report.checked(lambda: [torch.ones(3).new_empty(3)], lambda: right, "float32")
+    unwritten = measuring.checked(lambda: [torch.ones(3).new_empty(3)], lambda: right, "float32")
     assert math.isnan(unwritten["error"])
 
 

@@ -1,0 +1,166 @@
+"""The GPU report's part "attention": both branches, ours and what one would use instead."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measuring
+from benchmarks.measuring import DTYPES, Figures
+
+SECONDS = {"bfloat16": 140, "float16": 35, "float32": 45}
+# B, H, Lq, Lk, D. The goals are set at SGTR's shapes (180 queries; 100 entities or an image's memory).
+SGTR_SHAPES = [(batch, 8, 180, keys, 32) for batch in (8, 4) for keys in (1024, 608, 475, 100)]
+LONG_SHAPES = [(1, 8, 180, 16384, 32), (1, 8, 4096, 4096, 64), (1, 8, 16384, 16384, 64), (1, 8, 300, 2000, 32)]
+LONG_SHAPES += [(2, 8, 128, 512, 64), (1, 8, 4096, 4096, 128)]
+SHAPES = {
+    "bfloat16": SGTR_SHAPES + LONG_SHAPES,
+    "float16": [*SGTR_SHAPES[:2], *LONG_SHAPES[:2]],
+    "float32": [*SGTR_SHAPES[:4], *LONG_SHAPES[:2]],
+}
+FLEX_SHAPES = [*SGTR_SHAPES[:4], *LONG_SHAPES[:2]]  # compiled for each shape, which takes seconds
+CHECKED_SHAPES = [(2, 3, 45, 300, 32), (1, 8, 1024, 300, 64), (1, 8, 1024, 300, 128)]  # keys split, and not
+
+
+def run(dtype: str, before: Figures) -> Figures:
+    """Time both branches at many shapes, forward and with the backward, ours and theirs."""
+    from benchmarks.test_attention import ours
+
+    deadline = time.monotonic() + SECONDS[dtype]
+    checked_before = before.get("checks", {})
+    checks = {
+        name: measuring.attempt(check, backend, kind, dtype, before=checked_before.get(name))
+        for backend in measuring.available()
+        for kind in ours(backend)
+        for name in [f"{backend} {kind}"]
+    }
+    rows = []
+    for shape, backward in itertools.product(SHAPES[dtype], (True, False)):
+        torch._dynamo.reset()  # or its limit of compiled versions is reached
+        known = measuring.known_contenders(before, shape, dtype, backward)
+        contenders = {
+            name: measuring.attempt(timed, contender, shape, dtype, backward, deadline=deadline, before=known.get(name))
+            for name, contender in contenders_at(shape).items()
+        }
+        row = {"shape": shape, "dtype": dtype, "backward": backward, "contenders": contenders}
+        rows.append(row | work(shape, dtype, backward))
+    return {"checks": checks, "rows": rows}
+
+
+def contenders_at(shape: tuple[int, ...]) -> dict[str, Any]:
+    """Return what is compared at a shape: ours, PyTorch's, and of other packages those that are installed."""
+    from benchmarks import test_attention as bench
+
+    ours = {f"{name} {kind}": call for name in measuring.available() for kind, call in bench.ours(name).items()}
+    theirs = {"sdpa twice": bench.sdpa_twice, "sdpa concatenated": bench.sdpa_concatenated, "eager": bench.eager}
+    if shape in FLEX_SHAPES:
+        theirs["flex"] = flex_attention()
+    if importlib.util.find_spec("xformers"):
+        theirs["xformers"] = xformers_twice
+    if importlib.util.find_spec("flash_attn"):
+        theirs["flash-attn, no mask"] = flash_twice
+    return ours | theirs
+
+
+def flex_attention() -> Callable[..., tuple[Tensor, ...]]:
+    """Return FlexAttention, compiled. Its mask is a hash of the indices and a seed, so that none is stored."""
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    from benchmarks.test_attention import RATIO
+
+    def both(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+        heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+
+        def masked(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            x = (((b * heads + h) * queries + q) * keys + k) * -1640531527 + seed
+            x = (x ^ (x >> 15)) * -2048144789
+            x = (x ^ (x >> 13)) * -1028477387
+            return torch.where(((x ^ (x >> 16)) & 0xFFFF) < round(65536 * RATIO), -float("inf"), score)
+
+        return flex(query, key, value), flex(mirrored, key, value, score_mod=masked)
+
+    compiled = torch.compile(both, dynamic=False)
+
+    def run(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        seed = torch.randint(2**31 - 1, (), dtype=torch.int32, device=query.device)
+        return compiled(query, mirrored, key, value, seed)
+
+    return run
+
+
+def xformers_twice(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Return both branches by xFormers, the random mask as a bias that is stored."""
+    from xformers.ops import memory_efficient_attention
+
+    from benchmarks.test_attention import random_kept
+
+    q, m, k, v = (tensor.transpose(1, 2) for tensor in (query, mirrored, key, value))
+    width = -(-key.shape[2] // 8) * 8  # rows of the bias must be aligned
+    bias = query.new_zeros(*query.shape[:3], width)[..., : key.shape[2]]
+    bias.masked_fill_(~random_kept(query, key), -torch.inf)  # in place, which leaves the rows' distance
+    outs = memory_efficient_attention(q, k, v), memory_efficient_attention(m, k, v, attn_bias=bias)
+    return tuple(out.transpose(1, 2) for out in outs)
+
+
+def flash_twice(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Return both branches by FlashAttention. It takes no mask: this is what two branches without one would cost."""
+    from flash_attn import flash_attn_func
+
+    q, m, k, v = (tensor.transpose(1, 2) for tensor in (query, mirrored, key, value))
+    return flash_attn_func(q, k, v).transpose(1, 2), flash_attn_func(m, k, v).transpose(1, 2)
+
+
+def timed(contender: Callable[..., tuple[Tensor, ...]], shape: tuple[int, ...], dtype: str, backward: bool) -> Figures:
+    """Return what is measured of a contender, with as many sets of inputs as no cache holds."""
+    from benchmarks import test_attention as bench
+
+    torch.manual_seed(0)
+    batch, heads, queries, keys, dim = shape
+    sets = measuring.sets_beyond_cache(2 * batch * heads * (queries + keys) * dim * DTYPES[dtype].itemsize / 2**20)
+    return measuring.timed(
+        [
+            measuring.differentiated(contender, bench.inputs(shape, backward, DTYPES[dtype], measuring.DEVICE))
+            for _ in range(sets)
+        ]
+    )
+
+
+def check(name: str, kind: str, dtype: str) -> Figures:
+    """Compare a backend with the reference in float64; return the worst of the checked shapes."""
+    from benchmarks import test_attention as bench
+
+    def run(backend: str, tensors: list[Tensor]) -> list[Tensor]:
+        outs = list(bench.ours(backend, seed=3)[kind](*tensors))
+        generator = torch.Generator().manual_seed(4)
+        grads = [
+            torch.randn(out.shape, generator=generator).to(measuring.DEVICE, DTYPES[dtype]).to(out) for out in outs
+        ]
+        return outs + measuring.gradients(outs, tensors, grads)
+
+    def check_at(shape: tuple[int, ...]) -> Figures:
+        torch.manual_seed(1)
+        tensors = bench.inputs(shape, True, DTYPES[dtype], measuring.DEVICE)
+        doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        return measuring.checked(lambda: run(name, tensors), lambda: run("reference", doubles), dtype)
+
+    return max(map(check_at, CHECKED_SHAPES), key=lambda found: (not found["right"], found["error"]))
+
+
+def work(shape: tuple[int, ...], dtype: str, backward: bool) -> Figures:
+    """Return the operations of the matrix products, and bytes when everything is read and written once."""
+    from benchmarks import test_attention as bench
+
+    batch, heads, queries, keys, dim = shape
+    rows = 4 * queries + 2 * keys  # two queries, two outputs, key and value
+    if backward:
+        rows += 6 * queries + 2 * keys + 2 * queries + 2 * keys  # read all and the outputs' gradients, write gradients
+    return {
+        "flops": bench.flops(shape, backward),
+        "bytes": batch * heads * rows * dim * DTYPES[dtype].itemsize,
+    }
