@@ -540,7 +540,7 @@ def test_missing_data_is_one_sentence(tmp_path):
 
 
 def test_missing_extra_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setitem(doctor.EXTRAS, "train", ("torch", "no-such-package"))
+    monkeypatch.setattr(doctor, "required", lambda extra: ["torch", "no-such-package"])
     assert cli.main(["compare"]) == 1
     expected = "sgalign: compare cannot run, missing no-such-package: pip install 'sgalign[train]'\n"
     assert capsys.readouterr().err == expected

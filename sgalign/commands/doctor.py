@@ -12,28 +12,18 @@ import torch
 from sgalign import _version, dual_branch_attention
 from sgalign.ops import _core, backends
 
-EXTRAS = {
-    "train": (
-        "lightning",
-        "torchmetrics",
-        "torchvision",
-        "jsonargparse",
-        "tensorboard",
-        "matplotlib",
-        "pillow",
-        "h5py",
-        "scipy",
-        "transformers",
-    ),
-    "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "pybind11"),
-}
+EXTRAS = "train", "test"
+REQUIREMENT = re.compile(r"([\w.-]+).*;.*\bextra\s*==\s*['\"]([\w.-]+)['\"]")
 
 
 def main() -> int:
-    """Prints the report; 0 if the package works, 1 if not."""
+    """Print the report; return 0 if the package works, 1 if not."""
     print(f"sgalign {_version.__version__} in {Path(__file__).parents[1]}")
     print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}")
-    for extra, packages in EXTRAS.items():
+    for extra in EXTRAS:
+        if (packages := required(extra)) is None:
+            print(f"[{extra}] unknown: sgalign is not installed, and only an installation lists what its extras need")
+            continue
         versions = {package: _installed_version(package) for package in packages}
         found = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
         print("; ".join([f"[{extra}] {found or 'nothing'}", *missing(extra)]))
@@ -58,9 +48,19 @@ def main() -> int:
     return 0 if all([_works(backend) for backend in tried]) else 1
 
 
+def required(extra: str) -> list[str] | None:
+    """Return the packages that an extra of the installed sgalign names; None in a source tree without installation."""
+    try:
+        requirements = importlib.metadata.requires("sgalign") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (REQUIREMENT.match(requirement) for requirement in requirements)
+    return [match[1] for match in found if match and match[2] == extra]
+
+
 def missing(extra: str) -> list[str]:
-    """A sentence about what of an extra is not installed; empty if all is."""
-    packages = [package for package in EXTRAS[extra] if _installed_version(package) is None]
+    """Return a sentence about what of an extra is not installed; none if all is, or if nothing lists it."""
+    packages = [package for package in required(extra) or [] if _installed_version(package) is None]
     return [f"missing {', '.join(packages)}: pip install 'sgalign[{extra}]'"] if packages else []
 
 
@@ -84,7 +84,7 @@ def _threads(openmp: bool) -> str:
 
 
 def openmp_runtimes() -> list[str] | None:
-    """The OpenMP runtimes loaded into this process; more than one means several thread pools. None if unknown."""
+    """Return the OpenMP runtimes in this process, None if unknown. More than one means several thread pools."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return None
@@ -93,7 +93,7 @@ def openmp_runtimes() -> list[str] | None:
 
 
 def _works(backend: str) -> bool:
-    """Runs a backend once, and says what came of it."""
+    """Run a backend once, and print what came of it."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(2, 2, length, 32, generator=generator) for length in (9, 9, 300, 300)]
     expected = dual_branch_attention(*tensors, mask_ratio=0.1, mask_seed=0, backend="reference")
