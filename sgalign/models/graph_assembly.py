@@ -16,11 +16,34 @@ from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 
 from sgalign.models.sgtr import RelationOutputs
 
-TRAINING_ENTITIES = 25  # of each role and query, candidates of the matching
-PAIRS = 3  # entity pairs of a query and predicate at inference
+# Numbers of SGTR's public code, Scarecrow0/SGTR at 03bdd65: its configuration for Visual Genome, `config_vg_sgtr.py`
+# over `cvpods/configs/rel_detr_config.py`, and where that has none the function that is named.
+
+# Assembling: `get_matching_scores_entities_aware`, the rule of the paper (Li et al., "SGTR", CVPR 2022).
+SIMILARITY_POWER = 0.6  # of the cosine between the classes that a query and an entity have
+CONFIDENCE_POWER = 0.6  # of how sure the detector is of an entity
+PAIRS = 3  # entity pairs of a query and predicate at inference: NUM_ENTITIES_PAIRING
 TRIPLETS = 300  # kept of an image
+SAME_ENTITY_GIOU = 0.95  # `RelPostProcess`: from here on, subject and object are one thing
+SAME_ENTITY_IOU = 0.8  # `RelPostProcess`: above, two entities of one class say the same
+
+# Matching: `RelHungarianMatcher.indexing_entities_cost_calculation`. The public code weights the mean of the subject's
+# and the object's box distance by 0.6, which is their sum by half as much.
+TRAINING_ENTITIES = 25  # of each role and query, candidates of the matching
+COST_BASE = 32  # of the powers that turn probabilities and overlaps into costs: 32 ** -p
+VECTOR_COST = 0.6  # of the L1 distance between vectors
+CLASS_COST = 0.5  # of the classes of subject and object; that of predicates counts once
+BOX_COST = 0.6 / 2  # of the L1 distance between boxes, subject's and object's; their overlap's counts once
+SCORE_COST = 0.01  # of one less the assembling score
+
+# Losses: weights relative to the L1 of vectors and the focal loss of predicates, which count once.
+FOCAL_ALPHA = 0.25  # share of the positives, as in Lin et al., ICCV 2017
+FOCAL_GAMMA = 2.0  # how much less the easy ones count
+CLASS_WEIGHT = 0.3
+BOX_WEIGHT = 0.5  # of L1, and of generalised IoU, for which the public code reads the same coefficient
 NO_OBJECT_WEIGHT = 0.1
 AUXILIARY_WEIGHT = 0.5  # of all layers but the last, predicates excepted
+
 LEAST_AREA = 1e-9  # of boxes in units of the image, far below a pixel: keeps gradients finite
 
 
@@ -96,7 +119,7 @@ def giou(boxes: Tensor, others: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assembling_scores(outputs: RelationOutputs, entities: Entities, sizes: Tensor) -> Tensor:
-    """How well each entity is the subject, and the object, that a query tells of.
+    """Return how well each entity is the subject, and the object, that a query tells of.
 
     ``cos(p_q, p_e)^0.6 * max(gIoU, 0) * confidence^0.6 / (|dx| + |dy| + 1)`` (SGTR's rule-based graph assembling):
     classes' probabilities without no object, and the distance from the predicate's vector to the entity's middle, in
@@ -115,7 +138,8 @@ def assembling_scores(outputs: RelationOutputs, entities: Entities, sizes: Tenso
     overlap = pairwise_giou(outputs.boxes.float(), entities.boxes).clamp(min=0)
     middles = torch.stack(outputs.vectors.float().split(2, -1)) * sizes[:, None]
     distance = torch.cdist(middles, entities.boxes[..., :2] * sizes[:, None], p=1)
-    return similarity.clamp(0, 1) ** 0.6 * overlap * entities.confidence[:, None] ** 0.6 / (distance + 1)
+    certainty = entities.confidence[:, None] ** CONFIDENCE_POWER
+    return similarity.clamp(0, 1) ** SIMILARITY_POWER * overlap * certainty / (distance + 1)
 
 
 @torch.no_grad()
@@ -127,7 +151,7 @@ def match(
     *,
     distinct: bool = False,
 ) -> list[list[tuple[Tensor, Tensor]]]:
-    """The query of each annotated relation, by the Hungarian method, in every layer by itself.
+    """Return the query of each annotated relation, by the Hungarian method, in every layer by itself.
 
     Candidates are each query's `TRAINING_ENTITIES` best subjects and objects, put together by rank. The public code
     assigns relations to candidates, so that two may take different candidates of one query, which then is left to the
@@ -151,14 +175,15 @@ def match(
     matches: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(len(outputs.logits))]
     for image, truth in enumerate(annotations):
         # Of queries [L, Q, M], then of entities as subjects and as objects [2, N, M], and of candidates.
-        cost = 0.6 * torch.cdist(outputs.vectors[:, image].float(), truth.vectors, p=1)
-        cost = cost + 32 ** -scored[:, image][..., truth.predicates]
+        cost = VECTOR_COST * torch.cdist(outputs.vectors[:, image].float(), truth.vectors, p=1)
+        cost = cost + COST_BASE ** -scored[:, image][..., truth.predicates]
         likely = torch.stack([entities.probabilities[image][:, labels] for labels in truth.labels])
         away = torch.cdist(entities.boxes[image], truth.boxes, p=1)
         overlap = pairwise_giou(entities.boxes[image], truth.boxes).clamp(min=0)
         index, score = best.indices[:, :, image], best.values[:, :, image]  # [2, L, Q, T]
         likely, away, overlap = (of[0][index[0]] + of[1][index[1]] for of in (likely, away, overlap))
-        candidates = 0.5 * 32**-likely + 0.3 * away + 32**-overlap + 0.01 * (1 - score.mean(0))[..., None]
+        candidates = CLASS_COST * COST_BASE**-likely + BOX_COST * away + COST_BASE**-overlap
+        candidates = candidates + SCORE_COST * (1 - score.mean(0))[..., None]
         total = cost[:, :, None] + candidates  # [L, Q, T, M]
         if distinct:
             total = total.amin(2, keepdim=True)
@@ -181,7 +206,7 @@ def relation_losses(
     focal: bool,
     relations: float,
 ) -> dict[str, Tensor]:
-    """What training minimises: each part, weighted and summed over all layers.
+    """Return what training minimises: each part, weighted and summed over all layers.
 
     Predicates: sigmoid focal loss (alpha 0.25, gamma 2), in all layers with weight 1, or (not `focal`) cross-entropy.
     Vectors: L1. Classes of subject and object: cross-entropy, 0.3, with no object weighted 0.1. Boxes of both: L1 and
@@ -212,7 +237,8 @@ def relation_losses(
     if focal:
         target = torch.zeros_like(outputs.logits)
         target[(*where, predicates)] = 1
-        predicate_loss = sigmoid_focal_loss(outputs.logits, target, reduction="sum") / relations
+        losses = sigmoid_focal_loss(outputs.logits, target, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")
+        predicate_loss = losses / relations
     else:
         target = torch.full((layers, images, queries), classes - 1, device=device)
         target[where] = predicates
@@ -226,13 +252,13 @@ def relation_losses(
     return {
         "predicates": predicate_loss,
         "vectors": (weights * (outputs.vectors[where] - vectors).abs().sum(1)).sum() / relations,
-        "classes": 0.3 * (torch.stack(class_losses).sum(0) * weight).sum(),
-        "boxes": 0.5 * (weights * ((found - boxes).abs().sum(2) + 1 - giou(found, boxes))).sum() / relations,
+        "classes": CLASS_WEIGHT * (torch.stack(class_losses).sum(0) * weight).sum(),
+        "boxes": BOX_WEIGHT * (weights * ((found - boxes).abs().sum(2) + 1 - giou(found, boxes))).sum() / relations,
     }
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Of each layer, its last class weighted `NO_OBJECT_WEIGHT`, divided by the sum of weights: `[L]`."""
+    """Return each layer's cross-entropy `[L]`, the last class weighted `NO_OBJECT_WEIGHT`, over the sum of weights."""
     weight = logits.new_ones(logits.shape[-1])
     weight[-1] = NO_OBJECT_WEIGHT
     losses = functional.cross_entropy(logits.flatten(0, -2), target.flatten(), weight, reduction="none")
@@ -243,7 +269,7 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 def assemble(
     outputs: RelationOutputs, entities: Entities, sizes: Tensor, *, focal: bool, pairs: int = PAIRS
 ) -> list[tuple[Tensor, Tensor]]:
-    """The best triplets of each image, as SGTR's inference ranks them.
+    """Return the best triplets of each image, as SGTR's inference ranks them.
 
     The Q best of all queries' predicates each take their query's `pairs` best subjects and objects, put together by
     rank; a triplet scores predicate x subject confidence x object confidence, so that where the detector is sure the
@@ -276,7 +302,8 @@ def assemble(
         predicate = (place % predicates).repeat_interleave(width)
         score = best.repeat_interleave(width) * confidence[subject] * confidence[object_]
         boxes = box_convert(entities.boxes[image], "cxcywh", "xyxy")
-        fits = (giou(entities.boxes[image, subject], entities.boxes[image, object_]) < 0.95) & (subject != object_)
+        overlap = giou(entities.boxes[image, subject], entities.boxes[image, object_])
+        fits = (overlap < SAME_ENTITY_GIOU) & (subject != object_)
         fits &= (confidence[subject] > 0) & (confidence[object_] > 0)  # others fill up a shorter image
         order = score.where(fits, -1).sort(descending=True, stable=True).indices[: int(fits.sum())]
         triplets = torch.stack([subject, object_, predicate], dim=1)[order]
@@ -286,9 +313,9 @@ def assemble(
 
 
 def _not_repeated(triplets: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-    """Which triplets, best first, no better kept one repeats: indices in order."""
+    """Return the indices, in order, of the triplets that no better kept one repeats; they come best first."""
     subject, object_, predicate = triplets.unbind(1)
-    alike = (box_iou(boxes, boxes) > 0.8) & (labels[:, None] == labels)
+    alike = (box_iou(boxes, boxes) > SAME_ENTITY_IOU) & (labels[:, None] == labels)
     alike |= torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)
     repeats = alike[subject[:, None], subject] & alike[object_[:, None], object_] & (predicate[:, None] == predicate)
     repeats = repeats.triu(1)
