@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -24,9 +25,20 @@ from sgalign.training import AlignSGTRModule, load_module
 ROLES = ("predicate", "subject", "object")
 
 
+class _Mirror(NamedTuple):
+    """What both branches attend to in a photograph, at the last layer and for one query."""
+
+    predicate: int  # from 0
+    likelihood: float  # of the predicate
+    supervised: list[Tensor]  # of each role, weights of positions or entities, mean over heads
+    mirrored: list[Tensor]  # the same
+    seen: list[Tensor]  # of each role, the share of heads that see a position or entity through the mask
+    boxes: Tensor  # [N, 4] of the entities, corners in pixels
+
+
 @torch.no_grad()
 def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -> None:
-    """The last layer's cross-attention of the query with the likeliest predicate, mean over heads.
+    """Draw the last layer's cross-attention of the query with the likeliest predicate, mean over heads.
 
     Three columns, predicate, subject and object; three rows, the supervised branch, the mirrored one, and the share of
     heads that see each position or entity through the mirror's mask. Predicates attend to positions of the image,
@@ -44,51 +56,74 @@ def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -
     module = load_module(checkpoint)
     if not isinstance(module, AlignSGTRModule):
         raise InputError(f"{checkpoint}: must be a checkpoint of AlignSGTRModule, got {type(module).__name__}")
-    photograph = load_image(image, upright=True)
     options = module.options
-    pixels = resize(pil_to_tensor(photograph).float() / 255, options.short_sides[-1], options.long_side)
+    photograph = pil_to_tensor(load_image(image, upright=True)).float() / 255
+    pixels = resize(photograph, options.short_sides[-1], options.long_side)
+    mirror = _look(module, pixels, seed)
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    rows = {
+        "supervised": mirror.supervised,
+        "mirrored": mirror.mirrored,
+        "seen by the mirror, share of heads": mirror.seen,
+    }
+    for axes_row, (name, of_roles) in zip(figure.subplots(3, 3), rows.items(), strict=True):
+        for axes, role, strength in zip(axes_row, ROLES, of_roles, strict=True):
+            axes.imshow(pixels.permute(1, 2, 0).numpy(), alpha=0.6)
+            axes.set_title(f"{role}: {name}", fontsize=9)
+            axes.set_axis_off()
+            if role == "predicate":
+                _draw_heat(axes, strength, pixels, top=1 if of_roles is mirror.seen else None)
+            else:
+                _draw_boxes(axes, strength, mirror.boxes)
+    figure.suptitle(f"{image.name}: {module.predicate_names[mirror.predicate + 1]} ({mirror.likelihood:.2f})")
+    save_figure(figure, out)
+    print(f"wrote {out}")
+
+
+def _look(module: AlignSGTRModule, pixels: Tensor, seed: int) -> _Mirror:
+    """Return what the branches attend to in an image `[3, height, width]`."""
+    network, mask = module.network, MirrorMask(module.options.mask_ratio, seed)
     entities = module.detector([pixels])
-    network, mask = module.network, MirrorMask(options.mask_ratio, seed)
+    last = network.cross_attention[-1]
     call: dict[str, Any] = {}
-    hook = network.cross_attention[-1].register_forward_pre_hook(
+    hook = last.register_forward_pre_hook(
         lambda block, arguments, named: call.update(arguments=arguments, named=named), with_kwargs=True
     )
     outputs, _ = network.dual_branch(entities, (module.mirrored_predicate, module.mirrored_class), mask)
     hook.remove()
-    likelihood = outputs.logits[-1, 0].sigmoid() if options.focal else outputs.logits[-1, 0].softmax(-1)[:, :-1]
+    logits = outputs.logits[-1, 0]
+    likelihood = logits.sigmoid() if module.options.focal else logits.softmax(-1)[:, :-1]
     query, predicate = divmod(int(likelihood.argmax()), likelihood.shape[1])
-    weights = network.cross_attention[-1].weights(*call["arguments"], **call["named"])  # type: ignore[operator]
 
-    rows: list[list[Tensor]] = [[], [], []]  # supervised, mirrored, seen; of each role
+    supervised: list[Tensor] = []
+    mirrored: list[Tensor] = []
+    seen: list[Tensor] = []
+    weights = last.weights(*call["arguments"], **call["named"])  # type: ignore[operator]
     for number, (of_memory, roles) in enumerate(zip(weights, (1, 2), strict=True)):
         _, heads, queries, keys = of_memory[0].shape[1:]
         stream = call["named"]["stream"] + number
-        seen = ~random_attention_mask(roles, heads, queries, keys, ratio=mask.ratio, seed=seed, stream=stream)
-        for row, of_row in zip(rows, (of_memory[0][:, 0], of_memory[1][:, 0], seen.float()), strict=True):
-            row.extend(of_row[:, :, query].mean(1))
+        dropped = random_attention_mask(roles, heads, queries, keys, ratio=mask.ratio, seed=seed, stream=stream)
+        supervised += of_memory[0][:, 0, :, query].mean(1)
+        mirrored += of_memory[1][:, 0, :, query].mean(1)
+        seen += (~dropped).float()[:, :, query].mean(1)
+    height, width = pixels.shape[1:]
+    boxes = box_convert(entities.boxes[-1, 0], "cxcywh", "xyxy") * torch.tensor([width, height] * 2)
+    return _Mirror(predicate, likelihood.max().item(), supervised, mirrored, seen, boxes)
 
+
+def _draw_heat(axes: Axes, strength: Tensor, pixels: Tensor, top: float | None) -> None:
+    """Draw how much each position of the image's memory weighs; `top` is what the brightest colour stands for."""
     height, width = pixels.shape[1:]
     # Not the option: weights of another detector tell its stride.
     shapes = ((-(-height // stride), -(-width // stride)) for stride in (16, 32))
-    shape = next(shape for shape in shapes if shape[0] * shape[1] == entities.memory.shape[1])
-    boxes = box_convert(entities.boxes[-1, 0], "cxcywh", "xyxy") * torch.tensor([width, height] * 2)
-    shown = pixels.permute(1, 2, 0).numpy()
-    figure = Figure(figsize=(13, 9), layout="constrained")
-    for number, (axes_row, of_roles, name) in enumerate(
-        zip(figure.subplots(3, 3), rows, ("supervised", "mirrored", "seen by the mirror, share of heads"), strict=True)
-    ):
-        for axes, role, strength in zip(axes_row, ROLES, of_roles, strict=True):
-            axes.imshow(shown, alpha=0.6)
-            axes.set_title(f"{role}: {name}", fontsize=9)
-            axes.set_axis_off()
-            if role == "predicate":
-                heat = functional.interpolate(strength.view(1, 1, *shape), (height, width))[0, 0]
-                axes.imshow(heat.numpy(), alpha=0.5, cmap="viridis", vmin=0, vmax=1 if number == 2 else None)
-                continue
-            for box, alpha in zip(boxes.tolist(), (strength / strength.max().clamp(min=1e-9)).tolist(), strict=True):
-                x1, y1, x2, y2 = box
-                frame = {"fill": False, "linewidth": 1.5, "edgecolor": "red", "alpha": alpha}
-                axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **frame))
-    figure.suptitle(f"{image.name}: {module.predicate_names[predicate + 1]} ({likelihood.max():.2f})")
-    save_figure(figure, out)
-    print(f"wrote {out}")
+    shape = next(shape for shape in shapes if shape[0] * shape[1] == len(strength))
+    heat = functional.interpolate(strength.view(1, 1, *shape), (height, width))[0, 0]
+    axes.imshow(heat.numpy(), alpha=0.5, cmap="viridis", vmin=0, vmax=top)
+
+
+def _draw_boxes(axes: Axes, strength: Tensor, boxes: Tensor) -> None:
+    """Draw the entities' boxes, the heaviest in full colour."""
+    alphas = strength / strength.max().clamp(min=1e-9)
+    for (x1, y1, x2, y2), alpha in zip(boxes.tolist(), alphas.tolist(), strict=True):
+        frame = {"fill": False, "linewidth": 1.5, "edgecolor": "red", "alpha": alpha}
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **frame))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ State = dict[str, Tensor]
 
 
 def load_published(path: str | Path, *, focal: bool = True) -> tuple[EntityDetector, SGTR]:
-    """Detector and relations from a checkpoint of the public code (`OneStageEncDecVRD` on a ResNet's C5).
+    """Return detector and relations of a checkpoint of the public code (`OneStageEncDecVRD` on a ResNet's C5).
 
     Sizes are those of the tensors; the heads of attention, which no tensor tells, are 8. Pixels: the first convolution
     takes those of `EntityDetector` after this, not BGR in 0 to 255.
@@ -60,98 +60,116 @@ def load_published(path: str | Path, *, focal: bool = True) -> tuple[EntityDetec
     return detector, network
 
 
-_LAYER = "relation_decoder.predicate_decoder.layers.{}."
+_DECODER = "relation_decoder."
+_LAYER = _DECODER + "predicate_decoder.layers.{}."
+_ROLES = "sub", "obj"
 
 
 def _count(public: Mapping[str, Tensor], prefix: str) -> int:
     return len({name[len(prefix) :].partition(".")[0] for name in public if name.startswith(prefix)})
 
 
+class _Renamed:
+    """Collects the state of `SGTR` from the public tensors, layer by layer.
+
+    Several sources of one layer are layers that the public code keeps apart and `SGTR` runs side by side.
+    """
+
+    def __init__(self, public: Mapping[str, Tensor]) -> None:
+        self.public = public
+        self.state: State = {}
+        self.dim = public[f"{_DECODER}rel_query_embed.weight"].shape[1]
+
+    def plain(self, name: str, source: str) -> None:
+        for kind in ("weight", "bias"):
+            self.state[f"{name}.{kind}"] = self.public[f"{source}.{kind}"]
+
+    def linear(self, name: str, *sources: str, rows: slice = slice(None)) -> None:
+        """Stack layers, or these rows of each; a source that ends with a dot is an attention's input projection."""
+        for kind in ("weight", "bias"):
+            names = (f"{source}in_proj_{kind}" if source.endswith(".") else f"{source}.{kind}" for source in sources)
+            self.state[f"{name}.{kind}"] = torch.stack([self.public[name][rows] for name in names])
+
+    def self_attention(self, name: str, *sources: str) -> None:
+        self.linear(f"{name}.query_key", *_each(sources, "self_attn."), rows=slice(2 * self.dim))
+        self.linear(f"{name}.value", *_each(sources, "self_attn."), rows=slice(2 * self.dim, None))
+        self.linear(f"{name}.out", *_each(sources, "self_attn.out_proj"))
+        self.linear(f"{name}.norm", *_each(sources, "norm1"))
+
+    def cross_attention(self, name: str, *sources: str) -> None:
+        self.linear(f"{name}.query", *_each(sources, "multihead_attn."), rows=slice(self.dim))
+        self.linear(f"{name}.out", *_each(sources, "multihead_attn.out_proj"))
+        self.linear(f"{name}.norm", *_each(sources, "norm2"))
+
+    def feed_forward(self, name: str, norm: str, *sources: str) -> None:
+        self.linear(f"{name}.inner", *_each(sources, "linear1"))
+        self.linear(f"{name}.outer", *_each(sources, "linear2"))
+        self.linear(f"{name}.norm", *_each(sources, norm))
+
+
+def _each(sources: Sequence[str], part: str) -> list[str]:
+    return [source + part for source in sources]
+
+
 def relation_weights(public: Mapping[str, Tensor], layers: int, encoder_layers: int) -> State:
-    """The state of `SGTR` from the public names."""
-    state: State = {}
-
-    def linear(name: str, *sources: str, rows: slice = slice(None)) -> None:
-        """Layers that run side by side, or these rows of each."""
-        for kind in ("weight", "bias"):
-            one = f"in_proj_{kind}"
-            state[f"{name}.{kind}"] = torch.stack(
-                [public[source + (one if source.endswith("attn.") else f".{kind}")][rows] for source in sources]
-            )
-
-    def plain(name: str, source: str) -> None:
-        for kind in ("weight", "bias"):
-            state[f"{name}.{kind}"] = public[f"{source}.{kind}"]
-
-    def self_attention(name: str, *sources: str) -> None:
-        linear(f"{name}.query_key", *(f"{source}self_attn." for source in sources), rows=slice(2 * dim))
-        linear(f"{name}.value", *(f"{source}self_attn." for source in sources), rows=slice(2 * dim, None))
-        linear(f"{name}.out", *(f"{source}self_attn.out_proj" for source in sources))
-        linear(f"{name}.norm", *(f"{source}norm1" for source in sources))
-
-    def cross_attention(name: str, *sources: str) -> None:
-        linear(f"{name}.query", *(f"{source}multihead_attn." for source in sources), rows=slice(dim))
-        linear(f"{name}.out", *(f"{source}multihead_attn.out_proj" for source in sources))
-        linear(f"{name}.norm", *(f"{source}norm2" for source in sources))
-
-    def feed_forward(name: str, norm: str, *sources: str) -> None:
-        linear(f"{name}.inner", *(f"{source}linear1" for source in sources))
-        linear(f"{name}.outer", *(f"{source}linear2" for source in sources))
-        linear(f"{name}.norm", *(f"{source}{norm}" for source in sources))
-
-    decoder = "relation_decoder."
-    dim = public[f"{decoder}rel_query_embed.weight"].shape[1]
+    """Return the state of `SGTR` from the public names."""
+    renamed = _Renamed(public)
     for layer in range(encoder_layers):
-        source = f"{decoder}encoder.layers.{layer}."
-        self_attention(f"encoder.{layer}.attention", source)
-        feed_forward(f"encoder.{layer}.feed_forward", "norm2", source)
-    linear("encoder_norm", f"{decoder}encoder.norm")
-
-    tables = [public[f"{decoder}rel_query_embed{end}.weight"] for end in ("", "_sub", "_obj")]
-    state["queries"] = torch.stack(tables)[:, None]
-    plain("entity_position", f"{decoder}ent_pos_sine_proj")
-    source = f"{decoder}rel_q_gen.layers.0."
-    self_attention("query_self", source)
-    linear("query_keys_values", f"{source}multihead_attn.", rows=slice(dim, None))
-    cross_attention("query_cross", source)
-    feed_forward("query_ffn", "norm3", source)
-    linear("query_norm", f"{decoder}rel_q_gen.norm")
-    plain("query_split", f"{decoder}split_query.1")
-
-    for kind in ("weight", "bias"):
-        rows = {"keys": slice(dim, 2 * dim), "values": slice(2 * dim, None)}
-        for part, of_part in rows.items():
-            found = [public[f"{_LAYER.format(n)}multihead_attn.in_proj_{kind}"][of_part] for n in range(layers)]
-            state[f"memory_{part}.{kind}"] = torch.cat(found)[None]
-        entities = [
-            torch.cat(
-                [
-                    public[f"{decoder}rel_ent_crs_decoder_layers_{role}.{n}.multihead_attn.in_proj_{kind}"][dim:]
-                    for n in range(layers)
-                ]
-            )
-            for role in ("sub", "obj")
-        ]
-        state[f"entity_keys_values.{kind}"] = torch.stack(entities)
-    for layer in range(layers):
-        ends = [f"{decoder}rel_ent_crs_decoder_layers_{role}.{layer}." for role in ("sub", "obj")]
-        sources = [_LAYER.format(layer), *ends]
-        self_attention(f"self_attention.{layer}", *sources)
-        cross_attention(f"cross_attention.{layer}", *sources)
-        feed_forward(f"feed_forward.{layer}", "norm3", *sources)
-    linear("decoder_norm", f"{decoder}rel_decoder_norm", f"{decoder}rel_ent_crs_decoder_norm")
-    linear("fusion", *(f"{decoder}ent_rel_fuse_fc_{role}.0" for role in ("sub", "obj")))
-
-    plain("predicate", "rel_class_embed")
-    plain("vector", "rel_vector_embed")
-    linear("entity_class", "sub_class_embed.0", "obj_class_embed.0")
+        source = f"{_DECODER}encoder.layers.{layer}."
+        renamed.self_attention(f"encoder.{layer}.attention", source)
+        renamed.feed_forward(f"encoder.{layer}.feed_forward", "norm2", source)
+    renamed.linear("encoder_norm", f"{_DECODER}encoder.norm")
+    _rename_queries(renamed)
+    _rename_decoder(renamed, layers)
+    renamed.plain("predicate", "rel_class_embed")
+    renamed.plain("vector", "rel_vector_embed")
+    renamed.linear("entity_class", "sub_class_embed.0", "obj_class_embed.0")
     for layer in range(3):
-        linear(f"entity_box.{layer}", *(f"{role}_bbox_embed.0.layers.{layer}" for role in ("sub", "obj")))
-    return state
+        renamed.linear(f"entity_box.{layer}", *(f"{role}_bbox_embed.0.layers.{layer}" for role in _ROLES))
+    return renamed.state
+
+
+def _rename_queries(renamed: _Renamed) -> None:
+    """Rename what makes the relations' queries: their tables, and a decoder layer over the entities."""
+    tables = [renamed.public[f"{_DECODER}rel_query_embed{end}.weight"] for end in ("", "_sub", "_obj")]
+    renamed.state["queries"] = torch.stack(tables)[:, None]
+    renamed.plain("entity_position", f"{_DECODER}ent_pos_sine_proj")
+    source = f"{_DECODER}rel_q_gen.layers.0."
+    renamed.self_attention("query_self", source)
+    renamed.linear("query_keys_values", f"{source}multihead_attn.", rows=slice(renamed.dim, None))
+    renamed.cross_attention("query_cross", source)
+    renamed.feed_forward("query_ffn", "norm3", source)
+    renamed.linear("query_norm", f"{_DECODER}rel_q_gen.norm")
+    renamed.plain("query_split", f"{_DECODER}split_query.1")
+
+
+def _rename_decoder(renamed: _Renamed, layers: int) -> None:
+    """Rename the structural decoder: predicates, subjects and objects side by side in each layer."""
+    entity_layers = [_DECODER + f"rel_ent_crs_decoder_layers_{role}.{{}}." for role in _ROLES]
+    for layer in range(layers):
+        sources = [source.format(layer) for source in (_LAYER, *entity_layers)]
+        renamed.self_attention(f"self_attention.{layer}", *sources)
+        renamed.cross_attention(f"cross_attention.{layer}", *sources)
+        renamed.feed_forward(f"feed_forward.{layer}", "norm3", *sources)
+    renamed.linear("decoder_norm", f"{_DECODER}rel_decoder_norm", f"{_DECODER}rel_ent_crs_decoder_norm")
+    renamed.linear("fusion", *(f"{_DECODER}ent_rel_fuse_fc_{role}.0" for role in _ROLES))
+
+    # Keys and values of all layers' cross-attention are one product.
+    dim, keys, values = renamed.dim, slice(renamed.dim, 2 * renamed.dim), slice(2 * renamed.dim, None)
+    for kind in ("weight", "bias"):
+
+        def of_all_layers(source: str, rows: slice, kind: str = kind) -> Tensor:
+            names = (f"{source.format(layer)}multihead_attn.in_proj_{kind}" for layer in range(layers))
+            return torch.cat([renamed.public[name][rows] for name in names])
+
+        renamed.state[f"memory_keys.{kind}"] = of_all_layers(_LAYER, keys)[None]
+        renamed.state[f"memory_values.{kind}"] = of_all_layers(_LAYER, values)[None]
+        entities = [of_all_layers(source, slice(dim, None)) for source in entity_layers]
+        renamed.state[f"entity_keys_values.{kind}"] = torch.stack(entities)
 
 
 def detector_weights(public: Mapping[str, Tensor]) -> State:
-    """The state of `transformers`' DETR from the public names."""
+    """Return the state of `transformers`' DETR from the public names."""
     state: State = {"model.query_position_embeddings.weight": public["query_embed.weight"]}
 
     def plain(name: str, source: str) -> None:
