@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,3 +103,22 @@ def check_range(where: str, field: str, value: Tensor, lowest: int, highest: int
         place = outside.nonzero()[0].tolist()
         bounds = f"at least {lowest}" if highest is None else f"in {lowest} to {highest}"
         raise InputError(f"{where}{field} must be {bounds}, got {value[tuple(place)].item()} in row {place[0]}")
+
+
+def check_split(split: str) -> None:
+    """Raise InputError unless `split` names a part of a data set."""
+    if split not in SPLITS:
+        raise InputError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+
+
+def count_validation_images(wanted: int | None, available: int, default: int, path: Path) -> int:
+    """Return how many of the training images that `path` has are held out: `default` or a fifth where None is wanted.
+
+    Raises:
+        InputError: more are wanted than there are.
+    """
+    if wanted is None:
+        return min(default, available // 5)
+    if not 0 <= wanted <= available:
+        raise InputError(f"validation_images must be in 0 to {available}, what {path} has, got {wanted}")
+    return wanted

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sgalign.data.images import load_image, save_image
-from sgalign.data.scene_graph import BACKGROUND, SPLITS, SceneGraph
+from sgalign.data.scene_graph import BACKGROUND, SPLITS, SceneGraph, check_split, count_validation_images
 from sgalign.data.triplets import zero_shot_triplets
 from sgalign.errors import InputError
 from sgalign.files import hdf5_written_whole, read_json, read_tensors, write_json
@@ -55,8 +55,7 @@ class VG150Dataset(Dataset[SceneGraph]):
     def __init__(
         self, root: str | Path, split: Literal["train", "validation", "test"], *, validation_images: int | None = None
     ) -> None:
-        if split not in SPLITS:
-            raise InputError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+        check_split(split)
         self.root, self.split = Path(root), split
         self.path = _only(self.root, "VG-SGG-with-attri.h5", "VG-SGG.h5", "*.h5")
         names = read_json(_only(self.root, "VG-SGG-dicts-with-attri.json", "VG-SGG-dicts.json", "*dicts*.json"))
@@ -72,13 +71,8 @@ class VG150Dataset(Dataset[SceneGraph]):
         if len(parts[1]) and validation_images is not None:
             raise InputError(f"{self.path}: has a validation part of its own, validation_images must be left out")
         if len(parts[1]) == 0 and split != "test":
-            if validation_images is None:
-                validation_images = min(5000, len(parts[0]) // 5)
-            if not 0 <= validation_images <= len(parts[0]):
-                raise InputError(
-                    f"validation_images must be in 0 to {len(parts[0])}, what {self.path} has, got {validation_images}"
-                )
-            parts[1], parts[0] = parts[0][:validation_images], parts[0][validation_images:]
+            count = count_validation_images(validation_images, len(parts[0]), 5000, self.path)
+            parts[1], parts[0] = parts[0][:count], parts[0][count:]
         images = parts[SPLITS.index(split)]
         if split == "train":
             images = np.array([image for image in images.tolist() if len(self._graph(image)[2])], dtype=np.int64)
@@ -164,67 +158,85 @@ def read_zero_shot_triplets(path: str | Path) -> Tensor:
 
 
 def _read_arrays(path: Path, objects: int, predicates: int) -> dict[str, Any]:
-    """The arrays of the file, boxes as corners; checked."""
+    """Return the arrays of the file, checked, boxes as corners."""
+    arrays, boxes, long_side = _load_arrays(path)
+    try:
+        _check_rows(arrays, boxes, f"boxes_{long_side}", objects, predicates)
+        _check_images(arrays, {"box": len(arrays["labels"]), "rel": len(arrays["predicates"])})
+        _check_pairs(arrays)
+    except InputError as error:
+        raise InputError(f"{path}, {error}; {REMEDY}") from None
+    corners = boxes.copy()
+    # Into an integer array, as the public code does: halves are cut off.
+    corners[:, :2] = boxes[:, :2] - boxes[:, 2:] / 2
+    corners[:, 2:] = corners[:, :2] + boxes[:, 2:]
+    return arrays | {"boxes": corners, "long_side": long_side}
 
-    def fail(message: str) -> InputError:
-        return InputError(f"{path}, {message}; {REMEDY}")
 
+def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
+    """Return the arrays of the file, its boxes, and the long side of an image that the boxes are in units of."""
     wanted = {"labels", "relationships", "predicates", "split"}
     wanted |= {f"img_to_{end}_{what}" for end in ("first", "last") for what in ("box", "rel")}
     try:
         with h5py.File(path, "r") as file:
             if missing := sorted(wanted - set(file)):
-                raise fail(f"arrays {', '.join(missing)}: must be there")
+                raise InputError(f"{path}, arrays {', '.join(missing)}: must be there; {REMEDY}")
             sides = [side for side in (1024, 512) if f"boxes_{side}" in file]
             if not sides:
-                raise fail("arrays boxes_1024 or boxes_512: one must be there")
-            arrays: dict[str, Any] = {name: file[name][()] for name in wanted}
-            boxes = file[f"boxes_{sides[0]}"][()]
+                raise InputError(f"{path}, arrays boxes_1024 or boxes_512: one must be there; {REMEDY}")
+            return {name: file[name][()] for name in wanted}, file[f"boxes_{sides[0]}"][()], sides[0]
     except (OSError, TypeError) as error:  # TypeError of a group in an array's place
         raise InputError(f"{path}: not an HDF5 file, or cut short ({error}); {REMEDY}") from error
-    for name, array in (*arrays.items(), (f"boxes_{sides[0]}", boxes)):
+
+
+def _check_rows(
+    arrays: dict[str, np.ndarray], boxes: np.ndarray, boxes_name: str, objects: int, predicates: int
+) -> None:
+    """Check the arrays with a row for each box, relation or image; flatten those with one column."""
+    for name, array in (*arrays.items(), (boxes_name, boxes)):
         if not (isinstance(array, np.ndarray) and array.dtype.kind in "iuf" and np.isfinite(array).all()):
-            raise fail(f"array {name}: must be of finite numbers, got {getattr(array, 'dtype', type(array).__name__)}")
+            kind = getattr(array, "dtype", type(array).__name__)
+            raise InputError(f"array {name}: must be of finite numbers, got {kind}")
     for name in ("labels", "predicates", "split"):  # [N, 1] in the official file
         arrays[name] = arrays[name].reshape(-1)
-    count, images, relations = len(arrays["labels"]), len(arrays["split"]), len(arrays["predicates"])
+    count, relations = len(arrays["labels"]), len(arrays["predicates"])
     if boxes.shape != (count, 4):
-        raise fail(f"array boxes_{sides[0]}: must be [{count}, 4] as labels are, got {list(boxes.shape)}")
+        raise InputError(f"array {boxes_name}: must be [{count}, 4] as labels are, got {list(boxes.shape)}")
     if arrays["relationships"].shape != (relations, 2):
-        raise fail(f"array relationships: must be [{relations}, 2], got {list(arrays['relationships'].shape)}")
-    for name, values, low, high in (
-        ("labels", arrays["labels"], 1, objects),
-        ("predicates", arrays["predicates"], 1, predicates),
-        ("split", arrays["split"], 0, 2),
-    ):
+        raise InputError(f"array relationships: must be [{relations}, 2], got {list(arrays['relationships'].shape)}")
+    for name, low, high in (("labels", 1, objects), ("predicates", 1, predicates), ("split", 0, 2)):
+        values = arrays[name]
         if (wrong := np.flatnonzero((values < low) | (values > high))).size:
-            raise fail(f"array {name}: must be in {low} to {high}, got {values[wrong[0]]} in row {wrong[0]}")
+            raise InputError(f"array {name}: must be in {low} to {high}, got {values[wrong[0]]} in row {wrong[0]}")
     if (wrong := np.flatnonzero(~((boxes[:, 2:] > 0).all(1) & np.isfinite(boxes).all(1)))).size:
-        raise fail(f"array boxes_{sides[0]}: must have an extent, got {boxes[wrong[0]].tolist()} in row {wrong[0]}")
-    for what, length in (("box", count), ("rel", relations)):
-        first, last = (arrays[f"img_to_{end}_{what}"].astype(np.int64).reshape(-1) for end in ("first", "last"))
+        raise InputError(f"array {boxes_name}: must have an extent, got {boxes[wrong[0]].tolist()} in row {wrong[0]}")
+
+
+def _check_images(arrays: dict[str, np.ndarray], lengths: dict[str, int]) -> None:
+    """Check the first and last row of each image's boxes and relations, and make them int64."""
+    images = len(arrays["split"])
+    for what, length in lengths.items():
+        names = f"img_to_first_{what}", f"img_to_last_{what}"
+        first, last = (arrays[name].astype(np.int64).reshape(-1) for name in names)
         if len(first) != images or len(last) != images:
-            raise fail(f"arrays img_to_first_{what} and img_to_last_{what}: must have {images} rows as split has")
+            raise InputError(f"arrays {' and '.join(names)}: must have {images} rows as split has")
         none = (first == -1) & (last == -1)
         if (wrong := np.flatnonzero(~none & ((first < 0) | (last < first) | (last >= length)))).size:
-            row = wrong[0]
-            raise fail(f"arrays img_to_first_{what}, img_to_last_{what}: must be in 0 to {length - 1}, "
-                       f"got {first[row]} and {last[row]} in row {row}")  # fmt: skip
-        arrays[f"img_to_first_{what}"], arrays[f"img_to_last_{what}"] = first, last
+            got = f"{first[wrong[0]]} and {last[wrong[0]]} in row {wrong[0]}"
+            raise InputError(f"arrays {', '.join(names)}: must be in 0 to {length - 1}, got {got}")
+        arrays |= zip(names, (first, last))
+
+
+def _check_pairs(arrays: dict[str, np.ndarray]) -> None:
+    """Check that each relation is of two boxes of its image, and make the pairs int64."""
     pairs = arrays["relationships"] = arrays["relationships"].astype(np.int64)
     for image in np.flatnonzero(arrays["img_to_first_rel"] >= 0):
         rows = slice(arrays["img_to_first_rel"][image], arrays["img_to_last_rel"][image] + 1)
         inside = (pairs[rows] >= arrays["img_to_first_box"][image]) & (pairs[rows] <= arrays["img_to_last_box"][image])
         if not inside.all():
             row = rows.start + int(np.flatnonzero(~inside.all(1))[0])
-            raise fail(
-                f"array relationships: must be of boxes of image {image}, got {pairs[row].tolist()} in row {row}"
-            )
-    corners = boxes.copy()
-    # Into an integer array, as the public code does: halves are cut off.
-    corners[:, :2] = boxes[:, :2] - boxes[:, 2:] / 2
-    corners[:, 2:] = corners[:, :2] + boxes[:, 2:]
-    return arrays | {"boxes": corners, "long_side": sides[0]}
+            got = f"{pairs[row].tolist()} in row {row}"
+            raise InputError(f"array relationships: must be of boxes of image {image}, got {got}")
 
 
 def _names(dicts: Any, field: str, root: Path) -> list[str]:
@@ -252,7 +264,7 @@ def write_vg150(
     *,
     images: bool = False,
 ) -> None:
-    """The layout of VG150's official files, with a validation part of its own (split 1)."""
+    """Write scene graphs in the layout of VG150's official files, with a validation part of their own (split 1)."""
     root.mkdir(parents=True)
     boxes: list[np.ndarray] = []
     labels: list[int] = []
@@ -291,16 +303,29 @@ def write_vg150(
         file["split"] = np.array(splits, np.int32)
         for name, column in columns.items():
             file[name] = np.array(column, np.int32)
-    counts = Counter(labels), Counter(predicates)
+    write_json(root / "VG-SGG-dicts.json", _dictionaries(object_names, predicate_names, labels, predicates))
+    write_json(root / "image_data.json", rows)
+    _write_zero_shot_triplets(parts, root / "zeroshot_triplets.csv")
+
+
+def _dictionaries(
+    object_names: list[str], predicate_names: list[str], labels: list[int], predicates: list[int]
+) -> dict[str, Any]:
+    """Return what VG-SGG-dicts.json has: names by number and numbers by name from 1, and how often each name occurs."""
     dicts: dict[str, Any] = {}
-    for what, names, found in zip(("label", "predicate"), (object_names, predicate_names), counts):
+    for what, counted, names, found in (
+        ("label", "object", object_names, Counter(labels)),
+        ("predicate", "predicate", predicate_names, Counter(predicates)),
+    ):
         dicts[f"idx_to_{what}"] = {str(i): name for i, name in enumerate(names) if i}
         dicts[f"{what}_to_idx"] = {name: i for i, name in enumerate(names) if i}
-        of = "object" if what == "label" else what
-        dicts[f"{of}_count"] = {name: found[i] for i, name in enumerate(names) if i}
-    write_json(root / "VG-SGG-dicts.json", dicts)
-    write_json(root / "image_data.json", rows)
+        dicts[f"{counted}_count"] = {name: found[i] for i, name in enumerate(names) if i}
+    return dicts
+
+
+def _write_zero_shot_triplets(parts: Mapping[str, Sequence[SceneGraph]], path: Path) -> None:
+    """Write the test images' triplets that no other image has, as rows of subject, object and predicate class."""
     seen = [graph for split in ("train", "validation") for graph in parts.get(split, [])]
     unseen = zero_shot_triplets(seen, parts.get("test", []))[:, [0, 2, 1]].tolist()
     lines = ["subject,object,predicate", *(",".join(map(str, triplet)) for triplet in sorted(unseen))]
-    (root / "zeroshot_triplets.csv").write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n")

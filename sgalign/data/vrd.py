@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sgalign.data.images import image_size, load_image, save_image
-from sgalign.data.scene_graph import BACKGROUND, SPLITS, SceneGraph
+from sgalign.data.scene_graph import BACKGROUND, SceneGraph, check_split, count_validation_images
 from sgalign.errors import InputError
 from sgalign.files import read_json, write_json
 
@@ -49,8 +49,7 @@ class VRDDataset(Dataset[SceneGraph]):
     def __init__(
         self, root: str | Path, split: Literal["train", "validation", "test"], *, validation_images: int | None = None
     ) -> None:
-        if split not in SPLITS:
-            raise InputError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+        check_split(split)
         self.root = Path(root)
         self.object_names = _read_names(self.root / "objects.json")
         self.predicate_names = _read_names(self.root / "predicates.json")
@@ -59,13 +58,8 @@ class VRDDataset(Dataset[SceneGraph]):
         if not isinstance(annotations, dict):
             raise InputError(f"{path}: must be an object of image names, got {type(annotations).__name__}; {REMEDY}")
         if split != "test":
-            if validation_images is None:
-                validation_images = min(600, len(annotations) // 5)
-            if not 0 <= validation_images <= len(annotations):
-                raise InputError(
-                    f"validation_images must be in 0 to {len(annotations)}, what {path} has, got {validation_images}"
-                )
-            held_out = set(sorted(annotations, key=_stable_hash)[:validation_images])
+            count = count_validation_images(validation_images, len(annotations), 600, path)
+            held_out = set(sorted(annotations, key=_stable_hash)[:count])
             annotations = {n: rows for n, rows in annotations.items() if (n in held_out) == (split == "validation")}
         self._images = [(name, *self._parse(path, name, rows)) for name, rows in annotations.items()]
 
