@@ -223,6 +223,7 @@ def test_sanitizers_and_poisoned_memory(copy, name, width, flags):
     for file in (
         "conftest.py",
         "target.py",
+        "accuracy.py",
         "test_attention.py",
         "test_random_mask.py",
         "test_relation.py",
