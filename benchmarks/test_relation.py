@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, linear
+from torch.nn.functional import kl_div, linear, logsigmoid
 
 from benchmarks import conftest
 from sgalign import dual_branch_relation_logits, fused_relation_logits, relation_alignment_loss
@@ -105,21 +105,44 @@ def test_relation_head(benchmark, shape, backward, contender):
     conftest.measure(benchmark, contender, run)
 
 
-def plain_loss(logits: Tensor, mirrored: Tensor) -> Tensor:
-    teacher = logits.detach().log_softmax(1)
-    return kl_div(mirrored.log_softmax(1), teacher, reduction="mean", log_target=True)
+# kind, direction, R, K: Motifs of one and of several images, SGTR's subjects or objects and its predicates (8 images)
+LOSSES = [
+    ("softmax", "teacher_to_student", 1024, 51),
+    ("softmax", "teacher_to_student", 16384, 51),
+    ("softmax", "symmetric", 16384, 51),
+    ("softmax", "teacher_to_student", 1440, 151),
+    ("sigmoid", "teacher_to_student", 1440, 50),
+]
 
 
-@pytest.mark.parametrize("contender", ["sgalign dual", "kl_div of log_softmax"])
-def test_alignment_loss(benchmark, contender):
+def plain_loss(logits: Tensor, mirrored: Tensor, kind: str, direction: str) -> Tensor:
+    """Return the alignment loss as one would write it in PyTorch."""
+
+    def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return kl_div(log_q, log_p, reduction="sum", log_target=True) / logits.numel()
+
+    def log_probabilities(x: Tensor) -> list[Tensor]:
+        return [x.log_softmax(1)] if kind == "softmax" else [logsigmoid(x), logsigmoid(-x)]
+
+    teacher, student = log_probabilities(logits.detach()), log_probabilities(mirrored)
+    loss = torch.stack([divergence(*both) for both in zip(teacher, student)]).sum()
+    if direction == "symmetric":
+        loss = (loss + torch.stack([divergence(*both) for both in zip(student, teacher)]).sum()) / 2
+    return loss
+
+
+@pytest.mark.parametrize("contender", ["sgalign dual", "plain PyTorch"])
+@pytest.mark.parametrize("case", LOSSES, ids=str)
+def test_alignment_loss(benchmark, case, contender):
     torch.manual_seed(0)
-    benchmark.group = "alignment loss (4096, 51) forward+backward"
-    logits, mirrored = torch.randn(2, 4096, 51, device=conftest.DEVICE)
+    kind, direction, *shape = case
+    benchmark.group = f"loss {kind} {direction} {shape}"
+    logits, mirrored = torch.randn(2, *shape, device=conftest.DEVICE)
     mirrored.requires_grad_()
     loss = relation_alignment_loss if contender == "sgalign dual" else plain_loss
 
     def run() -> None:
         mirrored.grad = None
-        loss(logits, mirrored).backward()
+        loss(logits, mirrored, kind=kind, direction=direction).backward()
 
     conftest.measure(benchmark, contender, run)
