@@ -26,7 +26,7 @@ PAIR_FEATURES = 3 * BOX_FEATURES + 5
 
 
 class Prediction(NamedTuple):
-    """What a model predicts for a batch."""
+    """The predictions of a model for a batch."""
 
     logits: Tensor  # [R, num_predicates + 1], column 0 the background
     labels: Tensor  # int64 [T], given or decoded
@@ -34,7 +34,7 @@ class Prediction(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What both branches have in common, computed once: all of it lies before the masked input or beside it."""
+    """Tensors that both branches share, computed once: all of them lie before the masked input or beside it."""
 
     places: Tensor  # [T], of each object in its image's sequence
     edge_input: Tensor  # [T, F], what the edge context reads and the mirror masks
@@ -93,13 +93,13 @@ class Motifs(nn.Module):
         nn.init.xavier_normal_(self.pair.weight)
 
     def new_predicate_head(self) -> nn.Linear:
-        """A head of its own for the mirror, initialised as the supervised one."""
+        """Return a predicate head that starts as the supervised one did: the mirror's own."""
         head = nn.Linear(self.pair.out_features, self.num_predicates + 1)
         nn.init.xavier_normal_(head.weight)
         return head
 
     def load_class_vectors(self, vectors: Tensor) -> None:
-        """Starts all class embeddings from `vectors`, `[num_objects + 1, embed_dim]`, as of `read_word_vectors`."""
+        """Start all class embeddings from `vectors`, `[num_objects + 1, embed_dim]`, as of `read_word_vectors`."""
         wanted = self.object_embedding.weight.shape
         if vectors.shape != wanted:
             raise InputError(f"vectors must be {list(wanted)}, classes and embed_dim, got {list(vectors.shape)}")

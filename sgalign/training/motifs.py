@@ -67,7 +67,7 @@ class MotifsModule(RelationModule):
 
     @property
     def learns_from_targets(self) -> bool:
-        return self.protocol != "sgdet"  # whose pairs are made of detections
+        return self.protocol != "sgdet"  # where pairs are made of detections
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
