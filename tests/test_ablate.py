@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
 import lightning.pytorch as pl  # noqa: E402
+from trainers import SMALL_MOTIFS as SMALL  # noqa: E402
 
 from sgalign.commands import ablate, studies  # noqa: E402
 from sgalign.commands.cache_features import cache_features  # noqa: E402
@@ -17,8 +18,6 @@ from sgalign.commands.main import main  # noqa: E402
 from sgalign.metrics.comparison import paired_difference  # noqa: E402
 from sgalign.models import Detector, RegionFeatures  # noqa: E402
 from sgalign.training import controls  # noqa: E402
-
-SMALL = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
 
 
 @pytest.fixture(scope="module")

@@ -394,11 +394,10 @@ def data():
 def fitted(kind, data, tmp_path=None, **options):
     import lightning.pytorch as pl
 
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     sizes = SIZES | {"detections_per_image": 6, "embed_dim": 8, "hidden_dim": 8, "relation_dim": 16, "vision": "images"}
     pl.seed_everything(0, verbose=False)
     module = kind(**(sizes | options))
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, num_sanity_val_steps=0, **quiet)
+    trainer = small_trainer()
     trainer.fit(module, datamodule=data)
     if tmp_path is not None:
         trainer.save_checkpoint(tmp_path / "model.ckpt")
@@ -486,17 +485,16 @@ def test_a_model_is_not_tested_on_features_of_other_weights(data, detector, tmp_
             evaluate(fresh, datamodule=others, ckpt_path=str(tmp_path / "model.ckpt"), weights_only=True)
 
 
-def detector_trainer():
-    import lightning.pytorch as pl
+def small_trainer():
+    from trainers import trainer
 
-    return pl.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, logger=False,
-                      enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)  # fmt: skip
+    return trainer(num_sanity_val_steps=0)
 
 
 def test_detector_trains(data):
     from sgalign.training import DetectorModule
 
-    module, trainer, start = DetectorModule(**SIZES), detector_trainer(), {}
+    module, trainer, start = DetectorModule(**SIZES), small_trainer(), {}
     module.on_train_start = lambda: start.update({name: p.detach().clone() for name, p in module.named_parameters()})
     trainer.fit(module, datamodule=data)
     assert start and not [name for name, p in module.named_parameters() if torch.equal(start[name], p)]
@@ -514,7 +512,7 @@ def test_found_are_annotated_objects_with_a_detection_of_their_class(data, monke
         return [ObjectDetections(*image, *torch.ones(3, len(image[0]), 1)) for image in (first, second)]
 
     monkeypatch.setattr(Detector, "detect", detect)
-    (figures,) = detector_trainer().validate(DetectorModule(**SIZES), datamodule=data, verbose=False)
+    (figures,) = small_trainer().validate(DetectorModule(**SIZES), datamodule=data, verbose=False)
     counts = [len(graph.boxes) for graph in data.validation]
     assert figures["val/found"] == pytest.approx((counts[0] - 1 + 1) / sum(counts))
 
@@ -523,7 +521,7 @@ def test_found_objects_are_written_for_other_models(data, tmp_path):
     from sgalign.data import read_detections
     from sgalign.training import DetectionWriter, DetectorModule
 
-    trainer = detector_trainer()
+    trainer = small_trainer()
     trainer.callbacks.append(DetectionWriter(tmp_path / "found.json"))
     (batch,) = trainer.predict(DetectorModule(**SIZES), datamodule=data)
     found = read_detections(tmp_path / "found.json", CLASSES - 1)

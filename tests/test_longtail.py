@@ -6,6 +6,7 @@ from torch.nn import functional
 
 pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
+from trainers import SMALL_MOTIFS, trainer  # noqa: E402
 
 from sgalign.data import SceneGraph, SeenBatch, collate  # noqa: E402
 from sgalign.training import AlignMotifsModule, MotifsModule  # noqa: E402
@@ -133,12 +134,10 @@ def test_instances_are_dropped_by_how_much_more_often_their_image_comes():
 def test_weights_travel_in_checkpoints(tmp_path):
     data = SceneGraphData()
     data.train, data.validation = data.train[:32], data.validation[:8]
-    small = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
-    module = AlignMotifsModule(**small, predicate_weights="inverse_frequency", logit_adjustment_test=0.5)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **quiet)
-    trainer.fit(module, datamodule=data)
-    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    module = AlignMotifsModule(**SMALL_MOTIFS, predicate_weights="inverse_frequency", logit_adjustment_test=0.5)
+    fitting = trainer()
+    fitting.fit(module, datamodule=data)
+    fitting.save_checkpoint(tmp_path / "m.ckpt")
     loaded = AlignMotifsModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
     assert loaded.relation_loss.weight.std() > 0
     torch.testing.assert_close(loaded.relation_loss.state_dict(), module.relation_loss.state_dict())
@@ -148,17 +147,15 @@ def test_weights_travel_in_checkpoints(tmp_path):
 
 
 def test_training_with_repeats_and_drops_is_repeatable(tmp_path):
-    small = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
     weights = []
     for _ in range(2):
         data = SceneGraphData(repeat_threshold=0.3, instance_drop=1.6)
         data.train, data.validation = data.train[:32], data.validation[:8]
         pl.seed_everything(0, verbose=False)
-        module = MotifsModule(**small)
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = pl.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **quiet)
-        trainer.fit(module, datamodule=data)
-        assert trainer.global_step > 2, "images of rare predicates come several times"
+        module = MotifsModule(**SMALL_MOTIFS)
+        fitting = trainer()
+        fitting.fit(module, datamodule=data)
+        assert fitting.global_step > 2, "images of rare predicates come several times"
         weights.append(module.network.state_dict())
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 

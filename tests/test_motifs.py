@@ -83,13 +83,6 @@ def test_frequency_baseline_is_the_log_of_smoothed_counts(counts, scenes):
 # ---- Motifs
 
 
-@pytest.fixture
-def threads():
-    count = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(count)
-
-
 def test_gradients_of_the_frequencies_are_the_same_bits_for_any_number_of_threads(threads):
     """Most pairs of a batch meet in a few pairs of classes."""
     draw = torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 """SGTR and its mirror, against plain loops over roles, queries and candidates."""
 
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 pl = pytest.importorskip("lightning.pytorch")
 
+import trainers  # noqa: E402
 from torchvision.ops import box_convert, box_iou, generalized_box_iou  # noqa: E402
 
 from sgalign.commands.main import main  # noqa: E402
@@ -550,11 +552,7 @@ class FewScenes(SceneGraphData):
         return [g for g in map(self._open(split).__getitem__, range(6)) if len(g.relations)]
 
 
-def trainer(**options):
-    return pl.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, num_sanity_val_steps=0, **options,
-    )  # fmt: skip
+trainer = functools.partial(trainers.trainer, num_sanity_val_steps=0)
 
 
 def fit(module, ckpt_path=None):

@@ -14,6 +14,8 @@ pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
+from trainers import SMALL_MOTIFS as SMALL  # noqa: E402
+from trainers import trainer  # noqa: E402
 
 from sgalign.commands import compare, doctor  # noqa: E402
 from sgalign.commands import main as cli  # noqa: E402
@@ -28,7 +30,6 @@ from sgalign.training import (  # noqa: E402
 from sgalign.training.checkpoints import WholeCheckpointIO  # noqa: E402
 from sgalign.training.sampling import step_seed  # noqa: E402
 
-SMALL = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -38,12 +39,6 @@ def scenes():
     data = SceneGraphData()
     data.train, data.validation, data.test = data.train[:96], data.validation[:32], data.test[:32]
     return data
-
-
-def trainer(**options) -> pl.Trainer:
-    defaults = {"max_epochs": 1, "enable_checkpointing": False, "logger": False}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    return pl.Trainer(accelerator="cpu", **(defaults | quiet | options))
 
 
 def fit(module, data, *, seed=0, **options) -> pl.Trainer:
