@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sgalign.data import Objects, SceneGraph
 from sgalign.data.batch import read_pixels
-from sgalign.data.features import FIELDS, IMAGES_A_FILE, FeatureCache, image_key
+from sgalign.data.features import FIELDS, FeatureCache, image_key
 from sgalign.errors import InputError
 from sgalign.files import hdf5_written_whole
+from sgalign.models import Detector, RegionFeatures
+from sgalign.training import MotifsModule, SceneGraphData, load_module
+from sgalign.training.vision import ImageVision
 
-if TYPE_CHECKING:
-    from sgalign.models import Detector, RegionFeatures
+IMAGES_A_FILE = 64
 
 
 @torch.no_grad()
@@ -78,8 +80,6 @@ def _see(graph: SceneGraph, detector: Detector, regions: RegionFeatures, device:
 
 
 def _digest(*modules: torch.nn.Module) -> str:
-    import hashlib
-
     digest = hashlib.sha256()
     for module in modules:
         for name, value in module.state_dict().items():
@@ -89,9 +89,6 @@ def _digest(*modules: torch.nn.Module) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """`sgalign cache-features`."""
-    from sgalign.training import MotifsModule, SceneGraphData, load_module
-    from sgalign.training.vision import ImageVision
-
     parser = argparse.ArgumentParser("sgalign cache-features", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="of a model whose vision is 'images'")
     parser.add_argument("--data", metavar="FOLDER", help="a data set; without it, the generated scenes")

@@ -15,7 +15,6 @@ from torch import Tensor
 from sgalign.data.batch import GraphBatch, VisualFeatures
 from sgalign.errors import InputError
 
-IMAGES_A_FILE = 64
 FIELDS = ("boxes", "objects", "logits", "union")
 
 
