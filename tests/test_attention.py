@@ -1,4 +1,4 @@
-"""What the kernels compute, against `sgalign.ops.reference` in float64: the compiled core, or what target.py names."""
+"""Attention by the kernels (the core, or what target.py names) beside `sgalign.ops.reference` in float64."""
 
 import math
 

@@ -730,7 +730,7 @@ def test_all_that_is_trained_has_a_gradient(aligned):
 
 @pytest.mark.parametrize("focal", [True, False])
 def test_tied_heads_without_a_mask_leave_nothing_to_align(focal):
-    """Whether predicates are independent or exclude one another."""
+    """Predicates are independent or exclude one another."""
     aligned = ["predicates", "subjects", "objects", "boxes"]
     for tied in (True, False):
         options = SMALL | {"mask_ratio": 0.0, "dropout": 0.0, "aligned": aligned, "focal": focal, "tied_heads": tied}

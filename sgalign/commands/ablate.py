@@ -93,7 +93,7 @@ def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[
 
 @torch.no_grad()
 def ranks(module: RelationModule, loader: DataLoader[GraphBatch]) -> list[list[int]]:
-    """Of each image the rank from 0, at most `DEPTH`, of the first triplet that finds each relation."""
+    """Return, for each image, the rank of the first triplet that finds each relation: from 0, at most `DEPTH`."""
     module.eval()
     found = []
     for batch in loader:

@@ -171,5 +171,5 @@ def draw(
     bars.bar(range(len(names)), change, color="tab:orange")
     bars.set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 30 else 5, parse_math=False)
     bars.axhline(0, color="black", linewidth=0.5)
-    bars.set(ylabel="points of R@50", title="Align-Motifs less Motifs, predicates by falling frequency, test part")
+    bars.set(ylabel="points of R@50", title="Align-Motifs minus Motifs, predicates by falling frequency, test part")
     save_figure(figure, path)

@@ -26,7 +26,7 @@ ROLES = ("predicate", "subject", "object")
 
 
 class _Mirror(NamedTuple):
-    """What both branches attend to in a photograph, at the last layer and for one query."""
+    """The attention of both branches in a photograph, at the last layer and for one query."""
 
     predicate: int  # from 0
     likelihood: float  # of the predicate

@@ -164,7 +164,7 @@ MODULES = {
 
 
 def settings(data: str, arm: Arm, epochs: int) -> dict[str, Any]:
-    """What tells runs apart, besides the seed: arms of several studies share those of the same settings.
+    """Return the settings that tell runs apart, besides the seed. Arms of several studies share runs of equal settings.
 
     Args:
         data: of `data_name`.

@@ -125,7 +125,7 @@ class Predictions:
         return fields
 
     def _read(self, values: Any, fractions: bool) -> Tensor:
-        """Of a data set, or of lists, whose fractions are as exact as they stand."""
+        """Return the values of an HDF5 data set, or of lists, whose fractions stay as exact as they are written."""
         if isinstance(values, h5py.Group):
             raise TypeError("it is a group")
         if isinstance(values, h5py.Dataset):
@@ -144,7 +144,7 @@ class Predictions:
 
 
 def _image_ids(group: h5py.Group, prefix: str = "") -> Iterator[str]:
-    """Of an id with slashes HDF5 makes groups of groups."""
+    """Yield the ids of all images. HDF5 keeps an id with slashes as groups in groups."""
     for name, item in group.items():
         if isinstance(item, h5py.Group) and len(item) and all(isinstance(c, h5py.Group) for c in item.values()):
             yield from _image_ids(item, f"{prefix}{name}/")

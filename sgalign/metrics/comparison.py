@@ -51,7 +51,7 @@ def table(bases: Mapping[str, str], arms: dict[str, list[Run]]) -> list[str]:
         cells = [spread([run["test"][column] for run in runs if column in run["test"]]) for column in COLUMNS]
         lines.append(f"| {name} | {len(runs)} | {validation} | " + " | ".join(cells) + " |")
     headers = [f"{metric}@{k}" for metric, k in PAIRED]
-    lines += ["", "| | less | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 2)]
+    lines += ["", "| | minus | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 2)]
     for name, base in _compared(bases, arms).items():
         cells = []
         for metric, k in PAIRED:
@@ -164,7 +164,7 @@ def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
 
 
 def draw_predicates(path: Path, bases: Mapping[str, str], arms: dict[str, list[Run]]) -> None:
-    """Each arm less its base, R@100 by predicate (the supplement's Figure 2): mean over seeds, dots are seeds."""
+    """Draw each arm minus its base, R@100 by predicate (the supplement's Figure 2): mean over seeds, dots are seeds."""
     from matplotlib.figure import Figure
 
     groups: dict[str, list[str]] = next(iter(arms.values()))[0]["groups"]

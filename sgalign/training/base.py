@@ -1,4 +1,4 @@
-"""What all Lightning modules share: a network made for the data's classes, and checkpoints that carry their names."""
+"""The base of all Lightning modules: a network made for the data's classes, and checkpoints that carry their names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SavedModule(pl.LightningModule):
 
     @property
     def learns_from_targets(self) -> bool:
-        """Whether training reads `GraphBatch.targets`, the predicates of annotated pairs."""
+        """True if training reads `GraphBatch.targets`, the predicates of annotated pairs."""
         return False
 
     @property

@@ -25,7 +25,7 @@ class RelationModule(SavedModule):
 
     @property
     def looks_at_images(self) -> bool:
-        """Whether batches must have their images' pixels."""
+        """True if batches must have their images' pixels."""
         return False
 
     @property

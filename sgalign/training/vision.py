@@ -1,4 +1,4 @@
-"""What Motifs sees of a batch before it relates anything: a class for each choice of vision and protocol."""
+"""The vision of Motifs: one class for each way to look at a batch before relating its objects."""
 
 from __future__ import annotations
 
