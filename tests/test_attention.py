@@ -93,9 +93,16 @@ def standard_errors(branches, tensors, grad_outs, **options):
     outs, grads = [], [torch.zeros((), dtype=torch.float64)] * 4  # variances
     for i, (query, grad_out) in enumerate(zip(queries, grad_outs)):
         if i == len(queries) - 1 and options.get("mask_ratio"):
-            drawn = {"ratio": options["mask_ratio"], "seed": options["mask_seed"]}
-            drawn["stream"] = options.get("mask_stream", 0)
-            dropped = dropped | random_attention_mask(*size, **drawn, device=dropped.device)
+            # Not `random_attention_mask`: where CUDA is emulated, the core has none for the CPU.
+            drawn = reference.random_mask(
+                size[0] * size[1],
+                *size[2:],
+                threshold=round(65536 * options["mask_ratio"]),
+                seed=torch.tensor(options["mask_seed"]),
+                stream=options.get("mask_stream", 0),
+                device=dropped.device,
+            )
+            dropped = dropped | drawn.view(size)
         grad_out = grad_out.double()
         weights = (scale * query @ key.mT).masked_fill(dropped, -math.inf).softmax(-1).nan_to_num(0)
         weight_errors = weights.square() * unit**2 * (1 + scale**2 * query.square() @ key.square().mT)
