@@ -1,6 +1,7 @@
 """`sgalign ablate` and `sgalign report` on a few generated images: resuming, scarce labels, and the statistics."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -11,13 +12,15 @@ pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
 import lightning.pytorch as pl  # noqa: E402
 from trainers import SMALL_MOTIFS as SMALL  # noqa: E402
+from trainers import trainer  # noqa: E402
 
 from sgalign.commands import ablate, studies  # noqa: E402
 from sgalign.commands.cache_features import cache_features  # noqa: E402
 from sgalign.commands.main import main  # noqa: E402
 from sgalign.metrics.comparison import paired_difference  # noqa: E402
 from sgalign.models import Detector, RegionFeatures  # noqa: E402
-from sgalign.training import controls  # noqa: E402
+from sgalign.training import GrowingMaskModule, load_module  # noqa: E402
+from sgalign.training.scarce import ScarceData  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +117,14 @@ def test_a_run_says_what_its_best_epoch_reaches(folder, tmp_path):
 
 @pytest.mark.parametrize("part", ["train", "validation", "test"])
 def test_parts_without_relations_are_refused_before_training(folder, part, monkeypatch):
-    read = controls.ScarceData._read
+    read = ScarceData._read
 
     def read_bare(self, asked):
-        return [controls._with(g, g.relations[:0] if asked == part else g.relations) for g in read(self, asked)]
+        return [dataclasses.replace(g, relations=g.relations[:0]) if asked == part else g for g in read(self, asked)]
 
-    monkeypatch.setattr(controls.ScarceData, "_read", read_bare)
+    monkeypatch.setattr(ScarceData, "_read", read_bare)
     with pytest.raises(ValueError, match=f"must have relations in its {part} part, has none"):
-        controls.ScarceData(str(folder))
+        ScarceData(str(folder))
 
 
 def test_nothing_to_report(tmp_path, capsys):
@@ -129,6 +132,11 @@ def test_nothing_to_report(tmp_path, capsys):
     assert "must be a folder of sgalign ablate" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["ablate", "masking-ratio", "--out", str(tmp_path), "--seeds", "0"])
+    capsys.readouterr()
+    for option in (("--study", "controls"), ("--data", "scenes"), ("--epochs", "3")):
+        with pytest.raises(SystemExit):
+            main(["report", str(tmp_path), "--checkpoint", "a.ckpt", "--image", "a.jpg", *option])
+        assert f"{option[0]} is of runs, not of --checkpoint" in capsys.readouterr().err
 
 
 def test_every_study_names_its_base_and_no_arm_twice():
@@ -140,10 +148,34 @@ def test_every_study_names_its_base_and_no_arm_twice():
             studies.MODULES[arm.module](**arm.options)
 
 
+@pytest.mark.parametrize("name", ["MaskedMotifsModule", "AveragedTeacherModule", "GrowingMaskModule"])
+def test_checkpoints_of_controls_are_loaded_by_name(folder, tmp_path, name):
+    module = studies.MODULES[name](**SMALL, mask_ratio=0.3)
+    run = trainer(limit_train_batches=1, limit_val_batches=0)
+    run.fit(module, ScarceData(str(folder)))
+    run.save_checkpoint(tmp_path / "control.ckpt")
+    loaded = load_module(tmp_path / "control.ckpt")
+    assert type(loaded) is type(module) and loaded.options == module.options
+    own, others = module.state_dict(), loaded.state_dict()
+    assert own.keys() == others.keys() and all(torch.equal(own[key], others[key]) for key in own)
+
+
+def test_the_control_without_a_mirror_trains_all_that_it_has(folder):
+    module = studies.MODULES["MaskedMotifsModule"](**SMALL)
+    trainer(limit_train_batches=1, limit_val_batches=0).fit(module, ScarceData(str(folder)))
+    assert all(parameter.grad is not None for parameter in module.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["MaskedMotifsModule", "AveragedTeacherModule"])
+def test_controls_without_a_loss_of_objects_are_for_predcls(name):
+    with pytest.raises(ValueError, match=f"protocol must be 'predcls' for {name}, got 'sgcls'"):
+        studies.MODULES[name](protocol="sgcls", vision="cached")
+
+
 def test_masking_grows_from_nothing_to_its_ratio(folder, tmp_path, monkeypatch):
-    ratios, draw = [], controls.AlignMotifsModule.draw_mask
+    ratios, draw = [], GrowingMaskModule.draw_mask
     monkeypatch.setattr(
-        controls.GrowingMaskModule, "draw_mask", lambda self, *args: ratios.append(self.mask_ratio) or draw(self, *args)
+        GrowingMaskModule, "draw_mask", lambda self, *args: ratios.append(self.mask_ratio) or draw(self, *args)
     )
     arm = studies.Arm("growing", "", "GrowingMaskModule", SMALL | {"mask_ratio": 0.4}, {})
     ablate.run(str(folder), arm, 0, 2, tmp_path / "run.json")
@@ -151,7 +183,7 @@ def test_masking_grows_from_nothing_to_its_ratio(folder, tmp_path, monkeypatch):
 
 
 def test_features_are_those_in_the_folder_of_the_data(folder, tmp_path, monkeypatch, capsys):
-    data = controls.ScarceData(str(folder))
+    data = ScarceData(str(folder))
     graphs = [*data.train, *data.validation, *data.test]
     torch.manual_seed(0)
     detector = Detector(len(data.object_names), backbone="resnet18", min_size=32, max_size=48, head_dim=16)
@@ -175,7 +207,7 @@ def relations(data):
 
 
 def test_missing_and_wrong_labels(folder):
-    whole, missing, wrong = (controls.ScarceData(str(folder), **o) for o in ({}, {"missing": 0.5}, {"wrong": 1.0}))
+    whole, missing, wrong = (ScarceData(str(folder), **o) for o in ({}, {"missing": 0.5}, {"wrong": 1.0}))
     assert 0.35 < relations(missing) / relations(whole) < 0.65
     assert all(len(graph.relations) for graph in missing.train)
     assert relations(wrong) == relations(whole)
@@ -183,15 +215,15 @@ def test_missing_and_wrong_labels(folder):
     changed = [a[2] != b[2] for graph in pairs for a, b in graph if a[:2] == b[:2]]
     assert len(changed) == relations(whole) and sum(changed) > 0.5 * len(changed)
     assert torch.equal(missing.test[0].relations, whole.test[0].relations)
-    few = controls.ScarceData(str(folder), labelled=0.1, unlabelled=False)
+    few = ScarceData(str(folder), labelled=0.1, unlabelled=False)
     assert few.predicate_groups == whole.predicate_groups and len(whole.zero_shot_test)
     assert torch.equal(few.zero_shot_test, whole.zero_shot_test)
 
 
 def test_unlabelled_images_have_targets_that_do_not_count(folder):
-    data = controls.ScarceData(str(folder), labelled=0.25)
+    data = ScarceData(str(folder), labelled=0.25)
     count = len(data.train) + len(data.unlabelled)
-    assert len(data.train) == round(0.25 * count) and count == len(controls.ScarceData(str(folder)).train)
+    assert len(data.train) == round(0.25 * count) and count == len(ScarceData(str(folder)).train)
     data.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     ids = {graph.image_id for graph in data.unlabelled}
     seen = []
@@ -201,7 +233,7 @@ def test_unlabelled_images_have_targets_that_do_not_count(folder):
             unlabelled = batch.image_ids[int(batch.images[subject])] in ids
             assert batch.targets[row].sum() == (0 if unlabelled else 1)
     assert len(set(seen)) == count
-    assert len(controls.ScarceData(str(folder), labelled=0.25, unlabelled=False).unlabelled) == 0
+    assert len(ScarceData(str(folder), labelled=0.25, unlabelled=False).unlabelled) == 0
 
 
 # ---- statistics

@@ -1,12 +1,14 @@
 """The command line prints the errors of our own checks as one sentence, and leaves defects their traceback."""
 
 import pickle
+import sys
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("lightning")
-from sgalign.commands import evaluate, main  # noqa: E402
+from sgalign import commands  # noqa: E402
+from sgalign.commands import doctor, evaluate, main  # noqa: E402
 from sgalign.errors import InputError  # noqa: E402
 
 MESSAGE = "photo.jpg: not an image that can be read: replace or remove it"
@@ -29,6 +31,37 @@ def test_an_error_of_our_checks_is_one_sentence(monkeypatch, capsys):
 def test_a_defect_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(evaluate, "main", raise_defect)
     with pytest.raises(ValueError, match="zip"):
+        main.main(["evaluate"])
+
+
+def raise_not_found(name):
+    def raises(arguments):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    return raises
+
+
+def test_a_package_that_is_not_installed_is_one_sentence(monkeypatch, capsys):
+    """Also where no installation tells what the extra needs, and Lightning is what is missing."""
+    monkeypatch.setattr(doctor, "required", lambda extra: None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lightning"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.delitem(sys.modules, "sgalign.commands.lightning_cli", raising=False)
+    monkeypatch.delattr(commands, "lightning_cli", raising=False)
+    assert main.main(["fit"]) == 1
+    assert capsys.readouterr().err == "sgalign: fit needs lightning: pip install 'sgalign[train]'\n"
+    monkeypatch.setattr(evaluate, "main", raise_input_error)
+    assert main.main(["evaluate"]) == 1
+    assert capsys.readouterr().err == f"sgalign: {MESSAGE}\n"
+    monkeypatch.setattr(evaluate, "main", raise_not_found("torchvision.ops"))
+    assert main.main(["evaluate"]) == 1
+    assert capsys.readouterr().err == "sgalign: evaluate needs torchvision: pip install 'sgalign[train]'\n"
+
+
+def test_a_module_of_ours_that_is_missing_is_a_defect(monkeypatch):
+    monkeypatch.setattr(evaluate, "main", raise_not_found("sgalign.no_such_module"))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         main.main(["evaluate"])
 
 

@@ -693,7 +693,8 @@ def test_a_resumed_run_needs_no_initial_weights(tmp_path, monkeypatch):
 
 
 def test_weights_of_something_else_are_refused(tmp_path):
-    torch.save({"sgalign": {}}, tmp_path / "other.ckpt")
+    names = {"object_names": [], "predicate_names": []}
+    torch.save({"sgalign": {"module": "MotifsModule"} | names}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="EntityDetectorModule"):
         fit(SGTRModule(detector_weights=str(tmp_path / "other.ckpt"), **SMALL))
 

@@ -524,7 +524,7 @@ def test_training_without_relations_or_with_a_diverging_loss_says_so(scenes):
     data.train, data.validation, data.test = [], scenes.validation, scenes.test
     with pytest.raises(ValueError, match="no training image has a relation"):
         fit(MotifsModule(**SMALL), data)
-    with pytest.raises(ValueError, match="loss must be finite, got train/loss .* at step"):
+    with pytest.raises(ValueError, match="loss must be finite, got loss .* at step"):
         fit(MotifsModule(**SMALL, learning_rate=1e30), scenes)
 
 

@@ -1,1 +1,6 @@
-"""The command line: `main` chooses the command; every other module is one command. Nothing else imports these."""
+"""The command line. Nothing else imports these modules.
+
+`main` chooses the command. Each other module is one command of its name, but for three: `lightning_cli` is fit,
+validate, test and `predict --config`; `studies` is what `ablate` and `report` share; `mirror_figure` is a figure of
+`report`.
+"""

@@ -25,7 +25,7 @@ from sgalign.files import check_writable, write_json
 from sgalign.metrics.matching import rank_triplets, relation_overlaps
 from sgalign.metrics.runs import DEPTH, run_path
 from sgalign.training import RelationModule
-from sgalign.training.controls import ScarceData
+from sgalign.training.scarce import ScarceData
 
 # ---- one run
 

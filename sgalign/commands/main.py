@@ -1,17 +1,14 @@
-"""The command line. Each command imports only what it needs."""
+"""The entry of the command line: chooses the command, which imports only what it needs, and says what went wrong."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import re
-import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sgalign.errors import InputError
 
@@ -39,7 +36,7 @@ LIGHTNING_OPTIONS = {"-c", "--config", "--model", "--data", "--trainer", "--ckpt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code."""
+    """Run a command; return its exit code: 1 after a sentence on stderr, 2 where there is no such command."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)
@@ -64,7 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         photographs = LIGHTNING_OPTIONS.isdisjoint(re.split("[.+=]", option)[0] for option in rest)
         if command in COMMANDS or (command == "predict" and photographs):
             return importlib.import_module(f"sgalign.commands.{command.replace('-', '_')}").main(rest)
-        return _lightning([command, *rest])
+        from sgalign.commands import lightning_cli
+
+        return lightning_cli.main([command, *rest])
+    except ModuleNotFoundError as error:  # where sgalign is not installed, nothing lists what the extra needs
+        package = (error.name or "sgalign").partition(".")[0]
+        if package == "sgalign":
+            raise
+        print(f"sgalign: {command} needs {package}: pip install 'sgalign[train]'", file=sys.stderr)
+        return 1
     except Exception as error:
         if (sentence := _sentence(error)) is None:
             raise
@@ -74,12 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _sentence(error: BaseException) -> str | None:
     """Return what an error of our own checks, the file system or Lightning says, or None if it is a defect."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
     if isinstance(error, OSError | InputError) and "in DataLoader worker" in str(error):
         # torch raises it again, with the worker's traceback as its message
         return str(error).strip().splitlines()[-1].partition(": ")[2]
-    if isinstance(error, OSError | InputError | MisconfigurationException):
+    if isinstance(error, OSError | InputError) or _is_lightnings(error):
         return str(error)
     # jsonargparse raises an error of its own for what a constructor says.
     frames = traceback.extract_tb(error.__traceback__)
@@ -88,59 +91,7 @@ def _sentence(error: BaseException) -> str | None:
     return _sentence(cause) if by_parser and cause is not None else None
 
 
-def _lightning(arguments: list[str]) -> int:
-    from lightning.pytorch.cli import LightningCLI
-    from lightning.pytorch.utilities import rank_zero_info
-
-    from sgalign.training import FrequencyModule, SavedModule, SceneGraphData, read_checkpoint
-
-    class CLI(LightningCLI):
-        checkpoint: dict[str, Any] | None = None
-
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            super().parse_arguments(parser, args)
-            path = self.config[self.config.subcommand].get("ckpt_path")
-            if path not in (None, "last", "hpc", "registry"):  # words that Lightning resolves
-                # Before Lightning does, whose errors do not say what is wrong with the file.
-                self.checkpoint = read_checkpoint(path)
-
-        def before_fit(self) -> None:
-            if isinstance(self.model, FrequencyModule):
-                raise InputError("FrequencyModule has nothing to fit: sgalign test --model FrequencyModule is all")
-            self._make_from_checkpoint()
-
-        def _make_from_checkpoint(self) -> None:
-            if self.checkpoint is not None:
-                # It tells what is made, so that the files of initial values are not looked for again.
-                self.model.on_load_checkpoint(self.checkpoint)
-                self.checkpoint = None
-
-        def _needs_checkpoint(self) -> None:
-            if not isinstance(self.model, FrequencyModule) and not self.config[self.config.subcommand].ckpt_path:
-                raise InputError(f"{self.config.subcommand} needs --ckpt_path FILE, a checkpoint that fit has written")
-            self._make_from_checkpoint()
-
-        def _parse_ckpt_path(self) -> None:
-            """Options are those given: Lightning's would silently replace them, and the model, by the checkpoint's."""
-
-        def after_fit(self) -> None:
-            for callback in self.trainer.checkpoint_callbacks:
-                if path := getattr(callback, "best_model_path", ""):
-                    rank_zero_info(f"checkpoint {path}")
-
-        before_validate = before_test = before_predict = _needs_checkpoint
-
-    for expected in (
-        "LightningCLI's args parameter",  # it is the command line that is passed on, without the command's name
-        "Found .* module.* in eval mode",  # a detector that is not trained
-        r"`isinstance\(treespec, LeafSpec\)`",  # between Lightning and torch
-    ):
-        warnings.filterwarnings("ignore", message=expected)
-    cli = CLI(
-        SavedModule,
-        SceneGraphData,
-        subclass_mode_model=True,
-        save_config_kwargs={"overwrite": True},
-        args=arguments,
-    )
-    return 128 + signal.SIGTERM if cli.trainer.received_sigterm else 0  # which Lightning ends without an error for
+def _is_lightnings(error: BaseException) -> bool:
+    """Return True for Lightning's error about options. Where Lightning was not imported, it cannot have raised one."""
+    exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return exceptions is not None and isinstance(error, exceptions.MisconfigurationException)

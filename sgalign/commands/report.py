@@ -25,6 +25,9 @@ def main(arguments: Sequence[str]) -> int:
     if (options.checkpoint is None) != (options.image is None):
         parser.error("--checkpoint and --image must be given together")
     if options.checkpoint is not None:
+        for name in ("study", "data", "epochs"):
+            if getattr(options, name) is not None:
+                parser.error(f"--{name} is of runs, not of --checkpoint")
         from sgalign.commands.mirror_figure import draw_mirror
 
         out = options.folder / f"mirror_{options.image.stem}.png"

@@ -11,8 +11,13 @@ from sgalign.errors import InputError
 from sgalign.files import written_whole
 from sgalign.metrics import comparison
 from sgalign.metrics.runs import Run, read_runs
-from sgalign.training import AlignMotifsModule, MotifsModule
-from sgalign.training.controls import AveragedTeacherModule, GrowingMaskModule, MaskedMotifsModule
+from sgalign.training import (
+    AlignMotifsModule,
+    AveragedTeacherModule,
+    GrowingMaskModule,
+    MaskedMotifsModule,
+    MotifsModule,
+)
 
 ANNOTATIONS = (  # files of VRD, of VG150 and of COCO with relations
     *("annotations_*.json", "objects.json", "predicates.json"),

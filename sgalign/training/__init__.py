@@ -4,6 +4,7 @@ from sgalign.training.align_motifs import AlignMotifsModule
 from sgalign.training.align_sgtr import AlignSGTRModule
 from sgalign.training.base import SavedModule, load_module
 from sgalign.training.checkpoints import read_checkpoint
+from sgalign.training.controls import AveragedTeacherModule, GrowingMaskModule, MaskedMotifsModule
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.detector import DetectorModule
 from sgalign.training.detr import EntityDetectorModule
@@ -16,10 +17,13 @@ from sgalign.training.writers import DetectionWriter, PredictionWriter, TripletW
 __all__ = [
     "AlignMotifsModule",
     "AlignSGTRModule",
+    "AveragedTeacherModule",
     "DetectionWriter",
     "DetectorModule",
     "EntityDetectorModule",
     "FrequencyModule",
+    "GrowingMaskModule",
+    "MaskedMotifsModule",
     "MotifsModule",
     "PredictionWriter",
     "RelationModule",

@@ -15,7 +15,13 @@ from typing_extensions import Self
 
 from sgalign.errors import InputError
 from sgalign.models import predicate_counts
-from sgalign.training.checkpoints import WholeCheckpointIO, random_states, read_checkpoint, restore_random_states
+from sgalign.training.checkpoints import (
+    WholeCheckpointIO,
+    check_ours,
+    random_states,
+    read_checkpoint,
+    restore_random_states,
+)
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.options import Options
 from sgalign.training.sampling import step_seed
@@ -158,8 +164,7 @@ class SavedModule(pl.LightningModule):
 
     @classmethod
     def _check_kind(cls, checkpoint: dict[str, Any]) -> None:
-        if "sgalign" not in checkpoint:
-            raise InputError("checkpoint must be one that this package saved, got one without its class names")
+        check_ours(checkpoint, "checkpoint")
         name = checkpoint["sgalign"]["module"]
         # Motifs or SGTR may be made of what has a mirror.
         kind = cls if name == cls.__name__ else module_named(name)
@@ -207,7 +212,7 @@ def load_module(path: str | Path) -> SavedModule:
     Raises:
         FileNotFoundError, ValueError: as `read_checkpoint`.
     """
-    name = read_checkpoint(path)["sgalign"].get("module", "")
+    name = read_checkpoint(path)["sgalign"]["module"]
     kind = module_named(name)
     if kind is None:
         raise InputError(f"{path}: must be of a module of this package, got {name!r}")

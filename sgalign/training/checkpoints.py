@@ -47,6 +47,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: it is no checkpoint, is cut short, or another program wrote it.
     """
     checkpoint = read_tensors(path, "checkpoint")
-    if not isinstance(checkpoint, dict) or "sgalign" not in checkpoint:
-        raise InputError(f"{path}: must be a checkpoint that sgalign fit has written, has no class names")
+    check_ours(checkpoint, str(path))
     return checkpoint
+
+
+def check_ours(checkpoint: Any, what: str) -> None:
+    """Raise an error unless a checkpoint has what `SavedModule.on_save_checkpoint` puts into each.
+
+    Args:
+        what: the checkpoint's name in the error.
+    """
+    saved = checkpoint.get("sgalign") if isinstance(checkpoint, dict) else None
+    if not isinstance(saved, dict) or not saved.keys() >= {"module", "object_names", "predicate_names"}:
+        raise InputError(f"{what}: must be a checkpoint that sgalign fit has written, has no class names")

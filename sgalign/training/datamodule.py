@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -48,7 +48,7 @@ class SceneGraphData(pl.LightningDataModule):
         validation_images: how many of the training images are held out, where the data set has no validation part of
             its own; None for the data set's default.
         images: reads the images too, for models that look at them.
-        features: file of `sgalign cache-features` for models that read what was seen before.
+        features: folder that `sgalign cache-features` has filled, for models that read what was seen before.
         detections: file of `sgalign.data.read_detections`, whose objects take the place of the annotated ones in the
             test part (SGDet of a model of labels and boxes).
         num_workers: processes that read images; 0 reads them in the training process.
@@ -196,20 +196,22 @@ class SceneGraphData(pl.LightningDataModule):
         kind: type[Any] = DataLoader,
         **options: Any,
     ) -> Any:
-        collate_fn = partial(
+        return kind(
+            graphs,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # of workers' seeds, which torch's own would be drawn on for
+            **{"collate_fn": self._collate_fn(detections)} | options,
+        )
+
+    def _collate_fn(self, detections: dict[str, Detections] | None = None) -> Callable[..., GraphBatch]:
+        """Return what makes a batch of scene graphs, and can be sent to worker processes."""
+        return partial(
             collate_for,
             num_predicates=len(self.predicate_names) - 1,
             pixels=self.images,
             cache=self.cache,
             detections=detections,
-        )
-        return kind(
-            graphs,
-            batch_size=self.batch_size,
-            collate_fn=collate_fn,
-            num_workers=self.num_workers,
-            generator=torch.Generator(),  # of workers' seeds, which torch's own would be drawn on for
-            **options,
         )
 
 

@@ -36,9 +36,9 @@ class DetrOptions(Options):
         dropout: in all of them, of attention weights too.
         entity_layers: layers of DETR's encoder, and of its decoder.
         entity_queries: objects that DETR finds in an image.
-        detector_weights: as `weights` of `EntityDetector`, or a checkpoint of `EntityDetectorModule` or of SGTR; read
-            when training starts. They tell the detector's sizes. SGTR's heads of subjects and objects start as the
-            detector's.
+        detector_weights: as `weights` of `EntityDetector`, or a checkpoint of `EntityDetectorModule` or of SGTR. Read
+            when the network is made, because they tell its sizes; not where a checkpoint of this module is loaded.
+            SGTR's heads of subjects and objects start as the detector's.
         frozen: parts of the detector that are not trained: "backbone", "encoder", "decoder". With a frozen decoder
             nothing that is learned about relations changes what relations read of the detector. Input projection,
             queries and heads are still trained then, as in the public code; "detector", for SGTR, is all of it, and

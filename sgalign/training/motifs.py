@@ -125,8 +125,8 @@ class MotifsModule(RelationModule):
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
         loss, parts = self.losses(batch, batch_index)
-        parts = {f"train/{name}": part for name, part in parts.items()}
-        self.log_dict(parts, batch_size=len(batch.image_ids), prog_bar=True)
+        logged = {f"train/{name}": part for name, part in parts.items()}
+        self.log_dict(logged, batch_size=len(batch.image_ids), prog_bar=True)
         return self.finite(loss, parts)
 
     def make_optimizer(self) -> torch.optim.Optimizer:

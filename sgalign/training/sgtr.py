@@ -151,7 +151,8 @@ class SGTRModule(DetrModule, RelationModule):
         if "decoder" in options.frozen:
             entities = entities._replace(memory=entities.memory.detach(), features=entities.features.detach())
         outputs, alignment = self.decode(entities, batch_index)
-        self.finite(outputs.logits.abs().max(), losses)  # or matching fails without a word about why
+        largest = outputs.logits.abs().max()
+        self.finite(largest, {"largest predicate logit": largest} | losses)  # or matching fails without saying why
         candidates, sizes = self._candidates(entities, *zip(*objects, strict=True)), sizes_of(pixels)
         relations = torch.tensor(float(sum(len(image.predicates) for image in annotations)), device=self.device)
         relations = self.trainer.strategy.reduce(relations, reduce_op="mean")

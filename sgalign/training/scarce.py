@@ -1,0 +1,86 @@
+"""Data sets made worse, for the studies of fewer and worse labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, RandomSampler
+
+from sgalign.data import GraphBatch, SceneGraph
+from sgalign.errors import InputError
+from sgalign.training.datamodule import SceneGraphData
+
+
+class ScarceData(SceneGraphData):
+    """A data set whose training part is made worse, the same way in every run.
+
+    Args:
+        root: of `SceneGraphData`.
+        features: name of a folder in `root` that `sgalign cache-features` has filled.
+        labelled: share of the training images that keep their relations.
+        unlabelled: the others are trained on without labels; otherwise they are left out.
+        missing: share of the relations that were not annotated.
+        wrong: share of the relations whose predicate is another relation's.
+        data: the arguments of `SceneGraphData`.
+
+    Raises:
+        ValueError: there are features, but no root that they could be in.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        *,
+        features: str | None = None,
+        labelled: float = 1.0,
+        unlabelled: bool = True,
+        missing: float = 0.0,
+        wrong: float = 0.0,
+        **data: Any,
+    ) -> None:
+        if features is not None and root is None:
+            raise InputError(f"data must be a folder with cached features in {features}/, got the generated scenes")
+        super().__init__(root, features=features and str(Path(root or "", features)), **data)
+        generator = torch.Generator().manual_seed(0)
+        for name in ("predicate_groups", "zero_shot_validation", "zero_shot_test"):
+            getattr(self, name)  # cached before the training part is made worse, so that all runs have the same figures
+        for part in ("train", "validation", "test"):
+            if not any(len(graph.relations) for graph in getattr(self, part)):
+                raise InputError(f"{self.name}: must have relations in its {part} part, has none")
+        graphs = self.train
+        order = torch.randperm(len(graphs), generator=generator).tolist()
+        cut = round(labelled * len(graphs))
+        predicates = torch.cat([graph.relations for graph in graphs])[:, 2]
+        self.unlabelled = (
+            [replace(graphs[i], relations=graphs[i].relations[:0]) for i in order[cut:]] if unlabelled else []
+        )
+        self.train = []
+        for index in sorted(order[:cut]):
+            relations = graphs[index].relations.clone()
+            other = predicates[torch.randint(len(predicates), (len(relations),), generator=generator)]
+            is_wrong = torch.rand(len(relations), generator=generator) < wrong
+            relations[is_wrong, 2] = other[is_wrong]
+            relations = relations[torch.rand(len(relations), generator=generator) >= missing]
+            if len(relations):
+                self.train.append(replace(graphs[index], relations=relations))
+
+    def train_dataloader(self) -> DataLoader[GraphBatch]:
+        if not self.train or not self.unlabelled:
+            return super().train_dataloader()
+        graphs = [*self.train, *self.unlabelled]
+        order = RandomSampler(range(len(graphs)), generator=torch.Generator().manual_seed(self.seed))
+        ids = {graph.image_id for graph in self.unlabelled}
+        collate = partial(_collate_without_labels, self._collate_fn(), ids)
+        return self._loader(graphs, sampler=order, collate_fn=collate)
+
+
+def _collate_without_labels(collate: Any, ids: set[str], graphs: Sequence[SceneGraph]) -> GraphBatch:
+    """Return a batch where images of `ids` have no target: rows of 0, which the supervised loss does not count."""
+    batch = collate(graphs)
+    labelled = torch.tensor([image_id not in ids for image_id in batch.image_ids])
+    return batch._replace(targets=batch.targets * labelled[batch.images[batch.pairs[:, 0]], None])
