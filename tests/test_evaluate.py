@@ -17,7 +17,7 @@ from sgalign.commands.main import main  # noqa: E402
 from sgalign.data import open_dataset  # noqa: E402
 from sgalign.data.predictions import PredictionFile, Predictions  # noqa: E402
 from sgalign.metrics import zero_shot_triplets  # noqa: E402
-from sgalign.metrics.figures import split_name, table  # noqa: E402
+from sgalign.metrics.results import split_name, table  # noqa: E402
 from sgalign.training import (
     FrequencyModule,  # noqa: E402
     PredictionWriter,  # noqa: E402

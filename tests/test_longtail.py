@@ -138,7 +138,7 @@ def test_weights_travel_in_checkpoints(tmp_path):
     fitting = trainer()
     fitting.fit(module, datamodule=data)
     fitting.save_checkpoint(tmp_path / "m.ckpt")
-    loaded = AlignMotifsModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    loaded = AlignMotifsModule.load_from_checkpoint(tmp_path / "m.ckpt")
     assert loaded.relation_loss.weight.std() > 0
     torch.testing.assert_close(loaded.relation_loss.state_dict(), module.relation_loss.state_dict())
     batch = collate(data.validation, 20)

@@ -28,7 +28,7 @@ from sgalign.training import (  # noqa: E402
     SceneGraphData,
 )
 from sgalign.training.checkpoints import WholeCheckpointIO  # noqa: E402
-from sgalign.training.sampling import step_seed  # noqa: E402
+from sgalign.training.seeds import step_seed  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sgalign.commands import studies
-from sgalign.commands.studies import EPOCHS, MODULES, Arm, data_name, settings
 from sgalign.data import GraphBatch
-from sgalign.files import check_writable, write_json
+from sgalign.files import check_writable
 from sgalign.metrics.matching import rank_triplets, relation_overlaps
-from sgalign.metrics.runs import DEPTH, run_path
+from sgalign.metrics.runs import DEPTH, Run, run_path, write_run
 from sgalign.training import RelationModule
 from sgalign.training.scarce import ScarceData
 
@@ -49,7 +48,7 @@ class _Best(Callback):
             self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
 
-def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[str, Any]:
+def run(root: str | None, arm: studies.Arm, seed: int, epochs: int, path: Path) -> Run:
     """Trains one arm with one seed and writes what its best epoch reaches to `path`, which appears when complete."""
     warnings.filterwarnings("ignore", module="lightning.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -57,7 +56,7 @@ def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[
     pl.seed_everything(seed, verbose=False)
     start = time.monotonic()
     data = ScarceData(root, seed=seed, **arm.data)
-    module = MODULES[arm.module](**arm.options)
+    module = studies.MODULES[arm.module](**arm.options)
     best = _Best()
     trainer = pl.Trainer(
         accelerator="auto",
@@ -73,9 +72,9 @@ def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[
     trainer.fit(module, datamodule=data)
     module.load_state_dict(best.weights)
     trainer.test(module, datamodule=data, verbose=False)
-    result = {
+    result: Run = {
         "seed": seed,
-        "settings": settings(data_name(root), arm, epochs),
+        "settings": studies.settings(studies.data_name(root), arm, epochs),
         "seconds": round(time.monotonic() - start),
         "curve": best.epochs,
         "epoch": best.epoch,
@@ -87,7 +86,7 @@ def run(root: str | None, arm: Arm, seed: int, epochs: int, path: Path) -> dict[
         "predicates": [graph.relations[:, 2].tolist() for graph in data.test],
         "ranks": ranks(module, data.test_dataloader()),
     }
-    write_json(path, result)
+    write_run(path, result)
     return result
 
 
@@ -116,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", metavar="FOLDER", help="a data set; without it, the generated scenes")
     parser.add_argument("--seeds", type=int, default=4, metavar="N", help="runs a row (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each training (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=studies.EPOCHS, help="of each training (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for results; a second call goes on")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: %(default)s)")
     return parser
@@ -128,12 +127,12 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("seeds", "jobs", "epochs"):
         if (value := getattr(options, name)) < 1:
             parser().error(f"--{name} must be at least 1, got {value}")
-    data = data_name(options.data)
+    data = studies.data_name(options.data)
     tasks: dict[Path, tuple[Any, ...]] = {}
     # All arms with one seed before any with the next, so that a part of it says something.
     for seed in range(options.seeds):
         for arm in (arm for name in options.study for arm in studies.STUDIES[name].arms):
-            path = run_path(options.out, settings(data, arm, options.epochs), seed)
+            path = run_path(options.out, studies.settings(data, arm, options.epochs), seed)
             tasks[path] = options.data, arm, seed, options.epochs, path
     there = [path for path in tasks if path.exists()]
     for path in there:
@@ -147,7 +146,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _results(tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[tuple[Arm, dict[str, Any]]]:
+def _results(tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[tuple[studies.Arm, Run]]:
     if jobs == 1:
         yield from ((task[1], run(*task)) for task in tasks)
         return

@@ -26,7 +26,7 @@ from sgalign.metrics import (
     predicate_groups,
     zero_shot_triplets,
 )
-from sgalign.metrics.figures import split_name, table
+from sgalign.metrics.results import split_name, table
 
 VRD_TASKS = ("relationship", "phrase", "predicate")
 EPILOG = "docs/evaluation.md has the format of the file, every rule, and what each choice is worth."

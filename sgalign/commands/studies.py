@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,7 +175,7 @@ def settings(data: str, arm: Arm, epochs: int) -> dict[str, Any]:
     Args:
         data: of `data_name`.
     """
-    defaults = dict(MODULES[arm.module]().hparams)
+    defaults = dataclasses.asdict(MODULES[arm.module].options_type())
     return {"module": arm.module, "data": data, "epochs": epochs, **defaults, **arm.options, **arm.data}
 
 

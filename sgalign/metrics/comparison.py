@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sgalign.errors import InputError
 from sgalign.files import save_figure, written_whole
-from sgalign.metrics.figures import split_name
+from sgalign.metrics.results import split_name
 from sgalign.metrics.runs import DEPTH, Run
 
 COLUMNS = ("R@50", "mR@50", "mR@100", "ngR@50", "zR@100", "mR@100/tail")

@@ -86,6 +86,16 @@ def overlaps(boxes: Tensor, others: Tensor, plus_one: bool) -> Tensor:
     return common / (area + other_area - common)
 
 
+def find_objects(boxes: Tensor, labels: Tensor, true_boxes: Tensor, true_labels: Tensor) -> Tensor:
+    """Return which annotated objects a detection of their class overlaps with an IoU of at least 0.5: bool `[G]`.
+
+    Args:
+        boxes, labels: `[N, 4]` and `[N]`, the detections.
+        true_boxes, true_labels: `[G, 4]` and `[G]`, the annotated objects.
+    """
+    return ((overlaps(boxes, true_boxes, plus_one=False) >= 0.5) & (labels[:, None] == true_labels)).any(0)
+
+
 def union_boxes(boxes: Tensor, pairs: Tensor) -> Tensor:
     """The smallest boxes around both objects of each pair `[R, 2]`: `[R, 4]`."""
     both = boxes[pairs]

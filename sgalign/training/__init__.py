@@ -8,9 +8,9 @@ from sgalign.training.controls import AveragedTeacherModule, GrowingMaskModule, 
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.detector import DetectorModule
 from sgalign.training.detr import EntityDetectorModule
+from sgalign.training.evaluation import RelationModule
 from sgalign.training.frequency import FrequencyModule
 from sgalign.training.motifs import MotifsModule
-from sgalign.training.relation import RelationModule
 from sgalign.training.sgtr import SGTRModule
 from sgalign.training.writers import DetectionWriter, PredictionWriter, TripletWriter
 

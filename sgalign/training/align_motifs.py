@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,22 +13,7 @@ from sgalign.ops.alignment import relation_alignment_loss
 from sgalign.ops.random_mask import random_attention_mask
 from sgalign.training.base import SavedModule
 from sgalign.training.motifs import MotifsModule
-from sgalign.training.options import MirrorOptions, MotifsOptions
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlignMotifsOptions(MotifsOptions, MirrorOptions):
-    """Options of Motifs, of its mirror, and of how both are aligned.
-
-    Args:
-        mask_granularity: "row" masks whole objects, "feature" single numbers of them.
-        tied_head: the mirror has the supervised head instead of its own.
-        supervise_mirror: adds the supervised loss of the mirror's logits.
-    """
-
-    mask_granularity: Literal["row", "feature"] = "row"
-    tied_head: bool = False
-    supervise_mirror: bool = False
+from sgalign.training.options import AlignMotifsOptions
 
 
 class AlignMotifsModule(MotifsModule):

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from sgalign.errors import InputError
 from sgalign.models.entity_detector import DetectedEntities
 from sgalign.models.sgtr import MirrorMask, RelationOutputs
 from sgalign.ops.alignment import relation_alignment_loss
 from sgalign.training.detr import DetrModule
-from sgalign.training.options import MirrorOptions, check_choice
-from sgalign.training.sgtr import SGTRModule, SGTROptions
-
-ALIGNED = ("predicates", "subjects", "objects", "boxes")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlignSGTROptions(SGTROptions, MirrorOptions):
-    """Options of SGTR, of its mirror, and of how both are aligned.
-
-    Args:
-        aligned: of "predicates", "subjects", "objects" (their classes) and "boxes".
-        tied_heads: the mirror has the supervised class heads instead of its own.
-    """
-
-    aligned: Sequence[str] = ("predicates", "subjects", "objects")
-    tied_heads: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for part in self.aligned:
-            check_choice("aligned", part, ALIGNED)
-        if not self.aligned:
-            raise InputError("aligned must have at least one part, got none")
+from sgalign.training.options import AlignSGTROptions
+from sgalign.training.sgtr import SGTRModule
 
 
 class AlignSGTRModule(SGTRModule):

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from sgalign.data import GraphBatch
 from sgalign.errors import InputError
 from sgalign.models import predicate_counts
 from sgalign.training.checkpoints import (
@@ -24,7 +25,7 @@ from sgalign.training.checkpoints import (
 )
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.options import Options
-from sgalign.training.sampling import step_seed
+from sgalign.training.seeds import step_seed
 
 
 class SavedModule(pl.LightningModule):
@@ -54,17 +55,18 @@ class SavedModule(pl.LightningModule):
 
     @property
     def data(self) -> SceneGraphData:
+        """Return the data that the trainer reads."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @property
     def learns_from_targets(self) -> bool:
-        """True if training reads `GraphBatch.targets`, the predicates of annotated pairs."""
+        """Return True if training reads `GraphBatch.targets`, the predicates of annotated pairs."""
         return False
 
     @property
-    def described(self) -> str:
-        """The module's name in error messages."""
-        return type(self).__name__
+    def part(self) -> str:
+        """Return the part of the data that is evaluated, as logged names begin: "test" or "val"."""
+        return "test" if self.trainer.testing else "val"
 
     # ---- a run
 
@@ -74,8 +76,8 @@ class SavedModule(pl.LightningModule):
         data = self.data
         if stage == "fit" and data.instance_drop and not self.learns_from_targets:
             raise InputError(
-                f"instance_drop must be 0 for {self.described}, which does not learn from the annotated pairs' labels, "
-                f"got {data.instance_drop}"
+                f"instance_drop must be 0 for {type(self).__name__} with these options, which does not learn from the "
+                f"annotated pairs' labels, got {data.instance_drop}"
             )
         self._set_classes(data.object_names, data.predicate_names, f"the data, {data.name},")
         if self.network is None:
@@ -106,6 +108,9 @@ class SavedModule(pl.LightningModule):
             raise InputError(f"the loss must be finite, got {values} at step {self.global_step}: lower learning_rate")
         return loss
 
+    def test_step(self, batch: GraphBatch) -> None:
+        self.validation_step(batch)
+
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -125,7 +130,8 @@ class SavedModule(pl.LightningModule):
         if self.network is None:
             classes, predicates = len(self.object_names), len(self.predicate_names)
             self.make_network(torch.ones(classes, classes, predicates))  # the weights follow
-        self._check_weights(checkpoint["state_dict"])
+        self._leave_out_mirror(checkpoint["state_dict"])
+        self._check_shapes(checkpoint["state_dict"])
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -134,7 +140,6 @@ class SavedModule(pl.LightningModule):
         map_location: Any = "cpu",
         *,
         strict: bool = True,
-        weights_only: bool = True,
         **options: Any,
     ) -> Self:
         """Return the module of a checkpoint.
@@ -145,22 +150,23 @@ class SavedModule(pl.LightningModule):
         Args:
             map_location: the device that the module is moved to.
             strict: all weights must be in the checkpoint.
-            weights_only: must be true; the checkpoint is read like that.
             options: take the place of the checkpoint's.
 
         Raises:
             FileNotFoundError, ValueError: as `read_checkpoint`, or the checkpoint is of another module.
         """
-        if not weights_only:
-            raise InputError("weights_only must be true, got False: a checkpoint holds tensors and plain values alone")
-        checkpoint = read_checkpoint(checkpoint_path)
+        return cls._of_checkpoint(read_checkpoint(checkpoint_path), strict=strict, **options).to(map_location)
+
+    @classmethod
+    def _of_checkpoint(cls, checkpoint: dict[str, Any], *, strict: bool = True, **options: Any) -> Self:
+        """Return the module of a checkpoint that has been read; weights that do not fit the module are taken out."""
         cls._check_kind(checkpoint)
         known = {field.name for field in dataclasses.fields(cls.options_type)}
         saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
         module = cls(**(saved | options))
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], strict=strict)
-        return module.to(map_location)
+        return module
 
     @classmethod
     def _check_kind(cls, checkpoint: dict[str, Any]) -> None:
@@ -184,15 +190,18 @@ class SavedModule(pl.LightningModule):
                     f"{kind} classes of the model and of {whose} must be the same; they differ in {differ}"
                 )
 
-    def _check_weights(self, weights: dict[str, Tensor]) -> None:
-        """Leave out the weights of a mirror that this module does not have; the others must have the same shapes."""
+    def _leave_out_mirror(self, weights: dict[str, Tensor]) -> None:
+        """Take the weights of a mirror that this module does not have out of those that are to be loaded."""
         of_model = self.state_dict()
         mirror = [name for name in weights if name.startswith("mirrored_") and name not in of_model]
         if mirror and self._trainer is not None and self.trainer.training:
             raise InputError(f"checkpoint has a mirror: {type(self).__name__} can be tested with it, not go on from it")
         for name in mirror:
             del weights[name]
-        for name, own in of_model.items():
+
+    def _check_shapes(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise an error unless the weights that this module has are of the same shapes."""
+        for name, own in self.state_dict().items():
             if name in weights and weights[name].shape != own.shape:
                 shapes = f"{name} is {list(weights[name].shape)}, not {list(own.shape)}"
                 raise InputError(f"checkpoint must be of a model with the same options: {shapes}")
@@ -212,8 +221,16 @@ def load_module(path: str | Path) -> SavedModule:
     Raises:
         FileNotFoundError, ValueError: as `read_checkpoint`.
     """
-    name = read_checkpoint(path)["sgalign"]["module"]
+    checkpoint = read_checkpoint(path)
+    name = checkpoint["sgalign"]["module"]
     kind = module_named(name)
     if kind is None:
         raise InputError(f"{path}: must be of a module of this package, got {name!r}")
-    return kind.load_from_checkpoint(path).eval()
+    return kind._of_checkpoint(checkpoint).eval()
+
+
+def warmup(optimizer: torch.optim.Optimizer, steps: int) -> list[dict[str, Any]]:
+    """Return the scheduler by which the learning rate grows from a tenth over so many steps; none for 0 steps."""
+    if not steps:
+        return []
+    return [{"scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=steps), "interval": "step"}]

@@ -28,7 +28,7 @@ from sgalign.data.triplets import zero_shot_triplets
 from sgalign.errors import InputError
 from sgalign.metrics import predicate_groups
 from sgalign.training.longtail import RepeatSampler, drop_repeated, repeat_factors
-from sgalign.training.sampling import step_seed
+from sgalign.training.seeds import step_seed
 
 Split = Literal["train", "validation", "test"]
 

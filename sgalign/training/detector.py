@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from sgalign.data import GraphBatch
+from sgalign.metrics.matching import find_objects
 from sgalign.models import Detector, ObjectDetections
 from sgalign.training.base import SavedModule
-from sgalign.training.options import FasterRCNNOptions, check_learning_rate
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectorOptions(FasterRCNNOptions):
-    """Options of the Faster R-CNN and of its training.
-
-    Args:
-        weights: of `Detector.load_weights`, read when training starts; None starts from scratch, and then batch
-            normalisation is trained too.
-        learning_rate: of Adam. Another optimizer: ``--optimizer`` of the command line.
-    """
-
-    weights: str | None = None
-    learning_rate: float = 1e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_learning_rate(self, "learning_rate")
+from sgalign.training.options import DetectorOptions
 
 
 class DetectorModule(SavedModule):
@@ -75,16 +56,13 @@ class DetectorModule(SavedModule):
 
     def validation_step(self, batch: GraphBatch) -> None:
         """Log `found`: annotated objects that a detection of their class overlaps with an IoU of at least 0.5."""
-        hits = [
-            ((box_iou(d.boxes, truth["boxes"]) >= 0.5) & (d.labels[:, None] == truth["labels"])).any(0).sum()
-            for d, truth in zip(self.detect(batch), batch.truth, strict=True)
+        found = [
+            find_objects(detected.boxes, detected.labels, truth["boxes"], truth["labels"]).float()
+            for detected, truth in zip(self.detect(batch), batch.truth, strict=True)
         ]
-        part = "test" if self.trainer.testing else "val"
-        if objects := len(batch.labels):
-            share = torch.stack(hits).sum() / objects
-            self.log(f"{part}/found", share, batch_size=objects, prog_bar=True, sync_dist=True, on_epoch=True)
-
-    test_step = validation_step
+        if objects := sum(map(len, found)):
+            share = torch.cat(found).mean()
+            self.log(f"{self.part}/found", share, batch_size=objects, prog_bar=True, sync_dist=True, on_epoch=True)
 
     def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
         """Return what `DetectionWriter` reads, a dict for each image of the batch."""

@@ -3,99 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_convert
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
 from sgalign.data import GraphBatch
 from sgalign.errors import InputError
-from sgalign.models.entity_detector import BACKBONES, Backbone, DetectedEntities, EntityDetector, resize
+from sgalign.metrics.matching import find_objects
+from sgalign.models.entity_detector import BACKBONES, DetectedEntities, EntityDetector, resize
 from sgalign.models.graph_assembly import Entities
 from sgalign.training.augmentation import TrainingImages, annotations_of, augment
-from sgalign.training.base import SavedModule
+from sgalign.training.base import SavedModule, warmup
 from sgalign.training.checkpoints import read_checkpoint
-from sgalign.training.options import Options, check_at_least, check_choice, check_learning_rate
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetrOptions(Options):
-    """Options of DETR and of its training; the defaults are those of DETR trained by itself.
-
-    Args:
-        backbone: "resnet10" is a small one for experiments.
-        stride: of the feature map in pixels, 32 as published, or 16 by leaving out the backbone's last stage.
-        dim: channels of the transformer, and of SGTR's encoder and decoder.
-        heads: attention heads in all of them.
-        ffn_dim: channels of the feed-forward layers in all of them.
-        dropout: in all of them, of attention weights too.
-        entity_layers: layers of DETR's encoder, and of its decoder.
-        entity_queries: objects that DETR finds in an image.
-        detector_weights: as `weights` of `EntityDetector`, or a checkpoint of `EntityDetectorModule` or of SGTR. Read
-            when the network is made, because they tell its sizes; not where a checkpoint of this module is loaded.
-            SGTR's heads of subjects and objects start as the detector's.
-        frozen: parts of the detector that are not trained: "backbone", "encoder", "decoder". With a frozen decoder
-            nothing that is learned about relations changes what relations read of the detector. Input projection,
-            queries and heads are still trained then, as in the public code; "detector", for SGTR, is all of it, and
-            the cheapest.
-        entity_loss_weights: of the detector's classes, box L1 and box generalised IoU, in all its layers.
-        short_sides: of training images in pixels, one drawn for each step; test images have the last one.
-        long_side: of images in pixels, at most.
-        flip: probability of mirroring a training image; predicates of "left" and "right" are exchanged.
-        learning_rate: of AdamW with a weight decay of 1e-4.
-        backbone_learning_rate: of the backbone.
-        warmup_steps: over which the learning rate grows from a tenth.
-        learning_rate_drops: steps at which it falls to a tenth.
-    """
-
-    parts: ClassVar[tuple[str, ...]] = ("backbone", "encoder", "decoder")  # what can be frozen
-
-    backbone: Backbone = "resnet101"
-    stride: Literal[16, 32] = 32
-    dim: int = 256
-    heads: int = 8
-    ffn_dim: int = 2048
-    dropout: float = 0.1
-    entity_layers: int = 6
-    entity_queries: int = 100
-    detector_weights: str | None = None
-    frozen: Sequence[str] = ()
-    entity_loss_weights: tuple[float, float, float] = (1.0, 5.0, 2.0)
-    short_sides: Sequence[int] = (480, 500, 520, 540, 560, 580, 600)
-    long_side: int = 1000
-    flip: float = 0.5
-    learning_rate: float = 1e-4
-    backbone_learning_rate: float = 1e-5
-    warmup_steps: int = 100
-    learning_rate_drops: Sequence[int] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for part in self.frozen:
-            check_choice("frozen", part, self.parts)
-        check_at_least(1, self, "dim", "heads", "ffn_dim", "entity_layers", "entity_queries")
-        check_at_least(0, self, "warmup_steps")
-        check_learning_rate(self, "learning_rate")
-        check_learning_rate(self, "backbone_learning_rate")
-        if self.dim % 4 or self.dim % self.heads:
-            raise InputError(f"dim must be a multiple of 4 and of heads, got {self.dim} and {self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
-        if len(self.entity_loss_weights) != 3:
-            weights = list(self.entity_loss_weights)
-            raise InputError(f"entity_loss_weights must be three, of classes, boxes and overlaps, got {weights}")
-        if not self.short_sides or min(self.short_sides) < 32 or self.long_side < max(self.short_sides):
-            raise InputError(
-                "short_sides must be at least 32 and at most long_side, "
-                f"got {list(self.short_sides)} and {self.long_side}"
-            )
-        if not 0 <= self.flip <= 1:
-            raise InputError(f"flip must be in [0, 1], got {self.flip}")
+from sgalign.training.options import DetrOptions
 
 
 class DetrModule(SavedModule):
@@ -147,14 +72,13 @@ class DetrModule(SavedModule):
         hits, both = [], []
         for image, (objects, truth) in enumerate(zip(annotations_of(batch, self.device)[0], batch.truth, strict=True)):
             boxes = [box_convert(b, "cxcywh", "xyxy").clamp(0, 1) for b in (entities.boxes[-1, image], objects[1])]
-            hit = ((box_iou(*boxes) >= 0.5) & (labels[image][:, None] == objects[0])).any(0)
+            hit = find_objects(boxes[0], labels[image], boxes[1], objects[0])
             hits.append(hit)
             if len(truth["relations"]):
                 both.append(hit[truth["relations"][:, :2].to(hit.device)].all(1).float().mean())
-        part = "test" if self.trainer.testing else "val"
         for name, found in (("found", torch.cat(hits).float()), ("relations_found", torch.tensor(both))):
             if len(found):
-                self.log(f"{part}/{name}", found.mean(), batch_size=len(found), sync_dist=True, on_epoch=True)
+                self.log(f"{self.part}/{name}", found.mean(), batch_size=len(found), sync_dist=True, on_epoch=True)
 
     # ---- training
 
@@ -200,10 +124,9 @@ class DetrModule(SavedModule):
             {"params": of_backbone, "lr": options.backbone_learning_rate},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=options.learning_rate, weight_decay=1e-4)
-        schedulers: list[Any] = [torch.optim.lr_scheduler.MultiStepLR(optimizer, list(options.learning_rate_drops))]
-        if options.warmup_steps:
-            schedulers.append(torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=options.warmup_steps))
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"} for scheduler in schedulers]
+        drops = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(options.learning_rate_drops))
+        schedulers = [{"scheduler": drops, "interval": "step"}, *warmup(optimizer, options.warmup_steps)]
+        return [optimizer], schedulers
 
 
 class EntityDetectorModule(DetrModule):
@@ -230,8 +153,6 @@ class EntityDetectorModule(DetrModule):
 
     def validation_step(self, batch: GraphBatch) -> None:
         self.log_found(self.detect(batch)[1], batch)
-
-    test_step = validation_step
 
     def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
         """Return what `DetectionWriter` reads, a dict for each image of the batch: every query with its best class."""

@@ -7,10 +7,10 @@ from torch import Tensor
 from sgalign.data import SeenBatch
 from sgalign.models import FrequencyBaseline, Prediction
 from sgalign.training.options import Options
-from sgalign.training.relation import RelationModule
+from sgalign.training.pairs import PairModule
 
 
-class FrequencyModule(RelationModule):
+class FrequencyModule(PairModule):
     """The frequency baseline: nothing to train, so `sgalign test --model FrequencyModule` is all it takes."""
 
     network: FrequencyBaseline

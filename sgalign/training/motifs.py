@@ -11,13 +11,14 @@ from torch.nn import functional
 
 from sgalign.data import GraphBatch, SeenBatch, read_word_vectors
 from sgalign.models import Motifs, Prediction
+from sgalign.training.base import warmup
 from sgalign.training.longtail import RelationLoss
 from sgalign.training.options import MotifsOptions
-from sgalign.training.relation import RelationModule
-from sgalign.training.vision import BoxVision, CachedVision, make_vision
+from sgalign.training.pairs import PairModule
+from sgalign.training.vision import CachedVision, Vision, make_vision
 
 
-class MotifsModule(RelationModule):
+class MotifsModule(PairModule):
     """Neural Motifs: the mean cross-entropy over pairs, and over objects where classes are decoded.
 
     Args:
@@ -27,7 +28,7 @@ class MotifsModule(RelationModule):
     options: MotifsOptions
     options_type = MotifsOptions
     network: Motifs
-    vision: BoxVision
+    vision: Vision
 
     def __init__(self, **options: Any) -> None:
         super().__init__(MotifsOptions(**options))
@@ -147,10 +148,7 @@ class MotifsModule(RelationModule):
 
     def configure_optimizers(self) -> Any:
         options, optimizer = self.options, self.make_optimizer()
-        schedulers: list[dict[str, Any]] = []
-        if options.warmup_steps:
-            warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=options.warmup_steps)
-            schedulers.append({"scheduler": warmup, "interval": "step"})
+        schedulers = warmup(optimizer, options.warmup_steps)
         if options.optimizer == "sgd":
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 optimizer, mode="max", factor=0.1, patience=2, threshold=1e-3, threshold_mode="abs"

@@ -1,18 +1,26 @@
 """Options of the modules: dataclasses that check themselves.
 
-A module takes them as plain arguments and hands them on, `super().__init__(XOptions(**options))`: from that the command
-line finds their names, types, defaults and help texts.
+A module takes them as plain arguments and makes them in its `__init__`, in a call of a parent's: the command line
+follows that call, and finds names, types, defaults and help texts of the options. It has one of two forms:
+
+- `super().__init__(XOptions(**options))`, where the parent takes options as they are made;
+- `Grandparent.__init__(self, XOptions(**options))`, where the parent, such as `MotifsModule` for `AlignMotifsModule`,
+  would make options of its own, which know fewer of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from sgalign.errors import InputError
+from sgalign.models.entity_detector import Backbone
+from sgalign.models.graph_assembly import PAIRS
 from sgalign.training.longtail import PredicateWeights
 
 VISIONS = {"predcls": ("none", "cached", "images"), "sgcls": ("cached", "images"), "sgdet": ("images",)}
+ALIGNED = ("predicates", "subjects", "objects", "boxes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,24 @@ class FasterRCNNOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, self, "min_size", "max_size", "head_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorOptions(FasterRCNNOptions):
+    """Options of the Faster R-CNN and of its training.
+
+    Args:
+        weights: of `Detector.load_weights`, read when training starts; None starts from scratch, and then batch
+            normalisation is trained too.
+        learning_rate: of Adam. Another optimizer: ``--optimizer`` of the command line.
+    """
+
+    weights: str | None = None
+    learning_rate: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_learning_rate(self, "learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +135,115 @@ class MotifsOptions(FasterRCNNOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetrOptions(Options):
+    """Options of DETR and of its training; the defaults are those of DETR trained by itself.
+
+    Args:
+        backbone: "resnet10" is a small one for experiments.
+        stride: of the feature map in pixels, 32 as published, or 16 by leaving out the backbone's last stage.
+        dim: channels of the transformer, and of SGTR's encoder and decoder.
+        heads: attention heads in all of them.
+        ffn_dim: channels of the feed-forward layers in all of them.
+        dropout: in all of them, of attention weights too.
+        entity_layers: layers of DETR's encoder, and of its decoder.
+        entity_queries: objects that DETR finds in an image.
+        detector_weights: as `weights` of `EntityDetector`, or a checkpoint of `EntityDetectorModule` or of SGTR. Read
+            when the network is made, because they tell its sizes; not where a checkpoint of this module is loaded.
+            SGTR's heads of subjects and objects start as the detector's.
+        frozen: parts of the detector that are not trained: "backbone", "encoder", "decoder". With a frozen decoder
+            nothing that is learned about relations changes what relations read of the detector. Input projection,
+            queries and heads are still trained then, as in the public code; "detector", for SGTR, is all of it, and
+            the cheapest.
+        entity_loss_weights: of the detector's classes, box L1 and box generalised IoU, in all its layers.
+        short_sides: of training images in pixels, one drawn for each step; test images have the last one.
+        long_side: of images in pixels, at most.
+        flip: probability of mirroring a training image; predicates of "left" and "right" are exchanged.
+        learning_rate: of AdamW with a weight decay of 1e-4.
+        backbone_learning_rate: of the backbone.
+        warmup_steps: over which the learning rate grows from a tenth.
+        learning_rate_drops: steps at which it falls to a tenth.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("backbone", "encoder", "decoder")  # what can be frozen
+
+    backbone: Backbone = "resnet101"
+    stride: Literal[16, 32] = 32
+    dim: int = 256
+    heads: int = 8
+    ffn_dim: int = 2048
+    dropout: float = 0.1
+    entity_layers: int = 6
+    entity_queries: int = 100
+    detector_weights: str | None = None
+    frozen: Sequence[str] = ()
+    entity_loss_weights: tuple[float, float, float] = (1.0, 5.0, 2.0)
+    short_sides: Sequence[int] = (480, 500, 520, 540, 560, 580, 600)
+    long_side: int = 1000
+    flip: float = 0.5
+    learning_rate: float = 1e-4
+    backbone_learning_rate: float = 1e-5
+    warmup_steps: int = 100
+    learning_rate_drops: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in self.frozen:
+            check_choice("frozen", part, self.parts)
+        check_at_least(1, self, "dim", "heads", "ffn_dim", "entity_layers", "entity_queries")
+        check_at_least(0, self, "warmup_steps")
+        check_learning_rate(self, "learning_rate")
+        check_learning_rate(self, "backbone_learning_rate")
+        if self.dim % 4 or self.dim % self.heads:
+            raise InputError(f"dim must be a multiple of 4 and of heads, got {self.dim} and {self.heads}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
+        if len(self.entity_loss_weights) != 3:
+            weights = list(self.entity_loss_weights)
+            raise InputError(f"entity_loss_weights must be three, of classes, boxes and overlaps, got {weights}")
+        if not self.short_sides or min(self.short_sides) < 32 or self.long_side < max(self.short_sides):
+            raise InputError(
+                "short_sides must be at least 32 and at most long_side, "
+                f"got {list(self.short_sides)} and {self.long_side}"
+            )
+        if not 0 <= self.flip <= 1:
+            raise InputError(f"flip must be in [0, 1], got {self.flip}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGTROptions(DetrOptions):
+    """Options of SGTR and of its training, besides those of DETR.
+
+    Args:
+        protocol: "sgdet"; or "predcls", where the annotated boxes and classes take the place of the detected entities
+            when graphs are assembled, in training too.
+        encoder_layers: layers of the predicate encoder.
+        layers: layers of the structural decoder.
+        queries: relations that the decoder looks for in an image.
+        focal: predicates are trained by a focal loss, as for Visual Genome; otherwise by cross-entropy.
+        distinct_matching: as `distinct` of `sgalign.models.graph_assembly.match`; false as in the public code.
+        pairs: of entities that a query and predicate may join at evaluation, best first.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = (*DetrOptions.parts, "detector")
+
+    protocol: Literal["sgdet", "predcls"] = "sgdet"
+    encoder_layers: int = 3
+    layers: int = 6
+    queries: int = 180
+    focal: bool = True
+    distinct_matching: bool = False
+    pairs: int = PAIRS
+    entity_loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    learning_rate: float = 8e-5
+    backbone_learning_rate: float = 8e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, self, "layers", "queries", "pairs")
+        check_at_least(0, self, "encoder_layers")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MirrorOptions(Options):
     """Options of the mirrored branch that Align-Motifs and Align-SGTR share (Xu, Liao, Sigal, WACV 2024).
 
@@ -132,17 +267,55 @@ class MirrorOptions(Options):
         check_at_least(0, self, "alignment_weight")
 
 
+@dataclass(frozen=True, kw_only=True)
+class AlignMotifsOptions(MotifsOptions, MirrorOptions):
+    """Options of Motifs, of its mirror, and of how both are aligned.
+
+    Args:
+        mask_granularity: "row" masks whole objects, "feature" single numbers of them.
+        tied_head: the mirror has the supervised head instead of its own.
+        supervise_mirror: adds the supervised loss of the mirror's logits.
+    """
+
+    mask_granularity: Literal["row", "feature"] = "row"
+    tied_head: bool = False
+    supervise_mirror: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignSGTROptions(SGTROptions, MirrorOptions):
+    """Options of SGTR, of its mirror, and of how both are aligned.
+
+    Args:
+        aligned: of "predicates", "subjects", "objects" (their classes) and "boxes".
+        tied_heads: the mirror has the supervised class heads instead of its own.
+    """
+
+    aligned: Sequence[str] = ("predicates", "subjects", "objects")
+    tied_heads: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in self.aligned:
+            check_choice("aligned", part, ALIGNED)
+        if not self.aligned:
+            raise InputError("aligned must have at least one part, got none")
+
+
 def check_choice(name: str, choice: Any, choices: tuple[Any, ...]) -> None:
+    """Raise an error unless an option is one of its choices."""
     if choice not in choices:
         raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, got {choice!r}")
 
 
 def check_at_least(least: int, options: Options, *names: str) -> None:
+    """Raise an error unless the options of these names are finite and at least `least`."""
     for name in names:
         if not least <= getattr(options, name) < float("inf"):
             raise InputError(f"{name} must be at least {least} and finite, got {getattr(options, name)}")
 
 
 def check_learning_rate(options: Options, name: str) -> None:
+    """Raise an error unless the option of this name is finite and above 0."""
     if not 0 < getattr(options, name) < float("inf"):
         raise InputError(f"{name} must be above 0 and finite, got {getattr(options, name)}")

@@ -1,9 +1,6 @@
-"""What a training step draws: pairs of objects, as Scene-Graph-Benchmark samples them, and the seed that it has."""
+"""The pairs of objects that a training step draws, as Scene-Graph-Benchmark samples them."""
 
 from __future__ import annotations
-
-import hashlib
-import struct
 
 import torch
 from torch import Tensor
@@ -98,13 +95,3 @@ def match_detections(
     kept = sample_pairs(is_foreground, images, limit=limit, positive_fraction=positive_fraction, generator=generator)
     pairs = pairs[kept]
     return pairs, target_distribution(targets[pairs[:, 0], pairs[:, 1]]), labels
-
-
-def step_seed(run_seed: int, step: int, micro_batch: int, rank: int, *, purpose: str = "mask") -> int:
-    """Return a seed in the range of int64 for what one step draws; any change of an argument gives an unrelated one.
-
-    Of explicit arguments rather than of torch's generator, so that ranks differ and a resumed run repeats.
-    """
-    packed = struct.pack("<4q", *(value % (1 << 64) - (1 << 63) for value in (run_seed, step, micro_batch, rank)))
-    digest = hashlib.blake2b(packed, digest_size=8, person=b"" if purpose == "mask" else purpose.encode())
-    return int.from_bytes(digest.digest(), "little", signed=True)

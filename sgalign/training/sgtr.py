@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,45 +11,11 @@ from torchvision.ops import box_convert
 
 from sgalign.data import GraphBatch
 from sgalign.models.entity_detector import DetectedEntities
-from sgalign.models.graph_assembly import PAIRS, Entities, assemble, match, relation_losses
+from sgalign.models.graph_assembly import Entities, assemble, match, relation_losses
 from sgalign.models.sgtr import SGTR, RelationOutputs
-from sgalign.training.detr import DetrModule, DetrOptions, found_objects
-from sgalign.training.options import check_at_least
-from sgalign.training.relation import RelationModule
-
-
-@dataclass(frozen=True, kw_only=True)
-class SGTROptions(DetrOptions):
-    """Options of SGTR and of its training, besides those of DETR.
-
-    Args:
-        protocol: "sgdet"; or "predcls", where the annotated boxes and classes take the place of the detected entities
-            when graphs are assembled, in training too.
-        encoder_layers: layers of the predicate encoder.
-        layers: layers of the structural decoder.
-        queries: relations that the decoder looks for in an image.
-        focal: predicates are trained by a focal loss, as for Visual Genome; otherwise by cross-entropy.
-        distinct_matching: as `distinct` of `sgalign.models.graph_assembly.match`; false as in the public code.
-        pairs: of entities that a query and predicate may join at evaluation, best first.
-    """
-
-    parts: ClassVar[tuple[str, ...]] = (*DetrOptions.parts, "detector")
-
-    protocol: Literal["sgdet", "predcls"] = "sgdet"
-    encoder_layers: int = 3
-    layers: int = 6
-    queries: int = 180
-    focal: bool = True
-    distinct_matching: bool = False
-    pairs: int = PAIRS
-    entity_loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    learning_rate: float = 8e-5
-    backbone_learning_rate: float = 8e-6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(1, self, "layers", "queries", "pairs")
-        check_at_least(0, self, "encoder_layers")
+from sgalign.training.detr import DetrModule, found_objects
+from sgalign.training.evaluation import RelationModule
+from sgalign.training.options import SGTROptions
 
 
 class SGTRModule(DetrModule, RelationModule):
@@ -100,8 +65,6 @@ class SGTRModule(DetrModule, RelationModule):
         pixels, entities = self.detect(batch)
         self.log_found(entities, batch)
         self.recall.update(self._graphs(batch, pixels, entities), batch.truth)
-
-    test_step = validation_step
 
     def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
         return self._graphs(batch, *self.detect(batch))

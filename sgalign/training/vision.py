@@ -15,8 +15,8 @@ from sgalign.training.options import MotifsOptions
 from sgalign.training.sampling import match_detections, sample_pairs
 
 
-class BoxVision(nn.Module):
-    """Nothing but boxes and classes (`vision: none`), and the base of the others.
+class Vision(nn.Module):
+    """A way to look at a batch; subclasses say what is seen in `forward`.
 
     Args:
         options: of Motifs.
@@ -35,7 +35,7 @@ class BoxVision(nn.Module):
         Args:
             generator: on the CPU; the pairs that training draws depend on it alone.
         """
-        return SeenBatch(self.sample(batch, generator))
+        raise NotImplementedError(f"{type(self).__name__} must override forward")
 
     def sample(self, batch: GraphBatch, generator: torch.Generator) -> GraphBatch:
         """Return the batch with `relations_per_image` pairs in training, with all of them at evaluation."""
@@ -50,7 +50,14 @@ class BoxVision(nn.Module):
         return batch if len(rows) == len(batch.pairs) else batch.keep_pairs(rows)
 
 
-class CachedVision(BoxVision):
+class BoxVision(Vision):
+    """Nothing but boxes and classes (`vision: none`)."""
+
+    def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
+        return SeenBatch(self.sample(batch, generator))
+
+
+class CachedVision(Vision):
     """Features that `sgalign cache-features` wrote (`vision: cached`)."""
 
     source: str | None = None  # `FeatureCache.source` of what the model was trained on
@@ -73,7 +80,7 @@ class CachedVision(BoxVision):
         return SeenBatch(batch, batch.features)
 
 
-class ImageVision(BoxVision):
+class ImageVision(Vision):
     """A detector, which is not trained, and extractors of the relation head, which are (`vision: images`).
 
     Under PredCls the detector's backbone alone is used: boxes and classes are given.
@@ -179,7 +186,7 @@ class DetectingVision(ImageVision):
 def with_detections(batch: GraphBatch, found: Sequence[ObjectDetections]) -> GraphBatch:
     """Return the batch with the objects found in each image instead of the annotated ones, and all pairs of them.
 
-    No pair has a target.
+    No pair has a target, and features of the annotated objects are dropped.
     """
     objects = Objects.of(torch.tensor([len(image.boxes) for image in found], device=batch.boxes.device))
     return batch._replace(
@@ -191,10 +198,11 @@ def with_detections(batch: GraphBatch, found: Sequence[ObjectDetections]) -> Gra
         scores=torch.cat([image.scores for image in found]),
         pairs=objects.pairs,
         targets=batch.targets.new_zeros(len(objects.pairs), batch.targets.shape[1]),
+        features=None,
     )
 
 
-def make_vision(options: MotifsOptions, num_classes: int) -> BoxVision:
+def make_vision(options: MotifsOptions, num_classes: int) -> Vision:
     """Return the vision that the options choose.
 
     Args:

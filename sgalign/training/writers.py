@@ -15,7 +15,7 @@ from sgalign.data.predictions import PredictionFile
 from sgalign.errors import InputError
 from sgalign.files import check_writable, write_json, written_whole
 from sgalign.metrics.matching import rank_triplets
-from sgalign.training.relation import RelationModule
+from sgalign.training.evaluation import RelationModule
 
 
 class FileWriter(BasePredictionWriter):

@@ -1,0 +1,71 @@
+"""Evaluation of all systems that relate objects, by recall."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sgalign.data import GraphBatch
+from sgalign.errors import InputError
+from sgalign.metrics import SceneGraphEvaluator
+from sgalign.training.base import SavedModule
+
+
+class RelationModule(SavedModule):
+    """A module that predicts scene graphs: it is evaluated by their recall, and predicts what the writers write.
+
+    Subclasses say what they predict for a batch (`predictions`).
+    """
+
+    recall: SceneGraphEvaluator
+
+    @property
+    def protocol(self) -> str:
+        """Return what the model is told and what it predicts: one of `sgalign.metrics.PROTOCOLS`."""
+        return "predcls"
+
+    @property
+    def looks_at_images(self) -> bool:
+        """Return True if batches must have their images' pixels."""
+        return False
+
+    def setup(self, stage: str) -> None:
+        if self.protocol == "sgdet" and self.data.detections is not None:
+            raise InputError("data must have no detections for protocol sgdet: the model finds objects itself")
+        super().setup(stage)
+
+    def on_validation_epoch_start(self) -> None:
+        self.recall = self._evaluator(self.protocol, self.data.zero_shot_validation)
+
+    def on_test_epoch_start(self) -> None:
+        protocol = self.protocol if self.data.detections is None else "sgdet"
+        self.recall = self._evaluator(protocol, self.data.zero_shot_test)
+
+    def _evaluator(self, protocol: str, zero_shot: Tensor) -> SceneGraphEvaluator:
+        evaluator = SceneGraphEvaluator(
+            protocol,
+            len(self.predicate_names) - 1,
+            zero_shot=zero_shot,
+            groups=self.data.predicate_groups,
+            predicate_names=self.predicate_names,
+        )
+        return evaluator.to(self.device)
+
+    def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
+        """Return what `SceneGraphEvaluator` and `TripletWriter` read, a dict for each image of the batch."""
+        raise NotImplementedError(f"{type(self).__name__} must override predictions")
+
+    def validation_step(self, batch: GraphBatch) -> None:
+        self.recall.update(self.predictions(batch), batch.truth)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.recall.compute().items():
+            if name.partition("/")[2] not in self.predicate_names:
+                self.log(f"{self.part}/{name}", value.float(), prog_bar=name in ("R@50", "mR@50"), sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+    def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
+        return self.predictions(batch)
