@@ -49,7 +49,15 @@ class _Best(Callback):
 
 
 def run(root: str | None, arm: studies.Arm, seed: int, epochs: int, path: Path) -> Run:
-    """Trains one arm with one seed and writes what its best epoch reaches to `path`, which appears when complete."""
+    """Return what the best epoch of an arm reaches when it is trained with a seed, and write it.
+
+    Args:
+        root: folder of a data set; None for the generated scenes.
+        arm: of a study.
+        seed: of weights, masks and the order of images.
+        epochs: of the training.
+        path: of the run's file, which appears when it is complete.
+    """
     warnings.filterwarnings("ignore", module="lightning.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     check_writable(path)
@@ -109,20 +117,29 @@ def ranks(module: RelationModule, loader: DataLoader[GraphBatch]) -> list[list[i
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign ablate", description=__doc__)
     parser.add_argument(
-        "study", nargs="+", choices=studies.STUDIES, metavar="STUDY", help=f"of {', '.join(studies.STUDIES)}"
+        "study",
+        nargs="+",
+        choices=studies.STUDIES,
+        metavar="STUDY",
+        help=f"what to study: {', '.join(studies.STUDIES)}",
     )
-    parser.add_argument("--data", metavar="FOLDER", help="a data set; without it, the generated scenes")
-    parser.add_argument("--seeds", type=int, default=4, metavar="N", help="runs a row (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=studies.EPOCHS, help="of each training (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for results; a second call goes on")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: %(default)s)")
+    add = parser.add_argument
+    add("--data", metavar="FOLDER", help="folder of a data set (default: the generated scenes)")
+    add("--seeds", type=int, default=4, metavar="N", help="seeds for each row of a table (default: %(default)s)")
+    add("--epochs", type=int, default=studies.EPOCHS, metavar="N", help="epochs of each run (default: %(default)s)")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="for results; runs that are there are not done again")
+    add("--jobs", type=int, default=1, metavar="N", help="how many runs to do at the same time (default: %(default)s)")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`sgalign ablate STUDY --out FOLDER`: whatever run is not in the folder yet is done; then come the tables."""
+    """Run `sgalign ablate STUDY --out FOLDER`; return the exit code.
+
+    Runs that are in the folder already are not done again. After the last come the tables.
+    """
     options = parser().parse_args(arguments)
     for name in ("seeds", "jobs", "epochs"):
         if (value := getattr(options, name)) < 1:
@@ -147,6 +164,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _results(tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[tuple[studies.Arm, Run]]:
+    """Yield each run with its arm, as they are done; `tasks` are arguments of `run`."""
     if jobs == 1:
         yield from ((task[1], run(*task)) for task in tasks)
         return

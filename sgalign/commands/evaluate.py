@@ -33,6 +33,7 @@ EPILOG = "docs/evaluation.md has the format of the file, every rule, and what ea
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign evaluate", description=__doc__, epilog=EPILOG)
     parser.add_argument("predictions", type=Path, help="HDF5 or JSON file of predictions")
     parser.add_argument("--annotations", metavar="FOLDER", required=True, help="a data set: VRD, VG150 or COCO layout")
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`sgalign evaluate PREDICTIONS --annotations FOLDER --protocol PROTOCOL`."""
+    """Run `sgalign evaluate PREDICTIONS --annotations FOLDER --protocol PROTOCOL`; return the exit code."""
     options = parser().parse_args(arguments)
     special = options.protocol not in PROTOCOLS
     if special and (options.skip_missing or options.no_plus_one):
@@ -109,7 +110,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[SceneGraph]) -> Any:
-    """The evaluator of the command's options, with zero-shot triplets and groups as the data set's other parts tell."""
+    """Return the evaluator that the command's options ask for.
+
+    Zero-shot triplets and groups of predicates are those that the data set's other parts tell.
+
+    Args:
+        options: of `parser`.
+        dataset: the part that is evaluated.
+        graphs: its scene graphs.
+    """
     predicates = len(dataset.predicate_names) - 1
     if options.protocol == "open-images":
         return OpenImagesEvaluator(predicates, predicates_per_pair=options.predicates_per_pair)
@@ -146,7 +155,7 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
 
 
 def nothing() -> dict[str, Tensor]:
-    """The prediction for an image of which a file says nothing."""
+    """Return the prediction for an image of which a file says nothing: no objects, no triplets."""
     return {
         "boxes": torch.zeros(0, 4),
         "labels": torch.zeros(0, dtype=torch.int64),

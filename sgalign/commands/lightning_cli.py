@@ -26,6 +26,7 @@ class CLI(LightningCLI):
     checkpoint: dict[str, Any] | None = None
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse, and read the checkpoint before anything is made."""
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path not in (None, "last", "hpc", "registry"):  # words that Lightning resolves
@@ -33,6 +34,7 @@ class CLI(LightningCLI):
             self.checkpoint = read_checkpoint(path)
 
     def before_fit(self) -> None:
+        """Refuse to train what has nothing to train."""
         if isinstance(self.model, FrequencyModule):
             raise InputError("FrequencyModule has nothing to fit: sgalign test --model FrequencyModule is all")
         self._make_from_checkpoint()
@@ -49,9 +51,10 @@ class CLI(LightningCLI):
         self._make_from_checkpoint()
 
     def _parse_ckpt_path(self) -> None:
-        """Options are those given: Lightning's would silently replace them, and the model, by the checkpoint's."""
+        """Do nothing: Lightning's method would silently replace given options, and the model, by the checkpoint's."""
 
     def after_fit(self) -> None:
+        """Print where the checkpoints are."""
         for callback in self.trainer.checkpoint_callbacks:
             if path := getattr(callback, "best_model_path", ""):
                 rank_zero_info(f"checkpoint {path}")

@@ -11,16 +11,16 @@ from sgalign.files import check_writable
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`sgalign report FOLDER`."""
+    """Run `sgalign report FOLDER`; return the exit code."""
     parser = argparse.ArgumentParser("sgalign report", description=__doc__)
-    parser.add_argument("folder", type=Path, help="that sgalign ablate has written, or for a figure")
-    parser.add_argument(
-        "--study", nargs="+", choices=studies.STUDIES, metavar="STUDY", help="(default: those with a run of every row)"
-    )
-    parser.add_argument("--data", metavar="NAME", help="of the runs' settings, if there are several")
-    parser.add_argument("--epochs", type=int, metavar="N", help="of the runs, if there are several numbers")
-    parser.add_argument("--checkpoint", help="of Align-SGTR: draws what it attends to in --image instead")
-    parser.add_argument("--image", type=Path, help="a photograph")
+    add = parser.add_argument
+    add("folder", type=Path, help="folder that sgalign ablate has written; with --checkpoint, where the figure goes")
+    every = "(default: studies with a run of every row)"
+    add("--study", nargs="+", choices=studies.STUDIES, metavar="STUDY", help=f"what to table {every}")
+    add("--data", metavar="NAME", help="which data, where the runs are of several")
+    add("--epochs", type=int, metavar="N", help="which number of epochs, where the runs have several")
+    add("--checkpoint", metavar="FILE", help="draw what this Align-SGTR attends to in --image instead")
+    add("--image", type=Path, metavar="FILE", help="the photograph for --checkpoint")
     options = parser.parse_args(arguments)
     if (options.checkpoint is None) != (options.image is None):
         parser.error("--checkpoint and --image must be given together")

@@ -59,15 +59,23 @@ SEEN: dict[str, Any] = BALANCED | {"vision": "cached", "relation_dim": 256}
 
 
 def motifs(name: str = "Motifs", base: str = "", **options: Any) -> Arm:
+    """Return an arm of Motifs with these options."""
     return Arm(name, base, "MotifsModule", options, {})
 
 
 def align(name: str = "Align-Motifs", base: str = "Motifs", **options: Any) -> Arm:
+    """Return an arm of Align-Motifs with these options."""
     return Arm(name, base, "AlignMotifsModule", options, {})
 
 
 def _pairs(kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> list[Arm]:
-    """Motifs and Align-Motifs with the data and the options of each kind; Motifs is compared with that of the first."""
+    """Return arms of Motifs and Align-Motifs for each kind of data and options.
+
+    Align-Motifs is compared with Motifs of its kind, and Motifs with that of the first kind.
+
+    Args:
+        kinds: data and options of each, by name.
+    """
     arms: list[Arm] = []
     for kind, (data, options) in kinds.items():
         base = motifs(f"Motifs, {kind}", arms[0].name if arms else "", **options)
@@ -173,16 +181,21 @@ def settings(data: str, arm: Arm, epochs: int) -> dict[str, Any]:
     """Return the settings that tell runs apart, besides the seed. Arms of several studies share runs of equal settings.
 
     Args:
-        data: of `data_name`.
+        data: name of the data, of `data_name`.
+        arm: of any study.
+        epochs: of the training.
     """
     defaults = dataclasses.asdict(MODULES[arm.module].options_type())
     return {"module": arm.module, "data": data, "epochs": epochs, **defaults, **arm.options, **arm.data}
 
 
 def data_name(root: str | None) -> str:
-    """The folder's name and a digest of the annotations in it, which another data set of that name does not have.
+    """Return a name that other data do not have: the folder's, and a digest of the annotations in it.
 
     Cached features are told apart by the name of their folder alone.
+
+    Args:
+        root: the folder; None for the generated scenes.
     """
     if root is None:
         return "generated scenes"
@@ -197,11 +210,13 @@ def data_name(root: str | None) -> str:
 
 
 def tabulate(folder: Path, names: Sequence[str] | None, data: str | None, epochs: int | None) -> None:
-    """Tables and figures of studies into the folder of their runs.
+    """Write tables and figures of studies into the folder of their runs, and print the tables.
 
     Args:
+        folder: that `sgalign ablate` has written.
         names: of `STUDIES`; None for those with a run of every row.
-        data, epochs: of the runs' settings; None where the folder's runs have but one.
+        data: which data, of `data_name`; None where all runs are of the same.
+        epochs: how many; None where all runs have as many.
 
     Raises:
         FileNotFoundError: no study has runs.
@@ -233,7 +248,7 @@ def tabulate(folder: Path, names: Sequence[str] | None, data: str | None, epochs
 
 
 def _only(runs: Sequence[Run], name: str, wanted: Any) -> Any:
-    """The value of a setting that is asked for, or that all runs share."""
+    """Return the value of a setting that is wanted, or the one that all runs share."""
     there = {run["settings"].get(name) for run in runs}
     if wanted in there or (wanted is None and len(there) == 1):
         return wanted if wanted in there else there.pop()
@@ -242,7 +257,7 @@ def _only(runs: Sequence[Run], name: str, wanted: Any) -> Any:
 
 
 def runs_by_arm(runs: Sequence[Run], study: Study, data: str, epochs: int) -> dict[str, list[Run]]:
-    """The runs of a study by arm, in the study's order, seeds in order; no arms without runs."""
+    """Return the runs of a study by arm, both in the study's order, and by rising seed; no arms without runs."""
     arms = {}
     for arm in study.arms:
         of_arm = settings(data, arm, epochs)

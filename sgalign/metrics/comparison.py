@@ -22,7 +22,12 @@ SAMPLES = 2000
 
 
 def write_csv(path: Path, studies: dict[str, dict[str, list[Run]]]) -> None:
-    """One figure a line: study, arm, seed, part, epoch (of validation figures), metric, k, subset, value."""
+    """Write all runs' figures, one a line: study, arm, seed, part, epoch, metric, k, subset, value.
+
+    Args:
+        path: of the file, which appears when it is complete.
+        studies: the runs of each arm of each study.
+    """
     with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("study", "arm", "seed", "part", "epoch", "metric", "k", "of", "value"))
@@ -40,7 +45,14 @@ def write_csv(path: Path, studies: dict[str, dict[str, list[Run]]]) -> None:
 
 
 def table(bases: Mapping[str, str], arms: dict[str, list[Run]]) -> list[str]:
-    """Markdown: mean and standard deviation over seeds in percent, then differences to bases with intervals."""
+    """Return two tables in Markdown, a line an element: what arms reach, and how they differ from their bases.
+
+    The first has means and standard deviations over seeds in percent, the second differences with their intervals.
+
+    Args:
+        bases: the base of each arm of the study, empty for none.
+        arms: the runs of each arm that has some.
+    """
     lines = [
         "| | seeds | validation mR@50 | " + " | ".join(f"test {column}" for column in COLUMNS) + " |",
         "|" + "---|" * (len(COLUMNS) + 3),
@@ -73,6 +85,7 @@ def _compared(bases: Mapping[str, str], arms: Mapping[str, Sequence[Run]]) -> di
 
 
 def spread(values: Sequence[float]) -> str:
+    """Return mean and standard deviation of fractions in percent, as text; a dash where there are none."""
     if not values:
         return "–"
     deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -80,10 +93,10 @@ def spread(values: Sequence[float]) -> str:
 
 
 def paired_difference(runs: Sequence[Run], base: Sequence[Run], metric: str, k: int) -> tuple[float, float, float]:
-    """The mean difference of runs with the same seeds, and its 95 % bootstrap interval over test images and seeds.
+    """Return the mean difference of runs with the same seeds, and both ends of its 95 % bootstrap interval.
 
-    Images and seeds are drawn with replacement, the same ones for both. With few seeds the interval is somewhat too
-    narrow: S seeds show (S - 1) / S of their variance.
+    Test images and seeds are drawn with replacement, the same ones for both. With few seeds the interval is somewhat
+    too narrow: S seeds show (S - 1) / S of their variance.
 
     Args:
         runs, base: of `read_runs`; those with a seed in common count.
@@ -122,7 +135,7 @@ def paired_difference(runs: Sequence[Run], base: Sequence[Run], metric: str, k: 
 
 
 def _units(run: Run, metric: str) -> tuple[Tensor, Tensor]:
-    """Image and predicate of what a metric averages: images (predicate 0), or the predicates of each image."""
+    """Return image and predicate of what a metric averages: images (predicate 0), or the predicates of each image."""
     units = [
         (image, predicate)
         for image, predicates in enumerate(run["predicates"])
@@ -133,7 +146,7 @@ def _units(run: Run, metric: str) -> tuple[Tensor, Tensor]:
 
 
 def _recalls(run: Run, metric: str, k: int) -> Tensor:
-    """Recall of each of `_units`: float64."""
+    """Return the recall of each of `_units`: float64."""
     recalls = []
     for predicates, ranks in zip(run["predicates"], run["ranks"], strict=True):
         found: dict[int, list[bool]] = {}
@@ -144,7 +157,12 @@ def _recalls(run: Run, metric: str, k: int) -> Tensor:
 
 
 def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
-    """Validation recall by epoch, mean over seeds, and the range of the first arm's seeds."""
+    """Draw validation recall by epoch, mean over seeds, and the range of the first arm's seeds.
+
+    Args:
+        path: of the picture.
+        arms: the runs of each arm.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -164,7 +182,12 @@ def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
 
 
 def draw_predicates(path: Path, bases: Mapping[str, str], arms: dict[str, list[Run]]) -> None:
-    """Draw each arm minus its base, R@100 by predicate (the supplement's Figure 2): mean over seeds, dots are seeds."""
+    """Draw each arm minus its base, R@100 by predicate (the supplement's Figure 2): mean over seeds, dots are seeds.
+
+    Args:
+        path: of the picture.
+        bases, arms: as for `table`.
+    """
     from matplotlib.figure import Figure
 
     groups: dict[str, list[str]] = next(iter(arms.values()))[0]["groups"]

@@ -1,4 +1,4 @@
-"""The figures of an evaluator by name, and as a table."""
+"""What an evaluator computes, by name, as a table of text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Mapping
 
 
 def table(figures: Mapping[str, float]) -> str:
-    """Figures in percent, a line a metric, a column a K; groups, but no single predicates; then what has no K."""
+    """Return a table in percent, a line a metric, a column a K; then what has no K. Single predicates are left out.
+
+    Args:
+        figures: of an evaluator's `compute`, fractions by name.
+    """
     rows: dict[str, dict[int, float]] = {}
     plain = {}
     for name, value in figures.items():
@@ -24,7 +28,10 @@ def table(figures: Mapping[str, float]) -> str:
 
 
 def split_name(name: str) -> tuple[str, int | None, str]:
-    """Metric, K and subset of a figure's name: of "mR@50/head" they are "mR", 50 and "head"."""
+    """Return metric, K and subset of a figure's name: of "mR@50/head" they are "mR", 50 and "head".
+
+    K is None and the subset empty where the name has none.
+    """
     name, _, of = name.partition("/")
     metric, _, k = name.partition("@")
     return metric, int(k) if k else None, of

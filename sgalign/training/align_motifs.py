@@ -38,6 +38,7 @@ class AlignMotifsModule(MotifsModule):
         self.mirrored_head = self.network.predicate if self.options.tied_head else self.network.new_predicate_head()
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss to minimise, and its parts by name, the alignment before its weight."""
         options = self.options
         seen, prediction, mirrored_logits = self.both_branches(batch, batch_index, self.mirrored_head)
         loss, parts = self.supervised_loss(prediction, seen.graph)
@@ -61,7 +62,7 @@ class AlignMotifsModule(MotifsModule):
 
     @property
     def mask_ratio(self) -> float:
-        """The probability of masking in this step."""
+        """Return the probability of masking in this step."""
         return self.options.mask_ratio
 
     def draw_mask(self, batch: GraphBatch, batch_index: int) -> Tensor:

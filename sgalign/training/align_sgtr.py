@@ -43,6 +43,7 @@ class AlignSGTRModule(SGTRModule):
             self.mirrored_class.requires_grad_(not aligned.isdisjoint({"subjects", "objects"}))
 
     def decode(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
+        """Return what the supervised branch predicts, and the weighted losses that align the mirror, by name."""
         mask = MirrorMask(self.options.mask_ratio, self.step_seed(batch_index))
         outputs, mirrored = self.network.dual_branch(entities, (self.mirrored_predicate, self.mirrored_class), mask)
         parts = self.alignment(outputs.at(-1), mirrored)

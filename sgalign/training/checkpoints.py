@@ -32,6 +32,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place first, so that a full disk or a kill leaves the one before as it was."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint to a path, or as Lightning does to an address with `://`."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return

@@ -40,6 +40,7 @@ class MaskedMotifsModule(PredClsControl):
         MotifsModule.make_network(self, counts)  # AlignMotifsModule's would make a head that has no gradient
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the supervised loss of what the mirror predicts, and the same by name."""
         seen, _, masked_logits = self.both_branches(batch, batch_index, self.network.predicate)
         loss, labelled = self.relation_loss(masked_logits, seen.graph.targets)
         loss = loss * self.share(labelled)
@@ -59,6 +60,7 @@ class AveragedTeacherModule(PredClsControl):
         self.teacher = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss to minimise, and its parts by name, the alignment before its weight."""
         seen, prediction, mirrored_logits = self.both_branches(batch, batch_index, self.mirrored_head)
         teacher = self.teacher.eval()(seen).logits
         loss, parts = self.supervised_loss(prediction, seen.graph)
@@ -66,6 +68,7 @@ class AveragedTeacherModule(PredClsControl):
         return loss + self.options.alignment_weight * parts["alignment"], parts
 
     def on_train_batch_end(self, *args: Any) -> None:
+        """Take the step's weights into the average."""
         self.teacher.update_parameters(self.network)
 
 
@@ -74,4 +77,5 @@ class GrowingMaskModule(AlignMotifsModule):
 
     @property
     def mask_ratio(self) -> float:
+        """Return the probability of masking in this step."""
         return self.options.mask_ratio * self.global_step / self.trainer.estimated_stepping_batches

@@ -96,30 +96,33 @@ class SceneGraphData(pl.LightningDataModule):
 
     @cached_property
     def train(self) -> list[SceneGraph]:
+        """Return the training part, without images that have no related pair."""
         return self._read("train")
 
     @cached_property
     def validation(self) -> list[SceneGraph]:
+        """Return the validation part."""
         return self._read("validation")
 
     @cached_property
     def test(self) -> list[SceneGraph]:
+        """Return the test part."""
         return self._read("test")
 
     @cached_property
     def predicate_groups(self) -> dict[str, list[int]]:
-        """The predicates of head, body and tail, by the training part or by the data set's authors."""
+        """Return the predicates of head, body and tail, by the training part or by the data set's authors."""
         counts = count_predicates(self.train, len(self.predicate_names) - 1)
         return predicate_groups(self.predicate_names, counts[1:])
 
     @cached_property
     def zero_shot_validation(self) -> Tensor:
-        """The class triplets of the validation part that training does not show, as `zero_shot_triplets`."""
+        """Return the class triplets of the validation part that training does not show, as `zero_shot_triplets`."""
         return zero_shot_triplets(self.train, self.validation)
 
     @cached_property
     def zero_shot_test(self) -> Tensor:
-        """The class triplets of the test part that neither of the others shows."""
+        """Return the class triplets of the test part that neither of the others shows."""
         return zero_shot_triplets([*self.train, *self.validation], self.test)
 
     def _open(self, split: Split) -> Any:
@@ -143,6 +146,7 @@ class SceneGraphData(pl.LightningDataModule):
         return graphs
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
+        """Return batches of the training part, in an order of seed and epoch, from where the run goes on."""
         if not self.train:
             raise InputError(f"{self.name}: no training image has a relation between two objects, nothing to fit")
         # A sampler for several processes also where there is one: Lightning tells it the epoch, but not before workers
@@ -158,9 +162,11 @@ class SceneGraphData(pl.LightningDataModule):
 
     @cached_property
     def repeat_factors(self) -> Tensor:
+        """Return how often images with each predicate are seen in an epoch, by `repeat_threshold`."""
         return repeat_factors(self.train, len(self.predicate_names) - 1, self.repeat_threshold)
 
     def on_after_batch_transfer(self, batch: GraphBatch, dataloader_idx: int) -> GraphBatch:
+        """Return the batch, in training without the labels that `instance_drop` drops."""
         if not self.instance_drop or self.trainer is None or not self.trainer.training:
             return batch
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
@@ -169,9 +175,11 @@ class SceneGraphData(pl.LightningDataModule):
         return drop_repeated(batch, self.repeat_factors, self.instance_drop, generator)
 
     def val_dataloader(self) -> DataLoader[GraphBatch]:
+        """Return batches of this process's share of the validation part."""
         return self._loader(self.validation, sampler=self._shard(self.validation))
 
     def test_dataloader(self) -> DataLoader[GraphBatch]:
+        """Return batches of this process's share of the test part, with given detections where there are some."""
         ids = [graph.image_id for graph in self.test]
         if self.detections is not None and ids and self.detections.keys().isdisjoint(ids):
             raise InputError(f"detections must be of images of the test part, such as {ids[0]!r}; none is")
@@ -222,6 +230,7 @@ class TrainingLoader(DataLoader[GraphBatch]):
     trainer: pl.Trainer  # knows what was trained on, where workers may have fetched more
 
     def state_dict(self) -> dict[str, int]:
+        """Return the place in the epoch, in batches that were trained on."""
         if not isinstance(self.sampler, RepeatSampler):  # Lightning's, for overfit_batches
             return {}
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
@@ -230,6 +239,7 @@ class TrainingLoader(DataLoader[GraphBatch]):
         return {"epoch": epoch, "batches": batches, "images": self.batch_size * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a place of `state_dict`."""
         if not state or not isinstance(self.sampler, RepeatSampler):
             return
         if state["batches"] and state["images"] != (images := self.batch_size * self.sampler.num_replicas):

@@ -86,6 +86,7 @@ class MotifsModule(PairModule):
             self.vision.read_from(checkpoint["sgalign"].get("features"))
 
     def see(self, batch: GraphBatch, batch_index: int = 0) -> SeenBatch:
+        """Return the batch as `vision` sees it, with drawn pairs in training."""
         generator = torch.Generator().manual_seed(self.step_seed(batch_index, purpose="samples"))
         return self.vision(batch, generator)
 
@@ -131,6 +132,7 @@ class MotifsModule(PairModule):
         return self.finite(loss, parts)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer that the options choose, with the learning rate for the batches of all processes."""
         options, rate = self.options, self.options.learning_rate
         if options.learning_rate_images is not None and self._trainer is not None:
             images = self.data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches

@@ -17,7 +17,7 @@ from sgalign.training.datamodule import SceneGraphData
 
 
 class ScarceData(SceneGraphData):
-    """A data set whose training part is made worse, the same way in every run.
+    """A data set whose training part is made worse, in the same way in every run.
 
     Args:
         root: of `SceneGraphData`.
@@ -70,6 +70,7 @@ class ScarceData(SceneGraphData):
                 self.train.append(replace(graphs[index], relations=relations))
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
+        """Return batches of the training part, with images without labels among the others where there are some."""
         if not self.train or not self.unlabelled:
             return super().train_dataloader()
         graphs = [*self.train, *self.unlabelled]

@@ -67,6 +67,7 @@ class SGTRModule(DetrModule, RelationModule):
         self.recall.update(self._graphs(batch, pixels, entities), batch.truth)
 
     def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
+        """Return what `SceneGraphEvaluator` reads, ready-made `triplets`, a dict for each image of the batch."""
         return self._graphs(batch, *self.detect(batch))
 
     def _graphs(self, batch: GraphBatch, pixels: list[Tensor], entities: DetectedEntities) -> list[dict[str, Any]]:

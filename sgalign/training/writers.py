@@ -137,11 +137,13 @@ class PredictionWriter(FileWriter):
 
 
 def check_one_process(trainer: pl.Trainer) -> None:
+    """Raise an error if the trainer has several processes."""
     if trainer.world_size > 1:
         raise InputError(f"trainer must predict in one process (--trainer.devices 1), got {trainer.world_size}")
 
 
 def check_relates(module: pl.LightningModule) -> None:
+    """Raise an error unless the module predicts scene graphs."""
     if not isinstance(module, RelationModule):
         raise InputError(
             f"{type(module).__name__} relates nothing: predict with a model that has it as detector_weights, or write "
