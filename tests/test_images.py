@@ -16,7 +16,7 @@ from torchvision.ops import box_iou, roi_align  # noqa: E402
 
 from sgalign.commands import main as cli  # noqa: E402
 from sgalign.commands.cache_features import cache_features  # noqa: E402
-from sgalign.data import SceneGraph, ScenesDataset, collate  # noqa: E402
+from sgalign.data import SceneGraph, ScenesDataset, VisualFeatures, collate  # noqa: E402
 from sgalign.data.batch import read_pixels  # noqa: E402
 from sgalign.data.features import FeatureCache  # noqa: E402
 from sgalign.data.images import image_size, load_image  # noqa: E402
@@ -109,6 +109,17 @@ def test_nothing_detected(detector, features):
     for image in detector.detect(features):
         assert image.boxes.shape == (0, 4) and image.boxes_per_class.shape == (0, CLASSES, 4)
     detector.box_score_threshold = 0.01
+
+
+def test_detections_take_the_place_of_annotated_objects_and_their_features(detector, features, scenes):
+    from sgalign.training.vision import with_detections
+
+    batch = collate(scenes, 20)
+    seen = VisualFeatures(torch.zeros(len(batch.labels), 16), torch.zeros(len(batch.pairs), 16))
+    found = detector.detect(features)
+    graph = with_detections(batch._replace(features=seen), found)
+    assert graph.features is None and graph.truth is batch.truth and not graph.targets.any()
+    assert graph.lengths.tolist() == [len(image.boxes) for image in found] and len(graph.boxes) == len(graph.scores)
 
 
 def test_given_boxes_are_classified(detector, features, scenes):

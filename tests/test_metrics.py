@@ -19,6 +19,7 @@ from sgalign.metrics import (  # noqa: E402
     predicate_groups,
     zero_shot_triplets,
 )
+from sgalign.metrics.matching import find_objects  # noqa: E402
 from sgalign.metrics.open_images import average_precision  # noqa: E402
 
 PREDICATES = 3
@@ -722,3 +723,12 @@ def test_missing_fields_and_images_are_refused():
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
         SceneGraphEvaluator(**({"protocol": "predcls", "num_predicates": PREDICATES} | arguments))
+
+
+def test_objects_are_found_by_a_box_of_their_class():
+    true_boxes = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
+    boxes = torch.tensor([[0.0, 0, 10, 5], [20, 0, 30, 4], [40, 0, 50, 10]])  # IoU of 0.5, 0.4 and 1
+    found = find_objects(boxes, torch.tensor([1, 2, 3]), true_boxes, torch.tensor([1, 2, 4]))
+    assert found.tolist() == [True, False, False]
+    assert find_objects(boxes[:0], torch.zeros(0).long(), true_boxes, torch.tensor([1, 2, 4])).tolist() == [False] * 3
+    assert find_objects(boxes, torch.tensor([1, 2, 3]), true_boxes[:0], torch.zeros(0).long()).shape == (0,)
