@@ -33,9 +33,9 @@ class Arm(NamedTuple):
     Attributes:
         name: of the row.
         base: name of the row that it is compared with; empty for none.
-        module: of `MODULES`.
-        options: of the module.
-        data: of `ScarceData`.
+        module: name of its class, of `MODULES`.
+        options: those that differ from the module's defaults.
+        data: arguments of `ScarceData` that differ from its defaults.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Arm(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Arms that are compared."""
+    """Arms that are compared, and what the comparison is called."""
 
     title: str
     arms: list[Arm]
