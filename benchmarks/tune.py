@@ -25,6 +25,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+try:
+    from benchmarks.measuring import graph_ms, relative_error, usable
+    from sgalign.files import written_whole
+except ModuleNotFoundError as error:
+    sys.exit(f"benchmarks.tune needs {error.name}: pip install '.[train,test]'")
+
 DEVICE = torch.device("cuda")
 KERNELS = ("forward", "query_gradient", "key_value_gradient")
 CHANNELS = (32, 64, 128, 256)
@@ -139,7 +145,6 @@ def problem(entry: Entry, plan: Plan, table: Any) -> str | None:
 
     In a worker's process it leaves the compiled kernels in Triton's cache.
     """
-    from benchmarks.measuring import usable
     from sgalign.kernels import configs
 
     if not usable():
@@ -158,8 +163,6 @@ def problem(entry: Entry, plan: Plan, table: Any) -> str | None:
 
 def differs(entry: Entry, expected: list[Tensor]) -> bool:
     """Return whether the kernel's result is another than the reference's, or not a number."""
-    from benchmarks.measuring import relative_error
-
     run, found = calls(entry, SHAPES[0])
     run()
     return not relative_error(found, expected) <= TOLERANCE[entry.bits]  # NaN too
@@ -167,7 +170,6 @@ def differs(entry: Entry, expected: list[Tensor]) -> bool:
 
 def times(entry: Entry, pool: Executor, expected: list[Tensor], plans: list[Plan]) -> dict[Plan, float]:
     """Return the milliseconds of the plans that can be used, the geometric mean of the shapes."""
-    from benchmarks.measuring import graph_ms
     from sgalign.kernels import configs
 
     found = {}
@@ -205,7 +207,6 @@ def reference_result(entry: Entry) -> list[Tensor]:
 
 def tune(entries: list[Entry], pool: Executor) -> None:
     """Find the best plan of each entry, and write the table after each."""
-    from benchmarks.measuring import usable
     from sgalign.kernels import configs
 
     for entry in entries:
@@ -229,7 +230,6 @@ def tune(entries: list[Entry], pool: Executor) -> None:
 
 def write_table(file: Path) -> None:
     """Write the table that `kernels.configs` reads, a line for what one bits and branches have."""
-    from sgalign.files import written_whole
     from sgalign.kernels import configs
 
     def members(entries: Iterable[tuple[str, str]], indent: str) -> str:

@@ -33,7 +33,7 @@ def pytest_runtest_logfinish() -> None:
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
-            pytest.exit(f"the device was lost: {error}", returncode=7)  # as benchmarks/gpu_report.py knows
+            pytest.exit(f"the device was lost: {error}", returncode=7)  # DEVICE_LOST in benchmarks/device_tests.py
 
 
 @pytest.fixture(scope="session")

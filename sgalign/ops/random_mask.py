@@ -1,4 +1,4 @@
-"""The random mask on its own, and the two numbers that define it: a 16-bit threshold and a 64-bit seed."""
+"""The random mask on its own, and what defines it: a threshold (0 to 65536), a 64-bit seed and a stream."""
 
 from __future__ import annotations
 
