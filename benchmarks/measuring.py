@@ -34,7 +34,7 @@ def graph_ms(calls: list[Callable[[], object]]) -> float:
 
 
 def call_ms(call: Callable[[], object]) -> float:
-    """Return the time of one of several calls in a row, as a training loop makes them.
+    """Return the time of one call, the median of runs of ten calls in a row, as a training loop makes them.
 
     Not `triton.testing.do_bench`: it empties the cache before each call, and its events leave out most of launching.
     """
@@ -86,7 +86,7 @@ def attempt(
 
 
 def known_contenders(before: Figures, shape: Sequence[int], dtype: str, backward: bool) -> Figures:
-    """Return what a run that was cut off has measured of a row."""
+    """Return the contenders that an earlier run, which was cut off, measured at this shape and dtype."""
     case = [*shape], dtype, backward
     rows = (row for row in before.get("rows", []) if ([*row["shape"]], row["dtype"], row["backward"]) == case)
     return next(rows, {"contenders": {}})["contenders"]
@@ -115,7 +115,7 @@ def sets_beyond_cache(mebibytes: float) -> int:
 
 def available() -> list[str]:
     """Return the names of the backends for GPUs that run here."""
-    return [name for name in backends.BACKENDS if name not in ("cpu", "reference") and not backends.unavailable(name)]
+    return [name for name in backends.ON_GPU if not backends.unavailable(name)]
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def relative_error(got: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 
 
 def checked(got: Callable[[], list[Tensor]], expected: Callable[[], list[Tensor]], dtype: str) -> Figures:
-    """Compare with float64 and poisoned memory before anything is timed."""
+    """Return the error of results that are computed in poisoned memory, against float64, and whether it is allowed."""
     with poisoned():
         found = got()
     error = relative_error(found, expected())
@@ -151,9 +151,9 @@ def checked(got: Callable[[], list[Tensor]], expected: Callable[[], list[Tensor]
 
 
 def differentiated(contender: Callable[..., Iterable[Tensor]], tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """Return a call of a contender that gives its outputs and the gradients that its tensors ask for.
+    """Return a function that runs a contender and returns its outputs, then the gradients of tensors that require one.
 
-    `torch.autograd.grad` adds nothing up in `.grad`, as one step does not.
+    It uses `torch.autograd.grad`, because `backward` would add the gradients of all calls up in `.grad`.
     """
     grads: list[Tensor] = []
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
@@ -171,6 +171,6 @@ def differentiated(contender: Callable[..., Iterable[Tensor]], tensors: Sequence
 
 
 def gradients(outs: Sequence[Tensor], wanted: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients that there are: nothing is said about a tensor that was not used."""
+    """Return the gradients of `wanted`, without those that a contender did not use."""
     found = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
     return [grad for grad in found if grad is not None]

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sgalign.errors import InputError
+from sgalign.ops import backends
+from sgalign.ops._operands import check_bool, check_tensor
 from sgalign.ops.attention import dual_branch_attention, fused_masked_attention
-from sgalign.ops.backends import BACKENDS
 from sgalign.ops.random_mask import ratio_threshold
 
 
@@ -31,6 +32,9 @@ class MaskedMultiheadAttention(nn.Module):
         mask_ratio: of the random mask, in training only.
         backend: as in `fused_masked_attention`.
         device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or is out of its range.
     """
 
     _qkv_same_embed_dim = False  # what torch's encoder layer asks before it would go around this module in evaluation
@@ -59,8 +63,7 @@ class MaskedMultiheadAttention(nn.Module):
             raise InputError(f"num_heads must divide embed_dim, {embed_dim}, got {num_heads}")
         ratio_threshold(dropout, "dropout")
         ratio_threshold(mask_ratio, "mask_ratio")
-        if backend not in (None, *BACKENDS):
-            raise InputError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        backends.check_name(backend)
         self.embed_dim, self.num_heads, self.batch_first = embed_dim, num_heads, batch_first
         self.dropout, self.mask_ratio, self.backend = dropout, mask_ratio, backend
         self.kdim, self.vdim = kdim, vdim
@@ -102,7 +105,7 @@ class MaskedMultiheadAttention(nn.Module):
         mask_seed: int | Tensor | None = None,
         mask_stream: int = 0,
     ) -> tuple[Tensor, None]:
-        """Attention with the module's random mask (in training).
+        """Return attention with the module's random mask (in training).
 
         Args:
             query: ``[Lq, B, E]``, or ``[B, Lq, E]`` if `batch_first`, or ``[Lq, E]``.
@@ -118,7 +121,8 @@ class MaskedMultiheadAttention(nn.Module):
             The output in the query's layout, and None for the weights, as `torch.nn.MultiheadAttention` returns it.
 
         Raises:
-            ValueError, TypeError: `need_weights` is True, or an argument has the wrong shape or dtype.
+            ValueError, TypeError: `need_weights` is True, or an argument has the wrong type, shape, dtype or device.
+            ImportError, RuntimeError: as `fused_masked_attention`.
         """
         if need_weights:
             raise InputError(
@@ -142,7 +146,7 @@ class MaskedMultiheadAttention(nn.Module):
         mask_seed: int | Tensor | None = None,
         mask_stream: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """The supervised branch without the random mask and the mirrored one with it, sharing key and value.
+        """Return the supervised branch without the random mask and the mirrored one with it, sharing key and value.
 
         Key and value are projected once; if `mirrored_query` is `query`, so is the query.
 
@@ -151,6 +155,10 @@ class MaskedMultiheadAttention(nn.Module):
 
         Returns:
             ``(out, mirrored_out)`` in the query's layout. In evaluation no mask is drawn.
+
+        Raises:
+            ValueError, TypeError: an argument has the wrong type, shape, dtype or device.
+            ImportError, RuntimeError: as `dual_branch_attention`.
         """
         queries = [query] if mirrored_query is query else [query, mirrored_query]
         out, mirrored_out = self._attend(
@@ -174,8 +182,7 @@ class MaskedMultiheadAttention(nn.Module):
         channels = [self.embed_dim] * len(queries) + [self.kdim, self.vdim]
         batched = isinstance(queries[0], Tensor) and queries[0].dim() == 3
         for name, tensor, width in zip(names, [*queries, key, value], channels, strict=True):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+            check_tensor(name, tensor)
             if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched or tensor.shape[-1] != width:
                 layout = f"[B, L, {width}]" if self.batch_first else f"[L, B, {width}]"
                 raise InputError(f"{name} must be {layout}, or [L, {width}] like every other, got {list(tensor.shape)}")
@@ -205,9 +212,7 @@ class MaskedMultiheadAttention(nn.Module):
         return [self.out_proj(self._merge_heads(out, batched)) for out in outs]
 
     def _mask_by_head(self, attn_mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
-        if not isinstance(attn_mask, Tensor) or attn_mask.dtype != torch.bool:
-            got = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
-            raise TypeError(f"attn_mask must be a bool tensor, True = dropped, got {got}")
+        check_bool("attn_mask", attn_mask)
         if attn_mask.shape == (queries, keys):
             return attn_mask
         by_head = (batch * self.num_heads, queries, keys)
@@ -224,7 +229,7 @@ class MaskedMultiheadAttention(nn.Module):
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
     def _split_heads(self, projected: Tensor) -> Tensor:
-        """To ``[B, H, L, D]`` without a copy."""
+        """Return a projection as ``[B, H, L, D]``, without a copy."""
         if projected.dim() == 2:
             projected = projected[None]
         elif not self.batch_first:

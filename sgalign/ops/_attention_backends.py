@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgalign.ops import _core, _cuda, reference
-from sgalign.ops._operands import DTYPES
+from sgalign.ops import _core, _cuda
+from sgalign.ops._operands import DTYPES, Tensors
 from sgalign.ops.random_mask import STEPS
 
 
 class Options(NamedTuple):
-    """The options of a call: all but queries, keys and values, in the order of the registered operations' schema."""
+    """The options of a call, all but queries, keys and values, in the order of `OPTIONS_SCHEMA`."""
 
     mask: Tensor | None  # bool [B, H, Lq, Lk], with strides of 0 where it was broadcast
     key_padding_mask: Tensor | None
     seed: Tensor | None  # None where nothing is drawn
-    mask_threshold: int  # the probability times 65536, as the next
-    dropout_threshold: int
+    mask_threshold: int  # drop probability times 65536
+    dropout_threshold: int  # drop probability times 65536
     stream: int  # of the random mask
     scale: float  # of the scores
 
@@ -35,62 +35,25 @@ class Options(NamedTuple):
         return STEPS / (STEPS - self.dropout_threshold) if self.dropout_threshold < STEPS else 0.0
 
 
+# of the registered operations
+OPTIONS_SCHEMA = (
+    "Tensor? mask, Tensor? key_padding_mask, Tensor? seed, int mask_threshold, int dropout_threshold, int stream,"
+    " float scale"
+)
+
+
 class Call(NamedTuple):
-    """The tensors that a forward reads and writes, and that a backward reads. Last strides are 1.
+    """The tensors and options of a forward, which its backward reads again. Last strides are 1.
 
     With two outputs the second is the mirror's, to which alone the random mask applies. One query may serve both.
     """
 
-    queries: list[Tensor]
+    queries: Tensors
     key: Tensor
     value: Tensor
-    outs: list[Tensor]
-    logsumexps: list[Tensor]  # [B, H, Lq], in units of log2
+    outs: Tensors
+    logsumexps: Tensors  # [B, H, Lq], in units of log2
     options: Options
-
-
-Tensors = list[Tensor]
-
-
-def run_reference(
-    queries: list[Tensor], branches: int, key: Tensor, value: Tensor, options: Options
-) -> tuple[Tensor, ...]:
-    """Return the outputs of one or two branches in plain PyTorch, with the random mask in the last.
-
-    Autograd differentiates it, as often as one likes, so that it serves in front of the registered operation.
-    """
-    batch, heads, length, _ = queries[0].shape
-
-    def draw(threshold: int, stream: int) -> Tensor:
-        assert options.seed is not None
-        random = reference.random_mask(
-            batch * heads, length, key.shape[2], threshold=threshold, seed=options.seed, stream=stream,
-            device=key.device,
-        )  # fmt: skip
-        return random.view(batch, heads, length, key.shape[2])
-
-    dropout_keep = None
-    if options.dropout_threshold:
-        dropout_keep = ~draw(options.dropout_threshold, options.stream | reference.DROPOUT_STREAM_BIT)
-    outs = []
-    for branch in range(branches):
-        dropped = options.mask
-        if branch == branches - 1 and options.mask_threshold:
-            random = draw(options.mask_threshold, options.stream)
-            dropped = random if dropped is None else dropped | random
-        outs.append(
-            reference.attention(
-                queries[min(branch, len(queries) - 1)],
-                key,
-                value,
-                dropped=dropped,
-                key_padding_mask=options.key_padding_mask,
-                dropout_keep=dropout_keep,
-                dropout_scale=options.dropout_scale,
-                scale=options.scale,
-            )
-        )
-    return tuple(outs)
 
 
 # ------------------------------------------------------------------------------------------------------ forward

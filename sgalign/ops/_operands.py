@@ -1,4 +1,7 @@
-"""Code that all operations share: checks of operands, their dtype under autocast, memory order, autograd."""
+"""Code that all operations share: checks of tensors, their dtype under autocast, memory order, autograd.
+
+The checks of ratios, seeds and streams are in random_mask.py, beside what these mean.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from sgalign.errors import InputError
 
+Tensors = list[Tensor]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/kernels.h
 
 
@@ -35,10 +39,24 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
 
 
-def check_device(name: str, tensor: Tensor, device: torch.device, owner: str) -> None:
-    """Raise InputError unless `tensor` is on `device`, which the message calls that of `owner`."""
+def check_bool(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is a dense tensor of bool, a mask."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a bool tensor, True = dropped, got {got}")
+    check_dense(name, tensor)
+
+
+def check_dtype(name: str, tensor: Tensor, other: Tensor, whose: str) -> None:
+    """Raise TypeError unless both tensors are computed in one dtype, which the message calls `whose`."""
+    if computed_dtype(tensor) != computed_dtype(other):
+        raise TypeError(f"{name} must have {whose} {other.dtype}, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device, whose: str) -> None:
+    """Raise InputError unless `tensor` is on `device`, which the message calls `whose`."""
     if tensor.device != device:
-        raise InputError(f"{name} must be on the device of {owner}, {device}, got {tensor.device}")
+        raise InputError(f"{name} must be on {whose} {device}, got {tensor.device}")
 
 
 # ------------------------------------------------------------------------------------------------------ dtypes
@@ -72,14 +90,14 @@ def empty_like(tensor: Tensor) -> Tensor:
     The order of a ``[B, L, H * D]`` projection survives, so that the way back to it needs no copy.
     """
     out = torch.empty_like(tensor)
-    # Of a tensor that overlaps itself empty_like makes an order of its own.
+    # For a tensor that overlaps itself, empty_like chooses its own order.
     return out if out.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def distinct(tensors: list[Any]) -> list[Any]:
-    """Return the tensors, with views for those that come again; None stays.
+    """Replace repeated tensors by views, because torch.compile passes no tensor twice to an autograd function.
 
-    torch.compile gives an autograd function no tensor twice.
+    None stays None.
     """
     if not torch.compiler.is_compiling():
         return tensors

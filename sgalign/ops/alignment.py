@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,23 +21,25 @@ from sgalign.ops._operands import (
     accumulated_dtype,
     check_dense,
     check_device,
+    check_tensor,
     differentiable_once,
     unit_stride,
 )
 
-KINDS = ("softmax", "sigmoid")
-REDUCTIONS = ("element", "relation")
-DIRECTIONS = ("teacher_to_student", "symmetric")
+Kind = Literal["softmax", "sigmoid"]
+Reduction = Literal["element", "relation"]
+Direction = Literal["teacher_to_student", "symmetric"]
+KINDS, REDUCTIONS, DIRECTIONS = get_args(Kind), get_args(Reduction), get_args(Direction)
 
 
 def relation_alignment_loss(
     logits: Tensor,
     mirrored_logits: Tensor,
     *,
-    kind: str = "softmax",
-    reduction: str = "element",
+    kind: Kind = "softmax",
+    reduction: Reduction = "element",
     weight: Tensor | None = None,
-    direction: str = "teacher_to_student",
+    direction: Direction = "teacher_to_student",
     backend: str | None = None,
 ) -> Tensor:
     """Return the divergence of the mirror's predictions (student) from the supervised branch's (teacher, detached).
@@ -58,7 +60,8 @@ def relation_alignment_loss(
 
     Args:
         logits: ``[R, K]`` of the supervised branch, float32, float64, bfloat16 or float16; no gradient flows into them.
-        mirrored_logits: ``[R, K]`` of the mirrored branch.
+        mirrored_logits: ``[R, K]`` of the mirrored branch, of any of these dtypes; if they differ, both are promoted to
+            one, and the gradient has the dtype of `mirrored_logits`.
         kind: "softmax" (classes exclude one another, background among them) or "sigmoid".
         reduction: "element" or "relation".
         weight: ``[R]`` of any real dtype, at least 0 (which is not checked: that would wait for the
@@ -71,7 +74,9 @@ def relation_alignment_loss(
         A scalar, float32 (float64 for float64); 0 with zero gradients if there is no relation or all weights are 0.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or value.
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
+        ImportError: the compiled core is not built, or older than its sources, or the backend is not installed.
+        RuntimeError: in the backward pass, of a gradient of the gradient, which "reference" alone has.
     """
     _check_choices(kind, reduction, direction)
     _check_logits(logits, mirrored_logits, weight)
@@ -86,7 +91,7 @@ def relation_alignment_loss(
 
 
 def _shares(logits: Tensor, weight: Tensor | None, reduction: str) -> tuple[float, Tensor | None]:
-    """Return what multiplies the divergence of every relation, and that of each, if they differ."""
+    """Return the factor common to all relations, and each relation's own weight (None where all are equal)."""
     relations, classes = logits.shape
     scale = 1 / classes if reduction == "element" else 1.0
     if weight is None:
@@ -130,16 +135,14 @@ def _check_logits(logits: Tensor, mirrored_logits: Tensor, weight: Tensor | None
     if mirrored_logits.shape != logits.shape:
         raise InputError(f"mirrored_logits must be {list(logits.shape)} like logits, got {list(mirrored_logits.shape)}")
     if weight is not None:
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"weight must be a tensor or None, got {type(weight).__name__}")
-        check_dense("weight", weight)
+        check_tensor("weight", weight)
         if weight.is_complex():
             raise TypeError(f"weight must be real, got {weight.dtype}")
         if weight.shape != logits.shape[:1]:
             raise InputError(f"weight must be [{len(logits)}], one a relation, got {list(weight.shape)}")
-    check_device("mirrored_logits", mirrored_logits, logits.device, "logits")
+    check_device("mirrored_logits", mirrored_logits, logits.device, "the device of logits,")
     if weight is not None:
-        check_device("weight", weight, logits.device, "logits")
+        check_device("weight", weight, logits.device, "the device of logits,")
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
@@ -163,7 +166,7 @@ class _AlignmentLoss(torch.autograd.Function):
 
 
 def _gradient(grad_loss: Tensor, grad: Tensor, mirrored: Tensor) -> Tensor:
-    """Return what the forward has left, times the loss's own gradient."""
+    """Return the gradient saved by the forward, times that of the loss."""
     return (grad * grad_loss).to(mirrored.dtype)  # rounded once, with a scale of the loss in it
 
 

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from sgalign.errors import InputError
-from sgalign.ops import backends
-from sgalign.ops._attention_backends import BACKWARD, FORWARD, Call, Options, run_reference
+from sgalign.ops import backends, reference
+from sgalign.ops._attention_backends import BACKWARD, FORWARD, OPTIONS_SCHEMA, Call, Options
 from sgalign.ops._operands import (
+    Tensors,
     accumulated_dtype,
-    check_dense,
+    check_bool,
+    check_device,
+    check_dtype,
     check_floating,
     check_tensor,
     computed_dtype,
@@ -62,7 +65,8 @@ def fused_masked_attention(
     Graph Generation", WACV 2024.
 
     The backward pass draws the same mask again from the seed, is deterministic, and keeps only ``out`` and one number
-    a row. It is differentiable once in query, key and value.
+    a row. It is differentiable once in query, key and value. Under autocast the inputs are cast as for
+    `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
         query: ``[B, H, Lq, D]``, float32, float64, bfloat16 or float16; D at most 256.
@@ -84,9 +88,8 @@ def fused_masked_attention(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or range.
-        ImportError: the compiled core is not built, or older than its sources.
-
-    Under autocast the inputs are cast as for `torch.nn.functional.scaled_dot_product_attention`.
+        ImportError: the compiled core is not built, or older than its sources, or the backend is not installed.
+        RuntimeError: in the backward pass, of a gradient of the gradient, which "reference" alone has.
     """
     (out,) = _attention(
         [query], 1, key, value, mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend
@@ -136,7 +139,7 @@ def dual_branch_attention(
 
 
 def _attention(
-    queries: list[Tensor],
+    queries: Tensors,
     branches: int,
     key: Tensor,
     value: Tensor,
@@ -164,16 +167,55 @@ def _attention(
     seed = seed_tensor(mask_seed, query.device, "mask_seed") if any(thresholds) else None
     options = Options(mask, key_padding_mask, seed, *thresholds, mask_stream, scale)
     if backend == "reference":
-        return run_reference(queries, branches, key, value, options)
+        return _reference(queries, branches, key, value, options)
     query, key, value, *mirrored_query = distinct([queries[0], key, value, *queries[1:]])
     outputs = _Attention.apply(backend, query, *(mirrored_query or [None]), branches, key, value, options)
     return outputs[:branches]
 
 
+def _reference(queries: Tensors, branches: int, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, ...]:
+    """Return the outputs of one or two branches in plain PyTorch, with the random mask in the last.
+
+    It is called before the registered operation, so autograd can differentiate it any number of times.
+    """
+    batch, heads, length, _ = queries[0].shape
+
+    def draw(threshold: int, stream: int) -> Tensor:
+        assert options.seed is not None
+        random = reference.random_mask(
+            batch * heads, length, key.shape[2], threshold=threshold, seed=options.seed, stream=stream,
+            device=key.device,
+        )  # fmt: skip
+        return random.view(batch, heads, length, key.shape[2])
+
+    dropout_keep = None
+    if options.dropout_threshold:
+        dropout_keep = ~draw(options.dropout_threshold, options.stream | reference.DROPOUT_STREAM_BIT)
+    outs = []
+    for branch in range(branches):
+        dropped = options.mask
+        if branch == branches - 1 and options.mask_threshold:
+            random = draw(options.mask_threshold, options.stream)
+            dropped = random if dropped is None else dropped | random
+        outs.append(
+            reference.attention(
+                queries[min(branch, len(queries) - 1)],
+                key,
+                value,
+                dropped=dropped,
+                key_padding_mask=options.key_padding_mask,
+                dropout_keep=dropout_keep,
+                dropout_scale=options.dropout_scale,
+                scale=options.scale,
+            )
+        )
+    return tuple(outs)
+
+
 # ------------------------------------------------------------------------------------------------------ checks
 
 
-def _check_rows(queries: list[Tensor], key: Tensor, value: Tensor) -> None:
+def _check_rows(queries: Tensors, key: Tensor, value: Tensor) -> None:
     names = ["query", "mirrored_query"][: len(queries)] + ["key", "value"]
     tensors = [*queries, key, value]
     for name, tensor in zip(names, tensors):
@@ -190,10 +232,8 @@ def _check_rows(queries: list[Tensor], key: Tensor, value: Tensor) -> None:
                 f"{name} must be {list(expected)} to go with query {list(query.shape)}"
                 f"{' and key ' + str(list(key.shape)) if name == 'value' else ''}, got {list(tensor.shape)}"
             )
-        if tensor.device != query.device:
-            raise InputError(f"{name} must be on the query's device {query.device}, got {tensor.device}")
-        if computed_dtype(tensor) != computed_dtype(query):
-            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {tensor.dtype}")
+        check_device(name, tensor, query.device, "the query's device")
+        check_dtype(name, tensor, query, "the query's dtype")
     if dim > MAX_DIM:
         raise InputError(f"query must have at most {MAX_DIM} channels a head (D), got {dim}")
 
@@ -206,12 +246,8 @@ def _check_masks(mask: Tensor | None, key_padding_mask: Tensor | None, query: Te
     ):
         if boolean is None:
             continue
-        if not isinstance(boolean, Tensor) or boolean.dtype != torch.bool:
-            got = boolean.dtype if isinstance(boolean, Tensor) else type(boolean).__name__
-            raise TypeError(f"{name} must be a bool tensor, True = dropped, got {got}")
-        check_dense(name, boolean)
-        if boolean.device != query.device:
-            raise InputError(f"{name} must be on the query's device {query.device}, got {boolean.device}")
+        check_bool(name, boolean)
+        check_device(name, boolean, query.device, "the query's device")
         if name == "mask":
             fits = boolean.dim() <= 4 and all(size in (1, full) for size, full in zip(boolean.shape[::-1], shape[::-1]))
         else:
@@ -302,32 +338,26 @@ _AttentionBackward = differentiable_once("fused attention", _gradients)
 
 # ------------------------------------------------------------------------------------------------------ operations
 
-_SCHEMA = (
-    "Tensor? mask, Tensor? key_padding_mask, Tensor? seed, int mask_threshold, int dropout_threshold, int stream,"
-    " float scale"
-)
 _library = torch.library.Library("sgalign", "FRAGMENT")
 # -> the branches' outputs, then their logsumexps
 _library.define(
-    f"attention(str backend, Tensor[] queries, int branches, Tensor key, Tensor value, {_SCHEMA}) -> Tensor[]"
+    f"attention(str backend, Tensor[] queries, int branches, Tensor key, Tensor value, {OPTIONS_SCHEMA}) -> Tensor[]"
 )
 # -> the gradients of the queries, of key and of value
 _library.define(
     "attention_backward(str backend, Tensor[] grad_outs, Tensor[] queries, Tensor[] outs, Tensor[] logsumexps,"
-    f" Tensor key, Tensor value, {_SCHEMA}) -> Tensor[]"
+    f" Tensor key, Tensor value, {OPTIONS_SCHEMA}) -> Tensor[]"
 )
 
 
-def _empty_outputs(queries: list[Tensor], branches: int) -> tuple[list[Tensor], list[Tensor]]:
+def _empty_outputs(queries: Tensors, branches: int) -> tuple[Tensors, Tensors]:
     query = queries[0]
     outs = [empty_like(queries[min(branch, len(queries) - 1)]) for branch in range(branches)]
     return outs, [query.new_empty(query.shape[:3], dtype=accumulated_dtype(query.dtype)) for _ in range(branches)]
 
 
 @torch.library.register_fake("sgalign::attention")
-def _forward_fake(
-    backend: str, queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any
-) -> list[Tensor]:
+def _forward_fake(backend: str, queries: Tensors, branches: int, key: Tensor, value: Tensor, *options: Any) -> Tensors:
     outs, logsumexps = _empty_outputs([unit_stride(query) for query in queries], branches)
     return [*outs, *logsumexps]
 
@@ -335,21 +365,19 @@ def _forward_fake(
 @torch.library.register_fake("sgalign::attention_backward")
 def _backward_fake(
     backend: str,
-    grad_outs: list[Tensor],
-    queries: list[Tensor],
-    outs: list[Tensor],
-    logsumexps: list[Tensor],
+    grad_outs: Tensors,
+    queries: Tensors,
+    outs: Tensors,
+    logsumexps: Tensors,
     key: Tensor,
     value: Tensor,
     *options: Any,
-) -> list[Tensor]:
+) -> Tensors:
     return [empty_like(unit_stride(tensor)) for tensor in (*queries, key, value)]
 
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
-def _forward(
-    backend: str, queries: list[Tensor], branches: int, key: Tensor, value: Tensor, *options: Any
-) -> list[Tensor]:
+def _forward(backend: str, queries: Tensors, branches: int, key: Tensor, value: Tensor, *options: Any) -> Tensors:
     queries, key, value = [unit_stride(query) for query in queries], unit_stride(key), unit_stride(value)
     outs, logsumexps = _empty_outputs(queries, branches)
     FORWARD[backend](Call(queries, key, value, outs, logsumexps, Options(*options)))
@@ -359,14 +387,14 @@ def _forward(
 @torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _backward(
     backend: str,
-    grad_outs: list[Tensor],
-    queries: list[Tensor],
-    outs: list[Tensor],
-    logsumexps: list[Tensor],
+    grad_outs: Tensors,
+    queries: Tensors,
+    outs: Tensors,
+    logsumexps: Tensors,
     key: Tensor,
     value: Tensor,
     *options: Any,
-) -> list[Tensor]:
+) -> Tensors:
     queries, grad_outs = [unit_stride(query) for query in queries], [unit_stride(grad) for grad in grad_outs]
     key, value = unit_stride(key), unit_stride(value)
     grads = [empty_like(tensor) for tensor in (*queries, key, value)]

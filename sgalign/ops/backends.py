@@ -1,20 +1,60 @@
-"""Which backend serves a call. Each operation has a table of what its backends launch."""
+"""Which backend serves a call. Each operation has a table of what its backends launch.
+
+A new backend needs an entry in those tables and a record in `BACKENDS`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda
 
-ON_GPU = ("triton", "cuda")  # in the order in which None takes what is there
-BACKENDS = ("cpu", *ON_GPU, "reference")
 # Triton itself is not imported before a GPU is used: it looks for a driver.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+class Backend(NamedTuple):
+    """What a backend needs."""
+
+    device: str | None  # of the tensors; None is any. Those for "cuda", ROCm's too, compute in float32 at most
+    problem: Callable[[], str | None]  # returns why it is not there and how to get it, or None
+    is_emulated: Callable[[], bool] = lambda: False  # returns whether one for GPUs runs on the CPU, for tests
+    capability: tuple[int, int] = (0, 0)  # the least compute capability, of NVIDIA's GPUs
+
+
+def _triton_problem() -> str | None:
+    return None if HAS_TRITON else "triton is not installed: `pip install triton` (torch for CUDA or ROCm brings it)"
+
+
+def _cuda_problem() -> str | None:
+    # torch.compile cannot trace how the core is loaded; where it has no CUDA, the operation itself says so.
+    return None if torch.compiler.is_compiling() else _cuda.problem()
+
+
+def _cuda_is_emulated() -> bool:
+    return torch.compiler.is_compiling() or _cuda.is_emulated()
+
+
+BACKENDS = {
+    "cpu": Backend("cpu", _core.problem),
+    "triton": Backend("cuda", _triton_problem, lambda: INTERPRETED, (8, 0)),
+    "cuda": Backend("cuda", _cuda_problem, _cuda_is_emulated, (8, 0)),
+    "reference": Backend(None, lambda: None),
+}
+ON_GPU = tuple(name for name, needs in BACKENDS.items() if needs.device == "cuda")  # None takes the first that is there
+
+
+def check_name(backend: str | None) -> None:
+    """Raise InputError unless `backend` is the name of one, or None."""
+    if backend is not None and backend not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -31,43 +71,40 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
         ValueError: no such backend, or it does not serve the device or the dtype.
         ImportError: it would, but is not there.
     """
+    check_name(backend)
     if backend is None:
         if device.type == "cpu":
             return "cpu"
-        if device.type == "cuda" and dtype != torch.float64 and not _too_old(device):
-            return next((backend for backend in ON_GPU if not _problem(backend)), "reference")
+        if device.type == "cuda" and dtype != torch.float64:
+            return next((name for name in ON_GPU if not _problem_on(name, device)), "reference")
         return "reference"
-    if backend not in BACKENDS:
-        raise InputError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
-    if backend == "cpu" and device.type != "cpu":
-        raise InputError(f"backend 'cpu' needs tensors on the CPU, got {device}; 'reference' serves any device")
-    if backend in ON_GPU:
+    needs = BACKENDS[backend]
+    if needs.device == "cpu" and device.type != "cpu":
+        raise InputError(f"backend {backend!r} needs tensors on the CPU, got {device}; 'reference' serves any device")
+    if needs.device == "cuda":
         if dtype == torch.float64:
             raise InputError(
                 f"backend {backend!r} computes in float32 at most, got float64; 'reference' serves any dtype"
             )
-        if problem := _problem(backend):
+        if problem := needs.problem():
             raise ImportError(f"backend {backend!r} cannot be used: {problem}")
-        if device.type != "cuda" and not (device.type == "cpu" and _is_emulated(backend)):
+        if device.type != "cuda" and not (device.type == "cpu" and needs.is_emulated()):
             raise InputError(f"backend {backend!r} needs tensors on a GPU, got {device}; 'reference' serves any device")
         if device.type == "cpu" and backend == "triton" and dtype == torch.bfloat16:
             raise InputError("backend 'triton' needs a GPU for bfloat16: Triton's interpreter multiplies it wrongly")
-        if problem := _too_old(device):
+        if problem := _too_old(backend, device):
             raise InputError(f"backend {backend!r} {problem}; 'reference' serves any device")
     return backend
 
 
 def unavailable(backend: str) -> str | None:
     """Return why `backend` cannot be used here and how to get it; None if it can."""
-    if backend == "cpu":
-        return _core.problem()
-    if backend in ON_GPU:
-        if problem := _problem(backend):
-            return problem
-        if not torch.cuda.is_available():
-            return None if _is_emulated(backend) else _no_gpu()
-        return _too_old(torch.device("cuda"))
-    return None
+    needs = BACKENDS[backend]
+    if (problem := needs.problem()) or needs.device != "cuda":
+        return problem
+    if not torch.cuda.is_available():
+        return None if needs.is_emulated() else _no_gpu()
+    return _too_old(backend, torch.device("cuda"))
 
 
 def _no_gpu() -> str:
@@ -77,24 +114,16 @@ def _no_gpu() -> str:
     return "this torch is for the CPU alone: install one for CUDA or ROCm"
 
 
-def _problem(backend: str) -> str | None:
-    if backend == "triton":
-        return (
-            None if HAS_TRITON else "triton is not installed: `pip install triton` (torch for CUDA or ROCm brings it)"
-        )
-    # torch.compile cannot trace how the core is loaded; where it has no CUDA, the operation itself says so.
-    return None if torch.compiler.is_compiling() else _cuda.problem()
+def _problem_on(backend: str, device: torch.device) -> str | None:
+    return BACKENDS[backend].problem() or _too_old(backend, device)
 
 
-def _too_old(device: torch.device) -> str | None:
-    """Return what a GPU lacks for our kernels, as the rest of a sentence; None if nothing."""
+def _too_old(backend: str, device: torch.device) -> str | None:
+    """Return what a GPU lacks for a backend, as the rest of a sentence; None if nothing."""
     # torch.compile cannot trace the question; a fake tensor's device may not be there to be asked.
     if device.type != "cuda" or torch.version.hip or torch.compiler.is_compiling() or not torch.cuda.is_available():
         return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"needs compute capability 8.0 or later, {device} has {major}.{minor}"
-
-
-def _is_emulated(backend: str) -> bool:
-    """Return whether a backend for GPUs runs on the CPU, for tests."""
-    return INTERPRETED if backend == "triton" else torch.compiler.is_compiling() or _cuda.is_emulated()
+    least, (major, minor) = BACKENDS[backend].capability, torch.cuda.get_device_capability(device)
+    if (major, minor) >= least:
+        return None
+    return f"needs compute capability {least[0]}.{least[1]} or later, {device} has {major}.{minor}"

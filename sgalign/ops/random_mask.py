@@ -42,6 +42,7 @@ def random_attention_mask(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of its range.
+        ImportError: the compiled core is not built, or older than its sources.
     """
     for name, size in (("batch", batch), ("heads", heads), ("queries", queries), ("keys", keys)):
         check_int(size, name)

@@ -20,8 +20,10 @@ from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda, backends, reference
 from sgalign.ops._operands import (
     DTYPES,
+    Tensors,
     check_dense,
     check_device,
+    check_dtype,
     check_floating,
     check_tensor,
     computed_dtype,
@@ -79,7 +81,8 @@ def fused_relation_logits(
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
         IndexError: a pair is out of range; found before anything is computed. On a GPU it is a device-side assertion,
             which torch for ROCm is built without: there the result is undefined.
-        ImportError: the compiled core is not built, or older than its sources.
+        ImportError: the compiled core is not built, or older than its sources, or the backend is not installed.
+        RuntimeError: in the backward pass, of a gradient of the gradient, which "reference" alone has.
     """
     return _relation_logits([Branch(subject, object, weight, bias)], union, pairs, backend)[0]
 
@@ -149,16 +152,15 @@ def _check(branches: list[Branch], union: Tensor, pairs: Tensor) -> None:
     for name, tensor in {"union": union, **named}.items():
         check_tensor(name, tensor)
         check_floating(name, tensor)
-        if computed_dtype(tensor) != computed_dtype(union):
-            raise TypeError(f"{name} must have the dtype of union, {union.dtype}, got {tensor.dtype}")
+        check_dtype(name, tensor, union, "the dtype of union,")
         dim = 1 if name.endswith("bias") else 2
         if tensor.dim() != dim:
             raise InputError(f"{name} must have {dim} dimensions, got {tensor.dim()}: {list(tensor.shape)}")
-        check_device(name, tensor, union.device, "union")
+        check_device(name, tensor, union.device, "the device of union,")
     if not isinstance(pairs, Tensor) or pairs.dtype != torch.int64:
         raise TypeError(f"pairs must be an int64 tensor, got {getattr(pairs, 'dtype', type(pairs).__name__)}")
     check_dense("pairs", pairs)
-    check_device("pairs", pairs, union.device, "union")
+    check_device("pairs", pairs, union.device, "the device of union,")
     relations, channels = union.shape
     if pairs.shape != (relations, 2):
         raise InputError(f"pairs must be [{relations}, 2], a row for each of union, got {list(pairs.shape)}")
@@ -267,7 +269,6 @@ _library.define(
     "relation_logits_backward(str backend, Tensor[] grad_logits, Tensor union, Tensor pairs, Tensor[] subjects,"
     " Tensor[] objects, Tensor[] weights, bool wants_union) -> Tensor[]"
 )
-Tensors = list[Tensor]
 
 
 @torch.library.register_fake("sgalign::relation_logits")
@@ -298,7 +299,7 @@ def _forward(
 ) -> Tensors:
     logits = _forward_fake(backend, union, pairs, subjects, objects, weights, biases)
     branches = _dense_branches(subjects, objects, weights, biases)
-    _FORWARD[backend](unit_stride(union), pairs.contiguous(), branches, logits)
+    _FORWARD[backend](Call(unit_stride(union), pairs.contiguous(), branches), logits)
     return logits
 
 
@@ -317,7 +318,7 @@ def _backward(
     ends, grad_union = (grads[:-1], grads[-1]) if wants_union else (grads, None)
     by_branch = [Gradients(grad.contiguous(), *ends[3 * i : 3 * i + 3]) for i, grad in enumerate(grad_logits)]
     branches = _dense_branches(subjects, objects, weights, [])
-    _BACKWARD[backend](unit_stride(union), pairs.contiguous(), branches, by_branch, grad_union)
+    _BACKWARD[backend](Call(unit_stride(union), pairs.contiguous(), branches), by_branch, grad_union)
     return grads
 
 
@@ -328,11 +329,19 @@ def _dense_branches(subjects: Tensors, objects: Tensors, weights: Tensors, biase
 
 
 # ------------------------------------------------------------------------------------------------------ backends
-# Last strides are 1; pairs and what is written, and gradients, are contiguous.
+# Tensors reach these functions with a last stride of 1; pairs, outputs and gradients are contiguous.
+
+
+class Call(NamedTuple):
+    """The tensors that a forward reads, and its backward again."""
+
+    union: Tensor
+    pairs: Tensor
+    branches: list[Branch]
 
 
 class Gradients(NamedTuple):
-    """The gradients of one branch: what is given, and what is written."""
+    """The gradients of one branch: that of the logits is given, the others are written."""
 
     logits: Tensor
     subject: Tensor
@@ -340,75 +349,64 @@ class Gradients(NamedTuple):
     weight: Tensor
 
 
-def _forward_cpu(union: Tensor, pairs: Tensor, branches: list[Branch], logits: Tensors) -> None:
+def _forward_cpu(call: Call, logits: Tensors) -> None:
     core = _core.load()
-    core.relation_forward(_description(core, union, pairs, branches, logits))
+    core.relation_forward(_description(core, call, logits))
 
 
-def _forward_triton(union: Tensor, pairs: Tensor, branches: list[Branch], logits: Tensors) -> None:
+def _forward_triton(call: Call, logits: Tensors) -> None:
     from sgalign.kernels import relation as kernels
 
-    with _cuda.current_stream(union.device):
-        kernels.forward(union, pairs, branches, logits, _cuda.multiprocessors(union.device))
+    with _cuda.current_stream(call.union.device):
+        kernels.forward(*call, logits, _cuda.multiprocessors(call.union.device))
 
 
-def _forward_cuda(union: Tensor, pairs: Tensor, branches: list[Branch], logits: Tensors) -> None:
-    core = _cuda.core(union.device)
-    description = _description(core, union, pairs, branches, logits)
-    splits = core.cuda_relation_splits(description, _cuda.multiprocessors(union.device))
-    workspace = _cuda.workspace(union, splits, len(branches), *logits[0].shape)
-    with _cuda.current_stream(union.device) as cuda_stream:
+def _forward_cuda(call: Call, logits: Tensors) -> None:
+    core, device = _cuda.core(call.union.device), call.union.device
+    description = _description(core, call, logits)
+    splits = core.cuda_relation_splits(description, _cuda.multiprocessors(device))
+    workspace = _cuda.workspace(call.union, splits, len(call.branches), *logits[0].shape)
+    with _cuda.current_stream(device) as cuda_stream:
         core.cuda_relation_forward(description, splits, workspace.data_ptr(), cuda_stream)
 
 
-def _backward_cpu(
-    union: Tensor, pairs: Tensor, branches: list[Branch], grads: list[Gradients], grad_union: Tensor | None
-) -> None:
+def _backward_cpu(call: Call, grads: list[Gradients], grad_union: Tensor | None) -> None:
     core = _core.load()
     addresses = [tuple(map(_address, of_branch)) for of_branch in grads]
-    core.relation_backward(_description(core, union, pairs, branches), addresses, _address(grad_union))
+    core.relation_backward(_description(core, call), addresses, _address(grad_union))
 
 
-def _backward_triton(
-    union: Tensor, pairs: Tensor, branches: list[Branch], grads: list[Gradients], grad_union: Tensor | None
-) -> None:
+def _backward_triton(call: Call, grads: list[Gradients], grad_union: Tensor | None) -> None:
     from sgalign.kernels import relation as kernels
 
-    with _cuda.current_stream(union.device):
-        kernels.backward(union, pairs, branches, grads, grad_union, _cuda.multiprocessors(union.device))
+    with _cuda.current_stream(call.union.device):
+        kernels.backward(*call, grads, grad_union, _cuda.multiprocessors(call.union.device))
 
 
-def _backward_cuda(
-    union: Tensor, pairs: Tensor, branches: list[Branch], grads: list[Gradients], grad_union: Tensor | None
-) -> None:
-    core = _cuda.core(union.device)
-    description = _description(core, union, pairs, branches)
+def _backward_cuda(call: Call, grads: list[Gradients], grad_union: Tensor | None) -> None:
+    core = _cuda.core(call.union.device)
+    description = _description(core, call)
     addresses = [tuple(map(_address, of_branch)) for of_branch in grads]
-    orders = pairs.t().contiguous().argsort(dim=1, stable=True)
-    with _cuda.current_stream(union.device) as cuda_stream:
+    orders = call.pairs.t().contiguous().argsort(dim=1, stable=True)
+    with _cuda.current_stream(call.union.device) as cuda_stream:
         core.cuda_relation_backward(description, addresses, _address(grad_union), orders.data_ptr(), cuda_stream)
 
 
-_FORWARD: dict[str, Callable[[Tensor, Tensor, list[Branch], Tensors], None]] = {
+_FORWARD: dict[str, Callable[[Call, Tensors], None]] = {
     "cpu": _forward_cpu,
     "triton": _forward_triton,
     "cuda": _forward_cuda,
 }
-_BACKWARD: dict[str, Callable[[Tensor, Tensor, list[Branch], list[Gradients], Tensor | None], None]] = {
+_BACKWARD: dict[str, Callable[[Call, list[Gradients], Tensor | None], None]] = {
     "cpu": _backward_cpu,
     "triton": _backward_triton,
     "cuda": _backward_cuda,
 }
 
 
-def _description(
-    core: ModuleType,
-    union: Tensor,
-    pairs: Tensor,
-    branches: list[Branch],
-    logits: Iterable[Tensor | None] = itertools.repeat(None),
-) -> Any:
+def _description(core: ModuleType, call: Call, logits: Iterable[Tensor | None] = itertools.repeat(None)) -> Any:
     """Return the call as the core takes it (csrc/kernels.h). It holds addresses: the tensors must outlive it."""
+    union, pairs, branches = call
     described = [
         (_rows(branch.subject), _rows(branch.object), _rows(branch.weight), _address(branch.bias), _address(out))
         for branch, out in zip(branches, logits)
