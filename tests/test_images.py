@@ -17,9 +17,8 @@ from torchvision.ops import box_iou, roi_align  # noqa: E402
 from sgalign.commands import main as cli  # noqa: E402
 from sgalign.commands.cache_features import cache_features  # noqa: E402
 from sgalign.data import SceneGraph, ScenesDataset, VisualFeatures, collate  # noqa: E402
-from sgalign.data.batch import read_pixels  # noqa: E402
 from sgalign.data.features import FeatureCache  # noqa: E402
-from sgalign.data.images import image_size, load_image  # noqa: E402
+from sgalign.data.images import image_size, load_image, read_pixels  # noqa: E402
 from sgalign.models import Detector, RegionFeatures  # noqa: E402
 from sgalign.models.detector import ObjectDetections  # noqa: E402
 from sgalign.models.regions import rectangle_masks  # noqa: E402

@@ -1,21 +1,25 @@
 """Scene graphs: the type every part of the package reads, and the data sets that yield it."""
 
 from sgalign.data.batch import GraphBatch, Objects, SeenBatch, VisualFeatures, collate, collate_detected
+from sgalign.data.coco import CocoDataset
 from sgalign.data.detections import Detections, read_detections
 from sgalign.data.images import load_image
 from sgalign.data.open import open_dataset
 from sgalign.data.scene_graph import SceneGraph, count_predicates
 from sgalign.data.scenes import ScenesDataset
+from sgalign.data.vg150 import VG150Dataset
 from sgalign.data.vrd import VRDDataset
 from sgalign.data.word_vectors import read_word_vectors
 
 __all__ = [
+    "CocoDataset",
     "Detections",
     "GraphBatch",
     "Objects",
     "SceneGraph",
     "ScenesDataset",
     "SeenBatch",
+    "VG150Dataset",
     "VRDDataset",
     "VisualFeatures",
     "collate",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sgalign.data.detections import Detections
+from sgalign.data.images import read_pixels
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.errors import InputError
 
@@ -64,6 +65,11 @@ class GraphBatch(NamedTuple):
     pixels: list[Tensor]
     features: VisualFeatures | None = None
 
+    @property
+    def starts(self) -> Tensor:
+        """Each image's first object among the T, int64 `[B]`."""
+        return _starts(self.lengths)
+
     def keep_pairs(self, rows: Tensor) -> GraphBatch:
         """Return the batch with these rows of `pairs` alone."""
         features = self.features
@@ -74,8 +80,7 @@ class GraphBatch(NamedTuple):
     def pairs_by_image(self) -> list[Tensor]:
         """Return `pairs` of each image, int64 `[R_b, 2]`: subject and object among the image's own objects."""
         counts = torch.bincount(self.images[self.pairs[:, 0]], minlength=len(self.lengths)).tolist()
-        starts = (self.lengths.cumsum(0) - self.lengths).tolist()
-        return [pairs - start for pairs, start in zip(self.pairs.split(counts), starts, strict=True)]
+        return [pairs - start for pairs, start in zip(self.pairs.split(counts), self.starts.tolist(), strict=True)]
 
     def boxes_by_image(self) -> tuple[Tensor, ...]:
         """Return `boxes` of each image, float32 `[N, 4]`."""
@@ -90,6 +95,10 @@ class GraphBatch(NamedTuple):
         if not self.pixels:
             raise InputError("data must have images: true for a model that looks at images")
         return self.pixels
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return lengths.cumsum(0) - lengths
 
 
 class SeenBatch(NamedTuple):
@@ -118,10 +127,10 @@ class Objects(NamedTuple):
 
     @classmethod
     def of(cls, lengths: Tensor) -> Objects:
-        """From the number of objects of each image, int64 `[B]`."""
+        """Return them for the number of objects of each image, int64 `[B]`."""
         device = lengths.device
         images = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
-        starts = lengths.cumsum(0) - lengths
+        starts = _starts(lengths)
         positions = torch.arange(len(images), device=device) - starts[images]
         partner = torch.arange(int(lengths.max()) if len(lengths) else 0, device=device)
         is_pair = (partner < lengths[images, None]) & (partner != positions[:, None])
@@ -130,7 +139,7 @@ class Objects(NamedTuple):
 
 
 def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool = False) -> GraphBatch:
-    """Puts scene graphs together.
+    """Return scene graphs put together.
 
     Of several predicates of a pair Motifs' public code trains on one at random; the target here is their mean, which
     is what that amounts to on average, without its noise. Relations of an object with itself are no pair, and remain
@@ -189,7 +198,7 @@ def target_distribution(marks: Tensor) -> Tensor:
 def collate_detected(
     graphs: Sequence[SceneGraph], detections: Mapping[str, Detections], num_predicates: int, *, pixels: bool = False
 ) -> GraphBatch:
-    """As `collate`, but with the detected objects of each image, which has none if `detections` does not know it.
+    """Return what `collate` does, but with the objects detected in each image: none where `detections` lacks it.
 
     Targets are all background: what is detected is not what was annotated. The `truth` remains.
     """
@@ -201,22 +210,3 @@ def collate_detected(
     ]
     scores = torch.cat([image.scores for image in found])
     return collate(seen, num_predicates, pixels=pixels)._replace(truth=[graph.truth for graph in graphs], scores=scores)
-
-
-def read_pixels(graph: SceneGraph) -> Tensor:
-    """The graph's image, float32 `[3, height, width]` in 0 to 1.
-
-    A file of another size than the graph says, as some of Visual Genome's are, is resized, so that boxes fit.
-
-    Raises:
-        ValueError: the graph has no image, or it cannot be read.
-    """
-    from PIL import Image
-    from torchvision.transforms.functional import pil_to_tensor
-
-    if graph.image is None:
-        raise InputError(f"image {graph.image_id!r}: must be there for a model that reads images, got boxes alone")
-    image = graph.image()
-    if image.size != (graph.width, graph.height):
-        image = image.resize((graph.width, graph.height), Image.Resampling.BILINEAR)
-    return pil_to_tensor(image.convert("RGB")).float() / 255

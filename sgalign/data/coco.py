@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from sgalign.data.images import load_image, save_image
-from sgalign.data.scene_graph import BACKGROUND, SPLITS, SceneGraph
+from sgalign.data.scene_graph import BACKGROUND, SceneGraph, check_split
 from sgalign.errors import InputError
 from sgalign.files import read_json, write_json
 
@@ -40,8 +40,7 @@ class CocoDataset(Dataset[SceneGraph]):
     """
 
     def __init__(self, root: str | Path, split: Literal["train", "validation", "test"]) -> None:
-        if split not in SPLITS:
-            raise InputError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+        check_split(split)
         self.root = Path(root)
         path, rel = self.root / f"{FILES[split]}.json", self.root / "rel.json"
         content, relations = read_json(path), read_json(rel)

@@ -15,11 +15,11 @@ from torch import Tensor
 from sgalign.data.batch import GraphBatch, VisualFeatures
 from sgalign.errors import InputError
 
-FIELDS = ("boxes", "objects", "logits", "union")
+FIELDS = ("boxes", "objects", "logits", "union")  # as files have them; the last is `VisualFeatures.unions`
 
 
 class FeatureCache:
-    """Reads what `cache_features` wrote. Files are opened when they are first read, by each process for itself.
+    """What `cache_features` wrote. Files are opened when they are first read, by each process for itself.
 
     Args:
         folder: of the files.
@@ -55,14 +55,14 @@ class FeatureCache:
 
     @property
     def source(self) -> str:
-        """The weights and image sizes by which these features were made, which tell them from others."""
+        """Return the weights and image sizes by which these features were made, which tell them from others."""
         return f"{self.header['weights']} at {self.header.get('sizes')}"
 
     def __contains__(self, image_id: str) -> bool:
         return image_key(image_id) in self.images
 
     def __getitem__(self, image_id: str) -> dict[str, Tensor]:
-        """`boxes` `[N, 4]`, `objects` `[N, F]`, `logits` `[N, C]` and `union` `[N * (N - 1), F]`, all float32.
+        """Return `boxes` `[N, 4]`, `objects` `[N, F]`, `logits` `[N, C]` and `union` `[N * (N - 1), F]`, all float32.
 
         Raises:
             ValueError: the image is not there.
@@ -95,4 +95,5 @@ class FeatureCache:
 
 
 def image_key(image_id: str) -> str:
+    """Return the name of an image's group in a file."""
     return quote(image_id, safe="")

@@ -1,4 +1,4 @@
-"""Image files of any mode as RGB."""
+"""Image files of any mode as RGB, and as tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.errors import InputError
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height as they are stored.
+    """Return width and height as they are stored.
 
     Raises:
         ValueError: it is no image; names the file.
@@ -25,7 +27,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def load_image(path: Path, *, upright: bool = False) -> Image.Image:
-    """The image as RGB; 16-bit grey is scaled to 8 bits.
+    """Return the image as RGB; 16-bit grey is scaled to 8 bits.
 
     Args:
         path: of the file.
@@ -46,6 +48,25 @@ def load_image(path: Path, *, upright: bool = False) -> Image.Image:
         return image.convert("RGB")
 
 
+def read_pixels(graph: SceneGraph) -> Tensor:
+    """Return the graph's image, float32 `[3, height, width]` in 0 to 1.
+
+    A file of another size than the graph says, as some of Visual Genome's are, is resized, so that boxes fit.
+
+    Raises:
+        ValueError: the graph has no image, or it cannot be read.
+    """
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor
+
+    if graph.image is None:
+        raise InputError(f"image {graph.image_id!r}: must be there for a model that reads images, got boxes alone")
+    image = graph.image()
+    if image.size != (graph.width, graph.height):
+        image = image.resize((graph.width, graph.height), Image.Resampling.BILINEAR)
+    return pil_to_tensor(image.convert("RGB")).float() / 255
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[Image.Image]:
     from PIL import Image
@@ -58,7 +79,7 @@ def _open(path: Path) -> Iterator[Image.Image]:
 
 
 def save_image(graph: SceneGraph, path: Path) -> None:
-    """Writes a graph's image, if it has one."""
+    """Write a graph's image, if it has one."""
     if graph.image is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         graph.image().convert("RGB").save(path, quality=92)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sgalign.data.coco import CocoDataset
+from sgalign.data.vg150 import VG150Dataset
 from sgalign.data.vrd import VRDDataset
 from sgalign.errors import InputError
 
 
 def open_dataset(root: str | Path, split: Any, *, validation_images: int | None = None) -> Any:
-    """The part of a data set, whose layout the files tell: VRD's, VG150's or COCO's with `rel.json`.
+    """Return the part of a data set, whose layout the files tell: VRD's, VG150's or COCO's with `rel.json`.
 
     Args:
         root: its folder.
@@ -27,14 +29,10 @@ def open_dataset(root: str | Path, split: Any, *, validation_images: int | None 
     if (root / "annotations_train.json").exists() or (root / "annotations_test.json").exists():
         kind = VRDDataset
     elif (root / "rel.json").exists():
-        from sgalign.data.coco import CocoDataset
-
         if validation_images is not None:
             raise InputError(f"{root}: has a validation part of its own, validation_images must be left out")
         return CocoDataset(root, split)
     elif list(root.glob("*.h5")):
-        from sgalign.data.vg150 import VG150Dataset
-
         kind = VG150Dataset
     else:
         raise FileNotFoundError(

@@ -45,7 +45,7 @@ class PredictionFile:
         return self
 
     def write(self, image_id: str, prediction: Mapping[str, Any]) -> None:
-        """Adds an image: tensors or arrays, as `SceneGraphEvaluator.update` takes them.
+        """Add an image: tensors or arrays, as `SceneGraphEvaluator.update` takes them.
 
         Raises:
             ValueError: the image was written before, or HDF5 has no such name.
@@ -106,7 +106,7 @@ class Predictions:
         self.image_ids = set(self._images)
 
     def __getitem__(self, image_id: str) -> dict[str, Tensor]:
-        """The fields of an image that are there, as `SceneGraphEvaluator.update` takes them."""
+        """Return the fields of an image that are there, as `SceneGraphEvaluator.update` takes them."""
         where = f"{self.path}, image {image_id!r}"
         try:
             image = self._images[image_id]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgalign.data.scene_graph import BACKGROUND, SceneGraph
+from sgalign.data.scene_graph import BACKGROUND, SceneGraph, check_split
 from sgalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ class ScenesDataset(Dataset[SceneGraph]):
     def __init__(
         self, split: Literal["train", "validation", "test"], *, size: int | None = None, seed: int = 0
     ) -> None:
-        if split not in SIZES:
-            raise InputError(f"split must be one of {', '.join(map(repr, SIZES))}, got {split!r}")
+        check_split(split)
         if size is not None and size < 0:
             raise InputError(f"size must be at least 0, got {size}")
         self.split, self.seed = split, seed

@@ -30,7 +30,7 @@ class TripletSet:
         return f"{len(self._codes)} triplets"
 
     def has(self, triplets: Tensor) -> Tensor:
-        """Which rows of `[M, 3]` are in the set: bool `[M]`."""
+        """Return which rows of `[M, 3]` are in the set, bool `[M]`."""
         if not len(self._codes):
             return torch.zeros(len(triplets), dtype=torch.bool, device=triplets.device)
         self._codes, codes = self._codes.to(triplets.device), _code(triplets)
@@ -38,7 +38,7 @@ class TripletSet:
         return self._codes[place] == codes
 
     def has_relations(self, target: Mapping[str, Tensor]) -> Tensor:
-        """Which relations of an image are of one of the triplets: bool `[M]`."""
+        """Return which relations of an image are of one of the triplets, bool `[M]`."""
         subject, object_, predicate = target["relations"].unbind(1)
         return self.has(torch.stack((target["labels"][subject], predicate, target["labels"][object_]), 1))
 
@@ -48,7 +48,10 @@ def _code(triplets: Tensor) -> Tensor:
 
 
 def zero_shot_triplets(seen: Iterable[SceneGraph], evaluated: Iterable[SceneGraph]) -> Tensor:
-    """The class triplets of `evaluated` that do not occur in `seen`: int64 `[Z, 3]`, subject, predicate, object."""
+    """Return the class triplets of `evaluated` that do not occur in `seen`.
+
+    They are int64 `[Z, 3]`: subject, predicate, object.
+    """
     known = TripletSet("seen", _class_triplets(seen))
     triplets = _class_triplets(evaluated).unique(dim=0)
     return triplets[~known.has(triplets)]
