@@ -34,17 +34,17 @@ def forward(
 
     Args:
         queries, key, value, outs, logsumexps: of one branch or two, with last strides of 1.
-        options: masks, seed, thresholds, stream and scale, by these names (`sgalign.ops.attention.Options`).
+        options: masks, seed, thresholds, stream and scale, by these names (`sgalign.ops._attention_backends.Options`).
         multiprocessors: of the GPU, which is filled with programs.
     """
     if not outs[0].numel():
         return
-    queries, scale = _positive_scale(queries, options.scale)
+    queries, scale, _ = _positive_scale(queries, options.scale)
     batch, heads, length, dim = queries[0].shape
     plan = config("forward", key, len(outs), options.dropout_threshold > 0)
     tiling = Tiling.of(plan, options.mask_threshold + options.dropout_threshold > 0, key.shape[2])
     blocks = batch * heads * triton.cdiv(length, plan.block_q)
-    span, splits = _split(blocks, tiling.count, multiprocessors)
+    span, splits = _key_splits(blocks, tiling.count, multiprocessors)
     targets, target_sums = outs, logsumexps
     if splits > 1:
         targets = [out.new_empty(splits, *out.shape, dtype=torch.float32) for out in outs]
@@ -85,20 +85,17 @@ def backward(
         grad_key.zero_()
         grad_value.zero_()
         return
-    sign = _sign(options.scale)
-    queries, scale = _positive_scale(queries, options.scale)
+    queries, scale, sign = _positive_scale(queries, options.scale)
     batch, heads, length, dim = queries[0].shape
     branches, dropout = len(outs), options.dropout_threshold > 0
-    drawn, compiled_for = (
-        dropout or options.mask_threshold > 0,
-        (options.mask_threshold, options.dropout_threshold, dim),
-    )
+    drawn = dropout or options.mask_threshold > 0
+    compiled_for = options.mask_threshold, options.dropout_threshold, dim
     deltas = [torch.empty_like(logsumexp) for logsumexp in logsumexps]
 
     plan = config("query_gradient", key, branches, dropout)
     tiling = Tiling.of(plan, drawn, key.shape[2])
     blocks = batch * heads * triton.cdiv(length, plan.block_q)
-    span, splits = _split(blocks, tiling.count, multiprocessors)
+    span, splits = _key_splits(blocks, tiling.count, multiprocessors)
     targets = grad_queries
     if splits > 1:
         targets = [grad.new_empty(splits, *grad.shape, dtype=torch.float32) for grad in grad_queries]
@@ -149,7 +146,7 @@ class Tiling(NamedTuple):
         return min(map(tiling, sizes), key=lambda t: t.count * t.columns * (t.groups + 2))
 
 
-def _split(blocks: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
+def _key_splits(blocks: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
     """Return the tiles of a program, and how many programs share one block of queries: enough to fill the device."""
     splits = min(max(tiles, 1), max(1, 2 * multiprocessors // blocks))
     span = triton.cdiv(tiles, splits)
@@ -175,20 +172,15 @@ def constants(
     }
 
 
-def _sign(scale: float) -> float:
-    """Return -1, 0 or 1; a scale that is 0 in float32 is none."""
-    return math.copysign(1, scale) if abs(scale) >= torch.finfo(torch.float32).tiny else 0.0
+def _positive_scale(queries: list[Tensor], scale: float) -> tuple[list[Tensor], float, float]:
+    """Return queries and a positive scale, and the sign that went from the scale into the queries: -1, 0 or 1.
 
-
-def _positive_scale(queries: list[Tensor], scale: float) -> tuple[list[Tensor], float]:
-    """Return queries and scale such that the scale is positive: its sign goes into the queries.
-
-    The kernels take the largest product for the largest score.
+    The kernels take the largest product for the largest score. A scale that is 0 in float32 has the sign 0.
     """
-    sign = _sign(scale)
+    sign = math.copysign(1, scale) if abs(scale) >= torch.finfo(torch.float32).tiny else 0.0
     if sign > 0:
-        return queries, scale
-    return [query * sign for query in queries], -scale if sign else 1.0
+        return queries, scale, sign
+    return [query * sign for query in queries], -scale if sign else 1.0, sign
 
 
 def _both(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,7 @@
-"""Sizes of blocks, warps and pipeline stages of the attention kernels: a table, so that no call stops to tune."""
+"""How kernels are compiled: the table of the attention kernels' block sizes, and what all kernels ask about a device.
+
+The table holds sizes of blocks, warps and pipeline stages, so that no call stops to tune.
+"""
 
 from __future__ import annotations
 

@@ -302,10 +302,10 @@ def forward(union: Tensor, pairs: Tensor, branches: list[Any], logits: list[Tens
         return
     blocks = Blocks.of(union, classes)
     programs = triton.cdiv(relations, blocks.pairs), triton.cdiv(classes, blocks.classes)
-    span, splits = _split(channels, blocks.channels, programs[0] * programs[1], multiprocessors)
+    span, splits = _length_splits(channels, blocks.channels, programs[0] * programs[1], multiprocessors)
     parts = _Parts(logits, splits)
     forward_kernel[(*programs, splits)](
-        *parts.outs, union, union.stride(0), pairs, *_both([_matrices(branch) for branch in branches]),
+        *parts.outs, union, union.stride(0), pairs, *_both([_operands(branch) for branch in branches]),
         *_both([branch.bias for branch in branches]), relations, classes, channels, span,
         BLOCK_R=blocks.pairs, BLOCK_K=blocks.classes, BLOCK_C=blocks.channels, PRECISION=dot_precision(),
         num_warps=WARPS, num_stages=STAGES,
@@ -332,15 +332,15 @@ def backward(
     if not channels:
         return
     blocks = Blocks.of(union, classes)
-    matrices, given = _both([_matrices(branch) for branch in branches]), _both([of.logits for of in grads])
+    operands, given = _both([_operands(branch) for branch in branches]), _both([of.logits for of in grads])
     channel_blocks = triton.cdiv(channels, blocks.channels)
     sizes = backward_sizes(blocks, classes) | {"num_stages": STAGES}
 
     programs = channel_blocks, max(sizes["CLASS_BLOCKS"], 1)  # without a class, the gradient of union is still zero
-    span, splits = _split(relations, BACKWARD_PAIRS, programs[0] * programs[1], multiprocessors)
+    span, splits = _length_splits(relations, BACKWARD_PAIRS, programs[0] * programs[1], multiprocessors)
     parts = _Parts([of.weight for of in grads], splits)
     grad_weight_kernel[(*programs, splits)](
-        *parts.outs, grad_union, *given, union, union.stride(0), pairs, *matrices,
+        *parts.outs, grad_union, *given, union, union.stride(0), pairs, *operands,
         relations, classes, channels, span, BLOCK_R=BACKWARD_PAIRS, num_warps=WARPS, **sizes,
     )  # fmt: skip
     parts.sum()
@@ -352,12 +352,12 @@ def backward(
     offsets = torch.searchsorted(ends, numbers)  # [2, N + 1]: no number that the host would wait for
     to_ends = [grad for of in _both(grads) for grad in ((of.subject, of.object) if of else (None, None))]
     grad_ends_kernel[(count, channel_blocks, 2)](
-        *to_ends, *given, union, union.stride(0), order, offsets, *matrices,
+        *to_ends, *given, union, union.stride(0), order, offsets, *operands,
         relations, count, classes, channels, BLOCK_R=BACKWARD_PAIRS, num_warps=SEGMENT_WARPS, **sizes,
     )  # fmt: skip
 
 
-def _matrices(branch: Any) -> tuple[Any, ...]:
+def _operands(branch: Any) -> tuple[Any, ...]:
     """Return a branch as the kernels take it."""
     return tuple(x for matrix in (branch.subject, branch.object, branch.weight) for x in (matrix, matrix.stride(0)))
 
@@ -367,7 +367,7 @@ def _both(values: list[Any]) -> list[Any]:
     return [*values, None, None][:2]
 
 
-def _split(length: int, block: int, programs: int, multiprocessors: int) -> tuple[int, int]:
+def _length_splits(length: int, block: int, programs: int, multiprocessors: int) -> tuple[int, int]:
     """Return the blocks of a program, and how many programs share in a length: two a multiprocessor."""
     steps = max(triton.cdiv(length, block), 1)
     splits = max(min(2 * multiprocessors // programs, steps // LEAST_STEPS), 1)
