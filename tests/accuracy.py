@@ -7,14 +7,15 @@ def assert_accurate(exact, plain, ours, standard=None, *, floor=0.0):
     """Assert that results are off by no more than rounding explains.
 
     The yardstick is the larger of two errors: that of plain PyTorch in the same dtype, which depends on the machine's
-    BLAS, and the standard error that the sizes and numbers of the inputs imply. Allowed is twice as much for outputs
-    and three times as much for gradients, and a few units in the last place.
+    BLAS, and the standard error expected for these inputs. The error may be at most twice as large for outputs and
+    three times as large for gradients, plus a few units in the last place.
 
     Args:
         exact: outputs and gradients of the reference in float64, a list of each; None for what has no gradient.
         plain: those of the reference in the dtype under test.
         ours: those of the kernels in that dtype.
-        standard: the standard error of each element of them; None where the few units in the last place exceed it.
+        standard: the standard error expected for each element of `ours`; None where a few units in the last place
+            are more than that.
         floor: the least magnitude whose units in the last place are added, for results that cancel to nothing.
     """
     standard = standard or [[torch.zeros(())] * len(results) for results in exact]
