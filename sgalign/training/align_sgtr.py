@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sgalign.models.entity_detector import DetectedEntities
 from sgalign.models.sgtr import MirrorMask, RelationOutputs
-from sgalign.ops.alignment import relation_alignment_loss
+from sgalign.ops.alignment import Kind, relation_alignment_loss
 from sgalign.training.detr import DetrModule
 from sgalign.training.options import AlignSGTROptions
 from sgalign.training.sgtr import SGTRModule
@@ -52,7 +52,7 @@ class AlignSGTRModule(SGTRModule):
     def alignment(self, outputs: RelationOutputs, mirrored: RelationOutputs) -> dict[str, Tensor]:
         """Return each aligned part's loss, not weighted."""
         options = self.options
-        pairs = {
+        pairs: dict[str, tuple[Tensor, Tensor, Kind]] = {
             "predicates": (outputs.logits, mirrored.logits, "sigmoid" if options.focal else "softmax"),
             "subjects": (outputs.class_logits[0], mirrored.class_logits[0], "softmax"),
             "objects": (outputs.class_logits[1], mirrored.class_logits[1], "softmax"),

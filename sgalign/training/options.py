@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from sgalign.errors import InputError
 from sgalign.models.entity_detector import Backbone
 from sgalign.models.graph_assembly import PAIRS
+from sgalign.ops.alignment import Direction, Reduction
 from sgalign.training.longtail import PredicateWeights
 
 VISIONS = {"predcls": ("none", "cached", "images"), "sgcls": ("cached", "images"), "sgdet": ("images",)}
@@ -257,8 +258,8 @@ class MirrorOptions(Options):
 
     mask_ratio: float = 0.1
     alignment_weight: float = 10.0
-    reduction: Literal["element", "relation"] = "element"
-    direction: Literal["teacher_to_student", "symmetric"] = "teacher_to_student"
+    reduction: Reduction = "element"
+    direction: Direction = "teacher_to_student"
 
     def __post_init__(self) -> None:
         super().__post_init__()
