@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sgalign.data import Objects, SceneGraph
-from sgalign.data.batch import read_pixels
 from sgalign.data.features import FIELDS, FeatureCache, image_key
+from sgalign.data.images import read_pixels
 from sgalign.errors import InputError
 from sgalign.files import hdf5_written_whole
 from sgalign.models import Detector, RegionFeatures

@@ -43,7 +43,7 @@ def main() -> int:
     print(f"  {_threads(core.openmp)}")
     tried = [
         "cpu",
-        *(name for name in ("triton", "cuda") if torch.cuda.is_available() and not backends.unavailable(name)),
+        *(name for name in backends.ON_GPU if torch.cuda.is_available() and not backends.unavailable(name)),
     ]
     return 0 if all([_works(backend) for backend in tried]) else 1
 

@@ -175,9 +175,8 @@ class DetectingVision(ImageVision):
             for boxes, truth in zip(graph.boxes_by_image(), graph.truth, strict=True)
         ]
         pairs, targets, labels = zip(*matched, strict=True)
-        starts = (graph.lengths.cumsum(0) - graph.lengths).tolist()
         return graph._replace(
-            pairs=torch.cat([of_image + start for of_image, start in zip(pairs, starts, strict=True)]),
+            pairs=torch.cat([of_image + start for of_image, start in zip(pairs, graph.starts.tolist(), strict=True)]),
             targets=torch.cat(targets),
             labels=torch.cat(labels),
         )
