@@ -24,7 +24,7 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	cd $(VENV) && bin/lint-imports --no-logo --config $(CURDIR)/pyproject.toml  # of what is installed, kernels/ with it
+	cd $(VENV) && bin/lint-imports --no-logo $(CURDIR)/pyproject.toml  # of what is installed, kernels/ with it
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 doctor: $(VENV)/train

@@ -16,7 +16,13 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("folder", type=Path, help="folder that sgalign ablate has written; with --checkpoint, where the figure goes")
     every = "(default: studies with a run of every row)"
-    add("--study", nargs="+", choices=studies.STUDIES, metavar="STUDY", help=f"what to table {every}")
+    add(
+        "--study",
+        nargs="+",
+        choices=studies.STUDIES,
+        metavar="STUDY",
+        help=f"what to table, in place of all other studies {every}",
+    )
     add("--data", metavar="NAME", help="which data, where the runs are of several")
     add("--epochs", type=int, metavar="N", help="which number of epochs, where the runs have several")
     add("--checkpoint", metavar="FILE", help="draw what this Align-SGTR attends to in --image instead")
