@@ -157,12 +157,14 @@ class _AlignmentLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # or zeros would be made for the second output
         ctx.save_for_backward(output[1], inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         grad, mirrored = ctx.saved_tensors
-        return None, _AlignmentLossBackward.apply(grad_loss, grad, mirrored), None, None, None, None, None
+        grad_mirrored = None if grad_loss is None else _AlignmentLossBackward.apply(grad_loss, grad, mirrored)
+        return None, grad_mirrored, None, None, None, None, None
 
 
 def _gradient(grad_loss: Tensor, grad: Tensor, mirrored: Tensor) -> Tensor:
