@@ -253,3 +253,15 @@ def test_second_order_is_refused(backend):
             (student.square().sum() + grad.sum()).backward()
     else:
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
+def test_one_tensor_is_kept_for_the_backward(kind, direction):
+    """The gradient, of the logits' size, beside the logits themselves."""
+    logits, mirrored = torch.randn(40, 7, device=DEVICE), torch.randn(40, 7, device=DEVICE, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        relation_alignment_loss(logits, mirrored, kind=kind, direction=direction, backend=BACKEND)
+    inputs = {logits.data_ptr(), mirrored.data_ptr()}
+    assert sum(tensor.numel() for tensor in kept if tensor.data_ptr() not in inputs) == 40 * 7
