@@ -243,6 +243,7 @@ def test_opcheck_and_compile():
 
     compiled = torch.compile(relation_alignment_loss, fullgraph=True, backend="aot_eager")
     assert torch.equal(grad(compiled), grad(relation_alignment_loss))
+    assert torch.equal(compiled(teacher, student), relation_alignment_loss(teacher, student)), "nothing has a gradient"
 
 
 def test_second_order_is_refused(backend):

@@ -150,8 +150,17 @@ def _check_logits(logits: Tensor, mirrored_logits: Tensor, weight: Tensor | None
 
 class _AlignmentLoss(torch.autograd.Function):
     @staticmethod
-    def forward(backend: str, mirrored: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        losses, grad = torch.ops.sgalign.alignment_loss(backend, mirrored, *others)
+    def forward(
+        backend: str,
+        mirrored: Tensor,
+        logits: Tensor,
+        weight: Tensor | None,
+        scale: float,
+        sigmoid: bool,
+        symmetric: bool,
+    ) -> tuple[Tensor, Tensor]:
+        # Each argument by its name: torch.compile takes no `*others` where nothing needs a gradient.
+        losses, grad = torch.ops.sgalign.alignment_loss(backend, mirrored, logits, weight, scale, sigmoid, symmetric)
         return losses.sum(), grad
 
     @staticmethod
