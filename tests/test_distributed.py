@@ -93,7 +93,7 @@ def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, atol=2e-4, rtol=1e-3)
     # A checkpoint of two processes serves one.
-    module = MotifsModule.load_from_checkpoint(tmp_path / "world2.ckpt", strict=False)
+    module = MotifsModule.load_from_checkpoint(tmp_path / "world2.ckpt")
     assert module.network is not None
 
 

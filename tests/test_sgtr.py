@@ -697,8 +697,8 @@ def test_a_resumed_run_needs_no_initial_weights(tmp_path, monkeypatch):
 
 
 def test_weights_of_something_else_are_refused(tmp_path):
-    names = {"object_names": [], "predicate_names": []}
-    torch.save({"sgalign": {"module": "MotifsModule"} | names}, tmp_path / "other.ckpt")
+    saved = {"module": "MotifsModule", "object_names": [], "predicate_names": [], "run_seed": 0, "random_states": []}
+    torch.save({"sgalign": saved, "state_dict": {}, "hyper_parameters": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="EntityDetectorModule"):
         fit(SGTRModule(detector_weights=str(tmp_path / "other.ckpt"), **SMALL))
 

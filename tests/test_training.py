@@ -22,8 +22,10 @@ from sgalign.commands import main as cli  # noqa: E402
 from sgalign.data import Detections, SeenBatch, collate  # noqa: E402
 from sgalign.training import (  # noqa: E402
     AlignMotifsModule,
+    AveragedTeacherModule,
     DetectorModule,
     FrequencyModule,
+    MaskedMotifsModule,
     MotifsModule,
     SceneGraphData,
 )
@@ -237,6 +239,19 @@ def test_a_checkpoint_of_another_model_or_size_is_refused(scenes, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             trainer(max_epochs=1).fit(module, datamodule=scenes, ckpt_path=tmp_path / "motifs.ckpt")
+
+
+def test_a_checkpoint_with_other_parts_is_refused(scenes, tmp_path):
+    fit(AveragedTeacherModule(**SMALL), scenes, max_epochs=0).save_checkpoint(tmp_path / "average.ckpt")
+    fit(MaskedMotifsModule(**SMALL), scenes, max_epochs=0).save_checkpoint(tmp_path / "masked.ckpt")
+    for name, part in (("average", "has teacher."), ("masked", "lacks mirrored_head.")):
+        with pytest.raises(ValueError, match=f"must be of AlignMotifsModule with the same parts, {part}"):
+            AlignMotifsModule.load_from_checkpoint(tmp_path / f"{name}.ckpt")
+    content = torch.load(tmp_path / "masked.ckpt", weights_only=True)
+    del content["state_dict"], content["sgalign"]["run_seed"]
+    torch.save(content, tmp_path / "part.ckpt")
+    with pytest.raises(ValueError, match="that sgalign fit has written, lacks run_seed, state_dict"):
+        MaskedMotifsModule.load_from_checkpoint(tmp_path / "part.ckpt")
 
 
 def test_motifs_of_an_aligned_model_leaves_the_mirror_out(scenes, tmp_path):

@@ -131,15 +131,13 @@ class SavedModule(pl.LightningModule):
             classes, predicates = len(self.object_names), len(self.predicate_names)
             self.make_network(torch.ones(classes, classes, predicates))  # the weights follow
         self._leave_out_mirror(checkpoint["state_dict"])
-        self._check_shapes(checkpoint["state_dict"])
+        self._check_weights(checkpoint["state_dict"])
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls,
         checkpoint_path: str | Path,
         map_location: Any = "cpu",
-        *,
-        strict: bool = True,
         **options: Any,
     ) -> Self:
         """Return the module of a checkpoint.
@@ -149,23 +147,22 @@ class SavedModule(pl.LightningModule):
 
         Args:
             map_location: the device that the module is moved to.
-            strict: all weights must be in the checkpoint.
             options: take the place of the checkpoint's.
 
         Raises:
             FileNotFoundError, ValueError: as `read_checkpoint`, or the checkpoint is of another module.
         """
-        return cls._of_checkpoint(read_checkpoint(checkpoint_path), strict=strict, **options).to(map_location)
+        return cls._of_checkpoint(read_checkpoint(checkpoint_path), **options).to(map_location)
 
     @classmethod
-    def _of_checkpoint(cls, checkpoint: dict[str, Any], *, strict: bool = True, **options: Any) -> Self:
+    def _of_checkpoint(cls, checkpoint: dict[str, Any], **options: Any) -> Self:
         """Return the module of a checkpoint that has been read; weights that do not fit the module are taken out."""
         cls._check_kind(checkpoint)
         known = {field.name for field in dataclasses.fields(cls.options_type)}
         saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
         module = cls(**(saved | options))
         module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        module.load_state_dict(checkpoint["state_dict"])
         return module
 
     @classmethod
@@ -199,12 +196,16 @@ class SavedModule(pl.LightningModule):
         for name in mirror:
             del weights[name]
 
-    def _check_shapes(self, weights: Mapping[str, Tensor]) -> None:
-        """Raise an error unless the weights that this module has are of the same shapes."""
-        for name, own in self.state_dict().items():
+    def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise an error unless the weights are those that this module has, of the same shapes."""
+        of_model = self.state_dict()
+        for name, own in of_model.items():
             if name in weights and weights[name].shape != own.shape:
                 shapes = f"{name} is {list(weights[name].shape)}, not {list(own.shape)}"
                 raise InputError(f"checkpoint must be of a model with the same options: {shapes}")
+        if differing := sorted(of_model.keys() ^ weights.keys()):
+            what = f"{'lacks' if differing[0] in of_model else 'has'} {differing[0]}"
+            raise InputError(f"checkpoint must be of {type(self).__name__} with the same parts, {what}")
 
 
 def module_named(name: str) -> type[SavedModule] | None:

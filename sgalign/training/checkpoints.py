@@ -61,3 +61,8 @@ def check_ours(checkpoint: Any, what: str) -> None:
     saved = checkpoint.get("sgalign") if isinstance(checkpoint, dict) else None
     if not isinstance(saved, dict) or not saved.keys() >= {"module", "object_names", "predicate_names"}:
         raise InputError(f"{what}: must be a checkpoint that sgalign fit has written, has no class names")
+    missing = {"run_seed", "random_states"} - saved.keys() | {"state_dict", "hyper_parameters"} - checkpoint.keys()
+    if missing:
+        raise InputError(
+            f"{what}: must be a checkpoint that sgalign fit has written, lacks {', '.join(sorted(missing))}"
+        )

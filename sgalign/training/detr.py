@@ -49,12 +49,14 @@ class DetrModule(SavedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._detector_saved = checkpoint.get("sgalign", {}).get("detector", {})
-        super().on_load_checkpoint(checkpoint)
-        if self.detector.trains_norms != self._detector_saved["trains_norms"]:
+        # A network that is there already was made from options; one made here is what the checkpoint says.
+        trains_norms = self._detector_saved.get("trains_norms")
+        if self.network is not None and trains_norms not in (None, self.detector.trains_norms):
             raise InputError(
                 "the checkpoint's batch normalisation must be that of the model that is to go on: give the same "
                 "detector_weights, or make the model by load_from_checkpoint"
             )
+        super().on_load_checkpoint(checkpoint)
 
     def detect(self, batch: GraphBatch) -> tuple[list[Tensor], DetectedEntities]:
         """Return the batch's images of the size for evaluation, and what is found in them."""
