@@ -1,4 +1,4 @@
-"""What an evaluator computes, by name, as a table of text."""
+"""Names of the figures that an evaluator computes, and a text table of them."""
 
 from __future__ import annotations
 

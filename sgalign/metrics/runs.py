@@ -14,7 +14,7 @@ DEPTH = 100  # of the ranks that are kept
 
 
 class Run(TypedDict):
-    """What one arm of a study reached with one seed: the content of a file."""
+    """The content of a run's file: the results of one arm of a study with one seed."""
 
     seed: int
     settings: dict[str, Any]  # with `data` and `epochs`: runs of equal settings differ in the seed alone

@@ -21,7 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 
 
 class Backend(NamedTuple):
-    """What a backend needs."""
+    """The requirements of a backend."""
 
     device: str | None  # of the tensors; None is any. Those for "cuda", ROCm's too, compute in float32 at most
     problem: Callable[[], str | None]  # returns why it is not there and how to get it, or None
