@@ -19,7 +19,7 @@ FIELDS = ("boxes", "objects", "logits", "union")  # as files have them; the last
 
 
 class FeatureCache:
-    """Reads the files that `cache_features` wrote. They are opened when they are first read, by each process for itself.
+    """Reads the files of `cache_features`. Each is opened when it is first read, by each process for itself.
 
     Args:
         folder: of the files.
