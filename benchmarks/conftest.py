@@ -10,6 +10,7 @@ import gc
 import math
 import os
 import time
+import timeit
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ flops: dict[str, int] = {}  # group -> of the matrix products of both branches
 peak_memory: dict[str, float] = {}  # contender -> MiB
 # case -> seconds and peak memory (MiB) of each contender, and the ratio that counting arithmetic gives
 training_steps: dict[str, tuple[dict[str, float], dict[str, float], float]] = {}
+calls: dict[str, dict[str, float]] = {}  # case -> contender -> seconds of a call, in the fastest round
 sgemm_rate: list[float] = []  # flops per second
 SPLIT_SHAPE = (8, 8, 180, 1024)  # B, H, Lq, Lk of the split into matrix products and the rest
 
@@ -61,6 +63,19 @@ def compare_steps(
     benchmark.pedantic(lambda: run_step(steps[list(steps)[1]], parameters), rounds=1)
     if benchmark.enabled:
         training_steps[case] = {name: min(taken) for name, taken in times.items()}, peaks, counted
+
+
+def compare_calls(benchmark, case: str, contenders: dict[str, Callable[[], object]]) -> None:
+    """Time calls of microseconds, all contenders in turn, many calls a round.
+
+    The first is what the others are compared with; the benchmark's own figure is the second's.
+    """
+    rounds, number = 60, 50
+    if benchmark.enabled:
+        times = [{name: timeit.timeit(call, number=number) for name, call in contenders.items()} for _ in range(rounds)]
+        calls[case] = {name: min(taken[name] for taken in times) / number for name in contenders}
+    benchmark.group = f"a call, {case}"
+    benchmark.pedantic(contenders[list(contenders)[1]], rounds=rounds, iterations=number)
 
 
 def time_steps(
@@ -121,8 +136,19 @@ def status_kib(field: str) -> int:
         return next(int(line.split()[1]) for line in status if line.startswith(field))
 
 
+def write_calls(terminalreporter: pytest.TerminalReporter) -> None:
+    if not calls:
+        return
+    terminalreporter.section("a call on tensors of a few elements, us, and as a multiple of PyTorch's")
+    for case, taken in calls.items():
+        base = next(iter(taken.values()))
+        figures = (f"{name} {1e6 * time:.0f} ({time / base:.2f}x)" for name, time in taken.items())
+        terminalreporter.write_line(f"{case:34}{'   '.join(figures)}")
+
+
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own tables
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    write_calls(terminalreporter)
     if not seconds and not training_steps:
         return
     write = terminalreporter.write_line

@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -51,78 +49,107 @@ std::vector<Kernels> supported_kernels() {
 Kernels kernels = supported_kernels().front();
 
 using Address = std::uintptr_t;
-using MatrixArgument = std::pair<Address, std::array<int64_t, 4>>;  // data, strides of [B, H, L, D] in elements
 
-Matrix matrix(const MatrixArgument& argument) {
-    const auto& [data, strides] = argument;
-    return {reinterpret_cast<void*>(data), strides[0], strides[1], strides[2]};
-}
+// A call's numbers, in order: flat, because pybind11 takes longer over nested tuples than small calls take to compute.
+class Arguments {
+  public:
+    explicit Arguments(const py::args& arguments) : arguments(arguments) {}
 
-// One branch: out, log_sum, random; and for the backward the gradient of out.
-using BranchArgument = std::tuple<MatrixArgument, Address, bool, std::optional<MatrixArgument>>;
-// One group: query, its branches; and for the backward the gradient of the query.
-using GroupArgument = std::tuple<MatrixArgument, std::vector<BranchArgument>, std::optional<MatrixArgument>>;
+    int64_t integer() {
+        const int64_t value = PyLong_AsLongLong(next());
+        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        return value;
+    }
+    double number() {
+        const double value = PyFloat_AsDouble(next());
+        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        return value;
+    }
+    void* address() { return reinterpret_cast<void*>(Address(integer())); }  // 0 where there is no tensor
 
-Attention attention(int dtype, std::array<int64_t, 5> sizes, const std::vector<GroupArgument>& groups,
-                    const MatrixArgument& key, const MatrixArgument& value, const std::optional<MatrixArgument>& mask,
-                    const std::optional<std::pair<Address, std::array<int64_t, 2>>>& key_padding_mask, int64_t seed,
-                    uint32_t stream, int mask_threshold, int dropout_threshold, double scale, int threads) {
+    // A matrix: its address, and its strides in elements.
+    Matrix matrix() {
+        Matrix result{address(), integer(), integer(), integer()};
+        integer();  // the last stride, 1
+        return result;
+    }
+
+    bool done() const { return position == arguments.size(); }
+
+  private:
+    PyObject* next() {
+        if (done()) throw std::invalid_argument("too few arguments");
+        return PyTuple_GET_ITEM(arguments.ptr(), Py_ssize_t(position++));
+    }
+
+    const py::args& arguments;
+    size_t position = 0;
+};
+
+// The order is that of `_description` in sgalign/ops/_attention_backends.py. Gradients are left out of a forward.
+Attention attention(const py::args& numbers) {
+    Arguments next(numbers);
     Attention a;
-    a.dtype = DType(dtype);
-    a.batch = sizes[0], a.heads = sizes[1], a.queries = sizes[2], a.keys = sizes[3], a.dim = sizes[4];
-    if (groups.size() > 2) throw std::invalid_argument("at most two queries");
-    for (const auto& [query, branches, grad_query] : groups) {
-        if (groups.size() * branches.size() > 2) throw std::invalid_argument("at most two branches");
-        QueryGroup& group = a.groups[a.group_count++];
-        group.query = matrix(query);
-        if (grad_query) group.grad_query = matrix(*grad_query);
-        for (const auto& [out, log_sum, random, grad_out] : branches) {
-            Branch& branch = group.branches[group.count++];
-            branch.out = matrix(out);
-            branch.log_sum = reinterpret_cast<void*>(log_sum);
-            branch.random = random;
-            if (grad_out) branch.grad_out = matrix(*grad_out);
-        }
+    a.dtype = DType(next.integer());
+    a.batch = next.integer(), a.heads = next.integer(), a.queries = next.integer(), a.dim = next.integer();
+    a.keys = next.integer();
+    a.key = next.matrix(), a.value = next.matrix();
+    a.mask = static_cast<const uint8_t*>(next.address());
+    for (int64_t& stride : a.mask_strides) stride = next.integer();
+    a.key_padding = static_cast<const uint8_t*>(next.address());
+    for (int64_t& stride : a.key_padding_strides) stride = next.integer();
+    a.seed = uint64_t(next.integer());
+    a.mask_threshold = int(next.integer()), a.dropout_threshold = int(next.integer());
+    a.stream = uint32_t(next.integer());
+    a.scale = next.number(), a.threads = int(next.integer());
+
+    const int64_t branches = next.integer();
+    a.group_count = int(next.integer());
+    if (branches < 1 || branches > 2 || a.group_count < 1 || a.group_count > branches)
+        throw std::invalid_argument("one or two branches, and one query for each or for both");
+    for (int i = 0; i < a.group_count; ++i) a.groups[i].query = next.matrix();
+    Branch* each[2];
+    for (int i = 0; i < branches; ++i) {
+        QueryGroup& group = a.groups[a.group_count == 1 ? 0 : i];
+        each[i] = &group.branches[group.count++];
+        each[i]->out = next.matrix();
+        each[i]->log_sum = next.address();
+        each[i]->random = i == branches - 1;
     }
-    a.key = matrix(key), a.value = matrix(value);
-    if (mask) {
-        a.mask = reinterpret_cast<const uint8_t*>(mask->first);
-        for (int i = 0; i < 4; ++i) a.mask_strides[i] = mask->second[i];
+    if (!next.done()) {
+        for (int i = 0; i < branches; ++i) each[i]->grad_out = next.matrix();
+        for (int i = 0; i < a.group_count; ++i) a.groups[i].grad_query = next.matrix();
+        a.grad_key = next.matrix(), a.grad_value = next.matrix();
     }
-    if (key_padding_mask) {
-        a.key_padding = reinterpret_cast<const uint8_t*>(key_padding_mask->first);
-        for (int i = 0; i < 2; ++i) a.key_padding_strides[i] = key_padding_mask->second[i];
-    }
-    a.seed = uint64_t(seed), a.stream = stream;
-    a.mask_threshold = mask_threshold, a.dropout_threshold = dropout_threshold;
-    a.scale = scale, a.threads = threads;
     return a;
 }
 
-using RowsArgument = std::pair<Address, int64_t>;  // data and the stride of rows, in elements
-// One branch: subject, object, weight, bias (or 0), logits.
-using RelationBranchArgument = std::tuple<RowsArgument, RowsArgument, RowsArgument, Address, Address>;
-// Its gradients: of logits, subject, object and weight.
-using RelationGradients = std::array<Address, 4>;
-
-RelationLogits relation_logits(int dtype, std::array<int64_t, 4> sizes,
-                               const std::vector<RelationBranchArgument>& branches, const RowsArgument& union_,
-                               Address pairs, int threads) {
+// The order is that of `_description` in sgalign/ops/relation.py. A forward leaves out gradients.
+RelationLogits relation_logits(const py::args& numbers) {
+    Arguments next(numbers);
     RelationLogits a;
-    a.dtype = DType(dtype);
-    a.objects = sizes[0], a.relations = sizes[1], a.channels = sizes[2], a.classes = sizes[3];
-    a.pairs = reinterpret_cast<const int64_t*>(pairs);
-    if (branches.size() > 2) throw std::invalid_argument("at most two branches");
-    const auto address = [](Address value) { return reinterpret_cast<void*>(value); };
-    for (const auto& [subject, object, weight, bias, logits] : branches) {
-        RelationBranch& branch = a.branches[a.count++];
-        branch.subject = address(subject.first), branch.subject_row = subject.second;
-        branch.object = address(object.first), branch.object_row = object.second;
-        branch.weight = address(weight.first), branch.weight_row = weight.second;
-        branch.bias = address(bias), branch.logits = address(logits);
+    a.dtype = DType(next.integer());
+    a.objects = next.integer(), a.classes = next.integer(), a.relations = next.integer(), a.channels = next.integer();
+    a.union_ = next.address(), a.union_row = next.integer();
+    a.pairs = static_cast<const int64_t*>(next.address());
+    a.threads = int(next.integer());
+    const int64_t branches = next.integer();
+    if (branches < 1 || branches > 2) throw std::invalid_argument("one or two branches");
+    for (a.count = 0; a.count < branches; ++a.count) {
+        RelationBranch& branch = a.branches[a.count];
+        branch.subject = next.address(), branch.subject_row = next.integer();
+        branch.object = next.address(), branch.object_row = next.integer();
+        branch.weight = next.address(), branch.weight_row = next.integer();
+        branch.bias = next.address(), branch.logits = next.address();
     }
-    a.union_ = address(union_.first), a.union_row = union_.second;
-    a.threads = threads;
+    if (!next.done()) {
+        for (int i = 0; i < a.count; ++i) {
+            RelationBranch& branch = a.branches[i];
+            branch.grad_logits = next.address(), branch.grad_subject = next.address();
+            branch.grad_object = next.address(), branch.grad_weight = next.address();
+        }
+        a.grad_union = next.address();
+    }
     return a;
 }
 
@@ -134,35 +161,19 @@ void check_pairs(const RelationLogits& a) {
                                     std::to_string(i / 2));
 }
 
-void set_gradients(RelationLogits& a, const std::vector<RelationGradients>& gradients, Address grad_union) {
-    for (int b = 0; b < a.count; ++b) {
-        const auto& [logits, subject, object, weight] = gradients.at(b);
-        RelationBranch& branch = a.branches[b];
-        branch.grad_logits = reinterpret_cast<void*>(logits);
-        branch.grad_subject = reinterpret_cast<void*>(subject);
-        branch.grad_object = reinterpret_cast<void*>(object);
-        branch.grad_weight = reinterpret_cast<void*>(weight);
-    }
-    a.grad_union = reinterpret_cast<void*>(grad_union);
-}
-
-AlignmentLoss alignment_loss(int dtype, std::array<int64_t, 2> sizes, const RowsArgument& logits,
-                             const RowsArgument& mirrored, Address weight, double scale, bool sigmoid, bool symmetric,
-                             Address losses, Address grad, int threads) {
-    return {.dtype = DType(dtype),
-            .relations = sizes[0],
-            .classes = sizes[1],
-            .logits = reinterpret_cast<void*>(logits.first),
-            .mirrored = reinterpret_cast<void*>(mirrored.first),
-            .logits_row = logits.second,
-            .mirrored_row = mirrored.second,
-            .weight = reinterpret_cast<void*>(weight),
-            .scale = scale,
-            .sigmoid = sigmoid,
-            .symmetric = symmetric,
-            .losses = reinterpret_cast<void*>(losses),
-            .grad = reinterpret_cast<void*>(grad),
-            .threads = threads};
+// The order is that of `_description` in sgalign/ops/alignment.py.
+AlignmentLoss alignment_loss(const py::args& numbers) {
+    Arguments next(numbers);
+    AlignmentLoss a;
+    a.dtype = DType(next.integer());
+    a.relations = next.integer(), a.classes = next.integer();
+    a.logits = next.address(), a.logits_row = next.integer();
+    a.mirrored = next.address(), a.mirrored_row = next.integer();
+    a.weight = next.address(), a.scale = next.number();
+    a.sigmoid = next.integer(), a.symmetric = next.integer();
+    a.losses = next.address(), a.grad = next.address();
+    a.threads = int(next.integer());
+    return a;
 }
 
 #ifdef SGALIGN_CUDA
@@ -184,12 +195,11 @@ void define_cuda(py::module_& m) {
               py::gil_scoped_release unlocked;
               cuda::attention_forward(a, pointer<uint64_t>(seed), splits, pointer<float>(workspace), queue(to));
           });
-    m.def("cuda_attention_backward", [](Attention a, const MatrixArgument& grad_key, const MatrixArgument& grad_value,
-                                        Address seed, int splits, Address workspace, const QueueArgument& to) {
-        a.grad_key = matrix(grad_key), a.grad_value = matrix(grad_value);
-        py::gil_scoped_release unlocked;
-        cuda::attention_backward(a, pointer<uint64_t>(seed), splits, pointer<float>(workspace), queue(to));
-    });
+    m.def("cuda_attention_backward",
+          [](const Attention& a, Address seed, int splits, Address workspace, const QueueArgument& to) {
+              py::gil_scoped_release unlocked;
+              cuda::attention_backward(a, pointer<uint64_t>(seed), splits, pointer<float>(workspace), queue(to));
+          });
     m.def("cuda_random_mask", [](Address out, int64_t batch_heads, int64_t queries, int64_t keys, Address seed,
                                  uint32_t stream, int threshold, const QueueArgument& to) {
         py::gil_scoped_release unlocked;
@@ -201,9 +211,7 @@ void define_cuda(py::module_& m) {
         py::gil_scoped_release unlocked;
         cuda::relation_forward(a, splits, pointer<float>(workspace), queue(to));
     });
-    m.def("cuda_relation_backward", [](RelationLogits a, const std::vector<RelationGradients>& gradients,
-                                       Address grad_union, Address orders, const QueueArgument& to) {
-        set_gradients(a, gradients, grad_union);
+    m.def("cuda_relation_backward", [](const RelationLogits& a, Address orders, const QueueArgument& to) {
         py::gil_scoped_release unlocked;
         cuda::relation_backward(a, pointer<int64_t>(orders), queue(to));
     });
@@ -250,8 +258,7 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release unlocked;
         kernels.attention.forward(a);
     });
-    m.def("attention_backward", [](Attention a, const MatrixArgument& grad_key, const MatrixArgument& grad_value) {
-        a.grad_key = matrix(grad_key), a.grad_value = matrix(grad_value);
+    m.def("attention_backward", [](const Attention& a) {
         py::gil_scoped_release unlocked;
         kernels.attention.backward(a);
     });
@@ -268,13 +275,11 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release unlocked;
         kernels.relation.forward(a);
     });
-    m.def("relation_backward",
-          [](RelationLogits a, const std::vector<RelationGradients>& gradients, Address grad_union) {
-              check_pairs(a);
-              set_gradients(a, gradients, grad_union);
-              py::gil_scoped_release unlocked;
-              kernels.relation.backward(a);
-          });
+    m.def("relation_backward", [](const RelationLogits& a) {
+        check_pairs(a);
+        py::gil_scoped_release unlocked;
+        kernels.relation.backward(a);
+    });
 
     py::class_<AlignmentLoss>(m, "AlignmentLoss", py::module_local()).def(py::init(&alignment_loss));
     m.def("alignment_loss", [](const AlignmentLoss& a) {

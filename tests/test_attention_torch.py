@@ -425,12 +425,12 @@ def test_gpus_that_are_too_old_get_the_reference(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))
     assert backends.choose(None, gpu, torch.float16) == "reference"
     with pytest.raises(ValueError, match=r"'triton' needs compute capability 8.0 or later, cuda:0 has 7.5"):
         backends.choose("triton", gpu, torch.float16)
     assert backends.unavailable("triton") == "needs compute capability 8.0 or later, cuda has 7.5"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(backends, "_capability", lambda device: (8, 6))
     assert backends.choose(None, gpu, torch.float16) == "triton" and backends.unavailable("triton") is None
 
 

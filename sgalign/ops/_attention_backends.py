@@ -5,8 +5,7 @@ A new backend is a file of kernels and an entry in each of the tables `FORWARD` 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,6 +15,8 @@ from torch import Tensor
 from sgalign.ops import _core, _cuda
 from sgalign.ops._operands import DTYPES, Tensors
 from sgalign.ops.random_mask import STEPS
+
+NO_MASK, NO_PADDING = (0,) * 5, (0,) * 3  # instead of address and strides
 
 
 class Options(NamedTuple):
@@ -94,7 +95,7 @@ FORWARD: dict[str, Callable[[Call], None]] = {
 
 def _backward_cpu(call: Call, grad_outs: Tensors, grads: Tensors) -> None:
     core = _core.load()
-    core.attention_backward(_description(core, call, grad_outs, grads), _matrix(grads[-2]), _matrix(grads[-1]))
+    core.attention_backward(_description(core, call, grad_outs, grads))
 
 
 def _backward_triton(call: Call, grad_outs: Tensors, grads: Tensors) -> None:
@@ -110,11 +111,8 @@ def _backward_cuda(call: Call, grad_outs: Tensors, grads: Tensors) -> None:
     splits = core.cuda_attention_splits(description, _cuda.multiprocessors(device))
     parts = splits * sum(query.numel() for query in call.queries) if splits > 1 else 0
     workspace = _cuda.workspace(call.key, sum(logsumexp.numel() for logsumexp in call.logsumexps) + parts)
-    to_key_and_value = _matrix(grads[-2]), _matrix(grads[-1])
     with _cuda.current_stream(device) as cuda_stream:
-        core.cuda_attention_backward(
-            description, *to_key_and_value, _seed_address(call), splits, workspace.data_ptr(), cuda_stream
-        )
+        core.cuda_attention_backward(description, _seed_address(call), splits, workspace.data_ptr(), cuda_stream)
 
 
 BACKWARD: dict[str, Callable[[Call, Tensors, Tensors], None]] = {
@@ -127,42 +125,40 @@ BACKWARD: dict[str, Callable[[Call, Tensors, Tensors], None]] = {
 # ------------------------------------------------------------------------------------------------------ compiled core
 
 
-def _description(
-    core: ModuleType,
-    call: Call,
-    grad_outs: Iterable[Tensor | None] = itertools.repeat(None),
-    grad_queries: Iterable[Tensor | None] = itertools.repeat(None),
-) -> Any:
-    """Return the call as the core takes it (csrc/kernels.h). It holds addresses: the tensors must outlive it."""
+def _description(core: ModuleType, call: Call, grad_outs: Sequence[Tensor] = (), grads: Sequence[Tensor] = ()) -> Any:
+    """Return the call as the core takes it (`attention` in csrc/bindings.cpp).
+
+    It holds addresses: the tensors must outlive it.
+    """
     queries, key, value, outs, logsumexps, options = call
-    branches = [
-        (_matrix(out), logsumexp.data_ptr(), i == len(outs) - 1, _matrix(grad))
-        for i, (out, logsumexp, grad) in enumerate(zip(outs, logsumexps, grad_outs))
-    ]
-    groups = [
-        (_matrix(query), branches if len(queries) == 1 else [branches[i]], _matrix(grad))
-        for i, (query, grad) in enumerate(zip(queries, grad_queries))
-    ]
     seed = options.seed
-    return core.Attention(
+    numbers = [
         DTYPES.index(key.dtype),
-        (*queries[0].shape[:3], *key.shape[2:]),
-        groups,
-        _matrix(key),
-        _matrix(value),
-        _matrix(options.mask),
-        _matrix(options.key_padding_mask),
-        0 if seed is None or seed.device.type != "cpu" else seed.item(),  # a GPU reads it itself
-        options.stream,
-        options.mask_threshold,
-        options.dropout_threshold,
-        options.scale,
+        *queries[0].shape,
+        key.shape[2],
+        *_matrix(key),
+        *_matrix(value),
+        *(NO_MASK if options.mask is None else _matrix(options.mask)),
+        *(NO_PADDING if options.key_padding_mask is None else _matrix(options.key_padding_mask)),
+        seed.item() if seed is not None and seed.is_cpu else 0,  # a GPU reads it itself
+        *options[3:],
         torch.get_num_threads(),
-    )
+        len(outs),
+        len(queries),
+    ]
+    for query in queries:
+        numbers += _matrix(query)
+    for out, logsumexp in zip(outs, logsumexps):
+        numbers += _matrix(out)
+        numbers.append(logsumexp.data_ptr())
+    for grad in (*grad_outs, *grads):
+        numbers += _matrix(grad)
+    return core.Attention(*numbers)
 
 
-def _matrix(tensor: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.stride())
+def _matrix(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's address and its strides."""
+    return (tensor.data_ptr(), *tensor.stride())
 
 
 def _seed_address(call: Call) -> int:

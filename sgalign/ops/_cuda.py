@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -57,6 +58,7 @@ def current_stream(device: torch.device) -> Iterator[tuple[int, int]]:
         yield stream.device_index, stream.cuda_stream
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Return the number of a GPU's multiprocessors.
 

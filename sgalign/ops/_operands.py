@@ -1,4 +1,4 @@
-"""Code that all operations share: checks of tensors, their dtype under autocast, memory order, autograd.
+"""Code that all operations share: checks of tensors, their dtype under autocast, memory order.
 
 The checks of ratios, seeds and streams are in random_mask.py, beside what these mean.
 """
@@ -6,7 +6,6 @@ The checks of ratios, seeds and streams are in random_mask.py, beside what these
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from sgalign.errors import InputError
 
 Tensors = list[Tensor]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/kernels.h
+REMEMBERED = 4096  # signatures of an operation
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -59,11 +59,35 @@ def check_device(name: str, tensor: Tensor, device: torch.device, whose: str) ->
         raise InputError(f"{name} must be on {whose} {device}, got {tensor.device}")
 
 
+def once_a_signature(check: Callable[..., None]) -> Callable[..., None]:
+    """Return a check of tensors that runs once for the same shapes, dtypes and devices, and again after an error.
+
+    The first argument of the result says whether the others, tensors or None, are ordinary (`_autograd.is_plain`): the
+    check of others always runs.
+    """
+    passed: set[tuple[object, ...]] = set()
+
+    def run(plain: bool, *tensors: Tensor | None) -> None:
+        if not plain or torch._C._is_any_autocast_enabled():  # which decides whether dtypes go together
+            check(*tensors)
+            return
+        signature = tuple([None if x is None else (x.shape, x.dtype, x.device) for x in tensors])
+        if signature not in passed:
+            check(*tensors)
+            if len(passed) == REMEMBERED:
+                passed.clear()
+            passed.add(signature)
+
+    return run
+
+
 # ------------------------------------------------------------------------------------------------------ dtypes
 
 
 def computed_dtype(tensor: Tensor) -> torch.dtype:
     """Return the tensor's dtype, or what autocast makes of it."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensor.dtype
     device = tensor.device.type
     # torch.is_autocast_enabled knows no meta tensors.
     if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
@@ -76,12 +100,17 @@ def accumulated_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in `dtype`: itself where it has it, without asking torch."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 # ------------------------------------------------------------------------------------------------------ memory
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
     """Return the tensor, copied if its last stride is not 1."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
 
 
 def empty_like(tensor: Tensor) -> Tensor:
@@ -91,47 +120,4 @@ def empty_like(tensor: Tensor) -> Tensor:
     """
     out = torch.empty_like(tensor)
     # For a tensor that overlaps itself, empty_like chooses its own order.
-    return out if out.stride(-1) == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def distinct(tensors: list[Any]) -> list[Any]:
-    """Replace repeated tensors by views, because torch.compile passes no tensor twice to an autograd function.
-
-    None stays None.
-    """
-    if not torch.compiler.is_compiling():
-        return tensors
-    found: list[Any] = []
-    for tensor in tensors:
-        again = tensor is not None and any(tensor is other for other in found)
-        found.append(tensor.view_as(tensor) if again else tensor)
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------ autograd
-
-
-def differentiable_once(what: str, gradients: Callable[..., Any]) -> type[torch.autograd.Function]:
-    """Return `gradients`, which a backward pass calls, as an autograd function that cannot be differentiated again.
-
-    Args:
-        what: the operation that `gradients` belongs to, as the error names it.
-        gradients: called with the arguments of ``apply``.
-    """
-    message = (
-        f"sgalign: second-order gradients of {what} are not supported (create_graph=True, or a gradient of a gradient);"
-        " backend='reference' has them"
-    )
-
-    class Gradients(torch.autograd.Function):
-        forward = staticmethod(gradients)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            raise RuntimeError(message)
-
-    return Gradients
+    return out if out.stride()[-1] == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)

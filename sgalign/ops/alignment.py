@@ -1,8 +1,8 @@
 """The alignment loss: pulls the mirrored branch's predictions towards the supervised branch's.
 
 From the public function to the kernel as in `sgalign.ops.attention`: checks, `_AlignmentLoss` (autograd), the
-registered operation ``sgalign::alignment_loss``, and the backend's launch function from the table `_LAUNCH`. One pass
-gives loss and gradient, so there is no backward operation.
+registered operation ``sgalign::alignment_loss`` or its implementation `_loss`, and the backend's launch function from
+the table `_LAUNCH`. One pass gives loss and gradient, so there is no backward operation.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from torch import Tensor
 
 from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda, backends, reference
+from sgalign.ops._autograd import call, differentiable_once, is_plain
 from sgalign.ops._operands import (
     DTYPES,
     accumulated_dtype,
+    cast,
     check_dense,
     check_device,
     check_tensor,
-    differentiable_once,
+    once_a_signature,
     unit_stride,
 )
 
@@ -79,15 +81,16 @@ def relation_alignment_loss(
         RuntimeError: in the backward pass, of a gradient of the gradient, which "reference" alone has.
     """
     _check_choices(kind, reduction, direction)
-    _check_logits(logits, mirrored_logits, weight)
+    plain = is_plain(logits, mirrored_logits, weight)
+    _check_logits(plain, logits, mirrored_logits, weight)
     dtype = torch.promote_types(logits.dtype, mirrored_logits.dtype)
     backend = backends.choose(backend, logits.device, dtype)
-    logits, mirrored_logits = logits.detach().to(dtype), mirrored_logits.to(dtype)
+    logits, mirrored_logits = cast(logits.detach(), dtype), cast(mirrored_logits, dtype)
     scale, weight = _shares(logits, weight, reduction)
     if backend == "reference":
         return _reference(mirrored_logits, logits, weight, scale, kind, direction)
     options = scale, kind == "sigmoid", direction == "symmetric"
-    return _AlignmentLoss.apply(backend, mirrored_logits, logits, weight, *options)[0]
+    return call(_AlignmentLoss, plain, backend, mirrored_logits, logits, weight, *options)[0]
 
 
 def _shares(logits: Tensor, weight: Tensor | None, reduction: str) -> tuple[float, Tensor | None]:
@@ -124,6 +127,7 @@ def _check_choices(kind: str, reduction: str, direction: str) -> None:
             raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+@once_a_signature
 def _check_logits(logits: Tensor, mirrored_logits: Tensor, weight: Tensor | None) -> None:
     for name, tensor in (("logits", logits), ("mirrored_logits", mirrored_logits)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
@@ -151,6 +155,7 @@ def _check_logits(logits: Tensor, mirrored_logits: Tensor, weight: Tensor | None
 class _AlignmentLoss(torch.autograd.Function):
     @staticmethod
     def forward(
+        plain: bool,
         backend: str,
         mirrored: Tensor,
         logits: Tensor,
@@ -160,28 +165,30 @@ class _AlignmentLoss(torch.autograd.Function):
         symmetric: bool,
     ) -> tuple[Tensor, Tensor]:
         # Each argument by its name: torch.compile takes no `*others` where nothing needs a gradient.
-        losses, grad = torch.ops.sgalign.alignment_loss(backend, mirrored, logits, weight, scale, sigmoid, symmetric)
+        run = _loss if plain else torch.ops.sgalign.alignment_loss
+        losses, grad = run(backend, mirrored, logits, weight, scale, sigmoid, symmetric)
         return losses.sum(), grad
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor]:
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # or zeros would be made for the second output
-        ctx.save_for_backward(output[1], inputs[1])
+        ctx.save_for_backward(output[1], inputs[2])
+        return output[:1]
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         grad, mirrored = ctx.saved_tensors
-        grad_mirrored = None if grad_loss is None else _AlignmentLossBackward.apply(grad_loss, grad, mirrored)
-        return None, grad_mirrored, None, None, None, None, None
+        grad_mirrored = None if grad_loss is None else _loss_gradient(grad_loss, grad, mirrored)
+        return None, None, grad_mirrored, None, None, None, None, None
 
 
 def _gradient(grad_loss: Tensor, grad: Tensor, mirrored: Tensor) -> Tensor:
     """Return the gradient saved by the forward, times that of the loss."""
-    return (grad * grad_loss).to(mirrored.dtype)  # rounded once, with a scale of the loss in it
+    return cast(grad * grad_loss, mirrored.dtype)  # rounded once, with a scale of the loss in it
 
 
-_AlignmentLossBackward = differentiable_once("the alignment loss", _gradient)
+_loss_gradient = differentiable_once("the alignment loss", _gradient)
 
 
 # ------------------------------------------------------------------------------------------------------ operation
@@ -258,17 +265,23 @@ _LAUNCH: dict[str, Callable[[Call], None]] = {
 
 
 def _description(core: ModuleType, call: Call) -> Any:
-    """Return the call as the core takes it (csrc/kernels.h). It holds addresses: the tensors must outlive it."""
+    """Return the call as the core takes it (`alignment_loss` in csrc/bindings.cpp).
+
+    It holds addresses: the tensors must outlive it.
+    """
+    mirrored, logits, weight, scale, sigmoid, symmetric, losses, grad = call
     return core.AlignmentLoss(
-        DTYPES.index(call.mirrored.dtype),
-        tuple(call.mirrored.shape),
-        (call.logits.data_ptr(), call.logits.stride(0)),
-        (call.mirrored.data_ptr(), call.mirrored.stride(0)),
-        0 if call.weight is None else call.weight.data_ptr(),
-        call.scale,
-        call.sigmoid,
-        call.symmetric,
-        call.losses.data_ptr(),
-        call.grad.data_ptr(),
+        DTYPES.index(mirrored.dtype),
+        *mirrored.shape,
+        logits.data_ptr(),
+        logits.stride()[0],
+        mirrored.data_ptr(),
+        mirrored.stride()[0],
+        0 if weight is None else weight.data_ptr(),
+        scale,
+        sigmoid,
+        symmetric,
+        losses.data_ptr(),
+        grad.data_ptr(),
         torch.get_num_threads(),
     )

@@ -1,16 +1,18 @@
 """Masked attention, for one branch or for a supervised and a mirrored one in a single pass over the keys.
 
-From the public function to the kernel: `fused_masked_attention` checks its arguments and calls `_Attention` (autograd),
-which calls the registered operation ``sgalign::attention``, which allocates what it returns and calls the backend's
-launch function, from the table `FORWARD` in _attention_backends.py. The gradients take the same way:
-`_Attention.backward`, ``sgalign::attention_backward``, `BACKWARD`. Both public functions are the same operation on one
-or two branches.
+From the public function to the kernel: `fused_masked_attention` checks its arguments and calls `_Attention` (autograd).
+That calls the registered operation ``sgalign::attention``, or straight its implementation, `_forward`, where nothing
+listens to torch's dispatcher (_autograd.py). `_forward` allocates what it returns and calls the backend's launch
+function, from the table `FORWARD` in _attention_backends.py. The gradients take the same way: `_Attention.backward`,
+``sgalign::attention_backward`` or `_backward`, `BACKWARD`. Both public functions are the same operation on one or two
+branches.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,18 +21,19 @@ from torch import Tensor
 from sgalign.errors import InputError
 from sgalign.ops import backends, reference
 from sgalign.ops._attention_backends import BACKWARD, FORWARD, OPTIONS_SCHEMA, Call, Options
+from sgalign.ops._autograd import call, differentiable_once, distinct, is_plain
 from sgalign.ops._operands import (
     Tensors,
     accumulated_dtype,
+    cast,
     check_bool,
     check_device,
     check_dtype,
     check_floating,
     check_tensor,
     computed_dtype,
-    differentiable_once,
-    distinct,
     empty_like,
+    once_a_signature,
     unit_stride,
 )
 from sgalign.ops.random_mask import check_stream, ratio_threshold, seed_tensor
@@ -153,23 +156,23 @@ def _attention(
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     """Return the outputs of one or two branches. One query may serve both; the random mask applies to the last."""
-    _check_rows(queries, key, value)
-    query = queries[0]
-    _check_masks(mask, key_padding_mask, query, key.shape[2])
+    query, mirrored_query = queries[0], queries[1] if len(queries) == 2 else None
+    plain = is_plain(query, mirrored_query, key, value, mask, key_padding_mask, mask_seed)
+    _check(plain, query, mirrored_query, key, value, mask, key_padding_mask)
     thresholds = ratio_threshold(mask_ratio, "mask_ratio"), ratio_threshold(dropout_p, "dropout_p")
     check_stream(mask_stream, "mask_stream")
-    scale = _checked_scale(scale, query.shape[-1])
+    scale = _checked_scale(scale, query.shape[3])
     dtype = computed_dtype(query)
     backend = backends.choose(backend, query.device, dtype)
-    queries, key, value = [q.to(dtype) for q in queries], key.to(dtype), value.to(dtype)
+    queries, key, value = [cast(query, dtype) for query in queries], cast(key, dtype), cast(value, dtype)
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
     seed = seed_tensor(mask_seed, query.device, "mask_seed") if any(thresholds) else None
     options = Options(mask, key_padding_mask, seed, *thresholds, mask_stream, scale)
     if backend == "reference":
         return _reference(queries, branches, key, value, options)
-    query, key, value, *mirrored_query = distinct([queries[0], key, value, *queries[1:]])
-    outputs = _Attention.apply(backend, query, *(mirrored_query or [None]), branches, key, value, options)
+    query, key, value, *others = distinct([queries[0], key, value, *queries[1:]])
+    outputs = call(_Attention, plain, backend, query, *(others or [None]), branches, key, value, options)
     return outputs[:branches]
 
 
@@ -215,17 +218,29 @@ def _reference(queries: Tensors, branches: int, key: Tensor, value: Tensor, opti
 # ------------------------------------------------------------------------------------------------------ checks
 
 
-def _check_rows(queries: Tensors, key: Tensor, value: Tensor) -> None:
-    names = ["query", "mirrored_query"][: len(queries)] + ["key", "value"]
-    tensors = [*queries, key, value]
-    for name, tensor in zip(names, tensors):
+@once_a_signature
+def _check(
+    query: Tensor,
+    mirrored_query: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> None:
+    rows = {"query": query, "mirrored_query": mirrored_query, "key": key, "value": value}
+    _check_rows({name: tensor for name, tensor in rows.items() if tensor is not None or name != "mirrored_query"})
+    _check_masks(mask, key_padding_mask, query, key.shape[2])
+
+
+def _check_rows(rows: dict[str, Any]) -> None:
+    for name, tensor in rows.items():
         check_tensor(name, tensor)
         if tensor.dim() != 4:
             raise InputError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions: {list(tensor.shape)}")
         check_floating(name, tensor)
-    query = queries[0]
+    query, key = rows["query"], rows["key"]
     batch, heads, _, dim = query.shape
-    for name, tensor in zip(names[1:], tensors[1:]):
+    for name, tensor in list(rows.items())[1:]:
         expected = query.shape if name == "mirrored_query" else (batch, heads, key.shape[2], dim)
         if tensor.shape != expected:
             raise InputError(
@@ -275,6 +290,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        plain: bool,
         backend: str,
         query: Tensor,
         mirrored_query: Tensor | None,
@@ -284,17 +300,19 @@ class _Attention(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, ...]:
         queries = [query] if mirrored_query is None else [query, mirrored_query]
-        return tuple(torch.ops.sgalign.attention(backend, queries, branches, key, value, *options))
+        run = _forward if plain else torch.ops.sgalign.attention
+        return tuple(run(backend, queries, branches, key, value, *options))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend, query, mirrored_query, branches, key, value, options = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        _, ctx.backend, query, mirrored_query, branches, key, value, options = inputs
         tensors, ctx.numbers = options[:3], options[3:]
         outs, logsumexps = output[:branches], output[branches:]
         ctx.mark_non_differentiable(*logsumexps)
         ctx.set_materialize_grads(False)
         unused = [None] * (2 - branches)
         ctx.save_for_backward(query, mirrored_query, *outs, *unused, *logsumexps, *unused, key, value, *tensors)
+        return outs
 
     @staticmethod
     def backward(ctx: Any, *grad_outs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -308,10 +326,10 @@ class _Attention(torch.autograd.Function):
         elif mirrored_grad_out is None:
             mirrored_grad_out = torch.zeros_like(mirrored_out)
         options = Options(*saved[-3:], *ctx.numbers)
-        grads = _AttentionBackward.apply(ctx.backend, grad_out, mirrored_grad_out, *saved[:-3], options)
+        grads = _attention_gradients(ctx.backend, grad_out, mirrored_grad_out, *saved[:-3], options)
         *grad_queries, grad_key, grad_value = grads
         grad_query, mirrored_grad_query = (*grad_queries, None)[:2]
-        return None, grad_query, mirrored_grad_query, None, grad_key, grad_value, None
+        return None, None, grad_query, mirrored_grad_query, None, grad_key, grad_value, None
 
 
 def _gradients(
@@ -330,10 +348,12 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     pairs = (grad_out, mirrored_grad_out), (query, mirrored_query), (out, mirrored_out), (logsumexp, mirrored_logsumexp)
     branches = [[tensor for tensor in pair if tensor is not None] for pair in pairs]
-    return tuple(torch.ops.sgalign.attention_backward(backend, *branches, key, value, *options))
+    plain = is_plain(grad_out, mirrored_grad_out, query, mirrored_query, key, value, *options[:3])
+    run: Callable[..., Tensors] = _backward if plain else torch.ops.sgalign.attention_backward
+    return tuple(run(backend, *branches, key, value, *options))
 
 
-_AttentionBackward = differentiable_once("fused attention", _gradients)
+_attention_gradients = differentiable_once("fused attention", _gradients)
 
 
 # ------------------------------------------------------------------------------------------------------ operations
@@ -352,8 +372,10 @@ _library.define(
 
 def _empty_outputs(queries: Tensors, branches: int) -> tuple[Tensors, Tensors]:
     query = queries[0]
+    batch, heads, length, _ = query.shape
+    dtype = accumulated_dtype(query.dtype)
     outs = [empty_like(queries[min(branch, len(queries) - 1)]) for branch in range(branches)]
-    return outs, [query.new_empty(query.shape[:3], dtype=accumulated_dtype(query.dtype)) for _ in range(branches)]
+    return outs, [query.new_empty((batch, heads, length), dtype=dtype) for _ in range(branches)]
 
 
 @torch.library.register_fake("sgalign::attention")

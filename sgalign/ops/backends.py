@@ -5,6 +5,7 @@ A new backend needs an entry in those tables and a record in `BACKENDS`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -120,10 +121,16 @@ def _problem_on(backend: str, device: torch.device) -> str | None:
 
 def _too_old(backend: str, device: torch.device) -> str | None:
     """Return what a GPU lacks for a backend, as the rest of a sentence; None if nothing."""
-    # torch.compile cannot trace the question; a fake tensor's device may not be there to be asked.
-    if device.type != "cuda" or torch.version.hip or torch.compiler.is_compiling() or not torch.cuda.is_available():
+    # torch.compile cannot trace the question.
+    if device.type != "cuda" or torch.version.hip or torch.compiler.is_compiling():
         return None
-    least, (major, minor) = BACKENDS[backend].capability, torch.cuda.get_device_capability(device)
-    if (major, minor) >= least:
+    least, found = BACKENDS[backend].capability, _capability(device)
+    if found is None or found >= least:
         return None
-    return f"needs compute capability {least[0]}.{least[1]} or later, {device} has {major}.{minor}"
+    return f"needs compute capability {least[0]}.{least[1]} or later, {device} has {found[0]}.{found[1]}"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Return a GPU's compute capability; None where a fake tensor's device is not there to be asked."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None

@@ -62,7 +62,7 @@ def random_attention_mask(
 
 def ratio_threshold(ratio: float, name: str) -> int:
     """Return ``round(65536 * ratio)``; an entry whose random 16-bit number is below it is dropped."""
-    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
+    if type(ratio) is not float and (isinstance(ratio, bool) or not isinstance(ratio, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(ratio).__name__}")
     if not 0 <= ratio <= 1:  # also catches NaN
         raise InputError(f"{name} must be in [0, 1], got {ratio}")
@@ -71,7 +71,7 @@ def ratio_threshold(ratio: float, name: str) -> int:
 
 def check_int(value: int, name: str) -> None:
     """Raise TypeError unless `value` is an int."""
-    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt))):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
@@ -94,8 +94,8 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device, name: str) -> T
             raise TypeError(f"{name} must hold one int64, got {seed.dtype} of shape {list(seed.shape)}")
         if seed.device != device:
             raise InputError(f"{name} must be on {device}, got {seed.device}")
-        return seed.reshape(())
-    if isinstance(seed, bool) or not isinstance(seed, (numbers.Integral, torch.SymInt)):
+        return seed.reshape(()) if seed.dim() else seed
+    if type(seed) is not int and (isinstance(seed, bool) or not isinstance(seed, (numbers.Integral, torch.SymInt))):
         raise TypeError(f"{name} must be an int, an int64 tensor or None, got {type(seed).__name__}")
     if not -(1 << 63) <= seed < 1 << 63:
         raise InputError(f"{name} must be in [-2**63, 2**63), got {seed}")

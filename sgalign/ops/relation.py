@@ -1,15 +1,15 @@
 """The relation head of Neural Motifs, for one branch or for both in a single pass over the union features.
 
 From the public function to the kernel as in `sgalign.ops.attention`: checks, `_RelationLogits` (autograd), the
-registered operation ``sgalign::relation_logits``, and the backend's launch function from the table `_FORWARD`: the
-compiled core (csrc/cpu/relation.cpp, csrc/cuda/relation.cu) or Triton's kernels (kernels/relation.py). The gradients
-take the same way to `_BACKWARD`.
+registered operation ``sgalign::relation_logits`` or its implementation `_forward`, and the backend's launch function
+from the table `_FORWARD`: the compiled core (csrc/cpu/relation.cpp, csrc/cuda/relation.cu) or Triton's kernels
+(kernels/relation.py). The gradients take the same way to `_BACKWARD`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,17 +18,18 @@ from torch import Tensor
 
 from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda, backends, reference
+from sgalign.ops._autograd import call, differentiable_once, distinct, is_plain
 from sgalign.ops._operands import (
     DTYPES,
     Tensors,
+    cast,
     check_dense,
     check_device,
     check_dtype,
     check_floating,
     check_tensor,
     computed_dtype,
-    differentiable_once,
-    distinct,
+    once_a_signature,
     unit_stride,
 )
 
@@ -125,29 +126,30 @@ def dual_branch_relation_logits(
 
 def _relation_logits(branches: list[Branch], union: Tensor, pairs: Tensor, backend: str | None) -> tuple[Tensor, ...]:
     """Return the logits of each branch."""
-    _check(branches, union, pairs)
+    operands = [*itertools.chain(*branches)]
+    plain = is_plain(union, pairs, *operands)
+    _check(plain, union, pairs, *operands)
     dtype = computed_dtype(union)
     backend = backends.choose(backend, union.device, dtype)
-    union = union.to(dtype)
-    branches = [branch.map(lambda tensor: tensor.to(dtype)) for branch in branches]
     if backend != "cpu":
         _check_pairs(pairs, len(branches[0].subject))
+    union = cast(union, dtype)
+    branches = [branch.map(lambda tensor: cast(tensor, dtype)) for branch in branches]
     if backend == "reference":
         return tuple(reference.relation_logits(s, o, union, pairs, w, b) for s, o, w, b in branches)
     missing = [None] * len(Branch._fields) * (2 - len(branches))
     union, *operands = distinct([union, *itertools.chain(*branches), *missing])
-    return _RelationLogits.apply(backend, union, pairs, *operands)
+    return call(_RelationLogits, plain, backend, union, pairs, *operands)
 
 
 # ------------------------------------------------------------------------------------------------------ checks
 
 
-def _check(branches: list[Branch], union: Tensor, pairs: Tensor) -> None:
+@once_a_signature
+def _check(union: Tensor, pairs: Tensor, *operands: Tensor | None) -> None:
+    names = [prefix + role for prefix in ("", "mirrored_") for role in Branch._fields]
     named: dict[str, Any] = {
-        prefix + role: tensor
-        for prefix, branch in zip(("", "mirrored_"), branches)
-        for role, tensor in zip(Branch._fields, branch)
-        if tensor is not None or role != "bias"
+        name: tensor for name, tensor in zip(names, operands) if tensor is not None or not name.endswith("bias")
     }
     for name, tensor in {"union": union, **named}.items():
         check_tensor(name, tensor)
@@ -164,7 +166,7 @@ def _check(branches: list[Branch], union: Tensor, pairs: Tensor) -> None:
     relations, channels = union.shape
     if pairs.shape != (relations, 2):
         raise InputError(f"pairs must be [{relations}, 2], a row for each of union, got {list(pairs.shape)}")
-    objects, classes = len(branches[0].subject), len(branches[0].weight)
+    objects, classes = len(named["subject"]), len(named["weight"])
     shapes = dict(zip(Branch._fields, ((objects, channels), (objects, channels), (classes, channels), (classes,))))
     for name, tensor in named.items():
         expected = shapes[name.removeprefix("mirrored_")]
@@ -179,7 +181,8 @@ def _check_pairs(pairs: Tensor, objects: int) -> None:
     """
     outside = (pairs < 0) | (pairs >= objects)
     if pairs.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(~outside.any(), f"pairs must be in 0 to {objects - 1}")
+        # The number of objects is not in the message: each would be a graph of its own for torch.compile.
+        torch._assert_async(~outside.any(), "pairs must be in 0 to N - 1, one less than the objects")
     elif outside.any():
         row, column = outside.nonzero()[0].tolist()
         got = int(pairs[row, column])
@@ -194,6 +197,7 @@ class _RelationLogits(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        plain: bool,
         backend: str,
         union: Tensor,
         pairs: Tensor,
@@ -211,23 +215,25 @@ class _RelationLogits(torch.autograd.Function):
         if biases and len(biases) < len(weights):  # one branch alone has a bias
             zeros = weight.new_zeros(weight.shape[0])
             biases = [zeros if bias is None else bias, zeros if mirrored_bias is None else mirrored_bias]
-        return tuple(torch.ops.sgalign.relation_logits(backend, union, pairs, subjects, objects, weights, biases))
+        run = _forward if plain else torch.ops.sgalign.relation_logits
+        return tuple(run(backend, union, pairs, subjects, objects, weights, biases))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend, union, pairs, subject, object, weight, _, *mirrored, _ = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        _, ctx.backend, union, pairs, subject, object, weight, _, *mirrored, _ = inputs
         ctx.save_for_backward(union, pairs, subject, object, weight, *mirrored)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grad_logits: Tensor) -> tuple[Tensor | None, ...]:
-        wants_union, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[6::4]
+        wants_union, needs_bias = ctx.needs_input_grad[2], ctx.needs_input_grad[7::4]
         given = (*grad_logits, None)[:2]
-        grads = _RelationLogitsBackward.apply(ctx.backend, wants_union, *given, *ctx.saved_tensors)
+        grads = _logits_gradients(ctx.backend, wants_union, *given, *ctx.saved_tensors)
         by_branch: list[Tensor | None] = []
         for i, (grad, needed) in enumerate(zip(grad_logits, needs_bias)):
             by_branch += [*grads[3 * i : 3 * i + 3], grad.sum(0) if needed else None]
         grad_union = grads[-1] if wants_union else None
-        return None, grad_union, None, *(*by_branch, None, None, None, None)[:8]
+        return None, None, grad_union, None, *(*by_branch, None, None, None, None)[:8]
 
 
 def _gradients(
@@ -246,15 +252,16 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     grads, weights = _present(grad, mirrored_grad), _present(weight, mirrored_weight)
     subjects, objects = _present(subject, mirrored_subject), _present(object, mirrored_object)
-    operation = torch.ops.sgalign.relation_logits_backward
-    return tuple(operation(backend, grads, union, pairs, subjects, objects, weights, wants_union))
+    plain = is_plain(union, pairs, *grads, *subjects, *objects, *weights)
+    run = _backward if plain else torch.ops.sgalign.relation_logits_backward
+    return tuple(run(backend, grads, union, pairs, subjects, objects, weights, wants_union))
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-_RelationLogitsBackward = differentiable_once("the fused relation head", _gradients)
+_logits_gradients = differentiable_once("the fused relation head", _gradients)
 
 
 # ------------------------------------------------------------------------------------------------------ operations
@@ -332,6 +339,9 @@ def _dense_branches(subjects: Tensors, objects: Tensors, weights: Tensors, biase
 # Tensors reach these functions with a last stride of 1; pairs, outputs and gradients are contiguous.
 
 
+NO_LOGITS = (None, None)  # a backward needs none
+
+
 class Call(NamedTuple):
     """The tensors that a forward reads, and its backward again."""
 
@@ -372,8 +382,7 @@ def _forward_cuda(call: Call, logits: Tensors) -> None:
 
 def _backward_cpu(call: Call, grads: list[Gradients], grad_union: Tensor | None) -> None:
     core = _core.load()
-    addresses = [tuple(map(_address, of_branch)) for of_branch in grads]
-    core.relation_backward(_description(core, call), addresses, _address(grad_union))
+    core.relation_backward(_description(core, call, NO_LOGITS, grads, grad_union))
 
 
 def _backward_triton(call: Call, grads: list[Gradients], grad_union: Tensor | None) -> None:
@@ -385,11 +394,10 @@ def _backward_triton(call: Call, grads: list[Gradients], grad_union: Tensor | No
 
 def _backward_cuda(call: Call, grads: list[Gradients], grad_union: Tensor | None) -> None:
     core = _cuda.core(call.union.device)
-    description = _description(core, call)
-    addresses = [tuple(map(_address, of_branch)) for of_branch in grads]
+    description = _description(core, call, NO_LOGITS, grads, grad_union)
     orders = call.pairs.t().contiguous().argsort(dim=1, stable=True)
     with _cuda.current_stream(call.union.device) as cuda_stream:
-        core.cuda_relation_backward(description, addresses, _address(grad_union), orders.data_ptr(), cuda_stream)
+        core.cuda_relation_backward(description, orders.data_ptr(), cuda_stream)
 
 
 _FORWARD: dict[str, Callable[[Call, Tensors], None]] = {
@@ -404,20 +412,38 @@ _BACKWARD: dict[str, Callable[[Call, list[Gradients], Tensor | None], None]] = {
 }
 
 
-def _description(core: ModuleType, call: Call, logits: Iterable[Tensor | None] = itertools.repeat(None)) -> Any:
-    """Return the call as the core takes it (csrc/kernels.h). It holds addresses: the tensors must outlive it."""
+def _description(
+    core: ModuleType,
+    call: Call,
+    logits: Sequence[Tensor | None],
+    grads: Sequence[Gradients] = (),
+    grad_union: Tensor | None = None,
+) -> Any:
+    """Return the call as the core takes it (`relation_logits` in csrc/bindings.cpp).
+
+    It holds addresses: the tensors must outlive it.
+    """
     union, pairs, branches = call
-    described = [
-        (_rows(branch.subject), _rows(branch.object), _rows(branch.weight), _address(branch.bias), _address(out))
-        for branch, out in zip(branches, logits)
+    first = branches[0]
+    numbers = [
+        DTYPES.index(union.dtype),
+        first.subject.shape[0],
+        first.weight.shape[0],
+        *union.shape,
+        union.data_ptr(),
+        union.stride()[0],
+        pairs.data_ptr(),
+        torch.get_num_threads(),
+        len(branches),
     ]
-    sizes = len(branches[0].subject), *union.shape, len(branches[0].weight)
-    threads = torch.get_num_threads()
-    return core.RelationLogits(DTYPES.index(union.dtype), sizes, described, _rows(union), pairs.data_ptr(), threads)
-
-
-def _rows(matrix: Tensor) -> tuple[int, int]:
-    return matrix.data_ptr(), matrix.stride(0)
+    for (subject, object, weight, bias), out in zip(branches, logits):
+        for matrix in (subject, object, weight):
+            numbers += matrix.data_ptr(), matrix.stride()[0]
+        numbers += _address(bias), _address(out)
+    if grads:
+        numbers += [tensor.data_ptr() for of_branch in grads for tensor in of_branch]
+        numbers.append(_address(grad_union))
+    return core.RelationLogits(*numbers)
 
 
 def _address(tensor: Tensor | None) -> int:

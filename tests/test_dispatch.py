@@ -1,0 +1,194 @@
+"""Eager calls on ordinary tensors go past torch's dispatcher; whatever listens there still hears of every operation."""
+
+from unittest import mock
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sgalign import (
+    dual_branch_attention,
+    dual_branch_relation_logits,
+    fused_masked_attention,
+    fused_relation_logits,
+    relation_alignment_loss,
+)
+from sgalign.ops import _operands
+from sgalign.ops._autograd import is_plain
+
+PAIRS = torch.tensor([[0, 1], [1, 0], [1, 1]])
+
+
+def operands(*shapes):
+    torch.manual_seed(0)
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def attend(query, mirrored_query, key, value):
+    return dual_branch_attention(query, mirrored_query, key, value, mask_ratio=0.3, mask_seed=1)
+
+
+def relate(subject, object_, union, weight, bias):
+    return dual_branch_relation_logits(subject, object_, object_, subject, union, PAIRS, weight, bias, weight, bias)
+
+
+def align(logits, mirrored):
+    return (relation_alignment_loss(logits.detach(), mirrored),)
+
+
+OPERATIONS = {
+    "attention": (attend, operands(*[(1, 2, 3, 8)] * 4)),
+    "relation_logits": (relate, operands((2, 4), (2, 4), (3, 4), (5, 4), (5,))),
+    "alignment_loss": (align, operands((3, 5), (3, 5))),
+}
+
+
+def gradients(outputs, tensors):
+    total = sum((output * (i + 1)).sum() for i, output in enumerate(outputs))
+    return torch.autograd.grad(total, tensors, allow_unused=True)
+
+
+class Recording(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Silent(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_plain_call_does_without_the_dispatcher(name):
+    call, tensors = OPERATIONS[name]
+    absent = {operation: None for operation in (name, f"{name}_backward")}
+    with mock.patch.multiple(torch.ops.sgalign, create=True, **absent):
+        outputs = call(*tensors)
+        gradients(outputs, tensors)
+        with torch.no_grad():
+            torch.testing.assert_close(call(*tensors), outputs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_listener_hears_of_the_operation_and_changes_nothing(name):
+    call, tensors = OPERATIONS[name]
+    expected = call(*tensors)
+    with Recording() as recording:
+        outputs = call(*tensors)
+        grads = gradients(outputs, tensors)
+    assert f"sgalign.{name}.default" in recording.seen
+    if name != "alignment_loss":  # whose forward computes the gradient
+        assert f"sgalign.{name}_backward.default" in recording.seen
+    torch.testing.assert_close((outputs, grads), (expected, gradients(expected, tensors)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_profiler_shows_the_operation(name):
+    call, tensors = OPERATIONS[name]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        call(*tensors)
+    assert f"sgalign::{name}" in {event.name for event in profiler.events()}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_traced_graph_has_the_operation(name):
+    call, tensors = OPERATIONS[name]
+    detached = [tensor.detach() for tensor in tensors]
+    graph = make_fx(call)(*detached)
+    assert any(str(node.target) == f"sgalign.{name}.default" for node in graph.graph.nodes)
+    torch.testing.assert_close(graph(*detached), call(*detached), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "listener",
+    [Recording, Silent, forward_ad.dual_level, torch.autograd.profiler.profile, lambda: torch.device("cpu")],
+    ids=["dispatch mode", "function mode", "forward mode", "profiler", "default device"],
+)
+def test_calls_are_not_plain_where_something_listens(listener):
+    tensor = torch.randn(2)
+    assert is_plain(tensor, None, 3)
+    with listener():
+        assert not is_plain(tensor)
+    assert is_plain(tensor)
+
+
+def test_calls_are_not_plain_in_transforms_and_traces():
+    plain = []
+
+    def square(tensor):
+        plain.append(is_plain(tensor))
+        return tensor.square().sum()
+
+    torch.func.grad(square)(torch.randn(2))
+    torch.jit.trace(square, torch.randn(2), check_trace=False)
+    torch.compile(square, backend="eager")(torch.randn(2))
+    assert plain == [False] * 3
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(2).as_subclass(Subclass),
+        torch.eye(2).to_sparse(),
+        torch.nested.nested_tensor([torch.randn(2), torch.randn(3)]),
+    ],
+    ids=["subclass", "sparse", "nested"],
+)
+def test_other_tensors_are_not_plain(tensor):
+    assert not is_plain(tensor)
+    assert not is_plain(torch.randn(2), tensor)
+    assert is_plain(torch.nn.Parameter(torch.randn(2)))
+
+
+# ---------------------------------------------------------------------------------------------- remembered checks
+
+
+def test_a_shape_that_passed_hides_no_other_error():
+    query, key = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 3, 8)
+    fused_masked_attention(query, key, key)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="value must have the query's dtype"):
+            fused_masked_attention(query, key, key.double())
+        with pytest.raises(ValueError, match="value must be"):
+            fused_masked_attention(query, key, key[:, :, :2])
+        with pytest.raises(TypeError, match="mask_ratio must be a number, got bool"):
+            fused_masked_attention(query, key, key, mask_ratio=True)
+        with pytest.raises(TypeError, match="mask must be a bool tensor"):
+            fused_masked_attention(query, key, key, mask=torch.zeros(2, 3))
+    union = torch.randn(3, 4)
+    ends = torch.randn(2, 4)
+    fused_relation_logits(ends, ends, union, PAIRS, union)
+    with pytest.raises(IndexError, match="got 5 in row 0"):  # values are checked at every call
+        fused_relation_logits(ends, ends, union, PAIRS + torch.tensor([[5, 0], [0, 0], [0, 0]]), union)
+
+
+def test_what_autocast_accepts_is_not_remembered():
+    query, key = torch.randn(1, 1, 2, 8).bfloat16(), torch.randn(1, 1, 3, 8)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fused_masked_attention(query, key, key).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match="key must have the query's dtype"):
+            fused_masked_attention(query, key, key)
+
+
+def test_remembered_shapes_are_bounded(monkeypatch):
+    monkeypatch.setattr(_operands, "REMEMBERED", 3)
+    checked = []
+    check = _operands.once_a_signature(lambda tensor: checked.append(len(tensor)))
+    for size in (1, 1, 2, 3, 3, 4, 4, 1):
+        check(True, torch.empty(size))
+    assert checked == [1, 2, 3, 4, 1]
+    check(False, torch.empty(1))
+    assert checked[-2:] == [1, 1]
