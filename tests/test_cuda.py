@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from sgalign import random_attention_mask, relation_alignment_loss
 from sgalign.ops import _core, _cuda, backends, reference
+from sgalign.ops._attention_backends import Call, Options, _description
 from sgalign.ops._source_digest import source_digest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -418,18 +419,13 @@ def test_alignment_of_extreme_logits(kind, direction, core):
 
 
 def test_errors_name_kernel_and_shape(emulated, core):
-    x = torch.ones(1, 1, 1, 8)
-    matrix = attention_matrix(x)
-    call = emulated.Attention(0, (2**31, 1, 1, 1, 8), [(matrix, [(matrix, 0, False, None)], None)], matrix, matrix,
-                              None, None, 0, 0, 0, 0, 1.0, 1)  # fmt: skip
+    rows = torch.ones(1, 1, 1, 8).expand(2**31, 1, 1, 8)
+    options = Options(None, None, None, 0, 0, 0, 1.0)
+    call = _description(emulated, Call([rows], rows, rows, [rows], [rows], options))
     with pytest.raises(
         RuntimeError, match="attention of B, H, Lq, Lk, D = 2147483648 1 1 1 8: .* more than a grid holds"
     ):
         emulated.cuda_attention_forward(call, 0, 1, 0, (0, 0))
-
-
-def attention_matrix(tensor):
-    return tensor.data_ptr(), tensor.stride()
 
 
 def test_no_float64(core):
