@@ -164,15 +164,19 @@ def match(
             number of queries have none.
 
     Returns:
-        For each layer and image: int64 query indices and indices of relations, both `[matched]`.
+        For each layer and image: int64 query indices and indices of relations, both `[matched]`, on the CPU, which
+        matches. All costs go there in one transfer, so that a GPU is waited for once.
+
+    Raises:
+        FloatingPointError: a cost is not finite.
     """
     scores = assembling_scores(outputs, entities, sizes)
     if not scores.shape[-1]:  # no entity in any image, so no candidate
-        none = torch.empty(0, dtype=torch.int64, device=scores.device)
+        none = torch.empty(0, dtype=torch.int64)
         return [[(none, none)] * len(annotations) for _ in range(len(outputs.logits))]
     best = scores.topk(min(TRAINING_ENTITIES, scores.shape[-1]), dim=-1)
     scored = outputs.logits.float().softmax(-1)
-    matches: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(len(outputs.logits))]
+    totals = []
     for image, truth in enumerate(annotations):
         # Of queries [L, Q, M], then of entities as subjects and as objects [2, N, M], and of candidates.
         cost = VECTOR_COST * torch.cdist(outputs.vectors[:, image].float(), truth.vectors, p=1)
@@ -187,15 +191,24 @@ def match(
         total = cost[:, :, None] + candidates  # [L, Q, T, M]
         if distinct:
             total = total.amin(2, keepdim=True)
-        for layer, costs in enumerate(total.flatten(1, 2).cpu()):
-            candidate, relation = (torch.as_tensor(found) for found in linear_sum_assignment(costs))
-            order = costs[candidate, relation].argsort(stable=True)
-            query, relation = candidate[order] // total.shape[2], relation[order]
-            first = torch.full((cost.shape[1],), len(query)).scatter_reduce_(0, query, torch.arange(len(query)), "amin")
-            rows = first[first < len(query)]
-            device = outputs.logits.device
-            matches[layer].append((query[rows].to(device), relation[rows].to(device)))
-    return matches
+        totals.append(total)
+    on_host = torch.cat([total.flatten() for total in totals]).cpu()
+    if not on_host.isfinite().all():
+        raise FloatingPointError("the costs of matching queries with relations must be finite")
+    by_image = [costs.view(of.shape) for costs, of in zip(on_host.split([of.numel() for of in totals]), totals)]
+    return [[_assign(costs[layer]) for costs in by_image] for layer in range(len(outputs.logits))]
+
+
+def _assign(costs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the matched queries, each once with its cheapest candidate, and their relations; costs are `[Q, T, M]`."""
+    queries, candidates, _ = costs.shape
+    costs = costs.flatten(0, 1)
+    candidate, relation = (torch.as_tensor(found) for found in linear_sum_assignment(costs))
+    order = costs[candidate, relation].argsort(stable=True)
+    query, relation = candidate[order] // candidates, relation[order]
+    first = torch.full((queries,), len(query)).scatter_reduce_(0, query, torch.arange(len(query)), "amin")
+    rows = first[first < len(query)]
+    return query[rows], relation[rows]
 
 
 def relation_losses(
@@ -204,7 +217,7 @@ def relation_losses(
     matches: Sequence[Sequence[tuple[Tensor, Tensor]]],
     *,
     focal: bool,
-    relations: float,
+    relations: float | Tensor,
 ) -> dict[str, Tensor]:
     """Return what training minimises: each part, weighted and summed over all layers.
 
@@ -222,14 +235,18 @@ def relation_losses(
     """
     layers, images, queries, classes = outputs.logits.shape
     device = outputs.logits.device
-    rows, truths = [], []
-    for layer in range(layers):
-        for image, (query, relation) in enumerate(matches[layer]):
-            rows.append(torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query]))
-            truth = annotations[image]
-            truths.append((truth.predicates[relation], truth.labels[:, relation], truth.boxes[:, relation]))
-    layer_of, image_of, query_of = where = tuple(torch.cat(rows, dim=1))
-    predicates, labels, boxes = (torch.cat(parts, dim=min(1, parts[0].dim() - 1)) for parts in zip(*truths))
+    counts = [len(truth.predicates) for truth in annotations]
+    starts = [sum(counts[:image]) for image in range(images)]
+    rows = [
+        torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query, relation + starts[image]])
+        for layer in range(layers)
+        for image, (query, relation) in enumerate(matches[layer])
+    ]
+    layer_of, image_of, query_of, relation = torch.cat(rows, dim=1).to(device, non_blocking=True)
+    where = layer_of, image_of, query_of
+    predicates = torch.cat([truth.predicates for truth in annotations])[relation]
+    labels = torch.cat([truth.labels for truth in annotations], dim=1)[:, relation]
+    boxes = torch.cat([truth.boxes for truth in annotations], dim=1)[:, relation]
     weight = torch.full((layers,), AUXILIARY_WEIGHT, device=device)
     weight[-1] = 1.0
     weights = weight[layer_of]
