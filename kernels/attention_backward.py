@@ -8,10 +8,11 @@ import triton.language as tl
 
 from sgalign.kernels.attention_tiles import (
     NOT_SPECIALIZED,
+    Draws,
     add_weighted,
     kept_scores,
-    load_draws,
     load_rows,
+    load_seed,
     load_tile,
     masks,
     mirrored,
@@ -61,9 +62,8 @@ def query_gradient_kernel(
     batch_head, split = tl.program_id(0) // blocks, tl.program_id(1)
     batch, head = batch_head // heads, batch_head % heads
     row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    draws = load_draws(
-        mask, padding, seed, stream, mask_threshold, dropout_threshold, batch, head, batch_head, MASKED, DROPOUT
-    )
+    seed = load_seed(seed, MASKED, DROPOUT)
+    draws = Draws(mask, padding, seed, stream, mask_threshold, dropout_threshold, batch, head, batch_head)
     q = load_rows(query, batch, head, row, row < queries, DIM, BLOCK_D)
     grad, logs, sums = row_terms(grad_out, out, logsumexp, delta, batch, head, batch_head, row, queries, DIM, BLOCK_D)
     if BRANCHES == 2:
@@ -122,9 +122,8 @@ def key_value_gradient_kernel(
     SHARED: tl.constexpr = BRANCHES == 2 and mirrored_query is None
     batch_head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     batch, head = batch_head // heads, batch_head % heads
-    draws = load_draws(
-        mask, padding, seed, stream, mask_threshold, dropout_threshold, batch, head, batch_head, MASKED, DROPOUT
-    )
+    seed = load_seed(seed, MASKED, DROPOUT)
+    draws = Draws(mask, padding, seed, stream, mask_threshold, dropout_threshold, batch, head, batch_head)
     k, v = load_tile(key, value, draws, tile, keys, GROUPS, COLUMNS, DIM, BLOCK_D)
     grad_k = tl.zeros([GROUPS * COLUMNS, BLOCK_D], tl.float32)
     grad_v = tl.zeros([GROUPS * COLUMNS, BLOCK_D], tl.float32)

@@ -8,10 +8,11 @@ import triton.language as tl
 
 from sgalign.kernels.attention_tiles import (
     NOT_SPECIALIZED,
+    Draws,
     add_weighted,
     kept_scores,
-    load_draws,
     load_rows,
+    load_seed,
     load_tile,
     masks,
     mirrored,
@@ -114,9 +115,8 @@ def forward_kernel(
     batch_head, split = tl.program_id(0) // blocks, tl.program_id(1)
     batch, head = batch_head // heads, batch_head % heads
     row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    draws = load_draws(
-        mask, padding, seed, stream, mask_threshold, dropout_threshold, batch, head, batch_head, MASKED, DROPOUT
-    )
+    seed = load_seed(seed, MASKED, DROPOUT)
+    draws = Draws(mask, padding, seed, stream, mask_threshold, dropout_threshold, batch, head, batch_head)
     q = load_rows(query, batch, head, row, row < queries, DIM, BLOCK_D)
     if BRANCHES == 2 and not SHARED:
         mirrored_q = load_rows(mirrored_query, batch, head, row, row < queries, DIM, BLOCK_D)

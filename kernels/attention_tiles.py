@@ -37,7 +37,10 @@ class Rows(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The arguments of a program's random numbers, and the masks that need none."""
+    """The arguments of a program's random numbers, and the masks that need none.
+
+    A kernel makes it itself: before Triton 3.7 no function returns None, as which a mask may come.
+    """
 
     mask: Any
     padding: Any
@@ -204,12 +207,9 @@ def mirrored(scores, random, MASKED: tl.constexpr):
 
 
 @triton.jit
-def load_draws(
-    mask, padding, seed, stream, mask_threshold, dropout_threshold, batch, head, batch_head,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    """Return the arguments of a program's random numbers. The seed is read where anything is drawn."""
-    seed_value = 0
+def load_seed(seed, MASKED: tl.constexpr, DROPOUT: tl.constexpr):
+    """Return the seed, which is read where anything is drawn."""
+    value = tl.zeros([], tl.int64)
     if MASKED or DROPOUT:
-        seed_value = tl.load(seed)
-    return Draws(mask, padding, seed_value, stream, mask_threshold, dropout_threshold, batch, head, batch_head)
+        value = tl.load(seed)
+    return value

@@ -33,6 +33,11 @@ LARGEST_SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DIMS = 32, 64, 128, 256
 CLASSES = 51, 71
+ATTENTION = {
+    "forward": attention.forward_kernel,
+    "query_gradient": attention.query_gradient_kernel,
+    "key_value_gradient": attention.key_value_gradient_kernel,
+}
 HEADS = (512, 51), (512, 71), (512, 310), (4096, 51), (4096, 71)  # channels and classes of the relation head
 
 
@@ -149,40 +154,52 @@ def source(kernel: Any, *arguments: Any, constants: dict[str, Any]) -> ASTSource
 
 def attention_sources(target: str) -> Iterator[Compiled]:
     """Every configuration in the table, with the random mask and a padding mask; at SGTR's 32 channels dropout too."""
-    kernels = {
-        "forward": attention.forward_kernel,
-        "query_gradient": attention.query_gradient_kernel,
-        "key_value_gradient": attention.key_value_gradient_kernel,
-    }
-    for (name, kernel), element, dim in itertools.product(kernels.items(), ("fp16", "fp32"), DIMS):
-        kinds = ((1, False), (2, False), (2, True))
+    kinds = ((1, False), (2, False), (2, True))
+    for name, element, dim in itertools.product(ATTENTION, ("fp16", "fp32"), DIMS):
         for (branches, shared), dropout in itertools.product(kinds, (0, 6554) if dim == 32 else (0,)):
             plan = configs.lookup(name, target, int(element[2:]), dim, branches, dropout > 0)
-            tiling = attention.Tiling.of(plan, True, 4096)
-            rows = attention.Matrix(f"*{element}", 4096 * dim, 512 * dim, 8 * dim, 1)  # of a projection
-            both = lambda value, n=branches: (value, value if n == 2 else None)  # noqa: E731
-            queries = (rows, None) if shared else both(rows)
-            sums = both("*fp32")
-            masks = None, attention.Matrix("*i1", 4096, 0, 0, 1), "*i64"
-            sizes = "i32", "i32", "i32", "i32"  # queries, keys, tiles, span
-            drawn = "i32", "i32", "i32", "fp32", "fp32"  # stream, two thresholds, scale, that of dropout
-            if name == "forward":
-                arguments = (*queries, rows, rows, *both(rows), *sums, *masks, "i32", 8, *sizes, *drawn)
-            elif name == "query_gradient":
-                grads = *both(rows), *sums, *queries  # of the outputs, their sums, of the queries
-                arguments = (*queries, rows, rows, *both(rows), *sums, *grads, *masks, "i32", 8, *sizes, *drawn)
-            else:
-                grads = *both(rows), *sums, rows, rows  # of the outputs, their sums, of key and value
-                arguments = (*queries, rows, rows, *sums, *grads, *masks, 8, *sizes[:3], *drawn)
-            constants = attention.constants(plan, tiling, branches, 6554, dropout, dim)
-            options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
-            kind = "one branch" if branches == 1 else "one query for both branches" if shared else "two branches"
-            kind += ", dropout" if dropout else ""
-            yield Compiled(
-                f"attention {name.replace('_', ' ')}: {element}, {dim} channels, {kind}",
-                source(kernel, *arguments, constants=constants),
-                options,
-            )
+            yield attention_source(name, element, dim, branches, shared, dropout, plan)
+
+
+def attention_source(
+    name: str,
+    element: str,
+    dim: int,
+    branches: int,
+    shared: bool,
+    dropout: int,
+    plan: configs.Config,
+    padded: bool = True,
+) -> Compiled:
+    """Return one of attention's kernels, of projected operands."""
+    tiling = attention.Tiling.of(plan, True, 4096)
+    rows = attention.Matrix(f"*{element}", 4096 * dim, 512 * dim, 8 * dim, 1)  # of a projection
+
+    def both(value: Any) -> tuple[Any, Any]:
+        return value, value if branches == 2 else None
+
+    queries = (rows, None) if shared else both(rows)
+    sums = both("*fp32")
+    masks = None, attention.Matrix("*i1", 4096, 0, 0, 1) if padded else None, "*i64"
+    sizes = "i32", "i32", "i32", "i32"  # queries, keys, tiles, span
+    drawn = "i32", "i32", "i32", "fp32", "fp32"  # stream, two thresholds, scale, that of dropout
+    if name == "forward":
+        arguments = (*queries, rows, rows, *both(rows), *sums, *masks, "i32", 8, *sizes, *drawn)
+    elif name == "query_gradient":
+        grads = *both(rows), *sums, *queries  # of the outputs, their sums, of the queries
+        arguments = (*queries, rows, rows, *both(rows), *sums, *grads, *masks, "i32", 8, *sizes, *drawn)
+    else:
+        grads = *both(rows), *sums, rows, rows  # of the outputs, their sums, of key and value
+        arguments = (*queries, rows, rows, *sums, *grads, *masks, 8, *sizes[:3], *drawn)
+    constants = attention.constants(plan, tiling, branches, 6554, dropout, dim)
+    options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
+    kind = "one branch" if branches == 1 else "one query for both branches" if shared else "two branches"
+    kind += ", dropout" if dropout else ""
+    return Compiled(
+        f"attention {name.replace('_', ' ')}: {element}, {dim} channels, {kind}",
+        source(ATTENTION[name], *arguments, constants=constants),
+        options,
+    )
 
 
 def relation_sources() -> Iterator[Compiled]:
