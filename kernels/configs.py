@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
+from sgalign.errors import InputError
+
 TABLE = Path(__file__).with_name("configs.json")
+ASKED_PRECISION = os.environ.get("SGALIGN_TRITON_DOT_PRECISION", "")
 # architecture -> kernel -> `kind` -> channels -> `Config`
 Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
 
@@ -75,9 +79,11 @@ def dot_precision() -> str:
     """Return how float32 matrices are multiplied: by three products of TF32 on NVIDIA's tensor cores, else exactly.
 
     The three keep float32's digits, where one, Triton's default, keeps ten bits of the factors. How much the units cut
-    off long sums was not measured.
+    off long sums was not measured; SGALIGN_TRITON_DOT_PRECISION=ieee multiplies without them.
     """
-    return "ieee" if torch.version.hip else "tf32x3"
+    if ASKED_PRECISION not in ("", "tf32x3", "ieee"):
+        raise InputError(f"SGALIGN_TRITON_DOT_PRECISION must be tf32x3 or ieee, got {ASKED_PRECISION!r}")
+    return ASKED_PRECISION or ("ieee" if torch.version.hip else "tf32x3")
 
 
 def is_interpreting() -> bool:
