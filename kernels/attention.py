@@ -8,17 +8,25 @@ Scores and logsumexps are in units of log2, and `scale` is positive: it is multi
 -1 with the query, before the kernels see it.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from sgalign.kernels.attention_backward import key_value_gradient_kernel, query_gradient_kernel
+from sgalign.kernels.attention_backward import add_kernel, key_value_gradient_kernel, query_gradient_kernel
 from sgalign.kernels.attention_forward import forward_kernel, merge_kernel
-from sgalign.kernels.attention_tiles import Matrix
 from sgalign.kernels.configs import Config, config, dot_precision
+
+Matrix = tuple[Tensor, int, int, int, int] | None  # a tensor and its strides by batch, head, row and column
+
+TINY = torch.finfo(torch.float32).tiny
+LN_2 = math.log(2)
+# Derived, not measured, as docs/performance.md says: the scores for which a multiprocessor takes as long as for one
+# launch more, which merges what splits have done, and the warps with which it has something to do while some wait.
+MERGE_SCORES = 53000
+BUSY_WARPS = 12
 
 
 def forward(
@@ -40,27 +48,22 @@ def forward(
     if not outs[0].numel():
         return
     queries, scale, _ = _positive_scale(queries, options.scale)
-    batch, heads, length, dim = queries[0].shape
-    plan = config("forward", key, len(outs), options.dropout_threshold > 0)
-    tiling = Tiling.of(plan, options.mask_threshold + options.dropout_threshold > 0, key.shape[2])
-    blocks = batch * heads * triton.cdiv(length, plan.block_q)
-    span, splits = _key_splits(blocks, tiling.count, multiprocessors)
+    launch = _launch("forward", queries[0], key, len(outs), options, multiprocessors)
+    heads, length = queries[0].shape[1:3]
     targets, target_sums = outs, logsumexps
-    if splits > 1:
-        targets = [out.new_empty(splits, *out.shape, dtype=torch.float32) for out in outs]
-        target_sums = [out.new_empty(splits, *out.shape[:3], dtype=torch.float32) for out in outs]
-    forward_kernel[(blocks, splits)](
+    if launch.splits > 1:
+        targets = _parts(outs, launch.splits)
+        target_sums = _parts(logsumexps, launch.splits)
+    forward_kernel[launch.grid](
         *_matrices(queries), _matrix(key), _matrix(value), *_matrices(targets), *_both(target_sums), *_masks(options),
-        batch * heads, heads, length, key.shape[2], tiling.count, span, *_numbers(options, scale),
-        **constants(plan, tiling, len(outs), options.mask_threshold, options.dropout_threshold, dim),
+        launch.batch_heads, heads, length, key.shape[2], launch.tiles, launch.span, *_numbers(options, scale),
+        **launch.constants,
     )  # fmt: skip
-    if splits > 1:
-        block_q = max(16, 2048 // _padded(dim))
-        for part, part_sums, out, logsumexp in zip(targets, target_sums, outs, logsumexps):
-            merge_kernel[(batch * heads * triton.cdiv(length, block_q),)](
-                part, part_sums, _matrix(out), logsumexp, batch * heads, heads, length, splits,
-                DIM=dim, BLOCK_D=_padded(dim), BLOCK_Q=block_q,
-            )  # fmt: skip
+    if launch.splits > 1:
+        merge_kernel[launch.merge_grid](
+            *_both(targets), *_both(target_sums), *_matrices(outs), *_both(logsumexps),
+            launch.batch_heads, heads, length, launch.splits, **launch.merge_constants,
+        )  # fmt: skip
 
 
 def backward(
@@ -86,37 +89,31 @@ def backward(
         grad_value.zero_()
         return
     queries, scale, sign = _positive_scale(queries, options.scale)
-    batch, heads, length, dim = queries[0].shape
-    branches, dropout = len(outs), options.dropout_threshold > 0
-    drawn = dropout or options.mask_threshold > 0
-    compiled_for = options.mask_threshold, options.dropout_threshold, dim
-    deltas = [torch.empty_like(logsumexp) for logsumexp in logsumexps]
+    heads, length = queries[0].shape[1:3]
+    deltas = _both([torch.empty_like(logsumexp) for logsumexp in logsumexps])
+    sums, masks, numbers = _both(logsumexps), _masks(options), _numbers(options, scale)
+    of_queries, of_key, of_value, of_grads = _matrices(queries), _matrix(key), _matrix(value), _matrices(grad_outs)
 
-    plan = config("query_gradient", key, branches, dropout)
-    tiling = Tiling.of(plan, drawn, key.shape[2])
-    blocks = batch * heads * triton.cdiv(length, plan.block_q)
-    span, splits = _key_splits(blocks, tiling.count, multiprocessors)
+    launch = _launch("query_gradient", queries[0], key, len(outs), options, multiprocessors)
     targets = grad_queries
-    if splits > 1:
-        targets = [grad.new_empty(splits, *grad.shape, dtype=torch.float32) for grad in grad_queries]
-    query_gradient_kernel[(blocks, splits)](
-        *_matrices(queries), _matrix(key), _matrix(value), *_matrices(outs), *_both(logsumexps), *_matrices(grad_outs),
-        *_both(deltas), *_matrices(targets), *_masks(options), batch * heads, heads, length, key.shape[2], tiling.count,
-        span, *_numbers(options, scale), **constants(plan, tiling, branches, *compiled_for),
+    if launch.splits > 1:
+        targets = _parts(grad_queries, launch.splits)
+    query_gradient_kernel[launch.grid](
+        *of_queries, of_key, of_value, *_matrices(outs), *sums, *of_grads, *deltas, *_matrices(targets), *masks,
+        launch.batch_heads, heads, length, key.shape[2], launch.tiles, launch.span, *numbers, scale * sign,
+        **launch.constants,
     )  # fmt: skip
-    for grad, target in zip(grad_queries, targets):
-        if splits > 1:
-            grad.copy_(target.sum(0))
-        if sign != 1:
-            grad.mul_(sign)
+    if launch.splits > 1:
+        add_kernel[launch.merge_grid[0], len(grad_queries)](
+            *_both(targets), *_matrices(grad_queries), launch.batch_heads, heads, length, launch.splits,
+            **launch.merge_constants,
+        )  # fmt: skip
 
-    plan = config("key_value_gradient", key, branches, dropout)
-    tiling = Tiling.of(plan, drawn, key.shape[2])
-    if tiling.count:
-        key_value_gradient_kernel[(batch * heads * tiling.count,)](
-            *_matrices(queries), _matrix(key), _matrix(value), *_both(logsumexps), *_matrices(grad_outs),
-            *_both(deltas), _matrix(grad_key), _matrix(grad_value), *_masks(options), heads, length, key.shape[2],
-            tiling.count, *_numbers(options, scale), **constants(plan, tiling, branches, *compiled_for),
+    launch = _launch("key_value_gradient", queries[0], key, len(outs), options, multiprocessors)
+    if launch.tiles:
+        key_value_gradient_kernel[launch.grid](
+            *of_queries, of_key, of_value, *sums, *of_grads, *deltas, _matrix(grad_key), _matrix(grad_value), *masks,
+            heads, length, key.shape[2], launch.tiles, *numbers, scale, **launch.constants,
         )  # fmt: skip
 
 
@@ -126,6 +123,7 @@ class Tiling(NamedTuple):
     groups: int
     columns: int
     count: int
+    whole: bool  # whether each place of each tile has a key
 
     @staticmethod
     def of(plan: Config, drawn: bool, keys: int) -> "Tiling":
@@ -134,39 +132,101 @@ class Tiling(NamedTuple):
         A Philox call takes about twice the instructions of all else that is done for a score.
         """
         if not drawn:
-            return Tiling(1, plan.block_k, triton.cdiv(keys, plan.block_k))
+            return Tiling(1, plan.block_k, _ceil(keys, plan.block_k), keys % plan.block_k == 0)
 
         def tiling(groups: int) -> Tiling:
             columns = min(plan.block_k // groups, 32)
             whole, rest = divmod(keys, 32 * groups)
-            return Tiling(groups, columns, whole * (32 // columns) + triton.cdiv(min(rest, 32), columns))
+            return Tiling(groups, columns, whole * (32 // columns) + _ceil(min(rest, 32), columns), not rest)
 
         # The matrix units' result has 8 columns in a row of threads.
         sizes = (groups for groups in (8, 4, 2, 1) if groups == 1 or plan.block_k >= 8 * groups)
         return min(map(tiling, sizes), key=lambda t: t.count * t.columns * (t.groups + 2))
 
 
-def _key_splits(blocks: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
-    """Return the tiles of a program, and how many programs share one block of queries: enough to fill the device."""
-    splits = min(max(tiles, 1), max(1, 2 * multiprocessors // blocks))
-    span = triton.cdiv(tiles, splits)
-    return span, triton.cdiv(tiles, span) if tiles else 1
+class Launch(NamedTuple):
+    """How a kernel is launched for one shape, and how what its splits have done is merged."""
+
+    grid: tuple[int, ...]
+    batch_heads: int
+    tiles: int
+    span: int  # the tiles of a program
+    splits: int  # programs that share one block of queries
+    constants: dict[str, Any]
+    merge_grid: tuple[int, int]
+    merge_constants: dict[str, int]
+
+
+def _launch(kernel: str, query: Tensor, key: Tensor, branches: int, options: Any, multiprocessors: int) -> Launch:
+    masked, dropout = options.mask_threshold > 0, options.dropout_threshold > 0
+    bounded = options.mask is not None or options.key_padding_mask is not None
+    plan = config(kernel, key, branches, dropout)
+    return launch_for(kernel, plan, (*query.shape, key.shape[2]), branches, masked, dropout, bounded, multiprocessors)
+
+
+@functools.lru_cache(4096)  # what a call would compute each time, for tens of microseconds
+def launch_for(
+    kernel: str,
+    plan: Config,
+    shape: tuple[int, ...],
+    branches: int,
+    masked: bool,
+    dropout: bool,
+    bounded: bool,
+    multiprocessors: int,
+) -> Launch:
+    """Return how a kernel is launched; `shape` is B, H, Lq, D, Lk, and `bounded` says that a mask is given."""
+    batch, heads, queries, dim, keys = shape
+    tiling = Tiling.of(plan, masked or dropout, keys)
+    compiled_for = constants(kernel, plan, tiling, branches, masked, dropout, dim, bounded)
+    blocks, span, splits = batch * heads * _ceil(queries, plan.block_q), tiling.count, 1
+    if kernel == "key_value_gradient":
+        grid: tuple[int, ...] = (batch * heads * tiling.count,)
+    else:
+        span, splits = key_splits(plan, branches, blocks, tiling.count, multiprocessors)
+        grid = blocks, splits
+    block_q = max(16, 2048 // _padded(dim))
+    merge_grid = batch * heads * _ceil(queries, block_q), branches
+    merge_constants = {"DIM": dim, "BLOCK_D": _padded(dim), "BLOCK_Q": block_q}
+    return Launch(grid, batch * heads, tiling.count, span, splits, compiled_for, merge_grid, merge_constants)
+
+
+def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
+    """Return the tiles of a program, and how many programs share one block of queries: what should take least time.
+
+    A program takes a step a tile and about one for its queries. A multiprocessor takes as long as all steps of its
+    programs together, but no less than steps that wait for each other's programs would.
+    """
+    busy = max(BUSY_WARPS // plan.warps, 1)
+    merging = MERGE_SCORES / (plan.block_q * plan.block_k * branches)
+
+    def steps(splits: int) -> float:
+        programs = _ceil(blocks * splits, multiprocessors)
+        return max(programs, busy) * (_ceil(tiles, splits) + 1) + (merging if splits > 1 else 0)
+
+    splits = min(range(1, max(tiles, 1) + 1), key=steps)
+    if steps(splits) > 0.95 * steps(1):  # not worth the memory
+        splits = 1
+    span = _ceil(tiles, splits)
+    return span, _ceil(tiles, span) if tiles else 1
 
 
 def constants(
-    plan: Config, tiling: Tiling, branches: int, mask_threshold: int, dropout_threshold: int, dim: int
+    kernel: str, plan: Config, tiling: Tiling, branches: int, masked: bool, dropout: bool, dim: int, bounded: bool
 ) -> dict[str, Any]:
-    """Return what a kernel is compiled for."""
+    """Return what a kernel is compiled for; `bounded` where a mask is given."""
+    of_kernel = {} if kernel == "key_value_gradient" else {"BOUNDED": bounded or not tiling.whole}
     return {
         "BRANCHES": branches,
-        "MASKED": mask_threshold > 0,
-        "DROPOUT": dropout_threshold > 0,
+        "MASKED": masked,
+        "DROPOUT": dropout,
         "DIM": dim,
         "BLOCK_D": _padded(dim),
         "BLOCK_Q": plan.block_q,
         "GROUPS": tiling.groups,
         "COLUMNS": tiling.columns,
         "PRECISION": dot_precision(),
+        **of_kernel,
         "num_warps": plan.warps,
         "num_stages": plan.stages,
     }
@@ -177,10 +237,15 @@ def _positive_scale(queries: list[Tensor], scale: float) -> tuple[list[Tensor], 
 
     The kernels take the largest product for the largest score. A scale that is 0 in float32 has the sign 0.
     """
-    sign = math.copysign(1, scale) if abs(scale) >= torch.finfo(torch.float32).tiny else 0.0
-    if sign > 0:
-        return queries, scale, sign
+    if scale >= TINY:
+        return queries, scale, 1.0
+    sign = -1.0 if scale <= -TINY else 0.0
     return [query * sign for query in queries], -scale if sign else 1.0, sign
+
+
+def _parts(tensors: list[Tensor], splits: int) -> list[Tensor]:
+    """Return room for what each split computes of these tensors: `[splits, B, H, Lq, ...]` of each."""
+    return [tensor.new_empty(splits, *tensor.shape, dtype=torch.float32) for tensor in tensors]
 
 
 def _both(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -188,31 +253,35 @@ def _both(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     return tensors[0], tensors[1] if len(tensors) == 2 else None
 
 
-def _matrices(tensors: list[Tensor]) -> list[Matrix | None]:
-    return [_matrix(tensor) for tensor in _both(tensors)]
+def _matrices(tensors: list[Tensor]) -> tuple[Matrix, Matrix]:
+    return _matrix(tensors[0]), _matrix(tensors[1]) if len(tensors) == 2 else None
 
 
-def _matrix(tensor: Tensor | None) -> Matrix | None:
-    """Return a tensor as the kernels take it, by its last four dimensions.
-
-    A padding mask `[B, Lk]` has the same row for all heads and queries.
-    """
-    if tensor is None:
-        return None
-    if tensor.dim() == 2:
-        return Matrix(tensor, tensor.stride(0), 0, 0, tensor.stride(1))
-    return Matrix(tensor, *tensor.stride()[-4:])
+def _matrix(tensor: Tensor) -> Matrix:
+    """Return a tensor as the kernels take it, by its last four dimensions."""
+    return (tensor, *tensor.stride()[-4:])  # type: ignore[return-value]
 
 
 def _masks(options: Any) -> tuple[Any, ...]:
-    return _matrix(options.mask), _matrix(options.key_padding_mask), options.seed
+    """Return the masks and the seed. A padding mask `[B, Lk]` has the same row for all heads and queries."""
+    mask, padding = options.mask, options.key_padding_mask
+    if mask is not None:
+        mask = _matrix(mask)
+    if padding is not None:
+        padding = padding, padding.stride(0), 0, 0, padding.stride(1)
+    return mask, padding, options.seed
 
 
 def _numbers(options: Any, scale: float) -> tuple[Any, ...]:
     thresholds = options.mask_threshold, options.dropout_threshold
-    return options.stream, *thresholds, scale * math.log2(math.e), options.dropout_scale
+    return options.stream, *thresholds, scale / LN_2, options.dropout_scale
 
 
 def _padded(dim: int) -> int:
     """Return the channels of a block: a power of two that the matrix units take."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def _ceil(count: int, size: int) -> int:
+    """Return how many of this size hold the count; `triton.cdiv` takes microseconds."""
+    return -(-count // size)

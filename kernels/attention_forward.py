@@ -10,6 +10,7 @@ from sgalign.kernels.attention_tiles import (
     NOT_SPECIALIZED,
     Draws,
     add_weighted,
+    at,
     kept_scores,
     load_rows,
     load_seed,
@@ -17,6 +18,7 @@ from sgalign.kernels.attention_tiles import (
     masks,
     mirrored,
     moved,
+    present,
     products,
     store_rows,
 )
@@ -87,19 +89,19 @@ def attend_both(
 
 @triton.jit
 def finish(
-    out, logsumexp, state, batch, head, batch_head, split, batch_heads, row, queries, dropout_scale,
+    out, logsumexp, state, batch, head, batch_head, split, batch_heads, first, row, queries, dropout_scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Store a block's output and logsumexps, as part `split` of several, or as the whole."""
     weighted, top, total = state
-    inside = row < queries
+    inside = first + row < queries
     divisor = tl.where(total == 0, 1.0, total)
     values = weighted * (dropout_scale / divisor)[:, None]
     part = split.to(tl.int64) * batch_heads
-    store_rows(moved(out, part * queries * DIM), batch, head, row, inside, values, DIM, BLOCK_D)
+    store_rows(moved(at(out, batch, head), part * queries * DIM), first, row, inside, values, DIM, BLOCK_D)
     # inf makes every weight of a row with nothing kept 0 in the backward pass.
     sums = tl.where(total == 0, float("inf"), top + tl.log2(divisor))
-    tl.store(logsumexp + (part + batch_head) * queries + row, sums, mask=inside)
+    tl.store(logsumexp + (part + batch_head) * queries + first + row, sums, mask=inside)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -107,27 +109,38 @@ def forward_kernel(
     query, mirrored_query, key, value, out, mirrored_out, logsumexp, mirrored_logsumexp, mask, padding, seed,
     batch_heads, heads, queries, keys, tiles, span, stream, mask_threshold, dropout_threshold, scale, dropout_scale,
     BRANCHES: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Program (batch * heads + head, block of queries; split): tiles of keys from `split * span` on, `span` of them."""
+    """Program (batch * heads + head, block of queries; split): tiles of keys from `split * span` on, `span` of them.
+
+    Without a mask and with all tiles whole nothing is BOUNDED, and a step has a sixth less to do.
+    """
     SHARED: tl.constexpr = BRANCHES == 2 and mirrored_query is None
     blocks = tl.cdiv(queries, BLOCK_Q)
     batch_head, split = tl.program_id(0) // blocks, tl.program_id(1)
     batch, head = batch_head // heads, batch_head % heads
-    row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first = tl.program_id(0) % blocks * BLOCK_Q
+    row = tl.arange(0, BLOCK_Q)
+    query_row = first + row
+    inside = query_row < queries
+    key, value = at(key, batch, head), at(value, batch, head)
+    if mask is not None:
+        mask = at(mask, batch, head)
+    if padding is not None:
+        padding = at(padding, batch, head)
     seed = load_seed(seed, MASKED, DROPOUT)
-    draws = Draws(mask, padding, seed, stream, mask_threshold, dropout_threshold, batch, head, batch_head)
-    q = load_rows(query, batch, head, row, row < queries, DIM, BLOCK_D)
+    draws = Draws(mask, padding, seed, stream, mask_threshold, dropout_threshold, batch_head)
+    q = load_rows(at(query, batch, head), first, row, inside, DIM, BLOCK_D)
     if BRANCHES == 2 and not SHARED:
-        mirrored_q = load_rows(mirrored_query, batch, head, row, row < queries, DIM, BLOCK_D)
+        mirrored_q = load_rows(at(mirrored_query, batch, head), first, row, inside, DIM, BLOCK_D)
     state = nothing(BLOCK_Q, BLOCK_D)
     mirrored_state = nothing(BLOCK_Q, BLOCK_D)
     begin = split * span
     end = tl.minimum(begin + span, tiles)
     for tile in range(begin, end):
-        k, v = load_tile(key, value, draws, tile, keys, GROUPS, COLUMNS, DIM, BLOCK_D)
-        bias, random, noise = masks(draws, tile, row, queries, k, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
-        scores = kept_scores(products(q, k, DIM, BLOCK_D, PRECISION), bias, draws)
+        k, v = load_tile(key, value, draws, tile, keys, GROUPS, COLUMNS, DIM, BLOCK_D, BOUNDED)
+        bias, random, noise = masks(draws, tile, query_row, queries, k, keys, MASKED, DROPOUT, GROUPS, COLUMNS, BOUNDED)
+        scores = kept_scores(products(q, k, DIM, BLOCK_D, PRECISION), bias, draws, BOUNDED)
         if BRANCHES == 1:
             scores = mirrored(scores, random, MASKED)
         if SHARED:
@@ -137,7 +150,7 @@ def forward_kernel(
         else:
             state = attend(scores, scale, state, v, noise, DROPOUT, PRECISION)
         if BRANCHES == 2 and not SHARED:
-            scores = kept_scores(products(mirrored_q, k, DIM, BLOCK_D, PRECISION), bias, draws)
+            scores = kept_scores(products(mirrored_q, k, DIM, BLOCK_D, PRECISION), bias, draws, BOUNDED)
             scores = mirrored(scores, random, MASKED)
             mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
 
@@ -147,44 +160,65 @@ def forward_kernel(
         if tl.min(tl.where(state[2] > 0, mirrored_state[2], 1.0)) < 0.5:
             mirrored_state = nothing(BLOCK_Q, BLOCK_D)
             for tile in range(begin, end):
-                k, v = load_tile(key, value, draws, tile, keys, GROUPS, COLUMNS, DIM, BLOCK_D)
-                bias, random, noise = masks(draws, tile, row, queries, k, keys, MASKED, DROPOUT, GROUPS, COLUMNS)
-                scores = kept_scores(products(q, k, DIM, BLOCK_D, PRECISION), bias, draws)
+                k, v = load_tile(key, value, draws, tile, keys, GROUPS, COLUMNS, DIM, BLOCK_D, BOUNDED)
+                bias, random, noise = masks(
+                    draws, tile, query_row, queries, k, keys, MASKED, DROPOUT, GROUPS, COLUMNS, BOUNDED
+                )
+                scores = kept_scores(products(q, k, DIM, BLOCK_D, PRECISION), bias, draws, BOUNDED)
                 scores = mirrored(scores, random, MASKED)
                 mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
 
     finish(
-        out, logsumexp, state, batch, head, batch_head, split, batch_heads, row, queries, dropout_scale, DIM, BLOCK_D
-    )
+        out, logsumexp, state, batch, head, batch_head, split, batch_heads, first, row, queries, dropout_scale,
+        DIM, BLOCK_D,
+    )  # fmt: skip
     if BRANCHES == 2:
         finish(
-            mirrored_out, mirrored_logsumexp, mirrored_state, batch, head, batch_head, split, batch_heads, row, queries,
-            dropout_scale, DIM, BLOCK_D,
+            mirrored_out, mirrored_logsumexp, mirrored_state, batch, head, batch_head, split, batch_heads, first, row,
+            queries, dropout_scale, DIM, BLOCK_D,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["batch_heads", "queries", "splits"])
 def merge_kernel(
-    parts, part_logsumexps, out, logsumexp, batch_heads, heads, queries, splits,
+    parts, mirrored_parts, part_sums, mirrored_part_sums, out, mirrored_out, logsumexp, mirrored_logsumexp,
+    batch_heads, heads, queries, splits, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Program (batch * heads + head, block of queries; branch): the splits' outputs as one."""
+    if tl.program_id(1) == 0:
+        merge(parts, part_sums, out, logsumexp, batch_heads, heads, queries, splits, DIM, BLOCK_D, BLOCK_Q)
+    elif mirrored_out is not None:
+        merge(
+            mirrored_parts, mirrored_part_sums, mirrored_out, mirrored_logsumexp, batch_heads, heads, queries, splits,
+            DIM, BLOCK_D, BLOCK_Q,
+        )  # fmt: skip
+
+
+@triton.jit
+def merge(
+    parts, part_sums, out, logsumexp, batch_heads, heads, queries, splits,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Program (batch * heads + head, block of queries): the splits' outputs, weighted by their sums of exponentials."""
+    """Store a block of one branch: its splits' outputs, weighted by their sums of exponentials."""
     blocks = tl.cdiv(queries, BLOCK_Q)
     batch_head = tl.program_id(0) // blocks
-    batch, head = batch_head // heads, batch_head % heads
-    row = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    weighted, top, total = nothing(BLOCK_Q, BLOCK_D)
+    first = tl.program_id(0) % blocks * BLOCK_Q
+    row = tl.arange(0, BLOCK_Q)
+    inside = first + row < queries
     channel = tl.arange(0, BLOCK_D)[None, :]
+    weighted, top, total = nothing(BLOCK_Q, BLOCK_D)
     for split in range(splits):
-        place = (split * batch_heads + batch_head).to(tl.int64) * queries + row
-        sums = tl.load(part_logsumexps + place, mask=row < queries, other=float("inf"))
+        place = (split * batch_heads + batch_head).to(tl.int64) * queries + first + row
+        sums = tl.load(part_sums + place, mask=inside, other=float("inf"))
         sums = tl.where(sums == float("inf"), -float("inf"), sums)
-        inside = (row < queries)[:, None] & (channel < DIM)
-        values = tl.load(parts + place[:, None] * DIM + channel, mask=inside, other=0.0)
+        elements = present(inside, channel, DIM, BLOCK_D)
+        values = tl.load(parts + place[:, None] * DIM + channel, mask=elements, other=0.0)
         new_top = tl.maximum(top, sums)
         rescale, weight = tl.exp2(top - finite(new_top)), tl.exp2(sums - finite(new_top))
         weighted = weighted * rescale[:, None] + values * weight[:, None]
         total = total * rescale + weight
         top = new_top
-    state = weighted, top, total
-    finish(out, logsumexp, state, batch, head, batch_head, batch_head * 0, batch_heads, row, queries, 1.0, DIM, BLOCK_D)
+    finish(
+        out, logsumexp, (weighted, top, total), batch_head // heads, batch_head % heads, batch_head, batch_head * 0,
+        batch_heads, first, row, queries, 1.0, DIM, BLOCK_D,
+    )  # fmt: skip

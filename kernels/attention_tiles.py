@@ -16,28 +16,24 @@ DROPOUT_BIT = tl.constexpr(0x80000000)  # of the stream: reference.DROPOUT_STREA
 
 
 class Matrix(NamedTuple):
-    """A `[B, H, rows, columns]` tensor as the kernels take it; strides count elements."""
+    """The rows of one batch and head; strides count elements."""
 
     data: Any
-    batch: Any
-    head: Any
     row: Any
     column: Any
 
 
 class Rows(NamedTuple):
-    """Some rows of one `[B, H]` of a `Matrix`, and where they are from."""
+    """Some rows of a `Matrix` that begins at the first of them."""
 
     block: Any  # [rows, BLOCK_D]; tuples of Triton have `values` already
     matrix: Any
-    batch: Any
-    head: Any
-    row: Any
+    row: Any  # counted from the matrix's first
     inside: Any
 
 
 class Draws(NamedTuple):
-    """The arguments of a program's random numbers, and the masks that need none.
+    """The arguments of a program's random numbers, and the masks that need none, from its batch and head on.
 
     A kernel makes it itself: before Triton 3.7 no function returns None, as which a mask may come.
     """
@@ -48,25 +44,48 @@ class Draws(NamedTuple):
     stream: Any
     mask_threshold: Any
     dropout_threshold: Any
-    batch: Any
-    head: Any
     batch_head: Any
 
 
 @triton.jit
-def load(matrix, batch, head, row, column, inside, other):
-    """Return the elements at `row` and `column`, which broadcast; `other` where not `inside`."""
-    start = matrix.data + batch.to(tl.int64) * matrix.batch + head.to(tl.int64) * matrix.head
-    place = row.to(tl.int64) * matrix.row + column.to(tl.int64) * matrix.column
-    return tl.load(start + place, mask=inside, other=other)
+def at(tensor, batch, head):
+    """Return the `Matrix` of a batch and head of a tensor, which comes with its strides by these, row and column."""
+    data, of_batch, of_head, of_row, of_column = tensor
+    return Matrix(data + batch.to(tl.int64) * of_batch + head.to(tl.int64) * of_head, of_row, of_column)
 
 
 @triton.jit
-def load_rows(matrix, batch, head, row, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return `[rows, BLOCK_D]`, zeros beyond the channels and for rows not `inside`: what those hold must not leak."""
+def moved(matrix, elements):
+    """Return the matrix that begins `elements` further on."""
+    return Matrix(matrix.data + elements, matrix.row, matrix.column)
+
+
+@triton.jit
+def load(matrix, row, column, inside, other):
+    """Return the elements at `row` and `column`, which broadcast; `other` where not `inside`."""
+    place = row.to(tl.int64) * matrix.row + column.to(tl.int64) * matrix.column
+    return tl.load(matrix.data + place, mask=inside, other=other)
+
+
+@triton.jit
+def present(inside, channel, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return which elements of a block exist, by which rows are `inside`."""
+    result = inside[:, None]
+    if DIM < BLOCK_D:
+        result = result & (channel < DIM)
+    return result
+
+
+@triton.jit
+def load_rows(matrix, first, row, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return `[rows, BLOCK_D]`, zeros beyond the channels and for rows not `inside`: what those hold must not leak.
+
+    Rows are counted from `first` on, whose place is one 64-bit number; a loop computes the others' once.
+    """
+    matrix = moved(matrix, tl.full([], first, tl.int64) * matrix.row)
     channel = tl.arange(0, BLOCK_D)[None, :]
-    values = load(matrix, batch, head, row[:, None], channel, inside[:, None] & (channel < DIM), 0.0)
-    return Rows(values, matrix, batch, head, row, inside)
+    values = load(matrix, row[:, None], channel, present(inside, channel, DIM, BLOCK_D), 0.0)
+    return Rows(values, matrix, row, inside)
 
 
 @triton.jit
@@ -96,23 +115,16 @@ def add_weighted(total, weights, rows, PRECISION: tl.constexpr):
 def load_channels(rows, first, DIM: tl.constexpr):
     """Return `WIDEST` channels of each row, from `first` on."""
     channel = first + tl.arange(0, WIDEST)[None, :]
-    inside = rows.inside[:, None] & (channel < DIM)
-    return load(rows.matrix, rows.batch, rows.head, rows.row[:, None], channel, inside, 0.0)
+    return load(rows.matrix, rows.row[:, None], channel, rows.inside[:, None] & (channel < DIM), 0.0)
 
 
 @triton.jit
-def store_rows(matrix, batch, head, row, inside, values, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write `[rows, BLOCK_D]` in the dtype of `matrix`, without the channels beyond its own."""
+def store_rows(matrix, first, row, inside, values, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write `[rows, BLOCK_D]` from row `first` on, in the matrix's dtype, without the channels beyond its own."""
     channel = tl.arange(0, BLOCK_D)[None, :]
-    start = matrix.data + batch.to(tl.int64) * matrix.batch + head.to(tl.int64) * matrix.head
-    target = start + row.to(tl.int64)[:, None] * matrix.row + channel
-    tl.store(target, values.to(matrix.data.dtype.element_ty), mask=inside[:, None] & (channel < DIM))
-
-
-@triton.jit
-def moved(matrix, elements):
-    """Return the matrix that begins `elements` further on."""
-    return Matrix(matrix.data + elements, matrix.batch, matrix.head, matrix.row, matrix.column)
+    place = (first + row).to(tl.int64)[:, None] * matrix.row + channel
+    target = matrix.data + place
+    tl.store(target, values.to(matrix.data.dtype.element_ty), mask=present(inside, channel, DIM, BLOCK_D))
 
 
 @triton.jit
@@ -151,34 +163,40 @@ def drawn(draws, stream, threshold, tile, query, GROUPS: tl.constexpr, COLUMNS: 
 
 @triton.jit
 def load_tile(
-    key, value, draws, tile, keys,
-    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    key, value, draws, tile, keys, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of keys and their values; `inside` are those that exist and are not padding."""
+    """Return a tile of keys and their values; where BOUNDED, `inside` are those that exist and are not padding."""
+    first = first_key(tile, GROUPS, COLUMNS)
     place = tl.arange(0, GROUPS * COLUMNS)
-    row = first_key(tile, GROUPS, COLUMNS) + place // COLUMNS * 32 + place % COLUMNS
-    kept = row < keys
-    if draws.padding is not None:
-        kept = kept & (load(draws.padding, draws.batch, draws.head, row * 0, row, kept, 1) == 0)
-    k = load_rows(key, draws.batch, draws.head, row, kept, DIM, BLOCK_D)
-    return k, load_rows(value, draws.batch, draws.head, row, kept, DIM, BLOCK_D)
+    row = place // COLUMNS * 32 + place % COLUMNS
+    kept = tl.full([GROUPS * COLUMNS], True, tl.int1)
+    if BOUNDED:
+        kept = first + row < keys
+        if draws.padding is not None:
+            kept = kept & (load(draws.padding, row * 0, first + row, kept, 1) == 0)
+    k = load_rows(key, first, row, kept, DIM, BLOCK_D)
+    return k, load_rows(value, first, row, kept, DIM, BLOCK_D)
 
 
 @triton.jit
 def masks(
-    draws, tile, query, queries, k, keys,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    draws, tile, query, queries, k, keys, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """Return what both branches drop, what the random mask drops, and what dropout does.
 
-    The first is 0 for what is kept and -inf for what is dropped, broadcastable to `[BLOCK_Q, BLOCK_K]`.
+    The first is 0 for what is kept and -inf for what is dropped, broadcastable to `[BLOCK_Q, BLOCK_K]`. It is nothing
+    of a tile that is not BOUNDED.
     """
-    bias = tl.where(k.inside, 0.0, -float("inf"))[None, :]
-    if draws.mask is not None:
-        inside = (query < queries)[:, None] & (k.row < keys)[None, :]
-        explicit = load(draws.mask, draws.batch, draws.head, query[:, None], k.row[None, :], inside, 1)
-        bias = tl.where(explicit != 0, -float("inf"), bias)
-    random, noise = False, False
+    bias, random, noise = 0.0, False, False
+    if BOUNDED:
+        bias = tl.where(k.inside, 0.0, -float("inf"))[None, :]
+        if draws.mask is not None:
+            key = first_key(tile, GROUPS, COLUMNS) + k.row
+            inside = (query < queries)[:, None] & (key < keys)[None, :]
+            explicit = load(draws.mask, query[:, None], key[None, :], inside, 1)
+            bias = tl.where(explicit != 0, -float("inf"), bias)
     if MASKED:
         random = drawn(draws, draws.stream, draws.mask_threshold, tile, query, GROUPS, COLUMNS)
     if DROPOUT:
@@ -188,14 +206,14 @@ def masks(
 
 
 @triton.jit
-def kept_scores(scores, bias, draws):
+def kept_scores(scores, bias, draws, BOUNDED: tl.constexpr):
     """Return the scores, -inf where both branches drop them.
 
     Padding was loaded as 0; what the explicit mask drops may be NaN.
     """
-    if draws.mask is not None:
-        return tl.where(bias == 0, scores, -float("inf"))
-    return scores + bias
+    if BOUNDED:
+        scores = tl.where(bias == 0, scores, -float("inf")) if draws.mask is not None else scores + bias
+    return scores
 
 
 @triton.jit

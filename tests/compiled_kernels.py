@@ -2,7 +2,7 @@
 
 `PYTHONPATH=. python tests/compiled_kernels.py "attention.* 32 channels" sm_90 gfx942` compiles this tree's kernels of
 these names, "" for all, for these targets and rewrites their rows of compiled_kernels.csv, which tests/test_kernels.py
-compares with.
+compares with. A row is of one version of Triton, the one that is installed.
 
 Arguments are described as at run time: tensors of torch are aligned, sizes of the model (channels, classes, strides)
 are known to be multiples of 16 where they are, lengths are not.
@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from sgalign.kernels import alignment, attention, configs, relation
 
 TABLE = Path(__file__).with_suffix(".csv")
-TRITON = "3.8"  # which compiled them
+TRITON = ".".join(triton.__version__.split(".")[:2])  # which compiles
 # Bytes of shared memory that a program can have.
 LARGEST_SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -107,24 +107,24 @@ def count_instructions(assembly: str, instruction: str) -> tuple[int, int]:
     return count, longest
 
 
-def read_table() -> dict[tuple[str, str], Resources]:
-    """By target and kernel."""
+def read_table() -> dict[tuple[str, str, str], Resources]:
+    """By version of Triton, target and kernel."""
     with open(TABLE, newline="") as file:
-        return {(target, name): Resources(*map(int, figures)) for target, name, *figures in list(csv.reader(file))[1:]}
+        return {(row[0], row[1], row[2]): Resources(*map(int, row[3:])) for row in list(csv.reader(file))[1:]}
 
 
 def write_table(names: str, targets: list[str]) -> None:
     """Written after each kernel: all of a target take minutes."""
-    table = read_table() if TABLE.exists() else {}
     for target in targets:
         for name, kernel in sources(target).items():
             if not re.match(names, name):
                 continue
-            table[target, name], _ = resources(kernel, target)
-            print(target, name, *table[target, name], flush=True)
+            taken, _ = resources(kernel, target)
+            print(TRITON, target, name, *taken, flush=True)
+            table = read_table() | {(TRITON, target, name): taken}
             with open(TABLE, "w", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(("target", "kernel", *Resources._fields))
+                writer.writerow(("triton", "target", "kernel", *Resources._fields))
                 writer.writerows((*key, *row) for key, row in sorted(table.items()))
 
 
@@ -153,12 +153,14 @@ def source(kernel: Any, *arguments: Any, constants: dict[str, Any]) -> ASTSource
 
 
 def attention_sources(target: str) -> Iterator[Compiled]:
-    """Every configuration in the table, with the random mask and a padding mask; at SGTR's 32 channels dropout too."""
+    """Every configuration in the table, with the random mask; at SGTR's 32 channels with dropout, and with padding."""
     kinds = ((1, False), (2, False), (2, True))
     for name, element, dim in itertools.product(ATTENTION, ("fp16", "fp32"), DIMS):
         for (branches, shared), dropout in itertools.product(kinds, (0, 6554) if dim == 32 else (0,)):
             plan = configs.lookup(name, target, int(element[2:]), dim, branches, dropout > 0)
             yield attention_source(name, element, dim, branches, shared, dropout, plan)
+            if dim == 32 and not dropout and name != "key_value_gradient":
+                yield attention_source(name, element, dim, branches, shared, dropout, plan, padded=True)
 
 
 def attention_source(
@@ -169,32 +171,32 @@ def attention_source(
     shared: bool,
     dropout: int,
     plan: configs.Config,
-    padded: bool = True,
+    padded: bool = False,
 ) -> Compiled:
-    """Return one of attention's kernels, of projected operands."""
+    """Return one of attention's kernels, of projected operands and of keys that fill their tiles."""
     tiling = attention.Tiling.of(plan, True, 4096)
-    rows = attention.Matrix(f"*{element}", 4096 * dim, 512 * dim, 8 * dim, 1)  # of a projection
+    rows = f"*{element}", 4096 * dim, 512 * dim, 8 * dim, 1  # of a projection
 
     def both(value: Any) -> tuple[Any, Any]:
         return value, value if branches == 2 else None
 
     queries = (rows, None) if shared else both(rows)
     sums = both("*fp32")
-    masks = None, attention.Matrix("*i1", 4096, 0, 0, 1) if padded else None, "*i64"
+    masks = None, ("*i1", 4096, 0, 0, 1) if padded else None, "*i64"
     sizes = "i32", "i32", "i32", "i32"  # queries, keys, tiles, span
     drawn = "i32", "i32", "i32", "fp32", "fp32"  # stream, two thresholds, scale, that of dropout
     if name == "forward":
         arguments = (*queries, rows, rows, *both(rows), *sums, *masks, "i32", 8, *sizes, *drawn)
     elif name == "query_gradient":
         grads = *both(rows), *sums, *queries  # of the outputs, their sums, of the queries
-        arguments = (*queries, rows, rows, *both(rows), *sums, *grads, *masks, "i32", 8, *sizes, *drawn)
+        arguments = (*queries, rows, rows, *both(rows), *sums, *grads, *masks, "i32", 8, *sizes, *drawn, "fp32")
     else:
         grads = *both(rows), *sums, rows, rows  # of the outputs, their sums, of key and value
-        arguments = (*queries, rows, rows, *sums, *grads, *masks, 8, *sizes[:3], *drawn)
-    constants = attention.constants(plan, tiling, branches, 6554, dropout, dim)
+        arguments = (*queries, rows, rows, *sums, *grads, *masks, 8, *sizes[:3], *drawn, "fp32")
+    constants = attention.constants(name, plan, tiling, branches, True, dropout > 0, dim, padded)
     options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
     kind = "one branch" if branches == 1 else "one query for both branches" if shared else "two branches"
-    kind += ", dropout" if dropout else ""
+    kind += ", dropout" if dropout else ", padding" if padded else ""
     return Compiled(
         f"attention {name.replace('_', ' ')}: {element}, {dim} channels, {kind}",
         source(ATTENTION[name], *arguments, constants=constants),
