@@ -193,14 +193,14 @@ def match(
             total = total.amin(2, keepdim=True)
         totals.append(total)
     on_host = torch.cat([total.flatten() for total in totals]).cpu()
-    if not on_host.isfinite().all():
-        raise FloatingPointError("the costs of matching queries with relations must be finite")
     by_image = [costs.view(of.shape) for costs, of in zip(on_host.split([of.numel() for of in totals]), totals)]
     return [[_assign(costs[layer]) for costs in by_image] for layer in range(len(outputs.logits))]
 
 
 def _assign(costs: Tensor) -> tuple[Tensor, Tensor]:
     """Return the matched queries, each once with its cheapest candidate, and their relations; costs are `[Q, T, M]`."""
+    if not costs.isfinite().all():
+        raise FloatingPointError("the costs of matching queries with relations must be finite")
     queries, candidates, _ = costs.shape
     costs = costs.flatten(0, 1)
     candidate, relation = (torch.as_tensor(found) for found in linear_sum_assignment(costs))
