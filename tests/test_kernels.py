@@ -35,6 +35,25 @@ print("equal")
 """
 
 
+WHOLE_TILES = """
+import torch
+from sgalign import dual_branch_attention
+
+torch.manual_seed(0)
+for keys, shared in ((256, False), (256, True), (64, False), (512, False)):
+    tensors = [torch.randn(1, 2, length, 32, requires_grad=True) for length in (20, 20, keys, keys)]
+    tensors[1] = tensors[0] if shared else tensors[1]
+    grads = [torch.randn(1, 2, 20, 32) for _ in range(2)]
+    results = []
+    for backend in ("triton", "reference"):
+        outs = dual_branch_attention(*tensors, mask_ratio=0.3, mask_seed=1, scale=-0.2, backend=backend)
+        results.append([*outs, *torch.autograd.grad(outs, tensors[shared:], grads)])
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+print("close")
+"""
+
+
 def run_interpreted(*arguments):
     return subprocess.run(
         [sys.executable, *arguments],
@@ -48,6 +67,12 @@ def run_interpreted(*arguments):
 def test_interpreted_mask_is_the_definition():
     result = run_interpreted("-c", INTERPRETED)
     assert result.returncode == 0 and result.stdout.strip() == "equal", result.stderr
+
+
+def test_whole_tiles_interpreted():
+    """Without a mask, and with keys that fill their tiles, kernels ask for no bounds."""
+    result = run_interpreted("-c", WHOLE_TILES)
+    assert result.returncode == 0 and result.stdout.strip() == "close", result.stderr
 
 
 @pytest.mark.parametrize("name", ["attention", "relation", "alignment"])
