@@ -1,4 +1,4 @@
-"""Where a training step makes the host wait for a GPU, counted on the CPU by the operations that read a tensor's values."""
+"""Where a training step makes the host wait for a GPU, counted on the CPU: by operations that read values."""
 
 import functools
 import traceback

@@ -5,6 +5,7 @@ All of it is of the supervised branch. Constants are those of the public code's 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -235,14 +236,7 @@ def relation_losses(
     """
     layers, images, queries, classes = outputs.logits.shape
     device = outputs.logits.device
-    counts = [len(truth.predicates) for truth in annotations]
-    starts = [sum(counts[:image]) for image in range(images)]
-    rows = [
-        torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query, relation + starts[image]])
-        for layer in range(layers)
-        for image, (query, relation) in enumerate(matches[layer])
-    ]
-    layer_of, image_of, query_of, relation = torch.cat(rows, dim=1).to(device, non_blocking=True)
+    layer_of, image_of, query_of, relation = _matched(annotations, matches).to(device, non_blocking=True)
     where = layer_of, image_of, query_of
     predicates = torch.cat([truth.predicates for truth in annotations])[relation]
     labels = torch.cat([truth.labels for truth in annotations], dim=1)[:, relation]
@@ -272,6 +266,17 @@ def relation_losses(
         "classes": CLASS_WEIGHT * (torch.stack(class_losses).sum(0) * weight).sum(),
         "boxes": BOX_WEIGHT * (weights * ((found - boxes).abs().sum(2) + 1 - giou(found, boxes))).sum() / relations,
     }
+
+
+def _matched(annotations: Sequence[Annotations], matches: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
+    """Return layer, image, query and relation of each match, relations numbered through all images: int64 `[4, n]`."""
+    starts = list(itertools.accumulate((len(truth.predicates) for truth in annotations), initial=0))
+    rows = [
+        torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query, relation + start])
+        for layer, of_layer in enumerate(matches)
+        for image, (start, (query, relation)) in enumerate(zip(starts, of_layer))
+    ]
+    return torch.cat(rows, dim=1)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
