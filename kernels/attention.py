@@ -158,6 +158,7 @@ class Launch(NamedTuple):
 
 
 def _launch(kernel: str, query: Tensor, key: Tensor, branches: int, options: Any, multiprocessors: int) -> Launch:
+    """Return how a kernel is launched for these tensors and options."""
     masked, dropout = options.mask_threshold > 0, options.dropout_threshold > 0
     bounded = options.mask is not None or options.key_padding_mask is not None
     plan = config(kernel, key, branches, dropout)
@@ -195,7 +196,7 @@ def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiproces
     """Return the tiles of a program, and how many programs share one block of queries: what should take least time.
 
     A program takes a step a tile and about one for its queries. A multiprocessor takes as long as all steps of its
-    programs together, but no less than steps that wait for each other's programs would.
+    programs together, but no less than `BUSY_WARPS` would take: with fewer it waits.
     """
     busy = max(BUSY_WARPS // plan.warps, 1)
     merging = MERGE_SCORES / (plan.block_q * plan.block_k * branches)
