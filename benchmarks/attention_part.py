@@ -4,56 +4,62 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks import measuring
 from benchmarks.measuring import DTYPES, Figures
+from benchmarks.record import HARNESS, OURS, Record, digest, table_entries
+from sgalign.ops.backends import BACKENDS
 
-SECONDS = {"bfloat16": 140, "float16": 35, "float32": 45}
+Contender = Callable[..., tuple[Tensor, ...]]
 # B, H, Lq, Lk, D. The goals are set at SGTR's shapes (180 queries; 100 entities or an image's memory).
 SGTR_SHAPES = [(batch, 8, 180, keys, 32) for batch in (8, 4) for keys in (1024, 608, 475, 100)]
-LONG_SHAPES = [(1, 8, 180, 16384, 32), (1, 8, 4096, 4096, 64), (1, 8, 16384, 16384, 64), (1, 8, 300, 2000, 32)]
+LONG_SHAPES = [(1, 8, 16384, 16384, 64), (1, 8, 4096, 4096, 64), (1, 8, 180, 16384, 32), (1, 8, 300, 2000, 32)]
 LONG_SHAPES += [(2, 8, 128, 512, 64), (1, 8, 4096, 4096, 128)]
-SHAPES = {
+SHAPES = {  # in the order of their worth: goals first
     "bfloat16": SGTR_SHAPES + LONG_SHAPES,
-    "float16": [*SGTR_SHAPES[:2], *LONG_SHAPES[:2]],
-    "float32": [*SGTR_SHAPES[:4], *LONG_SHAPES[:2]],
+    "float16": [*SGTR_SHAPES[:2], *LONG_SHAPES[1:3]],
+    "float32": [*SGTR_SHAPES[:4], *LONG_SHAPES[1:3]],
 }
-FLEX_SHAPES = [*SGTR_SHAPES[:4], *LONG_SHAPES[:2]]  # compiled for each shape, which takes seconds
+FLEX_SHAPES = [*SGTR_SHAPES[:4], *LONG_SHAPES[:3]]  # compiled for each shape, which takes seconds
 CHECKED_SHAPES = [(2, 3, 45, 300, 32), (1, 8, 1024, 300, 64), (1, 8, 1024, 300, 128)]  # keys split, and not
 
 
-def run(dtype: str, before: Figures) -> Figures:
-    """Time both branches at many shapes, forward and with the backward, ours and theirs."""
+CODE = (*HARNESS, "benchmarks/attention_part.py", "benchmarks/test_attention.py")
+
+
+def run(dtype: str, record: Record) -> None:
+    """Time both branches at many shapes, with the backward and forward alone, ours and theirs."""
     from benchmarks.test_attention import ours
 
-    deadline = time.monotonic() + SECONDS[dtype]
-    checked_before = before.get("checks", {})
-    checks = {
-        name: measuring.attempt(check, backend, kind, dtype, before=checked_before.get(name))
-        for backend in measuring.available()
-        for kind in ours(backend)
-        for name in [f"{backend} {kind}"]
-    }
-    rows = []
-    for shape, backward in itertools.product(SHAPES[dtype], (True, False)):
-        torch._dynamo.reset()  # or its limit of compiled versions is reached
-        known = measuring.known_contenders(before, shape, dtype, backward)
-        contenders = {
-            name: measuring.attempt(timed, contender, shape, dtype, backward, deadline=deadline, before=known.get(name))
-            for name, contender in contenders_at(shape).items()
-        }
-        row = {"shape": shape, "dtype": dtype, "backward": backward, "contenders": contenders}
-        rows.append(row | work(shape, dtype, backward))
-    return {"checks": checks, "rows": rows}
+    for backend in measuring.available():
+        for kind in ours(backend):
+            name = f"{backend} {kind}"
+            depends = depends_on(name, dtype, True, [shape[-1] for shape in CHECKED_SHAPES])
+            record.attempt(("checks", name), check, backend, kind, dtype, digest=depends)
+    for backward, shape in itertools.product((True, False), SHAPES[dtype]):
+        row = record.row("rows", shape, dtype, backward, **work(shape, dtype, backward))
+        for name in contenders_at(shape):
+            depends = depends_on(name, dtype, backward, shape[-1:])
+            record.attempt((*row, name), timed, name, shape, dtype, backward, digest=depends)
 
 
-def contenders_at(shape: tuple[int, ...]) -> dict[str, Any]:
+def depends_on(name: str, dtype: str, backward: bool, channels: Sequence[int]) -> str:
+    """Return a digest of what a contender's figures depend on: Triton's of what the table has for it, too."""
+    backend, _, kind = name.partition(" ")
+    if backend not in BACKENDS:
+        return digest(*CODE)
+    entries = ""
+    if backend == "triton":
+        branches = 1 if kind.startswith("single") else 2
+        entries = table_entries(8 * DTYPES[dtype].itemsize, channels, [branches], False, backward)
+    return digest(*CODE, *OURS[backend], entries)
+
+
+def contenders_at(shape: tuple[int, ...]) -> dict[str, Contender]:
     """Return what is compared at a shape: ours, PyTorch's, and of other packages those that are installed."""
     from benchmarks import test_attention as bench
 
@@ -116,10 +122,12 @@ def flash_twice(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> 
     return flash_attn_func(q, k, v).transpose(1, 2), flash_attn_func(m, k, v).transpose(1, 2)
 
 
-def timed(contender: Callable[..., tuple[Tensor, ...]], shape: tuple[int, ...], dtype: str, backward: bool) -> Figures:
+def timed(name: str, shape: tuple[int, ...], dtype: str, backward: bool) -> Figures:
     """Return what is measured of a contender, with as many sets of inputs as no cache holds."""
     from benchmarks import test_attention as bench
 
+    torch._dynamo.reset()  # or its limit of compiled versions is reached
+    contender = contenders_at(shape)[name]
     torch.manual_seed(0)
     batch, heads, queries, keys, dim = shape
     sets = measuring.sets_beyond_cache(2 * batch * heads * (queries + keys) * dim * DTYPES[dtype].itemsize / 2**20)

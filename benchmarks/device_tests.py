@@ -1,4 +1,4 @@
-"""The GPU report's part "tests": the operations' own tests on the device, by pytest in processes of their own."""
+"""The GPU report's parts "tests" and "sanitizer": the operations' own tests, by pytest in processes of their own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import measuring
 from benchmarks.measuring import Figures
+from benchmarks.record import OURS, ROOT, Record, digest
+from benchmarks.report_markdown import NOT_REACHED
 
-ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 170
 TEST_FILES = ("tests/test_attention.py", "tests/test_relation.py", "tests/test_alignment.py", "tests/test_gpu.py")
 PYTEST = (sys.executable, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider")
 SANITIZER_EXIT = 9  # of compute-sanitizer where it has found something
@@ -27,44 +28,72 @@ SANITIZER_MARK = "========= "
 SANITIZER_FINDS = SANITIZER_MARK + r"(Invalid|Misaligned|Uninitialized|Race|Barrier|Program hit|.*SUMMARY: [1-9])"
 DEVICE_LOST = 7  # of pytest, as tests/conftest.py ends it after an illegal access
 SANITIZED = "test_each_branch_is_the_single_one or test_rows_with_nothing_kept"
+CHOSEN: tuple[str, ...] = ()  # pytest's options that choose among the tests
+CODE = ("benchmarks/device_tests.py", "tests/conftest.py", "tests/target.py", "tests/accuracy.py", *TEST_FILES)
 
 
-def run(before: Figures) -> Figures:
-    """Run the operations' tests on the device, in pieces side by side, since compiling takes longest.
+class Suite(NamedTuple):
+    """Tests of one backend that run with the same command."""
+
+    backend: str
+    watched: tuple[str, ...] = ()  # the command that watches pytest
+    chosen: tuple[str, ...] = ()
+    pieces: int = min(12, os.cpu_count() or 1)
+
+
+def run(record: Record) -> None:
+    """Run the operations' tests on the device, for every backend."""
+    run_suites(record, {name: Suite(name) for name in measuring.available()})
+
+
+def run_sanitized(record: Record) -> None:
+    """Run a few of them under compute-sanitizer, which knows the CUDA backend's kernels."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer and "cuda" in measuring.available():
+        watched = (sanitizer, f"--error-exitcode={SANITIZER_EXIT}")
+        run_suites(record, {"cuda under compute-sanitizer": Suite("cuda", watched, ("-k", SANITIZED), pieces=1)})
+
+
+def run_suites(record: Record, suites: dict[str, Suite]) -> None:
+    """Run suites in pieces side by side, since compiling takes longest.
 
     "not run" has those that time did not reach, which are all that a run that goes on does.
     """
-    deadline = time.monotonic() + SECONDS
-    sanitizer = shutil.which("compute-sanitizer")
-    found: Figures = {}
+    for name, suite in suites.items():
+        depends = digest(*CODE, *OURS[suite.backend])
+        known = record.known.get(name, {})
+        record.figures[name] = known if known.get("sources") == depends else {"failure": NOT_REACHED}
+        record.figures[name]["sources"] = depends
+    if time.monotonic() > record.deadline:
+        return
     started: list[tuple[str, list[str], subprocess.Popen[bytes], Path]] = []
     with tempfile.TemporaryDirectory() as folder:
+        interrupted = False
         try:
-            for name in measuring.available():
-                suites: dict[str, list[str]] = {name: []}
-                if name == "cuda" and sanitizer:
-                    suites["cuda under compute-sanitizer"] = [sanitizer, f"--error-exitcode={SANITIZER_EXIT}"]
-                for suite, watched in suites.items():
-                    known = before.get(suite) or collected(name, ["-k", SANITIZED] if watched else [])
-                    found[suite] = {"counts": Counter(known["counts"]), "failed": [*known["failed"]], "not run": []}
-                    pieces = 1 if watched else min(12, os.cpu_count() or 1)
-                    for piece in range(pieces):
-                        if ids := known["not run"][piece::pieces]:
-                            log = Path(folder, f"{suite} {piece}")
-                            started.append((suite, ids, start([*watched, *PYTEST, "-v", *ids], name, log), log))
-            for suite, ids, process, log in started:
-                status: int | None = None
-                with suppress(subprocess.TimeoutExpired):
-                    status = process.wait(max(1.0, deadline - time.monotonic()))
-                stop(process)
-                counts, failed, left = outcomes(log.read_text(errors="replace"), status, ids)
-                found[suite]["counts"] += counts
-                found[suite]["failed"] += failed
-                found[suite]["not run"] += left
-        finally:  # interrupted: nothing stays on the device
+            for name, suite in suites.items():
+                known = record.figures[name]
+                known = known if "counts" in known else collected(suite) | {"sources": known["sources"]}
+                record.figures[name] = known | {"counts": Counter(known["counts"])}
+                for piece in range(suite.pieces):
+                    if ids := known["not run"][piece :: suite.pieces]:
+                        log = Path(folder, f"{name} {piece}")
+                        started.append(
+                            (name, ids, start([*suite.watched, *PYTEST, "-v", *ids], suite.backend, log), log)
+                        )
             for _, _, process, _ in started:
-                stop(process)
-    return found
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.1, record.deadline - time.monotonic()))
+        except KeyboardInterrupt:  # what has run by now is not lost
+            interrupted = True
+        finally:  # nothing stays on the device
+            statuses = [stop(process) for _, _, process, _ in started]
+        for (name, ids, _, log), status in zip(started, statuses):
+            counts, failed, left = outcomes(log.read_text(errors="replace"), status, ids)
+            found = record.figures[name]
+            not_run = [test for test in found["not run"] if test not in ids] + left
+            found |= {"counts": found["counts"] + counts, "failed": found["failed"] + failed, "not run": not_run}
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def start(command: Sequence[str], backend: str, log: Path) -> subprocess.Popen[bytes]:
@@ -75,17 +104,19 @@ def start(command: Sequence[str], backend: str, log: Path) -> subprocess.Popen[b
         )
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and all of its group."""
+def stop(process: subprocess.Popen[bytes]) -> int | None:
+    """Kill a process and all of its group; return the status of one that had ended by itself."""
+    status = process.poll()
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    return status
 
 
-def collected(backend: str, chosen: Sequence[str]) -> Figures:
+def collected(suite: Suite) -> Figures:
     """Return what is known of the tests before they run: their ids, and what keeps pytest from collecting them."""
-    listing = [*PYTEST, "-q", "--collect-only", *chosen, *TEST_FILES]
-    listed = subprocess.run(listing, cwd=ROOT, env=environment(backend), capture_output=True, text=True)
+    listing = [*PYTEST, "-q", "--collect-only", *CHOSEN, *suite.chosen, *TEST_FILES]
+    listed = subprocess.run(listing, cwd=ROOT, env=environment(suite.backend), capture_output=True, text=True)
     lines = (listed.stdout + listed.stderr).splitlines()
     failed = [line[:300] for line in lines if line.startswith(("ERROR", "E  "))] or lines[-3:]
     ids = [line for line in listed.stdout.splitlines() if "::" in line and not line.startswith("ERROR")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import statistics
 import time
@@ -11,25 +10,29 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.report_markdown import NOT_REACHED
 from sgalign.ops import backends
 
 DEVICE = torch.device("cuda")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # ||out - ref|| / ||ref||: a few roundings of the dtype, and of float32 sums of products
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+CALL_SECONDS = 0.15  # of plain calls, at least three runs
 Figures = dict[str, Any]
 
 
 def graph_ms(calls: list[Callable[[], object]]) -> float:
-    """Return the device time of one call, in a CUDA graph that goes through all of `calls` in turn."""
+    """Return the device time of one call, in a CUDA graph that goes through all of `calls` in turn.
+
+    Triton 3.6 to 3.8 call six times in a stream of their own, then as often as 20 ms allow while a graph is captured,
+    and take the median of ten replays. They neither empty the cache nor wait for what other streams have begun.
+    """
     from triton.testing import do_bench_cudagraph
 
     turns = itertools.cycle(calls)
+    torch.cuda.synchronize()  # inputs may still be written
     return do_bench_cudagraph(lambda: next(turns)(), return_mode="median")
 
 
@@ -41,7 +44,7 @@ def call_ms(call: Callable[[], object]) -> float:
     call()
     torch.cuda.synchronize()
     times: list[float] = []
-    deadline = time.monotonic() + 0.15
+    deadline = time.monotonic() + CALL_SECONDS
     while len(times) < 3 or (time.monotonic() < deadline and len(times) < 100):
         start = time.perf_counter()
         for _ in range(10):
@@ -52,49 +55,29 @@ def call_ms(call: Callable[[], object]) -> float:
 
 
 def timed(calls: list[Callable[[], object]]) -> Figures:
-    """Return all that is measured of a contender; `calls` differ in their inputs alone."""
+    """Return all that is measured of a contender; `calls` differ in their inputs alone.
+
+    What cannot be captured in a graph has the other figures beside its failure.
+    """
     from benchmarks import conftest
 
     for call in calls:  # compiles, and draws what a call draws once
         call()
     before, peak = conftest.memory(calls[0], DEVICE)
-    return {"graph": graph_ms(calls), "call": call_ms(calls[0]), "peak": peak - before}
-
-
-def attempt(
-    measure: Callable[..., Figures],
-    *arguments: Any,
-    deadline: float = float("inf"),
-    before: Figures | None = None,
-) -> Figures:
-    """Return what `measure` gives, or a sentence about why it gives nothing.
-
-    A result of an earlier run, `before`, is returned as it is, unless time was up before it was measured.
-    """
-    if before and before.get("failure") != NOT_REACHED:
-        return before
-    if time.monotonic() > deadline or not usable():
-        return {"failure": NOT_REACHED}
+    found: Figures = {"call": call_ms(calls[0]), "peak": peak - before}
     try:
-        return measure(*arguments)
-    except (Exception, pytest.skip.Exception) as error:  # benchmarks skip what is not installed
-        return {"failure": sentence(error)}
-    finally:
-        gc.collect()
-        if usable():
-            torch.cuda.empty_cache()
-
-
-def known_contenders(before: Figures, shape: Sequence[int], dtype: str, backward: bool) -> Figures:
-    """Return the contenders that an earlier run, which was cut off, measured at this shape and dtype."""
-    case = [*shape], dtype, backward
-    rows = (row for row in before.get("rows", []) if ([*row["shape"]], row["dtype"], row["backward"]) == case)
-    return next(rows, {"contenders": {}})["contenders"]
+        return found | {"graph": graph_ms(calls)}
+    except Exception as error:
+        return found | {"failure": f"no graph: {sentence(error)}"}
 
 
 def usable() -> bool:
-    """Return whether the device answers: after an illegal access this process never gets it back."""
+    """Return whether the device answers and draws random numbers.
+
+    A process never gets it back after an illegal access, nor the numbers after some graphs that cannot be captured.
+    """
     try:
+        torch.rand(1, device=DEVICE)
         torch.cuda.synchronize()
     except RuntimeError:
         return False

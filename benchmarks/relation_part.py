@@ -13,12 +13,17 @@ from torch import Tensor
 
 from benchmarks import measuring
 from benchmarks.measuring import DTYPES, Figures
+from benchmarks.record import HARNESS, OURS, Record, digest
 from sgalign import relation_alignment_loss
 
 SHAPES = [(1024, 40, 4096, 51), (4096, 160, 4096, 51)]  # R, N, C, K of one image and of four
+LOGITS = 4096, 51  # R, K
 
 
-def relation(before: Figures) -> Figures:
+CODE = (*HARNESS, "benchmarks/relation_part.py", "benchmarks/test_relation.py")
+
+
+def relation(record: Record) -> None:
     """Time Motifs' relation head, post_cat's halves included."""
     from benchmarks import test_relation as bench
 
@@ -26,28 +31,23 @@ def relation(before: Figures) -> Figures:
     for name in measuring.available():
         contenders[f"{name} dual"] = functools.partial(bench.Head.ours_dual, backend=name)
         contenders[f"{name} single"] = functools.partial(bench.Head.ours_single, backend=name)
-    checked_before = before.get("checks", {})
-    checks = {
-        case: measuring.attempt(check_relation, contender, dtype, before=checked_before.get(case))
-        for name, contender in contenders.items()
-        for dtype in ("bfloat16", "float32")
-        for case in [f"{name}, {dtype}"]
-    }
+    for (name, contender), dtype in itertools.product(contenders.items(), ("bfloat16", "float32")):
+        record.attempt(("checks", f"{name}, {dtype}"), check_relation, contender, dtype, digest=depends_on(name))
     contenders |= {"usual form": bench.Head.usual, "decomposed": bench.Head.decomposed}
-    rows = []
     for shape, dtype, backward in itertools.product(SHAPES, ("bfloat16", "float32"), (True, False)):
-        known = measuring.known_contenders(before, shape, dtype, backward)
-        measured = {
-            name: measuring.attempt(time_relation, call, shape, dtype, backward, before=known.get(name))
-            for name, call in contenders.items()
-        }
         relations, objects, channels, classes = shape
         weights = (2 * bench.HIDDEN + 2 * classes) * channels
         elements = relations * channels + weights + 4 * objects * bench.HIDDEN + 2 * relations * classes
         elements *= 3 if backward else 1  # read again, and a gradient of each is written
         work = {"flops": bench.flops(shape, backward), "bytes": elements * DTYPES[dtype].itemsize}
-        rows.append({"shape": shape, "dtype": dtype, "backward": backward, "contenders": measured} | work)
-    return {"checks": checks, "rows": rows}
+        row = record.row("rows", shape, dtype, backward, **work)
+        for name, call in contenders.items():
+            record.attempt((*row, name), time_relation, call, shape, dtype, backward, digest=depends_on(name))
+
+
+def depends_on(name: str) -> str:
+    """Return a digest of what a contender's figures depend on."""
+    return digest(*CODE, *OURS.get(name.split()[0], ()))
 
 
 def time_relation(
@@ -90,37 +90,42 @@ def check_relation(contender: Callable[[Any], list[Tensor]], dtype: str) -> Figu
     )
 
 
-def loss(before: Figures) -> Figures:
+def loss(record: Record) -> None:
     """Time the alignment loss with its gradient."""
     from benchmarks.test_relation import plain_loss
 
-    shape = 4096, 51
-    torch.manual_seed(0)
-    logits, mirrored = torch.randn(2, *shape, device=measuring.DEVICE)
     contenders: dict[str, Callable[..., Tensor]] = {
         f"{name} loss": functools.partial(relation_alignment_loss, backend=name) for name in measuring.available()
     }
+    for name, contender in contenders.items():
+        record.attempt(("checks", name), check_loss, contender, digest=depends_on(name))
+    row = record.row("rows", LOGITS, "float32", True)
+    for name, contender in (contenders | {"kl_div of log_softmax": plain_loss}).items():
+        record.attempt((*row, name), time_loss, contender, digest=depends_on(name))
 
-    def run(contender: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
-        teacher, student = (tensor.detach().requires_grad_() for tensor in given)
+
+def branches() -> tuple[Tensor, Tensor]:
+    """Return logits of both branches; those of the mirror require a gradient."""
+    torch.manual_seed(0)
+    logits, mirrored = torch.randn(2, *LOGITS, device=measuring.DEVICE)
+    return logits, mirrored.requires_grad_()
+
+
+def check_loss(contender: Callable[..., Tensor]) -> Figures:
+    """Compare a contender with the reference in float64."""
+    logits, mirrored = branches()
+
+    def run(contender: Callable[..., Tensor], teacher: Tensor, given: Tensor) -> list[Tensor]:
+        student = given.detach().requires_grad_()
         value = contender(teacher, student)
         return [value, *torch.autograd.grad(value, student)]
 
-    def check(contender: Callable[..., Tensor]) -> Figures:
-        exact = functools.partial(relation_alignment_loss, backend="reference")
-        doubles = logits.double(), mirrored.double()
-        return measuring.checked(lambda: run(contender, logits, mirrored), lambda: run(exact, *doubles), "float32")
+    exact = functools.partial(relation_alignment_loss, backend="reference")
+    doubles = logits.double(), mirrored.double()
+    return measuring.checked(lambda: run(contender, logits, mirrored), lambda: run(exact, *doubles), "float32")
 
-    def time_loss(contender: Callable[..., Tensor]) -> Figures:
-        student = mirrored.detach().requires_grad_()
-        return measuring.timed([measuring.differentiated(lambda student: (contender(logits, student),), [student])])
 
-    checked_before, known = before.get("checks", {}), measuring.known_contenders(before, shape, "float32", True)
-    checks = {
-        name: measuring.attempt(check, contender, before=checked_before.get(name))
-        for name, contender in contenders.items()
-    }
-    contenders["kl_div of log_softmax"] = plain_loss
-    measured = {name: measuring.attempt(time_loss, call, before=known.get(name)) for name, call in contenders.items()}
-    row = {"shape": shape, "dtype": "float32", "backward": True, "contenders": measured}
-    return {"checks": checks, "rows": [row]}
+def time_loss(contender: Callable[..., Tensor]) -> Figures:
+    """Return what is measured of a contender."""
+    logits, mirrored = branches()
+    return measuring.timed([measuring.differentiated(lambda student: (contender(logits, student),), [mirrored])])

@@ -13,7 +13,7 @@ ALTERNATIVES = (*DENSE, "eager", "flex", "xformers", "flash-attn, no mask")
 
 
 def markdown(report: Figures) -> str:
-    environment = report.get("environment", {})
+    environment = environment_of(report)
     sections = [
         f"# sgalign on {environment.get('card', 'a GPU')}",
         "Written by `python -m benchmarks.gpu_report`; all figures are in report.json. Times are in ms, medians: graph,"
@@ -44,8 +44,14 @@ def markdown(report: Figures) -> str:
 # ------------------------------------------------------------------------------------------------------ figures
 
 
+def environment_of(report: Figures) -> Figures:
+    """Return what is installed and the card's rates, in one."""
+    environment = report.get("environment", {})
+    return environment.get("installed", {}) | environment.get("rates", {})
+
+
 def rows_of(report: Figures, part: str) -> list[Figures]:
-    return report.get(part, {}).get("rows", [])
+    return list(report.get(part, {}).get("rows", {}).values())
 
 
 def time_of(row: Figures, contender: str, kind: str = "graph") -> float | None:
@@ -83,7 +89,7 @@ def goals(report: Figures) -> Iterator[tuple[str, ...]]:
     dual = lambda row: fastest(row, (name + DUAL for name in backends_of(row)))  # noqa: E731
     sgtr = [row for row in both if is_sgtr(row)]
     large = [row for row in both if min(row["shape"][2:4]) >= 4096]
-    environment = report.get("environment", {})
+    environment = environment_of(report)
     steps = [case for case in report.get("steps", {}).values() if isinstance(case, dict) and "counted" in case]
     over = [ratio(time_of(row, "flex"), dual(row)) for row in sgtr]
     yield goal("FlexAttention / dual, SGTR's shapes, forward and backward", 2, over)
@@ -133,17 +139,21 @@ def failures(report: Figures) -> Iterator[str]:
             if not check.get("right") and check.get("failure") != NOT_REACHED:
                 said = check.get("failure") or f"error {check['error']:.1e}, allowed {check['allowed']:.1e}"
                 yield f"{part}, check of {name}: {said}"
-        for row in figures.get("rows", []):
+        for row in rows_of(report, part):
             passes = "forward and backward" if row["backward"] else "forward"
             for name, contender in row["contenders"].items():
                 if failed(contender):
                     yield f"{part}, {shape_of(row)}, {row['dtype']}, {passes}, {name}: {contender['failure']}"
-    for case, figures in report.get("steps", {}).items():
+    for part, case in (
+        ("environment", "installed"),
+        ("environment", "rates"),
+        *(("steps", n) for n in report.get("steps", {})),
+    ):
+        figures = report.get(part, {}).get(case, {})
         if isinstance(figures, dict) and failed(figures):
-            yield f"steps, {case}: {figures['failure']}"
-    for backend, figures in report.get("tests", {}).items():
-        if isinstance(figures, dict):
-            yield from (f"tests, {backend}: {line}" for line in figures["failed"])
+            yield f"{part}, {case}: {figures['failure']}"
+    for suite, figures in suites_of(report):
+        yield from (f"tests, {suite}: {line}" for line in figures.get("failed", []))
 
 
 # ------------------------------------------------------------------------------------------------------ tables
@@ -164,6 +174,12 @@ def shape_of(row: Figures) -> str:
     return ", ".join(map(str, row["shape"]))
 
 
+def suites_of(report: Figures) -> Iterator[tuple[str, Figures]]:
+    """Yield the suites of tests on the device by name."""
+    for part in ("tests", "sanitizer"):
+        yield from ((name, figures) for name, figures in report.get(part, {}).items() if isinstance(figures, dict))
+
+
 def environment_rows(environment: Figures) -> Iterator[tuple[str, str]]:
     for name, value in environment.items():
         if name == "bytes per second":
@@ -172,13 +188,13 @@ def environment_rows(environment: Figures) -> Iterator[tuple[str, str]]:
             yield "matrix products", ", ".join(f"{dtype} {rate / 1e12:.0f} TFLOP/s" for dtype, rate in value.items())
         elif name == "backends":
             yield name, "; ".join(f"{backend}: {state}" for backend, state in value.items())
-        elif name not in ("seconds", "sources"):
+        elif name not in ("failure", "sources"):
             yield name, str(value)
 
 
 def test_rows(report: Figures) -> Iterator[tuple[str, ...]]:
-    for backend, figures in report.get("tests", {}).items():
-        if isinstance(figures, dict):
+    for backend, figures in suites_of(report):
+        if "counts" in figures:
             counts = ", ".join(f"{count} {outcome}" for outcome, count in figures["counts"].items())
             yield backend, counts or "nothing ran", str(len(figures["not run"]) or "")
 

@@ -23,6 +23,7 @@ from sgalign.models.graph_assembly import Annotations, Entities, match, relation
 from sgalign.models.sgtr import SGTR, MirrorMask, RelationOutputs  # noqa: E402
 
 OBJECTS, PREDICATES, DIM, HEADS, QUERIES, ENTITIES, POSITIONS = 150, 50, 256, 8, 180, 100, 608
+IMAGE = 600, 1000  # height and width
 MASK = MirrorMask(0.1, 1)
 
 
@@ -127,7 +128,7 @@ def image_steps(device: torch.device = conftest.DEVICE) -> Steps:
     detector.freeze(("backbone", "encoder", "decoder"))
     predicate, entity_class = net.new_heads()
     heads = predicate.to(device), entity_class.to(device)
-    pixels, sizes = [torch.rand(3, 600, 1000).to(device)], torch.tensor([[1000.0, 600.0]], device=device)
+    pixels, sizes = [torch.rand(3, *IMAGE).to(device)], torch.tensor([IMAGE[::-1]], device=device).float()
     annotated = torch.randint(50, (10,)), torch.randint(150, (2, 10)), torch.rand(2, 10, 4) * 0.4 + 0.1
     truth = [Annotations(*(tensor.to(device) for tensor in annotated))]
 

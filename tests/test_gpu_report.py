@@ -1,8 +1,13 @@
 """What benchmarks/gpu_report.py and tune.py do around the measuring, which takes a GPU."""
 
+import itertools
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +16,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the installed package comes first
 pytest.importorskip("triton", reason="the tuner reads the table of Triton's kernels")
-from benchmarks import attention_part, device_tests, gpu_report, measuring, relation_part, report_markdown, tune  # noqa: E402
+from benchmarks import (  # noqa: E402
+    attention_part,
+    device_tests,
+    gpu_report,
+    measuring,
+    record,
+    report_markdown,
+    tune,
+)
 from sgalign.kernels import configs  # noqa: E402
 
 
@@ -25,63 +38,121 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys, command):
 # ------------------------------------------------------------------------------------------------------ the report
 
 
-def test_parts_that_are_there_are_not_run_again(tmp_path, monkeypatch):
-    runs = []
+def in_this_process(parts, known, limits):
+    for name, part in parts.items():
+        figures = known[name]
+        part(record.Record(figures, figures, math.inf))
+        yield name, figures | {"seconds": 1.0}
 
-    def part(name, **figures):
-        def run(before):
-            runs.append((name, before.get("checks")))
-            return dict(figures)
+
+def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "usable", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    digests, runs = {"ours": "1", "theirs": "1"}, []
+
+    def part(name):
+        def run(found):
+            for contender, digest in digests.items():
+                found.attempt(("cases", contender), lambda: runs.append((name, contender)) or {}, digest=digest)  # noqa: B023
 
         return run
 
-    def cut_off(before):
-        raise KeyboardInterrupt
+    def write(*options):
+        runs.clear()
+        gpu_report.write_report(tmp_path, {n: part(n) for n in ("attention a", "loss")}, *options, run=in_this_process)
+        return runs
 
-    def crash(before):
-        raise RuntimeError("the card fell off\nand more")
-
-    def out_of_time(before):
-        return {"checks": {"triton": {"failure": report_markdown.NOT_REACHED}}}
-
-    parts = {"environment": part("environment"), "loss": crash, "attention a": out_of_time, "steps": cut_off}
-    with pytest.raises(KeyboardInterrupt):
-        gpu_report.write_report(tmp_path, parts)
+    everything = [(name, contender) for name in ("attention a", "loss") for contender in digests]
+    assert write() == everything and write() == []
+    assert write(["attention"]) == []
+    assert write(["attention"], True) == everything[:2]
+    digests["ours"] = "2"
+    assert write(["loss"]) == [("loss", "ours")]
+    assert write() == [("attention a", "ours")]
     written = json.loads((tmp_path / "report.json").read_text())
-    assert list(written) == ["environment", "loss", "attention a"]
-    assert written["loss"]["failure"] == "RuntimeError: the card fell off"
-    parts |= {"loss": part("loss"), "attention a": part("a", rows=[]), "steps": part("steps")}
-    gpu_report.write_report(tmp_path, parts)
-    checks = written["attention a"]["checks"]
-    # What failed is tried again, what time did not reach goes on from what there is.
-    assert runs == [("environment", None), ("loss", None), ("a", checks), ("steps", None)]
-    gpu_report.write_report(tmp_path, parts, ["attention", "steps"])
-    assert runs[4:] == [("a", None), ("steps", None)]
-    assert not (tmp_path / "report.md").read_text().count("fell off")
-    monkeypatch.setattr(gpu_report, "sources", lambda: "changed")
-    gpu_report.write_report(tmp_path, parts)
-    assert [name for name, _ in runs[6:]] == ["environment", "loss", "a", "steps"]  # of other code: all anew
+    assert written["loss"]["cases"] == {"ours": {"sources": "2"}, "theirs": {"sources": "1"}}
+    del digests["theirs"]
+    assert write() == []
+    assert "theirs" not in (tmp_path / "report.json").read_text()
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"loss": null}', '{"environment": {}'])
 def test_what_is_no_report_is_not_written_over(tmp_path, content):
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(ValueError, match=r"report\.json.* remove it, or give another --out"):
-        gpu_report.write_report(tmp_path, {"loss": dict})
+        gpu_report.write_report(tmp_path, {"loss": lambda record: None})
     assert (tmp_path / "report.json").read_text() == content
 
 
-def test_a_failure_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+def dies(found):
+    """Measure four cases of which the second ends the process, and the third is interrupted at first."""
+    if found.deadline > 0:
+        measuring.usable = lambda: True  # in the process that measures
+    for name in ("before", "dies", "interrupted", "after"):
+        found.attempt(("cases", name), case, name, digest="1")
 
+
+def case(name):
+    if name == "dies":
+        os._exit(3)
+    if name == "interrupted" and not os.path.exists("again"):
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(60)
+    return {"process": os.getpid()}
+
+
+def is_misspelt(found):
+    found.figures["case"] = {"failure": report_markdown.NOT_REACHED}
+    if found.deadline > 0:
+        found.atempt()
+
+
+def test_nothing_is_lost_where_the_process_dies_or_is_interrupted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parts = {"loss": dies, "steps": is_misspelt}
+    with pytest.raises(KeyboardInterrupt):
+        gpu_report.write_report(tmp_path, parts)
+    first = json.loads((tmp_path / "report.json").read_text())["loss"]["cases"]
+    assert first["dies"]["failure"] == "the process died with status 3"
+    assert first["interrupted"]["failure"] == first["after"]["failure"] == report_markdown.NOT_REACHED
+    (tmp_path / "again").touch()
+    report = gpu_report.write_report(tmp_path, parts)
+    found = report["loss"]["cases"]
+    assert found["before"] == first["before"] and found["dies"] == first["dies"]
+    assert found["interrupted"]["process"] == found["after"]["process"] != first["before"]["process"]
+    assert "has no attribute 'atempt'" in report["steps"]["failure"]
+
+
+def test_a_failure_is_a_sentence():
     def fails():
         raise ValueError("no such shape\ntraceback")
 
     def skips():
         pytest.skip("not installed")
 
-    assert measuring.attempt(fails) == {"failure": "ValueError: no such shape"}
-    assert measuring.attempt(skips) == {"failure": "Skipped: not installed"}
+    assert record.attempted(fails) == {"failure": "ValueError: no such shape"}
+    assert record.attempted(skips) == {"failure": "Skipped: not installed"}
+
+
+def test_figures_depend_on_what_the_table_has_for_them(monkeypatch):
+    """A tuned entry makes those figures of Triton's attention stale that look it up, and no others."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Made Up")
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+    names = ["triton dual", "triton single", "triton single, masked", "cuda dual", "flex", "sdpa twice"]
+    cases = list(itertools.product(names, ("bfloat16", "float32"), (True, False), (32, 64)))
+
+    def digests():
+        return {case: attention_part.depends_on(*case[:3], case[3:]) for case in cases}
+
+    before = digests()
+    entry = tune.Entry("key_value_gradient", 16, 2, 64, False)
+    try:
+        tune.use(entry, (16, 16, 4, 3))
+        changed = {case for case, digest in digests().items() if digest != before[case]}
+    finally:
+        configs.read_table.cache_clear()
+        configs.lookup.cache_clear()
+    assert changed == {("triton dual", "bfloat16", True, 64)}
 
 
 IDS = ["tests/test_a.py::test_a[1, 2]", "tests/test_a.py::test_b", "tests/test_a.py::test_c"]
@@ -126,35 +197,30 @@ def test_tests_go_on_where_time_was_up(tmp_path, monkeypatch):
     file.write_text(
         "import os, time, pytest\n"
         "@pytest.mark.parametrize('name', ['a b', 'c'])\n"
-        "def test_quick(name): assert os.environ['SGALIGN_TEST_BACKEND'] == 'made up'\n"
+        "def test_quick(name): assert os.environ['SGALIGN_TEST_BACKEND'] == 'triton'\n"
         "def test_wrong(): assert False\n"
         "def test_slow(): time.sleep(100 * (not os.path.exists('again')))\n"
     )
     monkeypatch.setattr(device_tests, "ROOT", tmp_path)
     monkeypatch.setattr(device_tests, "TEST_FILES", (file.name,))
-    monkeypatch.setattr(device_tests, "SECONDS", 15)
-    monkeypatch.setattr(measuring, "available", lambda: ["made up"])
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    first = device_tests.run({})["made up"]
+    monkeypatch.setattr(device_tests, "digest", lambda *of: "1")
+    suites = {"triton": device_tests.Suite("triton", pieces=1)}
+
+    def run(known, seconds):
+        found = dict(known)
+        device_tests.run_suites(record.Record(found, found, time.monotonic() + seconds), suites)
+        return found["triton"]
+
+    first = run({}, 15)
     assert first == {
         "counts": {"passed": 2, "failed": 1},
         "failed": ["FAILED test_made_up.py::test_wrong"],
         "not run": ["test_made_up.py::test_slow"],
+        "sources": "1",
     }
     (tmp_path / "again").touch()
-    second = device_tests.run({"made up": first})["made up"]
+    second = run({"triton": first}, 60)
     assert second == first | {"counts": {"passed": 3, "failed": 1}, "not run": []}
-
-
-def test_what_was_measured_is_not_measured_again(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    late = {"deadline": 0.0}
-    for before in ({"graph": 1.0}, {"failure": "OutOfMemoryError"}):
-        assert measuring.attempt(dict, before=before, **late) == before
-    for before in (None, {"failure": report_markdown.NOT_REACHED}):
-        assert measuring.attempt(dict, before=before, **late) == {"failure": report_markdown.NOT_REACHED}
-        assert measuring.attempt(lambda: {"graph": 2.0}, before=before) == {"graph": 2.0}
 
 
 def test_after_the_device_is_lost_nothing_is_measured_or_blamed(monkeypatch):
@@ -168,48 +234,33 @@ def test_after_the_device_is_lost_nothing_is_measured_or_blamed(monkeypatch):
         lost.append(True)
         synchronize()
 
+    monkeypatch.setattr(measuring, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "empty_cache", synchronize)
-    assert "illegal memory access" in measuring.attempt(illegal)["failure"]
-    found = measuring.attempt(lambda: pytest.fail("measured on a lost device"))
-    assert found == {"failure": report_markdown.NOT_REACHED} and report_markdown.unfinished({"rows": [{"sdpa": found}]})
+    found = record.planned(lambda found: found.attempt(("checks", "flex"), illegal, digest="1"), {})
+    assert report_markdown.unfinished(found)
+    with pytest.raises(record.DeviceLost):
+        record.Record(found, found, math.inf).attempt(("checks", "flex"), illegal, digest="1")
+    assert "illegal memory access" in found["checks"]["flex"]["failure"] and not report_markdown.unfinished(found)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory on the CPU is read from /proc")
-@pytest.mark.parametrize("part", ["attention float32", "relation", "loss"])
-def test_parts_go_on_from_what_was_measured(monkeypatch, part):
-    """On the CPU, with made-up times: what a part makes, and that it measures what was not reached alone."""
-
-    def run_all(calls):
-        for call in calls:
-            call()
-        return 1.0
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    for module, name, value in (
-        (measuring, "DEVICE", torch.device("cpu")),
-        (measuring, "graph_ms", run_all),
-        (measuring, "call_ms", lambda call: 2.0),
-        (measuring, "sets_beyond_cache", lambda mebibytes: 1),
-        (measuring, "available", lambda: ["cpu"]),
-        (attention_part, "SHAPES", {"float32": [(1, 2, 20, 40, 32)]}),
-        (attention_part, "FLEX_SHAPES", []),
-        (attention_part, "CHECKED_SHAPES", [(1, 2, 20, 40, 32), (1, 1, 30, 40, 64)]),
-        (relation_part, "SHAPES", [(30, 9, 64, 11)]),
-    ):
-        monkeypatch.setattr(module, name, value)
-    first = json.loads(json.dumps(gpu_report.PARTS[part]({})))
-    assert first["checks"] and all(check["right"] for check in first["checks"].values())
-    for row in first["rows"]:
-        assert {contender["graph"] for contender in row["contenders"].values()} == {1.0}
-    measured, *_, missing = first["rows"][0]["contenders"]
-    first["rows"][0]["contenders"] |= {measured: {"graph": 42.0}, missing: {"failure": report_markdown.NOT_REACHED}}
-    assert report_markdown.unfinished(first)
-    second = gpu_report.PARTS[part](first)
-    assert not report_markdown.unfinished(second)
-    assert second["rows"][0]["contenders"][measured] == {"graph": 42.0}
-    assert second["rows"][0]["contenders"][missing]["graph"] == 1.0
+def test_rehearsal(tmp_path):
+    """All of the report runs through without a GPU, and again without measuring anything."""
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "--rehearse", "--out", tmp_path]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert first.returncode == 0, [*report_markdown.failures(report), first.stderr]
+    assert set(report) == set(gpu_report.PARTS) and not report_markdown.unfinished(report)
+    assert report["tests"]["cpu"]["counts"] == {"passed": 4}
+    assert all(check["right"] for part in report.values() for check in part.get("checks", {}).values())
+    rows = [row for part in report for row in report_markdown.rows_of(report, part)]
+    assert len(rows) == 3 * 4 + 4 + 1
+    assert {contender["graph"] for row in rows for contender in row["contenders"].values()} == {4.0}
+    assert "no figure is one of a GPU" in (tmp_path / "report.md").read_text().splitlines()[0]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and "..." not in again.stdout
+    assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
 def test_check_finds_what_is_wrong_or_not_written():
@@ -227,10 +278,8 @@ def contender(graph):
 
 REPORT = {
     "environment": {
-        "card": "Made Up",
-        "bytes per second": 1e12,
-        "FLOP per second": {"bfloat16": 1e14},
-        "backends": {"triton": "available"},
+        "installed": {"card": "Made Up", "backends": {"triton": "available"}},
+        "rates": {"bytes per second": 1e12, "FLOP per second": {"bfloat16": 1e14}},
         "seconds": 1.0,
     },
     "tests": {
@@ -239,8 +288,8 @@ REPORT = {
     },
     "attention bfloat16": {
         "checks": {"triton dual": {"error": 0.5, "allowed": 0.01, "right": False}},
-        "rows": [
-            {
+        "rows": {
+            "8, 8, 180, 608, 32": {
                 "shape": [8, 8, 180, 608, 32],
                 "dtype": "bfloat16",
                 "backward": True,
@@ -254,7 +303,7 @@ REPORT = {
                     "eager": {"failure": "OutOfMemoryError: too much"},
                 },
             }
-        ],
+        },
     },
     "steps": {"SGTR, float32": {"contenders": {"SGTR": contender(1.0), "Align-SGTR": contender(1.1)}, "counted": 1.2}},
     "loss": {"failure": "BrokenProcessPool: a process died"},

@@ -1,0 +1,137 @@
+"""A rehearsal of the commands that need a GPU, on tiny inputs on the CPU: whether they run through, and no figures.
+
+Torch's questions to a GPU get made-up answers, a CUDA graph runs its calls while it is captured and never again, and
+every event is 20 ms after the one before. Triton's own `do_bench_cudagraph` calls these. The compiled core for the CPU
+stands for the report's backends; the tuner's kernels run under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks import measuring
+from benchmarks.record import Part, Record
+
+CARD = "no GPU: in a rehearsal no figure is one of a GPU"
+PROPERTIES = types.SimpleNamespace(
+    name=CARD, major=9, minor=0, multi_processor_count=4, total_memory=2**30, L2_cache_size=2**10
+)
+
+
+def nothing(*args: object, **options: object) -> None:
+    """Do what a device would."""
+
+
+class Event:
+    """A CUDA event."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.enable_timing = enable_timing
+
+    record = nothing
+
+    def elapsed_time(self, end: Event) -> float:
+        assert self.enable_timing and end.enable_timing
+        return 20.0
+
+
+class Stream:
+    """A CUDA stream."""
+
+
+class CUDAGraph:
+    """A CUDA graph."""
+
+    replay = nothing
+
+
+FAKES: dict[str, Any] = {
+    "is_available": lambda: True,
+    "get_device_name": lambda device=None: CARD,
+    "get_device_properties": lambda device: PROPERTIES,
+    "get_device_capability": lambda device=None: (9, 0),
+    "synchronize": nothing,
+    "empty_cache": nothing,
+    "Stream": Stream,
+    "stream": contextlib.nullcontext,
+    "Event": Event,
+    "CUDAGraph": CUDAGraph,
+    "graph": contextlib.nullcontext,
+}
+
+
+def install() -> None:
+    """Make this process believe in a GPU, for good."""
+    mock.patch.multiple(torch.cuda, **FAKES).start()
+    mock.patch.multiple(torch.cuda.profiler, start=nothing, stop=nothing).start()
+    measuring.DEVICE = torch.device("cpu")
+    measuring.CALL_SECONDS = 0.0
+
+
+def install_for_report() -> None:
+    """Make this process believe in a GPU, and the report's parts tiny."""
+    install()
+    # Imported here, because they choose devices and compile.
+    from benchmarks import attention_part, device_tests, environment_part, relation_part, steps_part
+
+    shapes = [(1, 2, 20, 40, 16), (1, 1, 8, 300, 32)]
+    measuring.available = lambda: ["cpu"]
+    environment_part.COPIED, environment_part.SIZES = 2**10, dict.fromkeys(measuring.DTYPES, 16)
+    device_tests.TEST_FILES, device_tests.CHOSEN = ("tests/test_alignment.py",), ("-k", "test_element or test_teacher")
+    attention_part.SHAPES = dict.fromkeys(measuring.DTYPES, shapes)
+    attention_part.FLEX_SHAPES, attention_part.CHECKED_SHAPES = shapes[:1], shapes
+    relation_part.SHAPES, relation_part.LOGITS = [(30, 9, 64, 11)], (30, 11)
+    attention_part.flex_attention = functools.partial(without_backward, attention_part.flex_attention)
+    steps_part.WARM_UPS = steps_part.ROUNDS = 1
+    steps_part.step = functools.partial(tiny_step, steps_part.step)
+    torch.compile = lambda function, **options: function
+
+
+def without_backward(flex_attention: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """Return FlexAttention with a gradient of zeros: it has none on the CPU."""
+    attend = flex_attention()
+
+    def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        outs = attend(*(tensor.detach() for tensor in tensors))
+        return [out + 0 * tensors[0] for out in outs]
+
+    return run
+
+
+def tiny_step(step: Callable[[str, str], Any], benchmark: str, of: str) -> Any:
+    """Return what `step` does, of small models."""
+    if benchmark == "test_sgtr":
+        from benchmarks import test_sgtr
+        from sgalign.models.entity_detector import EntityDetector
+        from sgalign.models.sgtr import SGTR
+
+        small: dict[str, Any] = {"layers": 1, "ffn_dim": 32}
+        test_sgtr.SGTR = functools.partial(SGTR, encoder_layers=1, num_queries=12, **small)
+        test_sgtr.EntityDetector = functools.partial(EntityDetector, backbone="resnet50", num_queries=10, **small)
+        test_sgtr.IMAGE, test_sgtr.POSITIONS, test_sgtr.QUERIES, test_sgtr.ENTITIES = (64, 96), 24, 12, 10
+    else:
+        from benchmarks import test_training_step
+
+        test_training_step.OBJECTS, test_training_step.PAIRS = 6, 12
+        test_training_step.DIM, test_training_step.HIDDEN, test_training_step.REGION = 32, 16, 32
+    return step(benchmark, of)
+
+
+def in_rehearsal(part: Part, record: Record) -> None:
+    """Run a part of the report in a process that may not know yet that it rehearses."""
+    if measuring.DEVICE.type != "cpu":
+        install_for_report()
+    part(record)
+
+
+def of_report(parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Return the report's parts for a rehearsal."""
+    install_for_report()
+    return {name: functools.partial(in_rehearsal, part) for name, part in parts.items()}
