@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import measuring
-from benchmarks.measuring import Figures
-from benchmarks.record import OURS, ROOT, Record, digest
+from benchmarks.measuring import ROOT, Figures
+from benchmarks.record import OURS, Record, digest
 from benchmarks.report_markdown import NOT_REACHED
 
 TEST_FILES = ("tests/test_attention.py", "tests/test_relation.py", "tests/test_alignment.py", "tests/test_gpu.py")

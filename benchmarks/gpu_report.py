@@ -16,7 +16,6 @@ import argparse
 import functools
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import time
@@ -30,7 +29,7 @@ import torch
 try:
     from benchmarks import attention_part, device_tests, environment_part, measuring, relation_part, steps_part
     from benchmarks.measuring import Figures
-    from benchmarks.record import ROOT, DeviceLost, Part, Record, planned, settled
+    from benchmarks.record import DeviceLost, Part, Record, planned, settled
     from benchmarks.report_markdown import NOT_REACHED, failures, markdown, unfinished
     from sgalign.files import check_writable, read_json, write_json
 except ModuleNotFoundError as error:
@@ -180,8 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("torch finds no GPU here, so there is nothing to report")
         return 0
-    card = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    out = options.out or ROOT / "benchmarks" / "results" / card
+    out = options.out or measuring.results()
     try:
         report = write_report(out, parts, options.only, options.again)
     except KeyboardInterrupt:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from sgalign.ops import backends
 
+ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # ||out - ref|| / ||ref||: a few roundings of the dtype, and of float32 sums of products
@@ -94,6 +97,12 @@ def sets_beyond_cache(mebibytes: float) -> int:
     """Return how many sets of inputs no cache holds, at most 8."""
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size / 2**20
     return max(1, min(8, int(2 * cache / mebibytes) + 1))
+
+
+def results() -> Path:
+    """Return the folder of what is measured on this card."""
+    card = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / card
 
 
 def available() -> list[str]:

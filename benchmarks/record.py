@@ -9,17 +9,15 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import measuring
-from benchmarks.measuring import Figures
+from benchmarks.measuring import ROOT, Figures
 from benchmarks.report_markdown import NOT_REACHED
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNNING = "is being measured"
 # What all figures of a part depend on, and those of ours beside it.
 HARNESS = ("benchmarks/measuring.py", "benchmarks/conftest.py")

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import os
+import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -18,6 +21,7 @@ import torch
 
 from benchmarks import measuring
 from benchmarks.record import Part, Record
+from sgalign.ops import backends
 
 CARD = "no GPU: in a rehearsal no figure is one of a GPU"
 PROPERTIES = types.SimpleNamespace(
@@ -73,6 +77,7 @@ def install() -> None:
     mock.patch.multiple(torch.cuda.profiler, start=nothing, stop=nothing).start()
     measuring.DEVICE = torch.device("cpu")
     measuring.CALL_SECONDS = 0.0
+    measuring.results = lambda: measuring.ROOT / "runs" / "rehearsal"
 
 
 def install_for_report() -> None:
@@ -122,6 +127,33 @@ def tiny_step(step: Callable[[str, str], Any], benchmark: str, of: str) -> Any:
         test_training_step.OBJECTS, test_training_step.PAIRS = 6, 12
         test_training_step.DIM, test_training_step.HIDDEN, test_training_step.REGION = 32, 16, 32
     return step(benchmark, of)
+
+
+def install_for_profile() -> None:
+    """Make this process believe in a GPU, and the profiled shapes tiny."""
+    install()
+    from benchmarks import profile
+
+    measuring.available = lambda: ["cpu"]
+    profile.SHAPES = [(1, 2, 20, 40, 32), (1, 2, 64, 64, 64)]
+
+
+def install_for_tuner() -> None:
+    """Make this process believe in a GPU, whose kernels Triton's interpreter runs, and the tuner's shapes tiny."""
+    if problem := backends.interpreter_problem():
+        sys.exit(f"benchmarks.tune --rehearse: {problem}")
+    os.environ["TRITON_INTERPRET"] = "1"
+    install()
+    from benchmarks import tune
+
+    tune.DTYPES[16] = torch.float16  # the interpreter has no bfloat16
+    tune.SHAPES = [(1, 1, 16, 20)]
+    tune.neighbours = functools.partial(first, tune.neighbours)
+
+
+def first(neighbours: Callable[[Any], Iterator[Any]], plan: Any) -> Iterator[Any]:
+    """Yield one of a plan's neighbours."""
+    return itertools.islice(neighbours(plan), 1)
 
 
 def in_rehearsal(part: Part, record: Record) -> None:

@@ -1,9 +1,12 @@
-"""Find the attention kernels' configurations on this machine's GPU: `python -m benchmarks.tune`.
+"""Find the attention kernels' configurations on this machine's GPU: `python -m benchmarks.tune [--out DIR]`.
 
 For every kernel, size of elements, number of branches and of channels it starts from what kernels/configs.json says,
 tries the neighbours of the best (half or twice a block, other warps, a stage more or less), drops those that do not fit
-or that change the result, and moves on while one is faster. The table is written after each entry, so that a run that
-is cut off loses nothing; `--kernels`, `--bits` and `--channels` choose a part.
+or that change the result, and moves on while one is faster. `--kernels`, `--bits` and `--channels` choose a part.
+
+DIR/tuned.json has the time of all that was tried, and is written after each entry of the table: the same command goes
+on after those that are there. DIR/configs.json is kernels/configs.json with them. The kernels read it in that place:
+copy it there.
 """
 
 from __future__ import annotations
@@ -26,12 +29,12 @@ import torch
 from torch import Tensor
 
 try:
-    from benchmarks.measuring import graph_ms, relative_error, usable
-    from sgalign.files import written_whole
+    from benchmarks import measuring
+    from benchmarks.measuring import ROOT, graph_ms, relative_error, usable
+    from sgalign.files import check_writable, read_json, write_json, written_whole
 except ModuleNotFoundError as error:
     sys.exit(f"benchmarks.tune needs {error.name}: pip install '.[train,test]'")
 
-DEVICE = torch.device("cuda")
 KERNELS = ("forward", "query_gradient", "key_value_gradient")
 CHANNELS = (32, 64, 128, 256)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
@@ -76,8 +79,8 @@ def neighbours(plan: Plan) -> Iterator[Plan]:
             yield block_q, block_k, warps, s
 
 
-def climb(start: Plan, time: Callable[[list[Plan]], dict[Plan, float]]) -> tuple[Plan, float]:
-    """Return the plan that no neighbour beats, and its time. `time` leaves out what cannot be used."""
+def climb(start: Plan, time: Callable[[list[Plan]], dict[Plan, float]]) -> tuple[Plan, dict[Plan, float]]:
+    """Return the plan that no neighbour beats, and the times of all. `time` leaves out what cannot be used."""
     known = time([start])
     best, tried = start, {start}
     known.setdefault(start, math.inf)  # the table's own may not fit this card
@@ -87,7 +90,7 @@ def climb(start: Plan, time: Callable[[list[Plan]], dict[Plan, float]]) -> tuple
         known |= time(new)
         fastest = min(known, key=lambda plan: known[plan])
         if fastest == best or known[fastest] > GAIN * known[best]:
-            return best, known[best]
+            return best, known
         best = fastest
 
 
@@ -95,7 +98,7 @@ def use(entry: Entry, plan: Plan) -> None:
     """Put a plan in the table that this process reads, not in its file."""
     from sgalign.kernels import configs
 
-    table, name = configs.read_table(), configs.architecture(DEVICE)
+    table, name = configs.read_table(), configs.architecture(measuring.DEVICE)
     by_kind = table.setdefault(name, {}).setdefault(entry.kernel, {})
     by_dim = by_kind.get(entry.kind, {}) | {str(entry.channels): list(plan)}
     by_kind[entry.kind] = dict(sorted(by_dim.items(), key=lambda item: int(item[0])))
@@ -106,10 +109,10 @@ def use(entry: Entry, plan: Plan) -> None:
 def operands(entry: Entry, shape: tuple[int, ...]) -> tuple[list[Tensor], ...]:
     """Return queries, key and value, and a gradient of each output."""
     batch, heads, queries, keys = shape
-    generator = torch.Generator(DEVICE).manual_seed(0)
+    generator = torch.Generator(measuring.DEVICE).manual_seed(0)
 
     def normal(length: int) -> Tensor:
-        drawn = torch.randn(batch, heads, length, entry.channels, device=DEVICE, generator=generator)
+        drawn = torch.randn(batch, heads, length, entry.channels, device=measuring.DEVICE, generator=generator)
         return drawn.to(DTYPES[entry.bits])
 
     return (
@@ -126,12 +129,12 @@ def calls(entry: Entry, shape: tuple[int, ...]) -> tuple[Callable[[], object], l
     from sgalign.ops.attention import Options
 
     queries, (key, value), grad_outs = operands(entry, shape)
-    seed = torch.tensor(1, device=DEVICE)
+    seed = torch.tensor(1, device=measuring.DEVICE)
     options = Options(None, None, seed, THRESHOLD, THRESHOLD * entry.dropout, 0, entry.channels**-0.5)
     nan = functools.partial(torch.full_like, fill_value=float("nan"))  # shows what is not written
     outs = [nan(query) for query in queries]
     logsumexps = [nan(query[..., 0], dtype=torch.float32).contiguous() for query in queries]
-    call = queries, key, value, outs, logsumexps, options, _cuda.multiprocessors(DEVICE)
+    call = queries, key, value, outs, logsumexps, options, _cuda.multiprocessors(measuring.DEVICE)
     forward = functools.partial(attention.forward, *call)
     if entry.kernel == "forward":
         return forward, outs
@@ -205,27 +208,60 @@ def reference_result(entry: Entry) -> list[Tensor]:
     return list(torch.autograd.grad(outs, tensors, [grad.double() for grad in grad_outs]))
 
 
-def tune(entries: list[Entry], pool: Executor) -> None:
-    """Find the best plan of each entry, and write the table after each."""
+Tuned = dict[Entry, dict[str, Any]]  # "plan", and "ms" of every plan that could be used, the first of them first
+
+
+def tune(entries: list[Entry], pool: Executor, out: Path, tuned: Tuned) -> None:
+    """Find the best plan of each entry, add it to `tuned`, and write that and the table after each."""
     from sgalign.kernels import configs
 
     for entry in entries:
-        name = configs.architecture(DEVICE)
+        name = configs.architecture(measuring.DEVICE)
         start = configs.lookup(entry.kernel, name, entry.bits, entry.channels, entry.branches, entry.dropout)
         print(f"{entry.kernel}, {entry.kind}, {entry.channels} channels, from {tuple(start)}", flush=True)
         try:
-            best, taken = climb((*start,), functools.partial(times, entry, pool, reference_result(entry)))
+            best, known = climb((*start,), functools.partial(times, entry, pool, reference_result(entry)))
         except RuntimeError:
             if usable():
                 raise
-            sys.exit(f"benchmarks.tune: {LOST}; the table has what came before")
-        if math.isinf(taken):
-            use(entry, (*start,))  # not what was tried last, which the next entry would write
+            sys.exit(f"benchmarks.tune: {LOST}; {out / 'tuned.json'} has what came before")
+        use(entry, best)  # what was tried last is in use
+        if math.isinf(known[best]):
             print("  nothing can be used", flush=True)
             continue
-        use(entry, best)
-        write_table(configs.TABLE)
-        print(f"  {best}: {taken:.4f} ms", flush=True)
+        print(f"  {best}: {known[best]:.4f} ms", flush=True)
+        ms = {", ".join(map(str, plan)): time for plan, time in known.items() if not math.isinf(time)}
+        tuned[entry] = {"plan": best, "ms": ms}
+        write_json(out / "tuned.json", {"card": torch.cuda.get_device_name(), "entries": as_lines(tuned)}, indent=1)
+        write_table(out / "configs.json")
+
+
+def as_lines(tuned: Tuned) -> list[dict[str, Any]]:
+    """Return what was tuned as JSON can have it."""
+    return [entry._asdict() | found for entry, found in tuned.items()]
+
+
+def read_tuned(file: Path) -> Tuned:
+    """Return what was tuned on this card, and put it in the table that this process reads.
+
+    Raises:
+        ValueError: the file is of another card, or was not written by this command.
+    """
+    remedy = "remove it, or give another --out"
+    if not file.exists():
+        return {}
+    content = read_json(file, remedy)
+    try:
+        card, lines = content["card"], content["entries"]
+        tuned = {Entry(*(line[field] for field in Entry._fields)): line for line in lines}
+        plans = {entry: (*line["plan"],) for entry, line in tuned.items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no record of benchmarks.tune: {remedy}") from error
+    if card != torch.cuda.get_device_name():
+        raise ValueError(f"{file} is of {card}, this card is {torch.cuda.get_device_name()}: {remedy}")
+    for entry, plan in plans.items():
+        use(entry, plan)
+    return tuned
 
 
 def write_table(file: Path) -> None:
@@ -249,24 +285,48 @@ def write_table(file: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, help="folder of what is written; benchmarks/results/<card> if not given")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--bits", nargs="+", type=int, choices=tuple(DTYPES), default=tuple(DTYPES))
     parser.add_argument("--channels", nargs="+", type=int, choices=CHANNELS, default=CHANNELS)
+    parser.add_argument("--again", action="store_true", help="tune what the folder's record has already, too")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run all of it tiny and without a GPU: no figure counts"
+    )
     options = parser.parse_args(arguments)
+    prepare = None
+    if options.rehearse:
+        from benchmarks import rehearsal
+
+        prepare = rehearsal.install_for_tuner
+        prepare()
     if not torch.cuda.is_available():
         print("torch finds no GPU here, so there is nothing to tune")
         return 0
-    order = itertools.product(options.channels, options.bits, options.kernels, (2, 1))  # SGTR's own come first
+    out = options.out or measuring.results()
+    # In the order of their worth: 16 bits, both branches and SGTR's channels come first.
+    order = itertools.product(options.bits, (False, True), (2, 1), options.channels, options.kernels)
     entries = [
         Entry(kernel, bits, branches, channels, dropout)
-        for channels, bits, kernel, branches in order
-        for dropout in ((False, True) if channels == 32 else (False,))  # which SGTR trains with
+        for bits, dropout, branches, channels, kernel in order
+        if channels == 32 or not dropout  # which SGTR trains with
     ]
-    workers = min(8, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        tune(entries, pool)
+    try:
+        check_writable(out / "tuned.json")
+        tuned = read_tuned(out / "tuned.json")
+        left = [entry for entry in entries if options.again or entry not in tuned]
+        workers = min(8, os.cpu_count() or 1)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare) as pool:
+            tune(left, pool, out, tuned)
+    except KeyboardInterrupt:
+        sys.exit(f"benchmarks.tune: interrupted; {out / 'tuned.json'} has what came before")
+    except (OSError, ValueError) as error:
+        sys.exit(f"benchmarks.tune: {error}")
+    print(f"{out / 'configs.json'} and tuned.json; the kernels read {ROOT / 'kernels' / 'configs.json'}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from benchmarks import tune as module  # what its processes import
+
+    sys.exit(module.main())

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from sgalign.ops import backends
+
 BACKEND = os.environ.get("SGALIGN_TEST_BACKEND", "cpu")
 CASES_INTERPRETED = 3  # of a test: what takes others milliseconds takes Triton's interpreter seconds
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -50,4 +52,6 @@ def _quicken_interpreter() -> None:
 if DEVICE == "cuda" and not torch.cuda.is_available():
     raise pytest.UsageError(f"SGALIGN_TEST_BACKEND={BACKEND} needs a GPU, torch finds none")
 if INTERPRETED:
+    if problem := backends.interpreter_problem():
+        raise pytest.UsageError(problem)
     _quicken_interpreter()

@@ -21,14 +21,16 @@ from benchmarks import (  # noqa: E402
     device_tests,
     gpu_report,
     measuring,
+    profile,
     record,
     report_markdown,
     tune,
 )
 from sgalign.kernels import configs  # noqa: E402
+from sgalign.ops import backends  # noqa: E402
 
 
-@pytest.mark.parametrize("command", [gpu_report, tune])
+@pytest.mark.parametrize("command", [gpu_report, tune, profile])
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main([]) == 0
@@ -356,10 +358,11 @@ def test_climb_finds_the_fastest_that_can_be_used():
         # best at 128, 32, 8, 1; what has more than 4 stages' worth of block does not fit
         return {p: abs(p[0] - 128) + abs(p[1] - 32) + abs(p[2] - 8) + p[3] for p in plans if p[0] * p[3] <= 256}
 
-    assert tune.climb((64, 64, 4, 2), time) == ((128, 32, 8, 1), 1)
+    best, known = tune.climb((64, 64, 4, 2), time)
+    assert best == (128, 32, 8, 1) and known[best] == 1
     assert len(asked) == len(set(asked))
     assert tune.climb((256, 64, 4, 2), time)[0] == (128, 32, 8, 1)  # one that does not fit is no dead end
-    assert math.isinf(tune.climb((64, 64, 4, 2), lambda plans: {})[1])
+    assert set(tune.climb((64, 64, 4, 2), lambda plans: {})[1].values()) == {math.inf}
 
 
 def test_a_plan_is_used_and_ordered(monkeypatch):
@@ -379,3 +382,48 @@ def test_a_plan_is_used_and_ordered(monkeypatch):
     finally:
         configs.read_table.cache_clear()
         configs.lookup.cache_clear()
+
+
+@pytest.mark.skipif(bool(backends.interpreter_problem()), reason=str(backends.interpreter_problem()))
+def test_rehearsal_of_the_tuner(tmp_path):
+    """It runs through without a GPU, and tunes again what is asked for alone."""
+    command = [sys.executable, "-m", "benchmarks.tune", "--rehearse", "--out", tmp_path]
+    command += ["--bits", "16", "--channels", "32", "--kernels", "query_gradient"]
+
+    def run(*options):
+        result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.count("ms\n")
+
+    assert run() == 4
+    record = json.loads((tmp_path / "tuned.json").read_text())
+    kinds = [(line["branches"], line["dropout"]) for line in record["entries"]]
+    assert kinds == [(2, False), (1, False), (2, True), (1, True)]
+    assert all(set(line["ms"].values()) == {4.0} and len(line["ms"]) == 2 for line in record["entries"])
+    table = json.loads((tmp_path / "configs.json").read_text())
+    assert {tuple(line["plan"]) for line in record["entries"]} == {
+        (*plan,) for sizes in table["interpreter"]["query_gradient"].values() for plan in sizes.values()
+    }
+    record["entries"].pop()
+    (tmp_path / "tuned.json").write_text(json.dumps(record))
+    assert run() == 1
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"card": "another", "entries": []}', "is of another, this card is Made Up"),
+        ('{"entries": 1}', "is no record of"),
+    ],
+)
+def test_a_record_of_another_card_is_not_gone_on_with(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Made Up")
+    (tmp_path / "tuned.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        tune.read_tuned(tmp_path / "tuned.json")
+
+
+def test_rehearsal_of_the_profile():
+    command = [sys.executable, "-m", "benchmarks.profile", "--rehearse"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count("ran once, after 3 times") == 2, result.stderr

@@ -15,6 +15,8 @@ import torch
 pytest.importorskip("triton")
 import compiled_kernels  # noqa: E402
 
+from sgalign.ops import backends  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 
 INTERPRETED = """
@@ -55,6 +57,8 @@ print("close")
 
 
 def run_interpreted(*arguments):
+    if problem := backends.interpreter_problem():
+        pytest.skip(problem)
     return subprocess.run(
         [sys.executable, *arguments],
         env=os.environ | {"TRITON_INTERPRET": "1", "SGALIGN_TEST_BACKEND": "triton"},

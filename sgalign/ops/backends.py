@@ -6,6 +6,7 @@ A new backend needs an entry in those tables and a record in `BACKENDS`.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -30,8 +31,27 @@ class Backend(NamedTuple):
     capability: tuple[int, int] = (0, 0)  # the least compute capability, of NVIDIA's GPUs
 
 
+def interpreter_problem() -> str | None:
+    """Return why Triton's interpreter cannot run here and what to do; None if it can.
+
+    The one of Triton 3.6 takes arrays of one element for numbers, which numpy refuses since 2.4.
+    """
+    if not HAS_TRITON:
+        return None
+    triton, numpy = importlib.metadata.version("triton"), importlib.metadata.version("numpy")
+    old, new = (tuple(map(int, version.split(".")[:2])) for version in (triton, numpy))
+    if old >= (3, 7) or new < (2, 4):
+        return None
+    return f"Triton {triton}'s interpreter cannot run with numpy {numpy}: `pip install 'numpy<2.4'`, or Triton 3.7"
+
+
+_INTERPRETER_PROBLEM = interpreter_problem() if INTERPRETED else None  # torch.compile cannot trace the question
+
+
 def _triton_problem() -> str | None:
-    return None if HAS_TRITON else "triton is not installed: `pip install triton` (torch for CUDA or ROCm brings it)"
+    if not HAS_TRITON:
+        return "triton is not installed: `pip install triton` (torch for CUDA or ROCm brings it)"
+    return _INTERPRETER_PROBLEM
 
 
 def _cuda_problem() -> str | None:

@@ -1,0 +1,57 @@
+"""Run what a profiler shall see of attention: `python -m benchmarks.profile`, by itself or under Nsight Compute.
+
+Both branches, forward and backward, in bfloat16, once at each shape of the goals. Only these calls lie between
+`cudaProfilerStart` and `cudaProfilerStop`; what compiles and warms up comes before, so that
+
+    ncu --profile-from-start off --clock-control none --set full -k 'regex:forward_kernel|gradient_kernel' \
+        python -m benchmarks.profile
+
+sees six launches: of each shape the forward kernel, the gradients of queries, and those of keys and values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from benchmarks import measuring
+from benchmarks.measuring import differentiated
+
+SHAPES = [(8, 8, 180, 1024, 32), (1, 8, 16384, 16384, 64)]  # B, H, Lq, Lk, D
+WARM_UPS = 3
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rehearse", action="store_true", help="run all of it tiny and without a GPU")
+    options = parser.parse_args(arguments)
+    if options.rehearse:
+        from benchmarks import rehearsal
+
+        rehearsal.install_for_profile()
+    if not torch.cuda.is_available():
+        print("torch finds no GPU here, so there is nothing to profile")
+        return 0
+    from benchmarks import test_attention as bench
+
+    contender = bench.ours(measuring.available()[0])["dual"]
+    for shape in SHAPES:
+        torch.manual_seed(0)
+        run = differentiated(contender, bench.inputs(shape, True, torch.bfloat16, measuring.DEVICE))
+        for _ in range(WARM_UPS):
+            run()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+        print(f"{', '.join(map(str, shape))}: forward and backward ran once, after {WARM_UPS} times", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    from benchmarks import profile as module  # whose shapes a rehearsal changes
+
+    sys.exit(module.main())
