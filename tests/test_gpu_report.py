@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the installed package comes first
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # two wait for each other for minutes on a busy machine
 pytest.importorskip("triton", reason="the tuner reads the table of Triton's kernels")
 from benchmarks import (  # noqa: E402
     attention_part,
@@ -250,7 +251,7 @@ def test_after_the_device_is_lost_nothing_is_measured_or_blamed(monkeypatch):
 def test_rehearsal(tmp_path):
     """All of the report runs through without a GPU, and again without measuring anything."""
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--rehearse", "--out", tmp_path]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    first = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
     report = json.loads((tmp_path / "report.json").read_text())
     assert first.returncode == 0, [*report_markdown.failures(report), first.stderr]
     assert set(report) == set(gpu_report.PARTS) and not report_markdown.unfinished(report)
@@ -260,7 +261,7 @@ def test_rehearsal(tmp_path):
     assert len(rows) == 3 * 4 + 4 + 1
     assert {contender["graph"] for row in rows for contender in row["contenders"].values()} == {4.0}
     assert "no figure is one of a GPU" in (tmp_path / "report.md").read_text().splitlines()[0]
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
     assert again.returncode == 0 and "..." not in again.stdout
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
@@ -391,7 +392,7 @@ def test_rehearsal_of_the_tuner(tmp_path):
     command += ["--bits", "16", "--channels", "32", "--kernels", "query_gradient"]
 
     def run(*options):
-        result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+        result = subprocess.run([*command, *options], cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stdout.count("ms\n")
 
@@ -425,5 +426,5 @@ def test_a_record_of_another_card_is_not_gone_on_with(tmp_path, monkeypatch, con
 
 def test_rehearsal_of_the_profile():
     command = [sys.executable, "-m", "benchmarks.profile", "--rehearse"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.count("ran once, after 3 times") == 2, result.stderr
