@@ -87,13 +87,15 @@ def in_own_process(
     received, sent = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(parts, known, limits, sent))
     process.start()
+    assert process.pid is not None
+    pid = process.pid
     sent.close()
     interruptions: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
         interruptions.append(number)
-        if process.pid:
-            os.kill(process.pid, signal.SIGINT if len(interruptions) == 1 else signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGINT if len(interruptions) == 1 else signal.SIGKILL)
 
     before = signal.signal(signal.SIGINT, interrupt)
     name, figures = next(iter(parts)), known[next(iter(parts))]
