@@ -1,4 +1,4 @@
-"""What attention should take on a GPU, from its compiled kernels: `python -m benchmarks.roofline` prints the table.
+"""Predict the time of attention on a GPU from its compiled kernels: `python -m benchmarks.roofline` prints the table.
 
 The instructions of a step, registers and shared memory are those of the compiled kernel (tests/compiled_kernels.csv);
 the steps of a shape are arithmetic, and the rates are the data sheet's. Four bounds are what the card cannot do faster.
@@ -34,8 +34,11 @@ LAUNCH, MERGE = 1e-6, 2.5e-6  # seconds, assumed: of a launch in a graph, and of
 
 
 class Card(NamedTuple):
-    """Data sheet: multiprocessors, clock in GHz, float16 matrix units in TFLOP/s, memory in TB/s, and the KiB of shared
-    memory of a multiprocessor."""
+    """A card's data sheet.
+
+    Multiprocessors, clock in GHz, float16 matrix units in TFLOP/s, memory in TB/s, and the KiB of shared memory that a
+    multiprocessor has.
+    """
 
     target: str
     processors: int
@@ -54,7 +57,7 @@ CARDS = {
 
 
 class Compiled(NamedTuple):
-    """What a kernel takes: registers of a thread, bytes of shared memory, instructions of a step."""
+    """The resources of a compiled kernel: registers of a thread, bytes of shared memory, instructions of a step."""
 
     registers: int
     shared: int
@@ -62,7 +65,7 @@ class Compiled(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds that a kernel takes at least, by what bounds it, and that it should take."""
+    """Seconds: the least that a kernel can take, by what bounds it, and the prediction."""
 
     instructions: float
     exponentials: float
@@ -73,9 +76,9 @@ class Times(NamedTuple):
 
 @functools.cache
 def compiled(target: str, kernel: str, dim: int, bounded: bool) -> Compiled:
-    """Return what the float16 kernel of both branches takes, by the oldest Triton in the table.
+    """Return the resources of the float16 kernel of both branches, as the oldest Triton in the table compiled it.
 
-    One whose last tile is not full takes about what one with padding takes.
+    A kernel whose last tile is not full takes about as many as one with padding.
     """
     name = f"attention {kernel.replace('_', ' ')}: fp16, {dim} channels, two branches{', padding' if bounded else ''}"
     wanted = target, name
@@ -85,7 +88,7 @@ def compiled(target: str, kernel: str, dim: int, bounded: bool) -> Compiled:
 
 
 def times(card: Card, kernel: str, shape: tuple[int, ...]) -> Times:
-    """Return what float16 attention of both branches takes of a card.
+    """Return the bounds and the predicted time of float16 attention of both branches on a card.
 
     Args:
         kernel: one of `KERNELS`.
@@ -129,7 +132,7 @@ def times(card: Card, kernel: str, shape: tuple[int, ...]) -> Times:
 
 
 def main() -> None:
-    """Prints a Markdown table a card: microseconds of each bound and of the prediction."""
+    """Print a Markdown table for each card: microseconds of each bound and of the prediction."""
     for name, card in CARDS.items():
         print(f"\n| {name}: B, H, Lq, Lk, D | kernel | {' | '.join(Times._fields)} |")
         print("|---|---|---|---|---|---|---|")

@@ -1,12 +1,11 @@
-"""What a call costs before it computes anything: each operation on tensors of a few elements, beside PyTorch's.
+"""Time calls on tensors of a few elements, where computing costs nothing: each operation beside PyTorch's.
 
-Calls for a GPU go up to the launch, which does nothing: they show how long Python takes on a machine without one.
+Calls for a GPU end where the kernel would be launched, so that a machine without one shows how long Python takes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from benchmarks.test_relation import plain_loss
 from sgalign import dual_branch_attention, dual_branch_relation_logits, relation_alignment_loss
 from sgalign.ops import _core, _cuda, backends
 
-pytestmark = pytest.mark.skipif(conftest.DEVICE.type != "cpu", reason="of the host alone")
+pytestmark = pytest.mark.skipif(conftest.DEVICE.type != "cpu", reason="measures the host alone")
 Outputs = tuple[Tensor, ...]
 PAIRS = torch.tensor([[0, 1], [1, 0], [0, 0]])
 SEED = torch.tensor(5)  # a new one is a call of torch's
@@ -106,7 +105,7 @@ def triton_compiles_nothing() -> Iterator[None]:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_call(benchmark, operation, backward):
-    """All backends in turn, one thread."""
+    """Time all backends in turn, on one thread."""
     call, shapes = OPERATIONS[operation]
     torch.manual_seed(0)
     operands = [torch.randn(shape, requires_grad=backward) for shape in shapes]
@@ -119,7 +118,7 @@ def test_call(benchmark, operation, backward):
             torch.autograd.grad(outputs, needed, gradients)
 
     names = {"PyTorch": None, "cpu": "cpu", "cuda, no launch": "cuda"}
-    if importlib.util.find_spec("triton"):
+    if backends.HAS_TRITON:
         names["triton, no launch"] = "triton"
     contenders = {name: lambda backend=backend: run(backend) for name, backend in names.items()}
     threads = torch.get_num_threads()

@@ -1,4 +1,7 @@
-"""Where a training step makes the host wait for a GPU, counted on the CPU: by operations that read values."""
+"""Count on the CPU where a training step's own code would wait for a GPU: operations that read values or need a size.
+
+Not counted are copies to the GPU, and what Lightning does around `training_step`: batches, optimizer, progress bar.
+"""
 
 import functools
 import traceback

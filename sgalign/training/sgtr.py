@@ -119,8 +119,10 @@ class SGTRModule(DetrModule, RelationModule):
         try:
             matches = match(outputs, candidates, sizes, annotations, distinct=options.distinct_matching)
         except FloatingPointError:
-            largest = outputs.logits.abs().max()
-            self.finite(largest, {"largest predicate logit": largest} | losses)
+            names = "predicate logit", "vector", "class logit", "box"
+            largest = {f"largest {name}": values.abs().max() for name, values in zip(names, outputs, strict=True)}
+            wrong = {name: value for name, value in largest.items() if not value.isfinite()}
+            self.finite(torch.stack([*largest.values()]).sum(), wrong | losses)
             raise
         relations = torch.full((), float(sum(len(image.predicates) for image in annotations)), device=self.device)
         relations = self.trainer.strategy.reduce(relations, reduce_op="mean").clamp(min=1)
