@@ -20,13 +20,15 @@ __global__ void __launch_bounds__(kMaskThreads) random_mask_kernel(const __grid_
     const int64_t i = int64_t(block_index()) * kMaskThreads + thread_index();
     const int64_t row = i / kMaskLanes / chunks;
     if (row >= c.m.batch_heads * c.m.queries) return;
-    const int lane = int(i % kMaskLanes), chunk = int(i / kMaskLanes % chunks);
+    const int64_t chunk = i / kMaskLanes % chunks, lane = i % kMaskLanes, first = chunk * kChunk + lane;
     const Random random{*c.seed, c.m.stream, c.m.threshold};
-    const uint32_t bits = random.dropped(chunk, lane, int(row % c.m.queries), uint32_t(row / c.m.queries));
-    const int64_t first = int64_t(chunk) * kChunk + lane;
+    uint32_t words[4];
+    random.draw(uint32_t(chunk), uint32_t(lane), uint32_t(row % c.m.queries), uint32_t(row / c.m.queries), words);
+#pragma unroll
     for (int group = 0; group < kMaskGroups; ++group)
         if (first + kMaskLanes * group < c.m.keys)
-            c.m.out[row * c.m.keys + first + kMaskLanes * group] = bits >> group & 1;
+            c.m.out[row * c.m.keys + first + kMaskLanes * group] =
+                c.m.threshold > 0 && is_below(words[group / 2], group % 2, random.limit());
 }
 
 }  // namespace

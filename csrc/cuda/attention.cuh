@@ -22,15 +22,20 @@
 namespace sgalign::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr int kRows = 16;  // of a warp
+constexpr float kLeastScale = 0x1p-126f;  // stands for 0, whose product with -inf would be NaN
+constexpr int kRows = 16;                 // of a warp
 
 struct AttentionCall {
     Attention a;
     const uint64_t* seed;
     float* workspace;
     int splits;
-    bool aligned;       // all rows can be copied 16 bytes at a time
+    bool aligned;       // all rows can be copied 16 bytes at a time, and are made of such
     bool shared_query;  // in the backward: the groups have the same query
+
+    // The kernels are compiled twice. Most calls are plain: they have no explicit mask and no dropout, and all rows can
+    // be copied 16 bytes at a time.
+    bool plain() const { return aligned && !a.mask && a.dropout_threshold == 0; }
 };
 
 __device__ __forceinline__ float infinity() { return as_float(0x7f800000); }
@@ -48,106 +53,155 @@ struct Head {
         : index(block_index() / places), b(index / a.heads), h(index % a.heads), place(block_index() % places) {}
 };
 
+// The rows of a head of a matrix. attention_call() has checked that a row's bytes are counted in 31 bits, so an address
+// takes one multiplication.
+template <class T>
+struct HeadRows {
+    const char* first;
+    int bytes;
+    __device__ HeadRows(const Matrix& m, const Head& head)
+        : first((const char*)row_of<const T>(m, head.b, head.h, 0)), bytes(int(m.row * int64_t(sizeof(T)))) {}
+    __device__ Row<T> row(uint32_t row, bool kept) const {
+        return {(const T*)(first + int64_t(int(row)) * bytes), kept};
+    }
+};
+
 // ------------------------------------------------------------------------------------------------------- key tiles
 
-// Tile i starts at key(i); row 8 * s + c of it is the c-th key of strip s.
+// Tile i starts at first_key(i); row 8 * s + c of it is the c-th key of strip s. Unsigned, as tiles behind the last are
+// asked about.
 template <int kStrips>
 struct KeyTiles {
-    static constexpr int kKeys = 8 * kStrips, kSpan = kMaskLanes * kStrips;
+    static constexpr uint32_t kKeys = 8 * kStrips, kSpan = kMaskLanes * kStrips;
 
     __host__ __device__ static int count(int64_t keys) {
         const int64_t left = divide_up(keys % kSpan, 8);
         return int(keys / kSpan * 4 + (left < 4 ? left : 4));
     }
-    __device__ static int first_key(int tile) { return tile / 4 * kSpan + tile % 4 * 8; }
-    __device__ static int key(int tile, int row) { return first_key(tile) + row / 8 * kMaskLanes + row % 8; }
+    __device__ static uint32_t first_key(uint32_t tile) { return tile / 4 * kSpan + tile % 4 * 8; }
+    __device__ static uint32_t key(uint32_t tile, uint32_t row) { return first_key(tile) + row + (row & ~7u) * 3; }
     // How many strips have keys at all.
-    __device__ static int strips(int tile, int64_t keys) {
-        const int64_t count = divide_up(keys - first_key(tile), kMaskLanes);
+    __device__ static int strips(uint32_t tile, int64_t keys) {
+        const uint32_t count = (uint32_t(keys) - first_key(tile) + kMaskLanes - 1) / kMaskLanes;
         return count < kStrips ? int(count) : kStrips;
     }
 };
 
-__device__ __forceinline__ bool is_padded(const Attention& a, int64_t b, int key) {
-    return a.key_padding && a.key_padding[b * a.key_padding_strides[0] + key * a.key_padding_strides[1]];
+// Strips without keys are left out of products, but for short rows of 16-bit numbers, which cost less than the branch.
+template <class T, int D>
+__device__ __forceinline__ bool is_multiplied(int strip, int strips) {
+    return (sizeof(T) == 2 && D <= 64) || strip < strips;
 }
 
-__device__ __forceinline__ bool is_masked(const Attention& a, const Head& head, int row, int key) {
-    return a.mask[head.b * a.mask_strides[0] + head.h * a.mask_strides[1] + row * a.mask_strides[2] +
-                  key * a.mask_strides[3]];
-}
+// Which keys of a batch are padded, or not there.
+struct PaddedKeys {
+    const uint8_t* first;  // null: none are padded
+    int stride;
+    uint32_t keys;
+    __device__ PaddedKeys(const Attention& a, const Head& head)
+        : first(a.key_padding ? a.key_padding + head.b * a.key_padding_strides[0] : nullptr),
+          stride(int(a.key_padding_strides[1])),
+          keys(uint32_t(a.keys)) {}
+    __device__ bool has(uint32_t key) const { return key >= keys || (first && first[int64_t(int(key)) * stride]); }
+};
+
+// What PaddedKeys says of a tile: bit 8 * s + c is about the c-th key of strip s. Each thread asks about a key two
+// tiles before it is multiplied, so that nothing waits for the answers. They are stored one tile later, before a
+// barrier, and read by the copies of that tile behind it, and when the tile is multiplied.
+template <int kStrips>
+struct Padding {
+    using Keys = KeyTiles<kStrips>;
+    using Word = std::conditional_t<(kStrips > 4), uint64_t, uint32_t>;
+    static constexpr int kStages = 4, kBytes = kStages * sizeof(Word);
+    const PaddedKeys padded;
+    Word* words;
+    bool answer = false;
+
+    __device__ Padding(const PaddedKeys& padded, void* words) : padded(padded), words((Word*)words) {}
+    // Whole warps of threads ask.
+    __device__ static bool asks() { return thread_index() < (int(Keys::kKeys) + kWarp - 1) / kWarp * kWarp; }
+    __device__ __forceinline__ void ask(uint32_t tile) {
+        const uint32_t row = thread_index();
+        if (asks()) answer = row < Keys::kKeys && padded.has(Keys::key(tile, row));
+    }
+    __device__ __forceinline__ void store(uint32_t tile) const {
+        if (!asks()) return;
+        const uint32_t word = ballot(answer);
+        if (lane_index() == 0) shared_store((uint32_t*)(words + tile % kStages) + thread_index() / kWarp, word);
+    }
+    __device__ __forceinline__ Word of(uint32_t tile) const { return shared_load(words + tile % kStages); }
+};
 
 // Starts to copy a tile of keys or values; padded ones become zeros, whatever they hold.
-template <int kStrips, int kThreads, class T, int D>
-__device__ __forceinline__ void load_keys(Tile<T, D> to, const Matrix& from, int tile, const AttentionCall& c,
-                                          const Head& head) {
-    load_tile<8 * kStrips, kThreads>(to, int(c.a.dim), c.aligned, [&](int row) {
-        const int key = KeyTiles<kStrips>::key(tile, row);
-        const bool inside = key < c.a.keys;
-        return Row<T>{row_of<const T>(from, head.b, head.h, inside ? key : 0), inside && !is_padded(c.a, head.b, key)};
+template <int kStrips, int kThreads, bool kPlain, class T, int D>
+__device__ __forceinline__ void load_keys(Tile<T, D> to, const HeadRows<T>& from, uint32_t tile,
+                                          typename Padding<kStrips>::Word padded, const AttentionCall& c) {
+    load_tile<8 * kStrips, kThreads>(to, int(c.a.dim), kPlain || c.aligned, [&](uint32_t row) {
+        return from.row(KeyTiles<kStrips>::key(tile, row), !(padded >> row & 1));
     });
 }
 
-// Bit 8 * s + c of `words`, in shared memory: the key is padded, or there is none.
-template <int kStrips>
-__device__ __forceinline__ void store_padding(uint32_t* words, int tile, const AttentionCall& c, const Head& head) {
-    const int row = thread_index();
-    if (row / kWarp * kWarp >= 8 * kStrips) return;
-    const int key = KeyTiles<kStrips>::key(tile, row);
-    const uint32_t word = ballot(row >= 8 * kStrips || key >= c.a.keys || is_padded(c.a, head.b, key));
-    if (row % kWarp == 0) shared_store(words + row / kWarp, word);
-}
-
 // ------------------------------------------------------------------------------------------ masks of an accumulator
+// Element e of strip s of a lane is about row + e / 2 * 8 and the key in column lane % 4 * 2 + e % 2 of the strip.
 
-// Bit 8 * e + s is about element e of strip s of this lane.
-struct Masks {
-    uint32_t shared, random, dropout;  // padding and explicit mask; random mask; dropout
-};
-
-template <int kStrips>
-__device__ __forceinline__ uint32_t random_bits(const Random& random, int tile, int row, uint32_t batch_head) {
-    const int first = KeyTiles<kStrips>::first_key(tile);
-    const int chunk = first / kChunk, strip = first % kChunk / kMaskLanes, column = first % kMaskLanes;
-    uint32_t bits = 0;
+// Puts `with` in the place of what is_dropped(strip, element) says.
+template <int kStrips, class Dropped>
+__device__ __forceinline__ void drop(float (&values)[kStrips][4], float with, Dropped is_dropped) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-        bits |=
-            random.dropped(chunk, column + lane_index() % 4 * 2 + e % 2, row + e / 2 * 8, batch_head) >> strip << 8 * e;
-    return bits;
+    for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            if (is_dropped(s, e)) values[s][e] = with;
 }
 
-// `row` is that of this lane's elements 0 and 1. `any_random`: whether a branch wants the random mask.
+// By random numbers that are below the threshold.
 template <int kStrips>
-__device__ __forceinline__ Masks tile_masks(const AttentionCall& c, const Head& head, uint64_t seed,
-                                            const uint32_t* padding, int tile, int row, bool any_random) {
-    const Attention& a = c.a;
-    const int column = lane_index() % 4 * 2;
-    uint32_t even = 0, odd = 0;
+__device__ __forceinline__ void drop_drawn(float (&values)[kStrips][4], float with, const Random& random, uint32_t tile,
+                                           uint32_t row, const Head& head) {
+    const uint32_t first = KeyTiles<kStrips>::first_key(tile), half = first % kChunk / kMaskLanes / 2;
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) {
-        const uint32_t two = shared_load(padding + s / 4) >> (s % 4 * 8 + column);
-        even |= (two & 1) << s, odd |= (two >> 1 & 1) << s;
-    }
-    Masks masks{(even | odd << 8) * 0x10001, 0, 0};
-    if (a.mask) {
+    for (int e = 0; e < 4; ++e) {
+        uint32_t words[4];  // two strips a word, the tile's first
+        const uint32_t column = first % kMaskLanes + lane_index() % 4 * 2 + e % 2;
+        random.draw(first / kChunk, column, row + e / 2 * 8, uint32_t(head.index), words);
+        if (kStrips <= 4 && half & 2) words[0] = words[2], words[1] = words[3];
+        if (kStrips <= 2 && half & 1) words[0] = words[1];
 #pragma unroll
         for (int s = 0; s < kStrips; ++s)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int key = KeyTiles<kStrips>::key(tile, 8 * s + column + e % 2), at = row + e / 2 * 8;
-                if (key < a.keys && at < a.queries && is_masked(a, head, at, key)) masks.shared |= 1u << (8 * e + s);
-            }
+            if (is_below(words[s / 2], s % 2, random.limit())) values[s][e] = with;
     }
-    if (any_random)
-        masks.random = random_bits<kStrips>({seed, a.stream, a.mask_threshold}, tile, row, uint32_t(head.index));
-    if (a.dropout_threshold > 0)
-        masks.dropout = random_bits<kStrips>({seed, a.stream | kDropoutStreamBit, a.dropout_threshold}, tile, row,
-                                             uint32_t(head.index));
-    return masks;
 }
 
-__device__ __forceinline__ bool bit(uint32_t bits, int element, int strip) { return bits >> (8 * element + strip) & 1; }
+template <int kStrips>
+__device__ __forceinline__ void drop_padded(float (&scores)[kStrips][4], float with,
+                                            typename Padding<kStrips>::Word padded) {
+    if (padded == 0) return;
+    padded >>= lane_index() % 4 * 2;
+    drop(scores, with, [&](int s, int e) { return padded >> (8 * s + e % 2) & 1; });
+}
+
+__device__ __forceinline__ bool is_masked(const Attention& a, const Head& head, int64_t row, int64_t key) {
+    return row < a.queries && key < a.keys &&
+           a.mask[head.b * a.mask_strides[0] + head.h * a.mask_strides[1] + row * a.mask_strides[2] +
+                  key * a.mask_strides[3]];
+}
+
+// By the explicit mask.
+template <int kStrips>
+__device__ __forceinline__ void drop_masked(float (&scores)[kStrips][4], float with, const AttentionCall& c,
+                                            const Head& head, uint32_t tile, int row) {
+    drop(scores, with, [&](int s, int e) {
+        const uint32_t key = KeyTiles<kStrips>::key(tile, 8 * s + lane_index() % 4 * 2 + e % 2);
+        return is_masked(c.a, head, row + e / 2 * 8, key);
+    });
+}
+
+__device__ __forceinline__ Random mask_random(const AttentionCall& c, uint64_t seed) {
+    return {seed, c.a.stream, c.a.mask_threshold};
+}
+__device__ __forceinline__ Random dropout_random(const AttentionCall& c, uint64_t seed) {
+    return {seed, c.a.stream | kDropoutStreamBit, c.a.dropout_threshold};
+}
 
 __device__ __forceinline__ float dropout_scale(const Attention& a) {
     return a.dropout_threshold < 65536 ? 65536.0f / float(65536 - a.dropout_threshold) : 0.0f;
@@ -167,17 +221,6 @@ struct QueryRows {
     }
 };
 
-template <int kWarps, class T, int D, class Rows>
-__device__ __forceinline__ void load_rows(Tile<T, D> to, int first_tile, const AttentionCall& c, const Head& head,
-                                          Rows matrix_of) {
-    load_tile<kRows * kWarps, kWarp * kWarps>(to, int(c.a.dim), c.aligned, [&](int row) {
-        const QueryRows rows(c.a, first_tile + row / kRows);
-        const int at = rows.first + row % kRows;
-        const bool inside = at < c.a.queries;
-        return Row<T>{row_of<const T>(matrix_of(rows.group), head.b, head.h, inside ? at : 0), inside};
-    });
-}
-
 // The sum over the four lanes that hold a row.
 __device__ __forceinline__ float sum_of_row(float value) {
     value += shuffle_xor(value, 1);
@@ -188,21 +231,26 @@ __device__ __forceinline__ float largest_of_row(float value) {
     return fmaxf(value, shuffle_xor(value, 2));
 }
 
-// scores += rows (row to row + 15 of `a`) times each row of `b`; strips without keys are left out.
-template <int kStrips, class T, int D>
-__device__ __forceinline__ void multiply_rows(float (&scores)[kStrips][4], Tile<T, D> a, int row, Tile<T, D> b,
+// scores += rows of `a` times each row of `b`: tiles of 16 rows, the first of them `row`.
+template <int kTiles, int kStrips, class T, int D>
+__device__ __forceinline__ void multiply_rows(float (&scores)[kTiles][kStrips][4], Tile<T, D> a, int row, Tile<T, D> b,
                                               int strips) {
     // Unrolled whole, large D spill registers and take long to compile.
 #pragma unroll(D * sizeof(T) > 512 ? 1 : 4)
     for (int column = 0; column < D; column += kDepth<T>) {
-        const OperandA<T> rows = load_a(a, row, column);
+        OperandA<T> rows[kTiles];
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) rows[t] = load_a(a, row + kRows * t, column);
 #pragma unroll
         for (int s = 0; s < kStrips; s += 2)
-            if (s < strips) {
+            if (is_multiplied<T, D>(s, strips)) {
                 OperandB<T> keys[2];
                 load_b(b, 8 * s, column, keys);
-                multiply(scores[s], rows, keys[0]);
-                multiply(scores[s + 1], rows, keys[1]);
+#pragma unroll
+                for (int t = 0; t < kTiles; ++t) {
+                    multiply(scores[t][s], rows[t], keys[0]);
+                    multiply(scores[t][s + 1], rows[t], keys[1]);
+                }
             }
     }
 }
@@ -239,8 +287,13 @@ inline AttentionCall attention_call(const Attention& a, const uint64_t* seed, in
                                     int element_bytes) {
     for (const int64_t size : {a.queries, a.keys})
         if (size > 0x7fffff00) throw std::invalid_argument("rows are counted in 31 bits: " + shape(a));
-    bool aligned = true;
+    bool aligned = a.dim * element_bytes % 16 == 0;
+    const auto check_step = [&](int64_t bytes) {
+        if (bytes > 0x7fffffff) throw std::invalid_argument("rows and keys are at most 2 GiB apart: " + shape(a));
+    };
+    check_step(a.key_padding_strides[1]);
     const auto check = [&](const Matrix& m) {
+        check_step(m.row * element_bytes);
         aligned = aligned && uintptr_t(m.data) % 16 == 0;
         for (const int64_t stride : {m.batch, m.head, m.row}) aligned = aligned && stride * element_bytes % 16 == 0;
     };

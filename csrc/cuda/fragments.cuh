@@ -38,6 +38,7 @@ struct Tile {
         else  // rows i to i + 3 and rows i, i + 2, i + 4, i + 6 alike
             return kPieces >= 8 ? (((row ^ row >> 2) & 1) | (row & 2)) << 1 : (row >> 1 & 1) << 1;
     }
+    // With constants added to rows by +, to columns by ^, addresses differ by what is known before the kernel runs.
     __device__ T* at(int row, int column) const {
         return data + row * D + ((column / kPiece) ^ swizzle(row)) * kPiece + column % kPiece;
     }
@@ -54,20 +55,32 @@ struct Row {
     bool kept;
 };
 
-// Starts to copy `kRows` rows of `dim` elements, zeros behind, with all threads of the block.
+// Starts to copy `kRows` rows of `dim` elements, zeros behind, with all threads of the block; a thread copies the same
+// columns of each of its rows. `aligned`: the rows, and the number of columns, are whole pieces.
 template <int kRows, int kThreads, class T, int D, class Source>
 __device__ __forceinline__ void load_tile(Tile<T, D> tile, int dim, bool aligned, Source source) {
     constexpr int kPiece = Tile<T, D>::kPiece, kPieces = Tile<T, D>::kPieces;
-    for (int i = thread_index(); i < kRows * kPieces; i += kThreads) {
-        const int column = i % kPieces * kPiece;
-        const Row<T> row = source(i / kPieces);
-        T* const to = tile.at(i / kPieces, column);
-        const int count = !row.kept || column >= dim ? 0 : dim - column < kPiece ? dim - column : kPiece;
-        if (aligned) {
-            copy_async(to, count ? row.data + column : row.data, count * int(sizeof(T)));
-        } else {
-            for (int e = 0; e < kPiece; ++e) shared_store(to + e, e < count ? row.data[column + e] : T{});
-        }
+    constexpr int kAcross = kThreads < kPieces ? kThreads : kPieces, kStep = kThreads / kAcross;
+    const auto each = [&](int first_row, int first_piece, auto copy) {
+        const int at = first_row + thread_index() / kAcross;
+        const int column = (first_piece ^ (thread_index() % kAcross)) * kPiece;
+        if (kRows % kStep && at >= kRows) return;
+        const Row<T> row = source(at);
+        copy(tile.at(at, column), row.data + column, row.kept ? dim - column : 0);
+    };
+    if (aligned) {
+#pragma unroll 4  // more addresses at once spill registers
+        for (int row = 0; row < kRows; row += kStep)
+#pragma unroll
+            for (int piece = 0; piece < kPieces; piece += kAcross)
+                each(row, piece, [](T* to, const T* from, int left) { copy_async(to, from, left > 0); });
+    } else {
+#pragma unroll 1
+        for (int row = 0; row < kRows; row += kStep)
+            for (int piece = 0; piece < kPieces; piece += kAcross)
+                each(row, piece, [](T* to, const T* from, int left) {
+                    for (int e = 0; e < kPiece; ++e) shared_store(to + e, e < left ? from[e] : T{});
+                });
     }
 }
 
@@ -77,7 +90,7 @@ __device__ __forceinline__ OperandA<T> load_a(Tile<T, D> tile, int row, int colu
     const int lane = lane_index();
     OperandA<T> a;
     if constexpr (sizeof(T) == 2) {
-        load_matrices(a.words, tile.at(row + lane % 16, column + lane / 16 * 8));
+        load_matrices(a.words, tile.at(row + lane % 16, column ^ (lane / 16 * 8)));
     } else {
         for (int i = 0; i < 2; ++i) {
             const Pair pair = shared_load((const Pair*)tile.at(row + lane / 4 + 8 * i, column + lane % 4 * 2));
@@ -93,7 +106,7 @@ __device__ __forceinline__ OperandA<T> load_a_transposed(Tile<T, D> tile, int ro
     const int lane = lane_index();
     OperandA<T> a;
     if constexpr (sizeof(T) == 2) {
-        load_matrices_transposed(a.words, tile.at(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
+        load_matrices_transposed(a.words, tile.at(row + lane % 8 + lane / 16 * 8, column ^ (lane / 8 % 2 * 8)));
     } else {
         for (int i = 0; i < 2; ++i)
             for (int k = 0; k < 2; ++k)
@@ -108,7 +121,7 @@ __device__ __forceinline__ void load_b(Tile<T, D> tile, int row, int column, Ope
     const int lane = lane_index();
     if constexpr (sizeof(T) == 2) {
         uint32_t words[4];
-        load_matrices(words, tile.at(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
+        load_matrices(words, tile.at(row + lane % 8 + lane / 16 * 8, column ^ (lane / 8 % 2 * 8)));
         for (int i = 0; i < 2; ++i) b[i] = {{words[2 * i], words[2 * i + 1]}};
     } else {
         for (int i = 0; i < 2; ++i) {
@@ -124,7 +137,7 @@ __device__ __forceinline__ void load_b_transposed(Tile<T, D> tile, int row, int 
     const int lane = lane_index();
     if constexpr (sizeof(T) == 2) {
         uint32_t words[4];
-        load_matrices_transposed(words, tile.at(row + lane % 16, column + lane / 16 * 8));
+        load_matrices_transposed(words, tile.at(row + lane % 16, column ^ (lane / 16 * 8)));
         for (int i = 0; i < 2; ++i) b[i] = {{words[2 * i], words[2 * i + 1]}};
     } else {
         for (int i = 0; i < 2; ++i)

@@ -55,7 +55,12 @@ __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 __device__ __forceinline__ uint32_t ballot(bool vote) { return __ballot_sync(~0u, vote); }
 
-__device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+// Of two words, in one instruction; the compiler takes two for a product of numbers of 64 bits.
+__device__ __forceinline__ uint64_t multiply_wide(uint32_t a, uint32_t b) {
+    uint64_t result;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(result) : "r"(a), "r"(b));
+    return result;
+}
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t as_bits(float value) { return __float_as_uint(value); }
 
@@ -63,11 +68,22 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes to shared memory, of which those after the first `bytes` (0 to 16) become zeros without being read.
-// Both addresses are multiples of 16. The copy is there after copies_wait() of the same thread.
-__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-                 : "memory");
+// Copies 16 bytes to shared memory, or makes them zeros without reading any. Both addresses are multiples of 16. The
+// copy is there after copies_wait() of the same thread.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool read) {
+    asm volatile(
+        "{ .reg .pred ignored; setp.eq.s32 ignored, %2, 0;\n"
+        "cp.async.cg.shared.global [%0], [%1], 16, ignored; }" ::"r"(shared_address(to)),
+        "l"(from), "r"(int(read))
+        : "memory");
+}
+// The same for 4 bytes.
+__device__ __forceinline__ void copy_word_async(void* to, const void* from, bool read) {
+    asm volatile(
+        "{ .reg .pred ignored; setp.eq.s32 ignored, %2, 0;\n"
+        "cp.async.ca.shared.global [%0], [%1], 4, ignored; }" ::"r"(shared_address(to)),
+        "l"(from), "r"(int(read))
+        : "memory");
 }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -111,6 +127,13 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 __device__ __forceinline__ uint32_t round_tf32(float value) {
     uint32_t result;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(value));
+    return result;
+}
+
+// 2^value, off by 2^-22 of it at most. Subnormal numbers become 0.
+__device__ __forceinline__ float fast_exp2(float value) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
     return result;
 }
 

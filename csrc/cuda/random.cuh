@@ -1,4 +1,4 @@
-// The random mask's bits; ../philox.h has the definition.
+// The random mask's numbers; ../philox.h has the definition.
 #pragma once
 
 #include "../philox.h"
@@ -11,27 +11,31 @@ struct Random {
     uint32_t stream;
     int threshold;
 
-    // Bit g: key 32 * g + lane of the chunk is dropped.
-    __device__ __forceinline__ uint32_t dropped(int chunk, int lane, int row, uint32_t batch_head) const {
-        uint32_t c0 = uint32_t(kMaskLanes * chunk + lane), c1 = uint32_t(row), c2 = batch_head, c3 = stream;
+    // A number of 16 bits is below the threshold where a word with it in the upper half is at most this, whatever the
+    // lower half holds. A threshold of 65536 wraps to all ones; one of 0 must not ask.
+    __device__ __forceinline__ uint32_t limit() const { return (uint32_t(threshold) << 16) - 1; }
+
+    // The numbers of the eight keys of a lane of a chunk: word i has group 2 * i in its lower half, the next in its
+    // upper half.
+    __device__ __forceinline__ void draw(uint32_t chunk, uint32_t lane, uint32_t row, uint32_t batch_head,
+                                         uint32_t (&words)[4]) const {
+        uint32_t c0 = kMaskLanes * chunk + lane, c1 = row, c2 = batch_head, c3 = stream;
         uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
 #pragma unroll
         for (int round = 0; round < kPhiloxRounds; ++round) {
-            const uint32_t high0 = multiply_high(kPhiloxMultiplier0, c0), low0 = kPhiloxMultiplier0 * c0;
-            const uint32_t high1 = multiply_high(kPhiloxMultiplier1, c2), low1 = kPhiloxMultiplier1 * c2;
-            c0 = high1 ^ c1 ^ key0, c1 = low1;
-            c2 = high0 ^ c3 ^ key1, c3 = low0;
+            const uint64_t product0 = multiply_wide(kPhiloxMultiplier0, c0);
+            const uint64_t product1 = multiply_wide(kPhiloxMultiplier1, c2);
+            c0 = uint32_t(product1 >> 32) ^ c1 ^ key0, c1 = uint32_t(product1);
+            c2 = uint32_t(product0 >> 32) ^ c3 ^ key1, c3 = uint32_t(product0);
             key0 += kPhiloxWeyl0, key1 += kPhiloxWeyl1;
         }
-        const uint32_t words[4] = {c0, c1, c2, c3};
-        uint32_t bits = 0;
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-            bits |= uint32_t(int(words[word] & 0xffff) < threshold) << 2 * word;
-            bits |= uint32_t(int(words[word] >> 16) < threshold) << (2 * word + 1);
-        }
-        return bits;
+        words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
     }
 };
+
+// Whether the number of an even or odd group, in a word that Random::draw() gave, is below the threshold.
+__device__ __forceinline__ bool is_below(uint32_t word, bool odd, uint32_t limit) {
+    return (odd ? word : word << 16) <= limit;
+}
 
 }  // namespace sgalign::cuda

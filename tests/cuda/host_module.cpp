@@ -31,7 +31,7 @@ void mma_kernel(Lanes lanes) {
 // Four matrices of 8 rows of 16 bytes, one after the other; type 1: transposed.
 void load_matrices_kernel(Lanes lanes) {
     uint32_t* const shared = (uint32_t*)shared_memory();
-    copy_async(shared + 4 * lane_index(), lanes.in + 4 * lane_index(), 16);
+    copy_async(shared + 4 * lane_index(), lanes.in + 4 * lane_index(), true);
     copies_wait();
     sync_block();
     uint32_t words[4];
@@ -90,13 +90,13 @@ void mistake_kernel(Lanes lanes) {
             if (i < 32) sync_block();
             break;
         case 6:  // read before it has arrived
-            copy_async(shared + 4 * i, lanes.in, 16);
+            copy_async(shared + 4 * i, lanes.in, true);
             lanes.out[i % 32] = shared_load(shared + 4 * i);
             copies_wait();
             break;
-        case 7: copy_async(shared + 4 * i, lanes.in, 16); break;  // never waited for
-        case 8:                                                   // no multiple of 16
-            copy_async(shared + 4 * i + 1, lanes.in, 16);
+        case 7: copy_async(shared + 4 * i, lanes.in, true); break;  // never waited for
+        case 8:                                                     // no multiple of 16
+            copy_async(shared + 4 * i + 1, lanes.in, true);
             copies_wait();
             break;
         case 9:  // written after another lane of the warp and this one have read

@@ -64,6 +64,7 @@ struct Copy {
     void* to;
     const void* from;
     int bytes;
+    bool read;  // else they become zeros
 };
 
 struct Thread {
@@ -281,6 +282,7 @@ inline void sync_warp() {
     ++host::me().warp_barriers;
     host::wait_for("sync_warp", thread_index() / kWarp * kWarp, kWarp);
 }
+inline uint64_t multiply_wide(uint32_t a, uint32_t b) { return uint64_t(a) * b; }
 inline float as_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, 4);
@@ -300,20 +302,34 @@ inline uint32_t ballot(bool vote) {
     for (int i = 0; i < kWarp; ++i) result |= votes[i].words[0] << i;
     return result;
 }
-inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
 
-inline void copy_async(void* to, const void* from, int bytes) {
-    if (uintptr_t(to) % 16 || uintptr_t(from) % 16) host::fail("copy_async: an address is no multiple of 16");
-    if (bytes < 0 || bytes > 16) host::fail("copy_async: not 0 to 16 bytes");
-    host::check_access(to, 16, true);
-    memset(to, 0xff, 16);
-    host::me().copies.push_back({to, from, bytes});
+}  // namespace sgalign
+
+namespace sgalign::host {
+
+inline void start_copy(const char* what, const Copy& copy) {
+    if (uintptr_t(copy.to) % copy.bytes || uintptr_t(copy.from) % copy.bytes)
+        fail(std::string(what) + ": an address is no multiple of " + std::to_string(copy.bytes));
+    check_access(copy.to, copy.bytes, true);
+    memset(copy.to, 0xff, copy.bytes);
+    me().copies.push_back(copy);
+}
+
+}  // namespace sgalign::host
+
+namespace sgalign {
+
+inline void copy_async(void* to, const void* from, bool read) { host::start_copy("copy_async", {to, from, 16, read}); }
+inline void copy_word_async(void* to, const void* from, bool read) {
+    host::start_copy("copy_word_async", {to, from, 4, read});
 }
 inline void copies_wait() {
     for (const host::Copy& copy : host::me().copies) {
-        host::check_access(copy.to, 16, true);
-        memcpy(copy.to, copy.from, copy.bytes);
-        memset((char*)copy.to + copy.bytes, 0, 16 - copy.bytes);
+        host::check_access(copy.to, copy.bytes, true);
+        if (copy.read)
+            memcpy(copy.to, copy.from, copy.bytes);
+        else
+            memset(copy.to, 0, copy.bytes);
     }
     host::me().copies.clear();
 }
@@ -336,6 +352,12 @@ inline void load_matrices_transposed(uint32_t (&words)[4], const void* row) {
         words[m] = shared_load((const uint16_t*)rows[first].address + column) |
                    shared_load((const uint16_t*)rows[first + 1].address + column) << 16;
     }
+}
+
+// At least as far off as a GPU's: the exact number is cut off behind 22 bits.
+inline float fast_exp2(float value) {
+    const float exact = float(std::exp2(double(value)));
+    return exact < 0x1p-126f ? 0 : as_float(as_bits(exact) & (std::isfinite(exact) ? ~3u : ~0u));
 }
 
 inline float to_float(float value) { return value; }
