@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 import triton
+from assembly import NVIDIA, longest, loops
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -72,8 +73,8 @@ def resources(kernel: Compiled, target: str) -> tuple[Resources, str]:
         assembly = compiled.asm["amdgcn"]
         counts = {name: int(count) for name, count in re.findall(r"\.([sv]gpr_(?:spill_)?count):\s+(\d+)", assembly)}
         spilled = 4 * counts["vgpr_spill_count"]  # scalar ones spill into lanes of these
-        instructions = count_instructions(assembly, r"^\s+(?:[sv]|ds|global|buffer|scratch|flat)_\w+")
-        return Resources(counts["vgpr_count"], spilled, compiled.metadata.shared, *instructions), assembly
+        count, found = loops(assembly, r"^\s+(?:[sv]|ds|global|buffer|scratch|flat)_\w+")
+        return Resources(counts["vgpr_count"], spilled, compiled.metadata.shared, count, longest(found)), assembly
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -84,27 +85,8 @@ def resources(kernel: Compiled, target: str) -> tuple[Resources, str]:
         )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     spilled = stack if "STL" in assembly else 0  # what is stored there; calls have frames there, too
-    instructions = count_instructions(assembly, r"^\s+/\*[0-9a-f]{4,}\*/")
-    return Resources(registers, spilled, compiled.metadata.shared, *instructions), assembly
-
-
-def count_instructions(assembly: str, instruction: str) -> tuple[int, int]:
-    """All, and those of the longest loop: from a label to a branch back to it.
-
-    After the exit is code that waits out of line, whose unconditional branches are the way back from there.
-    """
-    count, longest, labels, exited = 0, 0, {}, False
-    for line in assembly.splitlines():
-        if label := re.match(r"(\.L\w+):", line):
-            labels[label[1]] = count
-        elif re.match(instruction, line):
-            count += 1
-            exited |= bool(re.search(r"\*/\s+EXIT", line))
-            branch = r"(?:P\d BRA|BRA\.U|cbranch).*?(\.L\w+)" if exited else r"(?:BRA|branch).*?(\.L\w+)"
-            if target := re.search(branch, line):
-                start = labels.get(target[1], count)
-                longest = max(longest, count - start)
-    return count, longest
+    count, found = loops(assembly, NVIDIA)
+    return Resources(registers, spilled, compiled.metadata.shared, count, longest(found)), assembly
 
 
 def read_table() -> dict[tuple[str, str, str], Resources]:

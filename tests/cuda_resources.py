@@ -1,4 +1,8 @@
-"""Registers and stack of each CUDA kernel in a built core: `python tests/cuda_resources.py` writes the table again."""
+"""Registers, stack and instructions of each CUDA kernel in a built core.
+
+`python tests/cuda_resources.py` writes the table again. `PYTHONPATH=. python tests/cuda_resources.py scores` prints
+from it how many instructions attention takes for a score, beside what Triton's kernels take (compiled_kernels.csv).
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,22 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
+from assembly import NVIDIA, largest_body, loops
+
 TABLE = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "resources.csv"
-COLUMNS = ("nvcc", "arch", "kernel", "registers", "stack", "shared")  # shared: what is known before the launch
+# shared: what is known before the launch. loop: instructions of a step of the walk over keys, queries or pairs.
+COLUMNS = ("nvcc", "arch", "kernel", "registers", "stack", "shared", "loop")
 
 
-def find_cuobjdump() -> str | None:
-    """On PATH, or what Triton brings."""
+def find_tool(name: str) -> str | None:
+    """Return the path of cuobjdump or nvdisasm: on PATH, or what Triton brings."""
     triton = importlib.util.find_spec("triton")
     bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else None
-    return shutil.which("cuobjdump") or (shutil.which("cuobjdump", path=str(bundled)) if bundled else None)
+    return shutil.which(name) or (shutil.which(name, path=str(bundled)) if bundled else None)
 
 
 def nvcc_version() -> str | None:
@@ -33,22 +42,38 @@ def nvcc_version() -> str | None:
 
 
 def usage(module: Path) -> list[dict[str, str]]:
-    """A row for each kernel and architecture, without the nvcc that made it."""
-    cuobjdump = find_cuobjdump()
-    assert cuobjdump is not None
-    output = subprocess.run(
-        [cuobjdump, "--dump-resource-usage", module], capture_output=True, text=True, check=True
-    ).stdout
-    output = subprocess.run(["c++filt"], input=output, capture_output=True, text=True, check=True).stdout
-    rows, arch = [], ""
+    """Return a row for each kernel and architecture, without the nvcc that made it."""
+    output = run(find_tool("cuobjdump"), "--dump-resource-usage", module)
+    rows, arch, counts = [], "", loop_instructions(module)
     for line in output.splitlines():
         if match := re.search(r"arch = sm_(\d+)", line):
             arch = match[1]
-        elif match := re.search(r"Function .*?(\w+_kernel(?:<[^>]*>)?)\(", line):
-            kernel = match[1].replace("sgalign::", "")
+        elif match := re.search(r"Function (\w+):", line):
+            function = match[1]
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
-            rows.append({"arch": arch, "kernel": kernel, "registers": match[1], "stack": match[2], "shared": match[3]})
+            figures = dict(zip(("registers", "stack", "shared"), match.groups()))
+            rows.append({"arch": arch, "kernel": function, **figures, "loop": str(counts[arch, function])})
+    names = subprocess.run(["c++filt"], input="\n".join(row["kernel"] for row in rows), capture_output=True, text=True)
+    for row, name in zip(rows, names.stdout.splitlines(), strict=True):
+        row["kernel"] = re.search(r"\w+_kernel(?:<[^>]*>)?(?=\()", name)[0].replace("sgalign::", "")
     return sorted(rows, key=lambda row: (int(row["arch"]), row["kernel"]))
+
+
+def loop_instructions(module: Path) -> dict[tuple[str, str], int]:
+    """Return the instructions of a step of each kernel, by architecture and mangled name."""
+    counts = {}
+    with tempfile.TemporaryDirectory() as folder:
+        run(find_tool("cuobjdump"), "--extract-elf", "all", module.resolve(), cwd=folder)
+        for cubin in Path(folder).glob("*.cubin"):
+            assembly = run(find_tool("nvdisasm"), "--print-code", cubin)
+            arch = re.search(r"\.target\s+sm_(\d+)", assembly)[1]
+            for part in assembly.split("\t.section\t.text.")[1:]:
+                counts[arch, part.partition(",")[0]] = largest_body(loops(part, NVIDIA)[1])
+    return counts
+
+
+def run(*command: object, cwd: str | None = None) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd).stdout
 
 
 def read() -> list[dict[str, str]]:
@@ -56,7 +81,33 @@ def read() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-if __name__ == "__main__":
+# Scores that a thread of each kernel computes in a step, up to 64 channels of 16 bits; Triton's name for the kernel.
+SCORES = {
+    "attention_forward_kernel<Half, {dim}, 1, true>": ("forward", 64),
+    "attention_grad_query_kernel<Half, {dim}, true>": ("query_gradient", 64),
+    "attention_grad_key_kernel<Half, {dim}, true>": ("key_value_gradient", 32),
+}
+
+
+def print_scores(arch: str = "90") -> None:
+    """Print a Markdown table: instructions for a score of one float16 branch with padding and the random mask."""
+    from compiled_kernels import read_table
+
+    from sgalign.kernels import configs
+
+    ours = {row["kernel"]: int(row["loop"]) for row in read() if row["arch"] == arch}
+    triton = read_table()
+    print("| kernel | channels | CUDA C++ | Triton |\n|---|---|---|---|")
+    for kernel, (name, scores) in SCORES.items():
+        for dim in (32, 64):
+            plan = configs.lookup(name, f"sm_{arch}", 16, dim, 1, False)
+            theirs = triton[f"sm_{arch}", f"attention {name.replace('_', ' ')}: fp16, {dim} channels, one branch"]
+            per_score = theirs.loop / (plan.block_q * plan.block_k / 32 / plan.warps)
+            mine = ours[kernel.format(dim=dim)] / scores
+            print(f"| {name.replace('_', ' ')} | {dim} | {mine:.1f} | {per_score:.1f} |")
+
+
+def write() -> None:
     built = next((TABLE.parents[2] / "sgalign").glob("_C.*.so"))
     rows = [{"nvcc": nvcc_version()} | row for row in usage(built)]  # before the old ones are gone
     if not rows:
@@ -65,3 +116,7 @@ if __name__ == "__main__":
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    print_scores() if sys.argv[1:] == ["scores"] else write()

@@ -174,7 +174,7 @@ def test_conversions_and_exchanges(primitives):
     ]
     values[0, : len(special)] = torch.tensor(special)
     for row in values:
-        out = primitives("run_convert", row.contiguous(), size=6)
+        out = primitives("run_convert", row.contiguous(), size=7)
         for word, dtype in ((0, torch.float16), (1, torch.bfloat16)):
             pairs = out[:, word].contiguous().view(dtype).view(32, 2)
             torch.testing.assert_close(pairs, torch.stack([row, -row], 1).to(dtype), rtol=0, atol=0, equal_nan=True)
@@ -188,6 +188,11 @@ def test_conversions_and_exchanges(primitives):
         torch.testing.assert_close(exchanged, row[torch.arange(32) ^ 5], rtol=0, atol=0, equal_nan=True)
         votes = sum(int(value > 0) << i for i, value in enumerate(row))
         assert {int(word) & 0xFFFFFFFF for word in out[:, 5]} == {votes}
+        powers = row.double().exp2().float()
+        powers[powers < 2.0**-126] = 0
+        torch.testing.assert_close(
+            out[:, 6].contiguous().view(torch.float32), powers, rtol=2.0**-21, atol=0, equal_nan=True
+        )
 
 
 MISTAKES = ["", "race", "race", "race", "diverge", "diverge", "NaN", "not waited for", "no multiple of 16", "race"]
@@ -270,6 +275,28 @@ def test_nothing_kept(branches, core):
     assert_accurate(branches, tensors, grad_outs, mask_ratio=0.3, **options)
     outs, grads = attention.run(branches, tensors, grad_outs, mask_ratio=1, backend="cuda", **options)
     assert not outs[-1].any() and not outs[0][:, :, :5].any() and not grads[0][:, :, :5].any()
+
+
+@pytest.mark.parametrize("options", ["all", "random"])
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_scales_that_are_not_positive(dtype, scale, options, core):
+    shape = (1, 2, 19, 70, 16)
+    tensors, grad_outs = attention.make(shape, dtype)
+    for branches in attention.BRANCHES:
+        options_of = attention.make_options(options, shape)
+        assert_accurate(branches, tensors, grad_outs, floor=1.0, scale=scale, **options_of)
+
+
+@pytest.mark.parametrize("branches", attention.BRANCHES)
+def test_padded_keys_far_above_the_kept_ones(branches, core):
+    """A padded key's score is 0 here, and those of the kept ones lie far below."""
+    shape = (1, 1, 30, 70, 16)
+    tensors, grad_outs = attention.make(shape, torch.float16)
+    tensors[0][..., 0] = tensors[1][..., 0] = 16
+    tensors[2][..., 0] = -16
+    options = attention.make_options("padding", shape)
+    assert_accurate(branches, tensors, grad_outs, scale=1.0, **options)
 
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf])
@@ -468,8 +495,8 @@ def test_registers_and_no_spills():
     built = Path(_core.load().__file__)
     if not hasattr(_core.load(), "cuda_archs"):
         pytest.skip("the core was built without CUDA")
-    if not resources.find_cuobjdump() or not shutil.which("c++filt"):
-        pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton, and c++filt")
+    if not all(map(resources.find_tool, ("cuobjdump", "nvdisasm"))) or not shutil.which("c++filt"):
+        pytest.skip("needs cuobjdump and nvdisasm, of the CUDA toolkit or of Triton, and c++filt")
     usage = resources.usage(built)
     assert {row["arch"] for row in usage} == set(_core.load().cuda_archs.split())
     table = [row for row in resources.read() if row["nvcc"] == resources.nvcc_version()]

@@ -5,9 +5,10 @@
 // Philox calls of 8 lanes decide, so a thread that calls it once for a row and a column decides that column's key in
 // each strip, and has the results where its accumulators are.
 //
-// A warp computes 16 rows of one query, or of one key, whole. Warps of a block work on the rows of both branches, and
-// share each tile of keys and values; where both branches have the same query, a warp computes their scores once. Tiles
-// are copied to shared memory while the ones before are multiplied, with one barrier a tile.
+// A warp computes 16 rows of one query, or of one key, whole, or two such tiles of rows, which share what is loaded of
+// the keys. Warps of a block work on the rows of both branches, and share each tile of keys and values; where both
+// branches have the same query, a warp computes their scores once. Tiles are copied to shared memory while the ones
+// before are multiplied, with one barrier a tile.
 //
 // Nothing is added up by more than one warp but in a fixed order, so results are the same bits on each run.
 #pragma once

@@ -45,13 +45,14 @@ void load_matrices_kernel(Lanes lanes) {
 // Conversions of one float32, and what lanes tell each other.
 void convert_kernel(Lanes lanes) {
     const float value = as_float(lanes.in[lane_index()]);
-    uint32_t* const out = lanes.out + 6 * lane_index();
+    uint32_t* const out = lanes.out + 7 * lane_index();
     out[0] = pack<Half>(value, -value);
     out[1] = pack<BFloat16>(value, -value);
     out[2] = as_bits(to_float(Half{uint16_t(out[0])}));
     out[3] = round_tf32(value);
     out[4] = as_bits(shuffle_xor(value, 5));
     out[5] = ballot(value > 0);
+    out[6] = as_bits(fast_exp2(value));
 }
 
 // Mistakes that must not pass.
