@@ -19,8 +19,10 @@ from pathlib import Path
 from assembly import NVIDIA, largest_body, loops
 
 TABLE = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "resources.csv"
-# shared: what is known before the launch. loop: instructions of a step of the walk over keys, queries or pairs.
+# shared: what is known before the launch. loop: instructions of a step of the walk over keys, queries or pairs, counted
+# for one architecture, as disassembling takes half a minute for each.
 COLUMNS = ("nvcc", "arch", "kernel", "registers", "stack", "shared", "loop")
+COUNTED = "90"
 
 
 def find_tool(name: str) -> str | None:
@@ -52,23 +54,22 @@ def usage(module: Path) -> list[dict[str, str]]:
             function = match[1]
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             figures = dict(zip(("registers", "stack", "shared"), match.groups()))
-            rows.append({"arch": arch, "kernel": function, **figures, "loop": str(counts[arch, function])})
+            loop = str(counts[function]) if arch == COUNTED else ""
+            rows.append({"arch": arch, "kernel": function, **figures, "loop": loop})
     names = subprocess.run(["c++filt"], input="\n".join(row["kernel"] for row in rows), capture_output=True, text=True)
     for row, name in zip(rows, names.stdout.splitlines(), strict=True):
         row["kernel"] = re.search(r"\w+_kernel(?:<[^>]*>)?(?=\()", name)[0].replace("sgalign::", "")
     return sorted(rows, key=lambda row: (int(row["arch"]), row["kernel"]))
 
 
-def loop_instructions(module: Path) -> dict[tuple[str, str], int]:
-    """Return the instructions of a step of each kernel, by architecture and mangled name."""
+def loop_instructions(module: Path) -> dict[str, int]:
+    """Return the instructions of a step of each kernel, by its mangled name, for the architecture that is counted."""
     counts = {}
     with tempfile.TemporaryDirectory() as folder:
-        run(find_tool("cuobjdump"), "--extract-elf", "all", module.resolve(), cwd=folder)
+        run(find_tool("cuobjdump"), "--extract-elf", f"sm_{COUNTED}", module.resolve(), cwd=folder)
         for cubin in Path(folder).glob("*.cubin"):
-            assembly = run(find_tool("nvdisasm"), "--print-code", cubin)
-            arch = re.search(r"\.target\s+sm_(\d+)", assembly)[1]
-            for part in assembly.split("\t.section\t.text.")[1:]:
-                counts[arch, part.partition(",")[0]] = largest_body(loops(part, NVIDIA)[1])
+            for part in run(find_tool("nvdisasm"), "--print-code", cubin).split("\t.section\t.text.")[1:]:
+                counts[part.partition(",")[0]] = largest_body(loops(part, NVIDIA)[1])
     return counts
 
 
@@ -89,19 +90,19 @@ SCORES = {
 }
 
 
-def print_scores(arch: str = "90") -> None:
+def print_scores() -> None:
     """Print a Markdown table: instructions for a score of one float16 branch with padding and the random mask."""
     from compiled_kernels import read_table
 
     from sgalign.kernels import configs
 
-    ours = {row["kernel"]: int(row["loop"]) for row in read() if row["arch"] == arch}
+    ours = {row["kernel"]: int(row["loop"]) for row in read() if row["arch"] == COUNTED}
     triton = read_table()
     print("| kernel | channels | CUDA C++ | Triton |\n|---|---|---|---|")
     for kernel, (name, scores) in SCORES.items():
         for dim in (32, 64):
-            plan = configs.lookup(name, f"sm_{arch}", 16, dim, 1, False)
-            theirs = triton[f"sm_{arch}", f"attention {name.replace('_', ' ')}: fp16, {dim} channels, one branch"]
+            plan = configs.lookup(name, f"sm_{COUNTED}", 16, dim, 1, False)
+            theirs = triton[f"sm_{COUNTED}", f"attention {name.replace('_', ' ')}: fp16, {dim} channels, one branch"]
             per_score = theirs.loop / (plan.block_q * plan.block_k / 32 / plan.warps)
             mine = ours[kernel.format(dim=dim)] / scores
             print(f"| {name.replace('_', ' ')} | {dim} | {mine:.1f} | {per_score:.1f} |")

@@ -262,6 +262,15 @@ def test_layouts_of_attention(layout, core):
         attention.assert_same(result, attention.run("dual", *contiguous, **options))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_that_are_no_whole_pieces(dtype, core):
+    """Rows are multiples of 16 bytes apart; what lies behind their channels must not be read."""
+    tensors, grad_outs = attention.make((1, 2, 20, 70, 18), dtype)
+    wide = [[functional.pad(t, (0, 6), value=math.nan)[..., :18] for t in ts] for ts in (tensors, grad_outs)]
+    options = {"mask_ratio": 0.3, "mask_seed": 5, "backend": "cuda"}
+    attention.assert_same(attention.run("dual", *wide, **options), attention.run("dual", tensors, grad_outs, **options))
+
+
 @pytest.mark.parametrize("branches", attention.BRANCHES)
 def test_nothing_kept(branches, core):
     """Rows 0 to 4 lose everything by mask and padding, and the mirror loses everything if the ratio is 1."""
@@ -391,10 +400,16 @@ def test_relation(shape, branches, dtype, core):
         assert all(torch.equal(a, b) for a, b in zip(mine, again))
 
 
-@pytest.mark.parametrize("shape", [(9, 60, 128, 51), (4, 7, 30, 2)], ids=str)
-def test_strides_of_relation(shape, core):
+@pytest.mark.parametrize("shape", [(9, 60, 128, 51), (4, 7, 18, 2)], ids=str)
+@pytest.mark.parametrize("around", [(1, 2), (0, 6)])
+def test_strides_of_relation(around, shape, core):
+    """The second rows of 18 channels are 16 bytes apart, but no whole number of pieces of 16 bytes."""
     union, pairs, operands, grads = relation.make(shape)
-    shifted = lambda t: None if t is None else functional.pad(t, (1, 2))[..., 1:-2]  # noqa: E731
+    before, behind = around
+
+    def shifted(tensor):
+        return None if tensor is None else functional.pad(tensor, around, value=math.nan)[..., before:-behind]
+
     expected = relation.run(union, pairs, operands, grads, "cuda")
     strided = shifted(union), pairs.t().contiguous().t(), [[shifted(t) for t in branch] for branch in operands]
     for mine, theirs in zip(relation.run(*strided, grads, "cuda"), expected):
@@ -485,9 +500,7 @@ def test_core_without_cuda(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- resources
 
 
-SPILLS = [(arch, "attention_forward_kernel<float, 256, 1>") for arch in ("90", "100", "120")]  # two to four registers
-SPILLS += [(arch, "attention_grad_query_kernel<float, 256>") for arch in ("90", "100")]
-SPILLS += [("120", "attention_grad_key_kernel<float, 32>")]
+SPILLS = "attention_forward_kernel<float, 256,", "attention_grad_query_kernel<float, 256,"  # two to eight registers
 
 
 def test_registers_and_no_spills():
@@ -504,7 +517,7 @@ def test_registers_and_no_spills():
     listed = [row for row in usage if row["arch"] in {arch for arch, _ in known}]
     if not listed:
         pytest.skip("the table knows neither this compiler nor these architectures")
-    assert {(row["arch"], row["kernel"]) for row in listed if row["stack"] != "0"} <= set(SPILLS)
+    assert all(row["kernel"].startswith(SPILLS) for row in listed if row["stack"] != "0")
     assert {(row["arch"], row["kernel"]): row for row in listed} == {
         key: row for key, row in known.items() if key[0] in {row["arch"] for row in listed}
     }

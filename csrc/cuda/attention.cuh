@@ -24,7 +24,8 @@ namespace sgalign::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLeastScale = 0x1p-126f;  // stands for 0, whose product with -inf would be NaN
-constexpr int kRows = 16;                 // of a warp
+constexpr int kRows = 16;                 // of a tile
+constexpr int kMostShared = 99 << 10;     // bytes of a block: the least that any of these GPUs has
 
 struct AttentionCall {
     Attention a;

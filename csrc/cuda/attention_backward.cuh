@@ -47,6 +47,7 @@ struct GradQueryTiles {
     static constexpr int kThreads = kWarp * kWarps, kBlockTiles = kWarps * kTiles;
     static constexpr int kKeyTile = 8 * kStrips * D, kQueryTile = kRows * kBlockTiles * D;
     static constexpr int kSharedBytes = (2 * kQueryTile + 4 * kKeyTile) * int(sizeof(T)) + Padding<kStrips>::kBytes;
+    static_assert(kSharedBytes <= kMostShared);
     static constexpr int kBlocks = kRowBytes > 128 ? 1 : 2;
 };
 
@@ -244,12 +245,13 @@ struct GradKeyTiles {
                                     : kRowBytes > 128 ? 32
                                                       : 64;  // of a tile
     static constexpr int kKeyTile = 8 * kStrips * D, kQueryTile = kQueries * D;
-    // Random numbers lie [word][column][query], the rows 8 words further apart than they are long: lanes that load two
-    // words of neighbouring queries meet each bank once.
-    static constexpr int kColumn = kQueries + 8, kWord = 8 * kColumn, kDrawn = kWarps * kWord;
+    // Random numbers lie [word][column][query], the rows 8 words further apart than they are long where there is room:
+    // lanes that load two words of neighbouring queries meet each bank once.
+    static constexpr int kColumn = kQueries + (kRowBytes > 512 ? 0 : 8), kWord = 8 * kColumn, kDrawn = kWarps * kWord;
+    static constexpr int kDrawnBytes = 2 * kDrawn * 4;  // for the mask, and again for dropout
     static constexpr int kSharedBytes =
         (2 * kKeyTile + 4 * kQueryTile) * int(sizeof(T)) + 2 * kQueries * int(sizeof(Terms));
-    static constexpr int kDrawnBytes = 2 * kDrawn * 4;  // for the mask, and again for dropout
+    static_assert(kSharedBytes + 2 * kDrawnBytes <= kMostShared);
     // Of the two gradients, as many columns as a warp's registers hold; a block computes these.
     static constexpr int kMostColumns = sizeof(T) == 2 ? 128 : 32;
     static constexpr int kColumns = D < kMostColumns ? D : kMostColumns;

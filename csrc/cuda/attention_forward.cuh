@@ -5,7 +5,6 @@
 
 namespace sgalign::cuda {
 
-// What fits into 99 KB of shared memory, the least that any of these GPUs has.
 template <class T, int D, int kBranches, bool kPlain>
 struct ForwardTiles {
     static constexpr int kRowBytes = D * sizeof(T);
@@ -16,6 +15,7 @@ struct ForwardTiles {
     static constexpr int kThreads = kWarp * kWarps, kBlockTiles = kWarps * kTiles;
     static constexpr int kKeyTile = 8 * kStrips * D, kQueryTile = kRows * kBlockTiles * D;  // elements
     static constexpr int kSharedBytes = (kQueryTile + 4 * kKeyTile) * int(sizeof(T)) + Padding<kStrips>::kBytes;
+    static_assert(kSharedBytes <= kMostShared);
     // Of a multiprocessor at once: what its registers hold.
     static constexpr int kBlocks = kRowBytes > 128 ? 1 : 2;
 };

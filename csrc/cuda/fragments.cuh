@@ -69,7 +69,7 @@ __device__ __forceinline__ void load_tile(Tile<T, D> tile, int dim, bool aligned
         copy(tile.at(at, column), row.data + column, row.kept ? dim - column : 0);
     };
     if (aligned) {
-#pragma unroll 4  // more addresses at once spill registers
+#pragma unroll(sizeof(T) == 2 ? 4 : 2)  // more addresses at once spill registers
         for (int row = 0; row < kRows; row += kStep)
 #pragma unroll
             for (int piece = 0; piece < kPieces; piece += kAcross)

@@ -48,8 +48,7 @@ template <int kTileRows, class T, int D>
 __device__ __forceinline__ void load_part(Tile<T, D> to, const void* matrix, int64_t stride, int64_t first_row,
                                           int64_t rows, int64_t first_column, int64_t columns, bool aligned) {
     load_tile<kTileRows, kThreads>(to, smaller(D, columns - first_column), aligned, [&](int row) {
-        const bool inside = first_row + row < rows;
-        return Row<T>{(const T*)matrix + (inside ? first_row + row : 0) * stride + first_column, inside};
+        return Row<T>{(const T*)matrix + (first_row + row) * stride + first_column, first_row + row < rows};
     });
 }
 
@@ -359,7 +358,7 @@ std::string shape(const RelationLogits& a) {
 }
 
 RelationCall relation_call(const RelationLogits& a, int element_bytes) {
-    bool aligned = true;
+    bool aligned = a.channels * element_bytes % 16 == 0;
     const auto check = [&](const void* data, int64_t row) {
         aligned = aligned && uintptr_t(data) % 16 == 0 && row * element_bytes % 16 == 0;
     };
