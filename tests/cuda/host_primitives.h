@@ -9,6 +9,9 @@
 #pragma once
 
 #include <sys/mman.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -111,9 +114,13 @@ inline void fail(const std::string& message) {
                       std::to_string(block.index) + ", " + std::to_string(block.index_y);
 }
 
-// Gives up on the block: its fibers are never resumed.
+// Gives up on the block: its fibers are never resumed. What their frames told the sanitizer of their stacks must not
+// hold for the fibers of the next block.
 [[noreturn]] inline void give_up(const std::string& message) {
     fail(message);
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(block.stacks, block.stack_count * kStack);
+#endif
     void* unused;
     sgalign_switch_fiber(&unused, block.main);
     __builtin_unreachable();
