@@ -37,7 +37,6 @@ class GraphBatch(NamedTuple):
         image_ids: names of the images.
         sizes: float32 `[B, 2]`, width and height in pixels.
         lengths: int64 `[B]`, objects of each image.
-        counts: the same as numbers, which the host knows without waiting for a GPU.
         boxes: float32 `[T, 4]`, x1, y1, x2, y2 in pixels.
         labels: int64 `[T]`, from 1. Where a label decoder predicts them: what it is trained towards, 0 for a detection
             of nothing.
@@ -55,7 +54,6 @@ class GraphBatch(NamedTuple):
     image_ids: list[str]
     sizes: Tensor
     lengths: Tensor
-    counts: list[int]
     boxes: Tensor
     labels: Tensor
     scores: Tensor
@@ -86,7 +84,7 @@ class GraphBatch(NamedTuple):
 
     def boxes_by_image(self) -> tuple[Tensor, ...]:
         """Return `boxes` of each image, float32 `[N, 4]`."""
-        return self.boxes.split(self.counts)
+        return self.boxes.split(self.lengths.tolist())
 
     def require_pixels(self) -> list[Tensor]:
         """Return `pixels`, which a model that looks at images needs.
@@ -157,8 +155,7 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
     """
     if not graphs:
         raise InputError("graphs must be at least one scene graph, got none")
-    counts = [len(graph.labels) for graph in graphs]
-    objects = Objects.of(torch.tensor(counts))
+    objects = Objects.of(torch.tensor([len(graph.labels) for graph in graphs]))
     # rows[subject, object within its image] is the pair's place in `pairs`
     rows = torch.full((len(objects.images), int(objects.lengths.max())), -1)
     rows[objects.pairs[:, 0], objects.positions[objects.pairs[:, 1]]] = torch.arange(len(objects.pairs))
@@ -176,7 +173,6 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
         image_ids=[graph.image_id for graph in graphs],
         sizes=torch.tensor([(graph.width, graph.height) for graph in graphs], dtype=torch.float32),
         lengths=objects.lengths,
-        counts=counts,
         boxes=torch.cat([graph.boxes for graph in graphs]),
         labels=torch.cat([graph.labels for graph in graphs]),
         scores=torch.ones(len(objects.images)),

@@ -5,7 +5,6 @@ All of it is of the supervised branch. Constants are those of the public code's 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -165,19 +164,15 @@ def match(
             number of queries have none.
 
     Returns:
-        For each layer and image: int64 query indices and indices of relations, both `[matched]`, on the CPU, which
-        matches. All costs go there in one transfer, so that a GPU is waited for once.
-
-    Raises:
-        FloatingPointError: a cost is not finite.
+        For each layer and image: int64 query indices and indices of relations, both `[matched]`.
     """
     scores = assembling_scores(outputs, entities, sizes)
     if not scores.shape[-1]:  # no entity in any image, so no candidate
-        none = torch.empty(0, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.int64, device=scores.device)
         return [[(none, none)] * len(annotations) for _ in range(len(outputs.logits))]
     best = scores.topk(min(TRAINING_ENTITIES, scores.shape[-1]), dim=-1)
     scored = outputs.logits.float().softmax(-1)
-    totals = []
+    matches: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(len(outputs.logits))]
     for image, truth in enumerate(annotations):
         # Of queries [L, Q, M], then of entities as subjects and as objects [2, N, M], and of candidates.
         cost = VECTOR_COST * torch.cdist(outputs.vectors[:, image].float(), truth.vectors, p=1)
@@ -192,24 +187,15 @@ def match(
         total = cost[:, :, None] + candidates  # [L, Q, T, M]
         if distinct:
             total = total.amin(2, keepdim=True)
-        totals.append(total)
-    on_host = torch.cat([total.flatten() for total in totals]).cpu()
-    by_image = [costs.view(of.shape) for costs, of in zip(on_host.split([of.numel() for of in totals]), totals)]
-    return [[_assign(costs[layer]) for costs in by_image] for layer in range(len(outputs.logits))]
-
-
-def _assign(costs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the matched queries, each once with its cheapest candidate, and their relations; costs are `[Q, T, M]`."""
-    if not costs.isfinite().all():
-        raise FloatingPointError("the costs of matching queries with relations must be finite")
-    queries, candidates, _ = costs.shape
-    costs = costs.flatten(0, 1)
-    candidate, relation = (torch.as_tensor(found) for found in linear_sum_assignment(costs))
-    order = costs[candidate, relation].argsort(stable=True)
-    query, relation = candidate[order] // candidates, relation[order]
-    first = torch.full((queries,), len(query)).scatter_reduce_(0, query, torch.arange(len(query)), "amin")
-    rows = first[first < len(query)]
-    return query[rows], relation[rows]
+        for layer, costs in enumerate(total.flatten(1, 2).cpu()):
+            candidate, relation = (torch.as_tensor(found) for found in linear_sum_assignment(costs))
+            order = costs[candidate, relation].argsort(stable=True)
+            query, relation = candidate[order] // total.shape[2], relation[order]
+            first = torch.full((cost.shape[1],), len(query)).scatter_reduce_(0, query, torch.arange(len(query)), "amin")
+            rows = first[first < len(query)]
+            device = outputs.logits.device
+            matches[layer].append((query[rows].to(device), relation[rows].to(device)))
+    return matches
 
 
 def relation_losses(
@@ -218,7 +204,7 @@ def relation_losses(
     matches: Sequence[Sequence[tuple[Tensor, Tensor]]],
     *,
     focal: bool,
-    relations: float | Tensor,
+    relations: float,
 ) -> dict[str, Tensor]:
     """Return what training minimises: each part, weighted and summed over all layers.
 
@@ -236,11 +222,14 @@ def relation_losses(
     """
     layers, images, queries, classes = outputs.logits.shape
     device = outputs.logits.device
-    layer_of, image_of, query_of, relation = _matched(annotations, matches).to(device, non_blocking=True)
-    where = layer_of, image_of, query_of
-    predicates = torch.cat([truth.predicates for truth in annotations])[relation]
-    labels = torch.cat([truth.labels for truth in annotations], dim=1)[:, relation]
-    boxes = torch.cat([truth.boxes for truth in annotations], dim=1)[:, relation]
+    rows, truths = [], []
+    for layer in range(layers):
+        for image, (query, relation) in enumerate(matches[layer]):
+            rows.append(torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query]))
+            truth = annotations[image]
+            truths.append((truth.predicates[relation], truth.labels[:, relation], truth.boxes[:, relation]))
+    layer_of, image_of, query_of = where = tuple(torch.cat(rows, dim=1))
+    predicates, labels, boxes = (torch.cat(parts, dim=min(1, parts[0].dim() - 1)) for parts in zip(*truths))
     weight = torch.full((layers,), AUXILIARY_WEIGHT, device=device)
     weight[-1] = 1.0
     weights = weight[layer_of]
@@ -266,17 +255,6 @@ def relation_losses(
         "classes": CLASS_WEIGHT * (torch.stack(class_losses).sum(0) * weight).sum(),
         "boxes": BOX_WEIGHT * (weights * ((found - boxes).abs().sum(2) + 1 - giou(found, boxes))).sum() / relations,
     }
-
-
-def _matched(annotations: Sequence[Annotations], matches: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
-    """Return layer, image, query and relation of each match, relations numbered through all images: int64 `[4, n]`."""
-    starts = list(itertools.accumulate((len(truth.predicates) for truth in annotations), initial=0))
-    rows = [
-        torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query, relation + start])
-        for layer, of_layer in enumerate(matches)
-        for image, (start, (query, relation)) in enumerate(zip(starts, of_layer))
-    ]
-    return torch.cat(rows, dim=1)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

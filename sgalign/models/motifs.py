@@ -244,12 +244,12 @@ class _Context(nn.Module):
 
     def packed(self, inputs: list[Tensor], batch: GraphBatch, places: Tensor) -> list[Tensor]:
         """The library's LSTM on all branches' images in one packed batch: `[T, F]` each to `[T, hidden_dim]`."""
-        shape = len(inputs), len(batch.counts), max(*batch.counts, 1)
+        shape = len(inputs), len(batch.lengths), max(int(batch.lengths.max()), 1)
         sequences = inputs[0].new_zeros(*shape, inputs[0].shape[1])
         sequences[:, batch.images, places] = torch.stack(inputs)
         # Images without objects have no sequence; a length of 1 stands in for theirs, and is read by nobody.
-        lengths = [max(count, 1) for count in batch.counts] * len(inputs)
-        packed = pack_padded_sequence(sequences.flatten(0, 1), lengths, batch_first=True, enforce_sorted=False)
+        lengths = batch.lengths.clamp(min=1).repeat(len(inputs))
+        packed = pack_padded_sequence(sequences.flatten(0, 1), lengths.cpu(), batch_first=True, enforce_sorted=False)
         out, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=shape[2])
         out = self.project(out.unflatten(0, shape[:2])[:, batch.images, places])
         return list(out)
@@ -263,7 +263,7 @@ class _Context(nn.Module):
         # A row of zeros projects to the bias.
         branches = [projected] if dropped is None else [projected, torch.where(dropped, bias, projected)]
         gates = torch.stack(branches).unflatten(2, (2, -1))
-        images, longest = len(batch.counts), max(*batch.counts, 1)
+        images, longest = len(batch.lengths), max(int(batch.lengths.max()), 1)
         # Each direction reads an image's objects from its own end; what follows the last is read by nobody.
         steps = torch.stack([places, batch.lengths[batch.images] - 1 - places])
         direction = torch.arange(2, device=places.device)[:, None]

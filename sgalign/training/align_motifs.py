@@ -67,7 +67,7 @@ class AlignMotifsModule(MotifsModule):
 
     def draw_mask(self, batch: GraphBatch, batch_index: int) -> Tensor:
         """Draw what this step's mirror does not see, as attention masks are drawn: bool `[T, 1]` (row) or `[T, F]`."""
-        images, objects = len(batch.counts), max(batch.counts)
+        images, objects = len(batch.lengths), int(batch.lengths.max())
         seed, device = self.step_seed(batch_index), batch.boxes.device
         draw = partial(random_attention_mask, images, 1, ratio=self.mask_ratio, seed=seed, device=device)
         if self.options.mask_granularity == "row":

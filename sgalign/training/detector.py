@@ -44,7 +44,7 @@ class DetectorModule(SavedModule):
             self.network.load_weights(self.options.weights)
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
-        boxes, labels = batch.boxes_by_image(), batch.labels.split(batch.counts)
+        boxes, labels = batch.boxes_by_image(), batch.labels.split(batch.lengths.tolist())
         losses = self.network.losses(batch.require_pixels(), boxes, labels)
         losses = {name.removeprefix("loss_"): loss for name, loss in losses.items()}
         self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=len(boxes), prog_bar=True)

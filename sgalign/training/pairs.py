@@ -40,7 +40,7 @@ class PairModule(RelationModule):
         if seen.boxes_per_class is not None:
             boxes = seen.boxes_per_class[torch.arange(len(labels), device=labels.device), labels]
         probabilities = prediction.logits.float().softmax(1)
-        lengths, pairs = graph.counts, graph.pairs_by_image()
+        lengths, pairs = graph.lengths.tolist(), graph.pairs_by_image()
         images = zip(
             graph.image_ids,
             boxes.split(lengths),

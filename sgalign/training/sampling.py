@@ -33,12 +33,12 @@ def sample_pairs(
     group = 2 * images + is_foreground
     order = draw.argsort()
     order = order[group[order].argsort(stable=True)]
-    grouped = group[order]  # searched, since counting would make the host wait for the number of groups
+    sizes = torch.bincount(group, minlength=2 * (int(images.max()) + 1))
+    starts = sizes.cumsum(0) - sizes
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - torch.searchsorted(grouped, grouped)
-    related = torch.searchsorted(grouped, 2 * images + 2) - torch.searchsorted(grouped, 2 * images + 1)
-    related = related.clamp(max=max(int(limit * positive_fraction), 1))
-    return (rank < torch.where(is_foreground, related, limit - related)).nonzero()[:, 0]
+    rank[order] = torch.arange(len(order), device=order.device) - starts[group[order]]
+    related = sizes[1::2].clamp(max=max(int(limit * positive_fraction), 1))
+    return (rank < torch.where(is_foreground, related[images], limit - related[images])).nonzero()[:, 0]
 
 
 def match_detections(

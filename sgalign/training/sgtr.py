@@ -71,7 +71,7 @@ class SGTRModule(DetrModule, RelationModule):
         return self._graphs(batch, *self.detect(batch))
 
     def _graphs(self, batch: GraphBatch, pixels: list[Tensor], entities: DetectedEntities) -> list[dict[str, Any]]:
-        lengths, options = batch.counts, self.options
+        lengths, options = batch.lengths.tolist(), self.options
         # What the model is told: annotated objects, or another detector's.
         labels, boxes, scores = (field.split(lengths) for field in (batch.labels, batch.boxes, batch.scores))
         in_units = box_convert(batch.boxes / batch.sizes[batch.images].repeat(1, 2), "xyxy", "cxcywh").split(lengths)
@@ -115,18 +115,18 @@ class SGTRModule(DetrModule, RelationModule):
         if "decoder" in options.frozen:
             entities = entities._replace(memory=entities.memory.detach(), features=entities.features.detach())
         outputs, alignment = self.decode(entities, batch_index)
+        largest = outputs.logits.abs().max()
+        self.finite(largest, {"largest predicate logit": largest} | losses)  # or matching fails without saying why
         candidates, sizes = self._candidates(entities, *zip(*objects, strict=True)), sizes_of(pixels)
-        try:
-            matches = match(outputs, candidates, sizes, annotations, distinct=options.distinct_matching)
-        except FloatingPointError:
-            names = "predicate logit", "vector", "class logit", "box"
-            largest = {f"largest {name}": values.abs().max() for name, values in zip(names, outputs, strict=True)}
-            wrong = {name: value for name, value in largest.items() if not value.isfinite()}
-            self.finite(torch.stack([*largest.values()]).sum(), wrong | losses)
-            raise
-        relations = torch.full((), float(sum(len(image.predicates) for image in annotations)), device=self.device)
-        relations = self.trainer.strategy.reduce(relations, reduce_op="mean").clamp(min=1)
-        losses |= relation_losses(outputs, annotations, matches, focal=options.focal, relations=relations)
+        relations = torch.tensor(float(sum(len(image.predicates) for image in annotations)), device=self.device)
+        relations = self.trainer.strategy.reduce(relations, reduce_op="mean")
+        losses |= relation_losses(
+            outputs,
+            annotations,
+            match(outputs, candidates, sizes, annotations, distinct=options.distinct_matching),
+            focal=options.focal,
+            relations=max(float(relations), 1.0),
+        )
         return self.log_losses(losses | alignment, len(pixels))
 
     def decode(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
@@ -137,4 +137,4 @@ class SGTRModule(DetrModule, RelationModule):
 def sizes_of(pixels: list[Tensor]) -> Tensor:
     """Return width and height of images `[3, H, W]`: float32 `[B, 2]`."""
     sizes = [(image.shape[2], image.shape[1]) for image in pixels]
-    return torch.tensor(sizes, dtype=torch.float32).to(pixels[0].device, non_blocking=True)
+    return torch.tensor(sizes, dtype=torch.float32, device=pixels[0].device)

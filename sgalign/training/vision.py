@@ -153,7 +153,7 @@ class DetectingVision(ImageVision):
         self, found: Sequence[ObjectDetections], batch: GraphBatch, image: ImageFeatures
     ) -> list[ObjectDetections]:
         """Return each image's detections and, after them, its annotated objects as the detector would classify them."""
-        lengths = batch.counts
+        lengths = batch.lengths.tolist()
         logits = self.detector.classify(image, batch.boxes_by_image())
         boxes_per_class = batch.boxes[:, None].expand(-1, logits.shape[1], -1)  # each box stands for every class
         fields = batch.boxes, batch.labels, batch.scores, logits, boxes_per_class
@@ -187,11 +187,9 @@ def with_detections(batch: GraphBatch, found: Sequence[ObjectDetections]) -> Gra
 
     No pair has a target, and features of the annotated objects are dropped.
     """
-    counts = [len(image.boxes) for image in found]
-    objects = Objects.of(torch.tensor(counts, device=batch.boxes.device))
+    objects = Objects.of(torch.tensor([len(image.boxes) for image in found], device=batch.boxes.device))
     return batch._replace(
         lengths=objects.lengths,
-        counts=counts,
         images=objects.images,
         positions=objects.positions,
         boxes=torch.cat([image.boxes for image in found]),
