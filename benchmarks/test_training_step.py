@@ -52,7 +52,7 @@ class Step:
         rows = torch.cat([image * OBJECTS * (OBJECTS - 1) + torch.randperm(OBJECTS * (OBJECTS - 1))[:PAIRS].sort()[0]
                           for image in range(IMAGES)])  # fmt: skip
         batch = batch.keep_pairs(rows)
-        self.batch = batch._replace(**{k: v.to(device) for k, v in batch._asdict().items() if isinstance(v, Tensor)})
+        self.batch = batch.to(torch.device(device))
         self.heads = nn.ModuleList(TwoMLPHead(REGION, DIM) for _ in range(2)).to(device) if extractors else None
         width = REGION if extractors else DIM
         self.regions = [torch.rand(IMAGES * count, width, device=device) for count in (OBJECTS, PAIRS)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from sgalign.data.detections import Detections
 from sgalign.data.images import read_pixels
 from sgalign.data.scene_graph import SceneGraph
+from sgalign.data.transfer import send
 from sgalign.errors import InputError
 
 
@@ -33,10 +34,15 @@ class VisualFeatures(NamedTuple):
 class GraphBatch(NamedTuple):
     """B images; their T objects one after the other, and R ordered pairs of different objects of one image.
 
+    `lengths`, `pair_counts`, `related` and `truth` stay on the host when a batch goes to a GPU (`to`): sizes of tensors
+    follow from them, for which the host would have to wait otherwise.
+
     Attributes:
         image_ids: names of the images.
         sizes: float32 `[B, 2]`, width and height in pixels.
         lengths: int64 `[B]`, objects of each image.
+        pair_counts: int64 `[B]`, pairs of each image.
+        related: bool `[R]`, the pair has a label in `targets`: an annotated predicate.
         boxes: float32 `[T, 4]`, x1, y1, x2, y2 in pixels.
         labels: int64 `[T]`, from 1. Where a label decoder predicts them: what it is trained towards, 0 for a detection
             of nothing.
@@ -54,6 +60,8 @@ class GraphBatch(NamedTuple):
     image_ids: list[str]
     sizes: Tensor
     lengths: Tensor
+    pair_counts: Tensor
+    related: Tensor
     boxes: Tensor
     labels: Tensor
     scores: Tensor
@@ -65,22 +73,34 @@ class GraphBatch(NamedTuple):
     pixels: list[Tensor]
     features: VisualFeatures | None = None
 
+    def to(self, device: torch.device) -> GraphBatch:
+        """Return the batch on `device`, but for what stays on the host."""
+        features = self.features
+        if features is not None:
+            logits = None if features.logits is None else send(features.logits, device)
+            features = VisualFeatures(send(features.objects, device), send(features.unions, device), logits)
+        moved: dict[str, Any] = {name: send(getattr(self, name), device) for name in ON_DEVICE}
+        return self._replace(**moved, pixels=[send(image, device) for image in self.pixels], features=features)
+
     @property
     def starts(self) -> Tensor:
-        """Each image's first object among the T, int64 `[B]`."""
+        """Each image's first object among the T, int64 `[B]`, on the host."""
         return _starts(self.lengths)
 
     def keep_pairs(self, rows: Tensor) -> GraphBatch:
-        """Return the batch with these rows of `pairs` alone."""
-        features = self.features
+        """Return the batch with these rows of `pairs` alone, int64 in rising order, on the host."""
+        images = torch.repeat_interleave(torch.arange(len(self.lengths)), self.pair_counts)
+        counts = torch.bincount(images[rows], minlength=len(self.lengths))
+        batch = self._replace(pair_counts=counts, related=self.related[rows])
+        rows, features = send(rows, self.pairs.device), self.features
         if features is not None:
             features = features._replace(unions=features.unions[rows])
-        return self._replace(pairs=self.pairs[rows], targets=self.targets[rows], features=features)
+        return batch._replace(pairs=self.pairs[rows], targets=self.targets[rows], features=features)
 
     def pairs_by_image(self) -> list[Tensor]:
         """Return `pairs` of each image, int64 `[R_b, 2]`: subject and object among the image's own objects."""
-        counts = torch.bincount(self.images[self.pairs[:, 0]], minlength=len(self.lengths)).tolist()
-        return [pairs - start for pairs, start in zip(self.pairs.split(counts), self.starts.tolist(), strict=True)]
+        images = zip(self.pairs.split(self.pair_counts.tolist()), self.starts.tolist(), strict=True)
+        return [pairs - start for pairs, start in images]
 
     def boxes_by_image(self) -> tuple[Tensor, ...]:
         """Return `boxes` of each image, float32 `[N, 4]`."""
@@ -95,6 +115,10 @@ class GraphBatch(NamedTuple):
         if not self.pixels:
             raise InputError("data must have images: true for a model that looks at images")
         return self.pixels
+
+
+# Fields that `GraphBatch.to` moves, besides pixels and features.
+ON_DEVICE = "sizes", "boxes", "labels", "scores", "images", "positions", "pairs", "targets"
 
 
 def _starts(lengths: Tensor) -> Tensor:
@@ -117,25 +141,30 @@ class SeenBatch(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """Where the objects of a batch are: `lengths`, `images`, `positions` and all `pairs` of `GraphBatch`."""
+    """Where the objects of a batch are: fields of `GraphBatch`, and all its pairs."""
 
-    lengths: Tensor
+    lengths: Tensor  # int64 [B], on the host as `pair_counts`
+    pair_counts: Tensor
     images: Tensor
     positions: Tensor
     pairs: Tensor
-    starts: Tensor  # [B], of each image among the T
 
     @classmethod
-    def of(cls, lengths: Tensor) -> Objects:
-        """Return them for the number of objects of each image, int64 `[B]`."""
-        device = lengths.device
-        images = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
-        starts = _starts(lengths)
-        positions = torch.arange(len(images), device=device) - starts[images]
-        partner = torch.arange(int(lengths.max()) if len(lengths) else 0, device=device)
-        is_pair = (partner < lengths[images, None]) & (partner != positions[:, None])
-        subject, column = is_pair.nonzero(as_tuple=True)
-        return cls(lengths, images, positions, torch.stack([subject, starts[images[subject]] + column], dim=1), starts)
+    def of(cls, lengths: Tensor, device: torch.device | None = None) -> Objects:
+        """Return them on `device` for the number of objects of each image, int64 `[B]` on the host."""
+        device = device or lengths.device
+        pair_counts = lengths * (lengths - 1)
+        objects, total = int(lengths.sum()), int(pair_counts.sum())
+        counts, starts = send(torch.stack([lengths, _starts(lengths)]), device)
+        number = torch.arange(max(objects, total, len(lengths)), device=device)
+        images = torch.repeat_interleave(number[: len(lengths)], counts, output_size=objects)
+        positions = number[:objects] - starts[images]
+        partners = counts[images] - 1
+        subject = torch.repeat_interleave(number[:objects], partners, output_size=total)
+        partner = number[:total] - _starts(partners)[subject]
+        partner = partner + (partner >= positions[subject])  # an object is no partner of its own
+        pairs = torch.stack([subject, starts[images[subject]] + partner], dim=1)
+        return cls(lengths, pair_counts, images, positions, pairs)
 
 
 def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool = False) -> GraphBatch:
@@ -161,7 +190,7 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
     rows[objects.pairs[:, 0], objects.positions[objects.pairs[:, 1]]] = torch.arange(len(objects.pairs))
 
     targets = torch.zeros(len(objects.pairs), num_predicates + 1)
-    for graph, start in zip(graphs, objects.starts.tolist()):
+    for graph, start in zip(graphs, _starts(objects.lengths).tolist()):
         if len(graph.relations) and int(graph.relations[:, 2].max()) > num_predicates:
             raise InputError(
                 f"image {graph.image_id!r}: relations[:, 2] must be in 1 to {num_predicates}, "
@@ -173,6 +202,8 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
         image_ids=[graph.image_id for graph in graphs],
         sizes=torch.tensor([(graph.width, graph.height) for graph in graphs], dtype=torch.float32),
         lengths=objects.lengths,
+        pair_counts=objects.pair_counts,
+        related=targets[:, 1:].any(1),
         boxes=torch.cat([graph.boxes for graph in graphs]),
         labels=torch.cat([graph.labels for graph in graphs]),
         scores=torch.ones(len(objects.images)),

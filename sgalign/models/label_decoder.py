@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
+from sgalign.data.transfer import send
+
 DROPOUT = 0.2  # of the state between steps, the same channels in all steps, in training
 NMS_THRESHOLD = 0.5
 GATES = 6  # input, forget, candidate, output, highway gate, highway input; the last has no share of the state
@@ -54,7 +56,7 @@ class LabelDecoder(nn.Module):
 
         Args:
             inputs: `[T, input_dim]`, the objects of an image one after the other.
-            lengths: int64 `[B]`, objects of each image.
+            lengths: int64 `[B]`, objects of each image, on the host.
             places: int64 `[T]`, when an object's turn comes in its image, from 0.
             labels: int64 `[T]` for teacher forcing: each step is told the annotated class before it, or what it would
                 have said where that is the background.
@@ -64,19 +66,18 @@ class LabelDecoder(nn.Module):
         Returns:
             Logits `[T, num_classes]` and classes int64 `[T]`, from 1: with `labels` these, as the steps were told.
         """
-        images = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        rows = places.new_zeros(len(lengths), int(lengths.max()) if len(lengths) else 0)
-        rows[images, places] = torch.arange(len(images), device=places.device)
         longest_first = lengths.argsort(descending=True, stable=True)
-        rows = rows[longest_first].t()
-        active = (lengths[:, None] > torch.arange(len(rows), device=lengths.device)).sum(0).tolist()
+        images = send(torch.repeat_interleave(longest_first.argsort(), lengths), places.device)
+        rows = places.new_zeros(int(lengths.max()) if len(lengths) else 0, len(lengths))
+        rows[places, images] = torch.arange(len(images), device=places.device)
+        active = (lengths[:, None] > torch.arange(len(rows))).sum(0).tolist()
 
         weight, label_weight = self.input.weight.split([inputs.shape[1], self.embedding.embedding_dim], dim=1)
         projected = linear(inputs, weight, self.input.bias)
         embedded = linear(self.embedding.weight, label_weight)  # of every class: [num_classes + 1, GATES * hidden_dim]
         hidden = memory = inputs.new_zeros(len(lengths), self.hidden_dim)
         kept = dropout(torch.ones_like(hidden), DROPOUT, self.training)
-        previous = torch.full_like(lengths, self.num_classes)
+        previous = places.new_full((len(lengths),), self.num_classes)
         logits, said = [], []
         for step, count in enumerate(active):
             now = rows[step, :count]

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from sgalign.data import GraphBatch, SeenBatch
+from sgalign.data.transfer import send
 from sgalign.errors import InputError
 from sgalign.models.frequency import FrequencyBaseline
 from sgalign.models.label_decoder import LabelDecoder
@@ -244,15 +245,15 @@ class _Context(nn.Module):
 
     def packed(self, inputs: list[Tensor], batch: GraphBatch, places: Tensor) -> list[Tensor]:
         """The library's LSTM on all branches' images in one packed batch: `[T, F]` each to `[T, hidden_dim]`."""
-        shape = len(inputs), len(batch.lengths), max(int(batch.lengths.max()), 1)
-        sequences = inputs[0].new_zeros(*shape, inputs[0].shape[1])
-        sequences[:, batch.images, places] = torch.stack(inputs)
         # Images without objects have no sequence; a length of 1 stands in for theirs, and is read by nobody.
-        lengths = batch.lengths.clamp(min=1).repeat(len(inputs))
-        packed = pack_padded_sequence(sequences.flatten(0, 1), lengths.cpu(), batch_first=True, enforce_sorted=False)
+        lengths, order = batch.lengths.clamp(min=1).sort(descending=True, stable=True)  # or packing would wait to sort
+        rows = send(order.argsort(), places.device)[batch.images]
+        shape = len(lengths), len(inputs), int(lengths[0])
+        sequences = inputs[0].new_zeros(*shape, inputs[0].shape[1])
+        sequences[rows, :, places] = torch.stack(inputs, dim=1)
+        packed = pack_padded_sequence(sequences.flatten(0, 1), lengths.repeat_interleave(len(inputs)), batch_first=True)
         out, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=shape[2])
-        out = self.project(out.unflatten(0, shape[:2])[:, batch.images, places])
-        return list(out)
+        return list(self.project(out.unflatten(0, shape[:2])[rows, :, places]).unbind(1))
 
     def projected_once(self, inputs: Tensor, batch: GraphBatch, places: Tensor, dropped: Tensor | None) -> list[Tensor]:
         """As `packed` of `inputs` `[T, F]`, and of `inputs` with the rows of `dropped` `[T, 1]` set to 0."""
@@ -335,7 +336,7 @@ class _Recurrence(torch.autograd.Function):
 
 def right_to_left(batch: GraphBatch) -> Tensor:
     """Where each object stands in its image's sequence, by falling middle as in the public code: int64 `[T]`."""
-    middle = batch.boxes[:, [0, 2]].mean(1)
+    middle = batch.boxes[:, ::2].mean(1)
     order = middle.argsort(descending=True, stable=True)
     order = order[batch.images[order].argsort(stable=True)]
     # Sorted or not, the i-th slot belongs to the same image, and is the same place in it.

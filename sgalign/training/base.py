@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from sgalign.data import GraphBatch
+from sgalign.data.transfer import HostCopy
 from sgalign.errors import InputError
 from sgalign.models import predicate_counts
 from sgalign.training.checkpoints import (
@@ -48,6 +49,7 @@ class SavedModule(pl.LightningModule):
         self.predicate_names: list[str] = []
         self.run_seed = 0
         self.random_states: list[Tensor] = []  # of the checkpoint that a run resumes from
+        self._losses: tuple[tuple[str, ...], HostCopy] | None = None  # of the step, names and values, not yet checked
 
     def make_network(self, counts: Tensor) -> None:
         """Set `self.network`, and modules beside it, for the classes that `predicate_counts` tells of."""
@@ -102,11 +104,25 @@ class SavedModule(pl.LightningModule):
         return step_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose=purpose)
 
     def finite(self, loss: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss of a step, or raise an error that says what it is made of where it is not finite."""
+        """Return the loss of a step, whose parts an error names before the optimizer's step where it is not finite.
+
+        The host reads it when the device has the gradients to compute, which goes on meanwhile.
+        """
+        self._losses = tuple(parts), HostCopy(torch.stack([loss, *parts.values()]).detach())
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().backward(loss, *args, **kwargs)
+        if self._losses is not None:
+            (names, copy), self._losses = self._losses, None
+            total, *parts = copy.read()
+            self.check_finite(total, dict(zip(names, parts, strict=True)))
+
+    def check_finite(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """Raise an error that says what a loss on the host is made of, unless it is finite."""
         if not loss.isfinite():
             values = ", ".join(f"{name} {part.item():.3g}" for name, part in parts.items())
             raise InputError(f"the loss must be finite, got {values} at step {self.global_step}: lower learning_rate")
-        return loss
 
     def test_step(self, batch: GraphBatch) -> None:
         self.validation_step(batch)

@@ -165,7 +165,7 @@ class SceneGraphData(pl.LightningDataModule):
         """Return how often images with each predicate are seen in an epoch, by `repeat_threshold`."""
         return repeat_factors(self.train, len(self.predicate_names) - 1, self.repeat_threshold)
 
-    def on_after_batch_transfer(self, batch: GraphBatch, dataloader_idx: int) -> GraphBatch:
+    def on_before_batch_transfer(self, batch: GraphBatch, dataloader_idx: int) -> GraphBatch:
         """Return the batch, in training without the labels that `instance_drop` drops."""
         if not self.instance_drop or self.trainer is None or not self.trainer.training:
             return batch

@@ -127,6 +127,7 @@ def drop_repeated(batch: GraphBatch, factors: Tensor, rate: float, generator: to
     rate (1 - r / R): it has a target of zeros, which `RelationLoss` does not count.
 
     Args:
+        batch: on the host.
         factors: of `repeat_factors`.
         rate: 1.6 in BGNN's training on Visual Genome.
         generator: on the CPU; what is drawn depends on it alone.
@@ -138,4 +139,4 @@ def drop_repeated(batch: GraphBatch, factors: Tensor, rate: float, generator: to
     probability = rate * (1 - pair / image[images])
     drawn = torch.rand(len(pair), generator=generator).to(pair)
     dropped = (pair > 0) & (drawn < probability)
-    return batch._replace(targets=batch.targets.masked_fill(dropped[:, None], 0))
+    return batch._replace(targets=batch.targets.masked_fill(dropped[:, None], 0), related=batch.related & ~dropped)

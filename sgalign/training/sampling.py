@@ -20,8 +20,8 @@ def sample_pairs(
     """Draw at most `limit` pairs an image, of these at most `positive_fraction` related (or one).
 
     Args:
-        is_foreground: bool `[R]`, the pair is related.
-        images: int64 `[R]`, its image.
+        is_foreground: bool `[R]` on the host, the pair is related.
+        images: int64 `[R]` on the host, its image.
         generator: on the CPU; what is drawn depends on it alone.
 
     Returns:
@@ -29,14 +29,14 @@ def sample_pairs(
     """
     if not len(images):
         return images
-    draw = torch.rand(len(images), generator=generator).to(images.device)
+    draw = torch.rand(len(images), generator=generator)
     group = 2 * images + is_foreground
     order = draw.argsort()
     order = order[group[order].argsort(stable=True)]
     sizes = torch.bincount(group, minlength=2 * (int(images.max()) + 1))
     starts = sizes.cumsum(0) - sizes
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - starts[group[order]]
+    rank[order] = torch.arange(len(order)) - starts[group[order]]
     related = sizes[1::2].clamp(max=max(int(limit * positive_fraction), 1))
     return (rank < torch.where(is_foreground, related[images], limit - related[images])).nonzero()[:, 0]
 
@@ -62,7 +62,8 @@ def match_detections(
     of detections of something are background.
 
     Args:
-        boxes: `[N, 4]` of the detections; true_boxes `[G, 4]`; true_labels int64 `[G]`; relations int64 `[M, 3]`.
+        boxes: `[N, 4]` of the detections; true_boxes `[G, 4]`; true_labels int64 `[G]`; relations int64 `[M, 3]`. All
+            are on the host.
         num_predicates: without the background.
         generator: on the CPU.
         limit, positive_fraction: as in `sample_pairs`.
@@ -75,7 +76,7 @@ def match_detections(
     best, whose = overlap.max(1)
     labels = torch.where(best > iou, true_labels[whose] if len(true_labels) else 0, 0)
     is_of = (overlap > iou) & (labels[:, None] == true_labels) if len(true_labels) else overlap > iou
-    apart = ~torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)
+    apart = ~torch.eye(len(boxes), dtype=torch.bool)
     related = torch.zeros_like(apart)
     targets = boxes.new_zeros(len(boxes), len(boxes), num_predicates + 1)
     for subject, object_, predicate in relations.unique(dim=0).tolist():
@@ -85,7 +86,7 @@ def match_detections(
         if not candidates:
             continue
         related |= (odds > 0).view_as(related)
-        drawn = torch.multinomial(odds.cpu(), min(per_relation, candidates), generator=generator).to(boxes.device)
+        drawn = torch.multinomial(odds, min(per_relation, candidates), generator=generator)
         targets.view(-1, num_predicates + 1)[drawn, predicate] = 1
     is_drawn = targets.any(2)
     something = (labels[:, None] > 0) & (labels > 0) & apart

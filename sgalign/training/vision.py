@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from sgalign.data import GraphBatch, Objects, SeenBatch, VisualFeatures
+from sgalign.data.transfer import send
 from sgalign.errors import InputError
 from sgalign.models import Detector, ImageFeatures, ObjectDetections, RegionFeatures
 from sgalign.training.options import MotifsOptions
@@ -42,8 +43,8 @@ class Vision(nn.Module):
         if not self.training:
             return batch
         rows = sample_pairs(
-            batch.targets[:, 1:].any(1),
-            batch.images[batch.pairs[:, 0]],
+            batch.related,
+            torch.repeat_interleave(torch.arange(len(batch.lengths)), batch.pair_counts),
             limit=self.options.relations_per_image,
             generator=generator,
         )
@@ -172,13 +173,17 @@ class DetectingVision(ImageVision):
                 limit=self.options.relations_per_image,
                 num_predicates=graph.targets.shape[1] - 1,
             )
-            for boxes, truth in zip(graph.boxes_by_image(), graph.truth, strict=True)
+            for boxes, truth in zip(graph.boxes.cpu().split(graph.lengths.tolist()), graph.truth, strict=True)
         ]
         pairs, targets, labels = zip(*matched, strict=True)
+        pairs_of_all = [of_image + start for of_image, start in zip(pairs, graph.starts.tolist(), strict=True)]
+        device, target = graph.boxes.device, torch.cat(targets)
         return graph._replace(
-            pairs=torch.cat([of_image + start for of_image, start in zip(pairs, graph.starts.tolist(), strict=True)]),
-            targets=torch.cat(targets),
-            labels=torch.cat(labels),
+            pair_counts=torch.tensor([len(of_image) for of_image in pairs]),
+            related=target[:, 1:].any(1),
+            pairs=send(torch.cat(pairs_of_all), device),
+            targets=send(target, device),
+            labels=send(torch.cat(labels), device),
         )
 
 
@@ -187,15 +192,13 @@ def with_detections(batch: GraphBatch, found: Sequence[ObjectDetections]) -> Gra
 
     No pair has a target, and features of the annotated objects are dropped.
     """
-    objects = Objects.of(torch.tensor([len(image.boxes) for image in found], device=batch.boxes.device))
+    objects = Objects.of(torch.tensor([len(image.boxes) for image in found]), batch.boxes.device)
     return batch._replace(
-        lengths=objects.lengths,
-        images=objects.images,
-        positions=objects.positions,
+        **objects._asdict(),
+        related=torch.zeros(int(objects.pair_counts.sum()), dtype=torch.bool),
         boxes=torch.cat([image.boxes for image in found]),
         labels=torch.cat([image.labels for image in found]),
         scores=torch.cat([image.scores for image in found]),
-        pairs=objects.pairs,
         targets=batch.targets.new_zeros(len(objects.pairs), batch.targets.shape[1]),
         features=None,
     )
