@@ -537,7 +537,7 @@ def test_mirrored_images():
 def test_annotations():
     graph = next(g for g in map(ScenesDataset("train").__getitem__, range(9)) if len(g.relations) > 1)
     object.__setattr__(graph, "relations", torch.cat([graph.relations, torch.tensor([[1, 1, 2]])]))
-    ((objects,), (truth,)) = annotations_of(collate([graph], 20), torch.device("cpu"))
+    ((objects,), (truth,)) = annotations_of(collate([graph], 20))
     back = box_convert(objects[1], "cxcywh", "xyxy") * torch.tensor([graph.width, graph.height] * 2)
     torch.testing.assert_close(back, graph.boxes)
     assert len(truth.predicates) == len(graph.relations) - 1
@@ -707,7 +707,7 @@ def test_what_is_found():
     """Half of the objects, and of the relations the one between them."""
     graph = next(g for g in map(ScenesDataset("test").__getitem__, range(9)) if len(g.relations) > 2)
     batch = collate([graph], 20)
-    ((labels, boxes),), _ = annotations_of(batch, torch.device("cpu"))
+    ((labels, boxes),), _ = annotations_of(batch)
     half = len(labels) // 2
     logits = functional.one_hot(labels - 1, 17).float()[None, None] * 9
     logits[..., half:, :] = logits[..., half:, :].roll(1, -1)  # another class

@@ -52,7 +52,7 @@ class GraphBatch(NamedTuple):
         pairs: int64 `[R, 2]`, subject and object among the T; the pairs of an image stand together.
         targets: float32 `[R, num_predicates + 1]`, the distribution of the pair's annotated predicates, or the
             background (column 0) for a pair without any.
-        truth: `image_id`, `boxes`, `labels` and `relations` of each image as annotated, for the evaluation.
+        truth: `image_id`, `size`, `boxes`, `labels` and `relations` of each image as annotated.
         pixels: float32 `[3, H, W]` of each image, in 0 to 1; an empty list where images were not read.
         features: what `sgalign cache-features` has kept of the objects and pairs, where a cache was read.
     """

@@ -57,8 +57,9 @@ class SceneGraph:
 
     @property
     def truth(self) -> dict[str, Any]:
-        """What evaluators compare predictions with."""
-        return {name: getattr(self, name) for name in ("image_id", "boxes", "labels", "relations")}
+        """What evaluators compare predictions with, and the image's size."""
+        size = {"size": (self.width, self.height)}
+        return size | {name: getattr(self, name) for name in ("image_id", "boxes", "labels", "relations")}
 
 
 def count_predicates(graphs: Iterable[SceneGraph], num_predicates: int) -> Tensor:

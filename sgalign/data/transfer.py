@@ -19,7 +19,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors of one dtype and device on the host, in a single copy, for which the host waits once."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).cpu()
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 

@@ -164,25 +164,37 @@ class EntityDetector(nn.Module):
         feature_map, seen = model.backbone(*self.batch(pixels))[-1]
         position = model.position_embedding(feature_map.shape, feature_map.device, feature_map.dtype, mask=seen)
         position, seen = position.flatten(2).mT, seen.flatten(1)
-        memory = model.encoder(
-            inputs_embeds=model.input_projection(feature_map).flatten(2).mT,
-            attention_mask=seen,
-            spatial_position_embeddings=position,
-        ).last_hidden_state
-        features = self._decode(memory, position, seen)
+        # Images of one size have no padding; the host knows that without a look at `seen`.
+        mask = None if len({image.shape for image in pixels}) == 1 else seen[:, None, None]
+        memory = self._encode(model.input_projection(feature_map).flatten(2).mT, position, mask)
+        features = self._decode(memory, position, mask)
         logits = self.detr.class_labels_classifier(features)
         boxes = self.detr.bbox_predictor(features).sigmoid()
         return DetectedEntities(memory, position, ~seen, features[-1], logits, boxes)
 
-    def _decode(self, memory: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+    def _encode(self, features: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the encoder's memory `[B, M, dim]`.
+
+        In training the library's own way to it looks for infinities after each layer, for which a GPU has to be waited
+        for; the losses are checked anyway.
+        """
+        encoder = self.detr.model.encoder
+        memory = functional.dropout(features, encoder.dropout, encoder.training)
+        for layer in encoder.layers:
+            attended, _ = layer.self_attn(memory, mask, position)
+            attended = functional.dropout(attended, layer.dropout, layer.training)
+            memory = layer.self_attn_layer_norm(memory + attended)
+            memory = layer.final_layer_norm(memory + layer.mlp(memory))
+        return memory
+
+    def _decode(self, memory: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
         """Each decoder layer's features, normalised: `[L, B, N, dim]`.
 
         The library's own way to them, `auxiliary_loss`, hands the normalised features on from layer to layer, which
         DETR does not.
         """
-        model, (batch, length) = self.detr.model, seen.shape
-        queries = model.query_position_embeddings.weight.expand(batch, -1, -1)
-        mask = None if seen.all() else seen[:, None, None].expand(-1, 1, queries.shape[1], length)
+        model = self.detr.model
+        queries = model.query_position_embeddings.weight.expand(len(memory), -1, -1)
         hidden, layers = torch.zeros_like(queries), []
         for layer in model.decoder.layers:
             hidden = layer(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 
+from sgalign.data.transfer import send, to_host
 from sgalign.models.sgtr import RelationOutputs
 
 # Numbers of SGTR's public code, Scarecrow0/SGTR at 03bdd65: its configuration for Visual Genome, `config_vg_sgtr.py`
@@ -47,6 +48,9 @@ AUXILIARY_WEIGHT = 0.5  # of all layers but the last, predicates excepted
 LEAST_AREA = 1e-9  # of boxes in units of the image, far below a pixel: keeps gradients finite
 
 
+Matches = list[list[tuple[Tensor, Tensor]]]  # of `assign`
+
+
 class Entities(NamedTuple):
     """What can be subject or object in B images: N detected or given entities."""
 
@@ -73,8 +77,7 @@ class Entities(NamedTuple):
         one_hot = [functional.one_hot(image - 1, num_objects).float() for image in labels]
         if scores is not None:
             one_hot = [image * score[:, None] for image, score in zip(one_hot, scores, strict=True)]
-        pad = torch.nn.utils.rnn.pad_sequence
-        return cls(pad(one_hot, batch_first=True), pad(list(boxes), batch_first=True))
+        return cls(padded(one_hot), padded(boxes))
 
     @property
     def confidence(self) -> Tensor:
@@ -92,7 +95,7 @@ class Annotations(NamedTuple):
     @property
     def vectors(self) -> Tensor:
         """`[M, 4]`, middle of subject and object."""
-        return torch.cat([self.boxes[0, :, :2], self.boxes[1, :, :2]], dim=1)
+        return torch.cat([self.boxes[0, ..., :2], self.boxes[1, ..., :2]], dim=-1)
 
 
 def pairwise_giou(boxes: Tensor, others: Tensor) -> Tensor:
@@ -143,15 +146,15 @@ def assembling_scores(outputs: RelationOutputs, entities: Entities, sizes: Tenso
 
 
 @torch.no_grad()
-def match(
+def relation_costs(
     outputs: RelationOutputs,
     entities: Entities,
     sizes: Tensor,
     annotations: Sequence[Annotations],
     *,
     distinct: bool = False,
-) -> list[list[tuple[Tensor, Tensor]]]:
-    """Return the query of each annotated relation, by the Hungarian method, in every layer by itself.
+) -> list[Tensor]:
+    """Return what it costs that a query's candidate stands for a relation: float32 `[L, Q, candidates, M]` an image.
 
     Candidates are each query's `TRAINING_ENTITIES` best subjects and objects, put together by rank. The public code
     assigns relations to candidates, so that two may take different candidates of one query, which then is left to the
@@ -159,52 +162,99 @@ def match(
 
     Args:
         outputs, entities, sizes: as in `assembling_scores`.
-        annotations: of each image.
+        annotations: of each image, on any device.
         distinct: assigns relations to queries, each with its cheapest candidate, so that only relations beyond the
             number of queries have none.
-
-    Returns:
-        For each layer and image: int64 query indices and indices of relations, both `[matched]`.
     """
     scores = assembling_scores(outputs, entities, sizes)
     if not scores.shape[-1]:  # no entity in any image, so no candidate
-        none = torch.empty(0, dtype=torch.int64, device=scores.device)
-        return [[(none, none)] * len(annotations) for _ in range(len(outputs.logits))]
+        return [scores.new_zeros(*outputs.vectors.shape[::2], 0, len(truth.predicates)) for truth in annotations]
     best = scores.topk(min(TRAINING_ENTITIES, scores.shape[-1]), dim=-1)
-    scored = outputs.logits.float().softmax(-1)
-    matches: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(len(outputs.logits))]
-    for image, truth in enumerate(annotations):
-        # Of queries [L, Q, M], then of entities as subjects and as objects [2, N, M], and of candidates.
-        cost = VECTOR_COST * torch.cdist(outputs.vectors[:, image].float(), truth.vectors, p=1)
-        cost = cost + COST_BASE ** -scored[:, image][..., truth.predicates]
-        likely = torch.stack([entities.probabilities[image][:, labels] for labels in truth.labels])
-        away = torch.cdist(entities.boxes[image], truth.boxes, p=1)
-        overlap = pairwise_giou(entities.boxes[image], truth.boxes).clamp(min=0)
-        index, score = best.indices[:, :, image], best.values[:, :, image]  # [2, L, Q, T]
-        likely, away, overlap = (of[0][index[0]] + of[1][index[1]] for of in (likely, away, overlap))
-        candidates = CLASS_COST * COST_BASE**-likely + BOX_COST * away + COST_BASE**-overlap
-        candidates = candidates + SCORE_COST * (1 - score.mean(0))[..., None]
-        total = cost[:, :, None] + candidates  # [L, Q, T, M]
-        if distinct:
-            total = total.amin(2, keepdim=True)
-        for layer, costs in enumerate(total.flatten(1, 2).cpu()):
-            candidate, relation = (torch.as_tensor(found) for found in linear_sum_assignment(costs))
-            order = costs[candidate, relation].argsort(stable=True)
-            query, relation = candidate[order] // total.shape[2], relation[order]
-            first = torch.full((cost.shape[1],), len(query)).scatter_reduce_(0, query, torch.arange(len(query)), "amin")
+    # Of queries [L, B, Q, M], then of entities as subjects and as objects [2, B, N, M], and of candidates.
+    truth = _together(annotations, scores.device)
+    cost = VECTOR_COST * torch.cdist(outputs.vectors.float(), truth.vectors, p=1)
+    predicates = truth.predicates[:, None].expand_as(cost)
+    cost = cost + COST_BASE ** -outputs.logits.float().softmax(-1).gather(-1, predicates)
+    away = torch.cdist(entities.boxes, truth.boxes, p=1)
+    likely = entities.probabilities.expand(2, -1, -1, -1).gather(-1, truth.labels[:, :, None].expand_as(away))
+    overlap = pairwise_giou(entities.boxes, truth.boxes).clamp(min=0)
+    image = torch.arange(len(annotations), device=scores.device)[:, None, None]
+    subject, object_ = best.indices  # [L, B, Q, T]
+    likely, away, overlap = (of[0][image, subject] + of[1][image, object_] for of in (likely, away, overlap))
+    candidates = CLASS_COST * COST_BASE**-likely + BOX_COST * away + COST_BASE**-overlap
+    candidates = candidates + SCORE_COST * (1 - best.values.mean(0))[..., None]
+    total = cost[:, :, :, None] + candidates  # [L, B, Q, T, M]
+    if distinct:
+        total = total.amin(3, keepdim=True)
+    return [total[:, image, :, :, : len(truth.predicates)] for image, truth in enumerate(annotations)]
+
+
+def assign(costs: Sequence[Tensor]) -> Matches:
+    """Return the query of each annotated relation or object, by the Hungarian method, in every layer by itself.
+
+    Args:
+        costs: of each image, on the host: `[L, Q, candidates, M]` of `relation_costs`, or `[L, Q, M]`. Of several that
+            take candidates of one query the cheapest has it.
+
+    Returns:
+        For each layer and image: int64 query indices and indices of what is annotated, both `[matched]`, on the host.
+    """
+    matches: Matches = [[] for _ in range(len(costs[0]))]
+    for of_image in costs:
+        candidates = of_image[:, :, None] if of_image.dim() == 3 else of_image
+        for layer, of_layer in enumerate(candidates.flatten(1, 2)):
+            candidate, relation = (torch.as_tensor(found) for found in linear_sum_assignment(of_layer))
+            order = of_layer[candidate, relation].argsort(stable=True)
+            query, relation = candidate[order] // max(candidates.shape[2], 1), relation[order]
+            first = torch.full((candidates.shape[1],), len(query))
+            first.scatter_reduce_(0, query, torch.arange(len(query)), "amin")
             rows = first[first < len(query)]
-            device = outputs.logits.device
-            matches[layer].append((query[rows].to(device), relation[rows].to(device)))
+            matches[layer].append((query[rows], relation[rows]))
     return matches
+
+
+def match(
+    outputs: RelationOutputs,
+    entities: Entities,
+    sizes: Tensor,
+    annotations: Sequence[Annotations],
+    *,
+    distinct: bool = False,
+) -> Matches:
+    """Return what `assign` does of `relation_costs`, for which the host waits once."""
+    return assign(to_host(relation_costs(outputs, entities, sizes, annotations, distinct=distinct)))
+
+
+def matched_queries(matches: Matches) -> Tensor:
+    """Return layer, image and query of all that is matched: int64 `[3, matched]`."""
+    rows = [
+        torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query])
+        for layer, images in enumerate(matches)
+        for image, (query, _) in enumerate(images)
+    ]
+    return torch.cat(rows, dim=1)
+
+
+def padded(images: Sequence[Tensor]) -> Tensor:
+    """Return a tensor of all images, `[B, longest, ...]`, where shorter ones end in zeros."""
+    return torch.nn.utils.rnn.pad_sequence(list(images), batch_first=True)
+
+
+def _together(annotations: Sequence[Annotations], device: torch.device) -> Annotations:
+    """Return the relations of all images on `device`, with a dimension of images before that of relations."""
+    predicates = padded([truth.predicates for truth in annotations])
+    labels = padded([truth.labels.movedim(1, 0) for truth in annotations]).movedim(2, 0)
+    boxes = padded([truth.boxes.movedim(1, 0) for truth in annotations]).movedim(2, 0)
+    return Annotations(send(predicates, device), send(labels, device), send(boxes, device))
 
 
 def relation_losses(
     outputs: RelationOutputs,
     annotations: Sequence[Annotations],
-    matches: Sequence[Sequence[tuple[Tensor, Tensor]]],
+    matches: Matches,
     *,
     focal: bool,
-    relations: float,
+    relations: float | Tensor,
 ) -> dict[str, Tensor]:
     """Return what training minimises: each part, weighted and summed over all layers.
 
@@ -215,21 +265,18 @@ def relation_losses(
 
     Args:
         outputs: of L layers.
-        annotations: of each image.
+        annotations: of each image, on any device.
         matches: of `match`.
         focal: of `SGTR`.
         relations: annotated ones of the whole step, over its processes their mean; at least 1.
     """
     layers, images, queries, classes = outputs.logits.shape
     device = outputs.logits.device
-    rows, truths = [], []
-    for layer in range(layers):
-        for image, (query, relation) in enumerate(matches[layer]):
-            rows.append(torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query]))
-            truth = annotations[image]
-            truths.append((truth.predicates[relation], truth.labels[:, relation], truth.boxes[:, relation]))
-    layer_of, image_of, query_of = where = tuple(torch.cat(rows, dim=1))
-    predicates, labels, boxes = (torch.cat(parts, dim=min(1, parts[0].dim() - 1)) for parts in zip(*truths))
+    of_images = [image for layer in matches for image in zip(layer, annotations, strict=True)]
+    predicates = send(torch.cat([truth.predicates[found] for (_, found), truth in of_images]), device)
+    labels = send(torch.cat([truth.labels[:, found] for (_, found), truth in of_images], dim=1), device)
+    boxes = send(torch.cat([truth.boxes[:, found] for (_, found), truth in of_images], dim=1), device)
+    layer_of, image_of, query_of = where = send(matched_queries(matches), device).unbind()
     weight = torch.full((layers,), AUXILIARY_WEIGHT, device=device)
     weight[-1] = 1.0
     weights = weight[layer_of]
@@ -242,11 +289,11 @@ def relation_losses(
     else:
         target = torch.full((layers, images, queries), classes - 1, device=device)
         target[where] = predicates
-        predicate_loss = (_cross_entropy(outputs.logits, target) * weight).sum()
+        predicate_loss = (cross_entropies(outputs.logits, target) * weight).sum()
     no_object = outputs.class_logits.shape[-1] - 1
     classes_target = torch.full((2, layers, images, queries), no_object, device=device)
     classes_target[:, layer_of, image_of, query_of] = labels
-    class_losses = [_cross_entropy(outputs.class_logits[role], classes_target[role]) for role in (0, 1)]
+    class_losses = [cross_entropies(outputs.class_logits[role], classes_target[role]) for role in (0, 1)]
     found = outputs.boxes[:, layer_of, image_of, query_of]
     vectors = torch.cat([boxes[0, :, :2], boxes[1, :, :2]], dim=1)
     return {
@@ -257,10 +304,17 @@ def relation_losses(
     }
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Return each layer's cross-entropy `[L]`, the last class weighted `NO_OBJECT_WEIGHT`, over the sum of weights."""
-    weight = logits.new_ones(logits.shape[-1])
-    weight[-1] = NO_OBJECT_WEIGHT
+def cross_entropies(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return each layer's cross-entropy `[L]`, classes weighted, over the sum of weights.
+
+    Args:
+        logits: `[L, ..., K]`.
+        target: int64 `[L, ...]`.
+        weight: `[K]` of each class; None for 1, and `NO_OBJECT_WEIGHT` of the last.
+    """
+    if weight is None:
+        weight = logits.new_ones(logits.shape[-1])
+        weight[-1] = NO_OBJECT_WEIGHT
     losses = functional.cross_entropy(logits.flatten(0, -2), target.flatten(), weight, reduction="none")
     return losses.view(len(logits), -1).sum(1) / weight[target].flatten(1).sum(1)
 

@@ -75,11 +75,14 @@ class RoleNorm(nn.Module):
         shared: which weights each of the roles has, if some have the same.
     """
 
+    shared: Tensor | None
+
     def __init__(self, roles: int, dim: int, shared: Sequence[int] | None = None) -> None:
         super().__init__()
         kinds = roles if shared is None else len(set(shared))
         self.weight, self.bias = nn.Parameter(torch.ones(kinds, dim)), nn.Parameter(torch.zeros(kinds, dim))
-        self.shared = None if shared is None else list(shared)
+        # A list as an index would be copied to the device each time.
+        self.register_buffer("shared", None if shared is None else torch.tensor(list(shared)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight

@@ -15,7 +15,7 @@ from sgalign.models.graph_assembly import Annotations
 
 
 class TrainingImages(NamedTuple):
-    """Images with their annotations; boxes are middle x, y, width, height in units of the image."""
+    """Images with their annotations, on the host; boxes are middle x, y, width, height in units of the image."""
 
     pixels: list[Tensor]  # float32 [3, H, W]
     objects: list[tuple[Tensor, Tensor]]  # labels int64 [N] from 1, boxes [N, 4]
@@ -42,9 +42,8 @@ def augment(
     short_side = short_sides[int(torch.randint(len(short_sides), (), generator=generator))]
     pixels = [resize(image, short_side, long_side) for image in batch.require_pixels()]
     flips = (torch.rand(len(pixels), generator=generator) < flip).tolist()
-    device = pixels[0].device
-    objects, relations = annotations_of(batch, device)
-    swap = torch.tensor(mirrored_predicates(predicate_names), device=device)
+    objects, relations = annotations_of(batch)
+    swap = torch.tensor(mirrored_predicates(predicate_names))
     for image, is_flipped in enumerate(flips):
         if is_flipped:
             pixels[image] = pixels[image].flip(-1)
@@ -54,15 +53,15 @@ def augment(
     return TrainingImages(pixels, objects, relations)
 
 
-def annotations_of(batch: GraphBatch, device: torch.device) -> tuple[list[tuple[Tensor, Tensor]], list[Annotations]]:
+def annotations_of(batch: GraphBatch) -> tuple[list[tuple[Tensor, Tensor]], list[Annotations]]:
     """Return labels and boxes of each image's annotated objects, as in `TrainingImages`, and its relations.
 
     Relations of an object with itself are left out: no assembled pair can be one.
     """
     objects, annotations = [], []
-    for truth, size in zip(batch.truth, batch.sizes, strict=True):
-        boxes = box_convert(truth["boxes"].to(device) / size.to(device).repeat(2), "xyxy", "cxcywh")
-        labels, relations = truth["labels"].to(device), truth["relations"].to(device)
+    for truth in batch.truth:
+        boxes = box_convert(truth["boxes"] / torch.tensor(truth["size"] * 2), "xyxy", "cxcywh")
+        labels, relations = truth["labels"], truth["relations"]
         ends, predicates = relations[relations[:, 0] != relations[:, 1]].split((2, 1), dim=1)
         objects.append((labels, boxes))
         annotations.append(Annotations(predicates[:, 0] - 1, labels[ends.T] - 1, boxes[ends.T]))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -29,6 +29,15 @@ from sgalign.training.options import Options
 from sgalign.training.seeds import step_seed
 
 
+class _Report(NamedTuple):
+    """What a step has to report when its values are on the host."""
+
+    names: tuple[str, ...]
+    values: HostCopy  # of the loss and of each name
+    images: int
+    shown: frozenset[str]
+
+
 class SavedModule(pl.LightningModule):
     """A module whose network is made for the data's classes, and whose checkpoints carry their names.
 
@@ -49,7 +58,7 @@ class SavedModule(pl.LightningModule):
         self.predicate_names: list[str] = []
         self.run_seed = 0
         self.random_states: list[Tensor] = []  # of the checkpoint that a run resumes from
-        self._losses: tuple[tuple[str, ...], HostCopy] | None = None  # of the step, names and values, not yet checked
+        self._report: _Report | None = None
 
     def make_network(self, counts: Tensor) -> None:
         """Set `self.network`, and modules beside it, for the classes that `predicate_counts` tells of."""
@@ -103,20 +112,32 @@ class SavedModule(pl.LightningModule):
         """Return the seed of what this step draws: it repeats in a resumed run and differs between ranks."""
         return step_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose=purpose)
 
-    def finite(self, loss: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the loss of a step, whose parts an error names before the optimizer's step where it is not finite.
+    def report(self, loss: Tensor, parts: Mapping[str, Tensor], *, images: int, shown: Collection[str]) -> Tensor:
+        """Return the loss of a step, whose parts are logged; where it is not finite an error names them.
 
-        The host reads it when the device has the gradients to compute, which goes on meanwhile.
+        The host reads them when the gradients are queued, so that a GPU computes meanwhile, and before the optimizer's
+        step. A progress bar would have it wait for all that is queued.
+
+        Args:
+            loss: what is minimised.
+            parts: what is logged, numbers by name.
+            images: how many the step has.
+            shown: names of the parts that the progress bar shows.
         """
-        self._losses = tuple(parts), HostCopy(torch.stack([loss, *parts.values()]).detach())
+        copy = HostCopy(torch.stack([loss, *parts.values()]))
+        self._report = _Report(tuple(parts), copy, images, frozenset(shown))
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         super().backward(loss, *args, **kwargs)
-        if self._losses is not None:
-            (names, copy), self._losses = self._losses, None
-            total, *parts = copy.read()
-            self.check_finite(total, dict(zip(names, parts, strict=True)))
+        if self._report is None:
+            return
+        (names, copy, images, shown), self._report = self._report, None
+        total, *values = copy.read()
+        parts = dict(zip(names, values, strict=True))
+        self.check_finite(total, parts)
+        for name, part in parts.items():
+            self.log(f"train/{name}", part, batch_size=images, prog_bar=name in shown)
 
     def check_finite(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
         """Raise an error that says what a loss on the host is made of, unless it is finite."""

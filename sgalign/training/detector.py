@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sgalign.data import GraphBatch
+from sgalign.data.transfer import send
 from sgalign.metrics.matching import find_objects
 from sgalign.models import Detector, ObjectDetections
 from sgalign.training.base import SavedModule
@@ -47,8 +48,7 @@ class DetectorModule(SavedModule):
         boxes, labels = batch.boxes_by_image(), batch.labels.split(batch.lengths.tolist())
         losses = self.network.losses(batch.require_pixels(), boxes, labels)
         losses = {name.removeprefix("loss_"): loss for name, loss in losses.items()}
-        self.log_dict({f"train/{name}": loss for name, loss in losses.items()}, batch_size=len(boxes), prog_bar=True)
-        return self.finite(torch.stack(list(losses.values())).sum(), losses)
+        return self.report(torch.stack(list(losses.values())).sum(), losses, images=len(boxes), shown=losses)
 
     def detect(self, batch: GraphBatch) -> list[ObjectDetections]:
         """Return what is found in each image."""
@@ -57,7 +57,9 @@ class DetectorModule(SavedModule):
     def validation_step(self, batch: GraphBatch) -> None:
         """Log `found`: annotated objects that a detection of their class overlaps with an IoU of at least 0.5."""
         found = [
-            find_objects(detected.boxes, detected.labels, truth["boxes"], truth["labels"]).float()
+            find_objects(
+                detected.boxes, detected.labels, send(truth["boxes"], self.device), send(truth["labels"], self.device)
+            ).float()
             for detected, truth in zip(self.detect(batch), batch.truth, strict=True)
         ]
         if objects := sum(map(len, found)):

@@ -10,13 +10,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchvision.ops import box_convert
-from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
 from sgalign.data import GraphBatch
+from sgalign.data.transfer import send, to_host
 from sgalign.errors import InputError
 from sgalign.metrics.matching import find_objects
 from sgalign.models.entity_detector import BACKBONES, DetectedEntities, EntityDetector, resize
-from sgalign.models.graph_assembly import Entities
+from sgalign.models.entity_loss import EntityLoss, Objects
+from sgalign.models.graph_assembly import Entities, assign
 from sgalign.training.augmentation import TrainingImages, annotations_of, augment
 from sgalign.training.base import SavedModule, warmup
 from sgalign.training.checkpoints import read_checkpoint
@@ -40,7 +41,7 @@ class DetrModule(SavedModule):
     def make_network(self, counts: Tensor) -> None:
         num_objects = len(counts) - 1
         self.detector = make_detector(self.options, num_objects, self.object_names, self._detector_saved)
-        self.entity_loss = ImageLoss(HungarianMatcher(1, 5, 2), num_objects, 0.1, ["labels", "boxes"])
+        self.entity_loss = EntityLoss(num_objects)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -72,13 +73,15 @@ class DetrModule(SavedModule):
         """
         labels = entities.logits[-1][..., :-1].argmax(-1) + 1
         hits, both = [], []
-        for image, (objects, truth) in enumerate(zip(annotations_of(batch, self.device)[0], batch.truth, strict=True)):
-            boxes = [box_convert(b, "cxcywh", "xyxy").clamp(0, 1) for b in (entities.boxes[-1, image], objects[1])]
-            hit = find_objects(boxes[0], labels[image], boxes[1], objects[0])
+        for image, (objects, truth) in enumerate(zip(annotations_of(batch)[0], batch.truth, strict=True)):
+            true_labels, true_boxes = (send(field, self.device) for field in objects)
+            boxes = [box_convert(b, "cxcywh", "xyxy").clamp(0, 1) for b in (entities.boxes[-1, image], true_boxes)]
+            hit = find_objects(boxes[0], labels[image], boxes[1], true_labels)
             hits.append(hit)
             if len(truth["relations"]):
-                both.append(hit[truth["relations"][:, :2].to(hit.device)].all(1).float().mean())
-        for name, found in (("found", torch.cat(hits).float()), ("relations_found", torch.tensor(both))):
+                both.append(hit[send(truth["relations"][:, :2], self.device)].all(1).float().mean())
+        relations_found = torch.stack(both) if both else torch.zeros(0)
+        for name, found in (("found", torch.cat(hits).float()), ("relations_found", relations_found)):
             if len(found):
                 self.log(f"{self.part}/{name}", found.mean(), batch_size=len(found), sync_dist=True, on_epoch=True)
 
@@ -96,25 +99,30 @@ class DetrModule(SavedModule):
             flip=options.flip,
         )
 
-    def entity_losses(self, entities: DetectedEntities, objects: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Return DETR's losses, those of `transformers`, weighted and summed over its layers."""
-        layers = [{"logits": logits, "pred_boxes": boxes} for logits, boxes in zip(entities.logits, entities.boxes)]
-        targets = [{"class_labels": labels - 1, "boxes": boxes} for labels, boxes in objects]
-        losses = self.entity_loss({**layers[-1], "auxiliary_outputs": layers[:-1]}, targets)
-        names = zip(
-            ("classes", "boxes", "overlaps"), ("ce", "bbox", "giou"), self.options.entity_loss_weights, strict=True
-        )
-        return {
-            name: weight * torch.stack([loss for key, loss in losses.items() if key.startswith(f"loss_{theirs}")]).sum()
-            for name, theirs, weight in names
-        }
+    def entity_losses(
+        self, entities: DetectedEntities, objects: Sequence[Objects], costs: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Return DETR's losses, weighted and summed over its layers; `costs` are those of `EntityLoss`, on the host."""
+        losses = self.entity_loss(entities.logits, entities.boxes, objects, assign(costs))
+        weights = zip(losses.items(), self.options.entity_loss_weights, strict=True)
+        return {name: weight * loss for (name, loss), weight in weights}
 
-    def log_losses(self, losses: dict[str, Tensor], images: int) -> Tensor:
-        """Log losses and return their sum, which must be finite."""
+    def read_costs(self, costs: Sequence[Tensor], **others: Tensor) -> list[Tensor]:
+        """Return costs of matching on the host, for which it waits once.
+
+        They and `others`, numbers by name, must be finite: an error names what is not.
+        """
+        on_host = to_host([*others.values(), *costs])
+        costs = on_host[len(others) :]
+        checked = dict(zip(others, on_host)) | {"costs of matching": torch.stack([cost.sum() for cost in costs]).sum()}
+        for name, value in checked.items():
+            self.check_finite(value, {name.replace("_", " "): value})
+        return costs
+
+    def report_sum(self, losses: dict[str, Tensor], images: int) -> Tensor:
+        """Return the sum of losses, which are logged with it."""
         loss = torch.stack(list(losses.values())).sum()
-        self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=images)
-        self.log("train/loss", loss, batch_size=images, prog_bar=True)
-        return self.finite(loss, losses)
+        return self.report(loss, losses | {"loss": loss}, images=images, shown=["loss"])
 
     def configure_optimizers(self) -> Any:
         options = self.options
@@ -150,8 +158,10 @@ class EntityDetectorModule(DetrModule):
         self.network = self.detector
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
-        images = self.training_images(batch, batch_index)
-        return self.log_losses(self.entity_losses(self.detector(images.pixels), images.objects), len(images.pixels))
+        pixels, objects, _ = self.training_images(batch, batch_index)
+        entities = self.detector(pixels)
+        costs = self.read_costs(self.entity_loss.costs(entities.logits, entities.boxes, objects))
+        return self.report_sum(self.entity_losses(entities, objects, costs), len(pixels))
 
     def validation_step(self, batch: GraphBatch) -> None:
         self.log_found(self.detect(batch)[1], batch)

@@ -127,9 +127,7 @@ class MotifsModule(PairModule):
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
         loss, parts = self.losses(batch, batch_index)
-        logged = {f"train/{name}": part for name, part in parts.items()}
-        self.log_dict(logged, batch_size=len(batch.image_ids), prog_bar=True)
-        return self.finite(loss, parts)
+        return self.report(loss, parts, images=len(batch.image_ids), shown=parts)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer that the options choose, with the learning rate for the batches of all processes."""

@@ -10,8 +10,9 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from sgalign.data import GraphBatch
+from sgalign.data.transfer import send
 from sgalign.models.entity_detector import DetectedEntities
-from sgalign.models.graph_assembly import Entities, assemble, match, relation_losses
+from sgalign.models.graph_assembly import Entities, assemble, assign, relation_costs, relation_losses
 from sgalign.models.sgtr import SGTR, RelationOutputs
 from sgalign.training.detr import DetrModule, found_objects
 from sgalign.training.evaluation import RelationModule
@@ -97,7 +98,8 @@ class SGTRModule(DetrModule, RelationModule):
     ) -> Entities:
         """Return what was detected, or under PredCls what the model was told of each image."""
         if self.protocol == "predcls":
-            return Entities.given(labels, boxes, self.network.num_objects, scores)
+            given = Entities.given(labels, boxes, self.network.num_objects, scores)
+            return Entities(*(send(field, self.device) for field in given))
         return Entities.detected(entities.logits[-1], entities.boxes[-1])
 
     # ---- training
@@ -105,29 +107,26 @@ class SGTRModule(DetrModule, RelationModule):
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
         options = self.options
         pixels, objects, annotations = self.training_images(batch, batch_index)
-        losses: dict[str, Tensor] = {}
-        if "detector" in options.frozen:
-            with torch.no_grad():
-                entities = self.detector(pixels)
-        else:
+        trains_detector = "detector" not in options.frozen
+        with torch.set_grad_enabled(trains_detector):
             entities = self.detector(pixels)
-            losses |= {f"entity {name}": loss for name, loss in self.entity_losses(entities, objects).items()}
         if "decoder" in options.frozen:
             entities = entities._replace(memory=entities.memory.detach(), features=entities.features.detach())
         outputs, alignment = self.decode(entities, batch_index)
-        largest = outputs.logits.abs().max()
-        self.finite(largest, {"largest predicate logit": largest} | losses)  # or matching fails without saying why
         candidates, sizes = self._candidates(entities, *zip(*objects, strict=True)), sizes_of(pixels)
-        relations = torch.tensor(float(sum(len(image.predicates) for image in annotations)), device=self.device)
-        relations = self.trainer.strategy.reduce(relations, reduce_op="mean")
-        losses |= relation_losses(
-            outputs,
-            annotations,
-            match(outputs, candidates, sizes, annotations, distinct=options.distinct_matching),
-            focal=options.focal,
-            relations=max(float(relations), 1.0),
-        )
-        return self.log_losses(losses | alignment, len(pixels))
+        costs = relation_costs(outputs, candidates, sizes, annotations, distinct=options.distinct_matching)
+        if trains_detector:  # both in one copy
+            costs += self.entity_loss.costs(entities.logits, entities.boxes, objects)
+        costs = self.read_costs(costs, largest_predicate_logit=outputs.logits.abs().max())
+        losses: dict[str, Tensor] = {}
+        if trains_detector:
+            entity_losses = self.entity_losses(entities, objects, costs[len(annotations) :])
+            losses |= {f"entity {name}": loss for name, loss in entity_losses.items()}
+        relations = torch.full((), float(sum(len(image.predicates) for image in annotations)), device=self.device)
+        relations = self.trainer.strategy.reduce(relations, reduce_op="mean").clamp(min=1)
+        matches = assign(costs[: len(annotations)])
+        losses |= relation_losses(outputs, annotations, matches, focal=options.focal, relations=relations)
+        return self.report_sum(losses | alignment, len(pixels))
 
     def decode(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
         """Return what the supervised branch predicts, and the losses of what else is trained, by name."""
@@ -137,4 +136,4 @@ class SGTRModule(DetrModule, RelationModule):
 def sizes_of(pixels: list[Tensor]) -> Tensor:
     """Return width and height of images `[3, H, W]`: float32 `[B, 2]`."""
     sizes = [(image.shape[2], image.shape[1]) for image in pixels]
-    return torch.tensor(sizes, dtype=torch.float32, device=pixels[0].device)
+    return send(torch.tensor(sizes, dtype=torch.float32), pixels[0].device)

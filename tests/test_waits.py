@@ -1,0 +1,282 @@
+"""What makes the host wait for a GPU in a training step, counted on a pretended one."""
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pl = pytest.importorskip("lightning.pytorch")
+pytest.importorskip("transformers")
+
+import pretend_gpu  # noqa: E402
+import trainers  # noqa: E402
+from lightning.pytorch.accelerators import CPUAccelerator  # noqa: E402
+from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402
+from test_sgtr import SMALL, outputs  # noqa: E402
+from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss  # noqa: E402
+
+from sgalign.data import Objects, ScenesDataset, collate  # noqa: E402
+from sgalign.data.transfer import HostCopy, send, to_host  # noqa: E402
+from sgalign.models.entity_loss import EntityLoss  # noqa: E402
+from sgalign.models.graph_assembly import Annotations, Entities, assign, relation_costs  # noqa: E402
+from sgalign.ops import backends  # noqa: E402
+from sgalign.training import (  # noqa: E402
+    AlignMotifsModule,
+    AlignSGTRModule,
+    EntityDetectorModule,
+    MotifsModule,
+    SceneGraphData,
+    SGTRModule,
+)
+
+LAYERS = {"layers": 6, "entity_layers": 6, "encoder_layers": 3}  # as published
+DETR = {name: value for name, value in SMALL.items() if name not in ("layers", "queries", "encoder_layers")}
+MOTIFS = trainers.SMALL_MOTIFS | {"relations_per_image": 20}
+
+
+class FewScenes(SceneGraphData):
+    def _read(self, split):
+        graphs = (g for g in map(self._open(split).__getitem__, range(30)) if len(g.relations))
+        return [graph for graph, _ in zip(graphs, range(18))]
+
+
+class Accelerator(CPUAccelerator):
+    def setup_device(self, device):
+        pass
+
+
+class Counted(pl.Callback):
+    """Counts each training step but the last, with the batch that is fetched for the next one."""
+
+    def __init__(self, gpu):
+        self.gpu, self.steps, self.calls, self.step = gpu, [], 0, None
+
+    def on_train_batch_start(self, *_):
+        self.stop()
+        self.step = self.gpu.count()
+        self.step.__enter__()
+
+    def on_after_backward(self, *_):
+        self.calls = self.gpu.calls
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.is_last_batch:
+            self.step.__exit__(None, None, None)
+
+    def stop(self):
+        if self.step is not None:
+            self.step.__exit__(None, None, None)
+            self.steps.append((self.gpu.waits, self.calls))
+
+
+def count(monkeypatch, module, batch_size=6, **options):
+    """Return the waits, and the operators of forward and backward, of each of two steps."""
+    choose = backends.choose
+    ours = lambda backend, device, dtype: "cpu" if device.type == "pretend" else choose(backend, device, dtype)  # noqa: E731
+    monkeypatch.setattr(backends, "choose", ours)
+    gpu = pretend_gpu.PretendGPU()
+    counted = Counted(gpu)
+    strategy = SingleDeviceStrategy(device=pretend_gpu.device(), accelerator=Accelerator())
+    options = {"limit_train_batches": 3, "limit_val_batches": 1, "num_sanity_val_steps": 0} | options
+    pl.seed_everything(0)
+    with gpu:
+        run = trainers.trainer(
+            accelerator="auto", strategy=strategy, callbacks=[counted], gradient_clip_val=1.0, **options
+        )
+        run.fit(module, FewScenes(None, batch_size=batch_size, images=module.looks_at_images))
+    assert len(counted.steps) == 2
+    return counted.steps
+
+
+# One wait is for the losses, which are checked before the optimizer's step; gradients are queued by then, so that the
+# device computes meanwhile. The other is for the costs of matching, of all layers and images, SGTR's and DETR's: the
+# Hungarian method runs on the host, and says which losses there are.
+LOSSES, COSTS = 1, 1
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: MotifsModule(**MOTIFS), LOSSES),
+        (lambda: AlignMotifsModule(**MOTIFS), LOSSES),
+        (lambda: AlignMotifsModule(mask_granularity="feature", supervise_mirror=True, **MOTIFS), LOSSES),
+        (lambda: SGTRModule(**SMALL | LAYERS), COSTS + LOSSES),
+        (lambda: AlignSGTRModule(**SMALL | LAYERS), COSTS + LOSSES),
+        (lambda: SGTRModule(protocol="predcls", focal=False, **SMALL), COSTS + LOSSES),
+    ],
+    ids=["Motifs", "Align-Motifs", "Align-Motifs, features", "SGTR", "Align-SGTR", "SGTR, PredCls"],
+)
+def test_waits_of_a_training_step(monkeypatch, make, expected):
+    for waits, _ in count(monkeypatch, make()):
+        assert waits.total() == expected, waits
+
+
+def test_waits_grow_with_neither_images_nor_layers(monkeypatch):
+    few = count(monkeypatch, SGTRModule(**SMALL), batch_size=1)
+    assert [waits.total() for waits, _ in few] == [COSTS + LOSSES] * 2
+
+
+def test_images_of_one_size_need_no_mask(monkeypatch):
+    """Nor a look at whether they do."""
+    steps = count(monkeypatch, SGTRModule(**SMALL | {"short_sides": [64], "long_side": 64}), batch_size=1)
+    assert [waits.total() for waits, _ in steps] == [COSTS + LOSSES] * 2
+
+
+def test_a_progress_bar_waits_for_nothing_else(monkeypatch):
+    """Lightning reads what it shows in each step; the losses are on the host by then."""
+    for waits, _ in count(monkeypatch, AlignMotifsModule(**MOTIFS), enable_progress_bar=True):
+        assert waits.total() == LOSSES, waits
+
+
+# ---- the counter
+
+
+def test_what_is_counted():
+    gpu, device = pretend_gpu.PretendGPU(), pretend_gpu.device()
+    with gpu:
+        x, host = torch.rand(3, 4, device=device), torch.arange(3)
+
+        def waits(function):
+            with gpu.count():
+                function()
+            return gpu.waits.total()
+
+        for function in (
+            lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.tolist(), lambda: x.cpu().numpy(),
+            lambda: torch.tensor([1, 2], device=device), lambda: x.new_tensor([1.0]), lambda: x[[0, 2]],
+            lambda: x[:, [0, 2]], lambda: x[host], lambda: x[x[:, 0] > 0], lambda: x.nonzero(), lambda: host.to(device),
+            lambda: torch.equal(x, x), lambda: x.masked_select(x > 0), lambda: x.unique(), lambda: to_host([x, x]),
+            lambda: x[0].long().bincount(), lambda: x.repeat_interleave(torch.ones_like(x[:, 0]).long(), dim=0),
+            lambda: HostCopy(x).read(), lambda: host.float().copy_(x[:, 0]),
+        ):  # fmt: skip
+            assert waits(function) == 1
+        for function in (
+            lambda: x + 1, lambda: x[0], lambda: x[:, ::2], lambda: x[send(host, device)], lambda: HostCopy(x),
+            lambda: torch.full((), 3, device=device), lambda: x.where(x > 0, 0), lambda: x[0].fill_(1),
+            lambda: x.repeat_interleave(x[:, 0].long(), dim=0, output_size=int(x.held[:, 0].long().sum())),
+            lambda: to_host([host, host]), lambda: host.tolist(),
+        ):  # fmt: skip
+            assert waits(function) == 0
+        with pytest.raises(RuntimeError, match="tensors on the host and on the device"):
+            x[:, 0] + host
+
+
+def test_the_pretended_device_computes_what_the_cpu_does(monkeypatch):
+    """Of three steps: what is logged last."""
+    logged = []
+    for on_device in (True, False):
+        pl.seed_everything(0)
+        module = AlignMotifsModule(**MOTIFS)
+        if on_device:
+            count(monkeypatch, module, limit_val_batches=0)
+        else:
+            run = trainers.trainer(limit_train_batches=3, limit_val_batches=0, gradient_clip_val=1.0)
+            run.fit(module, FewScenes(None, batch_size=6))
+        logged.append({name: value.cpu() for name, value in module.trainer.callback_metrics.items()})
+    assert {"train/loss", "train/alignment"} <= logged[0].keys()
+    for name, value in logged[0].items():
+        torch.testing.assert_close(value, logged[1][name], msg=name)
+
+
+# ---- what replaces loops that waited
+
+
+def test_pairs_are_those_of_a_loop():
+    lengths = [3, 0, 1, 4]
+    objects = Objects.of(torch.tensor(lengths))
+    expected, start = [], 0
+    for length in lengths:
+        expected += [[start + s, start + o] for s in range(length) for o in range(length) if s != o]
+        start += length
+    assert objects.pairs.tolist() == expected and objects.pair_counts.tolist() == [6, 0, 0, 12]
+    assert objects.images.tolist() == [0, 0, 0, 2, 3, 3, 3, 3] and objects.positions.tolist() == [
+        0,
+        1,
+        2,
+        0,
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert Objects.of(torch.tensor([0])).pairs.shape == (0, 2)
+
+
+def test_what_stays_on_the_host(monkeypatch):
+    batch = collate([ScenesDataset("train")[index] for index in range(3)], 20)
+    with pretend_gpu.PretendGPU():
+        moved = batch.to(pretend_gpu.device())
+        rows = torch.arange(0, len(batch.pairs), 2)
+        kept = moved.keep_pairs(rows)
+        assert {name for name, value in moved._asdict().items() if isinstance(value, pretend_gpu.PretendTensor)} == {
+            "sizes", "boxes", "labels", "scores", "images", "positions", "pairs", "targets"
+        }  # fmt: skip
+        assert torch.equal(kept.pairs.cpu(), batch.pairs[rows]) and torch.equal(kept.related, batch.related[rows])
+        assert [len(pairs) for pairs in kept.pairs_by_image()] == kept.pair_counts.tolist()
+    assert kept.pair_counts.sum() == len(rows) and torch.equal(batch.related, batch.targets[:, 0] == 0)
+
+
+def test_costs_of_a_batch_are_those_of_its_images():
+    """Shorter images are padded, which changes nothing."""
+    torch.manual_seed(0)
+    said, sizes = outputs(images=3), torch.tensor([[100.0, 50], [60, 80], [90, 90]])
+    found = Entities(torch.rand(3, 6, 5), torch.rand(3, 6, 4) * 0.4 + 0.1)
+    truths = []
+    for count_ in (4, 0, 2):
+        labels, boxes = torch.randint(5, (2, count_)), torch.rand(2, count_, 4) * 0.4 + 0.1
+        truths.append(Annotations(torch.randint(4, (count_,)), labels, boxes))
+    together = relation_costs(said, found, sizes, truths)
+    for image, truth in enumerate(truths):
+        one = slice(image, image + 1)
+        parts = said.logits[:, one], said.vectors[:, one], said.class_logits[:, :, one], said.boxes[:, :, one]
+        alone = relation_costs(type(said)(*parts), Entities(*(t[one] for t in found)), sizes[one], [truth])
+        assert torch.equal(together[image], alone[0]) and together[image].shape[-1] == len(truth.predicates)
+
+
+def test_losses_of_entities_are_the_librarys():
+    """Layer by layer, with its own matching; and their gradients."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 2, 7, 6, requires_grad=True)
+    boxes = (torch.rand(3, 2, 7, 4) * 0.4 + 0.1).requires_grad_()
+    objects = [(torch.randint(1, 6, (count_,)), torch.rand(count_, 4) * 0.4 + 0.1) for count_ in (4, 0)]
+    ours = EntityLoss(5)
+    matches = assign(to_host(ours.costs(logits, boxes, objects)))
+    found = ours(logits, boxes, objects, matches)
+    library = ImageLoss(HungarianMatcher(1, 5, 2), 5, 0.1, ["labels", "boxes"])
+    assert (
+        torch.equal(library.empty_weight, ours.empty_weight) and library.state_dict().keys() == ours.state_dict().keys()
+    )
+    targets = [{"class_labels": labels - 1, "boxes": true} for labels, true in objects]
+    expected = {"classes": 0.0, "boxes": 0.0, "overlaps": 0.0}
+    for layer in range(3):
+        losses = library({"logits": logits[layer], "pred_boxes": boxes[layer]}, targets)
+        for name, theirs in (("classes", "loss_ce"), ("boxes", "loss_bbox"), ("overlaps", "loss_giou")):
+            expected[name] = expected[name] + losses[theirs]
+    for name, loss in found.items():
+        torch.testing.assert_close(loss, expected[name], msg=name)
+        for one, other in zip(*(torch.autograd.grad(of, (logits, boxes), retain_graph=True, allow_unused=True)
+                                for of in (loss, expected[name]))):  # fmt: skip
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_costs_that_are_not_finite_are_named():
+    module = EntityDetectorModule(**DETR)
+    with pytest.raises(ValueError, match="must be finite, got costs of matching inf at step"):
+        module.read_costs([torch.full((1, 2, 2), float("inf"))])
+    with pytest.raises(ValueError, match="must be finite, got largest logit nan at step"):
+        module.read_costs([torch.zeros(1, 2, 2)], largest_logit=torch.tensor(float("nan")))
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight():
+    """It is found when gradients are there, and before the optimizer's step."""
+    pl.seed_everything(0)
+    module, before = MotifsModule(**MOTIFS), {}
+
+    def break_it():
+        torch.nn.init.constant_(module.network.predicate.bias, torch.inf)
+        before.update({name: value.clone() for name, value in module.state_dict().items()})
+
+    module.on_train_start = break_it
+    with pytest.raises(ValueError, match="the loss must be finite, got loss nan at step 0: lower learning_rate"):
+        trainers.trainer(limit_train_batches=2).fit(module, FewScenes(None, batch_size=2))
+    learned = dict(module.named_parameters())
+    assert before and all(torch.equal(learned[name], before[name]) for name in learned)
