@@ -55,6 +55,15 @@ class DetectedEntities(NamedTuple):
     logits: Tensor  # [L, B, N, num_objects + 1], the last column for no object
     boxes: Tensor  # [L, B, N, 4], middle x, y, width, height in units of the image
 
+    def last(self) -> DetectedEntities:
+        """Return them with the boxes of the last layer alone, without a gradient, and with no views of larger tensors.
+
+        A compiled network knows the sizes of what it reads and of what that is a view of, such as the number of layers.
+        Where it meets two that are equal it takes them for one, and compiles again when they no longer are.
+        """
+        boxes = self.boxes[-1:].detach().clone()
+        return self._replace(position=self.position.clone(), features=self.features.clone(), boxes=boxes)
+
 
 class EntityDetector(nn.Module):
     """DETR, with what SGTR reads of it: the encoder's memory, the decoder's features, and every layer's predictions.

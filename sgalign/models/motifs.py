@@ -87,6 +87,7 @@ class Motifs(nn.Module):
         self.head_tail = nn.Linear(hidden_dim, 2 * hidden_dim)  # post_emb: of each object as subject and as object
         self.pair = nn.Linear(2 * hidden_dim, relation_dim)  # post_cat
         self.union = None if object_dim else _GeometryUnion(relation_dim)
+        self.relation = _Relation()
         self.num_predicates = predicates - 1
         self.predicate = self.new_predicate_head()  # rel_compress
         self.frequency_bias = FrequencyBaseline(counts, trainable=True)
@@ -185,28 +186,46 @@ class Motifs(nn.Module):
 
     def branches(self, batch: GraphBatch, shared: Shared, edges: list[Tensor], heads: list[nn.Linear]) -> list[Tensor]:
         """Return each branch's logits, from its edge context `[T, hidden_dim]` and its head."""
-        ends = [self._ends(edge) for edge in edges]
+        return self.relation(edges, shared.union, batch.pairs, shared.bias, self.head_tail, self.pair, heads)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the relation head, in place; arguments are those of `torch.compile`."""
+        self.relation.compile(*args, **options)
+
+
+class _Relation(nn.Module):
+    """The end of Motifs, from edge contexts to logits. Its layers are Motifs' own, so that it can be compiled alone."""
+
+    def forward(
+        self,
+        edges: list[Tensor],
+        union: Tensor,
+        pairs: Tensor,
+        bias: Tensor,
+        head_tail: nn.Linear,
+        pair: nn.Linear,
+        heads: list[nn.Linear],
+    ) -> list[Tensor]:
+        """Return each branch's logits `[R, num_predicates + 1]`, from its edge context and its head."""
+        ends = [self.ends(edge, head_tail, pair) for edge in edges]
         if len(ends) == 1:
             (own,), (head,) = ends, heads
-            logits: tuple[Tensor, ...] = (
-                fused_relation_logits(*own, shared.union, batch.pairs, head.weight, head.bias),
-            )
+            logits: tuple[Tensor, ...] = (fused_relation_logits(*own, union, pairs, head.weight, head.bias),)
         else:
             (own, mirrored), (head, mirrored_head) = ends, heads
             logits = dual_branch_relation_logits(
-                *own, *mirrored, shared.union, batch.pairs,
-                head.weight, head.bias, mirrored_head.weight, mirrored_head.bias,
-            )  # fmt: skip
-        return [branch + shared.bias for branch in logits]
+                *own, *mirrored, union, pairs, head.weight, head.bias, mirrored_head.weight, mirrored_head.bias
+            )
+        return [branch + bias for branch in logits]
 
-    def _ends(self, edge: Tensor) -> tuple[Tensor, Tensor]:
+    def ends(self, edge: Tensor, head_tail: nn.Linear, pair: nn.Linear) -> tuple[Tensor, Tensor]:
         """Return what each object adds to a pair's features as its subject and as its object, `[T, relation_dim]`.
 
         A linear layer of two concatenated vectors is a sum of two layers, each of N objects instead of N^2 pairs.
         """
-        as_subject, as_object = self.pair.weight.chunk(2, dim=1)
-        head, tail = self.head_tail(edge).chunk(2, dim=1)
-        return linear(head, as_subject, self.pair.bias), linear(tail, as_object)
+        as_subject, as_object = pair.weight.chunk(2, dim=1)
+        head, tail = head_tail(edge).chunk(2, dim=1)
+        return linear(head, as_subject, pair.bias), linear(tail, as_object)
 
 
 class _GeometryUnion(nn.Sequential):

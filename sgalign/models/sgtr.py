@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class MirrorMask(NamedTuple):
     """The random mask of one step: every cross-attention block of every layer draws its own from one seed."""
 
     ratio: float
-    seed: int
+    seed: int | Tensor  # a tensor, int64 [], where the network is compiled, for which a number would be a constant
 
 
 class RelationOutputs(NamedTuple):
@@ -259,6 +259,13 @@ class CrossAttention(_Block):
         return found
 
 
+class Mirror(NamedTuple):
+    """What the mirrored branch has of its own: heads of predicates and of entities' classes, and its masks."""
+
+    heads: tuple[nn.Linear, RoleLinear]
+    mask: MirrorMask
+
+
 class SGTR(nn.Module):
     """Everything of SGTR behind the entity detector: predicate encoder, queries, structural decoder and heads.
 
@@ -333,10 +340,20 @@ class SGTR(nn.Module):
                 ours.weight.copy_(theirs.weight.expand_as(ours.weight))
                 ours.bias.copy_(theirs.bias.expand_as(ours.bias))
 
-    def forward(self, entities: DetectedEntities) -> RelationOutputs:
-        """What is predicted of each query after each layer: all there is without a mirror."""
-        states = self._states(entities, None)
-        return self._outputs(torch.stack(states, dim=1), self.predicate, self.entity_class)
+    def forward(self, entities: DetectedEntities, mirror: Mirror | None = None) -> Any:
+        """What is predicted of each query after each layer: all there is without a mirror. With one see `dual_branch`.
+
+        Both ways come here, so that `torch.nn.Module.compile` is for both.
+
+        Args:
+            entities: only the boxes of the last layer are read of those of all.
+        """
+        states = self._states(entities, mirror.mask if mirror is not None else None)
+        images = len(entities.features)
+        supervised = self._outputs(torch.stack([s[:, :images] for s in states], 1), self.predicate, self.entity_class)
+        if mirror is None:
+            return supervised
+        return supervised, self._outputs(states[-1][:, None, images:], *mirror.heads).at(0)
 
     def dual_branch(
         self, entities: DetectedEntities, heads: tuple[nn.Linear, RoleLinear], mask: MirrorMask
@@ -347,11 +364,7 @@ class SGTR(nn.Module):
         of attention weights in the cross-attentions is the same in both branches; what runs on both stacked together
         draws its own.
         """
-        states = self._states(entities, mask)
-        images = len(entities.features)
-        supervised = self._outputs(torch.stack([s[:, :images] for s in states], 1), self.predicate, self.entity_class)
-        mirrored = self._outputs(states[-1][:, None, images:], *heads)
-        return supervised, mirrored.at(0)
+        return self(entities, Mirror(heads, mask))
 
     def _states(self, entities: DetectedEntities, mask: MirrorMask | None) -> list[Tensor]:
         """The three roles' states after each layer, `[3, B or 2 * B, Q, dim]`."""

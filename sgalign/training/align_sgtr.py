@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sgalign.models.entity_detector import DetectedEntities
@@ -44,8 +45,11 @@ class AlignSGTRModule(SGTRModule):
 
     def decode(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
         """Return what the supervised branch predicts, and the weighted losses that align the mirror, by name."""
-        mask = MirrorMask(self.options.mask_ratio, self.step_seed(batch_index))
-        outputs, mirrored = self.network.dual_branch(entities, (self.mirrored_predicate, self.mirrored_class), mask)
+        # Filled on the device, once for all blocks; a number would be a constant of a compiled network.
+        seed = torch.full((), self.step_seed(batch_index), dtype=torch.int64, device=self.device)
+        mask = MirrorMask(self.options.mask_ratio, seed)
+        heads = self.mirrored_predicate, self.mirrored_class
+        outputs, mirrored = self.network.dual_branch(entities.last(), heads, mask)
         parts = self.alignment(outputs.at(-1), mirrored)
         return outputs, {f"alignment {name}": self.options.alignment_weight * part for name, part in parts.items()}
 

@@ -208,6 +208,7 @@ class SceneGraphData(pl.LightningDataModule):
             graphs,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),  # by a thread, or `send` would do it
             generator=torch.Generator(),  # of workers' seeds, which torch's own would be drawn on for
             **{"collate_fn": self._collate_fn(detections)} | options,
         )

@@ -19,6 +19,7 @@ class RelationModule(SavedModule):
     """
 
     recall: SceneGraphEvaluator
+    compiler: dict[str, Any] = {"dynamic": True}  # arguments of `torch.compile`: images, objects and pairs vary
 
     @property
     def protocol(self) -> str:
@@ -34,6 +35,9 @@ class RelationModule(SavedModule):
         if self.protocol == "sgdet" and self.data.detections is not None:
             raise InputError("data must have no detections for protocol sgdet: the model finds objects itself")
         super().setup(stage)
+        if stage == "fit" and getattr(self.options, "compile", False):
+            assert self.network is not None
+            self.network.compile(**self.compiler)
 
     def on_validation_epoch_start(self) -> None:
         self.recall = self._evaluator(self.protocol, self.data.zero_shot_validation)

@@ -100,6 +100,7 @@ class MotifsOptions(FasterRCNNOptions):
         effective_number_beta: as `beta` of `RelationLoss`.
         logit_adjustment: as `adjustment` of `RelationLoss`.
         logit_adjustment_test: as `adjustment_test` of `RelationLoss`.
+        compile: training compiles the relation head with `torch.compile`.
     """
 
     protocol: Literal["predcls", "sgcls", "sgdet"] = "predcls"
@@ -120,6 +121,7 @@ class MotifsOptions(FasterRCNNOptions):
     effective_number_beta: float = 0.999
     logit_adjustment: float = 0.0
     logit_adjustment_test: float = 0.0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,6 +225,7 @@ class SGTROptions(DetrOptions):
         focal: predicates are trained by a focal loss, as for Visual Genome; otherwise by cross-entropy.
         distinct_matching: as `distinct` of `sgalign.models.graph_assembly.match`; false as in the public code.
         pairs: of entities that a query and predicate may join at evaluation, best first.
+        compile: training compiles what lies behind the detector, both branches, with `torch.compile`.
     """
 
     parts: ClassVar[tuple[str, ...]] = (*DetrOptions.parts, "detector")
@@ -234,6 +237,7 @@ class SGTROptions(DetrOptions):
     focal: bool = True
     distinct_matching: bool = False
     pairs: int = PAIRS
+    compile: bool = False
     entity_loss_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     learning_rate: float = 8e-5
     backbone_learning_rate: float = 8e-6

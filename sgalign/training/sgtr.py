@@ -77,7 +77,7 @@ class SGTRModule(DetrModule, RelationModule):
         labels, boxes, scores = (field.split(lengths) for field in (batch.labels, batch.boxes, batch.scores))
         in_units = box_convert(batch.boxes / batch.sizes[batch.images].repeat(1, 2), "xyxy", "cxcywh").split(lengths)
         candidates = self._candidates(entities, labels, in_units, scores)
-        outputs = self.network(entities).at(-1)
+        outputs = self.network(entities.last()).at(-1)
         graphs = assemble(outputs, candidates, sizes_of(pixels), focal=options.focal, pairs=options.pairs)
         predictions = []
         for image, (triplets, triplet_scores) in enumerate(graphs):
@@ -130,7 +130,7 @@ class SGTRModule(DetrModule, RelationModule):
 
     def decode(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
         """Return what the supervised branch predicts, and the losses of what else is trained, by name."""
-        return self.network(entities), {}
+        return self.network(entities.last()), {}
 
 
 def sizes_of(pixels: list[Tensor]) -> Tensor:
