@@ -12,10 +12,13 @@ import trainers  # noqa: E402
 from lightning.pytorch.accelerators import CPUAccelerator  # noqa: E402
 from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402
 from test_sgtr import SMALL, outputs  # noqa: E402
+from torchvision.models.detection.image_list import ImageList  # noqa: E402
+from torchvision.models.detection.transform import resize_boxes  # noqa: E402
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss  # noqa: E402
 
 from sgalign.data import Objects, ScenesDataset, collate  # noqa: E402
 from sgalign.data.transfer import HostCopy, send, to_host  # noqa: E402
+from sgalign.models import ImageFeatures  # noqa: E402
 from sgalign.models.entity_loss import EntityLoss  # noqa: E402
 from sgalign.models.graph_assembly import Annotations, Entities, assign, relation_costs  # noqa: E402
 from sgalign.ops import backends  # noqa: E402
@@ -121,6 +124,22 @@ def test_images_of_one_size_need_no_mask(monkeypatch):
     """Nor a look at whether they do."""
     steps = count(monkeypatch, SGTRModule(**SMALL | {"short_sides": [64], "long_side": 64}), batch_size=1)
     assert [waits.total() for waits, _ in steps] == [COSTS + LOSSES] * 2
+
+
+def test_waits_of_looking_at_images(monkeypatch):
+    """Torchvision's: two numbers' tensors an image for normalising, and a look for the boxes of each of four levels."""
+    sizes = {"backbone": "resnet18", "min_size": 64, "max_size": 96}
+    module = MotifsModule(vision="images", **sizes, **MOTIFS)
+    for waits, _ in count(monkeypatch, module, batch_size=3):
+        assert waits.total() == LOSSES + 2 * 3 + 4, waits
+
+
+def test_resized_boxes_are_torchvisions():
+    original, now = [(480, 641), (333, 500)], [(600, 801), (601, 900)]
+    features = ImageFeatures({}, ImageList(torch.zeros(2, 3, 8, 8), now), original)
+    boxes = [torch.rand(50, 4) * 400, torch.rand(0, 4)]
+    for ours, *theirs in zip(features.resized(boxes), boxes, original, now):
+        assert torch.equal(ours, resize_boxes(*theirs))
 
 
 def test_a_progress_bar_waits_for_nothing_else(monkeypatch):

@@ -16,6 +16,7 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, batched_nms, clip_boxes_to_image
 from torchvision.ops.poolers import initLevelMapper
 
+from sgalign.data.transfer import send
 from sgalign.errors import InputError
 from sgalign.files import read_tensors
 
@@ -46,8 +47,10 @@ class ImageFeatures(NamedTuple):
 
     def resized(self, boxes: Sequence[Tensor]) -> list[Tensor]:
         """Boxes `[N, 4]` of each image from its own pixels to those of the resized image."""
-        sizes = zip(boxes, self.original_sizes, self.images.image_sizes, strict=True)
-        return [resize_boxes(of_image, list(original), list(now)) for of_image, original, now in sizes]
+        now, original = torch.tensor(self.images.image_sizes).float(), torch.tensor(self.original_sizes).float()
+        # In one copy; torchvision's function makes four tensors an image, for each of which a GPU is waited for.
+        scales = send((now / original).flip(1).repeat(1, 2), self.images.tensors.device)
+        return [of_image * scale for of_image, scale in zip(boxes, scales, strict=True)]
 
 
 class ObjectDetections(NamedTuple):

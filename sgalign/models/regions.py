@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import roi_align
 
+from sgalign.data.transfer import send
 from sgalign.models.detector import LEVELS, Detector, ImageFeatures, pyramid_pool
 
 CHANNELS = 256  # of the feature pyramid
@@ -65,8 +66,8 @@ class RegionFeatures(nn.Module):
         resized = features.resized(boxes)
         ends = [of_image[pair] for of_image, pair in zip(resized, pairs, strict=True)]  # [R, 2, 4]
         images = [e.new_full((len(e), 1), image) for image, e in enumerate(ends)]
-        sizes = [e.new_tensor(size[::-1]).repeat(2) for e, size in zip(ends, features.images.image_sizes)]
-        relative = torch.cat([e / size for e, size in zip(ends, sizes)])
+        sizes = torch.tensor(features.images.image_sizes).float().flip(1).repeat(1, 2)
+        relative = torch.cat([e / size for e, size in zip(ends, send(sizes, features.images.tensors.device))])
         both = torch.cat(ends)
         around = torch.cat([torch.cat(images), both[..., :2].amin(1), both[..., 2:].amax(1)], 1)
         # Evaluation scores all pairs, thousands an image: a part at a time takes a fixed amount of memory.
