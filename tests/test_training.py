@@ -515,7 +515,8 @@ def test_configs_spell_out_the_defaults():
         of_images = {"backbone", "min_size", "max_size", "head_dim", "detections_per_image", "detector_weights"}
         long_tail = {"predicate_weights", "predicate_weight_power", "effective_number_beta"}
         long_tail |= {"logit_adjustment", "logit_adjustment_test"}
-        assert defaults.keys() - spelled.keys() == of_images | long_tail | {"learning_rate_images", "word_vectors"}
+        others = {"learning_rate_images", "word_vectors", "compile"}
+        assert defaults.keys() - spelled.keys() == of_images | long_tail | others
         assert config["trainer"]["max_epochs"] == compare.parser().get_default("epochs")
 
 
