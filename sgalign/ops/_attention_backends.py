@@ -68,7 +68,7 @@ def _forward_cpu(call: Call) -> None:
 def _forward_triton(call: Call) -> None:
     from sgalign.kernels import attention as kernels
 
-    with _cuda.current_stream(call.key.device):
+    with _cuda.on(call.key.device):
         kernels.forward(*call, multiprocessors=_cuda.multiprocessors(call.key.device))
 
 
@@ -78,8 +78,9 @@ def _forward_cuda(call: Call) -> None:
     splits = core.cuda_attention_splits(description, _cuda.multiprocessors(device))
     parts = [splits, len(call.outs), *call.queries[0].shape[:3], call.key.shape[3] + 1] if splits > 1 else [0]
     workspace = _cuda.workspace(call.key, *parts)
-    with _cuda.current_stream(device) as cuda_stream:
-        core.cuda_attention_forward(description, _seed_address(call), splits, workspace.data_ptr(), cuda_stream)
+    with _cuda.on(device):
+        stream = _cuda.current_stream(device)
+        core.cuda_attention_forward(description, _seed_address(call), splits, workspace.data_ptr(), stream)
 
 
 FORWARD: dict[str, Callable[[Call], None]] = {
@@ -101,7 +102,7 @@ def _backward_cpu(call: Call, grad_outs: Tensors, grads: Tensors) -> None:
 def _backward_triton(call: Call, grad_outs: Tensors, grads: Tensors) -> None:
     from sgalign.kernels import attention as kernels
 
-    with _cuda.current_stream(call.key.device):
+    with _cuda.on(call.key.device):
         kernels.backward(grad_outs, grads, *call, multiprocessors=_cuda.multiprocessors(call.key.device))
 
 
@@ -111,8 +112,9 @@ def _backward_cuda(call: Call, grad_outs: Tensors, grads: Tensors) -> None:
     splits = core.cuda_attention_splits(description, _cuda.multiprocessors(device))
     parts = splits * sum(query.numel() for query in call.queries) if splits > 1 else 0
     workspace = _cuda.workspace(call.key, sum(logsumexp.numel() for logsumexp in call.logsumexps) + parts)
-    with _cuda.current_stream(device) as cuda_stream:
-        core.cuda_attention_backward(description, _seed_address(call), splits, workspace.data_ptr(), cuda_stream)
+    with _cuda.on(device):
+        stream = _cuda.current_stream(device)
+        core.cuda_attention_backward(description, _seed_address(call), splits, workspace.data_ptr(), stream)
 
 
 BACKWARD: dict[str, Callable[[Call, Tensors, Tensors], None]] = {

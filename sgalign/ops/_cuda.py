@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
@@ -47,15 +47,18 @@ def core(device: torch.device) -> ModuleType:
     return _core.load()
 
 
-@contextlib.contextmanager
-def current_stream(device: torch.device) -> Iterator[tuple[int, int]]:
-    """Make `device` current, and yield its index and torch's current stream on it, as the core takes them."""
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which `device` is the current one; nothing is entered where it is so already."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def current_stream(device: torch.device) -> tuple[int, int]:
+    """Return a device's index and torch's current stream on it, as the core takes them."""
     if device.type == "cpu":
-        yield 0, 0
-        return
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device)
-        yield stream.device_index, stream.cuda_stream
+        return 0, 0
+    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 @functools.cache

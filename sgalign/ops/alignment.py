@@ -247,14 +247,14 @@ def _launch_cpu(call: Call) -> None:
 def _launch_triton(call: Call) -> None:
     from sgalign.kernels import alignment as kernels
 
-    with _cuda.current_stream(call.mirrored.device):
+    with _cuda.on(call.mirrored.device):
         kernels.loss(*call)
 
 
 def _launch_cuda(call: Call) -> None:
     core = _cuda.core(call.mirrored.device)
-    with _cuda.current_stream(call.mirrored.device) as cuda_stream:
-        core.cuda_alignment_loss(_description(core, call), cuda_stream)
+    with _cuda.on(call.mirrored.device):
+        core.cuda_alignment_loss(_description(core, call), _cuda.current_stream(call.mirrored.device))
 
 
 _LAUNCH: dict[str, Callable[[Call], None]] = {

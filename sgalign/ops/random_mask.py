@@ -144,16 +144,23 @@ def _launch_cpu(mask: Tensor, seed: Tensor, threshold: int, stream: int) -> None
 def _launch_triton(mask: Tensor, seed: Tensor, threshold: int, stream: int) -> None:
     from sgalign.kernels import random_mask as kernels
 
-    with _cuda.current_stream(seed.device):
+    with _cuda.on(seed.device):
         kernels.random_mask(mask, seed, threshold, stream)
 
 
 def _launch_cuda(mask: Tensor, seed: Tensor, threshold: int, stream: int) -> None:
     batch, heads, queries, keys = mask.shape
     core = _cuda.core(seed.device)
-    with _cuda.current_stream(seed.device) as cuda_stream:
+    with _cuda.on(seed.device):
         core.cuda_random_mask(
-            mask.data_ptr(), batch * heads, queries, keys, seed.data_ptr(), stream, threshold, cuda_stream
+            mask.data_ptr(),
+            batch * heads,
+            queries,
+            keys,
+            seed.data_ptr(),
+            stream,
+            threshold,
+            _cuda.current_stream(seed.device),
         )
 
 

@@ -367,7 +367,7 @@ def _forward_cpu(call: Call, logits: Tensors) -> None:
 def _forward_triton(call: Call, logits: Tensors) -> None:
     from sgalign.kernels import relation as kernels
 
-    with _cuda.current_stream(call.union.device):
+    with _cuda.on(call.union.device):
         kernels.forward(*call, logits, _cuda.multiprocessors(call.union.device))
 
 
@@ -376,8 +376,8 @@ def _forward_cuda(call: Call, logits: Tensors) -> None:
     description = _description(core, call, logits)
     splits = core.cuda_relation_splits(description, _cuda.multiprocessors(device))
     workspace = _cuda.workspace(call.union, splits, len(call.branches), *logits[0].shape)
-    with _cuda.current_stream(device) as cuda_stream:
-        core.cuda_relation_forward(description, splits, workspace.data_ptr(), cuda_stream)
+    with _cuda.on(device):
+        core.cuda_relation_forward(description, splits, workspace.data_ptr(), _cuda.current_stream(device))
 
 
 def _backward_cpu(call: Call, grads: list[Gradients], grad_union: Tensor | None) -> None:
@@ -388,7 +388,7 @@ def _backward_cpu(call: Call, grads: list[Gradients], grad_union: Tensor | None)
 def _backward_triton(call: Call, grads: list[Gradients], grad_union: Tensor | None) -> None:
     from sgalign.kernels import relation as kernels
 
-    with _cuda.current_stream(call.union.device):
+    with _cuda.on(call.union.device):
         kernels.backward(*call, grads, grad_union, _cuda.multiprocessors(call.union.device))
 
 
@@ -396,8 +396,8 @@ def _backward_cuda(call: Call, grads: list[Gradients], grad_union: Tensor | None
     core = _cuda.core(call.union.device)
     description = _description(core, call, NO_LOGITS, grads, grad_union)
     orders = call.pairs.t().contiguous().argsort(dim=1, stable=True)
-    with _cuda.current_stream(call.union.device) as cuda_stream:
-        core.cuda_relation_backward(description, orders.data_ptr(), cuda_stream)
+    with _cuda.on(call.union.device):
+        core.cuda_relation_backward(description, orders.data_ptr(), _cuda.current_stream(call.union.device))
 
 
 _FORWARD: dict[str, Callable[[Call, Tensors], None]] = {
