@@ -1,8 +1,9 @@
 """Find the attention kernels' configurations on this machine's GPU: `python -m benchmarks.tune [--out DIR]`.
 
 For every kernel, size of elements, number of branches and of channels it starts from what kernels/configs.json says,
-tries the neighbours of the best (half or twice a block, other warps, a stage more or less), drops those that do not fit
-or that change the result, and moves on while one is faster. `--kernels`, `--bits` and `--channels` choose a part.
+tries the neighbours of the best (half or twice a block, other warps, a stage more or less, another limit of registers),
+drops those that do not fit or that change the result, and moves on while one is faster. `--kernels`, `--bits` and
+`--channels` choose a part.
 
 DIR/tuned.json has the time of all that was tried, and is written after each entry of the table: the same command goes
 on after those that are there. DIR/configs.json is kernels/configs.json with them. The kernels read it in that place:
@@ -62,21 +63,36 @@ class Entry(NamedTuple):
         return configs.kind(self.bits, self.branches, self.dropout)
 
 
-Plan = tuple[int, int, int, int]  # as kernels.configs.Config: block_q, block_k, warps, stages
+Plan = tuple[int, int, int, int, int]  # as kernels.configs.Config: block_q, block_k, warps, stages, registers
+LIMITS = (0, 168, 128)  # of registers: none, and those with which 12 warps and 16 find room
 
 
 def neighbours(plan: Plan) -> Iterator[Plan]:
     """Yield the plans one step away in one direction; matrix units take no fewer than 16 rows."""
-    block_q, block_k, warps, stages = plan
+    block_q, block_k, warps, stages, registers = plan
     for q, k in ((block_q // 2, block_k), (block_q * 2, block_k), (block_q, block_k // 2), (block_q, block_k * 2)):
         if min(q, k) >= 16 and max(q, k) <= 256:
-            yield q, k, warps, stages
+            yield q, k, warps, stages, registers
     for w in (warps // 2, warps * 2):
         if w in (2, 4, 8):
-            yield block_q, block_k, w, stages
+            yield block_q, block_k, w, stages, registers
     for s in (stages - 1, stages + 1):
         if 1 <= s <= 4:
-            yield block_q, block_k, warps, s
+            yield block_q, block_k, warps, s, registers
+    for limit in LIMITS:
+        if limit != registers:
+            yield block_q, block_k, warps, stages, limit
+
+
+def overhangs(kernel: str, plan: Plan, architecture: str) -> bool:
+    """Return whether Triton gives warps rows that a block does not have, and reads past its end.
+
+    Hopper's matrix units take 16 rows from each of four warps or eight. Triton 3.6 lays eight warps over 64 rows as if
+    there were 128; an H200 then reported an illegal access in some kernels, and none in others.
+    """
+    block_q, block_k, warps, *_ = plan
+    rows = (block_q, block_k) if kernel == "key_value_gradient" else (block_q,)
+    return architecture == "sm_90" and any(64 <= count < 16 * warps for count in rows)
 
 
 def climb(start: Plan, time: Callable[[list[Plan]], dict[Plan, float]]) -> tuple[Plan, dict[Plan, float]]:
@@ -100,7 +116,7 @@ def use(entry: Entry, plan: Plan) -> None:
 
     table, name = configs.read_table(), configs.architecture(measuring.DEVICE)
     by_kind = table.setdefault(name, {}).setdefault(entry.kernel, {})
-    by_dim = by_kind.get(entry.kind, {}) | {str(entry.channels): list(plan)}
+    by_dim = by_kind.get(entry.kind, {}) | {str(entry.channels): list(plan if plan[-1] else plan[:-1])}
     by_kind[entry.kind] = dict(sorted(by_dim.items(), key=lambda item: int(item[0])))
     configs.lookup.cache_clear()
 
@@ -152,6 +168,8 @@ def problem(entry: Entry, plan: Plan, table: Any) -> str | None:
 
     if not usable():
         return LOST
+    if overhangs(entry.kernel, plan, configs.architecture(measuring.DEVICE)):
+        return "its warps have more rows than its blocks"
     try:
         configs.read_table().update(copy.deepcopy(table))
         use(entry, plan)
@@ -247,6 +265,8 @@ def read_tuned(file: Path) -> Tuned:
     Raises:
         ValueError: the file is of another card, or was not written by this command.
     """
+    from sgalign.kernels import configs
+
     remedy = "remove it, or give another --out"
     if not file.exists():
         return {}
@@ -254,7 +274,7 @@ def read_tuned(file: Path) -> Tuned:
     try:
         card, lines = content["card"], content["entries"]
         tuned = {Entry(*(line[field] for field in Entry._fields)): line for line in lines}
-        plans = {entry: (*line["plan"],) for entry, line in tuned.items()}
+        plans = {entry: (*configs.Config(*line["plan"]),) for entry, line in tuned.items()}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is no record of benchmarks.tune: {remedy}") from error
     if card != torch.cuda.get_device_name():

@@ -1,6 +1,6 @@
 """How kernels are compiled: the table of the attention kernels' block sizes, and what all kernels ask about a device.
 
-The table holds sizes of blocks, warps and pipeline stages, so that no call stops to tune.
+The table holds sizes of blocks, warps, pipeline stages and limits of registers, so that no call stops to tune.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Config(NamedTuple):
     block_k: int
     warps: int
     stages: int
+    registers: int = 0  # that a thread may have, where fewer than it asks for let one program more run at a time
 
 
 def config(kernel: str, key: Tensor, branches: int, dropout: bool) -> Config:
