@@ -23,10 +23,12 @@ Matrix = tuple[Tensor, int, int, int, int] | None  # a tensor and its strides by
 
 TINY = torch.finfo(torch.float32).tiny
 LN_2 = math.log(2)
-# Derived, not measured, as docs/performance.md says: the scores for which a multiprocessor takes as long as for one
-# launch more, which merges what splits have done, and the warps with which it has something to do while some wait.
+# As docs/performance.md says: the scores for which a multiprocessor takes as long as for one launch more, which merges
+# what splits have done; and the warps that it holds at a time, whose threads take up to 255 registers each. Those for
+# one branch of few channels take half of that.
 MERGE_SCORES = 53000
-BUSY_WARPS = 12
+RESIDENT_WARPS = 8
+FEW_CHANNELS = 32
 
 
 def forward(
@@ -184,7 +186,7 @@ def launch_for(
     if kernel == "key_value_gradient":
         grid: tuple[int, ...] = (batch * heads * tiling.count,)
     else:
-        span, splits = key_splits(plan, branches, blocks, tiling.count, multiprocessors)
+        span, splits = key_splits(plan, branches, dim, blocks, tiling.count, multiprocessors)
         grid = blocks, splits
     block_q = max(16, 2048 // _padded(dim))
     merge_grid = batch * heads * _ceil(queries, block_q), branches
@@ -192,20 +194,22 @@ def launch_for(
     return Launch(grid, batch * heads, tiling.count, span, splits, compiled_for, merge_grid, merge_constants)
 
 
-def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
+def key_splits(plan: Config, branches: int, dim: int, blocks: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
     """Return the tiles of a program, and how many programs share one block of queries: what should take least time.
 
-    A program takes a step a tile and about one for its queries. A multiprocessor takes as long as all steps of its
-    programs together, but no less than `BUSY_WARPS` would take: with fewer it waits.
+    A program takes a step a tile and about one for its queries. A multiprocessor holds some programs at a time, and
+    takes as long for fewer, since it waits then: so it takes whole rounds of them. A program of one tile would be
+    mostly beginning and end.
     """
-    busy = max(BUSY_WARPS // plan.warps, 1)
+    warps = 2 * RESIDENT_WARPS if branches == 1 and dim <= FEW_CHANNELS else RESIDENT_WARPS
+    resident = max(warps // plan.warps, 1)
     merging = MERGE_SCORES / (plan.block_q * plan.block_k * branches)
 
     def steps(splits: int) -> float:
-        programs = _ceil(blocks * splits, multiprocessors)
-        return max(programs, busy) * (_ceil(tiles, splits) + 1) + (merging if splits > 1 else 0)
+        rounds = _ceil(blocks * splits, multiprocessors * resident)
+        return rounds * resident * (_ceil(tiles, splits) + 1) + (merging if splits > 1 else 0)
 
-    splits = min(range(1, max(tiles, 1) + 1), key=steps)
+    splits = min(range(1, max(tiles // 2, 1) + 1), key=steps)
     if steps(splits) > 0.95 * steps(1):  # not worth the memory
         splits = 1
     span = _ceil(tiles, splits)
@@ -216,7 +220,9 @@ def constants(
     kernel: str, plan: Config, tiling: Tiling, branches: int, masked: bool, dropout: bool, dim: int, bounded: bool
 ) -> dict[str, Any]:
     """Return what a kernel is compiled for; `bounded` where a mask is given."""
-    of_kernel = {} if kernel == "key_value_gradient" else {"BOUNDED": bounded or not tiling.whole}
+    of_kernel: dict[str, Any] = {} if kernel == "key_value_gradient" else {"BOUNDED": bounded or not tiling.whole}
+    if plan.registers:
+        of_kernel["maxnreg"] = plan.registers
     return {
         "BRANCHES": branches,
         "MASKED": masked,
