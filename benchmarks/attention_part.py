@@ -40,8 +40,8 @@ def run(dtype: str, record: Record) -> None:
             name = f"{backend} {kind}"
             depends = depends_on(name, dtype, True, [shape[-1] for shape in CHECKED_SHAPES])
             record.attempt(("checks", name), check, backend, kind, dtype, digest=depends)
-    # FlexAttention comes last: it compiles for every shape, which takes longer than all others' figures.
-    for last, backward, shape in itertools.product((False, True), (True, False), SHAPES[dtype]):
+    # FlexAttention comes after the others: it compiles for every shape, which takes longer than all their figures.
+    for backward, last, shape in itertools.product((True, False), (False, True), SHAPES[dtype]):
         row = record.row("rows", shape, dtype, backward, **work(shape, dtype, backward))
         for name in contenders_at(shape):
             if (name == "flex") == last:
