@@ -30,6 +30,7 @@ PRODUCTS = {"forward": 2, "query_gradient": 3, "key_value_gradient": 4}
 # when it needs them. How often it waits was counted in the kernels for 9.0.
 WAIT, LOAD = 60, 600
 WAITS = {"forward": 5, "query_gradient": 7, "key_value_gradient": 16}
+ISSUE = 4
 LAUNCH, MERGE = 1e-6, 2.5e-6  # seconds, assumed: of a launch in a graph, and of one that merges splits
 
 
@@ -113,7 +114,7 @@ def times(card: Card, kernel: str, shape: tuple[int, ...]) -> Times:
     issue = taken.step * config.warps / 4
     products = 2 * PRODUCTS[kernel] * dim
     busy = max(issue, of_step / 16, products * of_step * clocks * card.processors / (card.matrix * 1e12))
-    alone = issue + WAIT * WAITS[kernel] + (LOAD if config.stages == 1 else 0)
+    alone = ISSUE * taken.step * max(1, config.warps / 16) + WAIT * WAITS[kernel] + (LOAD if config.stages == 1 else 0)
     resident = min(
         65536 // (32 * config.warps * 8 * math.ceil(taken.registers / 8)),
         1024 * card.shared // (taken.shared + 1024),
