@@ -2,8 +2,8 @@
 
 The instructions of a step, registers and shared memory are those of the compiled kernel (tests/compiled_kernels.csv);
 the steps of a shape are arithmetic, and the rates are the data sheet's. Four bounds are what the card cannot do faster.
-The prediction adds how many programs a multiprocessor holds, what a step waits for where they are few, and that the
-last programs do not fill the card. It chose the 16-bit blocks of kernels/configs.json for compute capability 9.0.
+The prediction adds how many programs a multiprocessor holds, how often one warp issues an instruction, what a step
+waits for, and that the last programs do not fill the card. docs/performance.md compares it with an H200.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ from typing import NamedTuple
 TABLE = Path(__file__).parent.parent / "tests" / "compiled_kernels.csv"
 KERNELS = ("forward", "query_gradient", "key_value_gradient")
 SHAPES = [
-    (1, 8, 180, 608, 32),
     (8, 8, 180, 100, 32),
     (8, 8, 180, 608, 32),
     (8, 8, 180, 1024, 32),
-    (1, 8, 16384, 16384, 32),
+    (1, 8, 4096, 4096, 64),
     (1, 8, 16384, 16384, 64),
 ]
 BRANCHES = 2
 PRODUCTS = {"forward": 2, "query_gradient": 3, "key_value_gradient": 4}
-# Assumed, in clocks: for a barrier, a matrix product or a copy that a step waits for, and for loads that it only starts
-# when it needs them. How often it waits was counted in the kernels for 9.0.
-WAIT, LOAD = 60, 600
+# Clocks. A warp issues an instruction in 4 of them, as an H200 counted: the next one mostly needs its result. Those
+# for a barrier, a matrix product or a copy that a step waits for are assumed, and those for loads that it only starts
+# when it needs them. How often a step waits was counted in the kernels for 9.0.
+ISSUE, WAIT, LOAD = 4, 60, 600
 WAITS = {"forward": 5, "query_gradient": 7, "key_value_gradient": 16}
-ISSUE = 4
 LAUNCH, MERGE = 1e-6, 2.5e-6  # seconds, assumed: of a launch in a graph, and of one that merges splits
 
 
@@ -114,7 +113,7 @@ def times(card: Card, kernel: str, shape: tuple[int, ...]) -> Times:
     issue = taken.step * config.warps / 4
     products = 2 * PRODUCTS[kernel] * dim
     busy = max(issue, of_step / 16, products * of_step * clocks * card.processors / (card.matrix * 1e12))
-    alone = ISSUE * taken.step * max(1, config.warps / 16) + WAIT * WAITS[kernel] + (LOAD if config.stages == 1 else 0)
+    alone = ISSUE * taken.step + WAIT * WAITS[kernel] + (LOAD if config.stages == 1 else 0)
     resident = min(
         65536 // (32 * config.warps * 8 * math.ceil(taken.registers / 8)),
         1024 * card.shared // (taken.shared + 1024),

@@ -176,7 +176,7 @@ def attention_source(
         grads = *both(rows), *sums, rows, rows  # of the outputs, their sums, of key and value
         arguments = (*queries, rows, rows, *sums, *grads, *masks, 8, *sizes[:3], *drawn, "fp32")
     constants = attention.constants(name, plan, tiling, branches, True, dropout > 0, dim, padded)
-    options = {option: constants.pop(option) for option in ("num_warps", "num_stages")}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
     kind = "one branch" if branches == 1 else "one query for both branches" if shared else "two branches"
     kind += ", dropout" if dropout else ", padding" if padded else ""
     return Compiled(
