@@ -46,8 +46,8 @@ PARTS: dict[str, Part] = {  # in the order of their worth
     "attention float16": functools.partial(attention_part.run, "float16"),
     "sanitizer": device_tests.run_sanitized,
 }
-# What one command may spend on each, eleven minutes in all.
-SECONDS = dict(zip(PARTS, (30, 170, 170, 80, 40, 15, 45, 35, 60)))
+# What one command may spend on each, 15 minutes in all: an H200 took about as long, most of it for compiling.
+SECONDS = dict(zip(PARTS, (20, 300, 240, 110, 50, 10, 80, 40, 60)))
 
 
 def measure(parts: Mapping[str, Part], known: Figures, limits: Mapping[str, float], connection: Connection) -> None:
