@@ -40,7 +40,7 @@ def run(dtype: str, record: Record) -> None:
             name = f"{backend} {kind}"
             depends = depends_on(name, dtype, True, [shape[-1] for shape in CHECKED_SHAPES])
             record.attempt(("checks", name), check, backend, kind, dtype, digest=depends)
-    # FlexAttention comes after the others: it compiles for every shape, which takes longer than all their figures.
+    # FlexAttention comes after the others of a direction: compiling it for every shape takes longer than all they do.
     for backward, last, shape in itertools.product((True, False), (False, True), SHAPES[dtype]):
         row = record.row("rows", shape, dtype, backward, **work(shape, dtype, backward))
         for name in contenders_at(shape):

@@ -46,7 +46,7 @@ PARTS: dict[str, Part] = {  # in the order of their worth
     "attention float16": functools.partial(attention_part.run, "float16"),
     "sanitizer": device_tests.run_sanitized,
 }
-# What one command may spend on each, 15 minutes in all: an H200 took about as long, most of it for compiling.
+# What one command may spend on each, 15 minutes in all: nine were too few on an H200, which compiles for most of them.
 SECONDS = dict(zip(PARTS, (20, 300, 240, 110, 50, 10, 80, 40, 60)))
 
 

@@ -25,9 +25,9 @@ SHAPES = [
 ]
 BRANCHES = 2
 PRODUCTS = {"forward": 2, "query_gradient": 3, "key_value_gradient": 4}
-# Clocks. A warp issues an instruction in 4 of them, as an H200 counted: the next one mostly needs its result. Those
-# for a barrier, a matrix product or a copy that a step waits for are assumed, and those for loads that it only starts
-# when it needs them. How often a step waits was counted in the kernels for 9.0.
+# Clocks, a fit. A warp issues an instruction in 4 of them, since the next one mostly needs its result; it waits for a
+# barrier, a matrix product or a copy that a step needs, and for loads that a step only starts when it needs them. How
+# often a step waits was counted in the kernels for 9.0.
 ISSUE, WAIT, LOAD = 4, 60, 600
 WAITS = {"forward": 5, "query_gradient": 7, "key_value_gradient": 16}
 LAUNCH, MERGE = 1e-6, 2.5e-6  # seconds, assumed: of a launch in a graph, and of one that merges splits

@@ -64,7 +64,8 @@ class Entry(NamedTuple):
 
 
 Plan = tuple[int, int, int, int, int]  # as kernels.configs.Config: block_q, block_k, warps, stages, registers
-LIMITS = (0, 168, 128)  # of registers: none, and those with which 12 warps and 16 find room
+# Of registers: none, and those with which 12 warps and 16 find room. ROCm's compiler has no such option.
+LIMITS = (0,) if torch.version.hip else (0, 168, 128)
 
 
 def neighbours(plan: Plan) -> Iterator[Plan]:

@@ -23,12 +23,11 @@ Matrix = tuple[Tensor, int, int, int, int] | None  # a tensor and its strides by
 
 TINY = torch.finfo(torch.float32).tiny
 LN_2 = math.log(2)
-# As docs/performance.md says: the scores for which a multiprocessor takes as long as for one launch more, which merges
-# what splits have done; and the warps that it holds at a time, whose threads take up to 255 registers each. Those for
-# one branch of few channels take half of that.
+# An H200's times of splits agree with these (benchmarks/results/nvidia-h200): a launch more, which merges what splits
+# did, takes a multiprocessor as long as so many scores, and it holds so many warps of up to 255 registers a thread.
+
 MERGE_SCORES = 53000
 RESIDENT_WARPS = 8
-FEW_CHANNELS = 32
 
 
 def forward(
@@ -186,7 +185,7 @@ def launch_for(
     if kernel == "key_value_gradient":
         grid: tuple[int, ...] = (batch * heads * tiling.count,)
     else:
-        span, splits = key_splits(plan, branches, dim, blocks, tiling.count, multiprocessors)
+        span, splits = key_splits(plan, branches, blocks, tiling.count, multiprocessors)
         grid = blocks, splits
     block_q = max(16, 2048 // _padded(dim))
     merge_grid = batch * heads * _ceil(queries, block_q), branches
@@ -194,15 +193,14 @@ def launch_for(
     return Launch(grid, batch * heads, tiling.count, span, splits, compiled_for, merge_grid, merge_constants)
 
 
-def key_splits(plan: Config, branches: int, dim: int, blocks: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
+def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
     """Return the tiles of a program, and how many programs share one block of queries: what should take least time.
 
     A program takes a step a tile and about one for its queries. A multiprocessor holds some programs at a time, and
     takes as long for fewer, since it waits then: so it takes whole rounds of them. A program of one tile would be
     mostly beginning and end.
     """
-    warps = 2 * RESIDENT_WARPS if branches == 1 and dim <= FEW_CHANNELS else RESIDENT_WARPS
-    resident = max(warps // plan.warps, 1)
+    resident = max(RESIDENT_WARPS // plan.warps, 1)
     merging = MERGE_SCORES / (plan.block_q * plan.block_k * branches)
 
     def steps(splits: int) -> float:

@@ -79,8 +79,8 @@ def architecture(device: torch.device) -> str:
 def dot_precision() -> str:
     """Return how float32 matrices are multiplied: by three products of TF32 on NVIDIA's tensor cores, else exactly.
 
-    The three keep float32's digits, where one, Triton's default, keeps ten bits of the factors. On an H200 what the
-    units cut off long sums costs none; SGALIGN_TRITON_DOT_PRECISION=ieee multiplies without them.
+    The three keep float32's digits, where one, Triton's default, keeps ten bits of the factors. An H200's units cut off
+    sums, but lose none of these digits; SGALIGN_TRITON_DOT_PRECISION=ieee multiplies without them.
     """
     if ASKED_PRECISION not in ("", "tf32x3", "ieee"):
         raise InputError(f"SGALIGN_TRITON_DOT_PRECISION must be tf32x3 or ieee, got {ASKED_PRECISION!r}")

@@ -137,7 +137,7 @@ class PretendEvent:
     def __init__(self, device: torch.device) -> None:
         assert device.type == "pretend"
 
-    def record(self) -> None:
+    def record(self, stream: object = None) -> None:
         pass
 
     def synchronize(self) -> None:

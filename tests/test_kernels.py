@@ -188,16 +188,15 @@ def test_programs_share_keys_where_that_fills_the_device():
     from sgalign.kernels.attention import key_splits
     from sgalign.kernels.configs import Config
 
-    plan, one = Config(64, 128, 4, 2), Config(64, 64, 4, 2)
-    assert key_splits(plan, 2, 32, 8 * 8 * 3, 8, 132) == (8, 1)
-    assert key_splits(plan, 2, 32, 4 * 8 * 3, 8, 132) == (4, 2)
-    assert key_splits(one, 1, 32, 8 * 8 * 3, 16, 132) == (8, 2)  # of which twice as many programs find room
-    assert key_splits(plan, 2, 32, 8 * 256, 256, 132) == (256, 1)
-    assert key_splits(plan, 2, 32, 4 * 8 * 3, 2, 132) == (2, 1)  # 100 keys: merging would take longer
-    assert key_splits(one, 2, 64, 2 * 8 * 2, 8, 132) == (2, 4)  # but not eight programs of one tile
-    assert key_splits(plan, 2, 32, 8 * 3, 0, 132) == (0, 1)
+    plan = Config(64, 128, 4, 2)
+    assert key_splits(plan, 2, 8 * 8 * 3, 8, 132) == (8, 1)
+    assert key_splits(plan, 2, 4 * 8 * 3, 8, 132) == (4, 2)
+    assert key_splits(plan, 2, 8 * 256, 256, 132) == (256, 1)
+    assert key_splits(plan, 2, 4 * 8 * 3, 2, 132) == (2, 1)  # 100 keys: merging would take longer
+    assert key_splits(Config(64, 64, 4, 3), 2, 2 * 8 * 2, 8, 132) == (2, 4)  # but not eight programs of one tile
+    assert key_splits(plan, 2, 8 * 3, 0, 132) == (0, 1)
     for tiles in range(1, 40):
-        span, splits = key_splits(plan, 1, 32, 8 * 3, tiles, 132)
+        span, splits = key_splits(plan, 1, 8 * 3, tiles, 132)
         assert (splits - 1) * span < tiles <= splits * span, "a split without a tile, or a tile without a split"
 
 

@@ -13,7 +13,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type in ("cpu", "mps"):  # on MPS such a copy races with what reads it
         return tensor.to(device)
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # CUDA reads pageable memory while the host waits
+        tensor = tensor.contiguous().pin_memory()  # CUDA reads pageable memory while the host waits
     return tensor.to(device, non_blocking=True)
 
 
@@ -32,7 +32,7 @@ class HostCopy:
         self.arrived: torch.Event | None = None
         if tensor.device.type not in ("cpu", "mps"):
             self.arrived = torch.Event(tensor.device)
-            self.arrived.record()
+            self.arrived.record(torch.accelerator.current_stream(tensor.device))
 
     def read(self) -> Tensor:
         """Return the copy, once it is there."""

@@ -68,7 +68,7 @@ class EntityLoss(nn.Module):
         where = send(matched_queries(matches), device).unbind()
         target = torch.full(logits.shape[:-1], logits.shape[-1] - 1, device=device)
         target[where] = labels
-        found, count = boxes[where], max(sum(len(labels) for labels, _ in objects), 1)
+        found, count = boxes[where].float(), max(sum(len(labels) for labels, _ in objects), 1)
         return {
             "classes": cross_entropies(logits, target, self.empty_weight).sum(),
             "boxes": (found - true_boxes).abs().sum() / count,

@@ -221,7 +221,11 @@ def match(
     *,
     distinct: bool = False,
 ) -> Matches:
-    """Return what `assign` does of `relation_costs`, for which the host waits once."""
+    """Return what `assign` does of `relation_costs`, for which the host waits once.
+
+    Raises:
+        ValueError: of scipy, where a cost is not finite. Trainers check that before.
+    """
     return assign(to_host(relation_costs(outputs, entities, sizes, annotations, distinct=distinct)))
 
 
@@ -294,7 +298,7 @@ def relation_losses(
     classes_target = torch.full((2, layers, images, queries), no_object, device=device)
     classes_target[:, layer_of, image_of, query_of] = labels
     class_losses = [cross_entropies(outputs.class_logits[role], classes_target[role]) for role in (0, 1)]
-    found = outputs.boxes[:, layer_of, image_of, query_of]
+    found = outputs.boxes[:, layer_of, image_of, query_of].float()
     vectors = torch.cat([boxes[0, :, :2], boxes[1, :, :2]], dim=1)
     return {
         "predicates": predicate_loss,

@@ -30,7 +30,7 @@ from sgalign.training.seeds import step_seed
 
 
 class _Report(NamedTuple):
-    """What a step has to report when its values are on the host."""
+    """What a step logs, on its way to the host."""
 
     names: tuple[str, ...]
     values: HostCopy  # of the loss and of each name
@@ -129,6 +129,7 @@ class SavedModule(pl.LightningModule):
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Queue the gradients; then check and log what `report` was given, which the device has sent meanwhile."""
         super().backward(loss, *args, **kwargs)
         if self._report is None:
             return

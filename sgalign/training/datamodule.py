@@ -197,6 +197,11 @@ class SceneGraphData(pl.LightningDataModule):
         world, rank = self.trainer.world_size, self.trainer.global_rank
         return UnrepeatedDistributedSampler(range(len(graphs)), num_replicas=world, rank=rank, shuffle=False)
 
+    @property
+    def _feeds_gpu(self) -> bool:
+        """Return whether the trainer computes on a GPU; one that it leaves alone is not touched."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
     def _loader(
         self,
         graphs: Sequence[SceneGraph],
@@ -208,7 +213,7 @@ class SceneGraphData(pl.LightningDataModule):
             graphs,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),  # by a thread, or `send` would do it
+            pin_memory=self._feeds_gpu,  # or `send` would do it
             generator=torch.Generator(),  # of workers' seeds, which torch's own would be drawn on for
             **{"collate_fn": self._collate_fn(detections)} | options,
         )

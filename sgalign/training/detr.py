@@ -112,7 +112,7 @@ class DetrModule(SavedModule):
 
         They and `others`, numbers by name, must be finite: an error names what is not.
         """
-        on_host = to_host([*others.values(), *costs])
+        on_host = to_host([*(number.float() for number in others.values()), *costs])
         costs = on_host[len(others) :]
         checked = dict(zip(others, on_host)) | {"costs of matching": torch.stack([cost.sum() for cost in costs]).sum()}
         for name, value in checked.items():

@@ -195,7 +195,7 @@ def with_detections(batch: GraphBatch, found: Sequence[ObjectDetections]) -> Gra
     objects = Objects.of(torch.tensor([len(image.boxes) for image in found]), batch.boxes.device)
     return batch._replace(
         **objects._asdict(),
-        related=torch.zeros(int(objects.pair_counts.sum()), dtype=torch.bool),
+        related=torch.zeros(len(objects.pairs), dtype=torch.bool),
         boxes=torch.cat([image.boxes for image in found]),
         labels=torch.cat([image.labels for image in found]),
         scores=torch.cat([image.scores for image in found]),
