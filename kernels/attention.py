@@ -207,7 +207,8 @@ def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiproces
         rounds = _ceil(blocks * splits, multiprocessors * resident)
         return rounds * resident * (_ceil(tiles, splits) + 1) + (merging if splits > 1 else 0)
 
-    splits = min(range(1, max(tiles // 2, 1) + 1), key=steps)
+    most = min(tiles // 2, multiprocessors * resident)  # more programs never run at once
+    splits = min(range(1, max(most, 1) + 1), key=steps)
     if steps(splits) > 0.95 * steps(1):  # not worth the memory
         splits = 1
     span = _ceil(tiles, splits)
