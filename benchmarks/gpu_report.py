@@ -130,12 +130,18 @@ def write_report(
         only: names of the parts that are run, all if empty. "attention" stands for all of its dtypes.
         again: what `out` has of them is measured anew.
         run: measures parts, as `in_own_process`.
+
+    Raises:
+        ValueError: `out` has a report of another card, or no report under its name.
     """
     file, remedy = out / "report.json", "remove it, or give another --out"
     check_writable(file)
     report: Figures = read_json(file, remedy) if file.exists() else {}
     if not isinstance(report, dict) or not all(isinstance(figures, dict) for figures in report.values()):
         raise ValueError(f"{file} is no report: {remedy}")
+    card = report.get("environment", {}).get("installed", {}).get("card")
+    if card and card != torch.cuda.get_device_name():
+        raise ValueError(f"{file} is of {card}, this card is {torch.cuda.get_device_name()}: {remedy}")
 
     def save(name: str, figures: Figures) -> None:
         report[name] = figures

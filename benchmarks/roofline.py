@@ -8,6 +8,7 @@ waits for, and that the last programs do not fill the card. docs/performance.md 
 
 from __future__ import annotations
 
+import argparse
 import csv
 import functools
 import math
@@ -133,6 +134,9 @@ def times(card: Card, kernel: str, shape: tuple[int, ...]) -> Times:
 
 def main() -> None:
     """Print a Markdown table for each card: microseconds of each bound and of the prediction."""
+    description = (__doc__ or "").split("\n")[0]
+    argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=description).parse_args()
+    print("All times are microseconds.")
     for name, card in CARDS.items():
         print(f"\n| {name}: B, H, Lq, Lk, D | kernel | {' | '.join(Times._fields)} |")
         print("|---|---|---|---|---|---|---|")

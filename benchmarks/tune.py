@@ -276,6 +276,10 @@ def read_tuned(file: Path) -> Tuned:
         card, lines = content["card"], content["entries"]
         tuned = {Entry(*(line[field] for field in Entry._fields)): line for line in lines}
         plans = {entry: (*configs.Config(*line["plan"]),) for entry, line in tuned.items()}
+        if any(type(number) is not int or number < 0 for plan in plans.values() for number in plan):
+            raise TypeError
+        if any(entry.kernel not in KERNELS or entry.channels not in CHANNELS for entry in tuned):
+            raise KeyError
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is no record of benchmarks.tune: {remedy}") from error
     if card != torch.cuda.get_device_name():
@@ -333,12 +337,14 @@ def main(arguments: list[str] | None = None) -> int:
         if channels == 32 or not dropout  # which SGTR trains with
     ]
     try:
-        check_writable(out / "tuned.json")
+        for file in ("tuned.json", "configs.json"):
+            check_writable(out / file)
         tuned = read_tuned(out / "tuned.json")
         left = [entry for entry in entries if options.again or entry not in tuned]
         workers = min(8, os.cpu_count() or 1)
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare) as pool:
             tune(left, pool, out, tuned)
+        write_table(out / "configs.json")  # also where nothing was left to tune
     except KeyboardInterrupt:
         sys.exit(f"benchmarks.tune: interrupted; {out / 'tuned.json'} has what came before")
     except (OSError, ValueError) as error:

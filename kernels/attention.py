@@ -25,7 +25,6 @@ TINY = torch.finfo(torch.float32).tiny
 LN_2 = math.log(2)
 # An H200's times of splits agree with these (benchmarks/results/nvidia-h200): a launch more, which merges what splits
 # did, takes a multiprocessor as long as so many scores, and it holds so many warps of up to 255 registers a thread.
-
 MERGE_SCORES = 53000
 RESIDENT_WARPS = 8
 

@@ -48,6 +48,15 @@ def in_this_process(parts, known, limits):
         yield name, figures | {"seconds": 1.0}
 
 
+def test_a_report_of_another_card_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Made Up")
+    content = json.dumps({"environment": {"installed": {"card": "another"}}})
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ValueError, match="is of another, this card is Made Up"):
+        gpu_report.write_report(tmp_path, {})
+    assert (tmp_path / "report.json").read_text() == content
+
+
 def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "usable", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -423,11 +432,18 @@ def test_rehearsal_of_the_tuner(tmp_path):
     assert run() == 1
 
 
+RECORDED = {"kernel": "forward", "bits": 16, "branches": 2, "channels": 32, "dropout": False, "plan": [64, 64, 4, 2]}
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
         ('{"card": "another", "entries": []}', "is of another, this card is Made Up"),
         ('{"entries": 1}', "is no record of"),
+        *(
+            (json.dumps({"card": "Made Up", "entries": [RECORDED | wrong]}), "is no record of")
+            for wrong in ({"plan": "12345"}, {"plan": [64, -64, 4, 2]}, {"kernel": "no such"}, {"channels": 33})
+        ),
     ],
 )
 def test_a_record_of_another_card_is_not_gone_on_with(tmp_path, monkeypatch, content, message):

@@ -1,4 +1,4 @@
-"""What makes the host wait for a GPU in a training step, counted on a pretended one."""
+"""Count what makes the host wait for a GPU in a training step, on a pretended one."""
 
 import pytest
 import torch
@@ -74,8 +74,11 @@ class Counted(pl.Callback):
 def count(monkeypatch, module, batch_size=6, **options):
     """Return the waits, and the operators of forward and backward, of each of two steps."""
     choose = backends.choose
-    ours = lambda backend, device, dtype: "cpu" if device.type == "pretend" else choose(backend, device, dtype)  # noqa: E731
-    monkeypatch.setattr(backends, "choose", ours)
+
+    def choose_cpu(backend, device, dtype):
+        return "cpu" if device.type == "pretend" else choose(backend, device, dtype)
+
+    monkeypatch.setattr(backends, "choose", choose_cpu)
     gpu = pretend_gpu.PretendGPU()
     counted = Counted(gpu)
     strategy = SingleDeviceStrategy(device=pretend_gpu.device(), accelerator=Accelerator())
@@ -182,7 +185,7 @@ def test_what_is_counted():
 
 
 def test_the_pretended_device_computes_what_the_cpu_does(monkeypatch):
-    """Of three steps: what is logged last."""
+    """Compare what three steps log last."""
     logged = []
     for on_device in (True, False):
         pl.seed_everything(0)

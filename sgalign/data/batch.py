@@ -141,7 +141,7 @@ class SeenBatch(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """Where the objects of a batch are: fields of `GraphBatch`, and all its pairs."""
+    """The objects of a batch by image and place, and all pairs of them, as the fields of `GraphBatch`."""
 
     lengths: Tensor  # int64 [B], on the host as `pair_counts`
     pair_counts: Tensor

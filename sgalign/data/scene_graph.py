@@ -57,7 +57,7 @@ class SceneGraph:
 
     @property
     def truth(self) -> dict[str, Any]:
-        """What evaluators compare predictions with, and the image's size."""
+        """Return the annotations that evaluators compare predictions with, and the image's size."""
         size = {"size": (self.width, self.height)}
         return size | {name: getattr(self, name) for name in ("image_id", "boxes", "labels", "relations")}
 

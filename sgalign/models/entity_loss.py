@@ -1,4 +1,7 @@
-"""DETR's losses (Carion et al., ECCV 2020) of all its layers at once, as `transformers` computes them one by one."""
+"""DETR's losses (Carion et al., ECCV 2020) of all its layers at once, as `transformers` computes them one by one.
+
+All layers and images share one copy of costs to the host, where the library makes one for each, and waits.
+"""
 
 from __future__ import annotations
 

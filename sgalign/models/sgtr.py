@@ -260,7 +260,7 @@ class CrossAttention(_Block):
 
 
 class Mirror(NamedTuple):
-    """What the mirrored branch has of its own: heads of predicates and of entities' classes, and its masks."""
+    """The mirrored branch's own parts: its heads of predicates and of entities' classes, and its masks."""
 
     heads: tuple[nn.Linear, RoleLinear]
     mask: MirrorMask
@@ -341,7 +341,7 @@ class SGTR(nn.Module):
                 ours.bias.copy_(theirs.bias.expand_as(ours.bias))
 
     def forward(self, entities: DetectedEntities, mirror: Mirror | None = None) -> Any:
-        """What is predicted of each query after each layer: all there is without a mirror. With one see `dual_branch`.
+        """Return each layer's predictions; with a mirror these, and the mirror's of the last layer (`dual_branch`).
 
         Both ways come here, so that `torch.nn.Module.compile` is for both.
 

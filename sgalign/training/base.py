@@ -30,7 +30,7 @@ from sgalign.training.seeds import step_seed
 
 
 class _Report(NamedTuple):
-    """What a step logs, on its way to the host."""
+    """Numbers that a step logs, on their way to the host."""
 
     names: tuple[str, ...]
     values: HostCopy  # of the loss and of each name
