@@ -515,7 +515,7 @@ def test_configs_spell_out_the_defaults():
         of_images = {"backbone", "min_size", "max_size", "head_dim", "detections_per_image", "detector_weights"}
         long_tail = {"predicate_weights", "predicate_weight_power", "effective_number_beta"}
         long_tail |= {"logit_adjustment", "logit_adjustment_test"}
-        others = {"learning_rate_images", "word_vectors", "compile"}
+        others = {"learning_rate_images", "word_vectors"}
         assert defaults.keys() - spelled.keys() == of_images | long_tail | others
         assert config["trainer"]["max_epochs"] == compare.parser().get_default("epochs")
 
@@ -540,7 +540,9 @@ def test_training_without_relations_or_with_a_diverging_loss_says_so(scenes):
     data.train, data.validation, data.test = [], scenes.validation, scenes.test
     with pytest.raises(ValueError, match="no training image has a relation"):
         fit(MotifsModule(**SMALL), data)
-    with pytest.raises(ValueError, match="loss must be finite, got loss .* at step"):
+    with pytest.raises(
+        ValueError, match="weights must be finite, at step 1 .*, because of an earlier step: lower learning_rate"
+    ):
         fit(MotifsModule(**SMALL, learning_rate=1e30), scenes)
 
 
@@ -574,6 +576,16 @@ def test_doctor_finds_a_backend_that_does_not_work(capfd, monkeypatch, fails):
     assert doctor.main() == 1
     said = "fails: RuntimeError: no such kernel" if fails else "differs from the reference by 1.0e+00: WRONG"
     assert f"cpu: dual-branch attention {said}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [("tf32", "must be tf32x3 or ieee, got 'tf32'"), ("ieee", "by ieee, as asked")]
+)
+def test_doctor_says_the_precision_that_triton_is_asked_for(capfd, monkeypatch, asked, said):
+    configs = pytest.importorskip("sgalign.kernels.configs")
+    monkeypatch.setattr(configs, "ASKED_PRECISION", asked)
+    assert doctor.main() == (asked == "tf32")
+    assert said in capfd.readouterr().out
 
 
 def test_doctor_finds_the_package_working(capfd):

@@ -1,5 +1,7 @@
 """Count what makes the host wait for a GPU in a training step, on a pretended one."""
 
+import math
+
 import pytest
 import torch
 
@@ -295,12 +297,32 @@ def test_a_loss_that_is_not_finite_changes_no_weight():
     pl.seed_everything(0)
     module, before = MotifsModule(**MOTIFS), {}
 
-    def break_it():
-        torch.nn.init.constant_(module.network.predicate.bias, torch.inf)
+    def start():
         before.update({name: value.clone() for name, value in module.state_dict().items()})
+        module.network.register_forward_hook(
+            lambda _, __, prediction: prediction._replace(logits=math.inf * prediction.logits)
+        )
 
-    module.on_train_start = break_it
-    with pytest.raises(ValueError, match="the loss must be finite, got loss nan at step 0: lower learning_rate"):
+    module.on_train_start = start
+    with pytest.raises(
+        ValueError, match="loss must be finite, got loss nan at step 0: look at the data of images .*, "
+    ):
         trainers.trainer(limit_train_batches=2).fit(module, FewScenes(None, batch_size=2))
     learned = dict(module.named_parameters())
     assert before and all(torch.equal(learned[name], before[name]) for name in learned)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_infinite_gradients_under_a_finite_loss(steps):
+    """They are found with the next step's loss, or before weights are evaluated or saved."""
+    pl.seed_everything(0)
+    module = MotifsModule(**MOTIFS)
+    module.on_train_start = lambda: module.network.predicate.bias.register_hook(lambda gradient: gradient * math.inf)
+    run = trainers.trainer(limit_train_batches=steps, num_sanity_val_steps=0)
+    expected = "weights must be finite, at step 1 these are not: .*network.predicate.bias.*, because of an earlier step"
+    with pytest.raises(ValueError, match=expected):
+        run.fit(module, FewScenes(None, batch_size=2))
+    with pytest.raises(ValueError, match="weights must be finite, .*network.predicate.bias"):
+        run.save_checkpoint("never written")
+    with pytest.raises(ValueError, match="weights must be finite, .*network.predicate.bias"):
+        run.test(module, FewScenes(None, batch_size=2))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from sgalign import _version, dual_branch_attention
+from sgalign.errors import InputError
 from sgalign.ops import _core, backends
 
 EXTRAS = "train", "test"
@@ -32,6 +33,7 @@ def main() -> int:
         print(f"  {backend}: {backends.unavailable(backend) or 'available'}")
     chosen = (backends.choose(None, torch.device(device), torch.float32) for device in ("cpu", "cuda"))
     print("  chosen for CPU tensors: {}; for GPU tensors: {}, and for float64 reference".format(*chosen))
+    precise = _says_precision()
     if _core.problem():
         return 1
     core = _core.load()
@@ -45,7 +47,7 @@ def main() -> int:
         "cpu",
         *(name for name in backends.ON_GPU if torch.cuda.is_available() and not backends.unavailable(name)),
     ]
-    return 0 if all([_works(backend) for backend in tried]) else 1
+    return 0 if all([precise, *map(_works, tried)]) else 1
 
 
 def required(extra: str) -> list[str] | None:
@@ -69,6 +71,20 @@ def _installed_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _says_precision() -> bool:
+    """Print how Triton is asked to multiply float32 matrices, where it is; return False if that means nothing."""
+    if backends.HAS_TRITON:
+        from sgalign.kernels import configs
+
+        try:
+            if configs.ASKED_PRECISION:
+                print(f"  triton multiplies float32 matrices by {configs.dot_precision()}, as asked")
+        except InputError as error:
+            print(f"  triton: {error}")
+            return False
+    return True
 
 
 def _threads(openmp: bool) -> str:

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from typing_extensions import Self
 
 from sgalign.data import GraphBatch
@@ -33,8 +34,7 @@ class _Report(NamedTuple):
     """Numbers that a step logs, on their way to the host."""
 
     names: tuple[str, ...]
-    values: HostCopy  # of the loss and of each name
-    images: int
+    values: HostCopy  # of the loss, of each name, and the largest gradient of the step before
     shown: frozenset[str]
 
 
@@ -58,7 +58,9 @@ class SavedModule(pl.LightningModule):
         self.predicate_names: list[str] = []
         self.run_seed = 0
         self.random_states: list[Tensor] = []  # of the checkpoint that a run resumes from
+        self.image_ids: Sequence[Any] = []  # of the step's images
         self._report: _Report | None = None
+        self._largest_gradient: Tensor | None = None  # of the last step of the optimizer, until its number is looked at
 
     def make_network(self, counts: Tensor) -> None:
         """Set `self.network`, and modules beside it, for the classes that `predicate_counts` tells of."""
@@ -112,7 +114,10 @@ class SavedModule(pl.LightningModule):
         """Return the seed of what this step draws: it repeats in a resumed run and differs between ranks."""
         return step_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose=purpose)
 
-    def report(self, loss: Tensor, parts: Mapping[str, Tensor], *, images: int, shown: Collection[str]) -> Tensor:
+    def on_train_batch_start(self, batch: GraphBatch, batch_index: int) -> None:
+        self.image_ids = batch.image_ids
+
+    def report(self, loss: Tensor, parts: Mapping[str, Tensor], *, shown: Collection[str]) -> Tensor:
         """Return the loss of a step, whose parts are logged; where it is not finite an error names them.
 
         The host reads them when the gradients are queued, so that a GPU computes meanwhile, and before the optimizer's
@@ -121,11 +126,11 @@ class SavedModule(pl.LightningModule):
         Args:
             loss: what is minimised.
             parts: what is logged, numbers by name.
-            images: how many the step has.
             shown: names of the parts that the progress bar shows.
         """
-        copy = HostCopy(torch.stack([loss, *parts.values()]))
-        self._report = _Report(tuple(parts), copy, images, frozenset(shown))
+        gradient = torch.zeros_like(loss) if self._largest_gradient is None else self._largest_gradient.to(loss)
+        numbers = HostCopy(torch.stack([loss, *parts.values(), gradient]))
+        self._report = _Report(tuple(parts), numbers, frozenset(shown))
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -133,18 +138,49 @@ class SavedModule(pl.LightningModule):
         super().backward(loss, *args, **kwargs)
         if self._report is None:
             return
-        (names, copy, images, shown), self._report = self._report, None
-        total, *values = copy.read()
+        (names, copy, shown), self._report = self._report, None
+        total, *values, gradient = copy.read()
+        if not gradient.isfinite():
+            self.check_weights_are_finite()
         parts = dict(zip(names, values, strict=True))
         self.check_finite(total, parts)
         for name, part in parts.items():
-            self.log(f"train/{name}", part, batch_size=images, prog_bar=name in shown)
+            self.log(f"train/{name}", part, batch_size=len(self.image_ids), prog_bar=name in shown)
 
     def check_finite(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
         """Raise an error that says what a loss on the host is made of, unless it is finite."""
-        if not loss.isfinite():
-            values = ", ".join(f"{name} {part.item():.3g}" for name, part in parts.items())
-            raise InputError(f"the loss must be finite, got {values} at step {self.global_step}: lower learning_rate")
+        if loss.isfinite():
+            return
+        self.check_weights_are_finite()
+        values = ", ".join(f"{name} {part.item():.3g}" for name, part in parts.items())
+        remedy = f"look at the data of images {some_of(self.image_ids)}"
+        if self.global_step:
+            remedy += ", or lower learning_rate"
+        raise InputError(f"the loss must be finite, got {values} at step {self.global_step}: {remedy}")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the largest gradient, which can be infinite where the loss is not.
+
+        The host does not wait for it: it comes with the loss of the next step. With float16's scaled gradients nothing
+        is taken, because Lightning leaves out a step whose gradients are infinite.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._largest_gradient = get_total_norm(gradients, float("inf"))
+
+    def check_weights_are_finite(self) -> None:
+        """Raise an error that names a weight, unless all are finite: others are neither evaluated nor saved."""
+        if names := not_finite(dict([*self.named_parameters(), *self.named_buffers()])):
+            remedy = ", because of an earlier step: lower learning_rate, and go on from the last checkpoint"
+            raise InputError(
+                f"the model's weights must be finite, at step {self.global_step} these are not: {some_of(names)}"
+                + remedy * (self.global_step > 0)
+            )
+
+    def on_validation_start(self) -> None:
+        self.check_weights_are_finite()
+
+    on_test_start = on_predict_start = on_validation_start
 
     def test_step(self, batch: GraphBatch) -> None:
         self.validation_step(batch)
@@ -152,6 +188,7 @@ class SavedModule(pl.LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_weights_are_finite()
         checkpoint["sgalign"] = {
             "object_names": self.object_names,
             "predicate_names": self.predicate_names,
@@ -244,6 +281,22 @@ class SavedModule(pl.LightningModule):
         if differing := sorted(of_model.keys() ^ weights.keys()):
             what = f"{'lacks' if differing[0] in of_model else 'has'} {differing[0]}"
             raise InputError(f"checkpoint must be of {type(self).__name__} with the same parts, {what}")
+        if names := not_finite(weights):
+            raise InputError(f"checkpoint must have finite weights, these are not: {some_of(names)}")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold infinity or NaN; the host waits once where there are none."""
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    if get_total_norm(list(floating.values()), float("inf")).isfinite():
+        return []
+    return [name for name, tensor in floating.items() if not tensor.isfinite().all()]
+
+
+def some_of(names: Sequence[Any]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(map(str, names[:4])) + more
 
 
 def module_named(name: str) -> type[SavedModule] | None:

@@ -48,7 +48,7 @@ class DetectorModule(SavedModule):
         boxes, labels = batch.boxes_by_image(), batch.labels.split(batch.lengths.tolist())
         losses = self.network.losses(batch.require_pixels(), boxes, labels)
         losses = {name.removeprefix("loss_"): loss for name, loss in losses.items()}
-        return self.report(torch.stack(list(losses.values())).sum(), losses, images=len(boxes), shown=losses)
+        return self.report(torch.stack(list(losses.values())).sum(), losses, shown=losses)
 
     def detect(self, batch: GraphBatch) -> list[ObjectDetections]:
         """Return what is found in each image."""

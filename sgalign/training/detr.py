@@ -119,10 +119,10 @@ class DetrModule(SavedModule):
             self.check_finite(value, {name.replace("_", " "): value})
         return costs
 
-    def report_sum(self, losses: dict[str, Tensor], images: int) -> Tensor:
+    def report_sum(self, losses: dict[str, Tensor]) -> Tensor:
         """Return the sum of losses, which are logged with it."""
         loss = torch.stack(list(losses.values())).sum()
-        return self.report(loss, losses | {"loss": loss}, images=images, shown=["loss"])
+        return self.report(loss, losses | {"loss": loss}, shown=["loss"])
 
     def configure_optimizers(self) -> Any:
         options = self.options
@@ -161,7 +161,7 @@ class EntityDetectorModule(DetrModule):
         pixels, objects, _ = self.training_images(batch, batch_index)
         entities = self.detector(pixels)
         costs = self.read_costs(self.entity_loss.costs(entities.logits, entities.boxes, objects))
-        return self.report_sum(self.entity_losses(entities, objects, costs), len(pixels))
+        return self.report_sum(self.entity_losses(entities, objects, costs))
 
     def validation_step(self, batch: GraphBatch) -> None:
         self.log_found(self.detect(batch)[1], batch)

@@ -127,7 +127,7 @@ class MotifsModule(PairModule):
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
         loss, parts = self.losses(batch, batch_index)
-        return self.report(loss, parts, images=len(batch.image_ids), shown=parts)
+        return self.report(loss, parts, shown=parts)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimizer that the options choose, with the learning rate for the batches of all processes."""

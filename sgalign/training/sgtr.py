@@ -126,7 +126,7 @@ class SGTRModule(DetrModule, RelationModule):
         relations = self.trainer.strategy.reduce(relations, reduce_op="mean").clamp(min=1)
         matches = assign(costs[: len(annotations)])
         losses |= relation_losses(outputs, annotations, matches, focal=options.focal, relations=relations)
-        return self.report_sum(losses | alignment, len(pixels))
+        return self.report_sum(losses | alignment)
 
     def decode(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
         """Return what the supervised branch predicts, and the losses of what else is trained, by name."""
