@@ -57,6 +57,7 @@ def measure(parts: Mapping[str, Part], known: Figures, limits: Mapping[str, floa
         limits: seconds of each part, with those that its known figures took.
     """
     os.setsid()  # or ctrl-C reaches this process twice
+    measuring.end_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, part in parts.items():
         figures, start = known[name], time.monotonic() - known[name].get("seconds", 0)
@@ -137,9 +138,12 @@ def write_report(
     file, remedy = out / "report.json", "remove it, or give another --out"
     check_writable(file)
     report: Figures = read_json(file, remedy) if file.exists() else {}
-    if not isinstance(report, dict) or not all(isinstance(figures, dict) for figures in report.values()):
-        raise ValueError(f"{file} is no report: {remedy}")
-    card = report.get("environment", {}).get("installed", {}).get("card")
+    try:
+        markdown(report)
+        spent_before = {name: float(figures.get("seconds", 0)) for name, figures in report.items()}
+        card = report.get("environment", {}).get("installed", {}).get("card")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no report: {remedy}") from error
     if card and card != torch.cuda.get_device_name():
         raise ValueError(f"{file} is of {card}, this card is {torch.cuda.get_device_name()}: {remedy}")
 
@@ -152,7 +156,7 @@ def write_report(
     limits = {}
     for name, part in left.items():
         known = {} if again else report.get(name, {})
-        spent = known.get("seconds", 0)
+        spent = 0.0 if again else spent_before.get(name, 0.0)
         save(name, planned(part, known) | {"seconds": spent})
         limits[name] = spent + SECONDS.get(name, 60)
     begun = ""
@@ -186,19 +190,21 @@ def main(arguments: list[str] | None = None) -> int:
 
         parts = rehearsal.of_report()
     if not torch.cuda.is_available():
-        print("torch finds no GPU here, so there is nothing to report")
-        return 0
+        sys.exit("benchmarks.gpu_report: torch finds no GPU here, so there is nothing to report")
     out = options.out or measuring.results()
     try:
+        measuring.check_environment()
         report = write_report(out, parts, options.only, options.again)
     except KeyboardInterrupt:
-        sys.exit(f"benchmarks.gpu_report: interrupted; {out / 'report.json'} has what was measured")
+        sys.exit(f"benchmarks.gpu_report: interrupted; {measuring.kept(out / 'report.json')}")
     except (OSError, ValueError) as error:
         sys.exit(f"benchmarks.gpu_report: {error}")
     print(f"{out / 'report.md'} and report.json")
     if left := [name for name, figures in report.items() if unfinished(figures)]:
         print(f"time was up in {', '.join(left)}: the same command goes on there")
-    return 1 if options.rehearse and list(failures(report)) else 0
+    found = list(failures(report))
+    print(*(f"failed: {sentence}" for sentence in found), sep="\n", end="\n" * bool(found))
+    return 1 if options.rehearse and found else 0
 
 
 if __name__ == "__main__":

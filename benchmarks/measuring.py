@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import re
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,6 +106,31 @@ def results() -> Path:
     """Return the folder of what is measured on this card."""
     card = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
     return ROOT / "benchmarks" / "results" / card
+
+
+def check_environment() -> None:
+    """Raise ValueError where an environment variable would make every float32 case fail."""
+    if not backends.unavailable("triton"):
+        from sgalign.kernels import configs
+
+        configs.dot_precision()
+
+
+def kept(file: Path) -> str:
+    """Return what an interrupted command says of the file that it writes."""
+    return f"{file} has what was measured before" if file.exists() else "nothing has been measured yet"
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it has ended, however that was: a kill tells nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def available() -> list[str]:

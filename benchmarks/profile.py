@@ -32,8 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         rehearsal.install_for_profile()
     if not torch.cuda.is_available():
-        print("torch finds no GPU here, so there is nothing to profile")
-        return 0
+        sys.exit("benchmarks.profile: torch finds no GPU here, so there is nothing to profile")
     from benchmarks import test_attention as bench
 
     contender = bench.ours(measuring.available()[0])["dual"]

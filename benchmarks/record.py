@@ -7,6 +7,7 @@ import functools
 import gc
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -143,7 +144,8 @@ def versions() -> list[str]:
     """Return what every figure depends on beside the card."""
     from triton import __version__ as triton
 
-    return [f"torch {torch.__version__}", f"triton {triton}"]
+    precision = os.environ.get("SGALIGN_TRITON_DOT_PRECISION")
+    return [f"torch {torch.__version__}", f"triton {triton}", *([f"float32 by {precision}"] if precision else [])]
 
 
 def table_entries(bits: int, channels: Sequence[int], branches: Sequence[int], dropout: bool, backward: bool) -> str:

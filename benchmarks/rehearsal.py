@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import multiprocessing
 import os
 import sys
 import types
@@ -21,7 +22,7 @@ import torch
 
 from benchmarks import measuring
 from benchmarks.record import Part, Record
-from sgalign.ops import backends
+from sgalign.ops import _core, backends
 
 CARD = "no GPU: in a rehearsal no figure is one of a GPU"
 PROPERTIES = types.SimpleNamespace(
@@ -73,6 +74,10 @@ FAKES: dict[str, Any] = {
 
 def install() -> None:
     """Make this process believe in a GPU, for good."""
+    if (problem := _core.problem()) is not None:
+        sys.exit(f"a rehearsal runs the compiled core: {problem}")
+    if multiprocessing.parent_process() is None:
+        print(CARD, flush=True)
     mock.patch.multiple(torch.cuda, **FAKES).start()
     mock.patch.multiple(torch.cuda.profiler, start=nothing, stop=nothing).start()
     measuring.DEVICE = torch.device("cpu")

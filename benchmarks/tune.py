@@ -183,6 +183,13 @@ def problem(entry: Entry, plan: Plan, table: Any) -> str | None:
     return None
 
 
+def start_worker(prepare: Callable[[], None] | None) -> None:
+    """Prepare a worker's process, which ends with its parent's."""
+    measuring.end_with_parent()
+    if prepare is not None:
+        prepare()
+
+
 def differs(entry: Entry, expected: list[Tensor]) -> bool:
     """Return whether the kernel's result is another than the reference's, or not a number."""
     run, found = calls(entry, SHAPES[0])
@@ -243,7 +250,7 @@ def tune(entries: list[Entry], pool: Executor, out: Path, tuned: Tuned) -> None:
         except RuntimeError:
             if usable():
                 raise
-            sys.exit(f"benchmarks.tune: {LOST}; {out / 'tuned.json'} has what came before")
+            sys.exit(f"benchmarks.tune: {LOST}; {measuring.kept(out / 'tuned.json')}")
         use(entry, best)  # what was tried last is in use
         if math.isinf(known[best]):
             print("  nothing can be used", flush=True)
@@ -275,9 +282,9 @@ def read_tuned(file: Path) -> Tuned:
     try:
         card, lines = content["card"], content["entries"]
         tuned = {Entry(*(line[field] for field in Entry._fields)): line for line in lines}
-        plans = {entry: (*configs.Config(*line["plan"]),) for entry, line in tuned.items()}
-        if any(type(number) is not int or number < 0 for plan in plans.values() for number in plan):
-            raise TypeError
+        plans = {entry: configs.Config(*line["plan"]) for entry, line in tuned.items()}
+        for plan in plans.values():
+            configs.check_config(plan)
         if any(entry.kernel not in KERNELS or entry.channels not in CHANNELS for entry in tuned):
             raise KeyError
     except (KeyError, TypeError) as error:
@@ -326,8 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
         prepare = rehearsal.install_for_tuner
         prepare()
     if not torch.cuda.is_available():
-        print("torch finds no GPU here, so there is nothing to tune")
-        return 0
+        sys.exit("benchmarks.tune: torch finds no GPU here, so there is nothing to tune")
     out = options.out or measuring.results()
     # In the order of their worth: 16 bits, both branches and SGTR's channels come first.
     order = itertools.product(options.bits, (False, True), (2, 1), options.channels, options.kernels)
@@ -337,16 +343,17 @@ def main(arguments: list[str] | None = None) -> int:
         if channels == 32 or not dropout  # which SGTR trains with
     ]
     try:
+        measuring.check_environment()
         for file in ("tuned.json", "configs.json"):
             check_writable(out / file)
         tuned = read_tuned(out / "tuned.json")
         left = [entry for entry in entries if options.again or entry not in tuned]
         workers = min(8, os.cpu_count() or 1)
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), prepare) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (prepare,)) as pool:
             tune(left, pool, out, tuned)
         write_table(out / "configs.json")  # also where nothing was left to tune
     except KeyboardInterrupt:
-        sys.exit(f"benchmarks.tune: interrupted; {out / 'tuned.json'} has what came before")
+        sys.exit(f"benchmarks.tune: interrupted; {measuring.kept(out / 'tuned.json')}")
     except (OSError, ValueError) as error:
         sys.exit(f"benchmarks.tune: {error}")
     print(f"{out / 'configs.json'} and tuned.json; the kernels read {ROOT / 'kernels' / 'configs.json'}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from sgalign.errors import InputError
 
 TABLE = Path(__file__).with_name("configs.json")
+REMEDY = "it must be the file of the package, or what benchmarks.tune wrote"
 ASKED_PRECISION = os.environ.get("SGALIGN_TRITON_DOT_PRECISION", "")
 # architecture -> kernel -> `kind` -> channels -> `Config`
 Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
@@ -50,7 +51,9 @@ def lookup(kernel: str, architecture: str, bits: int, dim: int, branches: int, d
     for name in ("default", architecture):
         for drops in (False, True) if dropout else (False,):
             by_dim |= table.get(name, {}).get(kernel, {}).get(kind(bits, branches, drops), {})
-    return Config(*by_dim[str(min(size for size in map(int, by_dim) if size >= dim))])
+    if not (sizes := [size for size in map(int, by_dim) if size >= dim]):
+        raise InputError(f"{TABLE} has no {kernel} of {kind(bits, branches, dropout)} and {dim} channels: {REMEDY}")
+    return Config(*by_dim[str(min(sizes))])
 
 
 def kind(bits: int, branches: int, dropout: bool) -> str:
@@ -60,9 +63,30 @@ def kind(bits: int, branches: int, dropout: bool) -> str:
 
 @functools.cache
 def read_table() -> Table:
-    """Return the table, which a caller may change for this process."""
-    table: Table = json.loads(TABLE.read_text())
+    """Return the table, which a caller may change for this process.
+
+    Raises:
+        ValueError: the file is not such a table; names it.
+    """
+    try:
+        table: Table = json.loads(TABLE.read_text())
+        for by_kernel in table.values():
+            for by_dim in (by_dim for kinds in by_kernel.values() for by_dim in kinds.values()):
+                for dim, plan in by_dim.items():
+                    check_config(Config(*plan))
+                    int(dim)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{TABLE} is no table of configurations ({error}): {REMEDY}") from error
     return table
+
+
+def check_config(config: Config) -> None:
+    """Raise TypeError unless Triton can compile with these numbers."""
+    sizes = config[:3]
+    if any(type(number) is not int for number in config) or any(n < 1 or n & (n - 1) for n in sizes):
+        raise TypeError(f"blocks and warps must be powers of two, got {[*config]}")
+    if config.stages < 1 or config.registers < 0:
+        raise TypeError(f"stages must be at least 1 and registers at least 0, got {[*config]}")
 
 
 @functools.cache

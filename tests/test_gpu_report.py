@@ -34,8 +34,50 @@ from sgalign.ops import backends  # noqa: E402
 @pytest.mark.parametrize("command", [gpu_report, tune, profile])
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command.main([]) == 0
-    assert capsys.readouterr().out.count("\n") == 1
+    with pytest.raises(SystemExit, match="torch finds no GPU here"):
+        command.main([])
+
+
+@pytest.mark.parametrize("command", [gpu_report, tune])
+def test_what_would_make_every_case_fail_is_said_first(monkeypatch, tmp_path, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "unavailable", lambda name: None)
+    monkeypatch.setattr(configs, "ASKED_PRECISION", "tf32")
+    with pytest.raises(SystemExit, match="SGALIGN_TRITON_DOT_PRECISION must be tf32x3 or ieee, got 'tf32'"):
+        command.main(["--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+WORKER = """
+import multiprocessing, os, signal, sys, time
+sys.path.insert(0, {root!r})
+from benchmarks import measuring
+def work(pids):
+    measuring.end_with_parent()
+    pids.send(os.getpid())
+    time.sleep(600)
+if __name__ == "__main__":
+    pids, sent = multiprocessing.Pipe(duplex=False)
+    multiprocessing.get_context("spawn").Process(target=work, args=(sent,)).start()
+    print(pids.recv(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(root=str(ROOT)))
+    with subprocess.Popen([sys.executable, script], env=ONE_THREAD, stdout=subprocess.PIPE, text=True) as started:
+        worker, deadline = int(started.stdout.readline()), time.monotonic() + 20
+        assert started.wait() == -signal.SIGKILL
+    while time.monotonic() < deadline:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("it goes on")
 
 
 # ------------------------------------------------------------------------------------------------------ the report
@@ -88,7 +130,17 @@ def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch):
     assert "theirs" not in (tmp_path / "report.json").read_text()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"loss": null}', '{"environment": {}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"loss": null}',
+        '{"environment": {}',
+        '{"loss": {"seconds": "soon"}}',
+        '{"loss": {"rows": {"a": {"shape": 1}}}}',
+    ],
+)
 def test_what_is_no_report_is_not_written_over(tmp_path, content):
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(ValueError, match=r"report\.json.* remove it, or give another --out"):

@@ -1,5 +1,6 @@
 """The Triton kernels without a GPU: their results under Triton's interpreter, and what they compile to."""
 
+import functools
 import itertools
 import os
 import re
@@ -212,6 +213,36 @@ def test_float32_products_can_be_exact(monkeypatch):
     monkeypatch.setattr(configs, "ASKED_PRECISION", "tf32")
     with pytest.raises(InputError, match="must be tf32x3 or ieee, got 'tf32'"):
         configs.dot_precision()
+
+
+GOOD_PLAN = '{"default": {"forward": {"16 bits, 1 branch": {"64": [64, 64, 4, 2]}}}}'
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("", "is no table of configurations"),
+        ("[]", "is no table of configurations"),
+        ("{}", "has no forward of 16 bits, 1 branch and 32 channels"),
+        (GOOD_PLAN.replace("16 bits", "8 bits"), "has no forward of 16 bits, 1 branch and 32 channels"),
+        (GOOD_PLAN.replace("64, 64", "64, 48"), r"powers of two, got \[64, 48, 4, 2, 0\]"),
+        (GOOD_PLAN.replace(", 4, 2", ""), "is no table of configurations"),
+        (GOOD_PLAN.replace("4, 2", "4, 0"), "stages must be at least 1"),
+        (GOOD_PLAN, None),
+    ],
+)
+def test_bad_tables_are_named(tmp_path, monkeypatch, table, message):
+    from sgalign.kernels import configs
+
+    monkeypatch.setattr(configs, "TABLE", tmp_path / "configs.json")
+    monkeypatch.setattr(configs, "read_table", functools.cache(configs.read_table.__wrapped__))
+    configs.TABLE.write_text(table)
+    lookup = functools.partial(configs.lookup.__wrapped__, "forward", "sm_90", 16, 32, 1, False)
+    if message is None:
+        assert lookup() == (64, 64, 4, 2, 0)
+    else:
+        with pytest.raises(ValueError, match=rf"configs\.json.*{message}"):
+            lookup()
 
 
 @pytest.mark.parametrize("capability", [80, 90])
