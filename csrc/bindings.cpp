@@ -156,8 +156,8 @@ RelationLogits relation_logits(const py::args& numbers) {
 void check_pairs(const RelationLogits& a) {
     for (int64_t i = 0; i < 2 * a.relations; ++i)
         if (a.pairs[i] < 0 || a.pairs[i] >= a.objects)
-            throw std::out_of_range("pairs must be in 0 to " + std::to_string(a.objects - 1) +
-                                    ", one less than the objects, got " + std::to_string(a.pairs[i]) + " in row " +
+            throw std::out_of_range("pairs must be at least 0 and below the number of objects, " +
+                                    std::to_string(a.objects) + ", got " + std::to_string(a.pairs[i]) + " in row " +
                                     std::to_string(i / 2));
 }
 

@@ -1,6 +1,7 @@
 """Attention by the kernels (the core, or what target.py names) beside `sgalign.ops.reference` in float64."""
 
 import math
+from unittest import mock
 
 import accuracy
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from target import BACKEND, DEVICE, DTYPES, EXACT, INTERPRETED, core_only
 
 from sgalign import dual_branch_attention, fused_masked_attention, random_attention_mask
-from sgalign.ops import reference
+from sgalign.ops import attention, reference
 
 SEED, STREAM = 5, 3
 TOLERANCE = 1e-12 if EXACT == torch.float64 else 1e-5  # between two ways to the same numbers
@@ -128,7 +129,8 @@ def assert_accurate(branches, tensors, grad_outs, *, floor=0.0, backend=BACKEND,
     """Assert that a backend's results are off by no more than rounding explains; `floor` is that of accuracy.py."""
     doubles = [[tensor.double() for tensor in group] for group in (tensors, grad_outs)]
     exact = run(branches, *doubles, backend="reference", **options)
-    plain = run(branches, tensors, grad_outs, backend="reference", **options)
+    with mock.patch.object(attention, "accumulated_dtype", lambda dtype: dtype):  # PyTorch's own operations, all in one
+        plain = run(branches, tensors, grad_outs, backend="reference", **options)
     ours = run(branches, tensors, grad_outs, backend=backend, **options)
     accuracy.assert_accurate(exact, plain, ours, standard_errors(branches, tensors, grad_outs, **options), floor=floor)
 
@@ -475,6 +477,20 @@ def test_large_scores_do_not_overflow(instruction_set):
     for branches in BRANCHES:
         outs, grads = run(branches, tensors, grad_outs, mask_ratio=0.5, mask_seed=SEED)
         assert all(tensor.isfinite().all() for tensor in (*outs, *grads) if tensor is not None)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("backend", [BACKEND, "reference"])
+def test_scores_above_the_largest_float16(backend, autocast):
+    """The largest is 65504; scores are float32, under autocast too."""
+    tensors, _ = make((1, 2, 6, 40, 16), torch.float16)
+    tensors = [100 * tensor for tensor in tensors[:3]] + tensors[3:]
+    (expected,) = attend("single", [tensor.double() for tensor in tensors], "reference")
+    given = [tensor.float() for tensor in tensors] if autocast else tensors
+    with torch.autocast(DEVICE, torch.float16, enabled=autocast):
+        (out,) = attend("single", given, backend)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
 
 
 # -------------------------------------------------------------------------------------------------------- dropout

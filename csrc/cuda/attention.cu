@@ -40,8 +40,8 @@ void random_mask(const RandomMask& m, const uint64_t* seed, const Queue& queue) 
            random_mask_kernel, divide_up(threads, kMaskThreads), 1, kMaskThreads, 0, queue, RandomMaskCall{m, seed});
 }
 
-// Parts of at least four tiles, while a multiprocessor would have nothing to do if blocks had eight tiles of rows, as
-// the fastest have.
+// Keys are split where there are fewer blocks than multiprocessors, into parts of at least four tiles. The fastest blocks
+// have eight tiles of rows, so these are counted.
 int attention_splits(const Attention& a, int multiprocessors) {
     const int64_t blocks = a.batch * a.heads * divide_up(QueryRows::count(a), 8);
     if (blocks == 0) return 1;

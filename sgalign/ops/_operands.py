@@ -6,6 +6,7 @@ The checks of ratios, seeds and streams are in random_mask.py, beside what these
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -93,6 +94,13 @@ def computed_dtype(tensor: Tensor) -> torch.dtype:
     if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return tensor.dtype
     return torch.get_autocast_dtype(device)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which torch's own operations keep the dtypes of their operands."""
+    if not torch._C._is_any_autocast_enabled() or device.type == "meta":  # for which torch has no autocast
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def accumulated_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -35,8 +35,9 @@ from sgalign.ops._operands import (
     empty_like,
     once_a_signature,
     unit_stride,
+    without_autocast,
 )
-from sgalign.ops.random_mask import check_stream, ratio_threshold, seed_tensor
+from sgalign.ops.random_mask import check_seed, check_stream, ratio_threshold, seed_tensor
 
 MAX_DIM = 256
 MAX_SCALE = torch.finfo(torch.float32).max / 2  # the kernels multiply it by log2(e)
@@ -167,7 +168,11 @@ def _attention(
     queries, key, value = [cast(query, dtype) for query in queries], cast(key, dtype), cast(value, dtype)
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
-    seed = seed_tensor(mask_seed, query.device, "mask_seed") if any(thresholds) else None
+    seed = None
+    if any(thresholds):
+        seed = seed_tensor(mask_seed, query.device, "mask_seed")
+    else:
+        check_seed(mask_seed, query.device, "mask_seed")
     options = Options(mask, key_padding_mask, seed, *thresholds, mask_stream, scale)
     if backend == "reference":
         return _reference(queries, branches, key, value, options)
@@ -179,8 +184,15 @@ def _attention(
 def _reference(queries: Tensors, branches: int, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, ...]:
     """Return the outputs of one or two branches in plain PyTorch, with the random mask in the last.
 
-    It is called before the registered operation, so autograd can differentiate it any number of times.
+    It is called before the registered operation, so autograd can differentiate it any number of times. Like the
+    kernels it computes in float32 at least: float16 ends at scores of 65504.
     """
+    dtype, accumulated = key.dtype, accumulated_dtype(key.dtype)
+    queries, key, value = (
+        [cast(query, accumulated) for query in queries],
+        cast(key, accumulated),
+        cast(value, accumulated),
+    )
     batch, heads, length, _ = queries[0].shape
 
     def draw(threshold: int, stream: int) -> Tensor:
@@ -200,8 +212,8 @@ def _reference(queries: Tensors, branches: int, key: Tensor, value: Tensor, opti
         if branch == branches - 1 and options.mask_threshold:
             random = draw(options.mask_threshold, options.stream)
             dropped = random if dropped is None else dropped | random
-        outs.append(
-            reference.attention(
+        with without_autocast(key.device):
+            out = reference.attention(
                 queries[min(branch, len(queries) - 1)],
                 key,
                 value,
@@ -211,7 +223,7 @@ def _reference(queries: Tensors, branches: int, key: Tensor, value: Tensor, opti
                 dropout_scale=options.dropout_scale,
                 scale=options.scale,
             )
-        )
+        outs.append(cast(out, dtype))
     return tuple(outs)
 
 

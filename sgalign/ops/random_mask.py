@@ -87,20 +87,29 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device, name: str) -> T
 
     A new seed is drawn as a tensor, never as a Python number: torch.compile and CUDA graphs would bake a number in.
     """
+    check_seed(seed, device, name)
     if seed is None:
         return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.reshape(()) if seed.dim() else seed
+    # Filled on the device: a copy of a number from the host would wait, and no CUDA graph could capture it.
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> None:
+    """Raise an error unless `seed` is None, an int of 64 bits, or an int64 tensor of one element on `device`."""
+    if seed is None:
+        return
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"{name} must hold one int64, got {seed.dtype} of shape {list(seed.shape)}")
         if seed.device != device:
             raise InputError(f"{name} must be on {device}, got {seed.device}")
-        return seed.reshape(()) if seed.dim() else seed
+        return
     if type(seed) is not int and (isinstance(seed, bool) or not isinstance(seed, (numbers.Integral, torch.SymInt))):
         raise TypeError(f"{name} must be an int, an int64 tensor or None, got {type(seed).__name__}")
     if not -(1 << 63) <= seed < 1 << 63:
         raise InputError(f"{name} must be in [-2**63, 2**63), got {seed}")
-    # Filled on the device: a copy of a number from the host would wait, and no CUDA graph could capture it.
-    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 _library = torch.library.Library("sgalign", "FRAGMENT")

@@ -182,11 +182,11 @@ def _check_pairs(pairs: Tensor, objects: int) -> None:
     outside = (pairs < 0) | (pairs >= objects)
     if pairs.device.type != "cpu" or torch.compiler.is_compiling():
         # The number of objects is not in the message: each would be a graph of its own for torch.compile.
-        torch._assert_async(~outside.any(), "pairs must be in 0 to N - 1, one less than the objects")
+        torch._assert_async(~outside.any(), "pairs must be at least 0 and below the number of objects")
     elif outside.any():
         row, column = outside.nonzero()[0].tolist()
         got = int(pairs[row, column])
-        raise IndexError(f"pairs must be in 0 to {objects - 1}, one less than the objects, got {got} in row {row}")
+        raise IndexError(f"pairs must be at least 0 and below the number of objects, {objects}, got {got} in row {row}")
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
