@@ -1,5 +1,6 @@
 """What is seen of images: detector, region and union features, their cache, and prediction. All of it untrained."""
 
+import copy
 import json
 import pickle
 
@@ -108,6 +109,17 @@ def test_nothing_detected(detector, features):
     for image in detector.detect(features):
         assert image.boxes.shape == (0, 4) and image.boxes_per_class.shape == (0, CLASSES, 4)
     detector.box_score_threshold = 0.01
+
+
+def test_numbers_that_are_not_finite_are_not_taken_for_an_empty_image(detector, features):
+    level = features.levels["1"].clone()
+    level[0, 5, 2, 1] = float("nan")
+    with pytest.raises(ValueError, match="features and logits must be finite"):
+        detector.detect(features._replace(levels=features.levels | {"1": level}))
+    broken = copy.deepcopy(detector)
+    torch.nn.init.constant_(broken.model.roi_heads.box_predictor.cls_score.bias, float("inf"))
+    with pytest.raises(ValueError, match="features and logits must be finite"):
+        broken.detect(features)
 
 
 def test_detections_take_the_place_of_annotated_objects_and_their_features(detector, features, scenes):

@@ -175,9 +175,14 @@ class Detector(nn.Module):
 
         Of each class, boxes above `box_score_threshold` that no better one of the class covers by an IoU above
         `nms_threshold`; a proposal keeps its best class alone; at most `detections_per_image`, the best.
+
+        Raises:
+            ValueError: features or logits are not finite. Nothing would be found, as in an empty image.
         """
         proposals, _ = self.model.rpn(features.images, features.levels)
         logits, boxes = self._box_head(features, proposals)
+        if not torch.stack([part.isfinite().all() for part in (*features.levels.values(), logits)]).all():
+            raise InputError("the detector's features and logits must be finite: look at the images and its weights")
         counts = [len(p) for p in proposals]
         images = zip(logits.split(counts), boxes.split(counts), features.original_sizes, features.images.image_sizes)
         return [self._filter(*image) for image in images]

@@ -63,7 +63,11 @@ class DetrModule(SavedModule):
         """Return the batch's images of the size for evaluation, and what is found in them."""
         options = self.options
         pixels = [resize(image, options.short_sides[-1], options.long_side) for image in batch.require_pixels()]
-        return pixels, self.detector(pixels)
+        entities = self.detector(pixels)
+        if not (entities.logits[-1].isfinite().all() and entities.boxes[-1].isfinite().all()):
+            ids = ", ".join(map(str, batch.image_ids))
+            raise InputError(f"what DETR finds must be finite: look at its weights and at images {ids}")
+        return pixels, entities
 
     def log_found(self, entities: DetectedEntities, batch: GraphBatch) -> None:
         """Log the share of objects found, and of relations both of whose ends are, the latter as mean over images.
