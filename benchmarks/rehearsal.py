@@ -144,7 +144,7 @@ def install_for_profile() -> None:
 
 
 def install_for_tuner() -> None:
-    """Make this process believe in a GPU, whose kernels Triton's interpreter runs, and the tuner's shapes tiny."""
+    """Make this process believe in a GPU, whose kernels Triton's interpreter runs, and the tuner's shapes tiny and few."""
     if problem := backends.interpreter_problem():
         sys.exit(f"benchmarks.tune --rehearse: {problem}")
     os.environ["TRITON_INTERPRET"] = "1"
@@ -152,7 +152,7 @@ def install_for_tuner() -> None:
     from benchmarks import tune
 
     tune.DTYPES[16] = torch.float16  # the interpreter has no bfloat16
-    tune.SHAPES = [(1, 1, 16, 20)]
+    tune.SHAPES, tune.CHANNELS = [(1, 1, 16, 20)], (32,)
     tune.neighbours = functools.partial(first, tune.neighbours)
 
 

@@ -320,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of what is written; benchmarks/results/<card> if not given")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--bits", nargs="+", type=int, choices=tuple(DTYPES), default=tuple(DTYPES))
-    parser.add_argument("--channels", nargs="+", type=int, choices=CHANNELS, default=CHANNELS)
+    parser.add_argument("--channels", nargs="+", type=int, choices=CHANNELS, help="all if not given")
     parser.add_argument("--again", action="store_true", help="tune what the folder's record has already, too")
     parser.add_argument(
         "--rehearse", action="store_true", help="run all of it tiny and without a GPU: no figure counts"
@@ -336,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit("benchmarks.tune: torch finds no GPU here, so there is nothing to tune")
     out = options.out or measuring.results()
     # In the order of their worth: 16 bits, both branches and SGTR's channels come first.
-    order = itertools.product(options.bits, (False, True), (2, 1), options.channels, options.kernels)
+    order = itertools.product(options.bits, (False, True), (2, 1), options.channels or CHANNELS, options.kernels)
     entries = [
         Entry(kernel, bits, branches, channels, dropout)
         for bits, dropout, branches, channels, kernel in order
