@@ -144,7 +144,7 @@ def install_for_profile() -> None:
 
 
 def install_for_tuner() -> None:
-    """Make this process believe in a GPU, whose kernels Triton's interpreter runs, and the tuner's shapes tiny and few."""
+    """Make this process believe in a GPU, whose kernels Triton's interpreter runs, and the tuner tiny."""
     if problem := backends.interpreter_problem():
         sys.exit(f"benchmarks.tune --rehearse: {problem}")
     os.environ["TRITON_INTERPRET"] = "1"

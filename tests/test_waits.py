@@ -289,7 +289,7 @@ def test_costs_that_are_not_finite_are_named():
     with pytest.raises(ValueError, match="must be finite, got costs of matching inf at step"):
         module.read_costs([torch.full((1, 2, 2), float("inf"))])
     with pytest.raises(ValueError, match="must be finite, got largest logit nan at step"):
-        module.read_costs([torch.zeros(1, 2, 2)], largest_logit=torch.tensor(float("nan")))
+        module.read_costs([torch.zeros(1, 2, 2)], {"largest logit": torch.tensor(float("nan"))})
 
 
 def test_a_loss_that_is_not_finite_changes_no_weight():

@@ -25,7 +25,7 @@ from sgalign.models.graph_assembly import (
 BOX_COST = 5
 OVERLAP_COST = 2
 
-Objects = tuple[Tensor, Tensor]  # of an image: labels int64 [G] from 1; boxes [G, 4], middle x, y, width, height
+TrueObjects = tuple[Tensor, Tensor]  # of an image: labels int64 [G] from 1; boxes [G, 4], middle x, y, width, height
 
 
 class EntityLoss(nn.Module):
@@ -42,7 +42,7 @@ class EntityLoss(nn.Module):
         self.register_buffer("empty_weight", torch.tensor([1.0] * num_objects + [NO_OBJECT_WEIGHT]))
 
     @torch.no_grad()
-    def costs(self, logits: Tensor, boxes: Tensor, objects: Sequence[Objects]) -> list[Tensor]:
+    def costs(self, logits: Tensor, boxes: Tensor, objects: Sequence[TrueObjects]) -> list[Tensor]:
         """Return what it costs that a query stands for an object: float32 `[L, N, G]` of each image.
 
         Args:
@@ -57,7 +57,9 @@ class EntityLoss(nn.Module):
         cost = BOX_COST * away - likely - OVERLAP_COST * pairwise_giou(boxes, true_boxes)
         return [cost[:, image, :, : len(labels)] for image, (labels, _) in enumerate(objects)]
 
-    def forward(self, logits: Tensor, boxes: Tensor, objects: Sequence[Objects], matches: Matches) -> dict[str, Tensor]:
+    def forward(
+        self, logits: Tensor, boxes: Tensor, objects: Sequence[TrueObjects], matches: Matches
+    ) -> dict[str, Tensor]:
         """Return the losses of "classes", "boxes" (L1) and "overlaps" (generalised IoU), summed over the layers.
 
         Args:

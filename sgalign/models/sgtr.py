@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -340,7 +340,9 @@ class SGTR(nn.Module):
                 ours.weight.copy_(theirs.weight.expand_as(ours.weight))
                 ours.bias.copy_(theirs.bias.expand_as(ours.bias))
 
-    def forward(self, entities: DetectedEntities, mirror: Mirror | None = None) -> Any:
+    def forward(
+        self, entities: DetectedEntities, mirror: Mirror | None = None
+    ) -> RelationOutputs | tuple[RelationOutputs, RelationOutputs]:
         """Return each layer's predictions; with a mirror these, and the mirror's of the last layer (`dual_branch`).
 
         Both ways come here, so that `torch.nn.Module.compile` is for both.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sgalign.data.transfer import send, to_host
 from sgalign.errors import InputError
 from sgalign.metrics.matching import find_objects
 from sgalign.models.entity_detector import BACKBONES, DetectedEntities, EntityDetector, resize
-from sgalign.models.entity_loss import EntityLoss, Objects
+from sgalign.models.entity_loss import EntityLoss, TrueObjects
 from sgalign.models.graph_assembly import Entities, assign
 from sgalign.training.augmentation import TrainingImages, annotations_of, augment
 from sgalign.training.base import SavedModule, warmup
@@ -104,23 +104,24 @@ class DetrModule(SavedModule):
         )
 
     def entity_losses(
-        self, entities: DetectedEntities, objects: Sequence[Objects], costs: Sequence[Tensor]
+        self, entities: DetectedEntities, objects: Sequence[TrueObjects], costs: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         """Return DETR's losses, weighted and summed over its layers; `costs` are those of `EntityLoss`, on the host."""
         losses = self.entity_loss(entities.logits, entities.boxes, objects, assign(costs))
         weights = zip(losses.items(), self.options.entity_loss_weights, strict=True)
         return {name: weight * loss for (name, loss), weight in weights}
 
-    def read_costs(self, costs: Sequence[Tensor], **others: Tensor) -> list[Tensor]:
+    def read_costs(self, costs: Sequence[Tensor], others: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """Return costs of matching on the host, for which it waits once.
 
         They and `others`, numbers by name, must be finite: an error names what is not.
         """
+        others = others or {}
         on_host = to_host([*(number.float() for number in others.values()), *costs])
         costs = on_host[len(others) :]
         checked = dict(zip(others, on_host)) | {"costs of matching": torch.stack([cost.sum() for cost in costs]).sum()}
         for name, value in checked.items():
-            self.check_finite(value, {name.replace("_", " "): value})
+            self.check_finite(value, {name: value})
         return costs
 
     def report_sum(self, losses: dict[str, Tensor]) -> Tensor:

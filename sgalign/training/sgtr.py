@@ -117,7 +117,7 @@ class SGTRModule(DetrModule, RelationModule):
         costs = relation_costs(outputs, candidates, sizes, annotations, distinct=options.distinct_matching)
         if trains_detector:  # both in one copy
             costs += self.entity_loss.costs(entities.logits, entities.boxes, objects)
-        costs = self.read_costs(costs, largest_predicate_logit=outputs.logits.abs().max())
+        costs = self.read_costs(costs, {"largest predicate logit": outputs.logits.abs().max()})
         losses: dict[str, Tensor] = {}
         if trains_detector:
             entity_losses = self.entity_losses(entities, objects, costs[len(annotations) :])
