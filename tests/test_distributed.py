@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("lightning")
 
 from sgalign.data import collate  # noqa: E402
-from sgalign.training import AlignMotifsModule, MotifsModule  # noqa: E402
+from sgalign.training import AlignMotifsModule, MotifsModule, SGTRModule  # noqa: E402
 from sgalign.training.datamodule import SceneGraphData  # noqa: E402
 
 SMALL = {"embed_dim": 8, "hidden_dim": 8, "relation_dim": 16}
@@ -61,7 +61,31 @@ def fit(out, **options):
     (out / f"world{world}_rank{trainer.global_rank}.json").write_text(json.dumps(report))
 
 
-def launch(out, world, **options):
+def stop(out, of_images):
+    """Train where the second process's numbers are infinite in the second step, until that is an error."""
+    import lightning.pytorch as pl
+    from test_sgtr import SMALL as SGTR
+
+    pl.seed_everything(0, verbose=False)
+    data, rank = SceneGraphData(batch_size=2, images=of_images), int(os.environ["RANK"])
+    data.train, data.validation = data.train[:16], data.validation[:2]
+    module = SGTRModule(**SGTR) if of_images else MotifsModule(**SMALL)
+
+    def infinite(_, __, found):
+        return found._replace(logits=torch.inf * found.logits) if module.global_step == rank == 1 else found
+
+    module.on_train_start = lambda: module.network.register_forward_hook(infinite)
+    interrupted = pl.callbacks.ModelCheckpoint(out, filename="interrupted", save_top_k=0, save_on_exception=True)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_find_unused_parameters_true", max_epochs=1, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, callbacks=[interrupted],
+    )  # fmt: skip
+    with pytest.raises(ValueError) as caught:
+        trainer.fit(module, datamodule=data)
+    (out / f"world2_rank{rank}.json").write_text(json.dumps(str(caught.value)))
+
+
+def launch(out, world, function="fit", **options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -71,7 +95,7 @@ def launch(out, world, **options):
             "WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [sys.executable, __file__, str(out), json.dumps(options)]
+        command = [sys.executable, __file__, function, str(out), json.dumps(options)]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     for process in processes:
         output, _ = process.communicate(timeout=200)
@@ -107,5 +131,16 @@ def test_ranks_draw_masks_of_their_own_that_repeat(tmp_path):
     assert first["metrics"] == second["metrics"], "merged"
 
 
+@pytest.mark.parametrize("kind", ["Motifs", "SGTR"])
+def test_processes_stop_together_where_the_loss_of_one_is_not_finite(tmp_path, kind):
+    """One that stopped alone would wait for the others before its checkpoint, and they for it in the next step."""
+    if kind == "SGTR":
+        pytest.importorskip("transformers")
+    first, second = launch(tmp_path, 2, "stop", of_images=kind == "SGTR")
+    assert first == "the loss must be finite, that of another process is not at step 1"
+    assert second.startswith("the loss must be finite, got ") and " at step 1: look at the data of images " in second
+    weights(tmp_path / "interrupted.ckpt")
+
+
 if __name__ == "__main__":
-    fit(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    {"fit": fit, "stop": stop}[sys.argv[1]](Path(sys.argv[2]), **json.loads(sys.argv[3]))

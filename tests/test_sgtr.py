@@ -570,7 +570,7 @@ def test_trains_saves_and_predicts(protocol, tmp_path):
     assert {"train/predicates", "train/entity classes", "train/alignment boxes", "val/R@50"} <= logged
     run.save_checkpoint(tmp_path / "align.ckpt")
     module.detector.register_forward_hook(lambda _, __, found: found._replace(logits=torch.nan * found.logits))
-    with pytest.raises(ValueError, match="what DETR finds must be finite: .* images .*, "):
+    with pytest.raises(ValueError, match="DETR's logits and boxes must be finite, got others in images .*, "):
         run.validate(module, FewScenes(None, batch_size=3, images=True))
     data = FewScenes(None, batch_size=3, images=True)
     whole = load_module(tmp_path / "align.ckpt")
@@ -639,7 +639,7 @@ def test_sgtr_starts_from_a_trained_detector(tmp_path, monkeypatch):
     run.save_checkpoint(tmp_path / "sgtr.ckpt")
     broken = SGTRModule(detector_weights=str(path), frozen=["detector"], **SMALL)
     broken.on_train_start = lambda: torch.nn.init.constant_(broken.network.predicate.weight, torch.nan)
-    with pytest.raises(ValueError, match="weights must be finite, at step 0 these are not: network.predicate.weight"):
+    with pytest.raises(ValueError, match="weights must be finite; at step 0 these are not: network.predicate.weight"):
         fit(broken)
     path.unlink()  # the checkpoint of SGTR has what it needs
     third = load_module(tmp_path / "sgtr.ckpt")

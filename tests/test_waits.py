@@ -27,6 +27,7 @@ from sgalign.ops import backends  # noqa: E402
 from sgalign.training import (  # noqa: E402
     AlignMotifsModule,
     AlignSGTRModule,
+    DetectorModule,
     EntityDetectorModule,
     MotifsModule,
     SceneGraphData,
@@ -288,7 +289,7 @@ def test_costs_that_are_not_finite_are_named():
     module = EntityDetectorModule(**DETR)
     with pytest.raises(ValueError, match="must be finite, got costs of matching inf at step"):
         module.read_costs([torch.full((1, 2, 2), float("inf"))])
-    with pytest.raises(ValueError, match="must be finite, got largest logit nan at step"):
+    with pytest.raises(ValueError, match="must be finite, got largest logit nan, costs of matching 0 at step"):
         module.read_costs([torch.zeros(1, 2, 2)], {"largest logit": torch.tensor(float("nan"))})
 
 
@@ -313,16 +314,45 @@ def test_a_loss_that_is_not_finite_changes_no_weight():
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_infinite_gradients_under_a_finite_loss(steps):
+def test_infinite_gradients_under_a_finite_loss(steps, tmp_path):
     """They are found with the next step's loss, or before weights are evaluated or saved."""
     pl.seed_everything(0)
     module = MotifsModule(**MOTIFS)
     module.on_train_start = lambda: module.network.predicate.bias.register_hook(lambda gradient: gradient * math.inf)
-    run = trainers.trainer(limit_train_batches=steps, num_sanity_val_steps=0)
-    expected = "weights must be finite, at step 1 these are not: .*network.predicate.bias.*, because of an earlier step"
-    with pytest.raises(ValueError, match=expected):
+    interrupted = pl.callbacks.ModelCheckpoint(tmp_path, filename="interrupted", save_top_k=0, save_on_exception=True)
+    options = {"limit_train_batches": steps, "num_sanity_val_steps": 0, "enable_checkpointing": True}
+    run = trainers.trainer(callbacks=[interrupted], **options)
+    expected = (
+        "weights must be finite; at step 1 these are not: .*network.predicate.bias.* go on from an earlier checkpoint"
+    )
+    with pytest.raises(ValueError, match=expected), pytest.warns(UserWarning, match="interrupted.ckpt is not written"):
         run.fit(module, FewScenes(None, batch_size=2))
-    with pytest.raises(ValueError, match="weights must be finite, .*network.predicate.bias"):
-        run.save_checkpoint("never written")
-    with pytest.raises(ValueError, match="weights must be finite, .*network.predicate.bias"):
+    assert run.state.stage is None  # Lightning has ended the run
+    with pytest.raises(ValueError, match="weights must be finite; .*network.predicate.bias"):
+        run.save_checkpoint(tmp_path / "by hand.ckpt")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="weights must be finite; .*network.predicate.bias"):
         run.test(module, FewScenes(None, batch_size=2))
+
+
+def test_an_image_that_is_not_finite_is_named():
+    """Not the means that batch normalisation took of it."""
+    pl.seed_everything(0)
+    module = DetectorModule(backbone="resnet18", min_size=64, max_size=96)
+    data = FewScenes(None, batch_size=2, images=True)
+
+    def start():
+        losses = module.network.losses
+
+        def of_a_bad_image(images, *annotations):
+            if module.global_step == 1:
+                images[0][0, :9, :9] = math.nan  # resizing leaves out single pixels
+            return losses(images, *annotations)
+
+        module.network.losses = of_a_bad_image
+
+    module.on_train_start = start
+    with pytest.raises(
+        ValueError, match="the loss must be finite, got .* at step 1: look at the data of images .*, or"
+    ):
+        trainers.trainer(limit_train_batches=3, num_sanity_val_steps=0).fit(module, data)

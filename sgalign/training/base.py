@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from typing_extensions import Self
 
 from sgalign.data import GraphBatch
@@ -21,6 +21,7 @@ from sgalign.models import predicate_counts
 from sgalign.training.checkpoints import (
     WholeCheckpointIO,
     check_ours,
+    not_finite,
     random_states,
     read_checkpoint,
     restore_random_states,
@@ -34,7 +35,7 @@ class _Report(NamedTuple):
     """Numbers that a step logs, on their way to the host."""
 
     names: tuple[str, ...]
-    values: HostCopy  # of the loss, of each name, and the largest gradient of the step before
+    values: HostCopy  # of the loss, over all processes, and of each name
     shown: frozenset[str]
 
 
@@ -60,7 +61,6 @@ class SavedModule(pl.LightningModule):
         self.random_states: list[Tensor] = []  # of the checkpoint that a run resumes from
         self.image_ids: Sequence[Any] = []  # of the step's images
         self._report: _Report | None = None
-        self._largest_gradient: Tensor | None = None  # of the last step of the optimizer, until its number is looked at
 
     def make_network(self, counts: Tensor) -> None:
         """Set `self.network`, and modules beside it, for the classes that `predicate_counts` tells of."""
@@ -128,10 +128,17 @@ class SavedModule(pl.LightningModule):
             parts: what is logged, numbers by name.
             shown: names of the parts that the progress bar shows.
         """
-        gradient = torch.zeros_like(loss) if self._largest_gradient is None else self._largest_gradient.to(loss)
-        numbers = HostCopy(torch.stack([loss, *parts.values(), gradient]))
+        numbers = HostCopy(torch.stack([self.over_processes(loss), *parts.values()]))
         self._report = _Report(tuple(parts), numbers, frozenset(shown))
         return loss
+
+    def over_processes(self, number: Tensor) -> Tensor:
+        """Return the sum of a number over all processes; it is not finite where it is not in one of them."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return number
+        total = number.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Queue the gradients; then check and log what `report` was given, which the device has sent meanwhile."""
@@ -139,46 +146,35 @@ class SavedModule(pl.LightningModule):
         if self._report is None:
             return
         (names, copy, shown), self._report = self._report, None
-        total, *values, gradient = copy.read()
-        if not gradient.isfinite():
-            self.check_weights_are_finite()
+        total, *values = copy.read()
         parts = dict(zip(names, values, strict=True))
         self.check_finite(total, parts)
         for name, part in parts.items():
             self.log(f"train/{name}", part, batch_size=len(self.image_ids), prog_bar=name in shown)
 
     def check_finite(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """Raise an error that says what a loss on the host is made of, unless it is finite."""
+        """Raise an error that says what a loss on the host is made of, unless it is finite.
+
+        Where weights are not finite, because the gradients of the step before were not, it names these.
+
+        Args:
+            loss: over all processes, so that they stop together: one that stopped alone would leave the others waiting.
+            parts: of this process.
+        """
         if loss.isfinite():
             return
-        self.check_weights_are_finite()
+        # Buffers may come from this step: batch normalisation keeps the mean of what it sees.
+        check_weights(dict(self.named_parameters()), self.global_step)
+        if all(part.isfinite() for part in parts.values()):
+            raise InputError(f"the loss must be finite, that of another process is not at step {self.global_step}")
         values = ", ".join(f"{name} {part.item():.3g}" for name, part in parts.items())
-        remedy = f"look at the data of images {some_of(self.image_ids)}"
+        remedy = f"look at the data of images {some_of(self.image_ids) or 'of this step'}"
         if self.global_step:
             remedy += ", or lower learning_rate"
         raise InputError(f"the loss must be finite, got {values} at step {self.global_step}: {remedy}")
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the largest gradient, which can be infinite where the loss is not.
-
-        The host does not wait for it: it comes with the loss of the next step. With float16's scaled gradients nothing
-        is taken, because Lightning leaves out a step whose gradients are infinite.
-        """
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._largest_gradient = get_total_norm(gradients, float("inf"))
-
-    def check_weights_are_finite(self) -> None:
-        """Raise an error that names a weight, unless all are finite: others are neither evaluated nor saved."""
-        if names := not_finite(dict([*self.named_parameters(), *self.named_buffers()])):
-            remedy = ", because of an earlier step: lower learning_rate, and go on from the last checkpoint"
-            raise InputError(
-                f"the model's weights must be finite, at step {self.global_step} these are not: {some_of(names)}"
-                + remedy * (self.global_step > 0)
-            )
-
     def on_validation_start(self) -> None:
-        self.check_weights_are_finite()
+        check_weights(self.state_dict(), self.global_step)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -188,7 +184,8 @@ class SavedModule(pl.LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_weights_are_finite()
+        if sys.exc_info()[0] is None:  # or Lightning would not end what the first error stopped
+            check_weights(checkpoint["state_dict"], self.global_step)
         checkpoint["sgalign"] = {
             "object_names": self.object_names,
             "predicate_names": self.predicate_names,
@@ -272,7 +269,7 @@ class SavedModule(pl.LightningModule):
             del weights[name]
 
     def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Raise an error unless the weights are those that this module has, of the same shapes."""
+        """Raise an error unless the weights are finite, and those that this module has, of the same shapes."""
         of_model = self.state_dict()
         for name, own in of_model.items():
             if name in weights and weights[name].shape != own.shape:
@@ -285,12 +282,11 @@ class SavedModule(pl.LightningModule):
             raise InputError(f"checkpoint must have finite weights, these are not: {some_of(names)}")
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors that hold infinity or NaN; the host waits once where there are none."""
-    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
-    if get_total_norm(list(floating.values()), float("inf")).isfinite():
-        return []
-    return [name for name, tensor in floating.items() if not tensor.isfinite().all()]
+def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
+    """Raise an error that names those of the weights that are not finite, if there are any."""
+    if names := not_finite(weights):
+        remedy = ". Lower learning_rate, and go on from an earlier checkpoint" if step else ""
+        raise InputError(f"weights must be finite; at step {step} these are not: {some_of(names)}{remedy}")
 
 
 def some_of(names: Sequence[Any]) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from sgalign.errors import InputError
 from sgalign.files import read_tensors, written_whole
@@ -29,15 +31,30 @@ def restore_random_states(states: Sequence[Tensor]) -> None:
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place first, so that a full disk or a kill leaves the one before as it was."""
+    """Writes a checkpoint beside its place first, so that a full disk or a kill leaves the one before as it was.
+
+    None is written of weights that are not finite: `SavedModule` raises an error about them, unless another one has
+    stopped the run and Lightning saves what is left.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint to a path, or as Lightning does to an address with `://`."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        if names := not_finite(checkpoint["state_dict"]):
+            rank_zero_warn(f"{path} is not written: {names[0]}, of {len(names)} weights, is not finite")
+            return
         with written_whole(path) as partial:
             super().save_checkpoint(checkpoint, partial, storage_options)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold infinity or NaN. The host waits once if all are finite."""
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    if get_total_norm(list(floating.values()), float("inf")).isfinite():
+        return []
+    return [name for name, tensor in floating.items() if not tensor.isfinite().all()]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

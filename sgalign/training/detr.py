@@ -19,7 +19,7 @@ from sgalign.models.entity_detector import BACKBONES, DetectedEntities, EntityDe
 from sgalign.models.entity_loss import EntityLoss, TrueObjects
 from sgalign.models.graph_assembly import Entities, assign
 from sgalign.training.augmentation import TrainingImages, annotations_of, augment
-from sgalign.training.base import SavedModule, warmup
+from sgalign.training.base import SavedModule, some_of, warmup
 from sgalign.training.checkpoints import read_checkpoint
 from sgalign.training.options import DetrOptions
 
@@ -64,9 +64,8 @@ class DetrModule(SavedModule):
         options = self.options
         pixels = [resize(image, options.short_sides[-1], options.long_side) for image in batch.require_pixels()]
         entities = self.detector(pixels)
-        if not (entities.logits[-1].isfinite().all() and entities.boxes[-1].isfinite().all()):
-            ids = ", ".join(map(str, batch.image_ids))
-            raise InputError(f"what DETR finds must be finite: look at its weights and at images {ids}")
+        if not torch.stack([entities.logits[-1].isfinite().all(), entities.boxes[-1].isfinite().all()]).all():
+            raise InputError(f"DETR's logits and boxes must be finite, got others in images {some_of(batch.image_ids)}")
         return pixels, entities
 
     def log_found(self, entities: DetectedEntities, batch: GraphBatch) -> None:
@@ -114,14 +113,13 @@ class DetrModule(SavedModule):
     def read_costs(self, costs: Sequence[Tensor], others: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         """Return costs of matching on the host, for which it waits once.
 
-        They and `others`, numbers by name, must be finite: an error names what is not.
+        They and `others`, numbers by name, must be finite in all processes: an error names what is not.
         """
-        others = others or {}
-        on_host = to_host([*(number.float() for number in others.values()), *costs])
-        costs = on_host[len(others) :]
-        checked = dict(zip(others, on_host)) | {"costs of matching": torch.stack([cost.sum() for cost in costs]).sum()}
-        for name, value in checked.items():
-            self.check_finite(value, {name: value})
+        checked = {**(others or {}), "costs of matching": torch.stack([cost.sum() for cost in costs]).sum()}
+        numbers = torch.stack([number.float() for number in checked.values()])
+        total = self.over_processes(numbers.sum())
+        total, numbers, *costs = to_host([total, numbers, *costs])
+        self.check_finite(total, dict(zip(checked, numbers)))
         return costs
 
     def report_sum(self, losses: dict[str, Tensor]) -> Tensor:

@@ -121,9 +121,7 @@ class MotifsModule(PairModule):
         if world == 1:
             return 1.0
         own = torch.as_tensor(count, dtype=torch.float32, device=self.device)
-        total = own.clone()
-        torch.distributed.all_reduce(total)
-        return world * own / total.clamp(min=1e-12)
+        return world * own / self.over_processes(own).clamp(min=1e-12)
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
         loss, parts = self.losses(batch, batch_index)
