@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -70,7 +71,8 @@ def measure(parts: Mapping[str, Part], known: Figures, limits: Mapping[str, floa
         try:
             part(Record(figures, figures, start + limits[name], send))
         except (DeviceLost, KeyboardInterrupt):
-            send(figures)
+            with suppress(OSError):  # who listens may be gone
+                send(figures)
             os._exit(0)  # torch may fail to give back what is lost
         except Exception as error:
             figures["failure"] = measuring.sentence(error)
@@ -138,11 +140,18 @@ def write_report(
     file, remedy = out / "report.json", "remove it, or give another --out"
     check_writable(file)
     report: Figures = read_json(file, remedy) if file.exists() else {}
+    left = {name: part for name, part in parts.items() if not only or {name, name.split()[0]} & {*only}}
+    known: Figures = {} if again else report
     try:
-        markdown(report)
-        spent_before = {name: float(figures.get("seconds", 0)) for name, figures in report.items()}
+        markdown(report)  # which reads all of it
+        plans = {name: planned(part, known.get(name, {})) for name, part in left.items()}
+        spent = {name: known.get(name, {}).get("seconds", 0) for name in left}
+        if not all(0 <= seconds < math.inf for seconds in spent.values()):
+            raise ValueError(f"seconds must be finite and at least 0, got {spent}")
         card = report.get("environment", {}).get("installed", {}).get("card")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever its readers stumble over
+        if not file.exists():
+            raise
         raise ValueError(f"{file} is no report: {remedy}") from error
     if card and card != torch.cuda.get_device_name():
         raise ValueError(f"{file} is of {card}, this card is {torch.cuda.get_device_name()}: {remedy}")
@@ -152,13 +161,10 @@ def write_report(
         write_json(file, {name: report[name] for name in [*parts, *report] if name in report}, indent=1)
         (out / "report.md").write_text(markdown(report))
 
-    left = {name: part for name, part in parts.items() if not only or {name, name.split()[0]} & {*only}}
     limits = {}
-    for name, part in left.items():
-        known = {} if again else report.get(name, {})
-        spent = 0.0 if again else spent_before.get(name, 0.0)
-        save(name, planned(part, known) | {"seconds": spent})
-        limits[name] = spent + SECONDS.get(name, 60)
+    for name in left:
+        save(name, plans[name] | {"seconds": spent[name]})
+        limits[name] = spent[name] + SECONDS.get(name, 60)
     begun = ""
     while left := {name: part for name, part in left.items() if is_left(report[name], limits[name])}:
         for name, figures in run(left, report, limits):
@@ -200,10 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         sys.exit(f"benchmarks.gpu_report: {error}")
     print(f"{out / 'report.md'} and report.json")
-    if left := [name for name, figures in report.items() if unfinished(figures)]:
-        print(f"time was up in {', '.join(left)}: the same command goes on there")
     found = list(failures(report))
-    print(*(f"failed: {sentence}" for sentence in found), sep="\n", end="\n" * bool(found))
+    for sentence in found:
+        print(f"  {sentence}")
     return 1 if options.rehearse and found else 0
 
 

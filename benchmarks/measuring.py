@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import signal
 import statistics
 import threading
 import time
@@ -117,17 +118,19 @@ def check_environment() -> None:
 
 
 def kept(file: Path) -> str:
-    """Return what an interrupted command says of the file that it writes."""
-    return f"{file} has what was measured before" if file.exists() else "nothing has been measured yet"
+    """Return what an interrupted command leaves in its file, as the end of a sentence."""
+    return f"{file} has what was measured until then" if file.exists() else "nothing had been measured"
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that started it has ended, however that was: a kill tells nobody."""
+    """Interrupt this process when the one that started it has ended: one that was killed cannot do so itself."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def wait() -> None:
         parent.join()
+        os.kill(os.getpid(), signal.SIGINT)  # so that it stops its own processes
+        time.sleep(5)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -7,7 +7,6 @@ import functools
 import gc
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -127,7 +126,7 @@ def settled(figures: Figures, said: str) -> Figures:
 
 @functools.cache
 def digest(*of: str) -> str:
-    """Return a digest of this card, torch and Triton, of files, and of what is no file.
+    """Return a digest of this card and of `versions`, of files, and of what is no file.
 
     Args:
         of: patterns of files, from the root of the source tree; other strings stand for themselves.
@@ -141,11 +140,13 @@ def digest(*of: str) -> str:
 
 
 def versions() -> list[str]:
-    """Return what every figure depends on beside the card."""
+    """Return what figures depend on beside the card and the code."""
     from triton import __version__ as triton
 
-    precision = os.environ.get("SGALIGN_TRITON_DOT_PRECISION")
-    return [f"torch {torch.__version__}", f"triton {triton}", *([f"float32 by {precision}"] if precision else [])]
+    from sgalign.kernels import configs
+
+    asked = [f"float32 by {configs.ASKED_PRECISION}"] if configs.ASKED_PRECISION else []
+    return [f"torch {torch.__version__}", f"triton {triton}", *asked]
 
 
 def table_entries(bits: int, channels: Sequence[int], branches: Sequence[int], dropout: bool, backward: bool) -> str:

@@ -74,9 +74,7 @@ FAKES: dict[str, Any] = {
 
 def install() -> None:
     """Make this process believe in a GPU, for good."""
-    if (problem := _core.problem()) is not None:
-        sys.exit(f"a rehearsal runs the compiled core: {problem}")
-    if multiprocessing.parent_process() is None:
+    if multiprocessing.parent_process() is None:  # once, not in every worker
         print(CARD, flush=True)
     mock.patch.multiple(torch.cuda, **FAKES).start()
     mock.patch.multiple(torch.cuda.profiler, start=nothing, stop=nothing).start()
@@ -85,8 +83,15 @@ def install() -> None:
     measuring.results = lambda: measuring.ROOT / "runs" / "rehearsal"
 
 
+def check_core(command: str) -> None:
+    """End this process where the compiled core, which stands for the kernels, cannot be used."""
+    if (problem := _core.problem()) is not None:
+        sys.exit(f"benchmarks.{command} --rehearse: {problem}")
+
+
 def install_for_report() -> None:
     """Make this process believe in a GPU, and the report's parts tiny."""
+    check_core("gpu_report")
     install()
     # Imported here, because they choose devices and compile.
     from benchmarks import attention_part, device_tests, environment_part, relation_part, steps_part
@@ -136,6 +141,7 @@ def tiny_step(step: Callable[[str, str], Any], benchmark: str, of: str) -> Any:
 
 def install_for_profile() -> None:
     """Make this process believe in a GPU, and the profiled shapes tiny."""
+    check_core("profile")
     install()
     from benchmarks import profile
 
@@ -144,7 +150,7 @@ def install_for_profile() -> None:
 
 
 def install_for_tuner() -> None:
-    """Make this process believe in a GPU, whose kernels Triton's interpreter runs, and the tuner tiny."""
+    """Make this process believe in a GPU, whose kernels Triton's interpreter runs, and the tuner's shapes tiny."""
     if problem := backends.interpreter_problem():
         sys.exit(f"benchmarks.tune --rehearse: {problem}")
     os.environ["TRITON_INTERPRET"] = "1"
@@ -152,7 +158,7 @@ def install_for_tuner() -> None:
     from benchmarks import tune
 
     tune.DTYPES[16] = torch.float16  # the interpreter has no bfloat16
-    tune.SHAPES, tune.CHANNELS = [(1, 1, 16, 20)], (32,)
+    tune.SHAPES = [(1, 1, 16, 20)]
     tune.neighbours = functools.partial(first, tune.neighbours)
 
 

@@ -184,7 +184,7 @@ def problem(entry: Entry, plan: Plan, table: Any) -> str | None:
 
 
 def start_worker(prepare: Callable[[], None] | None) -> None:
-    """Prepare a worker's process, which ends with its parent's."""
+    """Prepare a worker process, and let it end with its parent."""
     measuring.end_with_parent()
     if prepare is not None:
         prepare()
@@ -258,7 +258,8 @@ def tune(entries: list[Entry], pool: Executor, out: Path, tuned: Tuned) -> None:
         print(f"  {best}: {known[best]:.4f} ms", flush=True)
         ms = {", ".join(map(str, plan)): time for plan, time in known.items() if not math.isinf(time)}
         tuned[entry] = {"plan": best, "ms": ms}
-        write_json(out / "tuned.json", {"card": torch.cuda.get_device_name(), "entries": as_lines(tuned)}, indent=1)
+        of = {"card": torch.cuda.get_device_name(), "float32": configs.dot_precision()}
+        write_json(out / "tuned.json", of | {"entries": as_lines(tuned)}, indent=1)
         write_table(out / "configs.json")
 
 
@@ -285,10 +286,22 @@ def read_tuned(file: Path) -> Tuned:
         plans = {entry: configs.Config(*line["plan"]) for entry, line in tuned.items()}
         for plan in plans.values():
             configs.check_config(plan)
-        if any(entry.kernel not in KERNELS or entry.channels not in CHANNELS for entry in tuned):
-            raise KeyError
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no record of benchmarks.tune: {remedy}") from error
+        if content.get("float32", configs.dot_precision()) != configs.dot_precision():
+            raise ValueError(
+                f"its float32 matrices were multiplied by {content['float32']}, now {configs.dot_precision()}"
+            )
+        for entry, line in tuned.items():
+            fields = (
+                (entry.kernel, KERNELS),
+                (entry.bits, DTYPES),
+                (entry.branches, (1, 2)),
+                (entry.channels, CHANNELS),
+            )
+            known = all(type(field) in (int, str) and field in values for field, values in fields)
+            if not known or type(entry.dropout) is not bool or not isinstance(line["ms"], dict):
+                raise ValueError(f"no such entry: {line}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no record to go on with ({error}): {remedy}") from error
     if card != torch.cuda.get_device_name():
         raise ValueError(f"{file} is of {card}, this card is {torch.cuda.get_device_name()}: {remedy}")
     for entry, plan in plans.items():
@@ -320,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of what is written; benchmarks/results/<card> if not given")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--bits", nargs="+", type=int, choices=tuple(DTYPES), default=tuple(DTYPES))
-    parser.add_argument("--channels", nargs="+", type=int, choices=CHANNELS, help="all if not given")
+    parser.add_argument("--channels", nargs="+", type=int, choices=CHANNELS, help="all if not given, in a rehearsal 32")
     parser.add_argument("--again", action="store_true", help="tune what the folder's record has already, too")
     parser.add_argument(
         "--rehearse", action="store_true", help="run all of it tiny and without a GPU: no figure counts"
@@ -335,8 +348,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         sys.exit("benchmarks.tune: torch finds no GPU here, so there is nothing to tune")
     out = options.out or measuring.results()
+    all_channels = CHANNELS[:1] if options.rehearse else CHANNELS
     # In the order of their worth: 16 bits, both branches and SGTR's channels come first.
-    order = itertools.product(options.bits, (False, True), (2, 1), options.channels or CHANNELS, options.kernels)
+    order = itertools.product(options.bits, (False, True), (2, 1), options.channels or all_channels, options.kernels)
     entries = [
         Entry(kernel, bits, branches, channels, dropout)
         for bits, dropout, branches, channels, kernel in order

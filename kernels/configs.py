@@ -18,7 +18,7 @@ from torch import Tensor
 from sgalign.errors import InputError
 
 TABLE = Path(__file__).with_name("configs.json")
-REMEDY = "it must be the file of the package, or what benchmarks.tune wrote"
+REMEDY = "install the package again, or copy the table that benchmarks.tune wrote"
 ASKED_PRECISION = os.environ.get("SGALIGN_TRITON_DOT_PRECISION", "")
 # architecture -> kernel -> `kind` -> channels -> `Config`
 Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
@@ -71,22 +71,30 @@ def read_table() -> Table:
     try:
         table: Table = json.loads(TABLE.read_text())
         for by_kernel in table.values():
-            for by_dim in (by_dim for kinds in by_kernel.values() for by_dim in kinds.values()):
-                for dim, plan in by_dim.items():
-                    check_config(Config(*plan))
-                    int(dim)
-    except (AttributeError, TypeError, ValueError) as error:
+            for by_kind in by_kernel.values():
+                for by_dim in by_kind.values():
+                    for dim, plan in by_dim.items():
+                        check_config(Config(*plan))
+                        if str(int(dim)) != dim:
+                            raise InputError(f"channels must be an int, got {dim!r}")
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{TABLE} is no table of configurations ({error}): {REMEDY}") from error
     return table
 
 
 def check_config(config: Config) -> None:
-    """Raise TypeError unless Triton can compile with these numbers."""
-    sizes = config[:3]
-    if any(type(number) is not int for number in config) or any(n < 1 or n & (n - 1) for n in sizes):
-        raise TypeError(f"blocks and warps must be powers of two, got {[*config]}")
+    """Raise ValueError unless these are whole numbers as Triton's matrix products take them."""
+    if any(type(number) is not int for number in config):
+        raise InputError(f"blocks, warps, stages and registers must be ints, got {[*config]}")
+    for name, number, least in (
+        ("block_q", config.block_q, 16),
+        ("block_k", config.block_k, 16),
+        ("warps", config.warps, 1),
+    ):
+        if number < least or number & (number - 1):
+            raise InputError(f"{name} must be a power of two of at least {least}, got {number}")
     if config.stages < 1 or config.registers < 0:
-        raise TypeError(f"stages must be at least 1 and registers at least 0, got {[*config]}")
+        raise InputError(f"stages must be at least 1 and registers at least 0, got {[*config]}")
 
 
 @functools.cache

@@ -129,7 +129,9 @@ def assert_accurate(branches, tensors, grad_outs, *, floor=0.0, backend=BACKEND,
     """Assert that a backend's results are off by no more than rounding explains; `floor` is that of accuracy.py."""
     doubles = [[tensor.double() for tensor in group] for group in (tensors, grad_outs)]
     exact = run(branches, *doubles, backend="reference", **options)
-    with mock.patch.object(attention, "accumulated_dtype", lambda dtype: dtype):  # PyTorch's own operations, all in one
+    with mock.patch.object(
+        attention, "accumulated_dtype", lambda dtype: dtype
+    ):  # the yardstick: PyTorch in the operands' dtype
         plain = run(branches, tensors, grad_outs, backend="reference", **options)
     ours = run(branches, tensors, grad_outs, backend=backend, **options)
     accuracy.assert_accurate(exact, plain, ours, standard_errors(branches, tensors, grad_outs, **options), floor=floor)
@@ -482,9 +484,10 @@ def test_large_scores_do_not_overflow(instruction_set):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", [BACKEND, "reference"])
 def test_scores_above_the_largest_float16(backend, autocast):
-    """The largest is 65504; scores are float32, under autocast too."""
+    """Scores are computed in float32, under autocast too."""
     tensors, _ = make((1, 2, 6, 40, 16), torch.float16)
-    tensors = [100 * tensor for tensor in tensors[:3]] + tensors[3:]
+    tensors = [400 * tensor for tensor in tensors[:3]] + tensors[3:]
+    assert (tensors[0].double() @ tensors[2].double().mT).max() / 4 > 65504
     (expected,) = attend("single", [tensor.double() for tensor in tensors], "reference")
     given = [tensor.float() for tensor in tensors] if autocast else tensors
     with torch.autocast(DEVICE, torch.float16, enabled=autocast):

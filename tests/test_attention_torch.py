@@ -320,6 +320,7 @@ BAD_OPTIONS = [
     ({"mask_stream": True}, TypeError, "mask_stream must be an int, got bool"),
     ({"mask_stream": 1.0}, TypeError, "mask_stream must be an int, got float"),
     ({"mask_seed": 1.0}, TypeError, "mask_seed must be an int, an int64 tensor or None, got float"),
+    ({"mask_seed": 1.0, "mask_ratio": 0.0}, TypeError, "mask_seed must be an int, an int64 tensor or None, got float"),
     ({"mask_seed": True}, TypeError, "mask_seed must be an int, an int64 tensor or None, got bool"),
     ({"mask_seed": torch.tensor(1.0)}, TypeError, "mask_seed must hold one int64, got torch.float32"),
     ({"mask_seed": torch.tensor([1, 2])}, TypeError, r"mask_seed must hold one int64, got .* \[2\]"),
@@ -330,6 +331,7 @@ BAD_OPTIONS = [
     ({"scale": -math.inf}, ValueError, "scale must be finite and at most .*, got -inf"),
     ({"scale": 1e39}, ValueError, r"scale must be finite and at most .*e\+38 in size, got 1e\+39"),
     ({"mask": torch.zeros(5, 40, **BOOL).to_sparse()}, TypeError, "mask must be a dense tensor, got torch.sparse_coo"),
+    ({"backend": ["cpu"]}, ValueError, r"backend must be one of .* got \['cpu'\]"),
     ({"backend": "gpu"}, ValueError, "backend must be one of 'cpu', 'triton', 'cuda', 'reference' or None, got 'gpu'"),
 ]
 

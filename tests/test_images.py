@@ -114,12 +114,19 @@ def test_nothing_detected(detector, features):
 def test_numbers_that_are_not_finite_are_not_taken_for_an_empty_image(detector, features):
     level = features.levels["1"].clone()
     level[0, 5, 2, 1] = float("nan")
-    with pytest.raises(ValueError, match="features and logits must be finite"):
+    with pytest.raises(ValueError, match="what the detector computes must be finite"):
         detector.detect(features._replace(levels=features.levels | {"1": level}))
-    broken = copy.deepcopy(detector)
-    torch.nn.init.constant_(broken.model.roi_heads.box_predictor.cls_score.bias, float("inf"))
-    with pytest.raises(ValueError, match="features and logits must be finite"):
-        broken.detect(features)
+    of_regions, of_boxes = "rpn.head", "roi_heads.box_predictor"
+    for layer in (
+        f"{of_regions}.cls_logits",
+        f"{of_regions}.bbox_pred",
+        f"{of_boxes}.cls_score",
+        f"{of_boxes}.bbox_pred",
+    ):
+        broken = copy.deepcopy(detector)
+        torch.nn.init.constant_(broken.model.get_submodule(layer).bias, float("nan"))
+        with pytest.raises(ValueError, match="what the detector computes must be finite"):
+            broken.detect(features)
 
 
 def test_detections_take_the_place_of_annotated_objects_and_their_features(detector, features, scenes):

@@ -40,8 +40,8 @@ void random_mask(const RandomMask& m, const uint64_t* seed, const Queue& queue) 
            random_mask_kernel, divide_up(threads, kMaskThreads), 1, kMaskThreads, 0, queue, RandomMaskCall{m, seed});
 }
 
-// Keys are split where there are fewer blocks than multiprocessors, into parts of at least four tiles. The fastest blocks
-// have eight tiles of rows, so these are counted.
+// Keys are split where blocks fill at most half of the multiprocessors, into parts of at least four tiles. Blocks are
+// counted at eight tiles of rows, as the fastest have.
 int attention_splits(const Attention& a, int multiprocessors) {
     const int64_t blocks = a.batch * a.heads * divide_up(QueryRows::count(a), 8);
     if (blocks == 0) return 1;

@@ -33,7 +33,7 @@ def main() -> int:
         print(f"  {backend}: {backends.unavailable(backend) or 'available'}")
     chosen = (backends.choose(None, torch.device(device), torch.float32) for device in ("cpu", "cuda"))
     print("  chosen for CPU tensors: {}; for GPU tensors: {}, and for float64 reference".format(*chosen))
-    precise = _says_precision()
+    precise = _precision_is_valid()
     if _core.problem():
         return 1
     core = _core.load()
@@ -73,8 +73,8 @@ def _installed_version(package: str) -> str | None:
         return None
 
 
-def _says_precision() -> bool:
-    """Print how Triton is asked to multiply float32 matrices, where it is; return False if that means nothing."""
+def _precision_is_valid() -> bool:
+    """Print the precision that SGALIGN_TRITON_DOT_PRECISION asks for; return False if there is no such precision."""
     if backends.HAS_TRITON:
         from sgalign.kernels import configs
 

@@ -177,12 +177,16 @@ class Detector(nn.Module):
         `nms_threshold`; a proposal keeps its best class alone; at most `detections_per_image`, the best.
 
         Raises:
-            ValueError: features or logits are not finite. Nothing would be found, as in an empty image.
+            ValueError: what it computes is not finite. Nothing would be found, as in an empty image.
         """
         proposals, _ = self.model.rpn(features.images, features.levels)
         logits, boxes = self._box_head(features, proposals)
-        if not torch.stack([part.isfinite().all() for part in (*features.levels.values(), logits)]).all():
-            raise InputError("the detector's features and logits must be finite: look at the images and its weights")
+        computed = (*features.levels.values(), logits, boxes)
+        # The region proposal network drops what is not finite: of finite numbers it always leaves some.
+        if not all(map(len, proposals)) or not torch.stack([part.isfinite().all() for part in computed]).all():
+            raise InputError(
+                "what the detector computes must be finite, got infinity or NaN: look at images and weights"
+            )
         counts = [len(p) for p in proposals]
         images = zip(logits.split(counts), boxes.split(counts), features.original_sizes, features.images.image_sizes)
         return [self._filter(*image) for image in images]

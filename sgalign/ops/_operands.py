@@ -98,7 +98,7 @@ def computed_dtype(tensor: Tensor) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which torch's own operations keep the dtypes of their operands."""
-    if not torch._C._is_any_autocast_enabled() or device.type == "meta":  # for which torch has no autocast
+    if not torch._C._is_any_autocast_enabled() or device.type == "meta":  # torch has no autocast for it
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

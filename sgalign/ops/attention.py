@@ -162,17 +162,14 @@ def _attention(
     _check(plain, query, mirrored_query, key, value, mask, key_padding_mask)
     thresholds = ratio_threshold(mask_ratio, "mask_ratio"), ratio_threshold(dropout_p, "dropout_p")
     check_stream(mask_stream, "mask_stream")
+    check_seed(mask_seed, query.device, "mask_seed")
     scale = _checked_scale(scale, query.shape[3])
     dtype = computed_dtype(query)
     backend = backends.choose(backend, query.device, dtype)
     queries, key, value = [cast(query, dtype) for query in queries], cast(key, dtype), cast(value, dtype)
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
-    seed = None
-    if any(thresholds):
-        seed = seed_tensor(mask_seed, query.device, "mask_seed")
-    else:
-        check_seed(mask_seed, query.device, "mask_seed")
+    seed = seed_tensor(mask_seed, query.device) if any(thresholds) else None
     options = Options(mask, key_padding_mask, seed, *thresholds, mask_stream, scale)
     if backend == "reference":
         return _reference(queries, branches, key, value, options)
@@ -185,14 +182,11 @@ def _reference(queries: Tensors, branches: int, key: Tensor, value: Tensor, opti
     """Return the outputs of one or two branches in plain PyTorch, with the random mask in the last.
 
     It is called before the registered operation, so autograd can differentiate it any number of times. Like the
-    kernels it computes in float32 at least: float16 ends at scores of 65504.
+    kernels it computes in float32 at least: scores may exceed float16's largest number, 65504.
     """
     dtype, accumulated = key.dtype, accumulated_dtype(key.dtype)
-    queries, key, value = (
-        [cast(query, accumulated) for query in queries],
-        cast(key, accumulated),
-        cast(value, accumulated),
-    )
+    queries = [cast(query, accumulated) for query in queries]
+    key, value = cast(key, accumulated), cast(value, accumulated)
     batch, heads, length, _ = queries[0].shape
 
     def draw(threshold: int, stream: int) -> Tensor:

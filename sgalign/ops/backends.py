@@ -74,7 +74,7 @@ ON_GPU = tuple(name for name, needs in BACKENDS.items() if needs.device == "cuda
 
 def check_name(backend: str | None) -> None:
     """Raise InputError unless `backend` is the name of one, or None."""
-    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
+    if backend not in (*BACKENDS, None):
         raise InputError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
 
 

@@ -55,7 +55,8 @@ def random_attention_mask(
     if seed is None:
         raise TypeError("seed must be an int or an int64 tensor, got None")
     device = torch.empty(0, device=device).device  # "cuda" as a tensor has it, with an index
-    seed = seed_tensor(seed, device, "seed")
+    check_seed(seed, device, "seed")
+    seed = seed_tensor(seed, device)
     backend = backends.choose(None, seed.device, torch.bool)
     return torch.ops.sgalign.random_mask(backend, seed, batch, heads, queries, keys, threshold, stream)
 
@@ -82,20 +83,6 @@ def check_stream(stream: int, name: str) -> None:
         raise InputError(f"{name} must be in [0, 2**31), got {stream}")
 
 
-def seed_tensor(seed: int | Tensor | None, device: torch.device, name: str) -> Tensor:
-    """Return the seed as an int64 scalar on `device`; None draws one from torch's generator of that device.
-
-    A new seed is drawn as a tensor, never as a Python number: torch.compile and CUDA graphs would bake a number in.
-    """
-    check_seed(seed, device, name)
-    if seed is None:
-        return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        return seed.reshape(()) if seed.dim() else seed
-    # Filled on the device: a copy of a number from the host would wait, and no CUDA graph could capture it.
-    return torch.full((), seed, dtype=torch.int64, device=device)
-
-
 def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> None:
     """Raise an error unless `seed` is None, an int of 64 bits, or an int64 tensor of one element on `device`."""
     if seed is None:
@@ -110,6 +97,19 @@ def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> No
         raise TypeError(f"{name} must be an int, an int64 tensor or None, got {type(seed).__name__}")
     if not -(1 << 63) <= seed < 1 << 63:
         raise InputError(f"{name} must be in [-2**63, 2**63), got {seed}")
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """Return a checked seed as an int64 scalar on `device`; None draws one from torch's generator of that device.
+
+    A new seed is drawn as a tensor, never as a Python number: torch.compile and CUDA graphs would bake a number in.
+    """
+    if seed is None:
+        return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.reshape(()) if seed.dim() else seed
+    # Filled on the device: a copy of a number from the host would wait, and no CUDA graph could capture it.
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 _library = torch.library.Library("sgalign", "FRAGMENT")
