@@ -207,6 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit(f"benchmarks.gpu_report: {error}")
     print(f"{out / 'report.md'} and report.json")
     found = list(failures(report))
+    print("failed, or left for another run:" if found else "nothing failed")
     for sentence in found:
         print(f"  {sentence}")
     return 1 if options.rehearse and found else 0

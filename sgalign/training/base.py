@@ -25,6 +25,7 @@ from sgalign.training.checkpoints import (
     random_states,
     read_checkpoint,
     restore_random_states,
+    some_of,
 )
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.options import Options
@@ -81,6 +82,11 @@ class SavedModule(pl.LightningModule):
         """Return the part of the data that is evaluated, as logged names begin: "test" or "val"."""
         return "test" if self.trainer.testing else "val"
 
+    @property
+    def processes(self) -> int:
+        """Return the number of processes that train together."""
+        return 1 if self._trainer is None else self.trainer.world_size
+
     # ---- a run
 
     def setup(self, stage: str) -> None:
@@ -107,7 +113,7 @@ class SavedModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         # Dropout and the detector's sampling resume from them. Of several processes only one has saved its states.
-        if self.trainer.ckpt_path and self.trainer.world_size == 1:
+        if self.trainer.ckpt_path and self.processes == 1:
             restore_random_states(self.random_states)
 
     def step_seed(self, batch_index: int, *, purpose: str = "mask") -> int:
@@ -134,7 +140,7 @@ class SavedModule(pl.LightningModule):
 
     def over_processes(self, number: Tensor) -> Tensor:
         """Return the sum of a number over all processes; it is not finite where it is not in one of them."""
-        if self._trainer is None or self.trainer.world_size == 1:
+        if self.processes == 1:
             return number
         total = number.detach().clone()
         torch.distributed.all_reduce(total)
@@ -165,7 +171,7 @@ class SavedModule(pl.LightningModule):
             return
         # Buffers may come from this step: batch normalisation keeps the mean of what it sees.
         check_weights(dict(self.named_parameters()), self.global_step)
-        if all(part.isfinite() for part in parts.values()):
+        if self.processes > 1 and all(part.isfinite() for part in parts.values()):
             raise InputError(f"the loss must be finite, that of another process is not at step {self.global_step}")
         values = ", ".join(f"{name} {part.item():.3g}" for name, part in parts.items())
         remedy = f"look at the data of images {some_of(self.image_ids) or 'of this step'}"
@@ -287,12 +293,6 @@ def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
     if names := not_finite(weights):
         remedy = ". Lower learning_rate, and go on from an earlier checkpoint" if step else ""
         raise InputError(f"weights must be finite; at step {step} these are not: {some_of(names)}{remedy}")
-
-
-def some_of(names: Sequence[Any]) -> str:
-    """Return the first names, and how many more there are."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(map(str, names[:4])) + more
 
 
 def module_named(name: str) -> type[SavedModule] | None:

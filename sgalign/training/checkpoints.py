@@ -43,7 +43,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         if names := not_finite(checkpoint["state_dict"]):
-            rank_zero_warn(f"{path} is not written: {names[0]}, of {len(names)} weights, is not finite")
+            rank_zero_warn(f"{path} is not written, because these weights are not finite: {some_of(names)}")
             return
         with written_whole(path) as partial:
             super().save_checkpoint(checkpoint, partial, storage_options)
@@ -55,6 +55,12 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     if get_total_norm(list(floating.values()), float("inf")).isfinite():
         return []
     return [name for name, tensor in floating.items() if not tensor.isfinite().all()]
+
+
+def some_of(names: Sequence[Any]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(map(str, names[:4])) + more
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

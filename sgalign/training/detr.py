@@ -19,8 +19,8 @@ from sgalign.models.entity_detector import BACKBONES, DetectedEntities, EntityDe
 from sgalign.models.entity_loss import EntityLoss, TrueObjects
 from sgalign.models.graph_assembly import Entities, assign
 from sgalign.training.augmentation import TrainingImages, annotations_of, augment
-from sgalign.training.base import SavedModule, some_of, warmup
-from sgalign.training.checkpoints import read_checkpoint
+from sgalign.training.base import SavedModule, warmup
+from sgalign.training.checkpoints import read_checkpoint, some_of
 from sgalign.training.options import DetrOptions
 
 

@@ -117,11 +117,10 @@ class MotifsModule(PairModule):
 
         A mean of its own elements, multiplied with that, becomes the mean over those of all processes.
         """
-        world = self.trainer.world_size if self._trainer is not None else 1
-        if world == 1:
+        if self.processes == 1:
             return 1.0
         own = torch.as_tensor(count, dtype=torch.float32, device=self.device)
-        return world * own / self.over_processes(own).clamp(min=1e-12)
+        return self.processes * own / self.over_processes(own).clamp(min=1e-12)
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
         loss, parts = self.losses(batch, batch_index)
