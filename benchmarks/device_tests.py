@@ -88,7 +88,7 @@ def run_suites(record: Record, suites: dict[str, Suite]) -> None:
         finally:  # nothing stays on the device
             statuses = [stop(process) for _, _, process, _ in started]
         for (name, ids, _, log), status in zip(started, statuses):
-            counts, failed, left = outcomes(log.read_text(errors="replace"), status, ids)
+            counts, failed, left = outcomes(log.read_text(errors="replace"), status, ids, interrupted)
             found = record.figures[name]
             not_run = [test for test in found["not run"] if test not in ids] + left
             found |= {"counts": found["counts"] + counts, "failed": found["failed"] + failed, "not run": not_run}
@@ -123,11 +123,13 @@ def collected(suite: Suite) -> Figures:
     return {"counts": {}, "failed": failed if listed.returncode else [], "not run": ids}
 
 
-def outcomes(log: str, status: int | None, ids: Sequence[str]) -> tuple[Counter[str], list[str], list[str]]:
+def outcomes(
+    log: str, status: int | None, ids: Sequence[str], interrupted: bool = False
+) -> tuple[Counter[str], list[str], list[str]]:
     """Return how many tests passed, failed, ...; lines that say what failed; and which tests were not run.
 
-    `status` is None where time was up. A run that died has failed at the first test without an outcome, and one that
-    had time for no test at its first.
+    `status` is None where time was up or ctrl-C came. A run that died has failed at the first test without an outcome,
+    and one that had time for no test at its first.
     """
     lines = log.splitlines()
     of_pytest = "\n".join(line for line in lines if not line.startswith(SANITIZER_MARK))
@@ -139,7 +141,7 @@ def outcomes(log: str, status: int | None, ids: Sequence[str]) -> tuple[Counter[
         failed.append(f"the device was lost in {next(reversed(outcome_of), 'the beginning')}")
     left = [name for name in ids if name not in outcome_of]
     died = status not in (None, 0, 1, SANITIZER_EXIT, DEVICE_LOST)
-    if died or (status is None and left == list(ids)):
+    if died or (status is None and left == list(ids) and not interrupted):
         said = f"status {status}" if died else "time was up"
         failed.append(f"{said} in {left[0] if left else 'the end'}: {lines[-1][:200] if lines else ''}")
         left = left[1:]

@@ -196,7 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
 
         parts = rehearsal.of_report()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu_report: torch finds no GPU here, so there is nothing to report")
+        sys.exit(
+            "benchmarks.gpu_report: torch finds no GPU here, so there is nothing to report; --rehearse runs without"
+        )
     out = options.out or measuring.results()
     try:
         measuring.check_environment()

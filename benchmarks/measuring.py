@@ -119,7 +119,11 @@ def check_environment() -> None:
 
 def kept(file: Path) -> str:
     """Return what an interrupted command leaves in its file, as the end of a sentence."""
-    return f"{file} has what was measured until then" if file.exists() else "nothing had been measured"
+    return (
+        f"{file} has what was measured until then; the same command goes on"
+        if file.exists()
+        else "nothing had been measured"
+    )
 
 
 def end_with_parent() -> None:
@@ -161,7 +165,7 @@ def poisoned() -> Iterator[None]:
 
 def relative_error(got: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     """Return the largest of ||got - expected|| / ||expected||; NaN where one is."""
-    errors = [float((g.double() - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True)]
+    errors = [float((g.detach().double() - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True)]
     return max(errors) if all(error == error for error in errors) else float("nan")
 
 

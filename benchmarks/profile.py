@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         rehearsal.install_for_profile()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.profile: torch finds no GPU here, so there is nothing to profile")
+        sys.exit("benchmarks.profile: torch finds no GPU here, so there is nothing to profile; --rehearse runs without")
     from benchmarks import test_attention as bench
 
     contender = bench.ours(measuring.available()[0])["dual"]
@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         run()
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
-        print(f"{', '.join(map(str, shape))}: forward and backward ran once, after {WARM_UPS} times", flush=True)
+        sizes = ", ".join(map(str, shape))
+        print(f"B, H, Lq, Lk, D {sizes}: forward and backward, {WARM_UPS} times to warm up, once profiled", flush=True)
     return 0
 
 

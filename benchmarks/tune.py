@@ -20,6 +20,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -184,7 +185,8 @@ def problem(entry: Entry, plan: Plan, table: Any) -> str | None:
 
 
 def start_worker(prepare: Callable[[], None] | None) -> None:
-    """Prepare a worker process, and let it end with its parent."""
+    """Prepare a worker process, and let it end with its parent, which alone answers ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     measuring.end_with_parent()
     if prepare is not None:
         prepare()
@@ -346,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
         prepare = rehearsal.install_for_tuner
         prepare()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.tune: torch finds no GPU here, so there is nothing to tune")
+        sys.exit("benchmarks.tune: torch finds no GPU here, so there is nothing to tune; --rehearse runs without")
     out = options.out or measuring.results()
     all_channels = CHANNELS[:1] if options.rehearse else CHANNELS
     # In the order of their worth: 16 bits, both branches and SGTR's channels come first.

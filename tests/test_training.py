@@ -86,6 +86,41 @@ def test_a_resumed_run_goes_on_as_the_first_would_have(scenes, tmp_path):
     assert resumed.run_seed == whole.run_seed and same_weights(whole, resumed)
 
 
+def test_a_resumed_run_has_the_options_that_it_is_given(scenes, tmp_path, caplog, monkeypatch):
+    """Not the checkpoint's, which torch puts into the optimizer; a warm-up goes on where it was."""
+    options = {"optimizer": "sgd", "warmup_steps": 8}
+    fit(MotifsModule(**SMALL, **options), scenes, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+
+    def resumed(path="half.ckpt", epochs=2, **changed):
+        run = trainer(max_epochs=epochs)
+        run.fit(MotifsModule(**SMALL, **options | changed), scenes, ckpt_path=tmp_path / path)
+        return run
+
+    same = resumed()
+    assert "learning rate" not in caplog.text
+    lower = resumed(learning_rate=2e-4)
+    assert "learning rate 0.0002, not 0.001 as before the checkpoint" in caplog.text
+    assert lower.optimizers[0].param_groups[0]["lr"] == pytest.approx(same.optimizers[0].param_groups[0]["lr"] / 5)
+    lower.save_checkpoint(tmp_path / "lower.ckpt")
+    caplog.clear()
+    again = resumed("lower.ckpt", 3)
+    assert "learning rate 0.001, not 0.0002" in caplog.text
+    assert again.optimizers[0].param_groups[1]["lr"] == pytest.approx(1e-3)
+    schedules = [config.scheduler for config in again.lr_scheduler_configs]
+    assert schedules[0].base_lrs == [1e-3, 1e-3] and schedules[1].factor == 0.1
+
+    make = MotifsModule.make_optimizer
+
+    def heavier(module):
+        optimizer = make(module)
+        optimizer.param_groups[0].update(weight_decay=0.5, momentum=0.1)
+        return optimizer
+
+    monkeypatch.setattr(MotifsModule, "make_optimizer", heavier)
+    run = resumed()
+    assert [run.optimizers[0].param_groups[0][name] for name in ("weight_decay", "momentum")] == [0.5, 0.1]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("when", [{"every_n_train_steps": 1}, {"save_on_train_epoch_end": False}, {}], ids=str)
 def test_a_run_goes_on_from_any_step(tmp_path, when, workers):
@@ -541,7 +576,7 @@ def test_training_without_relations_or_with_a_diverging_loss_says_so(scenes):
     with pytest.raises(ValueError, match="no training image has a relation"):
         fit(MotifsModule(**SMALL), data)
     with pytest.raises(
-        ValueError, match="loss must be finite, got loss nan at step 1: look at .*, or lower learning_rate"
+        ValueError, match="loss must be finite, got loss nan at step 1: lower learning_rate, or look at .* images"
     ):
         fit(MotifsModule(**SMALL, learning_rate=1e30), scenes)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -29,6 +30,7 @@ from sgalign.training.checkpoints import (
 )
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.options import Options
+from sgalign.training.resuming import GivenOptions, Rates
 from sgalign.training.seeds import step_seed
 
 
@@ -60,6 +62,8 @@ class SavedModule(pl.LightningModule):
         self.predicate_names: list[str] = []
         self.run_seed = 0
         self.random_states: list[Tensor] = []  # of the checkpoint that a run resumes from
+        self.rates: Rates | None = None  # the same checkpoint's
+        self.given: GivenOptions | None = None
         self.image_ids: Sequence[Any] = []  # of the step's images
         self._report: _Report | None = None
 
@@ -108,10 +112,19 @@ class SavedModule(pl.LightningModule):
         """Load what training starts from into a new network, where options name a file of it."""
 
     def on_fit_start(self) -> None:
+        self.given = GivenOptions(self.trainer.optimizers, self._schedules)
         if not self.trainer.ckpt_path:
             self.run_seed = torch.initial_seed()
 
+    @property
+    def _schedules(self) -> list[Any]:
+        return [config.scheduler for config in self.trainer.lr_scheduler_configs]
+
     def on_train_start(self) -> None:
+        if self.trainer.ckpt_path and self.rates is not None:
+            assert self.given is not None
+            for sentence in self.given.put_back(self.trainer.optimizers, self._schedules, self.rates):
+                rank_zero_info(sentence)
         # Dropout and the detector's sampling resume from them. Of several processes only one has saved its states.
         if self.trainer.ckpt_path and self.processes == 1:
             restore_random_states(self.random_states)
@@ -176,7 +189,7 @@ class SavedModule(pl.LightningModule):
         values = ", ".join(f"{name} {part.item():.3g}" for name, part in parts.items())
         remedy = f"look at the data of images {some_of(self.image_ids) or 'of this step'}"
         if self.global_step:
-            remedy += ", or lower learning_rate"
+            remedy = f"lower learning_rate, or {remedy}"
         raise InputError(f"the loss must be finite, got {values} at step {self.global_step}: {remedy}")
 
     def on_validation_start(self) -> None:
@@ -197,6 +210,7 @@ class SavedModule(pl.LightningModule):
             "predicate_names": self.predicate_names,
             "run_seed": self.run_seed,
             "random_states": random_states(),
+            "rates": self.given.rates if self.given is not None else None,
             "module": type(self).__name__,
         }
 
@@ -205,6 +219,7 @@ class SavedModule(pl.LightningModule):
         saved = checkpoint["sgalign"]
         self._set_classes(saved["object_names"], saved["predicate_names"], "the checkpoint")
         self.run_seed, self.random_states = saved["run_seed"], saved["random_states"]
+        self.rates = saved.get("rates")
         if self.network is None:
             classes, predicates = len(self.object_names), len(self.predicate_names)
             self.make_network(torch.ones(classes, classes, predicates))  # the weights follow

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -43,7 +43,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         if names := not_finite(checkpoint["state_dict"]):
-            rank_zero_warn(f"{path} is not written, because these weights are not finite: {some_of(names)}")
+            rank_zero_info(f"{path} is not written, because these weights are not finite: {some_of(names)}")
             return
         with written_whole(path) as partial:
             super().save_checkpoint(checkpoint, partial, storage_options)
