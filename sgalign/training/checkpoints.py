@@ -42,7 +42,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        if names := not_finite(checkpoint["state_dict"]):
+        if names := not_finite(checkpoint.get("state_dict", {})):
             rank_zero_info(f"{path} is not written, because these weights are not finite: {some_of(names)}")
             return
         with written_whole(path) as partial:
