@@ -11,11 +11,12 @@ DATA ?=
 demo: $(VENV)/train
 	$(BIN)/sgalign compare $(if $(DATA),--data $(DATA))
 
+# Two processes at a time, of one thread each: threads of both would wait for each other.
 test: $(VENV)/test
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-all: $(VENV)/test
-	$(BIN)/pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow or not slow"
 
 benchmark: $(VENV)/test
 	$(BIN)/pytest benchmarks/ --benchmark-only
