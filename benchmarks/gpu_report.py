@@ -149,10 +149,10 @@ def write_report(
         if not all(0 <= seconds < math.inf for seconds in spent.values()):
             raise ValueError(f"seconds must be finite and at least 0, got {spent}")
         card = report.get("environment", {}).get("installed", {}).get("card")
-    except Exception as error:  # whatever its readers stumble over
+    except Exception as error:  # its readers raise whatever comes of what they did not expect
         if not file.exists():
             raise
-        raise ValueError(f"{file} is no report: {remedy}") from error
+        raise ValueError(f"{file} is no report ({type(error).__name__}: {error}): {remedy}") from error
     if card and card != torch.cuda.get_device_name():
         raise ValueError(f"{file} is of {card}, this card is {torch.cuda.get_device_name()}: {remedy}")
 

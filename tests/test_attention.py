@@ -593,7 +593,6 @@ def test_scale():
     torch.testing.assert_close(attend("dual", tensors, scale=0), (means, means))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="keeps what a GPU's call keeps, after half a minute")
 @pytest.mark.parametrize("branches", BRANCHES)
 def test_what_is_kept_for_the_backward_grows_with_rows_alone(branches):
     batch, heads, queries, keys, dim = shape = (1, 2, 200, 1000, 8)

@@ -31,6 +31,7 @@ from sgalign.training import (  # noqa: E402
     base,
 )
 from sgalign.training.checkpoints import WholeCheckpointIO  # noqa: E402
+from sgalign.training.resuming import GivenOptions  # noqa: E402
 from sgalign.training.seeds import step_seed  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,9 +118,44 @@ def test_a_resumed_run_has_the_options_that_it_is_given(scenes, tmp_path, monkey
         optimizer.param_groups[0].update(weight_decay=0.5, momentum=0.1)
         return optimizer
 
+    with pytest.raises(
+        ValueError, match="must be those of the checkpoint, LinearLR, ReduceLROnPlateau, got ReduceLROnPlateau"
+    ):
+        resumed(warmup_steps=0)
     monkeypatch.setattr(MotifsModule, "make_optimizer", heavier)
     run = resumed()
     assert [run.optimizers[0].param_groups[0][name] for name in ("weight_decay", "momentum")] == [0.5, 0.1]
+
+
+def test_schedules_have_the_steps_that_they_are_given():
+    """A rate falls at the new steps, as far as they are to come, and by as much as before."""
+
+    def made(rate, drops, step=0, backbone=0.5):
+        groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": backbone}]
+        optimizer = torch.optim.SGD(groups, lr=rate)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
+        for _ in range(step):
+            optimizer.step()
+            schedule.step()
+        return [optimizer], [schedule]
+
+    before = made(1.0, [2, 5], step=3)
+    kept = GivenOptions(*made(1.0, [2, 5])).saved()
+    now = made(2.0, [2, 7], backbone=0.5)
+    given = GivenOptions(*now)
+    for ours, theirs in zip(sum(now, []), sum(before, [])):
+        ours.load_state_dict(theirs.state_dict())
+    assert given.put_back(*now, kept) == ["learning rate 2, not 1 as before the checkpoint"]
+    (optimizer,), (schedule,) = now
+    rates = []
+    for _ in range(3, 8):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    assert rates == [pytest.approx([0.2, 0.05])] * 4 + [pytest.approx([0.02, 0.005])]
+    given.groups[0][0]["initial_lr"] = 3.0
+    given.put_back(*now, {"rates": [[0.0, 0.5]], "schedules": ["MultiStepLR"]})
+    assert optimizer.param_groups[0]["lr"] == 3.0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -577,7 +613,8 @@ def test_training_without_relations_or_with_a_diverging_loss_says_so(scenes):
     with pytest.raises(ValueError, match="no training image has a relation"):
         fit(MotifsModule(**SMALL), data)
     with pytest.raises(
-        ValueError, match="loss must be finite, got loss nan at step 1: lower learning_rate, or look at .* images"
+        ValueError,
+        match="loss must be finite, got nan of loss nan at step 1: lower learning_rate, or look at .* images",
     ):
         fit(MotifsModule(**SMALL, learning_rate=1e30), scenes)
 

@@ -287,9 +287,9 @@ def test_losses_of_entities_are_the_librarys():
 
 def test_costs_that_are_not_finite_are_named():
     module = EntityDetectorModule(**DETR)
-    with pytest.raises(ValueError, match="must be finite, got costs of matching inf at step"):
+    with pytest.raises(ValueError, match="must be finite, got inf of costs of matching inf at step"):
         module.read_costs([torch.full((1, 2, 2), float("inf"))])
-    with pytest.raises(ValueError, match="must be finite, got largest logit nan, costs of matching 0 at step"):
+    with pytest.raises(ValueError, match="must be finite, got nan of largest logit nan, costs of matching 0 at step"):
         module.read_costs([torch.zeros(1, 2, 2)], {"largest logit": torch.tensor(float("nan"))})
 
 
@@ -306,7 +306,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight():
 
     module.on_train_start = start
     with pytest.raises(
-        ValueError, match="loss must be finite, got loss nan at step 0: look at the data of images .*, "
+        ValueError, match="loss must be finite, got nan of loss nan at step 0: look at the data of images .*, "
     ):
         trainers.trainer(limit_train_batches=2).fit(module, FewScenes(None, batch_size=2))
     learned = dict(module.named_parameters())

@@ -74,7 +74,7 @@ ON_GPU = tuple(name for name, needs in BACKENDS.items() if needs.device == "cuda
 
 def check_name(backend: str | None) -> None:
     """Raise InputError unless `backend` is the name of one, or None."""
-    if backend not in (*BACKENDS, None):
+    if backend is not None and backend not in (*BACKENDS,):  # a tuple, since a list has no hash
         raise InputError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
 
 

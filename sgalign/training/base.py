@@ -30,7 +30,7 @@ from sgalign.training.checkpoints import (
 )
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.options import Options
-from sgalign.training.resuming import GivenOptions, Rates
+from sgalign.training.resuming import GivenOptions
 from sgalign.training.seeds import step_seed
 
 
@@ -62,7 +62,7 @@ class SavedModule(pl.LightningModule):
         self.predicate_names: list[str] = []
         self.run_seed = 0
         self.random_states: list[Tensor] = []  # of the checkpoint that a run resumes from
-        self.rates: Rates | None = None  # the same checkpoint's
+        self.options_before: dict[str, Any] | None = None  # `GivenOptions.saved` of the same checkpoint
         self.given: GivenOptions | None = None
         self.image_ids: Sequence[Any] = []  # of the step's images
         self._report: _Report | None = None
@@ -121,9 +121,9 @@ class SavedModule(pl.LightningModule):
         return [config.scheduler for config in self.trainer.lr_scheduler_configs]
 
     def on_train_start(self) -> None:
-        if self.trainer.ckpt_path and self.rates is not None:
+        if self.trainer.ckpt_path and self.options_before is not None:
             assert self.given is not None
-            for sentence in self.given.put_back(self.trainer.optimizers, self._schedules, self.rates):
+            for sentence in self.given.put_back(self.trainer.optimizers, self._schedules, self.options_before):
                 rank_zero_info(sentence)
         # Dropout and the detector's sampling resume from them. Of several processes only one has saved its states.
         if self.trainer.ckpt_path and self.processes == 1:
@@ -190,7 +190,9 @@ class SavedModule(pl.LightningModule):
         remedy = f"look at the data of images {some_of(self.image_ids) or 'of this step'}"
         if self.global_step:
             remedy = f"lower learning_rate, or {remedy}"
-        raise InputError(f"the loss must be finite, got {values} at step {self.global_step}: {remedy}")
+        raise InputError(
+            f"the loss must be finite, got {loss.item():.3g} of {values} at step {self.global_step}: {remedy}"
+        )
 
     def on_validation_start(self) -> None:
         check_weights(self.state_dict(), self.global_step)
@@ -210,7 +212,7 @@ class SavedModule(pl.LightningModule):
             "predicate_names": self.predicate_names,
             "run_seed": self.run_seed,
             "random_states": random_states(),
-            "rates": self.given.rates if self.given is not None else None,
+            "optimization": self.given.saved() if self.given is not None else None,
             "module": type(self).__name__,
         }
 
@@ -219,7 +221,7 @@ class SavedModule(pl.LightningModule):
         saved = checkpoint["sgalign"]
         self._set_classes(saved["object_names"], saved["predicate_names"], "the checkpoint")
         self.run_seed, self.random_states = saved["run_seed"], saved["random_states"]
-        self.rates = saved.get("rates")
+        self.options_before = saved.get("optimization")
         if self.network is None:
             classes, predicates = len(self.object_names), len(self.predicate_names)
             self.make_network(torch.ones(classes, classes, predicates))  # the weights follow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,17 @@ def restore_random_states(states: Sequence[Tensor]) -> None:
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place first, so that a full disk or a kill leaves the one before as it was.
 
-    None is written of weights that are not finite: `SavedModule` raises an error about them, unless another one has
-    stopped the run and Lightning saves what is left.
+    `SavedModule` raises an error about weights that are not finite. Where another error has stopped the run and
+    Lightning saves what is left, none is raised, and such weights are not written.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint to a path, or as Lightning does to an address with `://`."""
+        if sys.exc_info()[0] is not None and (names := not_finite(checkpoint.get("state_dict", {}))):
+            rank_zero_info(f"{path} is not written, because these weights are not finite: {some_of(names)}")
+            return
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        if names := not_finite(checkpoint.get("state_dict", {})):
-            rank_zero_info(f"{path} is not written, because these weights are not finite: {some_of(names)}")
             return
         with written_whole(path) as partial:
             super().save_checkpoint(checkpoint, partial, storage_options)
