@@ -1,0 +1,54 @@
+"""Each deliberate defect of tests/breaks.py is found by the tests that are named beside it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from breaks import BREAKS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_break_stands_once_in_its_file():
+    times = {name: (ROOT / file).read_text().count(old) for name, (file, old, *_) in BREAKS.items()}
+    assert set(times.values()) == {1}, times
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    """A copy of the project with its compiled core, which breaks are put into and taken out of."""
+    copy = tmp_path_factory.mktemp("project") / "sgalign"
+    ignored = shutil.ignore_patterns(".*", "*.pyc", "emulated-*", "lib*", "runs*")
+    shutil.copytree(ROOT, copy, ignore=ignored, symlinks=True)
+    return copy
+
+
+def run(project, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(project), "SGALIGN_CUDA": "0"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_break_is_found(name, project):
+    file, old, new, tests = BREAKS[name]
+    path = project / file
+    whole = path.read_text()
+    cores = {core: core.read_bytes() for core in (project / "sgalign").glob("_C.*.so")}
+    path.write_text(whole.replace(old, new))
+    try:
+        if file.startswith("csrc/"):
+            built = run(project, "setup.py", "-q", "build_ext")
+            assert built.returncode == 0, built.stderr[-3000:]
+        tests, *chosen = tests.split(" -k ")
+        keywords = ["-k", chosen[0]] if chosen else []
+        result = run(project, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests, *keywords)
+    finally:
+        path.write_text(whole)
+        for core, content in cores.items():
+            core.write_bytes(content)
+    assert result.returncode == 1, f"the tests did not find {old!r} changed to {new!r}\n{result.stdout[-2000:]}"
