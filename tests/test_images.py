@@ -564,7 +564,7 @@ def test_a_model_that_looks_needs_images(data):
     from sgalign.training import MotifsModule
 
     module, _ = fitted(MotifsModule, data, protocol="predcls")
-    with pytest.raises(ValueError, match="data must have images: true"):
+    with pytest.raises(ValueError, match="data.images must be true"):
         module.see(collate(data.test, 20))
 
 
