@@ -69,7 +69,7 @@ class VG150Dataset(Dataset[SceneGraph]):
         used = (self._arrays["img_to_first_box"] >= 0) & (self._arrays["img_to_first_rel"] >= 0)
         parts = {number: np.flatnonzero(used & (self._arrays["split"] == number)) for number in (0, 1, 2)}
         if len(parts[1]) and validation_images is not None:
-            raise InputError(f"{self.path}: has a validation part of its own, validation_images must be left out")
+            raise InputError(f"{self.path}: has its own validation split, so validation_images must be left out")
         if len(parts[1]) == 0 and split != "test":
             count = count_validation_images(validation_images, len(parts[0]), 5000, self.path)
             parts[1], parts[0] = parts[0][:count], parts[0][count:]
