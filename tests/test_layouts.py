@@ -234,18 +234,18 @@ def test_images_known_to_be_corrupt_are_left_out_of_image_data(tmp_path):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("predicates", lambda a: None, "arrays predicates: must be there"),
+        ("predicates", lambda a: None, "must have the arrays predicates"),
         ("boxes_1024", lambda a: a[:-1], r"array boxes_1024: must be \[\d+, 4\]"),
         ("boxes_1024", lambda a: a * [1, 1, 0, 1], "must have an extent, got .* in row 0"),
         ("labels", lambda a: a + 99, r"array labels: must be in 1 to 16, got \d+ in row 0"),
         ("predicates", lambda a: a * 0, "array predicates: must be in 1 to 20, got 0 in row 0"),
         ("split", lambda a: a + 3, "array split: must be in 0 to 2"),
         ("relationships", lambda a: a[:, :1], "array relationships: must be"),
-        ("relationships", lambda a: a + 40, "array relationships: must be of boxes of image 0, got .* in row 0"),
+        ("relationships", lambda a: a + 40, "array relationships: must be boxes of image 0, got .* in row 0"),
         ("img_to_last_box", lambda a: a + 100000, "img_to_last_box: must be in 0 to"),
-        ("labels", lambda a: a.astype("S"), "array labels: must be of finite numbers, got |S"),
-        ("labels", lambda a: a * np.nan, "array labels: must be of finite numbers, got float64"),
-        ("img_to_first_rel", lambda a: a[:-1], "img_to_last_rel: must have 21 rows as split has"),
+        ("labels", lambda a: a.astype("S"), "array labels: must hold finite numbers, got |S"),
+        ("labels", lambda a: a * np.nan, "array labels: must hold finite numbers, got float64"),
+        ("img_to_first_rel", lambda a: a[:-1], "img_to_last_rel: must have 21 rows to match split"),
     ],
 )
 def test_bad_arrays_are_named(vg150, name, change, message):
