@@ -241,7 +241,7 @@ def test_images_known_to_be_corrupt_are_left_out_of_image_data(tmp_path):
         ("predicates", lambda a: a * 0, "array predicates: must be in 1 to 20, got 0 in row 0"),
         ("split", lambda a: a + 3, "array split: must be in 0 to 2"),
         ("relationships", lambda a: a[:, :1], "array relationships: must be"),
-        ("relationships", lambda a: a + 40, "array relationships: must be boxes of image 0, got .* in row 0"),
+        ("relationships", lambda a: a + 40, "array relationships: must refer to boxes of image 0, got .* in row 0"),
         ("img_to_last_box", lambda a: a + 100000, "img_to_last_box: must be in 0 to"),
         ("labels", lambda a: a.astype("S"), "array labels: must hold finite numbers, got |S"),
         ("labels", lambda a: a * np.nan, "array labels: must hold finite numbers, got float64"),

@@ -54,8 +54,8 @@ class GraphBatch(NamedTuple):
         targets: distribution over each pair's annotated predicates, float32 `[R, num_predicates + 1]`. For a pair
             without any, it is the background (column 0).
         truth: `image_id`, `size`, `boxes`, `labels` and `relations` of each image as annotated.
-        pixels: image of each graph, float32 `[3, H, W]` in 0 to 1. The list is empty if images were not read.
-        features: cached features of the objects and pairs from `sgalign cache-features`. None if no cache was read.
+        pixels: the images, float32 `[3, H, W]` in 0 to 1. The list is empty if images were not read.
+        features: features of the objects and pairs, cached by `sgalign cache-features`. None if no cache was read.
     """
 
     image_ids: list[str]

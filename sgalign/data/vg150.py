@@ -35,8 +35,8 @@ class VG150Dataset(Dataset[SceneGraph]):
     - Images without objects or without relations are left out.
     - Boxes come from `boxes_1024`, or from `boxes_512` if the file lacks it. They hold center and extent, scaled to an
       image with a long side of 1024 or 512. They become corners in the file's own dtype, so integers truncate halves.
-    - In training, relations between boxes that do not overlap are left out. Boxes are then clipped to the image. Boxes
-      that become empty are left out with their relations. Images that end up without relations are left out too.
+    - In the training split, relations between boxes that do not overlap are left out. Boxes are then clipped to the
+      image, and empty boxes are left out with their relations. Images without remaining relations are left out too.
     - A pair may have several predicates, and all of them are kept. Scene-Graph-Benchmark draws one of them.
     - Attributes are not read.
 
@@ -246,7 +246,7 @@ def _check_pairs(arrays: dict[str, np.ndarray]) -> None:
         if not inside.all():
             row = rows.start + int(np.flatnonzero(~inside.all(1))[0])
             got = f"{pairs[row].tolist()} in row {row}"
-            raise InputError(f"array relationships: must be boxes of image {image}, got {got}")
+            raise InputError(f"array relationships: must refer to boxes of image {image}, got {got}")
 
 
 def _names(dicts: Any, field: str, root: Path) -> list[str]:

@@ -15,7 +15,7 @@ def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
     """Return the word vector of each name from a GloVe or word2vec text file.
 
     Each line of the file has a word followed by its numbers. As in Scene-Graph-Benchmark, the vector of a name is the
-    first of these:
+    first of these that is available:
 
     - the vector of the whole name, with `_` for a space, as in `traffic_light`;
     - the vector of its longest word;
