@@ -1,4 +1,4 @@
-"""Files that are read with a clear error, and that appear whole or not at all."""
+"""Readers that raise clear errors, and writers that leave either a complete file or no file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Where to write a file, beside `path`; it takes its place when the block ends without an error, and goes with one.
+    """Yield a temporary path beside `path`, and move the file written there to `path` when the block ends.
 
-    What was at `path` stays as it was until then, whatever happens: a full disk, an interruption, a kill, which leaves
-    the file beside it. A link stays one; devices and pipes are written to themselves.
+    If the block raises an error, the temporary file is deleted instead. An existing file at `path` stays unchanged
+    until the block ends, so a full disk, an interruption or a kill does not damage it. After a kill, the temporary file
+    remains. If `path` is a symbolic link, its target is replaced and the link stays. Devices and pipes are written
+    directly.
 
     Raises:
-        OSError: as `check_writable`.
+        OSError: if `check_writable` fails.
     """
     path = Path(path)
     check_writable(path)
@@ -43,10 +45,12 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Tries to write beside a file, whose folder is made: what cannot be is known before the work, not after it.
+    """Raise OSError if `path` cannot be written, so a long computation fails before it starts.
+
+    The check makes the folder of `path` and briefly writes a file beside `path`.
 
     Raises:
-        OSError: `path` is a folder, or nothing can be written in its own; names it.
+        OSError: if `path` is a folder, or its folder is not writable. The error names the path.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder, must be a file", str(path))
@@ -67,30 +71,31 @@ def _is_device(path: Path) -> bool:
 
 @contextmanager
 def hdf5_written_whole(path: str | Path) -> Iterator[h5py.File]:
-    """`written_whole` of an HDF5 file.
+    """Yield an open HDF5 file that `written_whole` moves to `path` when the block ends.
 
-    HDF5 writes through Python: by itself it ends in a segmentation fault where a file cannot grow, because of a full
-    disk or a quota. This way that is an OSError.
+    HDF5 writes through a Python file object. Its own driver crashes with a segmentation fault when a full disk or a
+    quota stops the file from growing, whereas the Python object raises an OSError.
     """
     with written_whole(path) as partial, partial.open("w+b") as raw, h5py.File(raw, "w") as file:
         yield file
 
 
 def read_json(path: Path, remedy: str = "download or write it again") -> Any:
-    """What a file says.
+    """Return the content of a JSON file.
 
     Args:
-        remedy: ends the sentence where it says nothing.
+        path: the file.
+        remedy: the advice that ends an error message.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON; names the file.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not JSON. The error names the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: {remedy}")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # with a mark of the byte order or without
-    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # accepts a byte order mark
+    except (ValueError, RecursionError) as error:  # from the JSON or the UTF-8 decoder
         raise InputError(f"{path}: not JSON, or cut short ({error}); {remedy}") from error
 
 
@@ -100,24 +105,27 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """A picture of 120 dots an inch, PNG."""
+    """Save the figure as a PNG file with 120 dots per inch."""
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
 
 def read_tensors(path: str | Path, what: str) -> Any:
-    """What `torch.save` has written, on the CPU; nothing but tensors and plain values is unpickled from the file.
+    """Return the content of a file from `torch.save`, with its tensors on the CPU.
+
+    Only tensors and plain values are unpickled.
 
     Args:
-        what: the file should be, for the errors.
+        path: the file.
+        what: the expected kind of file, for error messages.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is none of torch's, is cut short, or holds other objects; names the file.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not from `torch.save`, is cut short or holds other objects. The error names the file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no {what} {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises nearly anything
+    except Exception as error:  # torch.load raises many kinds of exception for damaged files
         raise InputError(f"{path}: not a {what}, or cut short ({type(error).__name__})") from error

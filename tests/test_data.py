@@ -161,7 +161,7 @@ def test_vrd_from_small_files(tmp_path):
 @pytest.mark.parametrize(
     "annotations, message",
     [
-        ([], "must be an object of image names, got list"),
+        ([], "must be an object keyed by image name, got list"),
         ({"a.jpg": {}}, r"image 'a\.jpg': must be a list of relations, got dict"),
         ({"a.jpg": [ROW, 3]}, r"image 'a\.jpg', row 1: must have subject, predicate and object"),
         ({"a.jpg": [{"predicate": 1}]}, "row 0: must have subject, predicate and object"),

@@ -404,7 +404,7 @@ def test_caches_of_other_weights_boxes_or_images_are_refused(detector, regions, 
     with pytest.raises(ValueError, match="has no features of image"):
         cache.add_to(collate(scenes[1:2], 20))
     batch = collate(scenes[:1], 20)
-    with pytest.raises(ValueError, match="seen with other boxes"):
+    with pytest.raises(ValueError, match="cached with other boxes"):
         cache.add_to(batch._replace(boxes=batch.boxes + 1))
 
 
@@ -564,7 +564,7 @@ def test_a_model_that_looks_needs_images(data):
     from sgalign.training import MotifsModule
 
     module, _ = fitted(MotifsModule, data, protocol="predcls")
-    with pytest.raises(ValueError, match="data must have images: true"):
+    with pytest.raises(ValueError, match="data.images must be true"):
         module.see(collate(data.test, 20))
 
 

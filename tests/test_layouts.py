@@ -192,7 +192,7 @@ def test_validation_images_are_the_first(tmp_path):
         VG150Dataset(root, "train", validation_images=3)
     own = small_vg150(tmp_path / "own", split=np.array([0, 1, 2]))
     assert VG150Dataset(own, "validation")[0].image_id == "8.jpg"
-    with pytest.raises(ValueError, match="has a validation part of its own, validation_images must be left out"):
+    with pytest.raises(ValueError, match="has its own validation split, so validation_images must be left out"):
         open_dataset(own, "train", validation_images=1)
 
 
@@ -234,18 +234,18 @@ def test_images_known_to_be_corrupt_are_left_out_of_image_data(tmp_path):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("predicates", lambda a: None, "arrays predicates: must be there"),
+        ("predicates", lambda a: None, "must have the arrays predicates"),
         ("boxes_1024", lambda a: a[:-1], r"array boxes_1024: must be \[\d+, 4\]"),
         ("boxes_1024", lambda a: a * [1, 1, 0, 1], "must have an extent, got .* in row 0"),
         ("labels", lambda a: a + 99, r"array labels: must be in 1 to 16, got \d+ in row 0"),
         ("predicates", lambda a: a * 0, "array predicates: must be in 1 to 20, got 0 in row 0"),
         ("split", lambda a: a + 3, "array split: must be in 0 to 2"),
         ("relationships", lambda a: a[:, :1], "array relationships: must be"),
-        ("relationships", lambda a: a + 40, "array relationships: must be of boxes of image 0, got .* in row 0"),
+        ("relationships", lambda a: a + 40, "array relationships: must refer to boxes of image 0, got .* in row 0"),
         ("img_to_last_box", lambda a: a + 100000, "img_to_last_box: must be in 0 to"),
-        ("labels", lambda a: a.astype("S"), "array labels: must be of finite numbers, got |S"),
-        ("labels", lambda a: a * np.nan, "array labels: must be of finite numbers, got float64"),
-        ("img_to_first_rel", lambda a: a[:-1], "img_to_last_rel: must have 21 rows as split has"),
+        ("labels", lambda a: a.astype("S"), "array labels: must hold finite numbers, got |S"),
+        ("labels", lambda a: a * np.nan, "array labels: must hold finite numbers, got float64"),
+        ("img_to_first_rel", lambda a: a[:-1], "img_to_last_rel: must have 21 rows to match split"),
     ],
 )
 def test_bad_arrays_are_named(vg150, name, change, message):
@@ -338,29 +338,29 @@ def test_parts_with_other_classes_are_refused(folders, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda c, r: c.pop("categories"), "test.json: must have images, annotations, categories, misses categories"),
+        (lambda c, r: c.pop("categories"), "test.json: must have images, annotations, categories, lacks categories"),
         (
             lambda c, r: c["annotations"][0].update(image_id=99),
-            "annotations, row 0: image_id must be of an image, got 99",
+            "annotations, row 0: image_id must be the id of an image, got 99",
         ),
-        (lambda c, r: c["annotations"][0].update(category_id=99), "category_id must be of a category, got 99"),
+        (lambda c, r: c["annotations"][0].update(category_id=99), "category_id must be the id of a category, got 99"),
         (lambda c, r: c["annotations"][0].update(bbox=[1, 2, 0, 4]), "bbox must have a width and a height above 0"),
         (lambda c, r: c["annotations"][0].update(bbox=[1, 2, 3]), "bbox must be 4 numbers"),
         (lambda c, r: c["images"][0].pop("width"), "images, row 0: must have id, file_name, width, height"),
         (lambda c, r: r["test"]["0"].append([0, 99, 1]), r"rel.json, test, image 0: objects must be in 0 to \d+"),
         (lambda c, r: r["test"]["0"].append([0, 1, 0]), "predicate must be in 1 to 20, got 0"),
         (lambda c, r: r["test"]["0"].append([0, 1]), r"must be \[subject, object, predicate\]"),
-        (lambda c, r: r.pop("test"), "rel.json: must have rel_categories, test, misses test"),
-        (lambda c, r: r.update(test=None), "rel.json: rel_categories must be a list of names, test an object"),
+        (lambda c, r: r.pop("test"), "rel.json: must have rel_categories, test, lacks test"),
+        (lambda c, r: r.update(test=None), "rel.json: rel_categories must be a list of names, and test an object"),
         (lambda c, r: r.update(rel_categories="on"), "rel.json: rel_categories must be a list of names"),
         (lambda c, r: r["test"].update({"77": []}), "rel.json, test: image ids must be those of test.json, got '77'"),
         (lambda c, r: c["images"][0].update(file_name="/tmp/x.jpg"), "file_name must lie in the data set's folder"),
         (lambda c, r: c["images"][0].update(file_name="../x.jpg"), "file_name must lie in the data set's folder"),
-        (lambda c, r: c["images"][0].update(file_name=7), "not as COCO and relations are"),
+        (lambda c, r: c["images"][0].update(file_name=7), "must be in COCO.s format with relations"),
         (lambda c, r: c["images"].append(c["images"][0]), "id must be new, got 0 again"),
         (lambda c, r: c["images"].append(c["images"][0] | {"id": 99}), "file_name must be new, got .* again"),
-        (lambda c, r: c.update(annotations=None), "not as COCO and relations are"),
-        (lambda c, r: r["test"].update({"0": None}), "not as COCO and relations are"),
+        (lambda c, r: c.update(annotations=None), "must be in COCO.s format with relations"),
+        (lambda c, r: r["test"].update({"0": None}), "must be in COCO.s format with relations"),
     ],
 )
 def test_bad_coco_files_are_named(folders, tmp_path, change, message):

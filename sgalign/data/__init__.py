@@ -1,4 +1,4 @@
-"""Scene graphs: the type every part of the package reads, and the data sets that yield it."""
+"""The `SceneGraph` type that every part of the package reads, and the data sets that yield it."""
 
 from sgalign.data.batch import GraphBatch, Objects, SeenBatch, VisualFeatures, collate, collate_detected
 from sgalign.data.coco import CocoDataset

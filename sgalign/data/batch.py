@@ -1,4 +1,4 @@
-"""Scene graphs put together for a model that reads many images at once."""
+"""Batches of scene graphs for models that read several images at once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sgalign.errors import InputError
 
 
 class VisualFeatures(NamedTuple):
-    """Features of a batch's objects and pairs, as a detector and the extractors of a relation model see them.
+    """Visual features of a batch's objects and pairs, from a detector and the extractors of a relation model.
 
     Attributes:
-        objects: float32 `[T, F]`, of each object.
-        unions: float32 `[R, G]`, of each pair.
-        logits: float32 `[T, num_objects + 1]` of the detector, from which labels are decoded; None where the classes
-            are given and no detector was asked for them.
+        objects: features of each object, float32 `[T, F]`.
+        unions: features of each pair, from its union box, float32 `[R, G]`.
+        logits: class logits of the detector, float32 `[T, num_objects + 1]`. Labels are decoded from them. None if the
+            classes are given and no detector ran.
     """
 
     objects: Tensor
@@ -32,29 +32,30 @@ class VisualFeatures(NamedTuple):
 
 
 class GraphBatch(NamedTuple):
-    """B images; their T objects one after the other, and R ordered pairs of different objects of one image.
+    """A batch of B images with T objects in total and R ordered pairs of different objects of the same image.
 
-    `lengths`, `pair_counts`, `related` and `truth` stay on the host when a batch goes to a GPU (`to`): sizes of tensors
-    follow from them, for which the host would have to wait otherwise.
+    The objects of the images follow one another in image order. `lengths`, `pair_counts`, `related` and `truth` stay on
+    the host when `to` moves a batch to a GPU. Tensor sizes depend on them, and the host would have to wait for the GPU
+    if it read them from there.
 
     Attributes:
         image_ids: names of the images.
-        sizes: float32 `[B, 2]`, width and height in pixels.
-        lengths: int64 `[B]`, objects of each image.
-        pair_counts: int64 `[B]`, pairs of each image.
-        related: bool `[R]`, the pair has a label in `targets`: an annotated predicate.
-        boxes: float32 `[T, 4]`, x1, y1, x2, y2 in pixels.
-        labels: int64 `[T]`, from 1. Where a label decoder predicts them: what it is trained towards, 0 for a detection
-            of nothing.
-        scores: float32 `[T]`, how sure a detector is of each object; 1 for annotated ones.
-        images: int64 `[T]`, the image of each object.
-        positions: int64 `[T]`, its place in its image, from 0.
-        pairs: int64 `[R, 2]`, subject and object among the T; the pairs of an image stand together.
-        targets: float32 `[R, num_predicates + 1]`, the distribution of the pair's annotated predicates, or the
-            background (column 0) for a pair without any.
+        sizes: width and height in pixels, float32 `[B, 2]`.
+        lengths: number of objects per image, int64 `[B]`.
+        pair_counts: number of pairs per image, int64 `[B]`.
+        related: True for each pair with an annotated predicate in `targets`, bool `[R]`.
+        boxes: x1, y1, x2, y2 in pixels, float32 `[T, 4]`.
+        labels: object classes from 1, int64 `[T]`. If a label decoder predicts them, these are its training targets,
+            with 0 for a detection that matches no object.
+        scores: detector confidence of each object, float32 `[T]`. It is 1 for annotated objects.
+        images: index of each object's image, int64 `[T]`.
+        positions: index of each object within its image, from 0, int64 `[T]`.
+        pairs: indices of subject and object among the T objects, int64 `[R, 2]`. The pairs of an image are contiguous.
+        targets: distribution over each pair's annotated predicates, float32 `[R, num_predicates + 1]`. For a pair
+            without any, it is the background (column 0).
         truth: `image_id`, `size`, `boxes`, `labels` and `relations` of each image as annotated.
-        pixels: float32 `[3, H, W]` of each image, in 0 to 1; an empty list where images were not read.
-        features: what `sgalign cache-features` has kept of the objects and pairs, where a cache was read.
+        pixels: the images, float32 `[3, H, W]` in 0 to 1. The list is empty if images were not read.
+        features: features of the objects and pairs, cached by `sgalign cache-features`. None if no cache was read.
     """
 
     image_ids: list[str]
@@ -74,7 +75,7 @@ class GraphBatch(NamedTuple):
     features: VisualFeatures | None = None
 
     def to(self, device: torch.device) -> GraphBatch:
-        """Return the batch on `device`, but for what stays on the host."""
+        """Return the batch on `device`, except for the fields that stay on the host."""
         features = self.features
         if features is not None:
             logits = None if features.logits is None else send(features.logits, device)
@@ -84,11 +85,15 @@ class GraphBatch(NamedTuple):
 
     @property
     def starts(self) -> Tensor:
-        """Each image's first object among the T, int64 `[B]`, on the host."""
+        """The index of each image's first object among the T objects, int64 `[B]`, on the host."""
         return _starts(self.lengths)
 
     def keep_pairs(self, rows: Tensor) -> GraphBatch:
-        """Return the batch with these rows of `pairs` alone, int64 in rising order, on the host."""
+        """Return the batch with only the given rows of `pairs`.
+
+        Args:
+            rows: indices of the kept pairs in ascending order, int64 on the host.
+        """
         images = torch.repeat_interleave(torch.arange(len(self.lengths)), self.pair_counts)
         counts = torch.bincount(images[rows], minlength=len(self.lengths))
         batch = self._replace(pair_counts=counts, related=self.related[rows])
@@ -98,26 +103,26 @@ class GraphBatch(NamedTuple):
         return batch._replace(pairs=self.pairs[rows], targets=self.targets[rows], features=features)
 
     def pairs_by_image(self) -> list[Tensor]:
-        """Return `pairs` of each image, int64 `[R_b, 2]`: subject and object among the image's own objects."""
+        """Return the pairs of each image as indices among the image's own objects, int64 `[R_b, 2]`."""
         images = zip(self.pairs.split(self.pair_counts.tolist()), self.starts.tolist(), strict=True)
         return [pairs - start for pairs, start in images]
 
     def boxes_by_image(self) -> tuple[Tensor, ...]:
-        """Return `boxes` of each image, float32 `[N, 4]`."""
+        """Return the boxes of each image, float32 `[N, 4]`."""
         return self.boxes.split(self.lengths.tolist())
 
     def require_pixels(self) -> list[Tensor]:
-        """Return `pixels`, which a model that looks at images needs.
+        """Return `pixels`, for a model that reads images.
 
         Raises:
-            ValueError: the images were not read.
+            ValueError: if the images were not read.
         """
         if not self.pixels:
-            raise InputError("data must have images: true for a model that looks at images")
+            raise InputError("data.images must be true for a model that reads images, got false")
         return self.pixels
 
 
-# Fields that `GraphBatch.to` moves, besides pixels and features.
+# Fields that `GraphBatch.to` moves, in addition to pixels and features.
 ON_DEVICE = "sizes", "boxes", "labels", "scores", "images", "positions", "pairs", "targets"
 
 
@@ -126,13 +131,14 @@ def _starts(lengths: Tensor) -> Tensor:
 
 
 class SeenBatch(NamedTuple):
-    """A batch that a model has looked at, before it relates anything.
+    """A batch with its objects and visual features, before a model predicts relations.
 
     Attributes:
-        graph: the objects and pairs that it relates: those of the data or some of their pairs, or what it has detected.
-        features: what it sees of them; None for a model of labels and boxes.
-        boxes_per_class: float32 `[T, num_objects + 1, 4]`, the detector's box for each class, by which decoded labels
-            are committed; None but for detected objects at evaluation.
+        graph: the objects and pairs to relate. They are annotated objects with all or some of their pairs, or detected
+            objects.
+        features: visual features of these objects and pairs. None for a model that uses labels and boxes only.
+        boxes_per_class: the detector's box for each class, float32 `[T, num_objects + 1, 4]`, for the non-maximum
+            suppression of decoded labels. None except for detected objects at evaluation.
     """
 
     graph: GraphBatch
@@ -141,17 +147,22 @@ class SeenBatch(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """The objects of a batch by image and place, and all pairs of them, as the fields of `GraphBatch`."""
+    """Indices of a batch's objects and of all their pairs, with the meaning of the same fields of `GraphBatch`."""
 
-    lengths: Tensor  # int64 [B], on the host as `pair_counts`
-    pair_counts: Tensor
+    lengths: Tensor  # int64 [B], on the host
+    pair_counts: Tensor  # int64 [B], on the host
     images: Tensor
     positions: Tensor
     pairs: Tensor
 
     @classmethod
     def of(cls, lengths: Tensor, device: torch.device | None = None) -> Objects:
-        """Return them on `device` for the number of objects of each image, int64 `[B]` on the host."""
+        """Return the indices on `device` for images with `lengths` objects each.
+
+        Args:
+            lengths: number of objects per image, int64 `[B]` on the host.
+            device: If None, the device of `lengths`.
+        """
         device = device or lengths.device
         pair_counts = lengths * (lengths - 1)
         objects, total = int(lengths.sum()), int(pair_counts.sum())
@@ -162,30 +173,31 @@ class Objects(NamedTuple):
         partners = counts[images] - 1
         subject = torch.repeat_interleave(number[:objects], partners, output_size=total)
         partner = number[:total] - _starts(partners)[subject]
-        partner = partner + (partner >= positions[subject])  # an object is no partner of its own
+        partner = partner + (partner >= positions[subject])  # skips the subject itself
         pairs = torch.stack([subject, starts[images[subject]] + partner], dim=1)
         return cls(lengths, pair_counts, images, positions, pairs)
 
 
 def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool = False) -> GraphBatch:
-    """Return scene graphs put together.
+    """Return the batch of the given scene graphs.
 
-    Of several predicates of a pair Motifs' public code trains on one at random; the target here is their mean, which
-    is what that amounts to on average, without its noise. Relations of an object with itself are no pair, and remain
-    for the evaluation alone.
+    If a pair has several predicates, Motifs' public code trains on one of them at random. Here the target is the mean
+    of all of them, which has the same expectation without the noise. A relation of an object with itself does not
+    become a pair. Only the evaluation sees it.
 
     Args:
-        graphs: at least one.
-        num_predicates: without the background.
-        pixels: reads the images too.
+        graphs: at least one scene graph.
+        num_predicates: number of predicate classes without the background.
+        pixels: whether to read the images too.
 
     Raises:
-        ValueError: there is no graph, a predicate is beyond `num_predicates`, or an image is not there; names it.
+        ValueError: if there is no graph, a predicate exceeds `num_predicates` or an image is missing. The error names
+            the image.
     """
     if not graphs:
         raise InputError("graphs must be at least one scene graph, got none")
     objects = Objects.of(torch.tensor([len(graph.labels) for graph in graphs]))
-    # rows[subject, object within its image] is the pair's place in `pairs`
+    # rows[subject, position of the object in its image] is the pair's row in `pairs`.
     rows = torch.full((len(objects.images), int(objects.lengths.max())), -1)
     rows[objects.pairs[:, 0], objects.positions[objects.pairs[:, 1]]] = torch.arange(len(objects.pairs))
 
@@ -217,9 +229,12 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
 
 
 def target_distribution(marks: Tensor) -> Tensor:
-    """Return the distribution over predicates of pairs whose predicates are marked 1.
+    """Return the target distribution over predicates, float32 `[R, num_predicates + 1]`.
 
-    It is their mean, or the background (column 0) for a pair without any: float32 `[R, num_predicates + 1]`.
+    A pair's distribution is uniform over its marked predicates. A pair without any gets the background (column 0).
+
+    Args:
+        marks: 1 for each annotated predicate of a pair and 0 otherwise, float32 `[R, num_predicates + 1]`.
     """
     background = (~marks.any(1, keepdim=True)).to(marks)
     marks = torch.cat([background, marks[:, 1:]], dim=1)
@@ -229,9 +244,10 @@ def target_distribution(marks: Tensor) -> Tensor:
 def collate_detected(
     graphs: Sequence[SceneGraph], detections: Mapping[str, Detections], num_predicates: int, *, pixels: bool = False
 ) -> GraphBatch:
-    """Return what `collate` does, but with the objects detected in each image: none where `detections` lacks it.
+    """Return the same batch as `collate`, but with the objects that were detected in each image.
 
-    Targets are all background: what is detected is not what was annotated. The `truth` remains.
+    An image that `detections` lacks has no objects. All targets are background, because detected objects have no
+    annotated relations. `truth` still holds the annotations.
     """
     nothing = Detections(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     found = [detections.get(graph.image_id, nothing) for graph in graphs]

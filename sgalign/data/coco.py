@@ -1,4 +1,4 @@
-"""Boxes in COCO's format and relations beside them: the layout for data of one's own."""
+"""Boxes in COCO's format with relations in `rel.json`, the layout for your own data."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ FILES = {"train": "train", "validation": "val", "test": "test"}
 
 
 class CocoDataset(Dataset[SceneGraph]):
-    """Scene graphs of `train.json`, `val.json`, `test.json` in COCO's format and of `rel.json`, as RelTR and EGTR read.
+    """Scene graphs of a folder with COCO files and `rel.json`, the layout that RelTR and EGTR read.
 
-    A part's file has `images` (`id`, `file_name`, `width`, `height`), `annotations` (`image_id`, `category_id`, `bbox`
-    as x, y, width, height) and `categories` (`id`, `name`), whose ids may be any integers. `rel.json` has
-    `rel_categories`, names of predicates with or without a background first, and for each part the relations of each
-    image id: `[subject, object, predicate]`, the first two counting the image's annotations from 0 in the order of the
-    file, the last counting `rel_categories` from 0.
+    `train.json`, `val.json` and `test.json` are in COCO's format. Each has `images` (`id`, `file_name`, `width`,
+    `height`), `annotations` (`image_id`, `category_id`, `bbox` as x, y, width, height) and `categories` (`id`, `name`).
+    The ids may be any integers.
+
+    `rel.json` has `rel_categories`, the predicate names, with or without the background first. For each of "train",
+    "val" and "test", it maps each image id to a list of relations `[subject, object, predicate]`. Subject and object
+    count the image's annotations from 0 in file order. The predicate counts `rel_categories` from 0.
 
     Args:
-        root: folder of these files; images, if wanted, are there or in its `images/`.
-        split: "train", "validation" (val) or "test".
+        root: folder of these files. Images are optional, and lie in this folder or in its `images/`.
+        split: "train", "validation" (`val.json`) or "test".
 
     Attributes:
-        object_names, predicate_names: class names, `__background__` first; any names.
+        object_names, predicate_names: class names, `__background__` first. Any names are allowed.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is not what it should be; names file, image and row.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is malformed. The error names the file, the image and the row.
     """
 
     def __init__(self, root: str | Path, split: Literal["train", "validation", "test"]) -> None:
@@ -49,11 +51,11 @@ class CocoDataset(Dataset[SceneGraph]):
             (rel, relations, ("rel_categories", FILES[split])),
         ):
             if missing := [field for field in fields if not isinstance(value, dict) or field not in value]:
-                raise InputError(f"{where}: must have {', '.join(fields)}, misses {', '.join(missing)}")
+                raise InputError(f"{where}: must have {', '.join(fields)}, lacks {', '.join(missing)}")
         try:
             self._read(path, content, rel, relations, FILES[split])
         except (AttributeError, OverflowError, TypeError) as error:
-            raise InputError(f"{path}, {rel}: not as COCO and relations are ({error})") from error
+            raise InputError(f"{path}, {rel}: must be in COCO's format with relations ({error})") from error
 
     def _read(self, path: Path, content: dict[str, Any], rel: Path, relations: dict[str, Any], part: str) -> None:
         try:
@@ -61,14 +63,14 @@ class CocoDataset(Dataset[SceneGraph]):
             label_of = {category["id"]: index + 1 for index, category in enumerate(categories)}
             self.object_names = [BACKGROUND, *(str(category["name"]) for category in categories)]
         except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: categories must have id and name, misses {error}") from error
+            raise InputError(f"{path}: categories must have id and name, lacks {error}") from error
         if not isinstance(relations["rel_categories"], list) or not isinstance(relations[part], dict):
-            raise InputError(f"{rel}: rel_categories must be a list of names, {part} an object of image ids")
+            raise InputError(f"{rel}: rel_categories must be a list of names, and {part} an object keyed by image id")
         predicates = [str(name) for name in relations["rel_categories"]]
         self._first = 0 if predicates[:1] == [BACKGROUND] else 1
         self.predicate_names = [BACKGROUND, *predicates[1 - self._first :]]
         if "" in (*self.object_names, *self.predicate_names):
-            raise InputError(f"{path}, {rel}: names of categories must not be empty, got one that is")
+            raise InputError(f"{path}, {rel}: category names must not be empty, got an empty name")
         self._images = _parse(path, content, label_of)
         by_id = relations[part]
         if unknown := by_id.keys() - {str(image["id"]) for image in self._images.values()}:
@@ -111,7 +113,7 @@ class CocoDataset(Dataset[SceneGraph]):
 
 
 def _parse(path: Path, content: dict[str, Any], label_of: Mapping[Any, int]) -> dict[Any, dict[str, Any]]:
-    """The images of a COCO file by id, each with its `boxes` (x, y, width, height) and `labels`."""
+    """Return the images of a COCO file by id, each with its `boxes` (x, y, width, height) and `labels`."""
     images: dict[Any, dict[str, Any]] = {}
     names: set[str] = set()
     for number, image in enumerate(content["images"]):
@@ -135,13 +137,13 @@ def _parse(path: Path, content: dict[str, Any], label_of: Mapping[Any, int]) -> 
             raise InputError(f"{where}: must have image_id, category_id and bbox, got {annotation!r}")
         box = annotation["bbox"]
         if annotation["image_id"] not in images:
-            raise InputError(f"{where}: image_id must be of an image, got {annotation['image_id']!r}")
+            raise InputError(f"{where}: image_id must be the id of an image, got {annotation['image_id']!r}")
         if annotation["category_id"] not in label_of:
-            raise InputError(f"{where}: category_id must be of a category, got {annotation['category_id']!r}")
+            raise InputError(f"{where}: category_id must be the id of a category, got {annotation['category_id']!r}")
         if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
             raise InputError(f"{where}: bbox must be 4 numbers x, y, width, height, got {box!r}")
         if max(map(abs, box)) > 1e9:
-            raise InputError(f"{where}: bbox must be in pixels, got a number beyond 1e9")
+            raise InputError(f"{where}: bbox must be in pixels, got a number above 1e9")
         if not (box[2] > 0 and box[3] > 0):
             raise InputError(f"{where}: bbox must have a width and a height above 0, got {box}")
         images[annotation["image_id"]]["boxes"].append(box)
@@ -157,13 +159,13 @@ def write_coco(
     *,
     images: bool = False,
 ) -> None:
-    """Writes scene graphs of any data set as `CocoDataset` reads them.
+    """Write scene graphs of any data set in the layout that `CocoDataset` reads.
 
     Args:
-        parts: graphs of "train", "validation" and "test".
-        object_names, predicate_names: of their data set, background first.
-        root: folder, made if it is not there.
-        images: draws or copies the images too, into `images/`, as JPEG.
+        parts: scene graphs by split: "train", "validation" and "test".
+        object_names, predicate_names: class names of the data set, background first.
+        root: output folder, created if it does not exist.
+        images: whether to draw or copy the images too, as JPEG into `images/`.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Objects that a detector found, from a JSON file."""
+"""Detected objects, read from a JSON file."""
 
 from __future__ import annotations
 
@@ -24,22 +24,26 @@ class Detections(NamedTuple):
 
 
 def read_detections(path: str | Path, num_objects: int) -> dict[str, Detections]:
-    """Reads a JSON object of image names, each with equally long lists.
+    """Return the detections of each image from a JSON file.
 
-    `boxes_xyxy` has x1, y1, x2, y2 in 0-based pixels, `labels` the classes from 0 in the order of the data set's
-    (here they count from 1), `scores` how sure the detector is.
+    The file holds an object that maps image names to three lists of equal length:
+
+    - `boxes_xyxy`: x1, y1, x2, y2 in 0-based pixels.
+    - `labels`: classes from 0, in the order of the data set's classes. The returned labels start at 1.
+    - `scores`: confidence of the detector, in 0 to 1.
 
     Args:
-        num_objects: classes, without the background.
+        path: the file.
+        num_objects: number of object classes without the background.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not what it should be; names file, image and field.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is malformed. The error names the file, the image and the field.
     """
     path = Path(path)
-    images = read_json(path, "a file of detections is needed, as docs/data.md describes it")
+    images = read_json(path, "give a file of detections as described in docs/data.md")
     if not isinstance(images, dict):
-        raise InputError(f"{path}: must be an object of image names, got {type(images).__name__}")
+        raise InputError(f"{path}: must be an object keyed by image name, got {type(images).__name__}")
     return {name: _parse(f"{path}, image {name!r}: ", image, num_objects) for name, image in images.items()}
 
 
@@ -50,11 +54,11 @@ def _parse(where: str, image: Any, num_objects: int) -> Detections:
         )
     lists = [image[field] for field in _FIELDS]
     if not all(isinstance(values, list) for values in lists) or len({len(values) for values in lists}) != 1:
-        raise InputError(f"{where}{', '.join(_FIELDS)} must be equally long lists")
+        raise InputError(f"{where}{', '.join(_FIELDS)} must be lists of equal length")
     boxes, labels, scores = lists
     for row, (box, label, score) in enumerate(zip(boxes, labels, scores)):
         if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
-            raise InputError(f"{where}boxes_xyxy must be of 4 numbers each, got {box!r} in row {row}")
+            raise InputError(f"{where}boxes_xyxy must have 4 numbers per box, got {box!r} in row {row}")
         if type(label) is not int or not 0 <= label < num_objects:
             raise InputError(f"{where}labels must be integers in 0 to {num_objects - 1}, got {label!r} in row {row}")
         if type(score) not in (int, float) or not 0 <= score <= 1:

@@ -1,4 +1,4 @@
-"""Cached features: what a detector saw of a data set, in HDF5 files."""
+"""Visual features of a data set, cached in HDF5 files by `sgalign cache-features`."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from torch import Tensor
 from sgalign.data.batch import GraphBatch, VisualFeatures
 from sgalign.errors import InputError
 
-FIELDS = ("boxes", "objects", "logits", "union")  # as files have them; the last is `VisualFeatures.unions`
+FIELDS = ("boxes", "objects", "logits", "union")  # names in the files; "union" becomes `VisualFeatures.unions`
 
 
 class FeatureCache:
-    """Reads the files of `cache_features`. Each is opened when it is first read, by each process for itself.
+    """Reader of the feature files that `cache_features` writes.
+
+    Each process opens a file when it first reads from it.
 
     Args:
-        folder: of the files.
+        folder: folder of the feature files.
 
     Raises:
-        ValueError: a file is cut short or of another program; names it.
+        ValueError: if a file is cut short or is not a feature file. The error names the file.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.paths = sorted(self.folder.glob("features_*.h5"))
-        self._open: dict[tuple[int, Path], h5py.File] = {}  # by process: HDF5 handles do not survive a fork
+        self._open: dict[tuple[int, Path], h5py.File] = {}  # per process: HDF5 handles do not survive a fork
 
     @cached_property
     def images(self) -> dict[str, Path]:
@@ -44,7 +46,7 @@ class FeatureCache:
                         raise OSError("no header")
             except OSError as error:
                 raise InputError(
-                    f"{path}: not a file of features, or cut short ({error}): delete it, cache again"
+                    f"{path}: not a file of features, or cut short ({error}); delete it and cache again"
                 ) from error
         return where
 
@@ -55,21 +57,23 @@ class FeatureCache:
 
     @property
     def source(self) -> str:
-        """Return the weights and image sizes by which these features were made, which tell them from others."""
+        """The detector weights and image sizes of these features, which distinguish them from other features."""
         return f"{self.header['weights']} at {self.header.get('sizes')}"
 
     def __contains__(self, image_id: str) -> bool:
         return image_key(image_id) in self.images
 
     def __getitem__(self, image_id: str) -> dict[str, Tensor]:
-        """Return `boxes` `[N, 4]`, `objects` `[N, F]`, `logits` `[N, C]` and `union` `[N * (N - 1), F]`, all float32.
+        """Return the features of an image by field, all float32.
+
+        The fields are `boxes` `[N, 4]`, `objects` `[N, F]`, `logits` `[N, C]` and `union` `[N * (N - 1), F]`.
 
         Raises:
-            ValueError: the image is not there.
+            ValueError: if the cache lacks the image.
         """
         if image_id not in self:
             raise InputError(
-                f"{self.folder}: has no features of image {image_id!r}: run sgalign cache-features for its data"
+                f"{self.folder}: has no features of image {image_id!r}; run sgalign cache-features for its data"
             )
         key = (os.getpid(), self.images[image_key(image_id)])
         if key not in self._open:
@@ -81,19 +85,22 @@ class FeatureCache:
         return {**self.__dict__, "_open": {}}
 
     def add_to(self, batch: GraphBatch) -> GraphBatch:
-        """Return the batch, which has all pairs of its images, with their features.
+        """Return the batch with its cached features.
+
+        Args:
+            batch: a batch with all pairs of its images.
 
         Raises:
-            ValueError: an image is not there, or its boxes are not those that were seen.
+            ValueError: if the cache lacks an image, or was computed for other boxes.
         """
         images = [self[image_id] for image_id in batch.image_ids]
         for image, boxes, image_id in zip(images, batch.boxes_by_image(), batch.image_ids):
             if not torch.equal(image["boxes"], boxes):
-                raise InputError(f"{self.folder}: image {image_id!r} was seen with other boxes: cache its data again")
+                raise InputError(f"{self.folder}: image {image_id!r} was cached with other boxes; cache its data again")
         objects, logits, unions = (torch.cat([image[field] for image in images]) for field in FIELDS[1:])
         return batch._replace(features=VisualFeatures(objects, unions, logits))
 
 
 def image_key(image_id: str) -> str:
-    """Return the name of an image's group in a file."""
+    """Return the name of the HDF5 group that holds an image's features."""
     return quote(image_id, safe="")

@@ -1,4 +1,4 @@
-"""Image files of any mode as RGB, and as tensors."""
+"""Reading image files of any mode as RGB images or as tensors, and writing them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ if TYPE_CHECKING:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return width and height as they are stored.
+    """Return the stored width and height of an image file.
 
     Raises:
-        ValueError: it is no image; names the file.
+        ValueError: if the file is not an image. The error names the file.
     """
     with _open(path) as image:
         return image.size
 
 
 def load_image(path: Path, *, upright: bool = False) -> Image.Image:
-    """Return the image as RGB; 16-bit grey is scaled to 8 bits.
+    """Return the image of a file as RGB, with 16-bit gray scaled to 8 bits.
 
     Args:
-        path: of the file.
-        upright: turns a photograph as its EXIF orientation says; data sets' boxes are of the image as it is stored.
+        path: the file.
+        upright: whether to rotate a photograph by its EXIF orientation. Leave it False for data sets, because their
+            boxes refer to the stored image.
 
     Raises:
-        ValueError: it is no image, or cut short; names the file.
+        ValueError: if the file is not an image or is cut short. The error names the file.
     """
     from PIL import ImageOps
 
@@ -43,7 +44,7 @@ def load_image(path: Path, *, upright: bool = False) -> Image.Image:
         if upright:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
-            # Pillow's own conversion cuts off at 255.
+            # Pillow's own conversion clips values at 255 instead of scaling them.
             image = image.point(lambda value: value * (1 / 256), "F").convert("L")
         return image.convert("RGB")
 
@@ -51,16 +52,16 @@ def load_image(path: Path, *, upright: bool = False) -> Image.Image:
 def read_pixels(graph: SceneGraph) -> Tensor:
     """Return the graph's image, float32 `[3, height, width]` in 0 to 1.
 
-    A file of another size than the graph says, as some of Visual Genome's are, is resized, so that boxes fit.
+    Some image files of Visual Genome differ in size from their annotations. Such an image is resized to fit its boxes.
 
     Raises:
-        ValueError: the graph has no image, or it cannot be read.
+        ValueError: if the graph has no image, or the image cannot be read.
     """
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
     if graph.image is None:
-        raise InputError(f"image {graph.image_id!r}: must be there for a model that reads images, got boxes alone")
+        raise InputError(f"image {graph.image_id!r}: must be there for a model that reads images, got only boxes")
     image = graph.image()
     if image.size != (graph.width, graph.height):
         image = image.resize((graph.width, graph.height), Image.Resampling.BILINEAR)
@@ -79,7 +80,7 @@ def _open(path: Path) -> Iterator[Image.Image]:
 
 
 def save_image(graph: SceneGraph, path: Path) -> None:
-    """Write a graph's image, if it has one."""
+    """Save a graph's image as a file, if it has one."""
     if graph.image is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         graph.image().convert("RGB").save(path, quality=92)

@@ -1,4 +1,4 @@
-"""A data set from its folder, whatever the layout."""
+"""Opening a data set folder of any supported layout."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from sgalign.errors import InputError
 
 
 def open_dataset(root: str | Path, split: Any, *, validation_images: int | None = None) -> Any:
-    """Return the part of a data set, whose layout the files tell: VRD's, VG150's or COCO's with `rel.json`.
+    """Return one split of a data set in VRD's layout, VG150's layout, or COCO's with `rel.json`.
+
+    The files in the folder determine the layout.
 
     Args:
-        root: its folder.
+        root: folder of the data set.
         split: "train", "validation" or "test".
-        validation_images: how many of the training images are held out; None for the number of the data set's class.
+        validation_images: number of training images to hold out. If None, the default of the data set's class.
 
     Raises:
-        FileNotFoundError: there is no such folder, or none of the files that tell a layout; names them.
-        ValueError: a file is not what it should be, or `validation_images` is given for a data set that has a
-            validation part of its own.
+        FileNotFoundError: if the folder does not exist or has no files of a known layout. The error names these files.
+        ValueError: if a file is malformed, or if `validation_images` is given for a data set with its own validation
+            split.
     """
     root = Path(root)
     kind: type[Any]
@@ -30,7 +32,7 @@ def open_dataset(root: str | Path, split: Any, *, validation_images: int | None 
         kind = VRDDataset
     elif (root / "rel.json").exists():
         if validation_images is not None:
-            raise InputError(f"{root}: has a validation part of its own, validation_images must be left out")
+            raise InputError(f"{root}: has its own validation split, so validation_images must be left out")
         return CocoDataset(root, split)
     elif list(root.glob("*.h5")):
         kind = VG150Dataset

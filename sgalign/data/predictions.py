@@ -1,4 +1,4 @@
-"""Files of predictions, of any system: written one image at a time, read for evaluation."""
+"""Prediction files of any system, written one image at a time and read for evaluation."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ FIELDS = {
     "triplets": torch.int64,
     "triplet_scores": torch.float32,
 }
-DAMAGE = (KeyError, MemoryError, OSError, RuntimeError, ValueError)  # what h5py raises of files that are not whole
-WRITTEN = "it must be HDF5 or JSON of predictions, as the callback sgalign.training.PredictionWriter writes"
+DAMAGE = (KeyError, MemoryError, OSError, RuntimeError, ValueError)  # errors of h5py for damaged files
+WRITTEN = "it must be an HDF5 or JSON file of predictions, as the callback sgalign.training.PredictionWriter writes"
 
 
 class PredictionFile:
-    """Writes the HDF5 file that `sgalign evaluate` reads; it appears when the `with` block ends without an error.
+    """Writer of the HDF5 file of predictions that `sgalign evaluate` reads.
 
-    What is written of it until then is beside it, ends in `.partial`, and goes with an error.
+    Use it in a `with` block. Until the block ends, the content is in a file beside `path` whose name ends in
+    `.partial`. If the block ends without an error, this file moves to `path`. Otherwise it is deleted.
 
     Args:
-        path: of the file, replaced if it is there.
+        path: the file to write. An existing file is replaced.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -45,18 +46,22 @@ class PredictionFile:
         return self
 
     def write(self, image_id: str, prediction: Mapping[str, Any]) -> None:
-        """Add an image: tensors or arrays, as `SceneGraphEvaluator.update` takes them.
+        """Add the prediction for one image.
+
+        Args:
+            image_id: name of the image.
+            prediction: tensors or arrays by field, as `SceneGraphEvaluator.update` accepts them.
 
         Raises:
-            ValueError: the image was written before, or HDF5 has no such name.
-            OSError: the disk has no space for it; perhaps only at the end of the block.
+            ValueError: if the image was written before, or HDF5 does not allow its name.
+            OSError: if the disk is full. The error may occur only at the end of the block.
         """
         parts = image_id.split("/")
         folders = {"/".join(parts[:count]) for count in range(1, len(parts))}
         if not {"", "."}.isdisjoint(parts) or "\0" in image_id:
-            raise InputError(f"image_id must be names with single slashes between, got {image_id!r}")
+            raise InputError(f"image_id must be one name, or several joined by single slashes, got {image_id!r}")
         if image_id in self._folders or any(folder in self._file and folder not in self._folders for folder in folders):
-            raise InputError(f"image_id must not be a folder of another image's, got {image_id!r}")
+            raise InputError(f"one image_id must not be the folder of another, got {image_id!r}")
         if image_id in self._file:
             raise InputError(f"image_id must be new, {image_id!r} was written before")
         self._folders |= folders
@@ -72,24 +77,27 @@ class PredictionFile:
 
 
 class Predictions:
-    """The images of a file of predictions, read one at a time from HDF5, at once from JSON.
+    """The predictions of a file by image id.
+
+    An HDF5 file is read one image at a time, and a JSON file at once.
 
     Args:
-        path: HDF5, a group an image named by its id, with a data set for each field; or JSON, an object of image ids,
-            each with lists by field.
-        num_predicates: without the background.
+        path: the file. In HDF5, each image has a group named by its id, with one data set per field. JSON is an object
+            that maps image ids to lists by field.
+        num_predicates: number of predicate classes without the background.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is neither, or cut short; a field of an image is not of numbers; names file, image and field.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is neither HDF5 nor JSON, is cut short, or has a field without numbers. The error names
+            the file, the image and the field.
     """
 
     def __init__(self, path: str | Path, num_predicates: int) -> None:
         self.path = Path(path)
-        # JSON's empty list has no second dimension.
+        # An empty JSON list has no second dimension, so `_typed` restores it from these widths.
         self._widths = {"boxes": 4, "pairs": 2, "predicate_scores": num_predicates + 1, "triplets": 3}
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: no such file of predictions")
+            raise FileNotFoundError(f"{self.path}: no such prediction file")
         self._images: Mapping[str, Any]
         if h5py.is_hdf5(self.path):
             try:
@@ -101,12 +109,12 @@ class Predictions:
         self._images = read_json(self.path, WRITTEN)
         if not isinstance(self._images, dict):
             raise InputError(
-                f"{self.path}: must be an object of image ids, got {type(self._images).__name__}; {WRITTEN}"
+                f"{self.path}: must be an object keyed by image id, got {type(self._images).__name__}; {WRITTEN}"
             )
         self.image_ids = set(self._images)
 
     def __getitem__(self, image_id: str) -> dict[str, Tensor]:
-        """Return the fields of an image that are there, as `SceneGraphEvaluator.update` takes them."""
+        """Return the fields that the file has for an image, as `SceneGraphEvaluator.update` accepts them."""
         where = f"{self.path}, image {image_id!r}"
         try:
             image = self._images[image_id]
@@ -120,12 +128,12 @@ class Predictions:
             try:
                 value = self._read(image[field], FIELDS[field].is_floating_point)
             except (*DAMAGE, TypeError) as error:
-                raise InputError(f"{where}: {field} must be numbers in equally long rows ({error})") from error
+                raise InputError(f"{where}: {field} must be numbers in rows of equal length ({error})") from error
             fields[field] = self._typed(where, field, value)
         return fields
 
     def _read(self, values: Any, fractions: bool) -> Tensor:
-        """Return the values of an HDF5 data set, or of lists, whose fractions stay as exact as they are written."""
+        """Return the values of an HDF5 data set or of lists. Fractions in lists keep their full precision."""
         if isinstance(values, h5py.Group):
             raise TypeError("it is a group")
         if isinstance(values, h5py.Dataset):
@@ -144,7 +152,7 @@ class Predictions:
 
 
 def _image_ids(group: h5py.Group, prefix: str = "") -> Iterator[str]:
-    """Yield the ids of all images. HDF5 keeps an id with slashes as groups in groups."""
+    """Yield the ids of all images. An id with slashes is stored as nested groups in HDF5."""
     for name, item in group.items():
         if isinstance(item, h5py.Group) and len(item) and all(isinstance(c, h5py.Group) for c in item.values()):
             yield from _image_ids(item, f"{prefix}{name}/")

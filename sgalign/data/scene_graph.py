@@ -1,4 +1,4 @@
-"""One annotated image: objects with boxes, and the relations between them."""
+"""The scene graph of one image, which holds its objects with boxes and the relations between them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, eq=False)
 class SceneGraph:
-    """An image's objects and relations; no objects and no relations are both fine.
+    """The objects and relations of an image. Both may be empty.
 
     Attributes:
-        image_id: names the image in its data set.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        boxes: float32 `[N, 4]`, x1, y1, x2, y2 in pixels.
-        labels: int64 `[N]`, object classes from 1.
-        relations: int64 `[M, 3]`, subject index, object index, predicate from 1. A pair may have several predicates,
-            rows may repeat, and an object may relate to itself: graphs are kept as they were annotated.
-        image: loads or draws the image when called; None where there is none.
+        image_id: name of the image in its data set.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        boxes: x1, y1, x2, y2 in pixels, float32 `[N, 4]`.
+        labels: object classes from 1, int64 `[N]`.
+        relations: subject index, object index and predicate from 1, int64 `[M, 3]`. Relations are kept as annotated. A
+            pair may have several predicates, rows may repeat, and an object may relate to itself.
+        image: function that loads or draws the image. None if there is no image.
 
     Raises:
-        ValueError: a field has the wrong type, shape or range; names the image and the field.
+        ValueError: if a field has the wrong type, shape or range. The error names the image and the field.
     """
 
     image_id: str
@@ -57,13 +57,13 @@ class SceneGraph:
 
     @property
     def truth(self) -> dict[str, Any]:
-        """Return the annotations that evaluators compare predictions with, and the image's size."""
+        """The annotations that evaluators compare predictions with, and the image's size."""
         size = {"size": (self.width, self.height)}
         return size | {name: getattr(self, name) for name in ("image_id", "boxes", "labels", "relations")}
 
 
 def count_predicates(graphs: Iterable[SceneGraph], num_predicates: int) -> Tensor:
-    """How many relations have each predicate: int64 `[num_predicates + 1]`, 0 for the background."""
+    """Return the number of relations per predicate, int64 `[num_predicates + 1]`, with 0 for the background."""
     counts = torch.zeros(num_predicates + 1, dtype=torch.int64)
     for graph in graphs:
         counts += torch.bincount(graph.relations[:, 2], minlength=num_predicates + 1)
@@ -71,10 +71,10 @@ def count_predicates(graphs: Iterable[SceneGraph], num_predicates: int) -> Tenso
 
 
 def check_objects(where: str, boxes: Any, labels: Any, box_dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raises InputError unless boxes are `[N, 4]`, finite and ordered, and labels int64 `[N]` from 1."""
+    """Raise InputError unless boxes are `[N, 4]`, finite and ordered, and labels are int64 `[N]` from 1."""
     check_tensor(where, "boxes", boxes, (None, 4), box_dtypes)
     check_tensor(where, "labels", labels, (len(boxes),), (torch.int64,))
-    # One comparison serves NaN, infinity and both extents.
+    # This one check covers NaN, infinity and both extents.
     extent = boxes[:, 2:] - boxes[:, :2]
     valid = ((extent >= 0) & extent.isfinite()).all(1)
     if not valid.all():
@@ -88,7 +88,7 @@ def check_objects(where: str, boxes: Any, labels: Any, box_dtypes: tuple[torch.d
 def check_tensor(
     where: str, field: str, value: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    """Raises InputError unless `value` is a tensor of one of `dtypes` and of `shape`, where None fits any length."""
+    """Raise InputError unless `value` is a tensor with one of `dtypes` and with `shape`, where None fits any length."""
     wanted = f"a tensor of {' or '.join(map(str, dtypes))} and shape {shape}".replace("None", "any")
     if not isinstance(value, Tensor):
         raise InputError(f"{where}{field} must be {wanted}, got {type(value).__name__}")
@@ -98,7 +98,7 @@ def check_tensor(
 
 
 def check_range(where: str, field: str, value: Tensor, lowest: int, highest: int | None = None) -> None:
-    """Raises InputError unless every element lies in `lowest` to `highest`, both inclusive."""
+    """Raise InputError unless every element lies in `lowest` to `highest`, both inclusive."""
     outside = value < lowest if highest is None else (value < lowest) | (value > highest)
     if outside.any():
         place = outside.nonzero()[0].tolist()
@@ -107,19 +107,25 @@ def check_range(where: str, field: str, value: Tensor, lowest: int, highest: int
 
 
 def check_split(split: str) -> None:
-    """Raise InputError unless `split` names a part of a data set."""
+    """Raise InputError unless `split` is one of `SPLITS`."""
     if split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
 
 
 def count_validation_images(wanted: int | None, available: int, default: int, path: Path) -> int:
-    """Return how many of the training images that `path` has are held out: `default` or a fifth where None is wanted.
+    """Return the number of training images to hold out for validation.
+
+    Args:
+        wanted: the requested number. If None, the smaller of `default` and a fifth of `available`.
+        available: number of training images.
+        default: default number of the data set.
+        path: file of the training images, for the error message.
 
     Raises:
-        InputError: more are wanted than there are.
+        InputError: if `wanted` is not in 0 to `available`.
     """
     if wanted is None:
         return min(default, available // 5)
     if not 0 <= wanted <= available:
-        raise InputError(f"validation_images must be in 0 to {available}, what {path} has, got {wanted}")
+        raise InputError(f"validation_images must be in 0 to {available}, the number in {path}, got {wanted}")
     return wanted

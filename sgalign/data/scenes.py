@@ -1,4 +1,4 @@
-"""Generated scenes whose relations follow from where things are, what they are and what is around them."""
+"""Generated scenes whose relations follow from the boxes, the classes and the surroundings of the objects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = {"train": 3000, "validation": 500, "test": 800}
 WRONG_LABELS = 0.05
 MISSING_RELATIONS = 0.3
 
-# Height in units of the scene's scale where the thing stands, width by height, colour in drawn images.
+# Height relative to the scale at the object's place, ratio of width to height, and color in drawn images.
 OBJECTS: dict[str, tuple[float, float, str]] = {
     "person": (0.50, 0.42, "salmon"),
     "dog": (0.20, 1.40, "sienna"),
@@ -47,7 +47,7 @@ PREDICATE_NAMES = [
     "holding", "has", "part of", "riding", "sitting on", "parked on", "driving on", "walking", "drinking from",
     "carrying", "at",
 ]  # fmt: skip
-# What an annotator in a hurry writes instead.
+# The wrong label that a hurried annotator would give for each predicate.
 CONFUSABLE = {
     "near": "behind", "on": "standing on", "behind": "near", "in front of": "near", "above": "on", "under": "near",
     "standing on": "on", "walking on": "standing on", "wearing": "has", "holding": "has", "has": "near",
@@ -56,7 +56,7 @@ CONFUSABLE = {
 }  # fmt: skip
 
 SURFACES = {"road", "grass"}
-# What each setting is made of, with odds.
+# Ground of each setting, and the groups of objects that it is made of, with their odds.
 SETTINGS: list[tuple[str, dict[str, float]]] = [
     ("road", {"pedestrian": 5, "car": 5, "bicycle": 3, "rider": 2, "dog walker": 1.5, "tree": 2, "building": 4,
               "dog": 1}),
@@ -68,7 +68,7 @@ SETTINGS: list[tuple[str, dict[str, float]]] = [
 
 @dataclass(frozen=True)
 class _Thing:
-    """An object while its scene is made; coordinates in pixels."""
+    """An object of a scene under construction, with coordinates in pixels."""
 
     name: str
     x1: float
@@ -89,27 +89,27 @@ class _Thing:
         return (self.x1 + self.x2) / 2
 
     def up(self, y: float) -> float:
-        """How far up the box a line lies: 0 at its lower edge, 1 at its upper."""
+        """Return the height of a horizontal line within the box, from 0 at the lower edge to 1 at the upper edge."""
         return (self.y2 - y) / self.height
 
     def off(self, other: _Thing) -> float:
-        """Distance of the other's middle from this middle line, in widths of this box."""
+        """Return the horizontal distance between the two centers, in widths of this box."""
         return abs(other.x - self.x) / self.width
 
 
 class ScenesDataset(Dataset[SceneGraph]):
-    """Scenes of 4 to 12 objects of 16 classes, related by 20 predicates with a long tail.
+    """Generated scenes of 4 to 12 objects from 16 classes, with relations from 20 predicates with a long tail.
 
-    A scene is a function of (seed, split, index) alone, the same on every machine. What holds between two things is
-    decided by rules (`docs/data.md`) on their boxes, their classes and the things around them, so that the labels of
-    "validation" and "test" are all the relations and the right ones. "train" is as an annotator leaves it: three
-    of ten relations are missing and one label in twenty is a confusable one. Scenes are made when asked for, and drawn
+    A scene depends only on (seed, split, index) and is the same on every machine. Rules decide which relation holds
+    between two objects, from their boxes, their classes and the objects around them (`docs/data.md`). The labels of
+    "validation" and "test" are therefore complete and correct. "train" imitates an annotator: 30 % of its relations are
+    missing, and 5 % of the remaining labels are replaced by a confusable one. Scenes are generated on access, and drawn
     only when a graph's `image` is called.
 
     Args:
-        split: which of the three independent parts.
-        size: number of scenes; None for 3000, 500 and 800.
-        seed: of the whole data set.
+        split: "train", "validation" or "test". The three splits are independent.
+        size: number of scenes. If None, 3000 for training, 500 for validation and 800 for test.
+        seed: seed of the whole data set.
 
     Attributes:
         object_names: class names, `__background__` first.
@@ -138,8 +138,8 @@ class ScenesDataset(Dataset[SceneGraph]):
 
 
 def _make_scene(image_id: str, *, annotated: bool) -> SceneGraph:
-    # Python promises that random() of a seed never changes; only random(), uniform() and choices() are used, in which
-    # one draw gives one value.
+    # Python guarantees that random() gives the same values for a seed in every version. This code uses only random(),
+    # uniform() and choices(), because each of their values takes exactly one draw.
     draw = random.Random(image_id)
     width, height = draw.choices([(400, 300), (300, 400), (480, 300), (360, 360)])[0]
     ground, odds = draw.choices(SETTINGS)[0]
@@ -150,7 +150,7 @@ def _make_scene(image_id: str, *, annotated: bool) -> SceneGraph:
         group = draw.choices(list(odds), list(odds.values()))[0]
         foot = horizon + draw.uniform(0.08, 0.95) * (height - horizon)
         scale = min(width, height) * (0.4 + 0.6 * (foot - horizon) / (height - horizon))
-        # Rounded before the rules look, which so see what a reader of the boxes sees.
+        # `_clip` rounds the boxes before the rules apply, so the rules use the same boxes as a reader of the data.
         place = _Place(draw, draw.uniform(0.05, 0.95) * width, foot, scale)
         clipped = [_clip(thing, width, height) for thing in place.make(group)]
         things += [thing for thing in clipped if thing.width >= 4 and thing.height >= 4]
@@ -181,13 +181,13 @@ def _mistake(draw: random.Random, predicate: int) -> int:
 
 
 class _Place:
-    """A point on the ground where a group of things is put together."""
+    """A point on the ground where a group of objects is assembled."""
 
     def __init__(self, draw: random.Random, x: float, foot: float, scale: float) -> None:
         self.draw, self.x, self.foot, self.scale = draw, x, foot, scale
 
     def thing(self, name: str, x: float, foot: float) -> _Thing:
-        """`name` at its usual size here, give or take, standing on (x, foot)."""
+        """Return an object that stands on (x, foot), with its usual size at this place and some random variation."""
         height, aspect, _ = OBJECTS[name]
         height *= self.scale * self.draw.uniform(0.8, 1.2)
         width = height * aspect * self.draw.uniform(0.85, 1.15)
@@ -197,7 +197,7 @@ class _Place:
         return self.draw.random() < probability
 
     def beside(self, thing: _Thing, widths: float) -> float:
-        """x to the left or right of a thing, so many of its widths from its middle."""
+        """Return an x to the left or right of an object's center, at a distance of `widths` times its width."""
         return thing.x + (widths if self.chance(0.5) else -widths) * thing.width
 
     def make(self, group: str) -> list[_Thing]:
@@ -231,7 +231,7 @@ class _Place:
                 return [table, *cups, *below, *guests]
             case "car":
                 car = self.thing("car", self.x, self.foot)
-                # Most wheels are on a car, some lie about.
+                # Most wheels are on the car, and some lie beside it.
                 at = [self.draw.uniform(0.15, 0.4), -self.draw.uniform(0.15, 0.4), self.draw.uniform(0.7, 1.2)]
                 keep = [self.chance(0.5), self.chance(0.5), self.chance(0.12)]
                 places = [car.x + a * car.width for a, kept in zip(at, keep, strict=True) if kept]
@@ -248,7 +248,7 @@ class _Place:
         return [self.thing(group, self.x, self.foot)]
 
     def person(self, x: float, foot: float) -> list[_Thing]:
-        """Someone with what they wear and carry."""
+        """Return a person with the objects that they wear and carry."""
         person = self.thing("person", x, foot)
         things = [person]
         if self.chance(0.3):
@@ -268,7 +268,7 @@ class _Place:
 
 
 def _relate(things: list[_Thing]) -> Iterator[tuple[int, int, str]]:
-    """Subject index, object index and predicate of all relations; at most one predicate a pair."""
+    """Yield subject index, object index and predicate of all relations, at most one per ordered pair."""
     seats = {i: seat for i in range(len(things)) if (seat := _seat(things, i)) is not None}
     keepers = {i: keeper for i in range(len(things)) if (keeper := _keeper(things, i)) is not None}
     walkers = {i: dog for i in range(len(things)) if i not in seats and (dog := _dog(things, i)) is not None}
@@ -295,19 +295,19 @@ def _relate(things: list[_Thing]) -> Iterator[tuple[int, int, str]]:
                 if things[seats[s]].name == "chair" and -0.2 < object_.up(things[seats[s]].y2) < 0.5:
                     yield s, o, "at"
             elif object_.name in SURFACES:
-                # What someone sits on or holds, its holder or rider stands for.
+                # For a seated person or a kept object, only the seat or the keeper has a relation with the ground.
                 if s not in seats and s not in keepers and subject.y2 > object_.y1:
                     if (name := _ground_relation(things, s, seats, walkers)) is not None:
                         yield s, o, name
             elif not names & SURFACES:
-                # Attached things have no relation of their own with the rest.
+                # Attached objects have no relations with other objects.
                 attached = s in seats or o in seats or s in keepers or o in keepers
                 if not attached and (name := _loose_relation(subject, object_)) is not None:
                     yield s, o, name
 
 
 def _seat(things: list[_Thing], i: int) -> int | None:
-    """The horse, bicycle or chair a person's lower edge is in: of several, the one most centred below."""
+    """Return the horse, bicycle or chair that contains a person's lower edge, preferring the best-centered one."""
     person = things[i]
     if person.name != "person":
         return None
@@ -320,7 +320,11 @@ def _seat(things: list[_Thing], i: int) -> int | None:
 
 
 def _keeper(things: list[_Thing], i: int) -> tuple[int, str] | None:
-    """Who a hat, cup or umbrella is with, or the car of a wheel, and how: of several, the nearest."""
+    """Return the keeper of object `i` and the keeper's predicate, or None.
+
+    A person can keep a hat, cup or umbrella, and a car can keep a wheel. If there are several, the horizontally nearest
+    one is the keeper.
+    """
     thing = things[i]
     if thing.name == "wheel":
         cars = [
@@ -346,7 +350,7 @@ def _keeper(things: list[_Thing], i: int) -> tuple[int, str] | None:
 
 
 def _dog(things: list[_Thing], i: int) -> int | None:
-    """The nearest dog beside a person, on the same ground."""
+    """Return the nearest dog that stands beside a person at about the same depth."""
     person = things[i]
     if person.name != "person":
         return None
@@ -359,12 +363,12 @@ def _dog(things: list[_Thing], i: int) -> int | None:
 
 
 def _ground_relation(things: list[_Thing], i: int, seats: dict[int, int], walkers: dict[int, int]) -> str | None:
-    """What something does on the road or grass below it, which what is with it tells."""
+    """Return the predicate between an object and the road or grass below it, given the objects around it."""
     thing = things[i]
     ridden, walked = i in seats.values(), i in walkers.values()
     match thing.name:
         case "person":
-            # People stand where there is something to stand at.
+            # People stand if something to stand at is near, and walk otherwise.
             at_it = any(
                 other.name in ("person", "horse", "car", "bicycle", "table", "chair")
                 and j != i and thing.off(other) < 1.5 and abs(other.y2 - thing.y2) < 0.25 * thing.height
@@ -376,20 +380,24 @@ def _ground_relation(things: list[_Thing], i: int, seats: dict[int, int], walker
         case "bicycle":
             return "driving on" if ridden else "parked on"
         case "car":
-            # A car with someone standing at it is not moving.
+            # A car with someone beside it is parked.
             people = (other for j, other in enumerate(things) if other.name == "person" and j not in seats)
             at_it = any(thing.off(p) < 0.9 and abs(p.y2 - thing.y2) < 0.5 * thing.height for p in people)
             return "parked on" if at_it else "driving on"
         case "chair":
             return None if i in seats.values() else "on"
         case "bird" | "tree" | "building":
-            # Whether a bird before the ground flies cannot be seen; the others go without saying.
+            # Boxes do not show whether a bird is flying, and for trees and buildings the relation is obvious.
             return None
     return "on"
 
 
 def _loose_relation(subject: _Thing, object_: _Thing) -> str | None:
-    """Where one free-standing thing is to another; said once a pair, of the smaller or the nearer."""
+    """Return the spatial predicate between two unattached objects, or None.
+
+    The subject is the smaller object for "on", "above", "under" and "near", the nearer object for "in front of", and
+    the farther object for "behind".
+    """
     overlap = min(subject.x2, object_.x2) - max(subject.x1, object_.x1)
     narrower, taller = min(subject.width, object_.width), max(subject.height, object_.height)
     smaller = (subject.width * subject.height, subject.x) < (object_.width * object_.height, object_.x)
@@ -402,7 +410,7 @@ def _loose_relation(subject: _Thing, object_: _Thing) -> str | None:
         level = abs(subject.y2 - object_.y2) < 0.2 * object_.height
         if smaller and level and object_.name in ("table", "tree", "umbrella") and object_.y1 < subject.y1:
             return "under"
-        # Lower in the picture is nearer.
+        # Objects lower in the image are nearer.
         lead = (subject.y2 - object_.y2) / taller
         if lead < -0.1 and subject.y2 > object_.y1:
             return "behind" if subject.name in ("tree", "building", "car") else None
@@ -413,7 +421,7 @@ def _loose_relation(subject: _Thing, object_: _Thing) -> str | None:
 
 
 def _draw(width: int, height: int, boxes: Tensor, labels: Tensor) -> Image.Image:
-    """The scene in flat colours: the ground, then what stands on it, farther first, then what it carries."""
+    """Draw the scene in flat colors: the ground first, then large objects from far to near, then small objects."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (width, height), "lightskyblue")

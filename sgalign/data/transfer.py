@@ -1,4 +1,4 @@
-"""Copies between host and device that make the host wait as little as can be."""
+"""Copies between host and device with as little waiting on the host as possible."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on `device`, for which the host does not wait where it is sent to a GPU."""
-    if device.type in ("cpu", "mps"):  # on MPS such a copy races with what reads it
+    """Return the tensor on `device`. The host does not wait for a copy to a GPU."""
+    if device.type in ("cpu", "mps"):  # on MPS an asynchronous copy races with operations that read it
         return tensor.to(device)
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.contiguous().pin_memory()  # CUDA reads pageable memory while the host waits
+        tensor = tensor.contiguous().pin_memory()  # CUDA copies pageable memory synchronously
     return tensor.to(device, non_blocking=True)
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors of one dtype and device on the host, in a single copy, for which the host waits once."""
+    """Return tensors of one dtype and device on the host. They travel in one copy, so the host waits only once."""
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).cpu()
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class HostCopy:
-    """A copy of a tensor on its way to the host; what is queued on the device after it goes on meanwhile."""
+    """An asynchronous copy of a tensor to the host, which does not block later work on the device."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.copy = tensor.detach().to("cpu", non_blocking=tensor.device.type not in ("cpu", "mps"))
@@ -35,7 +35,7 @@ class HostCopy:
             self.arrived.record(torch.accelerator.current_stream(tensor.device))
 
     def read(self) -> Tensor:
-        """Return the copy, once it is there."""
+        """Wait for the copy to finish and return it."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.copy

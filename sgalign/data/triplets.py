@@ -1,4 +1,4 @@
-"""Sets of class triplets, subject, predicate and object: which ones are zero-shot."""
+"""Sets of class triplets (subject, predicate, object), used to find zero-shot relations."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sgalign.data.scene_graph import SceneGraph, check_range, check_tensor
 
 
 class TripletSet:
-    """A set of class triplets that relations are looked up in.
+    """A set of class triplets with a fast membership test for relations.
 
     Args:
-        name: of the argument, for errors.
-        triplets: int64 `[Z, 3]`, subject class, predicate, object class.
+        name: name of the argument, for error messages.
+        triplets: subject class, predicate and object class, int64 `[Z, 3]`.
     """
 
     def __init__(self, name: str, triplets: Tensor) -> None:
@@ -30,7 +30,7 @@ class TripletSet:
         return f"{len(self._codes)} triplets"
 
     def has(self, triplets: Tensor) -> Tensor:
-        """Return which rows of `[M, 3]` are in the set, bool `[M]`."""
+        """Return a mask of the rows of `triplets` `[M, 3]` that are in the set, bool `[M]`."""
         if not len(self._codes):
             return torch.zeros(len(triplets), dtype=torch.bool, device=triplets.device)
         self._codes, codes = self._codes.to(triplets.device), _code(triplets)
@@ -38,7 +38,7 @@ class TripletSet:
         return self._codes[place] == codes
 
     def has_relations(self, target: Mapping[str, Tensor]) -> Tensor:
-        """Return which relations of an image are of one of the triplets, bool `[M]`."""
+        """Return a mask of the relations of an image that have a class triplet in the set, bool `[M]`."""
         subject, object_, predicate = target["relations"].unbind(1)
         return self.has(torch.stack((target["labels"][subject], predicate, target["labels"][object_]), 1))
 
@@ -48,10 +48,7 @@ def _code(triplets: Tensor) -> Tensor:
 
 
 def zero_shot_triplets(seen: Iterable[SceneGraph], evaluated: Iterable[SceneGraph]) -> Tensor:
-    """Return the class triplets of `evaluated` that do not occur in `seen`.
-
-    They are int64 `[Z, 3]`: subject, predicate, object.
-    """
+    """Return the class triplets (subject, predicate, object) of `evaluated` that `seen` lacks, int64 `[Z, 3]`."""
     known = TripletSet("seen", _class_triplets(seen))
     triplets = _class_triplets(evaluated).unique(dim=0)
     return triplets[~known.has(triplets)]

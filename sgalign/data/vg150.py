@@ -1,4 +1,4 @@
-"""Visual Genome with 150 object and 50 predicate classes (Xu et al., CVPR 2017), and files in its layout."""
+"""VG150, Visual Genome with 150 object and 50 predicate classes (Xu et al., CVPR 2017), and files in its layout."""
 
 from __future__ import annotations
 
@@ -27,29 +27,35 @@ REMEDY = "download or write it again"
 
 
 class VG150Dataset(Dataset[SceneGraph]):
-    """Scene graphs of `VG-SGG.h5` or `VG-SGG-with-attri.h5`, `VG-SGG-dicts*.json` and `image_data.json`.
+    """Scene graphs of Visual Genome with 150 object and 50 predicate classes, or of files in the same layout.
 
-    Read as Scene-Graph-Benchmark does: images need objects and relations; boxes are `boxes_1024` (else `boxes_512`),
-    middle and extent in the units of a long side of 1024, turned into corners in the file's own integers, whose halves
-    are cut off. Training images lose what lies outside of them, relations of boxes that do not overlap, and then images
-    without any relation. Several predicates of a pair are kept, of which that code draws one. Attributes are not read.
+    The files are `VG-SGG.h5` or `VG-SGG-with-attri.h5`, `VG-SGG-dicts*.json` and `image_data.json`. The rules are those
+    of Scene-Graph-Benchmark:
 
-    Nothing depends on the numbers of the official files: others may have any classes and images, float boxes, and a
-    validation part of their own (split 1). Annotations are kept in memory (30 MB for the official ones), images are
-    read when asked for.
+    - Images without objects or without relations are left out.
+    - Boxes come from `boxes_1024`, or from `boxes_512` if the file lacks it. They hold center and extent, scaled to an
+      image with a long side of 1024 or 512. They become corners in the file's own dtype, so integers truncate halves.
+    - In the training split, relations between boxes that do not overlap are left out. Boxes are then clipped to the
+      image, and empty boxes are left out with their relations. Images without remaining relations are left out too.
+    - A pair may have several predicates, and all of them are kept. Scene-Graph-Benchmark draws one of them.
+    - Attributes are not read.
+
+    Files other than the official ones work too. They may have any number of classes and images, boxes of floats, and
+    their own validation split (1). Annotations stay in memory (30 MB for the official files). Images are read on
+    demand.
 
     Args:
-        root: folder of these files, and of the images as `VG_100K/ID.jpg` or `images/ID.jpg`, if wanted.
-        split: "train" (0 in the file), "validation" or "test" (2).
-        validation_images: how many of the training images, from the first on, are the validation part, where the file
-            has none; None for 5000, at most a fifth.
+        root: folder of these files. Images are optional and lie in `VG_100K/ID.jpg` or `images/ID.jpg`.
+        split: "train" (0 in the file), "validation" (1) or "test" (2).
+        validation_images: number of training images, starting with the first, that form the validation split if the
+            file has none. If None, 5000, but at most a fifth of the training images.
 
     Attributes:
         object_names, predicate_names: class names, `__background__` first.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is not what it should be; names file, array and row.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is malformed. The error names the file, the array and the row.
     """
 
     def __init__(
@@ -69,7 +75,7 @@ class VG150Dataset(Dataset[SceneGraph]):
         used = (self._arrays["img_to_first_box"] >= 0) & (self._arrays["img_to_first_rel"] >= 0)
         parts = {number: np.flatnonzero(used & (self._arrays["split"] == number)) for number in (0, 1, 2)}
         if len(parts[1]) and validation_images is not None:
-            raise InputError(f"{self.path}: has a validation part of its own, validation_images must be left out")
+            raise InputError(f"{self.path}: has its own validation split, so validation_images must be left out")
         if len(parts[1]) == 0 and split != "test":
             count = count_validation_images(validation_images, len(parts[0]), 5000, self.path)
             parts[1], parts[0] = parts[0][:count], parts[0][count:]
@@ -90,7 +96,7 @@ class VG150Dataset(Dataset[SceneGraph]):
         return SceneGraph(f"{image_id}.jpg", width, height, boxes, labels, relations, load)
 
     def _graph(self, image: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes in pixels, labels and relations of an image of the file."""
+        """Return the boxes in pixels, labels and relations of the image in row `image` of the file."""
         arrays, (_, width, height) = self._arrays, self._sizes[image]
         first, last = arrays["img_to_first_box"][image], arrays["img_to_last_box"][image]
         corners, labels = arrays["boxes"][first : last + 1], arrays["labels"][first : last + 1]
@@ -115,7 +121,7 @@ class VG150Dataset(Dataset[SceneGraph]):
         )
 
     def _read_sizes(self, count: int) -> list[tuple[int, int, int]]:
-        """Id, width and height of each image of the HDF5 file."""
+        """Return the id, width and height of each image of the HDF5 file."""
         path = self.root / "image_data.json"
         rows = read_json(path)
         if not isinstance(rows, list):
@@ -132,13 +138,17 @@ class VG150Dataset(Dataset[SceneGraph]):
 
 
 def read_zero_shot_triplets(path: str | Path) -> Tensor:
-    """The triplets that never occur in training: int64 `[Z, 3]`, subject, object and predicate class, from 1.
+    """Return the class triplets that never occur in training.
 
     Args:
-        path: a CSV file, with or without a line of names, or the public benchmark's `zeroshot_triplet.pytorch`.
+        path: a CSV file, with or without a header line, or the public benchmark's `zeroshot_triplet.pytorch`.
+
+    Returns:
+        Subject, object and predicate class from 1, int64 `[Z, 3]`.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is not one of these.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is neither of these.
     """
     path, what = Path(path), "file of zero-shot triplets"
     if path.suffix == ".csv":
@@ -158,7 +168,7 @@ def read_zero_shot_triplets(path: str | Path) -> Tensor:
 
 
 def _read_arrays(path: Path, objects: int, predicates: int) -> dict[str, Any]:
-    """Return the arrays of the file, checked, boxes as corners."""
+    """Return the checked arrays of the file with boxes as corners, and the long side of an image in box units."""
     arrays, boxes, long_side = _load_arrays(path)
     try:
         _check_rows(arrays, boxes, f"boxes_{long_side}", objects, predicates)
@@ -167,41 +177,41 @@ def _read_arrays(path: Path, objects: int, predicates: int) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{path}, {error}; {REMEDY}") from None
     corners = boxes.copy()
-    # Into an integer array, as the public code does: halves are cut off.
+    # The array keeps the file's dtype, so integers truncate halves, as in the public code.
     corners[:, :2] = boxes[:, :2] - boxes[:, 2:] / 2
     corners[:, 2:] = corners[:, :2] + boxes[:, 2:]
     return arrays | {"boxes": corners, "long_side": long_side}
 
 
 def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-    """Return the arrays of the file, its boxes, and the long side of an image that the boxes are in units of."""
+    """Return the arrays of the file, its boxes, and the long side of an image in box units."""
     wanted = {"labels", "relationships", "predicates", "split"}
     wanted |= {f"img_to_{end}_{what}" for end in ("first", "last") for what in ("box", "rel")}
     try:
         with h5py.File(path, "r") as file:
             if missing := sorted(wanted - set(file)):
-                raise InputError(f"{path}, arrays {', '.join(missing)}: must be there; {REMEDY}")
+                raise InputError(f"{path}: must have the arrays {', '.join(missing)}; {REMEDY}")
             sides = [side for side in (1024, 512) if f"boxes_{side}" in file]
             if not sides:
-                raise InputError(f"{path}, arrays boxes_1024 or boxes_512: one must be there; {REMEDY}")
+                raise InputError(f"{path}: must have the array boxes_1024 or boxes_512; {REMEDY}")
             return {name: file[name][()] for name in wanted}, file[f"boxes_{sides[0]}"][()], sides[0]
-    except (OSError, TypeError) as error:  # TypeError of a group in an array's place
+    except (OSError, TypeError) as error:  # TypeError if a group is in an array's place
         raise InputError(f"{path}: not an HDF5 file, or cut short ({error}); {REMEDY}") from error
 
 
 def _check_rows(
     arrays: dict[str, np.ndarray], boxes: np.ndarray, boxes_name: str, objects: int, predicates: int
 ) -> None:
-    """Check the arrays with a row for each box, relation or image; flatten those with one column."""
+    """Check the arrays with one row per box, relation or image, and flatten those with one column."""
     for name, array in (*arrays.items(), (boxes_name, boxes)):
         if not (isinstance(array, np.ndarray) and array.dtype.kind in "iuf" and np.isfinite(array).all()):
             kind = getattr(array, "dtype", type(array).__name__)
-            raise InputError(f"array {name}: must be of finite numbers, got {kind}")
+            raise InputError(f"array {name}: must hold finite numbers, got {kind}")
     for name in ("labels", "predicates", "split"):  # [N, 1] in the official file
         arrays[name] = arrays[name].reshape(-1)
     count, relations = len(arrays["labels"]), len(arrays["predicates"])
     if boxes.shape != (count, 4):
-        raise InputError(f"array {boxes_name}: must be [{count}, 4] as labels are, got {list(boxes.shape)}")
+        raise InputError(f"array {boxes_name}: must be [{count}, 4] to match labels, got {list(boxes.shape)}")
     if arrays["relationships"].shape != (relations, 2):
         raise InputError(f"array relationships: must be [{relations}, 2], got {list(arrays['relationships'].shape)}")
     for name, low, high in (("labels", 1, objects), ("predicates", 1, predicates), ("split", 0, 2)):
@@ -219,7 +229,7 @@ def _check_images(arrays: dict[str, np.ndarray], lengths: dict[str, int]) -> Non
         names = f"img_to_first_{what}", f"img_to_last_{what}"
         first, last = (arrays[name].astype(np.int64).reshape(-1) for name in names)
         if len(first) != images or len(last) != images:
-            raise InputError(f"arrays {' and '.join(names)}: must have {images} rows as split has")
+            raise InputError(f"arrays {' and '.join(names)}: must have {images} rows to match split")
         none = (first == -1) & (last == -1)
         if (wrong := np.flatnonzero(~none & ((first < 0) | (last < first) | (last >= length)))).size:
             got = f"{first[wrong[0]]} and {last[wrong[0]]} in row {wrong[0]}"
@@ -228,7 +238,7 @@ def _check_images(arrays: dict[str, np.ndarray], lengths: dict[str, int]) -> Non
 
 
 def _check_pairs(arrays: dict[str, np.ndarray]) -> None:
-    """Check that each relation is of two boxes of its image, and make the pairs int64."""
+    """Check that each relation joins two boxes of its image, and make the pairs int64."""
     pairs = arrays["relationships"] = arrays["relationships"].astype(np.int64)
     for image in np.flatnonzero(arrays["img_to_first_rel"] >= 0):
         rows = slice(arrays["img_to_first_rel"][image], arrays["img_to_last_rel"][image] + 1)
@@ -236,13 +246,13 @@ def _check_pairs(arrays: dict[str, np.ndarray]) -> None:
         if not inside.all():
             row = rows.start + int(np.flatnonzero(~inside.all(1))[0])
             got = f"{pairs[row].tolist()} in row {row}"
-            raise InputError(f"array relationships: must be of boxes of image {image}, got {got}")
+            raise InputError(f"array relationships: must refer to boxes of image {image}, got {got}")
 
 
 def _names(dicts: Any, field: str, root: Path) -> list[str]:
     names = dicts.get(field) if isinstance(dicts, dict) else None
     if not isinstance(names, dict) or not names or set(names) != {str(i + 1) for i in range(len(names))}:
-        raise InputError(f"{root}, dicts: {field} must be names by '1', '2', ...; {REMEDY}")
+        raise InputError(f"{root}, dicts: {field} must map '1', '2', ... to names; {REMEDY}")
     return [BACKGROUND, *(str(names[str(i + 1)]) for i in range(len(names)))]
 
 
@@ -264,7 +274,7 @@ def write_vg150(
     *,
     images: bool = False,
 ) -> None:
-    """Write scene graphs in the layout of VG150's official files, with a validation part of their own (split 1)."""
+    """Write scene graphs in the layout of VG150's official files, with their own validation split (1)."""
     root.mkdir(parents=True)
     boxes: list[np.ndarray] = []
     labels: list[int] = []
@@ -311,7 +321,7 @@ def write_vg150(
 def _dictionaries(
     object_names: list[str], predicate_names: list[str], labels: list[int], predicates: list[int]
 ) -> dict[str, Any]:
-    """Return what VG-SGG-dicts.json has: names by number and numbers by name from 1, and how often each name occurs."""
+    """Return the content of VG-SGG-dicts.json: names by number from 1, numbers by name, and the count of each name."""
     dicts: dict[str, Any] = {}
     for what, counted, names, found in (
         ("label", "object", object_names, Counter(labels)),
@@ -324,7 +334,7 @@ def _dictionaries(
 
 
 def _write_zero_shot_triplets(parts: Mapping[str, Sequence[SceneGraph]], path: Path) -> None:
-    """Write the test images' triplets that no other image has, as rows of subject, object and predicate class."""
+    """Write the class triplets that only test images have, one row of subject, object and predicate class each."""
     seen = [graph for split in ("train", "validation") for graph in parts.get(split, [])]
     unseen = zero_shot_triplets(seen, parts.get("test", []))[:, [0, 2, 1]].tolist()
     lines = ["subject,object,predicate", *(",".join(map(str, triplet)) for triplet in sorted(unseen))]

@@ -1,4 +1,4 @@
-"""The Visual Relationship Detection data set (Lu, Krishna, Bernstein, Fei-Fei, ECCV 2016), from its official files."""
+"""The Visual Relationship Detection data set (Lu, Krishna, Bernstein, Fei-Fei, ECCV 2016) in its official format."""
 
 from __future__ import annotations
 
@@ -17,33 +17,35 @@ from sgalign.data.scene_graph import BACKGROUND, SceneGraph, check_split, count_
 from sgalign.errors import InputError
 from sgalign.files import read_json, write_json
 
-LARGEST = 1 << 24  # beyond, float32 does not hold every integer
+LARGEST = 1 << 24  # largest coordinate, because float32 represents every integer only up to here
 REMEDY = "download the annotations again from https://cs.stanford.edu/people/ranjaykrishna/vrd/"
 _KEYS = {"subject", "predicate", "object"}
 
 
 class VRDDataset(Dataset[SceneGraph]):
-    """VRD's scene graphs: 100 object classes, 70 predicates, 4000 training and 1000 test photographs.
+    """VRD's scene graphs with 100 object classes, 70 predicates, 4000 training and 1000 test photographs.
 
-    Categories of the files count from 0, here from 1; their boxes are [ymin, ymax, xmin, xmax] in 0-based pixels.
-    Objects of an image that share box and class are one object. Nothing is filtered: images without relations,
-    relations of an object with itself, repeated relations and several predicates a pair load as they are. An image's
-    size is that of `images/NAME` where it exists, else the extent of its boxes.
+    Categories start at 0 in the files and at 1 here. The files' boxes are [ymin, ymax, xmin, xmax] in 0-based pixels.
+    Objects of an image with the same box and class become one object. Nothing is filtered. Images without relations,
+    relations of an object with itself, repeated relations and several predicates per pair load as they are. The size of
+    an image comes from the file `images/NAME`. If that file is missing, it is the extent of the image's boxes.
 
     Args:
-        root: folder with annotations_train.json, annotations_test.json, objects.json, predicates.json and, if wanted,
-            images/.
-        split: "validation" is held out of annotations_train.json, "train" is the rest.
-        validation_images: how many to hold out: those whose names hash lowest, so that the choice depends on neither
-            file order nor a random generator, and a larger part contains a smaller one; None for 600, at most a fifth.
+        root: folder with annotations_train.json, annotations_test.json, objects.json and predicates.json. The folder
+            images/ is optional.
+        split: "train", "validation" or "test". "validation" is held out from annotations_train.json, and "train" is
+            the rest of that file.
+        validation_images: number of images to hold out. If None, 600, but at most a fifth of the training images. The
+            images with the lowest hashes of their names are held out. The choice therefore does not depend on file
+            order or a random generator, and a larger validation split contains every smaller one.
 
     Attributes:
         object_names: class names, `__background__` first.
         predicate_names: predicate names, `__background__` first.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is not what it should be; names file, image and row.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is malformed. The error names the file, the image and the row.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class VRDDataset(Dataset[SceneGraph]):
         path = self.root / f"annotations_{'test' if split == 'test' else 'train'}.json"
         annotations = read_json(path, REMEDY)
         if not isinstance(annotations, dict):
-            raise InputError(f"{path}: must be an object of image names, got {type(annotations).__name__}; {REMEDY}")
+            raise InputError(
+                f"{path}: must be an object keyed by image name, got {type(annotations).__name__}; {REMEDY}"
+            )
         if split != "test":
             count = count_validation_images(validation_images, len(annotations), 600, path)
             held_out = set(sorted(annotations, key=_stable_hash)[:count])
@@ -72,12 +76,12 @@ class VRDDataset(Dataset[SceneGraph]):
         if path.is_file():
             width, height = image_size(path)
             return SceneGraph(name, width, height, boxes, labels, relations, partial(load_image, path))
-        # Coordinates name pixels from 0, so the last one needs a size one larger.
+        # Coordinates are pixel indices from 0, so the size is the largest index plus 1.
         width, height = (boxes[:, 2:].amax(0).int() + 1).tolist() if len(boxes) else (1, 1)
         return SceneGraph(name, width, height, boxes, labels, relations)
 
     def _parse(self, path: Path, name: str, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, labels and relations of one image, objects in order of first mention."""
+        """Return the boxes, labels and relations of one image, with the objects in order of first mention."""
         if not isinstance(rows, list):
             raise InputError(
                 f"{path}, image {name!r}: must be a list of relations, got {type(rows).__name__}; {REMEDY}"
@@ -102,7 +106,7 @@ class VRDDataset(Dataset[SceneGraph]):
 
 
 def _parse_object(where: str, entry: Any, names: list[str]) -> tuple[int, ...]:
-    """Class from 1, then x1, y1, x2, y2."""
+    """Return the object's class from 1, followed by x1, y1, x2, y2."""
     if not isinstance(entry, dict) or not entry.keys() >= {"category", "bbox"}:
         raise InputError(f"{where}: must have category and bbox, got {entry!r}; {REMEDY}")
     box = entry["bbox"]
@@ -115,7 +119,7 @@ def _parse_object(where: str, entry: Any, names: list[str]) -> tuple[int, ...]:
 
 
 def _category(where: str, value: Any, names: list[str]) -> int:
-    """The class from 1 of a 0-based one; `names` has the background first."""
+    """Return the class from 1 for a class `value` from 0. `names` has the background first."""
     if type(value) is not int or not 0 <= value < len(names) - 1:
         raise InputError(f"{where}: must be an integer in 0 to {len(names) - 2}, got {value!r}; {REMEDY}")
     return value + 1
@@ -140,7 +144,10 @@ def write_vrd(
     *,
     images: bool = False,
 ) -> None:
-    """VRD's layout, in which objects without relations do not exist; validation images are training images."""
+    """Write scene graphs in VRD's layout.
+
+    The layout has no objects without relations, so these are lost. Validation images join the training images.
+    """
     root.mkdir(parents=True)
     write_json(root / "objects.json", object_names[1:])
     write_json(root / "predicates.json", predicate_names[1:])

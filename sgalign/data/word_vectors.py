@@ -1,4 +1,4 @@
-"""Word vectors of class names, from the usual text format."""
+"""Word vectors of class names, read from GloVe or word2vec text files."""
 
 from __future__ import annotations
 
@@ -12,35 +12,40 @@ from sgalign.errors import InputError
 
 
 def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
-    """The vector of each name, from a GloVe or word2vec text file: a word a line, then its numbers.
+    """Return the word vector of each name from a GloVe or word2vec text file.
 
-    A name's row is that of the whole name (`_` for a space, as in `traffic_light`), else that of its longest word, else
-    standard normal: the rule of Scene-Graph-Benchmark. `__background__` is in no such file, so its row is random.
-    Random rows depend on the name alone, never on the others asked for.
+    Each line of the file has a word followed by its numbers. As in Scene-Graph-Benchmark, the vector of a name is the
+    first of these that is available:
+
+    - the vector of the whole name, with `_` for a space, as in `traffic_light`;
+    - the vector of its longest word;
+    - a standard normal vector.
+
+    No such file contains `__background__`, so its vector is random. Each random vector depends only on its own name.
 
     Args:
-        path: the file; a first line with count and dimension (word2vec) is passed over.
+        path: the file. A first line with count and dimension, as word2vec writes it, is skipped.
         names: class names.
 
     Returns:
-        float32 `[len(names), D]`.
+        The vectors, float32 `[len(names), D]`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line asked for is not D finite numbers, or the file is empty.
+        FileNotFoundError: if there is no such file.
+        ValueError: if a needed line does not have D finite numbers, or the file is empty.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"word vectors {path} not found: give a text file such as glove.6B.200d.txt")
-    # The first of equally long words, as there.
+    # Of equally long words, the first one is used, as in Scene-Graph-Benchmark.
     candidates = {name: (name.replace(" ", "_"), max(name.split() or [name], key=len)) for name in names}
     wanted = {word for pair in candidates.values() for word in pair}
     rows: dict[str, Tensor] = {}
     dimension = 0
-    # Public files have stray bytes in words that nobody asks for.
+    # Public files have invalid bytes in words that are not needed here.
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
-            # Only rows asked for are split: GloVe has 400 thousand others.
+            # Only needed lines are split into numbers, because GloVe has 400 thousand lines.
             word, *rest = line.split(None, 1) or [""]
             if dimension and word not in wanted:
                 continue
@@ -51,7 +56,7 @@ def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
             if word in wanted and word not in rows:
                 rows[word] = _vector(numbers, dimension, f"{path}, line {number}, word {word!r}")
     if not dimension:
-        raise InputError(f"word vectors {path} must hold a word and its numbers a line, got an empty file")
+        raise InputError(f"word vectors {path} must have a word and its numbers on each line, got an empty file")
     table = torch.empty(len(names), dimension)
     for row, name in zip(table, names, strict=True):
         known = [rows[word] for word in candidates[name] if word in rows]
@@ -65,7 +70,7 @@ def _vector(numbers: list[str], dimension: int, where: str) -> Tensor:
     except ValueError as error:
         raise InputError(f"{where}: must be {dimension} numbers, {error}") from None
     if len(vector) != dimension or not vector.isfinite().all():
-        raise InputError(f"{where}: must be {dimension} finite numbers, got {len(vector)}, is the file complete?")
+        raise InputError(f"{where}: must be {dimension} finite numbers, got {len(vector)}; the file may be incomplete")
     return vector
 
 
