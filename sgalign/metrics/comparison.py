@@ -98,8 +98,8 @@ def spread(values: Sequence[float]) -> str:
 def paired_difference(runs: Sequence[Run], base: Sequence[Run], metric: str, k: int) -> tuple[float, float, float]:
     """Return the mean difference between runs with the same seeds, and both ends of its 95 % bootstrap interval.
 
-    The bootstrap draws test images and seeds with replacement, and uses the same draw for both sides. With few seeds
-    the interval is somewhat too narrow, because S seeds show (S - 1) / S of their variance.
+    The bootstrap draws test images and seeds with replacement, and uses the same draw for `runs` and `base`. With few
+    seeds the interval is somewhat too narrow, because S seeds show only (S - 1) / S of their variance.
 
     Args:
         runs, base: runs from `read_runs`. Only runs whose seed is in both are compared.

@@ -125,12 +125,12 @@ class Detector(nn.Module):
         Args:
             source: "torchvision" or a file. "torchvision" downloads torchvision's weights. For "resnet50" these are the
                 detector trained on COCO, without its last layer of classes and boxes. For the other backbones they are
-                the ImageNet backbone. A file contains the state_dict of this module, or is a checkpoint of
+                a backbone trained on ImageNet. A file contains the state_dict of this module, or is a checkpoint of
                 `sgalign fit` that includes a detector.
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if the file has other contents or other shapes. The message names the first of them.
+            ValueError: if the file has other contents, or tensors of other shapes. The message says which.
         """
         if source == "torchvision":
             self._download()
@@ -207,7 +207,10 @@ class Detector(nn.Module):
         return [self._filter(*image) for image in images]
 
     def _box_head(self, features: ImageFeatures, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return logits `[P, num_classes]` and boxes `[P, num_classes, 4]`, all in pixels of the resized images."""
+        """Return class logits `[P, num_classes]` and decoded boxes `[P, num_classes, 4]` for given boxes.
+
+        All boxes are in pixels of the resized images.
+        """
         heads = self.model.roi_heads
         pooled = heads.box_roi_pool(features.levels, boxes, features.images.image_sizes)
         logits, deltas = heads.box_predictor(heads.box_head(pooled))

@@ -249,7 +249,12 @@ def _start(detr: DetrForObjectDetection) -> None:
 
 
 def resize(pixels: Tensor, short_side: int, long_side: int) -> Tensor:
-    """Resize an image `[3, H, W]` to the largest size that fits `short_side` and `long_side`, both in pixels."""
+    """Resize an image to the largest size within two limits.
+
+    Args:
+        pixels: `[3, H, W]`.
+        short_side, long_side: limits of the short and of the long side, in pixels.
+    """
     height, width = pixels.shape[1:]
     scale = min(short_side / min(height, width), long_side / max(height, width))
     size = max(round(height * scale), 1), max(round(width * scale), 1)

@@ -25,12 +25,13 @@ SIMILARITY_POWER = 0.6  # exponent of the cosine between the class distributions
 CONFIDENCE_POWER = 0.6  # exponent of an entity's confidence
 PAIRS = 3  # number of entity pairs per query and predicate at inference (NUM_ENTITIES_PAIRING)
 TRIPLETS = 300  # number of triplets kept per image
-SAME_ENTITY_GIOU = 0.95  # generalized IoU from which subject and object are the same entity (`RelPostProcess`)
-SAME_ENTITY_IOU = 0.8  # IoU above which two entities of one class are the same entity (`RelPostProcess`)
+SAME_ENTITY_GIOU = 0.95  # generalized IoU at or above which two entities are the same (`RelPostProcess`)
+SAME_ENTITY_IOU = 0.8  # IoU above which two entities of one class make triplets repetitive (`RelPostProcess`)
 
-# Matching costs, from `RelHungarianMatcher.indexing_entities_cost_calculation`.
+# Matching costs, from `RelHungarianMatcher.indexing_entities_cost_calculation`. The costs of predicates and of box
+# overlaps have weight 1.
 TRAINING_ENTITIES = 25  # number of candidate entities for each role and query
-COST_BASE = 32  # base of the costs 32 ** -p of probabilities and overlaps; predicates and overlaps have weight 1
+COST_BASE = 32  # base of the cost 32 ** -p of a probability or an overlap p
 VECTOR_COST = 0.6  # weight of the L1 distance between vectors
 CLASS_COST = 0.5  # weight of the cost of subject and object classes
 BOX_COST = 0.6 / 2  # weight of the sum of both L1 box distances; the public code weights their mean by 0.6
@@ -140,8 +141,8 @@ def assembling_scores(outputs: RelationOutputs, entities: Entities, sizes: Tenso
     """Return the score of each entity as the subject and as the object of each query.
 
     The score is ``cos(p_q, p_e)^0.6 * max(gIoU, 0) * confidence^0.6 / (|dx| + |dy| + 1)`` (SGTR's rule-based graph
-    assembling). The class probabilities ``p_q`` and ``p_e`` do not include no object. The distance is from the query's
-    vector to the entity's center, in pixels of the image that the detector reads.
+    assembling). The class probabilities ``p_q`` and ``p_e`` leave out the class for no object. The distance
+    ``(dx, dy)`` is from the query's vector to the entity's center, in pixels of the image that the detector reads.
 
     Args:
         outputs: outputs of L layers.
@@ -175,13 +176,13 @@ def relation_costs(
     candidate pairs the query's i-th best subject with its i-th best object.
 
     The public code assigns relations to candidates, so two relations may get candidates of the same query. Then the
-    cheaper relation keeps the query. The other has no query and does not contribute to the losses.
+    relation with the lower cost keeps the query. The other has no query and does not contribute to the losses.
 
     Args:
         outputs, entities, sizes: as in `assembling_scores`.
         annotations: annotated relations of each image, on any device.
-        distinct: if True, each query has only its cheapest candidate for each relation, so all relations get different
-            queries. Then relations are without a query only if there are more relations than queries.
+        distinct: if True, each query has only its cheapest candidate for each relation, so no two relations get the
+            same query. A relation is then without a query only if there are more relations than queries.
     """
     scores = assembling_scores(outputs, entities, sizes)
     if not scores.shape[-1]:  # no entity in any image, so no candidate
@@ -241,7 +242,7 @@ def match(
     *,
     distinct: bool = False,
 ) -> Matches:
-    """Match relations with queries: return the result of `assign` for `relation_costs`.
+    """Match relations with queries, by `assign` on the costs of `relation_costs`.
 
     The host waits for the device once.
 
@@ -354,10 +355,10 @@ def assemble(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the best triplets of each image, as SGTR's inference ranks them.
 
-    The Q best (query, predicate) combinations of the Q queries are kept. Each yields `pairs` triplets. The i-th has the
-    query's i-th best subject and i-th best object. A triplet's score is predicate probability x subject confidence x
-    object confidence. If the detector is equally sure of all entities, the second and third pair therefore rank as high
-    as the first.
+    With Q queries, the Q best (query, predicate) combinations of an image are kept. Each yields `pairs` triplets. The
+    i-th of them has the query's i-th best subject and i-th best object. A triplet's score is predicate probability x
+    subject confidence x object confidence. If the detector is equally sure of all entities, the second and third pair
+    therefore rank as high as the first.
 
     These triplets are removed:
 
@@ -413,7 +414,7 @@ def _not_repeated(triplets: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
     alike |= torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)
     repeats = alike[subject[:, None], subject] & alike[object_[:, None], object_] & (predicate[:, None] == predicate)
     repeats = repeats.triu(1)
-    # After n rounds, at least the first n are right. In practice two or three rounds are enough for all.
+    # After n rounds, at least the first n entries of `kept` are right. In practice two or three rounds are enough.
     kept = torch.ones(len(triplets), dtype=torch.bool, device=triplets.device)
     while not torch.equal(kept, after := ~(repeats & kept[:, None]).any(0)):
         kept = after

@@ -9,7 +9,7 @@ from torch.nn.functional import dropout, linear
 from sgalign.data.transfer import send
 
 DROPOUT = 0.2  # dropout probability of the state between steps; all steps drop the same channels
-NMS_THRESHOLD = 0.5  # IoU at which two detections of one class are the same object
+NMS_THRESHOLD = 0.5  # IoU at or above which two detections may not have the same class
 GATES = 6  # input, forget, candidate, output, highway gate, highway input; the highway input does not use the state
 
 
@@ -109,7 +109,7 @@ class LabelDecoder(nn.Module):
 
 
 def commit_labels(logits: Tensor, boxes: Tensor, threshold: float) -> Tensor:
-    """Choose the classes of one image's detections so that overlapping detections get different classes.
+    """Choose a class for each detection of one image, and different classes for overlapping detections.
 
     This is Motifs' non-maximum suppression at evaluation. The (detection, class) with the highest probability is chosen
     first. Then the class is excluded for each detection whose box of that class overlaps with an IoU of at least
@@ -118,7 +118,7 @@ def commit_labels(logits: Tensor, boxes: Tensor, threshold: float) -> Tensor:
     Args:
         logits: `[N, C]`. Column 0 is the background, which is never chosen.
         boxes: `[N, C, 4]`, x1, y1, x2, y2 for each class, in pixel indices (widths are x2 - x1 + 1).
-        threshold: IoU from which a class is excluded.
+        threshold: IoU at or above which a class is excluded.
 
     Returns:
         The classes, int64 `[N]`, from 1.

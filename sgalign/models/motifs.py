@@ -187,7 +187,7 @@ class Motifs(nn.Module):
     def _embed(self, seen: SeenBatch) -> Tensor:
         """Return the class embeddings `[T, embed_dim]`.
 
-        If classes are not given, they are averaged over the detector's class distribution.
+        If the classes are not given, the embeddings are averaged over the detector's class distribution.
         """
         if self.label_decoder is None:
             return self.object_embedding(seen.graph.labels)
@@ -207,7 +207,7 @@ class Motifs(nn.Module):
 class _Relation(nn.Module):
     """The relation head of Motifs, from edge contexts to logits.
 
-    It has no layers. `Motifs` passes its own, so that this part can be compiled alone.
+    It has no layers of its own: `Motifs` passes them. So this part can be compiled alone.
     """
 
     def forward(
@@ -287,7 +287,7 @@ class _Context(nn.Module):
         Inputs are `[T, F]` and contexts are `[T, hidden_dim]` for each branch.
         """
         # An image without objects gets a sequence of length 1, and its output is not used.
-        # Packing would sort on the device, and the host would wait. So the lengths are sorted here, on the host.
+        # The lengths are sorted here, on the host. Otherwise packing would sort them, and the host would wait.
         lengths, order = batch.lengths.clamp(min=1).sort(descending=True, stable=True)
         rows = send(order.argsort(), places.device)[batch.images]
         shape = len(lengths), len(inputs), int(lengths[0])

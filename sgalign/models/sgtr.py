@@ -25,7 +25,7 @@ class MirrorMask(NamedTuple):
     """The random mask of one step. Each cross-attention block of each layer draws its own mask from the seed."""
 
     ratio: float
-    seed: int | Tensor  # must be a tensor, int64 [], if the network is compiled, where a number would be a constant
+    seed: int | Tensor  # tensor int64 [] if the network is compiled, which would make a number a constant
 
 
 class RelationOutputs(NamedTuple):
