@@ -1,7 +1,7 @@
-"""Slow, literal scene graph evaluation: the oracle that a fast evaluator is tested against.
+"""A slow, literal scene graph evaluation, used as the oracle for the fast evaluators.
 
-Everything is written with plain loops over Python numbers, one rule after the other, so that each line can be compared
-with the definition it implements. Speed does not matter here.
+Everything is written with plain loops over Python numbers, one rule after the other. So each line can be compared with
+the definition that it implements. Speed does not matter here.
 
 An image is a pair (prediction, target) of dictionaries of NumPy arrays.
 
@@ -39,7 +39,7 @@ class Triplet(NamedTuple):
 
     @property
     def classes(self) -> tuple[int, int, int]:
-        """(subject class, predicate, object class): the order used by zero-shot lists."""
+        """The (subject class, predicate, object class), in the order of zero-shot lists."""
         return self.subject_class, self.predicate, self.object_class
 
 
@@ -49,12 +49,12 @@ class Triplet(NamedTuple):
 
 
 def box_area(box: Box, offset: float) -> float:
-    """Area with widths x2 - x1 + offset."""
+    """Return the area of a box whose width is x2 - x1 + offset."""
     return (box[2] - box[0] + offset) * (box[3] - box[1] + offset)
 
 
 def box_iou(a: Box, b: Box, offset: float) -> float:
-    """Intersection over union in float64; 0 where the boxes do not meet."""
+    """Return the intersection over union in float64, or 0 if the boxes do not overlap."""
     width = min(a[2], b[2]) - max(a[0], b[0]) + offset
     height = min(a[3], b[3]) - max(a[1], b[1]) + offset
     if width <= 0 or height <= 0:
@@ -64,12 +64,12 @@ def box_iou(a: Box, b: Box, offset: float) -> float:
 
 
 def enclosing_box(a: Box, b: Box) -> Box:
-    """The smallest box around both."""
+    """Return the smallest box around both boxes."""
     return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
 
 
 def relation_overlap(predicted: Triplet, truth: Triplet, phrase: bool, offset: float) -> float:
-    """Phrase: IoU of the enclosing boxes. Otherwise: the smaller of the subject IoU and the object IoU."""
+    """Return the IoU of the enclosing boxes if `phrase`, otherwise the smaller of subject IoU and object IoU."""
     if phrase:
         predicted_box = enclosing_box(predicted.subject_box, predicted.object_box)
         truth_box = enclosing_box(truth.subject_box, truth.object_box)
@@ -85,7 +85,7 @@ def relation_overlap(predicted: Triplet, truth: Triplet, phrase: bool, offset: f
 
 
 def make_triplet(arrays: Arrays, subject_index: int, object_index: int, predicate: int, score: float) -> Triplet:
-    """Look up the classes and boxes of a pair."""
+    """Return a triplet with the classes and boxes of a pair."""
     boxes, labels = arrays["boxes"], arrays["labels"]
     x1, y1, x2, y2 = (float(value) for value in boxes[subject_index])
     u1, v1, u2, v2 = (float(value) for value in boxes[object_index])
@@ -102,17 +102,17 @@ def make_triplet(arrays: Arrays, subject_index: int, object_index: int, predicat
 
 
 def annotated_relations(target: Arrays) -> list[Triplet]:
-    """The annotated relations in their order; repeated relations stay repeated."""
+    """Return the annotated relations in their order. Repeated relations stay repeated."""
     return [make_triplet(target, int(s), int(o), int(p), 1.0) for s, o, p in target["relations"]]
 
 
 def predicts_no_pair(prediction: Arrays) -> bool:
-    """Whether the prediction has neither pairs nor triplets."""
+    """Return True if the prediction has neither pairs nor triplets."""
     return len(prediction["triplets"] if "triplets" in prediction else prediction["pairs"]) == 0
 
 
 def given_ranking(prediction: Arrays) -> list[Triplet]:
-    """A ranking that comes with the prediction, in the order given."""
+    """Return the ranking that comes with the prediction, in the given order."""
     triplets = []
     for (s, o, p), score in zip(prediction["triplets"], prediction["triplet_scores"], strict=True):
         triplets.append(make_triplet(prediction, int(s), int(o), int(p), float(score)))
@@ -120,11 +120,11 @@ def given_ranking(prediction: Arrays) -> list[Triplet]:
 
 
 def ranked_triplets(prediction: Arrays, num_predicates: int, predicates_per_pair: int) -> list[Triplet]:
-    """The best foreground predicates of each row of pairs, ranked by score.
+    """Return the best foreground predicates of each row of pairs, ranked by score.
 
     Within a row, the predicates are chosen by predicate score (ties: lower predicate first). Over all rows, triplets
     are ranked by subject score * object score * predicate score, descending (ties: lower row first, then lower
-    predicate). Rows are taken as they are: a pair listed twice is predicted twice.
+    predicate). A pair that is listed twice is predicted twice.
     """
     if "triplets" in prediction:
         return given_ranking(prediction)
@@ -147,7 +147,7 @@ def ranked_triplets(prediction: Arrays, num_predicates: int, predicates_per_pair
 
 
 def zero_shot_classes(zero_shot: np.ndarray | Sequence[Sequence[int]]) -> set[tuple[int, int, int]]:
-    """Rows (subject class, predicate, object class) as a set."""
+    """Return the rows (subject class, predicate, object class) as a set."""
     return {(int(s), int(p), int(o)) for s, p, o in zero_shot}
 
 
@@ -157,7 +157,7 @@ def zero_shot_classes(zero_shot: np.ndarray | Sequence[Sequence[int]]) -> set[tu
 
 
 def found_by(predicted: Triplet, truths: Sequence[Triplet], phrase: bool, offset: float) -> set[int]:
-    """Indices of all the annotated relations that this triplet finds: there may be several."""
+    """Return the indices of all annotated relations that this triplet finds. There may be several."""
     found = set()
     for index, truth in enumerate(truths):
         same_classes = predicted.classes == truth.classes
@@ -167,7 +167,7 @@ def found_by(predicted: Triplet, truths: Sequence[Triplet], phrase: bool, offset
 
 
 def found_by_first(hits: Sequence[set[int]], k: int) -> set[int]:
-    """Indices found by at least one of the first k triplets; a relation found several times is one index."""
+    """Return the indices of the relations that at least one of the first k triplets finds."""
     found: set[int] = set()
     for hit in hits[:k]:
         found |= hit
@@ -175,26 +175,26 @@ def found_by_first(hits: Sequence[set[int]], k: int) -> set[int]:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Plain mean; 0 for nothing."""
+    """Return the mean of the values, or 0 if there are none."""
     return sum(values) / len(values) if values else 0.0
 
 
 def ratio(part: int, whole: int) -> float:
-    """part / whole; 0 for nothing."""
+    """Return part / whole, or 0 if whole is 0."""
     return part / whole if whole else 0.0
 
 
 class ImageResult(NamedTuple):
-    """One counted image: its relations, and what each triplet of the two rankings finds."""
+    """One counted image: its relations, and the relations that each triplet of the two rankings finds."""
 
     truths: list[Triplet]
     ranking: list[Triplet]  # with the graph constraint
-    hits: list[set[int]]  # of that ranking
-    ng_hits: list[set[int]]  # of the ranking without the graph constraint
+    hits: list[set[int]]  # relations found by each triplet of `ranking`
+    ng_hits: list[set[int]]  # relations found by each triplet of the ranking without the graph constraint
 
 
 def image_recalls(results: Sequence[ImageResult], k: int, ng: bool) -> list[float]:
-    """found / relations of each image."""
+    """Return found / relations for each image."""
     recalls = []
     for result in results:
         found = found_by_first(result.ng_hits if ng else result.hits, k)
@@ -205,7 +205,10 @@ def image_recalls(results: Sequence[ImageResult], k: int, ng: bool) -> list[floa
 def zero_shot_recalls(
     results: Sequence[ImageResult], k: int, ng: bool, classes: set[tuple[int, int, int]]
 ) -> list[float]:
-    """found / relations among the zero-shot relations, of each image that has one. The ranking stays unrestricted."""
+    """Return found / relations of the zero-shot relations, for each image that has one.
+
+    The ranking still contains all triplets.
+    """
     recalls = []
     for result in results:
         wanted = {index for index, truth in enumerate(result.truths) if truth.classes in classes}
@@ -217,7 +220,7 @@ def zero_shot_recalls(
 
 
 def predicate_recall(results: Sequence[ImageResult], k: int, ng: bool, predicate: int) -> float:
-    """Mean over the images containing the predicate of the recall of that predicate in that image; 0 if unseen."""
+    """Return the mean recall of the predicate over the images that contain it, or 0 if none does."""
     recalls = []
     for result in results:
         wanted = {index for index, truth in enumerate(result.truths) if truth.predicate == predicate}
@@ -229,7 +232,7 @@ def predicate_recall(results: Sequence[ImageResult], k: int, ng: bool, predicate
 
 
 def pooled_predicate_recall(results: Sequence[ImageResult], k: int, predicate: int) -> float:
-    """found / total of the predicate over the whole data set; 0 if unseen."""
+    """Return found / relations of the predicate over the whole data set, or 0 if it does not occur."""
     num_found = num_total = 0
     for result in results:
         wanted = {index for index, truth in enumerate(result.truths) if truth.predicate == predicate}
@@ -239,15 +242,15 @@ def pooled_predicate_recall(results: Sequence[ImageResult], k: int, predicate: i
 
 
 def pair_accuracy(results: Sequence[ImageResult], k: int) -> float:
-    """A@K, as SGPairAccuracy of Scene-Graph-Benchmark (after ContrastiveLosses4VRD and KERN).
+    """Return A@K as SGPairAccuracy of Scene-Graph-Benchmark computes it (after ContrastiveLosses4VRD and KERN).
 
-    The boxes are given in the order of the annotated boxes, so a predicted pair is an annotated pair if its (subject
-    index, object index) is that of some relation. Of the graph-constrained ranking only the triplets of annotated pairs
-    are kept; the relations found by the first k kept triplets are counted. What a kept triplet finds is decided by the
-    general rule (classes and IoU), so it may also find a relation of another pair.
+    The boxes are given in the order of the annotated boxes. So a predicted pair is an annotated pair if some relation
+    has the same (subject index, object index). Only the triplets of annotated pairs are kept in the graph-constrained
+    ranking. The relations that the first k kept triplets find are counted. The general rule (classes and IoU) decides
+    which relations a kept triplet finds, so it may also find a relation of another pair.
 
-    This is pooled: the sum of the hits over images divided by the sum of the relations over images (SGPairAccuracy
-    divides the mean of the hits by the mean of the counts, which is the same), not a mean of per-image ratios.
+    The result is pooled: the hits of all images divided by the relations of all images, not a mean of per-image ratios.
+    SGPairAccuracy divides the mean of the hits by the mean of the counts, which is the same.
     """
     num_found = num_total = 0
     for result in results:
@@ -272,10 +275,10 @@ def evaluate(
     missing: str = "zero",
     iou_convention: float = 1.0,
 ) -> dict[str, float]:
-    """Recall metrics of scene graph generation.
+    """Return the recall metrics of scene graph generation.
 
-    Images without relations never count. Images with relations but no predicted pair count as found nothing
-    (missing='zero') or are left out of every metric (missing='skip'). A mean over nothing is 0.
+    Images without relations never count. Images with relations but without a predicted pair count 0 (missing='zero')
+    or are left out of every metric (missing='skip'). A mean over no values is 0.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}")
@@ -342,9 +345,9 @@ class Detection(NamedTuple):
 
 
 def interpolated_ap(is_correct: Sequence[bool], num_truths: int) -> float:
-    """All-points interpolated average precision (VOC 2010 and later).
+    """Return the all-points interpolated average precision (VOC 2010 and later).
 
-    Each correct detection raises recall by 1 / num_truths; the precision credited to that step is the best precision
+    Each correct detection raises recall by 1 / num_truths. The precision credited to that step is the best precision
     reached at this detection or any later one. Recall that is never reached is credited 0.
     """
     precisions = []
@@ -362,21 +365,21 @@ def interpolated_ap(is_correct: Sequence[bool], num_truths: int) -> float:
 def predicate_ap(
     rankings: Sequence[Sequence[Triplet]], all_truths: Sequence[Sequence[Triplet]], predicate: int, phrase: bool
 ) -> float:
-    """Average precision of one predicate over the data set."""
+    """Return the average precision of one predicate over the data set."""
     detections = []
     for image, ranking in enumerate(rankings):
         for rank, triplet in enumerate(ranking):
             if triplet.predicate == predicate:
                 detections.append(Detection(image, rank, triplet))
-    # What claims a relation first: by score, then by rank in the image.
+    # The order in which detections claim relations: by score, then by rank in the image.
     detections.sort(key=lambda detection: (-detection.triplet.score, detection.rank))
 
     claimed: set[tuple[int, int]] = set()
     judged = []
     for detection in detections:
-        # As in VOC, a detection looks at the one best-overlapping relation with equal classes, claimed or not (ties:
-        # lower row). If somebody with a higher score claimed it already, this detection is wrong: it does not fall back
-        # on its second-best relation.
+        # As in VOC, a detection is compared only with the relation of equal classes that it overlaps best, claimed or
+        # not (ties: lower row). If a better detection has claimed that relation, this detection is wrong. Its
+        # second-best relation is not tried.
         best_index, best_overlap = -1, -1.0
         for index, truth in enumerate(all_truths[detection.image]):
             if truth.classes != detection.triplet.classes:
@@ -384,26 +387,27 @@ def predicate_ap(
             overlap = relation_overlap(detection.triplet, truth, phrase, OPEN_IMAGES_OFFSET)
             if overlap > best_overlap:
                 best_index, best_overlap = index, overlap
-        # More than one half, other than for recall.
+        # More than one half, unlike recall, where exactly one half is enough.
         correct = best_overlap > IOU_THRESHOLD and (detection.image, best_index) not in claimed
         if correct:
             claimed.add((detection.image, best_index))
         judged.append((-detection.triplet.score, correct))
-    # By score over all images together, of equal scores the wrong ones first.
+    # Detections of all images together, ranked by score. Among equal scores the wrong ones come first.
     is_correct = [correct for _, correct in sorted(judged)]
     num_truths = sum(truth.predicate == predicate for truths in all_truths for truth in truths)
     return interpolated_ap(is_correct, num_truths)
 
 
 def open_images(images: Sequence[Image], num_predicates: int) -> dict[str, float]:
-    """The Open Images score: .2 * R@50 + .4 * wmAP_rel + .4 * wmAP_phr. Keys R@50, wmAP_rel, wmAP_phr, score_wtd.
+    """Return the Open Images score and its parts, with keys R@50, wmAP_rel, wmAP_phr and score_wtd.
 
-    * Detections are the first 100 triplets of the graph-constrained ranking of each image (or of the ranking given).
+    * The score is .2 * R@50 + .4 * wmAP_rel + .4 * wmAP_phr.
+    * Detections are the first 100 triplets of the graph-constrained ranking of each image (or of the given ranking).
       There is no suppression of overlapping triplets and no score threshold.
-    * R@50 is pooled: relations found by the first 50 triplets over all relations of the data set, with the rule of
-      recall (a triplet may find several relations, IoU of subject and object >= 0.5).
-    * Every image takes part in average precision. Detections in an image without relations are wrong detections.
-    * A predicate's weight is its share of all relations; predicates without a relation have weight 0 and no AP.
+    * R@50 is pooled: relations found by the first 50 triplets, divided by all relations of the data set. It uses the
+      matching rule of recall (a triplet may find several relations, IoU of subject and object >= 0.5).
+    * Every image takes part in average precision. Detections in an image without relations are wrong.
+    * A predicate's weight is its share of all relations. A predicate without a relation has weight 0 and no AP.
     """
     rankings: list[list[Triplet]] = []
     all_truths: list[list[Triplet]] = []
@@ -443,9 +447,10 @@ VRD_OFFSET = 1.0
 
 
 def num_claimed(ranking: Sequence[Triplet], truths: Sequence[Triplet], phrase: bool) -> int:
-    """How many relations the triplets claim. In order of rank, each claims at most one still unclaimed relation.
+    """Return the number of relations that the triplets claim.
 
-    Unlike in open_images, relations claimed before are not looked at, so a triplet may claim its second-best relation.
+    In order of rank, each triplet claims at most one unclaimed relation. Unlike in `open_images`, relations claimed
+    before are skipped, so a triplet may claim its second-best relation.
     """
     claimed: set[int] = set()
     for triplet in ranking:
@@ -470,9 +475,9 @@ def vrd(
     zero_shot: np.ndarray | Sequence[Sequence[int]] | None = None,
     phrase: bool = False,
 ) -> dict[str, float]:
-    """Relationship or phrase detection recall of Lu et al., pooled over the data set.
+    """Return the recall of relationship or phrase detection of Lu et al., pooled over the data set.
 
-    A ranking that comes with the prediction is used as it is; predicates_per_pair does not thin it out.
+    A ranking that comes with the prediction is used as it is. `predicates_per_pair` has no effect on it.
     """
     name = "phrase" if phrase else "relationship"
     classes = None if zero_shot is None else zero_shot_classes(zero_shot)
@@ -485,7 +490,7 @@ def vrd(
             claims += num_claimed(ranking, truths, phrase)
             total += len(truths)
             if classes is not None:
-                # The ranking keeps all triplets, but only zero-shot relations are there to be claimed.
+                # The ranking keeps all triplets, but only zero-shot relations can be claimed.
                 unseen = [truth for truth in truths if truth.classes in classes]
                 zero_shot_claims += num_claimed(ranking, unseen, phrase)
                 zero_shot_total += len(unseen)

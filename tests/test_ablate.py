@@ -94,7 +94,7 @@ def test_runs_are_kept_shared_and_reported(folder, tmp_path, chosen, monkeypatch
         capsys.readouterr()
         assert main(["report", str(tmp_path)]) == 1
         error = capsys.readouterr().err
-        assert "delete it, run sgalign ablate again" in error and error.count("\n") == 1
+        assert "delete it and run sgalign ablate again" in error and error.count("\n") == 1
 
 
 real = ablate.run

@@ -114,7 +114,7 @@ def test_nothing_detected(detector, features):
 def test_numbers_that_are_not_finite_are_not_taken_for_an_empty_image(detector, features):
     level = features.levels["1"].clone()
     level[0, 5, 2, 1] = float("nan")
-    with pytest.raises(ValueError, match="what the detector computes must be finite"):
+    with pytest.raises(ValueError, match="outputs of the detector must be finite"):
         detector.detect(features._replace(levels=features.levels | {"1": level}))
     of_regions, of_boxes = "rpn.head", "roi_heads.box_predictor"
     for layer in (
@@ -125,7 +125,7 @@ def test_numbers_that_are_not_finite_are_not_taken_for_an_empty_image(detector, 
     ):
         broken = copy.deepcopy(detector)
         torch.nn.init.constant_(broken.model.get_submodule(layer).bias, float("nan"))
-        with pytest.raises(ValueError, match="what the detector computes must be finite"):
+        with pytest.raises(ValueError, match="outputs of the detector must be finite"):
             broken.detect(features)
 
 
@@ -227,7 +227,7 @@ def test_torchvision_weights_were_trained_with_an_epsilon_of_0(monkeypatch):
 
 def test_slivers_are_refused(detector):
     assert detector.features([torch.zeros(3, 2, 192)]).levels
-    with pytest.raises(ValueError, match="at most 96 times the short one, got one of 193 x 2 pixels"):
+    with pytest.raises(ValueError, match="at most 96 times the short side, got 193 x 2 pixels"):
         detector.features([torch.zeros(3, 2, 193)])
 
 

@@ -474,11 +474,11 @@ def test_accuracy_ranks_related_pairs_alone():
 @pytest.mark.parametrize("protocol", ["predcls", "sgcls"])
 def test_given_objects_must_be_the_targets(protocol):
     prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=TWO | {"boxes": TWO["boxes"].flip(0)})
-    with pytest.raises(ValueError, match=f"prediction boxes must be the target's, in its order, for {protocol}"):
+    with pytest.raises(ValueError, match=f"prediction boxes must equal .*, in the same order, for {protocol}"):
         evaluate([prediction], [truth((0, 1, 1))], protocol=protocol)
     prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=TWO | {"labels": TWO["labels"].flip(0)})
     if protocol == "predcls":
-        with pytest.raises(ValueError, match="prediction labels must be the target's"):
+        with pytest.raises(ValueError, match="prediction labels must equal the target's"):
             evaluate([prediction], [truth((0, 1, 1))], protocol=protocol)
     else:
         assert evaluate([prediction], [truth((0, 1, 1))], protocol=protocol)["R@1"] == 0
@@ -701,7 +701,7 @@ def test_malformed_targets_are_refused_by_name(field, value):
 def test_missing_fields_and_images_are_refused():
     with pytest.raises(ValueError, match="prediction must have pairs"):
         evaluate([{k: v for k, v in GOOD[0].items() if k != "pairs"}], [GOOD[1]])
-    with pytest.raises(ValueError, match="predictions and targets must be as many, got 1 and 0"):
+    with pytest.raises(ValueError, match="predictions and targets must have the same length, got 1 and 0"):
         evaluate([GOOD[0]], [])
 
 
@@ -715,7 +715,7 @@ def test_missing_fields_and_images_are_refused():
         ({"predicate_names": ["on", "near", "has"]}, "predicate_names must be 4"),
         ({"missing": "ignore"}, "missing must be 'zero' or 'skip', got 'ignore'"),
         ({"groups": {"head": [4]}}, r"groups\['head'\] must be in 1 to 3, got 4"),
-        ({"groups": {"head": []}}, r"groups\['head'\] must have a predicate"),
+        ({"groups": {"head": []}}, r"groups\['head'\] must have at least one predicate"),
         ({"zero_shot": torch.ones(2, 2, dtype=torch.int64)}, "zero_shot must be a tensor .* got .*2, 2"),
         ({"zero_shot": torch.zeros(1, 3, dtype=torch.int64)}, "zero_shot must be in 1 to 1048575, got 0"),
     ],

@@ -252,5 +252,5 @@ def test_class_vectors_are_the_initial_embeddings(motifs):
     vectors = torch.randn(OBJECTS + 1, 12)
     motifs.load_class_vectors(vectors)
     assert torch.equal(motifs.object_embedding.weight, vectors) and torch.equal(motifs.edge_embedding.weight, vectors)
-    with pytest.raises(ValueError, match=r"vectors must be \[17, 12\], classes and embed_dim, got \[17, 10\]"):
+    with pytest.raises(ValueError, match=r"vectors must be \[17, 12\] \(classes, embed_dim\), got \[17, 10\]"):
         motifs.load_class_vectors(vectors[:, :10])

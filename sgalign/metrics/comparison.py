@@ -1,4 +1,4 @@
-"""Tables and figures that compare runs: what each arm of a study reaches, and which differences exceed noise."""
+"""Tables and figures that compare the runs of a study: the results of each arm, and which differences exceed noise."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from sgalign.files import save_figure, written_whole
 from sgalign.metrics.results import split_name
 from sgalign.metrics.runs import DEPTH, Run
 
-COLUMNS = ("R@50", "mR@50", "mR@100", "ngR@50", "zR@100", "mR@100/tail")
-PAIRED = (("R", 50), ("mR", 50), ("mR", 100))
-CURVE = ("R@50", "R@100", "mR@50", "mR@100")
-SAMPLES = 2000
+COLUMNS = ("R@50", "mR@50", "mR@100", "ngR@50", "zR@100", "mR@100/tail")  # test metrics in the table of arms
+PAIRED = (("R", 50), ("mR", 50), ("mR", 100))  # metric and K in the table of differences
+CURVE = ("R@50", "R@100", "mR@50", "mR@100")  # validation metrics in the CSV file
+SAMPLES = 2000  # number of bootstrap samples
 
 
 def write_csv(path: Path, studies: dict[str, dict[str, list[Run]]]) -> None:
-    """Write all runs' figures, one a line: study, arm, seed, part, epoch, metric, k, subset, value.
+    """Write the figures of all runs to a CSV file, one figure per line.
+
+    The columns are study, arm, seed, part ("validation" or "test"), epoch, metric, k, of (the subset) and value.
 
     Args:
-        path: of the file, which appears when it is complete.
+        path: the CSV file. It appears only when it is complete.
         studies: the runs of each arm of each study.
     """
     with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
@@ -40,18 +42,19 @@ def write_csv(path: Path, studies: dict[str, dict[str, list[Run]]]) -> None:
                         )
                 for name, value in run["test"].items():
                     metric, k, of = split_name(name)
-                    if metric != "R" or not of or k == DEPTH:  # of single predicates only what is drawn
+                    if metric != "R" or not of or k == DEPTH:  # for single predicates, only the K that is drawn
                         writer.writerow((study, arm, run["seed"], "test", run["epoch"], metric, k, of, value))
 
 
 def table(bases: Mapping[str, str], arms: dict[str, list[Run]]) -> list[str]:
-    """Return two tables in Markdown, a line an element: what arms reach, and how they differ from their bases.
+    """Return the lines of two Markdown tables: the results of the arms, and their differences from their bases.
 
-    The first has means and standard deviations over seeds in percent, the second differences with their intervals.
+    The first table has means and standard deviations over seeds, in percent. The second has differences and their
+    95 % intervals, in points.
 
     Args:
-        bases: the base of each arm of the study, empty for none.
-        arms: the runs of each arm that has some.
+        bases: the name of each arm's base, or "" for an arm without a base.
+        arms: the runs of each arm that has runs.
     """
     lines = [
         "| | seeds | validation mR@50 | " + " | ".join(f"test {column}" for column in COLUMNS) + " |",
@@ -73,19 +76,19 @@ def table(bases: Mapping[str, str], arms: dict[str, list[Run]]) -> list[str]:
         lines.append(f"| {name} | {base} | " + " | ".join(cells) + " |")
     without = ", ".join(name for name in bases if name not in arms)
     one = all(len(runs) == 1 for runs in arms.values())
-    of = "images; one seed says nothing of others" if one else "seeds and images"
+    of = "images (one seed says nothing about the spread over seeds)" if one else "seeds and images"
     lines += ["", f"\\* beyond the 95 % interval of {of}"]
     return [*lines, *(["", f"no run yet: {without}"] if without else [])]
 
 
 def _compared(bases: Mapping[str, str], arms: Mapping[str, Sequence[Run]]) -> dict[str, str]:
-    """Return the base of each arm that has a run with a seed of its base."""
+    """Return the base of each arm that has at least one seed in common with its base."""
     seeds = {name: {run["seed"] for run in runs} for name, runs in arms.items()}
     return {name: base for name, base in bases.items() if seeds.get(name, set()) & seeds.get(base, set())}
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return mean and standard deviation of fractions in percent, as text; a dash where there are none."""
+    """Return the mean and the standard deviation of fractions as text in percent, or a dash if there are none."""
     if not values:
         return "–"
     deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -93,25 +96,25 @@ def spread(values: Sequence[float]) -> str:
 
 
 def paired_difference(runs: Sequence[Run], base: Sequence[Run], metric: str, k: int) -> tuple[float, float, float]:
-    """Return the mean difference of runs with the same seeds, and both ends of its 95 % bootstrap interval.
+    """Return the mean difference between runs with the same seeds, and both ends of its 95 % bootstrap interval.
 
-    Test images and seeds are drawn with replacement, the same ones for both. With few seeds the interval is somewhat
-    too narrow: S seeds show (S - 1) / S of their variance.
+    The bootstrap draws test images and seeds with replacement, and uses the same draw for `runs` and `base`. With few
+    seeds the interval is somewhat too narrow, because S seeds show only (S - 1) / S of their variance.
 
     Args:
-        runs, base: of `read_runs`; those with a seed in common count.
+        runs, base: runs from `read_runs`. Only runs whose seed is in both are compared.
         metric: "R" or "mR".
-        k: at most 100.
+        k: K of the metric, at most 100.
 
     Raises:
-        ValueError: no seed is in both, or the runs are of different test images.
+        ValueError: if no seed is in both, or the runs were tested on different images.
     """
     by_seed = {run["seed"]: run for run in base}
     pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
     if not pairs:
         raise InputError(f"base must have a seed of {sorted(run['seed'] for run in runs)}, got {sorted(by_seed)}")
     if any(run["predicates"] != pairs[0][0]["predicates"] for both in pairs for run in both):
-        raise InputError("runs must be of the same test images, they differ")
+        raise InputError("runs and base must have the same test images, got different ones")
     image, predicate = _units(pairs[0][0], metric)
     differences = torch.stack([_recalls(run, metric, k) - _recalls(other, metric, k) for run, other in pairs])
     generator = torch.Generator().manual_seed(0)
@@ -120,13 +123,13 @@ def paired_difference(runs: Sequence[Run], base: Sequence[Run], metric: str, k: 
     drawn = torch.randint(images, (SAMPLES, images), generator=generator)
     weights = torch.zeros(SAMPLES, images, dtype=torch.float64)
     weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-    # The first row is the sample itself.
+    # The first row is the original sample, with weight 1 for each image.
     weights = torch.cat((torch.ones(1, images, dtype=torch.float64), weights))[:, image]
     sampled = torch.cat((differences.mean(0, keepdim=True), differences[seeds].mean(1)))
     total = torch.zeros(SAMPLES + 1, predicates + 1, dtype=torch.float64)
     count = total.index_add(1, predicate, weights)
     total.index_add_(1, predicate, weights * sampled)
-    # A predicate that is not among the drawn images counts 0, as in the metric.
+    # A predicate that does not occur in the drawn images counts 0, as in the metric.
     value = (total / count.clamp(min=1)).sum(1)
     if metric == "mR":
         value /= sum(map(len, pairs[0][0]["groups"].values()))
@@ -135,7 +138,10 @@ def paired_difference(runs: Sequence[Run], base: Sequence[Run], metric: str, k: 
 
 
 def _units(run: Run, metric: str) -> tuple[Tensor, Tensor]:
-    """Return image and predicate of what a metric averages: images (predicate 0), or the predicates of each image."""
+    """Return the image and the predicate of each unit that a metric averages, int64 `[U]` each.
+
+    A unit of "R" is an image, with predicate 0. A unit of "mR" is an image and one of its predicates.
+    """
     units = [
         (image, predicate)
         for image, predicates in enumerate(run["predicates"])
@@ -146,7 +152,7 @@ def _units(run: Run, metric: str) -> tuple[Tensor, Tensor]:
 
 
 def _recalls(run: Run, metric: str, k: int) -> Tensor:
-    """Return the recall of each of `_units`: float64."""
+    """Return the recall of each unit of `_units`, float64 `[U]`."""
     recalls = []
     for predicates, ranks in zip(run["predicates"], run["ranks"], strict=True):
         found: dict[int, list[bool]] = {}
@@ -157,10 +163,12 @@ def _recalls(run: Run, metric: str, k: int) -> Tensor:
 
 
 def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
-    """Draw validation recall by epoch, mean over seeds, and the range of the first arm's seeds.
+    """Draw the validation recall of each arm by epoch, as the mean over seeds.
+
+    For the first arm, the range over seeds is drawn too.
 
     Args:
-        path: of the picture.
+        path: the picture file.
         arms: the runs of each arm.
     """
     from matplotlib import colormaps
@@ -182,10 +190,12 @@ def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
 
 
 def draw_predicates(path: Path, bases: Mapping[str, str], arms: dict[str, list[Run]]) -> None:
-    """Draw each arm minus its base, R@100 by predicate (the supplement's Figure 2): mean over seeds, dots are seeds.
+    """Draw the difference in R@100 between each arm and its base, by predicate, as in Figure 2 of the supplement.
+
+    Bars are means over seeds. Dots are single seeds.
 
     Args:
-        path: of the picture.
+        path: the picture file.
         bases, arms: as for `table`.
     """
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What all evaluators share: which triplets an image's predictions stand for, and which relations those find."""
+"""Ranking of an image's predicted triplets, and matching with its annotated relations, for all evaluators."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Triplets(NamedTuple):
-    """Predicted relations, best first: pairs int64 `[T, 2]`, predicates int64 `[T]` from 1, scores float64 `[T]`."""
+    """The predicted triplets of one image, best first."""
 
-    pairs: Tensor
-    predicates: Tensor
-    scores: Tensor
+    pairs: Tensor  # int64 [T, 2], subject and object index
+    predicates: Tensor  # int64 [T], from 1
+    scores: Tensor  # float64 [T]
 
 
 def rank_triplets(
     prediction: Mapping[str, Tensor], depth: int, predicates_per_pair: int, among: Tensor | None = None
 ) -> Triplets:
-    """The `depth` best triplets, of each pair at most its `predicates_per_pair` best predicates.
+    """Return the `depth` best triplets of an image, with at most `predicates_per_pair` predicates for each pair.
 
-    Scores are subject score x object score x predicate score in float64. Of equal scores the lower row of `pairs` comes
-    first, then the lower predicate. Predictions with `triplets` are ranked already and taken as they are.
+    A triplet's score is subject score x object score x predicate score, in float64. Ties go to the lower row of
+    `pairs`, then to the lower predicate. A prediction with `triplets` is ranked already, and its order is kept.
 
     Args:
         prediction: as for `SceneGraphEvaluator.update`.
-        depth: how many.
-        predicates_per_pair: 1 is the graph constraint.
-        among: bool `[R]`, the rows of `pairs` (or of `triplets`) that compete; None for all.
+        depth: number of triplets.
+        predicates_per_pair: number of best predicates that compete for each pair. 1 is the graph constraint.
+        among: bool `[R]`, the rows of `pairs` (or of `triplets`) that compete. If None, all of them.
     """
     if "triplets" in prediction:
         rows = slice(None) if among is None else among
@@ -43,7 +43,7 @@ def rank_triplets(
         return Triplets(pairs, predicates[:, 0], prediction["triplet_scores"][rows][:depth].double())
     pairs, foreground = prediction["pairs"], prediction["predicate_scores"][:, 1:]
     object_scores = prediction["scores"].double()[pairs].prod(1)
-    # No triplet of a pair outranks the pair's best one, so that the `depth` best pairs hold the `depth` best triplets.
+    # A pair's best triplet outranks its others, so the `depth` best pairs contain the `depth` best triplets.
     best = object_scores * foreground.amax(1).double()
     if among is not None:
         best = best.where(among, -1)
@@ -60,22 +60,23 @@ def rank_triplets(
 
 
 def first(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest of `scores`, highest first, of equal ones the first: int64 `[count]`."""
+    """Return the indices of the `count` highest scores, highest first, int64 `[count]`. Ties go to the lower index."""
     if count == 0:
         return scores.new_zeros(0, dtype=torch.int64)
-    # topk is several times as fast as a sort but takes any of equal elements: its lowest bounds what is sorted.
+    # topk is several times as fast as a sort, but picks arbitrarily among ties. So only its lowest score is used, to
+    # select the elements that are sorted.
     candidates = (scores >= scores.topk(count).values[-1]).nonzero()[:, 0]
     return candidates[scores[candidates].sort(descending=True, stable=True).indices[:count]]
 
 
 def overlaps(boxes: Tensor, others: Tensor, plus_one: bool) -> Tensor:
-    """IoU of boxes `[N, 4]` and `[M, 4]`: float64 `[N, M]`.
+    """Return the IoU of each pair of boxes, float64 `[N, M]`.
 
-    Exact for whole coordinates below 2^25 where it is one half, which decides.
+    If coordinates are integers below 2^25, an IoU of one half, the threshold of all metrics, is computed exactly.
 
     Args:
-        boxes, others: x1, y1, x2, y2.
-        plus_one: coordinates name pixels, so that a box is x2 - x1 + 1 wide; otherwise x2 - x1.
+        boxes, others: `[N, 4]` and `[M, 4]`, x1, y1, x2, y2.
+        plus_one: if True, coordinates are pixel indices and a box is x2 - x1 + 1 wide; otherwise x2 - x1.
     """
     boxes, others = boxes.double()[:, None], others.double()
     low, high = torch.maximum(boxes[..., :2], others[:, :2]), torch.minimum(boxes[..., 2:], others[:, 2:])
@@ -87,7 +88,9 @@ def overlaps(boxes: Tensor, others: Tensor, plus_one: bool) -> Tensor:
 
 
 def find_objects(boxes: Tensor, labels: Tensor, true_boxes: Tensor, true_labels: Tensor) -> Tensor:
-    """Return which annotated objects a detection of their class overlaps with an IoU of at least 0.5: bool `[G]`.
+    """Return a mask of the annotated objects that the detections find, bool `[G]`.
+
+    An object is found if a detection of its class overlaps it with an IoU of at least 0.5.
 
     Args:
         boxes, labels: `[N, 4]` and `[N]`, the detections.
@@ -97,7 +100,7 @@ def find_objects(boxes: Tensor, labels: Tensor, true_boxes: Tensor, true_labels:
 
 
 def union_boxes(boxes: Tensor, pairs: Tensor) -> Tensor:
-    """The smallest boxes around both objects of each pair `[R, 2]`: `[R, 4]`."""
+    """Return the smallest box around both objects of each pair, `[R, 4]`, for pairs `[R, 2]`."""
     both = boxes[pairs]
     return torch.cat((both[..., :2].amin(1), both[..., 2:].amax(1)), 1)
 
@@ -110,9 +113,10 @@ def relation_overlaps(
     phrase: bool,
     plus_one: bool = True,
 ) -> Tensor:
-    """How well each triplet lies on each relation of the same three classes: float64 `[T, M]`, -1 for other classes.
+    """Return the overlap of each triplet with each relation, float64 `[T, M]`, or -1 if their three classes differ.
 
-    The lower IoU of the two objects' boxes; with `phrase`, the IoU of the boxes around both.
+    The overlap is the lower of the subject's and the object's IoU. With `phrase`, it is the IoU of the boxes around
+    both objects.
     """
     relations = target["relations"]
     if phrase:
@@ -128,32 +132,36 @@ def relation_overlaps(
 
 
 class ImageMetric(Metric):
-    """A metric whose `update` takes images; a subclass says in `_add` what one image adds to its state."""
+    """A base class for metrics that are updated with images.
+
+    A subclass implements `_add`, which adds one image to the state.
+    """
 
     full_state_update = False
     higher_is_better = True
     is_differentiable = False
 
     num_predicates: int
-    _settings: tuple[str, ...]  # attributes in which evaluators that are merged must agree
+    _settings: tuple[str, ...]  # names of the attributes that must be equal when two evaluators are merged
 
     def update(self, predictions: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> None:
-        """Adds images.
+        """Add images to the metric.
 
         Args:
-            predictions: an image each: `boxes` float `[N, 4]` x1, y1, x2, y2 in pixels of the original image, `labels`
-                int64 `[N]` from 1, and either
+            predictions: one dict per image, with `boxes` float `[N, 4]` (x1, y1, x2, y2 in pixels of the original
+                image), `labels` int64 `[N]` from 1, and either
 
-                - `scores` float `[N]`, `pairs` int64 `[R, 2]` subject and object index, `predicate_scores` float
-                  `[R, num_predicates + 1]`, column 0 the background, which is never predicted; or
-                - `triplets` int64 `[T, 3]` subject index, object index, predicate from 1, best first, and
-                  `triplet_scores` float `[T]`: one ready-made ranking, as SGTR's, which all metrics use.
-            targets: an image each: `boxes`, `labels`, and `relations` int64 `[M, 3]` subject index, object index,
-                predicate from 1. An `image_id` here or there names the image in errors.
+                - `scores` float `[N]`, `pairs` int64 `[R, 2]` (subject and object index) and `predicate_scores` float
+                  `[R, num_predicates + 1]`, where column 0 is the background, which is never predicted; or
+                - `triplets` int64 `[T, 3]` (subject index, object index, predicate from 1), best first, and
+                  `triplet_scores` float `[T]`. All metrics use this ranking. SGTR predicts in this form.
+            targets: one dict per image, with `boxes`, `labels`, and `relations` int64 `[M, 3]` (subject index, object
+                index, predicate from 1). An `image_id` in the target or the prediction names the image in errors.
 
         Raises:
-            TypeError: `predictions` or `targets` is no list of dicts.
-            ValueError: a field is missing or malformed; names the field and the image. Nothing was added then.
+            TypeError: if `predictions` or `targets` is not a list of dicts.
+            ValueError: if a field is missing or malformed. The message names the field and the image, and no image
+                has been added.
         """
         for name, images in (("predictions", predictions), ("targets", targets)):
             kinds = {type(image) for image in images} if isinstance(images, Sequence) else {type(images)}
@@ -161,24 +169,26 @@ class ImageMetric(Metric):
                 got = ", ".join(sorted(kind.__name__ for kind in kinds))
                 raise TypeError(f"{name} must be a list with a dict for each image, got {got}")
         if len(predictions) != len(targets):
-            raise InputError(f"predictions and targets must be as many, got {len(predictions)} and {len(targets)}")
+            raise InputError(
+                f"predictions and targets must have the same length, got {len(predictions)} and {len(targets)}"
+            )
         for where, prediction, target in self._named(predictions, targets):
             self._check(where, prediction, target)
         for prediction, target in zip(predictions, targets, strict=True):
             self._add(_to(prediction, self.device), _to(target, self.device))
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the images of another evaluator of the same settings, as of another file or process.
+        """Add the images of another evaluator with the same settings, for example from another file or process.
 
         Raises:
-            ValueError: its settings are others.
+            ValueError: if the settings differ.
         """
         for name in self._settings if isinstance(incoming_state, type(self)) else ():
             own, other = getattr(self, name), getattr(incoming_state, name)
             if own != other:
                 raise InputError(f"incoming_state must have the same {name}, {own!r}, got {other!r}")
         super().merge_state(incoming_state)
-        self._computed = None  # or the figures of before would be given again
+        self._computed = None  # otherwise compute would return the figures from before the merge
         self._update_count += getattr(incoming_state, "_update_count", 1)
 
     def _named(
@@ -216,7 +226,7 @@ def _check_scores(where: str, field: str, value: Any, shape: tuple[int, ...]) ->
     check_tensor(where, field, value, shape, _FLOATS)
     if not value.numel():
         return
-    # One pass; both ends are NaN where any element is.
+    # One pass checks for NaN too: if any element is NaN, the lowest and the highest are NaN.
     lowest, highest = value.aminmax()
     if not (lowest >= 0 and highest < float("inf")):
         place = (~((value >= 0) & value.isfinite())).nonzero()[0].tolist()
@@ -247,7 +257,7 @@ def _check_target(where: str, target: Mapping[str, Any], num_predicates: int) ->
 
 
 def check_triplets(where: str, field: str, triplets: Any, objects: int, num_predicates: int) -> None:
-    """Raises InputError unless `triplets` are int64 `[T, 3]`, two indices of objects and a predicate from 1."""
+    """Raise InputError unless `triplets` is int64 `[T, 3]` with valid object indices and predicates from 1."""
     check_tensor(where, field, triplets, (None, 3), (torch.int64,))
     check_range(where, f"{field}[:, :2]", triplets[:, :2], 0, objects - 1)
     check_range(where, f"{field}[:, 2]", triplets[:, 2], 1, num_predicates)

@@ -11,26 +11,34 @@ from torch import Tensor
 from sgalign.errors import InputError
 from sgalign.metrics.matching import ImageMetric, rank_triplets, relation_overlaps
 
-_DEPTH = 100
+_DEPTH = 100  # number of triplets kept per image
 
 
 class OpenImagesEvaluator(ImageMetric):
-    """0.2 R@50 + 0.4 wmAP of relationships + 0.4 wmAP of phrases, as PySGG's and SGTR's `sgg_oi_evaluation.py`.
+    """The score of Open Images, 0.2 R@50 + 0.4 wmAP_rel + 0.4 wmAP_phr.
+
+    It follows `sgg_oi_evaluation.py` of PySGG and SGTR. The figures are:
 
     - `R@50`, `R@100`: found / relations over the whole data set, with the matching of `SceneGraphEvaluator`.
-    - `mAP_rel`, `mAP_phr`: the mean over all predicates of the area under the precision envelope of an image's 100 best
-      triplets. A triplet is right if the relation of its classes that it overlaps best is overlapped by more (not: at
-      least) 0.5 and no better triplet was there before; another relation is not tried. In images without relations
-      all triplets are wrong. The overlap is the lower one of both objects' (rel) or that of the boxes around both
-      (phr). Of equal scores the wrong ones come first, so that the order of the images moves nothing.
-    - `wmAP_rel`, `wmAP_phr`: the same, predicates weighted by their share of the relations.
+    - `mAP_rel`, `mAP_phr`: the average precision of each predicate, averaged over all predicates. Average precision is
+      the area under the precision envelope of the 100 best triplets of every image.
+    - `wmAP_rel`, `wmAP_phr`: the same, with each predicate weighted by its share of the relations.
     - `score_wtd`: the score.
 
-    The state keeps one score and two flags a triplet.
+    A triplet is right or wrong by these rules:
+
+    - The overlap with a relation is the lower IoU of subject and object (rel), or the IoU of the boxes around both
+      objects (phr).
+    - A triplet is compared only with the relation of its classes that it overlaps best. It is right if this overlap is
+      more than 0.5 and no better triplet has claimed the relation before.
+    - In images without relations, all triplets are wrong.
+    - Among triplets with equal scores the wrong ones come first, so the order of the images has no effect.
+
+    The state keeps one score, one predicate and two flags per triplet.
 
     Args:
-        num_predicates: without the background.
-        predicates_per_pair: how many predicates of a pair compete.
+        num_predicates: number of predicates without the background.
+        predicates_per_pair: number of predicates that compete for each pair.
     """
 
     scores: list[Tensor]
@@ -63,7 +71,7 @@ class OpenImagesEvaluator(ImageMetric):
         self.right.append(torch.stack([_right(o) for o in overlap], 1))
 
     def compute(self) -> dict[str, Tensor]:
-        """Fractions, float64; all 0 before the first image with relations."""
+        """Return the figures as fractions, float64. All are 0 before the first image with relations."""
         precisions = self.relations.new_zeros(self.num_predicates, 2)
         if self.scores:
             scores, predicates, right = (torch.cat(_as_list(s)) for s in (self.scores, self.predicates, self.right))
@@ -89,20 +97,28 @@ class OpenImagesEvaluator(ImageMetric):
 
 
 def average_precision(right: Tensor, relations: Tensor) -> Tensor:
-    """Area under the precision envelope: of bool `[T, ...]`, best first, and the number to find: float64 `[...]`."""
+    """Return the area under the precision envelope, float64 `[...]`.
+
+    Args:
+        right: bool `[T, ...]`, True for each triplet that is right, best triplet first.
+        relations: number of relations to find.
+    """
     if not len(right):
         return right.new_zeros(right.shape[1:], dtype=torch.float64)
     found = right.double().cumsum(0)
     precision = found / torch.arange(1, len(right) + 1, device=right.device).double().reshape(
         -1, *[1] * (right.dim() - 1)
     )
-    # What is the best precision at this recall or a higher one; every right triplet is a step of recall.
+    # The best precision at this recall or a higher one. Every right triplet is one step of recall.
     envelope = precision.flip(0).cummax(0).values.flip(0)
     return (envelope * right).sum(0) / relations
 
 
 def _right(overlap: Tensor) -> Tensor:
-    """Which triplets, rows of `[T, M]`, are the first to overlap their best relation by more than one half."""
+    """Return a mask of the right triplets, bool `[T]`, for overlaps `[T, M]` of triplets and relations.
+
+    A triplet is right if it is the first to overlap its best relation by more than one half.
+    """
     rows = torch.arange(len(overlap), device=overlap.device)
     right = torch.zeros_like(rows, dtype=torch.bool)
     if overlap.numel():
@@ -116,5 +132,5 @@ def _right(overlap: Tensor) -> Tensor:
 
 
 def _as_list(state: list[Tensor] | Tensor) -> list[Tensor]:
-    """A list state as it is in one process, or joined as after an exchange between processes."""
+    """Return a list state as a list. After an exchange between processes, torchmetrics has joined it to one tensor."""
     return [state] if isinstance(state, Tensor) else state

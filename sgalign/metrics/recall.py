@@ -1,4 +1,4 @@
-"""Recall of scene graph generation: R@K, its mean over predicates, without graph constraint, and zero-shot."""
+"""Recall of scene graph generation: R@K, mean recall, recall without graph constraint, and zero-shot recall."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sgalign.metrics.matching import ImageMetric, check_top_k, rank_triplets, re
 
 PROTOCOLS = ("predcls", "sgcls", "sgdet", "phrdet")
 
-# BGNN's partition (Li et al., CVPR 2021), which SGTR and the alignment paper use too.
+# BGNN's groups (Li et al., CVPR 2021), which SGTR and the relation alignment paper use too.
 VG150_GROUPS = {
     "head": "on, has, wearing, of, in, near, behind",
     "body": "with, holding, above, under, wears, sitting on, in front of, riding, standing on, at, attached to, over, "
@@ -26,14 +26,17 @@ VG150_GROUPS = {
 
 
 def predicate_groups(predicate_names: Sequence[str], counts: Tensor) -> dict[str, list[int]]:
-    """Head, body and tail of the predicates: as published for VG150's, else the same shares by frequency.
+    """Return the head, body and tail groups of the predicates.
+
+    VG150's predicates get the published groups. Other predicates are split by frequency in the same proportions, 7, 21
+    and 22 of 50.
 
     Args:
-        predicate_names: background first.
-        counts: `[len(predicate_names) - 1]`, how often each occurs in training; equal ones keep their order.
+        predicate_names: names of the predicates, background first.
+        counts: `[len(predicate_names) - 1]`, number of training relations of each predicate. Ties keep their order.
 
     Returns:
-        Predicates from 1, by falling frequency; 7, 21 and 22 of 50.
+        The predicates of each group, numbered from 1, most frequent first. Empty groups are left out.
     """
     published = {group: names.split(", ") for group, names in VG150_GROUPS.items()}
     if set(predicate_names[1:]) == {name for names in published.values() for name in names}:
@@ -45,41 +48,48 @@ def predicate_groups(predicate_names: Sequence[str], counts: Tensor) -> dict[str
 
 
 class SceneGraphEvaluator(ImageMetric):
-    """R@K and its kin, to the constant as Scene-Graph-Benchmark and SGTR compute them.
+    """Recall at K and the metrics derived from it, exactly as Scene-Graph-Benchmark and SGTR compute them.
 
-    A triplet scores subject score x object score x predicate score, multiplied in float64, and the image's triplets are
-    ranked by it; of equal scores the lower row of `pairs` comes first, then the lower predicate. Under the graph
-    constraint each row of `pairs` predicts its best predicate alone; `ng` means without it: all predicates compete, and
-    the best 100 triplets count (or the largest K). A triplet finds a relation if the three classes agree and both boxes
-    overlap with an IoU of at least 0.5. It may find several relations; a relation found several times counts once.
-    Ground truth is taken as it is, repeated relations and relations of an object with itself included.
+    Triplets are ranked and matched by these rules:
 
-    - `R@K`, `ngR@K`: found in the first K / relations of the image, mean over images. Images without relations never
-      count.
-    - `zR@K`, `ng-zR@K`: of the zero-shot relations alone, mean over images that have some.
-    - `mR@K`, `ng-mR@K` (Chen et al., Tang et al., CVPR 2019): for each predicate the mean of that recall over the
-      images that contain it, then the mean over all predicates, those never seen counting 0.
+    - An image's triplets are ranked by subject score x object score x predicate score, multiplied in float64. Ties go
+      to the lower row of `pairs`, then to the lower predicate.
+    - Under the graph constraint, each row of `pairs` predicts only its best predicate. Metrics with `ng` have no graph
+      constraint: all predicates compete, and the best 100 triplets count (or the largest K, if that is more).
+    - A triplet finds a relation if the three classes agree and both boxes overlap with an IoU of at least 0.5. It may
+      find several relations. A relation that is found several times counts once.
+    - The ground truth is used as it is, including repeated relations and relations of an object with itself.
+
+    The metrics are:
+
+    - `R@K`, `ngR@K`: the fraction of the image's relations that the first K triplets find, averaged over images.
+      Images without relations never count.
+    - `zR@K`, `ng-zR@K`: the same for zero-shot relations only, averaged over images that have some.
+    - `mR@K`, `ng-mR@K` (Chen et al., Tang et al., CVPR 2019): for each predicate the mean of its recall over the images
+      that contain it, then the mean over all predicates. Predicates that never occur count 0.
     - `mR_pooled@K`: for each predicate found / relations over the whole data set, then the mean over all predicates.
-    - `R@K/NAME`: what `mR@K` averages, a predicate; `mR@K/GROUP`: its mean over a group of predicates.
+    - `R@K/NAME`: the recall of one predicate, as `mR@K` averages it.
+    - `mR@K/GROUP`: the mean of these over a group of predicates.
     - `F@K`: the harmonic mean of R@K and mR@K.
-    - `A@K` (predcls and sgcls): R@K pooled over the data set where only pairs that are related in the ground truth are
-      ranked, as "accuracy" in Scene-Graph-Benchmark and RelDN.
+    - `A@K` (only "predcls" and "sgcls"): found / relations over the whole data set, if only pairs that are related in
+      the ground truth are ranked. Scene-Graph-Benchmark and RelDN call it "accuracy".
 
-    The state is sums alone, in float64: it does not grow, and adds up over processes and files.
+    The state consists of sums in float64. It does not grow with the data set, and it can be added over processes and
+    files.
 
     Args:
-        protocol: what was given to the model. "predcls": boxes and labels of the predictions are the ground truth's;
-            "sgcls": the boxes are; "sgdet": nothing is; "phrdet": nothing is, and instead of two boxes the smallest box
-            around both is compared.
-        num_predicates: without the background.
-        top_k: the K's.
-        zero_shot: int64 `[Z, 3]` subject class, predicate, object class, the triplets that zR counts; None for no zR.
-        groups: predicates by group name, as of `predicate_groups`; None for none.
-        predicate_names: `num_predicates + 1` different names, background first; None for no `R@K/NAME`.
-        missing: images with relations for which nothing is predicted count 0 ("zero") or not at all ("skip", as in the
-            public code).
-        plus_one: coordinates name pixels and a box is x2 - x1 + 1 wide, as in Fast R-CNN's code and all published
-            figures; otherwise x2 - x1.
+        protocol: what the model was given. "predcls": the boxes and labels of the ground truth. "sgcls": its boxes.
+            "sgdet": nothing. "phrdet": nothing, and the smallest box around both objects is compared.
+        num_predicates: number of predicates without the background.
+        top_k: the values of K.
+        zero_shot: int64 `[Z, 3]`, subject class, predicate, object class of the zero-shot triplets. If None, there is
+            no zR.
+        groups: predicates by group name, as `predicate_groups` returns them. If None, there is no `mR@K/GROUP`.
+        predicate_names: `num_predicates + 1` different names, background first. If None, there is no `R@K/NAME`.
+        missing: "zero" counts images with relations but without predictions as 0. "skip" ignores them, as the public
+            code does.
+        plus_one: if True, coordinates are pixel indices and a box is x2 - x1 + 1 wide, as in Fast R-CNN's code and all
+            published figures; otherwise x2 - x1.
     """
 
     images: Tensor
@@ -109,7 +119,7 @@ class SceneGraphEvaluator(ImageMetric):
     ) -> None:
         super().__init__(**kwargs)
         if protocol not in PROTOCOLS:
-            raise InputError(f"protocol must be one of those supported, {', '.join(PROTOCOLS)}, got {protocol!r}")
+            raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
         if num_predicates < 1:
             raise InputError(f"num_predicates must be at least 1, got {num_predicates}")
         if predicate_names is not None and not (
@@ -122,7 +132,7 @@ class SceneGraphEvaluator(ImageMetric):
             raise InputError(f"missing must be 'zero' or 'skip', got {missing!r}")
         for name, predicates in (groups or {}).items():
             if not predicates:
-                raise InputError(f"groups[{name!r}] must have a predicate, got none")
+                raise InputError(f"groups[{name!r}] must have at least one predicate, got none")
             check_range("", f"groups[{name!r}]", torch.tensor(predicates), 1, num_predicates)
         self.protocol = protocol
         self.num_predicates = num_predicates
@@ -132,7 +142,7 @@ class SceneGraphEvaluator(ImageMetric):
         self.predicate_names = None if predicate_names is None else list(predicate_names)
         self.missing, self.plus_one = missing, plus_one
         depths = len(top_k)
-        # The leading 2: with the graph constraint, and without.
+        # A leading dimension of 2 is for metrics with and without the graph constraint.
         for state, shape in (
             ("images", ()),
             ("recalls", (2, depths)),
@@ -155,7 +165,9 @@ class SceneGraphEvaluator(ImageMetric):
             ours, theirs = prediction[field], target[field].to(prediction[field])
             # Boxes may have been scaled and scaled back.
             if ours.shape != theirs.shape or not torch.allclose(ours.double(), theirs.double(), rtol=0, atol=0.5):
-                raise InputError(f"{where}prediction {field} must be the target's, in its order, for {self.protocol}")
+                raise InputError(
+                    f"{where}prediction {field} must equal the target's, in the same order, for {self.protocol}"
+                )
 
     def _add(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
         relations = target["relations"]
@@ -184,7 +196,7 @@ class SceneGraphEvaluator(ImageMetric):
     def _found(
         self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], at_most: int, among: Tensor | None = None
     ) -> Tensor:
-        """Whether the first K triplets find each relation: float64 `[len(top_k), M]`."""
+        """Return 1 for each relation that the first K triplets find and 0 for the others, float64 `[len(top_k), M]`."""
         depth = max(self.top_k) if at_most == 1 else max(100, *self.top_k)
         triplets = rank_triplets(prediction, depth, at_most, among)
         finds = (
@@ -194,7 +206,7 @@ class SceneGraphEvaluator(ImageMetric):
         return torch.stack([finds[:k].any(0) for k in self.top_k]).double()
 
     def compute(self) -> dict[str, Tensor]:
-        """Fractions, float64; all 0 before the first image with relations."""
+        """Return the figures as fractions, float64. All are 0 before the first image with relations."""
         recall = self.recalls / self.images.clamp(min=1)
         zero_shot = self.zero_shot_recalls / self.zero_shot_images.clamp(min=1)
         by_predicate = self.predicate_recalls / self.predicate_images.clamp(min=1)

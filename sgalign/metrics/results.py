@@ -1,4 +1,4 @@
-"""Names of the figures that an evaluator computes, and a text table of them."""
+"""A text table of an evaluator's figures, and the parts of a figure's name."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 
 def table(figures: Mapping[str, float]) -> str:
-    """Return a table in percent, a line a metric, a column a K; then what has no K. Single predicates are left out.
+    """Return the figures as a table in percent, with one line per metric and one column per K.
+
+    Figures without a K follow, one per line. The recalls of single predicates are left out.
 
     Args:
-        figures: of an evaluator's `compute`, fractions by name.
+        figures: fractions by name, from an evaluator's `compute`.
     """
     rows: dict[str, dict[int, float]] = {}
     plain = {}
@@ -28,9 +30,9 @@ def table(figures: Mapping[str, float]) -> str:
 
 
 def split_name(name: str) -> tuple[str, int | None, str]:
-    """Return metric, K and subset of a figure's name: of "mR@50/head" they are "mR", 50 and "head".
+    """Return the metric, K and subset in a figure's name, such as "mR", 50 and "head" for "mR@50/head".
 
-    K is None and the subset empty where the name has none.
+    K is None if the name has none. The subset is empty if the name has none.
     """
     name, _, of = name.partition("/")
     metric, _, k = name.partition("@")

@@ -1,4 +1,4 @@
-"""Files of training runs, as `sgalign ablate` writes them: what one arm of a study reached with one seed."""
+"""Files of training runs, as `sgalign ablate` writes them: the results of one arm of a study with one seed."""
 
 from __future__ import annotations
 
@@ -10,47 +10,47 @@ from typing import Any, TypedDict
 from sgalign.errors import InputError
 from sgalign.files import read_json, write_json
 
-DEPTH = 100  # of the ranks that are kept
+DEPTH = 100  # number of triplets per image whose ranks are kept
 
 
 class Run(TypedDict):
-    """The content of a run's file: the results of one arm of a study with one seed."""
+    """The content of one run's file."""
 
     seed: int
-    settings: dict[str, Any]  # with `data` and `epochs`: runs of equal settings differ in the seed alone
-    seconds: int  # that training and test took
+    settings: dict[str, Any]  # including `data` and `epochs`; runs with equal settings differ only in the seed
+    seconds: int  # duration of training and test
     curve: list[dict[str, float]]  # validation figures after each epoch
-    epoch: int  # the best, from 1
-    test: dict[str, float]  # figures of the best epoch
-    groups: dict[str, list[str]]  # names of predicates
-    predicates: list[list[int]]  # of the relations of each test image
-    ranks: list[list[int]]  # of the first triplet that finds each of these relations, from 0, at most `DEPTH`
+    epoch: int  # best epoch, from 1
+    test: dict[str, float]  # test figures of the best epoch
+    groups: dict[str, list[str]]  # names of the predicates in each group
+    predicates: list[list[int]]  # predicate of each relation, for each test image
+    ranks: list[list[int]]  # rank from 0 of the first triplet that finds each relation; `DEPTH` if none does
 
 
 def run_path(folder: Path, settings: dict[str, Any], seed: int) -> Path:
-    """Return the file of a run of these settings and this seed."""
+    """Return the path of the file for a run with these settings and this seed."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return folder / "runs" / f"{digest[:12]}_{seed}.json"
 
 
 def write_run(path: Path, run: Run) -> None:
-    """Write a run to a file, of `run_path`, which appears when it is complete."""
+    """Write a run to its file, whose path comes from `run_path`. The file appears only when it is complete."""
     write_json(path, run)
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Return all runs of a folder.
+    """Return all runs in a folder.
 
     Raises:
-        ValueError: a file is not of a run; names it.
+        ValueError: if a file is not the file of a run. The message names it.
     """
     runs = []
-    remedy = "delete it, run sgalign ablate again"
+    remedy = "delete it and run sgalign ablate again"
     for path in sorted((folder / "runs").glob("*.json")):
         run = read_json(path, remedy)
         is_run = isinstance(run, dict) and run.keys() >= Run.__required_keys__
-        # The name tells settings and seed: copies and what was edited are no runs.
+        # The name encodes settings and seed, so copies and edited files are refused.
         if not is_run or path != run_path(folder, run["settings"], run["seed"]):
-            raise InputError(f"{path}: not a run of sgalign ablate, or renamed: {remedy}")
+            raise InputError(f"{path}: not a file of sgalign ablate, or a renamed one: {remedy}")
         runs.append(run)
     return runs

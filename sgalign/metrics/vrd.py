@@ -1,4 +1,4 @@
-"""Recall by the protocol of VRD, the data set and paper."""
+"""Recall of the VRD paper's protocol."""
 
 from __future__ import annotations
 
@@ -16,20 +16,29 @@ from sgalign.metrics.matching import ImageMetric, check_top_k, rank_triplets, re
 class VRDEvaluator(ImageMetric):
     """Recall of relationship, phrase and predicate detection (Lu et al., "Visual Relationship Detection", ECCV 2016).
 
-    Other than `SceneGraphEvaluator`: recall is found / relations over the whole data set, and each triplet, best first,
-    claims one relation, the unclaimed one of its classes that it overlaps best if that is an IoU of at least 0.5.
+    It differs from `SceneGraphEvaluator` in two ways. Recall is found / relations over the whole data set. And each
+    triplet, best first, claims at most one relation: the unclaimed relation of its classes that it overlaps best, if
+    the overlap is at least 0.5.
 
-    Keys are `relationship@K`, `phrase@K` (the boxes around both objects are compared) or `predicate@K` (boxes and
-    labels were given), and `.../zero-shot`, where only zero-shot relations can be claimed. The published denominators
-    are 7775 and 1788 relations; the released annotations have 7638 and 1169 (1170 counted from them): figures of this
-    class are shares of the latter.
+    The keys are:
+
+    - `relationship@K`: subject and object boxes are compared.
+    - `phrase@K`: the boxes around both objects are compared.
+    - `predicate@K`: as `relationship@K`, for predictions that were given boxes and labels.
+    - `.../zero-shot`: the same, but only zero-shot relations can be claimed.
+
+    Published figures divide by 7775 relations, or 1788 zero-shot ones. The released annotations have 7638, and 1169
+    zero-shot ones by the authors' mask (1170 counted from the annotations). The figures of this class divide by the
+    number in the annotations.
 
     Args:
-        task: what was to be found. "predicate" is compared as "relationship" is.
-        num_predicates: without the background.
-        predicates_per_pair: how many predicates of a pair compete: 1 in the paper, up to 70 in later work ("k").
-        top_k: the K's.
-        zero_shot: int64 `[Z, 3]` subject class, predicate, object class; None for no such figures.
+        task: "relationship", "phrase" or "predicate". "predicate" is compared as "relationship" is.
+        num_predicates: number of predicates without the background.
+        predicates_per_pair: number of predicates that compete for each pair: 1 in the paper, up to 70 in later work
+            (where it is called "k").
+        top_k: the values of K.
+        zero_shot: int64 `[Z, 3]`, subject class, predicate, object class of the zero-shot triplets. If None, there are
+            no zero-shot figures.
     """
 
     found: Tensor
@@ -73,7 +82,7 @@ class VRDEvaluator(ImageMetric):
             self.relations[row] += subset.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Fractions, float64; 0 where there is no relation."""
+        """Return the figures as fractions, float64. A figure without any relation is 0."""
         recall = self.found / self.relations.clamp(min=1)[:, None]
         names = ("", "/zero-shot")[: len(recall)]
         return {
@@ -84,7 +93,10 @@ class VRDEvaluator(ImageMetric):
 
 
 def _claiming(overlap: Tensor) -> list[int]:
-    """The triplets, rows of `[T, M]`, that claim a relation; of relations overlapped equally well the first is."""
+    """Return the ranks from 0 of the triplets that claim a relation, for overlaps `[T, M]` of triplets and relations.
+
+    If a triplet overlaps several relations equally well, it claims the first.
+    """
     overlap, rows = overlap.clone(), []
     for row in (overlap >= 0.5).any(1).nonzero()[:, 0].tolist():
         relation = overlap[row].argmax()

@@ -1,4 +1,4 @@
-"""Networks: those that relate objects, and those that find objects and their features in images."""
+"""Networks that predict relations, and networks that find objects and their features in images."""
 
 from sgalign.models.detector import Detector, ImageFeatures, ObjectDetections
 from sgalign.models.frequency import FrequencyBaseline, predicate_counts

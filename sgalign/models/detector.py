@@ -1,4 +1,4 @@
-"""The object detector: torchvision's Faster R-CNN with FPN, and what a relation model needs of it."""
+"""The object detector, torchvision's Faster R-CNN with FPN, and the outputs that relation models need."""
 
 from __future__ import annotations
 
@@ -27,34 +27,38 @@ BACKBONES = {
 }
 
 
-LEVELS = {"0": 1 / 4, "1": 1 / 8, "2": 1 / 16, "3": 1 / 32}  # P2 to P5, and their scales
+LEVELS = {"0": 1 / 4, "1": 1 / 8, "2": 1 / 16, "3": 1 / 32}  # names and scales of the pyramid levels P2 to P5
 
 
 def pyramid_pool(resolution: int) -> MultiScaleRoIAlign:
-    """Pools `resolution` x `resolution` bins of each box from the level of the pyramid that suits its size."""
+    """Return a RoIAlign that pools each box to `resolution` x `resolution` bins, from the level that fits its size."""
     pool = MultiScaleRoIAlign(list(LEVELS), resolution, sampling_ratio=2)
-    # It would guess the scales from the first images, and wrongly from thin ones.
+    # Without these, torchvision guesses the scales from the first images, and guesses wrongly if these are thin.
     pool.scales, pool.map_levels = list(LEVELS.values()), initLevelMapper(2, 5)
     return pool
 
 
 class ImageFeatures(NamedTuple):
-    """What the backbone sees of B images."""
+    """The backbone's features of B images."""
 
-    levels: dict[str, Tensor]  # the FPN's, "0" to "3" and "pool", each [B, 256, h, w]
-    images: ImageList  # padded to one size, and the sizes (height, width) before
-    original_sizes: list[tuple[int, int]]  # height, width of the images as they came
+    levels: dict[str, Tensor]  # levels "0" to "3" and "pool" of the FPN, each [B, 256, h, w]
+    images: ImageList  # resized images, padded to one size, and their sizes (height, width) without padding
+    original_sizes: list[tuple[int, int]]  # height, width of the original images
 
     def resized(self, boxes: Sequence[Tensor]) -> list[Tensor]:
-        """Boxes `[N, 4]` of each image from its own pixels to those of the resized image."""
+        """Scale the boxes `[N, 4]` of each image from pixels of the original image to pixels of the resized image."""
         now, original = torch.tensor(self.images.image_sizes).float(), torch.tensor(self.original_sizes).float()
-        # In one copy; torchvision's function makes four tensors an image, for each of which a GPU is waited for.
+        # All scales go to the device in one copy. torchvision's function makes four tensors per image, and the host
+        # waits for the GPU for each.
         scales = send((now / original).flip(1).repeat(1, 2), self.images.tensors.device)
         return [of_image * scale for of_image, scale in zip(boxes, scales, strict=True)]
 
 
 class ObjectDetections(NamedTuple):
-    """The objects found in one image, by falling score; boxes are x1, y1, x2, y2 in the image's own pixels."""
+    """The objects found in one image, highest score first.
+
+    Boxes are x1, y1, x2, y2 in pixels of the original image.
+    """
 
     boxes: Tensor  # float32 [N, 4]
     labels: Tensor  # int64 [N], from 1
@@ -67,14 +71,15 @@ class Detector(nn.Module):
     """Faster R-CNN (Ren et al., NeurIPS 2015) with a feature pyramid.
 
     Args:
-        num_classes: object classes, background (0) included.
+        num_classes: number of object classes, including the background (0).
         backbone: "resnet18", "resnet50" or "resnext101_32x8d" (the published one).
-        min_size, max_size: images are resized so that their short side has `min_size` pixels and their long side at
-            most `max_size`.
-        head_dim: channels of the box head; 4096 as published, 1024 in torchvision's weights.
-        trains_norms: batch normalisation learns, for a detector that starts from scratch; otherwise it stays as the
-            weights have it, as small batches want.
-        box_score_threshold, nms_threshold, detections_per_image: of `detect`; the public code's values.
+        min_size, max_size: side lengths in pixels. Images are resized to a short side of `min_size`, or less if their
+            long side would exceed `max_size`.
+        head_dim: number of channels of the box head. It is 4096 as published, and 1024 in torchvision's weights.
+        trains_norms: if True, batch normalization is trained, for a detector that starts from scratch. Otherwise it
+            keeps the statistics of the loaded weights, which suits small batches.
+        box_score_threshold, nms_threshold, detections_per_image: settings of `detect`. The defaults are the public
+            code's values.
     """
 
     def __init__(
@@ -98,7 +103,7 @@ class Detector(nn.Module):
         self.backbone_name, self.num_classes, self.head_dim = backbone, num_classes, head_dim
         self.box_score_threshold, self.nms_threshold = box_score_threshold, nms_threshold
         self.detections_per_image = detections_per_image
-        # All layers of the backbone are trained where the detector is.
+        # 5 means that training the detector trains all layers of the backbone.
         norm = nn.BatchNorm2d if trains_norms else FrozenBatchNorm2d
         body = resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=norm, trainable_layers=5)
         head = TwoMLPHead(body.out_channels * 7**2, head_dim), FastRCNNPredictor(head_dim, num_classes)
@@ -107,7 +112,7 @@ class Detector(nn.Module):
         self.frozen = False
 
     def freeze(self) -> None:
-        """No gradients, and evaluation mode whatever the module around it is set to."""
+        """Turn off gradients and stay in evaluation mode, even if the surrounding module is set to training mode."""
         self.frozen = True
         self.requires_grad_(False).eval()
 
@@ -115,23 +120,24 @@ class Detector(nn.Module):
         return super().train(mode and not self.frozen)
 
     def load_weights(self, source: str) -> None:
-        """Loads the weights of a detector.
+        """Load the weights of a detector.
 
         Args:
-            source: "torchvision" downloads torchvision's: the detector trained on COCO for "resnet50", whose last layer
-                of classes and boxes is left as it is, the ImageNet backbone for the others. Else a file: the state_dict
-                of this module, or a checkpoint of `sgalign fit` with a detector in it.
+            source: "torchvision" or a file. "torchvision" downloads torchvision's weights. For "resnet50" these are the
+                detector trained on COCO, without its last layer of classes and boxes. For the other backbones they are
+                a backbone trained on ImageNet. A file contains the state_dict of this module, or is a checkpoint of
+                `sgalign fit` that includes a detector.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no such file, or has other shapes; names them.
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file has other contents, or tensors of other shapes. The message says which.
         """
         if source == "torchvision":
             self._download()
             return
         state = read_tensors(source, "file of detector weights")
         state = state.get("state_dict", state) if isinstance(state, dict) else {}
-        for prefix in ("vision.detector.", "network."):  # of MotifsModule, of DetectorModule
+        for prefix in ("vision.detector.", "network."):  # in checkpoints of MotifsModule and of DetectorModule
             if any(str(name).startswith(prefix + "model.") for name in state):
                 state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
         try:
@@ -139,8 +145,8 @@ class Detector(nn.Module):
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise InputError(
-                f"{source}: must be of a detector with backbone {self.backbone_name!r}, head_dim {self.head_dim} and "
-                f"{self.num_classes} classes, background included; {reason}"
+                f"{source}: must hold a detector with backbone {self.backbone_name!r}, head_dim {self.head_dim} and "
+                f"{self.num_classes} classes, background included, got other weights: {reason}"
             ) from error
 
     def _download(self) -> None:
@@ -155,15 +161,19 @@ class Detector(nn.Module):
         target.load_state_dict(fitting, strict=False)
 
     def features(self, images: Sequence[Tensor]) -> ImageFeatures:
-        """Of images `[3, H, W]`, float32 in 0 to 1, of any sizes.
+        """Compute the backbone's features of images.
+
+        Args:
+            images: `[3, H, W]` each, float32 in 0 to 1. Sizes may differ.
 
         Raises:
-            ValueError: an image's long side is over `max_size` times its short one: resizing would leave nothing of it.
+            ValueError: if an image's long side is more than `max_size` times its short side. The short side would be
+                resized to less than one pixel.
         """
         for image in images:
             if max(image.shape[1:]) > self.model.transform.max_size * min(image.shape[1:]):
-                ratio = f"a long side of at most {self.model.transform.max_size} times the short one"
-                raise InputError(f"images must have {ratio}, got one of {image.shape[2]} x {image.shape[1]} pixels")
+                ratio = f"a long side of at most {self.model.transform.max_size} times the short side"
+                raise InputError(f"images must have {ratio}, got {image.shape[2]} x {image.shape[1]} pixels")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             original = [(image.shape[1], image.shape[2]) for image in images]
             resized, _ = self.model.transform(list(images))
@@ -171,28 +181,36 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def detect(self, features: ImageFeatures) -> list[ObjectDetections]:
-        """The objects of each image, as the public code finds them.
+        """Detect the objects of each image, as the public code does.
 
-        Of each class, boxes above `box_score_threshold` that no better one of the class covers by an IoU above
-        `nms_threshold`; a proposal keeps its best class alone; at most `detections_per_image`, the best.
+        Detections are selected in four steps:
+
+        - All boxes with a class score above `box_score_threshold` are candidates for that class.
+        - Non-maximum suppression in each class removes candidates with an IoU above `nms_threshold`.
+        - Each proposal keeps only its best remaining class.
+        - The best `detections_per_image` are kept.
 
         Raises:
-            ValueError: what it computes is not finite. Nothing would be found, as in an empty image.
+            ValueError: if a computed value is not finite. Without this check no object would be found, as in an empty
+                image.
         """
         proposals, _ = self.model.rpn(features.images, features.levels)
         logits, boxes = self._box_head(features, proposals)
         computed = (*features.levels.values(), logits, boxes)
-        # The region proposal network drops what is not finite: of finite numbers it always leaves some.
+        # The region proposal network drops proposals that are not finite. If all are finite, some always remain.
         if not all(map(len, proposals)) or not torch.stack([part.isfinite().all() for part in computed]).all():
             raise InputError(
-                "what the detector computes must be finite, got infinity or NaN: look at images and weights"
+                "outputs of the detector must be finite, got infinity or NaN: check the images and the weights"
             )
         counts = [len(p) for p in proposals]
         images = zip(logits.split(counts), boxes.split(counts), features.original_sizes, features.images.image_sizes)
         return [self._filter(*image) for image in images]
 
     def _box_head(self, features: ImageFeatures, boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits `[P, num_classes]` and boxes `[P, num_classes, 4]` for boxes in pixels of the resized images."""
+        """Return class logits `[P, num_classes]` and decoded boxes `[P, num_classes, 4]` for given boxes.
+
+        All boxes are in pixels of the resized images.
+        """
         heads = self.model.roi_heads
         pooled = heads.box_roi_pool(features.levels, boxes, features.images.image_sizes)
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
@@ -207,7 +225,7 @@ class Detector(nn.Module):
         label = label + 1
         kept = batched_nms(boxes[proposal, label], scores[proposal, label], label, self.nms_threshold)
         proposal, label = proposal[kept], label[kept]
-        # By falling score: the first of a proposal is its best class.
+        # Candidates are sorted by score, so a proposal's first candidate has its best class.
         earlier = torch.full((len(logits),), len(proposal), device=logits.device)
         place = torch.arange(len(proposal), device=logits.device)
         earlier.scatter_reduce_(0, proposal, place, "amin")
@@ -222,15 +240,29 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def classify(self, features: ImageFeatures, boxes: Sequence[Tensor]) -> Tensor:
-        """Logits `[T, num_classes]` of given boxes, `[N, 4]` of each image in its own pixels (SGCls)."""
+        """Return the class logits `[T, num_classes]` of given boxes, as SGCls needs.
+
+        Args:
+            features: features of the images.
+            boxes: `[N, 4]` for each image, in pixels of the original image.
+        """
         return self._box_head(features, features.resized(boxes))[0]
 
     def losses(self, images: Sequence[Tensor], boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
-        """torchvision's training losses, by name; boxes `[N, 4]` in pixels of their images, labels int64 `[N]`."""
+        """Return torchvision's training losses by name.
+
+        Args:
+            images: `[3, H, W]` each, float32 in 0 to 1.
+            boxes: `[N, 4]` for each image, in pixels of the original image.
+            labels: int64 `[N]` for each image, from 1.
+        """
         targets = [{"boxes": b, "labels": of} for b, of in zip(boxes, labels, strict=True)]
         return self.model(list(images), targets)
 
 
 def _without_epsilon(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision trained its detector with an epsilon of 0 in batch normalisation; here it is 1e-5."""
+    """Return the state with 1e-5 subtracted from all running variances.
+
+    torchvision trained its detector with an epsilon of 0 in batch normalization. Here the epsilon is 1e-5.
+    """
     return {name: value - 1e-5 if name.endswith("running_var") else value for name, value in state.items()}

@@ -14,7 +14,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sgalign.ops.attention import fused_masked_attention
 
-# What the library's weights and torchvision's are trained with, for RGB in 0 to 1.
+# Mean and standard deviation of ImageNet's pixels, RGB in 0 to 1. The weights of `transformers` and torchvision are
+# trained with these.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Backbone = Literal["resnet10", "resnet18", "resnet50", "resnet101"]
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -35,7 +36,11 @@ def _attention(
     dropout: float = 0.0,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """`fused_masked_attention` as `transformers` calls attention: its mask is True where a key is seen."""
+    """Call `fused_masked_attention` with the arguments that `transformers` passes.
+
+    The mask of `transformers` is True for keys that are attended to, and the mask of `fused_masked_attention` is True
+    for keys that are ignored.
+    """
     mask = None if attention_mask is None else ~attention_mask
     out = fused_masked_attention(query, key, value, mask=mask, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2), None
@@ -46,39 +51,42 @@ AttentionMaskInterface.register("sgalign", sdpa_mask)
 
 
 class DetectedEntities(NamedTuple):
-    """What the detector makes of B images; M positions of the feature map, N queries, L decoder layers."""
+    """The outputs of the detector for B images, with M feature map positions, N queries and L decoder layers."""
 
-    memory: Tensor  # [B, M, dim], of the encoder
+    memory: Tensor  # [B, M, dim], the encoder's output
     position: Tensor  # [B, M, dim], sine embedding of each position
-    padding: Tensor  # bool [B, M], True where there is no image
-    features: Tensor  # [B, N, dim], of the last decoder layer
-    logits: Tensor  # [L, B, N, num_objects + 1], the last column for no object
-    boxes: Tensor  # [L, B, N, 4], middle x, y, width, height in units of the image
+    padding: Tensor  # bool [B, M], True for padding
+    features: Tensor  # [B, N, dim], output of the last decoder layer
+    logits: Tensor  # [L, B, N, num_objects + 1], last column for no object
+    boxes: Tensor  # [L, B, N, 4], center x, y, width, height relative to the image size
 
     def last(self) -> DetectedEntities:
-        """Return them with the boxes of the last layer alone, without a gradient, and with no views of larger tensors.
+        """Return the same outputs with only the last layer's boxes, detached, and without views of larger tensors.
 
-        A compiled network knows the sizes of what it reads and of what that is a view of, such as the number of layers.
-        Where it meets two that are equal it takes them for one, and compiles again when they no longer are.
+        A compiled network specializes on the sizes of its inputs. If an input is a view, it also specializes on the
+        sizes of the larger tensor, such as the number of layers. If two sizes are equal when it compiles, it assumes
+        that they always are, and it compiles again when they differ.
         """
         boxes = self.boxes[-1:].detach().clone()
         return self._replace(position=self.position.clone(), features=self.features.clone(), boxes=boxes)
 
 
 class EntityDetector(nn.Module):
-    """DETR, with what SGTR reads of it: the encoder's memory, the decoder's features, and every layer's predictions.
+    """DETR, with the outputs that SGTR needs: encoder memory, decoder features, and the predictions of every layer.
 
     Args:
-        num_objects: classes, without one for no object.
-        backbone: "resnet10" is a ResNet of one basic block a stage and half the channels, for small experiments.
-        stride: of the feature map, 32 as published, or 16 by leaving out the backbone's last stage.
-        dim, heads, ffn_dim, layers, num_queries: of the transformer; `layers` each of encoder and decoder.
-        dropout: in the transformer, of attention weights too.
-        weights: folder or name of weights of `transformers`' `DetrForObjectDetection`, which then tell all sizes; heads
-            for another number of classes start anew. None starts from scratch: with batch normalisation that is
-            trained, instead of the frozen one, and the initial values of `_start`.
-        config: `self.config` of a detector, to make it again without weights.
-        trains_norms: with `config`, batch normalisation is trained, as in a detector from scratch.
+        num_objects: number of object classes, without the class for no object.
+        backbone: name of the ResNet. "resnet10" has one basic block per stage and half the channels, for small
+            experiments.
+        stride: stride of the feature map. It is 32 as published. 16 leaves out the backbone's last stage.
+        dim, heads, ffn_dim, layers, num_queries: sizes of the transformer. Encoder and decoder have `layers` layers
+            each.
+        dropout: dropout probability in the transformer, including attention weights.
+        weights: folder or name of weights for `DetrForObjectDetection` of `transformers`. They determine all sizes. A
+            class head for a different number of classes is initialized anew. If None, the detector starts from
+            scratch: batch normalization is trained instead of frozen, and `_start` sets the initial values.
+        config: `config` of another detector. If given, the detector has the same architecture, without its weights.
+        trains_norms: if True, batch normalization is trained even with `config`, as in a detector from scratch.
     """
 
     mean: Tensor
@@ -121,7 +129,7 @@ class EntityDetector(nn.Module):
                     options |= {f"{part}_layers": layers, f"{part}_attention_heads": heads, f"{part}_ffn_dim": ffn_dim}
                 sizes = DetrConfig(**options)
             self.detr = DetrForObjectDetection(sizes)
-            if self.trains_norms:  # the frozen one, which DETR has, normalises nothing before somebody has trained it
+            if self.trains_norms:  # DETR's frozen batch normalization has no effect without trained statistics
                 self.detr.model.backbone.model = AutoBackbone.from_config(sizes.backbone_config)
             if config is None:
                 _start(self.detr)
@@ -132,13 +140,17 @@ class EntityDetector(nn.Module):
 
     @property
     def config(self) -> str:
-        """What the library needs to make this architecture again, as JSON."""
+        """The JSON configuration from which `transformers` can build the same architecture."""
         return self.detr.config.to_json_string(use_diff=False)
 
     def freeze(self, parts: tuple[str, ...]) -> None:
-        """Excludes "backbone", "encoder" or "decoder" from training, and nothing else; or all of the "detector".
+        """Exclude parts of the detector from training, and train all others.
 
-        Their dropout remains, as in SGTR's public code; batch normalisation learns nothing either.
+        Frozen parts keep their dropout, as in SGTR's public code. A frozen backbone does not update its batch
+        normalization either.
+
+        Args:
+            parts: any of "backbone", "encoder" and "decoder", or "detector" for the whole detector.
         """
         self.detr.requires_grad_("detector" not in parts)
         if "detector" not in parts:
@@ -154,10 +166,10 @@ class EntityDetector(nn.Module):
         return self
 
     def batch(self, pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Images `[3, H, W]` in 0 to 1, normalised and padded with zeros to one size.
+        """Normalize images `[3, H, W]` in 0 to 1, and pad them with zeros to one size.
 
         Returns:
-            `[B, 3, H, W]`, and bool `[B, H, W]`, True where there is an image.
+            The batch `[B, 3, H, W]`, and a mask bool `[B, H, W]` that is False for padding.
         """
         height, width = (max(image.shape[axis] for image in pixels) for axis in (1, 2))
         batch = pixels[0].new_zeros(len(pixels), 3, height, width)
@@ -168,12 +180,12 @@ class EntityDetector(nn.Module):
         return batch, seen
 
     def forward(self, pixels: list[Tensor]) -> DetectedEntities:
-        """What is found in images `[3, H, W]`, float32 in 0 to 1, of any sizes."""
+        """Detect entities in images `[3, H, W]`, float32 in 0 to 1. Sizes may differ."""
         model = self.detr.model
         feature_map, seen = model.backbone(*self.batch(pixels))[-1]
         position = model.position_embedding(feature_map.shape, feature_map.device, feature_map.dtype, mask=seen)
         position, seen = position.flatten(2).mT, seen.flatten(1)
-        # Images of one size have no padding; the host knows that without a look at `seen`.
+        # Images of one size have no padding. Comparing the shapes avoids a copy of `seen` to the host.
         mask = None if len({image.shape for image in pixels}) == 1 else seen[:, None, None]
         memory = self._encode(model.input_projection(feature_map).flatten(2).mT, position, mask)
         features = self._decode(memory, position, mask)
@@ -184,8 +196,8 @@ class EntityDetector(nn.Module):
     def _encode(self, features: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
         """Return the encoder's memory `[B, M, dim]`.
 
-        In training the library's own way to it looks for infinities after each layer, for which a GPU has to be waited
-        for; the losses are checked anyway.
+        The library's own encoder checks for infinities after each layer in training, which makes the host wait for the
+        GPU. This check is not needed, because the losses are checked.
         """
         encoder = self.detr.model.encoder
         memory = functional.dropout(features, encoder.dropout, encoder.training)
@@ -197,10 +209,10 @@ class EntityDetector(nn.Module):
         return memory
 
     def _decode(self, memory: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
-        """Each decoder layer's features, normalised: `[L, B, N, dim]`.
+        """Return the normalized features of each decoder layer, `[L, B, N, dim]`.
 
-        The library's own way to them, `auxiliary_loss`, hands the normalised features on from layer to layer, which
-        DETR does not.
+        The library can return them with `auxiliary_loss`, but then it passes the normalized features to the next layer.
+        DETR passes on the features before normalization.
         """
         model = self.detr.model
         queries = model.query_position_embeddings.weight.expand(len(memory), -1, -1)
@@ -219,13 +231,15 @@ class EntityDetector(nn.Module):
 
 
 def _start(detr: DetrForObjectDetection) -> None:
-    """Initial values of DETR's public code where the library has others.
+    """Set the initial values of DETR's public code where the library's differ, and make one bias random.
 
-    Weights of the transformer by Xavier: the library's standard deviation of 0.02 makes small transformers' attention
-    uniform, and all queries alike. And queries are zeros at first, so that the first layer of the decoder normalises
-    the bias of its self-attention alone. If that is zero too, its gradient is some 300 times too large (the inverse
-    root of the normalisation's epsilon), and all others are lost when gradients are clipped by their norm. The public
-    code leaves that bias at zero; here it is random.
+    The transformer's weights are initialized by Xavier, as in the public code. The library's standard deviation of 0.02
+    makes the attention of small transformers uniform, and all queries alike.
+
+    The random bias is the output bias of the decoder's first self-attention, which the public code leaves at zero. The
+    contents of the queries are zero at first, so the layer normalization after this attention sees only the bias. If
+    the bias is zero too, its gradient is about 300 times too large (1 / sqrt(epsilon of the normalization)). Clipping
+    gradients by their norm then suppresses all other gradients.
     """
     for part in (detr.model.encoder, detr.model.decoder, detr.model.input_projection, detr.bbox_predictor):
         for weight in part.parameters():
@@ -235,7 +249,12 @@ def _start(detr: DetrForObjectDetection) -> None:
 
 
 def resize(pixels: Tensor, short_side: int, long_side: int) -> Tensor:
-    """The image `[3, H, W]` with its short side as long as told, or less so that the other is not above `long_side`."""
+    """Resize an image to the largest size within two limits.
+
+    Args:
+        pixels: `[3, H, W]`.
+        short_side, long_side: limits of the short and of the long side, in pixels.
+    """
     height, width = pixels.shape[1:]
     scale = min(short_side / min(height, width), long_side / max(height, width))
     size = max(round(height * scale), 1), max(round(width * scale), 1)

@@ -1,6 +1,7 @@
-"""DETR's losses (Carion et al., ECCV 2020) of all its layers at once, as `transformers` computes them one by one.
+"""DETR's losses (Carion et al., ECCV 2020), computed for all layers at once.
 
-All layers and images share one copy of costs to the host, where the library makes one for each, and waits.
+They equal the losses that `transformers` computes layer by layer. All layers and images share one copy of the matching
+costs to the host. The library makes one copy for each, and waits for it.
 """
 
 from __future__ import annotations
@@ -21,21 +22,22 @@ from sgalign.models.graph_assembly import (
     pairwise_giou,
 )
 
-# Of the matching, as published; classes count once.
-BOX_COST = 5
-OVERLAP_COST = 2
+# Weights of the matching costs, as published. The class cost has weight 1.
+BOX_COST = 5  # weight of the L1 distance between boxes
+OVERLAP_COST = 2  # weight of the generalized IoU
 
-TrueObjects = tuple[Tensor, Tensor]  # of an image: labels int64 [G] from 1; boxes [G, 4], middle x, y, width, height
+# Annotated objects of an image: labels int64 [G] from 1, and boxes [G, 4], center x, y, width, height.
+TrueObjects = tuple[Tensor, Tensor]
 
 
 class EntityLoss(nn.Module):
     """The losses of DETR's classes and boxes.
 
     Args:
-        num_objects: classes, without one for no object.
+        num_objects: number of object classes, without the class for no object.
     """
 
-    empty_weight: Tensor  # [num_objects + 1], of each class; the name that it has in checkpoints
+    empty_weight: Tensor  # [num_objects + 1], weight of each class; checkpoints use this name
 
     def __init__(self, num_objects: int) -> None:
         super().__init__()
@@ -43,12 +45,12 @@ class EntityLoss(nn.Module):
 
     @torch.no_grad()
     def costs(self, logits: Tensor, boxes: Tensor, objects: Sequence[TrueObjects]) -> list[Tensor]:
-        """Return what it costs that a query stands for an object: float32 `[L, N, G]` of each image.
+        """Return the cost of matching each query with each object, float32 `[L, N, G]` for each image.
 
         Args:
             logits: `[L, B, N, num_objects + 1]` of L layers.
-            boxes: `[L, B, N, 4]`, middle x, y, width, height.
-            objects: of each image, on any device.
+            boxes: `[L, B, N, 4]`, center x, y, width, height.
+            objects: annotated objects of each image, on any device.
         """
         labels, true_boxes = padded([labels - 1 for labels, _ in objects]), padded([true for _, true in objects])
         labels, true_boxes, boxes = send(labels, boxes.device), send(true_boxes, boxes.device), boxes.float()
@@ -60,11 +62,11 @@ class EntityLoss(nn.Module):
     def forward(
         self, logits: Tensor, boxes: Tensor, objects: Sequence[TrueObjects], matches: Matches
     ) -> dict[str, Tensor]:
-        """Return the losses of "classes", "boxes" (L1) and "overlaps" (generalised IoU), summed over the layers.
+        """Return the losses "classes", "boxes" (L1) and "overlaps" (generalized IoU), summed over the layers.
 
         Args:
-            logits, boxes, objects: of `costs`.
-            matches: of `sgalign.models.graph_assembly.assign`, for these costs.
+            logits, boxes, objects: as for `costs`.
+            matches: result of `sgalign.models.graph_assembly.assign` for these costs.
         """
         device = logits.device
         of_images = [image for layer in matches for image in zip(layer, objects, strict=True)]

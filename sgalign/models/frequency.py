@@ -1,4 +1,4 @@
-"""What the classes of two objects alone say about their predicate (Zellers et al., "Neural Motifs", CVPR 2018)."""
+"""The frequency baseline, which predicts predicates from object classes alone (Zellers et al., CVPR 2018)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from sgalign.data import GraphBatch, SceneGraph
 
 
 def predicate_counts(graphs: Iterable[SceneGraph], num_objects: int, num_predicates: int) -> Tensor:
-    """How often each predicate joins each pair of classes.
+    """Count how often each predicate occurs with each pair of object classes.
 
     Args:
-        graphs: the training part; repeated relations count as often as they stand.
-        num_objects, num_predicates: without the background.
+        graphs: the training part. Repeated relations count each time.
+        num_objects, num_predicates: numbers of object classes and predicates, without the background.
 
     Returns:
-        float32 `[num_objects + 1, num_objects + 1, num_predicates + 1]`: subject class, object class, predicate; column
-        0 counts ordered pairs of different objects without any relation.
+        The counts, float32 `[num_objects + 1, num_objects + 1, num_predicates + 1]`, indexed by subject class, object
+        class and predicate. Predicate 0 counts ordered pairs of different objects without any relation.
 
     Raises:
-        IndexError: a class or predicate is beyond its number.
+        IndexError: if a class or predicate exceeds its number.
     """
     counts = torch.zeros(num_objects + 1, num_objects + 1, num_predicates + 1)
     one = torch.ones(())
@@ -38,23 +38,25 @@ def predicate_counts(graphs: Iterable[SceneGraph], num_objects: int, num_predica
 
 
 class FrequencyBaseline(nn.Module):
-    """Predicts every pair's predicate from its two classes: the log of counted frequencies.
+    """A model that predicts each pair's predicate from its two classes, by the log of the counted frequencies.
 
     Args:
-        counts: of `predicate_counts`.
-        trainable: the logits are parameters, initialised from the counts: Motifs' frequency bias.
+        counts: result of `predicate_counts`.
+        trainable: if True, the logits are trained, and the counts are their initial values. This is the frequency bias
+            of Motifs.
     """
 
     def __init__(self, counts: Tensor, *, trainable: bool = False) -> None:
         super().__init__()
-        # Motifs' smoothing; one background pair more keeps unseen class pairs from ranking first.
+        # Motifs' smoothing. One additional background pair keeps unseen class pairs from ranking first.
         counts = counts.clone()
         counts[..., 0] += 1
         logits = torch.log(counts / counts.sum(-1, keepdim=True) + 1e-3)
         self.logits = nn.Parameter(logits, requires_grad=trainable)
 
     def forward(self, batch: GraphBatch) -> Tensor:
-        """Logits `[R, num_predicates + 1]` of the batch's pairs."""
+        """Return the logits of the batch's pairs, `[R, num_predicates + 1]`."""
         subject, object_ = batch.labels[batch.pairs].unbind(1)
-        # Not indexed: the gradient of that adds up what meets in a class pair in whatever order threads come to it.
+        # An embedding instead of indexing, because the gradient of indexing adds up the pairs of equal classes in an
+        # order that depends on the threads.
         return functional.embedding(subject * len(self.logits) + object_, self.logits.flatten(0, 1))

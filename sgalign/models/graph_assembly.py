@@ -1,6 +1,6 @@
-"""From SGTR's queries to scene graphs: assembling with entities, matching with annotations, losses, inference.
+"""Assembling SGTR's relation queries into scene graphs, matching them with annotations, losses and inference.
 
-All of it is of the supervised branch. Constants are those of the public code's Visual Genome configuration.
+All of this concerns only the supervised branch.
 """
 
 from __future__ import annotations
@@ -17,49 +17,54 @@ from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 from sgalign.data.transfer import send, to_host
 from sgalign.models.sgtr import RelationOutputs
 
-# Numbers of SGTR's public code, Scarecrow0/SGTR at 03bdd65: its configuration for Visual Genome, `config_vg_sgtr.py`
-# over `cvpods/configs/rel_detr_config.py`, and where that has none the function that is named.
+# All numbers below are from SGTR's public code, Scarecrow0/SGTR at 03bdd65. They are in its configuration for Visual
+# Genome (`config_vg_sgtr.py` over `cvpods/configs/rel_detr_config.py`), or else in the functions named here.
 
-# Assembling: `get_matching_scores_entities_aware`, the rule of the paper (Li et al., "SGTR", CVPR 2022).
-SIMILARITY_POWER = 0.6  # of the cosine between the classes that a query and an entity have
-CONFIDENCE_POWER = 0.6  # of how sure the detector is of an entity
-PAIRS = 3  # entity pairs of a query and predicate at inference: NUM_ENTITIES_PAIRING
-TRIPLETS = 300  # kept of an image
-SAME_ENTITY_GIOU = 0.95  # `RelPostProcess`: from here on, subject and object are one thing
-SAME_ENTITY_IOU = 0.8  # `RelPostProcess`: above, two entities of one class say the same
+# Assembling, from `get_matching_scores_entities_aware`, the rule of the paper (Li et al., "SGTR", CVPR 2022).
+SIMILARITY_POWER = 0.6  # exponent of the cosine between the class distributions of a query and an entity
+CONFIDENCE_POWER = 0.6  # exponent of an entity's confidence
+PAIRS = 3  # number of entity pairs per query and predicate at inference (NUM_ENTITIES_PAIRING)
+TRIPLETS = 300  # number of triplets kept per image
+SAME_ENTITY_GIOU = 0.95  # generalized IoU at or above which two entities are the same (`RelPostProcess`)
+SAME_ENTITY_IOU = 0.8  # IoU above which two entities of one class make triplets repetitive (`RelPostProcess`)
 
-# Matching: `RelHungarianMatcher.indexing_entities_cost_calculation`. The public code weights the mean of the subject's
-# and the object's box distance by 0.6, which is their sum by half as much.
-TRAINING_ENTITIES = 25  # of each role and query, candidates of the matching
-COST_BASE = 32  # of the powers that turn probabilities and overlaps into costs: 32 ** -p
-VECTOR_COST = 0.6  # of the L1 distance between vectors
-CLASS_COST = 0.5  # of the classes of subject and object; that of predicates counts once
-BOX_COST = 0.6 / 2  # of the L1 distance between boxes, subject's and object's; their overlap's counts once
-SCORE_COST = 0.01  # of one less the assembling score
+# Matching costs, from `RelHungarianMatcher.indexing_entities_cost_calculation`. The costs of predicates and of box
+# overlaps have weight 1.
+TRAINING_ENTITIES = 25  # number of candidate entities for each role and query
+COST_BASE = 32  # base of the cost 32 ** -p of a probability or an overlap p
+VECTOR_COST = 0.6  # weight of the L1 distance between vectors
+CLASS_COST = 0.5  # weight of the cost of subject and object classes
+BOX_COST = 0.6 / 2  # weight of the sum of both L1 box distances; the public code weights their mean by 0.6
+SCORE_COST = 0.01  # weight of 1 minus the assembling score
 
-# Losses: weights relative to the L1 of vectors and the focal loss of predicates, which count once.
-FOCAL_ALPHA = 0.25  # share of the positives, as in Lin et al., ICCV 2017
-FOCAL_GAMMA = 2.0  # how much less the easy ones count
-CLASS_WEIGHT = 0.3
-BOX_WEIGHT = 0.5  # of L1, and of generalised IoU, for which the public code reads the same coefficient
-NO_OBJECT_WEIGHT = 0.1
-AUXILIARY_WEIGHT = 0.5  # of all layers but the last, predicates excepted
+# Losses. The L1 loss of vectors and the focal loss of predicates have weight 1.
+FOCAL_ALPHA = 0.25  # weight of positives, as in Lin et al., ICCV 2017
+FOCAL_GAMMA = 2.0  # exponent that reduces the loss of easy examples
+CLASS_WEIGHT = 0.3  # weight of the cross-entropy of subject and object classes
+BOX_WEIGHT = 0.5  # weight of L1 and of generalized IoU; the public code reads the same coefficient for both
+NO_OBJECT_WEIGHT = 0.1  # weight of the class for no object in cross-entropies
+AUXILIARY_WEIGHT = 0.5  # weight of all layers except the last; the focal loss of predicates has weight 1 in all layers
 
-LEAST_AREA = 1e-9  # of boxes in units of the image, far below a pixel: keeps gradients finite
+LEAST_AREA = 1e-9  # smallest area in a denominator, relative to the image; far below a pixel; keeps gradients finite
 
 
-Matches = list[list[tuple[Tensor, Tensor]]]  # of `assign`
+Matches = list[list[tuple[Tensor, Tensor]]]  # the result of `assign`
 
 
 class Entities(NamedTuple):
-    """What can be subject or object in B images: N detected or given entities."""
+    """The N detected or given entities of each of B images, which can be subjects and objects."""
 
     probabilities: Tensor  # [B, N, num_objects]
-    boxes: Tensor  # [B, N, 4], middle x, y, width, height in units of the image
+    boxes: Tensor  # [B, N, 4], center x, y, width, height relative to the image size
 
     @classmethod
     def detected(cls, logits: Tensor, boxes: Tensor) -> Entities:
-        """Of a detector's logits `[B, N, num_objects + 1]`, the last column for no object."""
+        """Build the entities from a detector's outputs.
+
+        Args:
+            logits: `[B, N, num_objects + 1]`. The last column is for no object.
+            boxes: `[B, N, 4]`, center x, y, width, height relative to the image size.
+        """
         return cls(logits.detach().float().softmax(-1)[..., :-1], boxes.detach().float())
 
     @classmethod
@@ -70,9 +75,15 @@ class Entities(NamedTuple):
         num_objects: int,
         scores: Sequence[Tensor] | None = None,
     ) -> Entities:
-        """Of given classes from 1, boxes and how sure they are, if not wholly, of each image.
+        """Build the entities from given labels, boxes and scores.
 
-        Shorter images end in entities of probability 0.
+        Images with fewer entities than the largest one are padded with entities of probability 0.
+
+        Args:
+            labels: int64 `[N]` from 1, for each image.
+            boxes: `[N, 4]`, center x, y, width, height relative to the image size, for each image.
+            num_objects: number of object classes.
+            scores: `[N]` for each image. If None, all scores are 1.
         """
         one_hot = [functional.one_hot(image - 1, num_objects).float() for image in labels]
         if scores is not None:
@@ -81,33 +92,38 @@ class Entities(NamedTuple):
 
     @property
     def confidence(self) -> Tensor:
-        """`[B, N]`, the probability of the best class."""
+        """The probability of the best class, `[B, N]`."""
         return self.probabilities.amax(-1)
 
 
 class Annotations(NamedTuple):
-    """The relations of one image."""
+    """The annotated relations of one image."""
 
     predicates: Tensor  # int64 [M], from 0
-    labels: Tensor  # int64 [2, M] of subjects and objects, from 0
-    boxes: Tensor  # [2, M, 4], middle x, y, width, height in units of the image
+    labels: Tensor  # int64 [2, M], classes of subjects and objects, from 0
+    boxes: Tensor  # [2, M, 4], boxes of subjects and objects: center x, y, width, height relative to the image size
 
     @property
     def vectors(self) -> Tensor:
-        """`[M, 4]`, middle of subject and object."""
+        """The centers of subject and object, `[M, 4]`."""
         return torch.cat([self.boxes[0, ..., :2], self.boxes[1, ..., :2]], dim=-1)
 
 
 def pairwise_giou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Generalised IoU (Rezatofighi et al., CVPR 2019) of boxes `[..., N, 4]` and `[..., M, 4]`: `[..., N, M]`.
+    """Return the generalized IoU (Rezatofighi et al., CVPR 2019) of each pair of boxes, `[..., N, M]`.
 
-    Boxes are middle x, y, width, height; leading dimensions broadcast.
+    Args:
+        boxes, others: `[..., N, 4]` and `[..., M, 4]`, center x, y, width, height. Leading dimensions broadcast.
     """
     return giou(boxes[..., :, None, :], others[..., None, :, :])
 
 
 def giou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Generalised IoU of each box and its counterpart, middle x, y, width, height: `[...]`, differentiable."""
+    """Return the generalized IoU of each box and its counterpart, `[...]`. It is differentiable.
+
+    Args:
+        boxes, others: `[..., 4]`, center x, y, width, height.
+    """
     first, second = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, others))
     low, high = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
     around_low, around_high = (
@@ -122,19 +138,19 @@ def giou(boxes: Tensor, others: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assembling_scores(outputs: RelationOutputs, entities: Entities, sizes: Tensor) -> Tensor:
-    """Return how well each entity is the subject, and the object, that a query tells of.
+    """Return the score of each entity as the subject and as the object of each query.
 
-    ``cos(p_q, p_e)^0.6 * max(gIoU, 0) * confidence^0.6 / (|dx| + |dy| + 1)`` (SGTR's rule-based graph assembling):
-    classes' probabilities without no object, and the distance from the predicate's vector to the entity's middle, in
-    pixels of the image as the detector sees it.
+    The score is ``cos(p_q, p_e)^0.6 * max(gIoU, 0) * confidence^0.6 / (|dx| + |dy| + 1)`` (SGTR's rule-based graph
+    assembling). The class probabilities ``p_q`` and ``p_e`` leave out the class for no object. The distance
+    ``(dx, dy)`` is from the query's vector to the entity's center, in pixels of the image that the detector reads.
 
     Args:
-        outputs: of L layers.
-        entities: of B images.
-        sizes: `[B, 2]`, width and height of the images in pixels.
+        outputs: outputs of L layers.
+        entities: entities of B images.
+        sizes: `[B, 2]`, width and height of the images that the detector reads, in pixels.
 
     Returns:
-        `[2, L, B, Q, N]`, subject and object.
+        The scores `[2, L, B, Q, N]`, as subject and as object.
     """
     probabilities = outputs.class_logits.float().softmax(-1)[..., :-1]
     similarity = functional.normalize(probabilities, dim=-1) @ functional.normalize(entities.probabilities, dim=-1).mT
@@ -154,23 +170,26 @@ def relation_costs(
     *,
     distinct: bool = False,
 ) -> list[Tensor]:
-    """Return what it costs that a query's candidate stands for a relation: float32 `[L, Q, candidates, M]` an image.
+    """Return the cost of matching each candidate with each relation, float32 `[L, Q, candidates, M]` for each image.
 
-    Candidates are each query's `TRAINING_ENTITIES` best subjects and objects, put together by rank. The public code
-    assigns relations to candidates, so that two may take different candidates of one query, which then is left to the
-    cheaper of them; the other relation has none and teaches nothing.
+    A candidate is a query with a subject and an object entity. Each query has `TRAINING_ENTITIES` candidates. The i-th
+    candidate pairs the query's i-th best subject with its i-th best object.
+
+    The public code assigns relations to candidates, so two relations may get candidates of the same query. Then the
+    relation with the lower cost keeps the query. The other has no query and does not contribute to the losses.
 
     Args:
         outputs, entities, sizes: as in `assembling_scores`.
-        annotations: of each image, on any device.
-        distinct: assigns relations to queries, each with its cheapest candidate, so that only relations beyond the
-            number of queries have none.
+        annotations: annotated relations of each image, on any device.
+        distinct: if True, each query has only its cheapest candidate for each relation, so no two relations get the
+            same query. A relation is then without a query only if there are more relations than queries.
     """
     scores = assembling_scores(outputs, entities, sizes)
     if not scores.shape[-1]:  # no entity in any image, so no candidate
         return [scores.new_zeros(*outputs.vectors.shape[::2], 0, len(truth.predicates)) for truth in annotations]
     best = scores.topk(min(TRAINING_ENTITIES, scores.shape[-1]), dim=-1)
-    # Of queries [L, B, Q, M], then of entities as subjects and as objects [2, B, N, M], and of candidates.
+    # Costs of queries [L, B, Q, M] and of entities as subjects and as objects [2, B, N, M] are combined into costs of
+    # candidates [L, B, Q, T, M].
     truth = _together(annotations, scores.device)
     cost = VECTOR_COST * torch.cdist(outputs.vectors.float(), truth.vectors, p=1)
     predicates = truth.predicates[:, None].expand_as(cost)
@@ -190,14 +209,16 @@ def relation_costs(
 
 
 def assign(costs: Sequence[Tensor]) -> Matches:
-    """Return the query of each annotated relation or object, by the Hungarian method, in every layer by itself.
+    """Return the query of each annotated relation or object, found by the Hungarian method for each layer separately.
+
+    If several relations get candidates of the same query, the cheapest keeps the query.
 
     Args:
-        costs: of each image, on the host: `[L, Q, candidates, M]` of `relation_costs`, or `[L, Q, M]`. Of several that
-            take candidates of one query the cheapest has it.
+        costs: costs of each image, on the host: `[L, Q, candidates, M]` from `relation_costs`, or `[L, Q, M]`.
 
     Returns:
-        For each layer and image: int64 query indices and indices of what is annotated, both `[matched]`, on the host.
+        For each layer and image, indices of queries and of the annotations matched with them, int64 `[matched]` each,
+        on the host.
     """
     matches: Matches = [[] for _ in range(len(costs[0]))]
     for of_image in costs:
@@ -221,16 +242,18 @@ def match(
     *,
     distinct: bool = False,
 ) -> Matches:
-    """Return what `assign` does of `relation_costs`, for which the host waits once.
+    """Match relations with queries, by `assign` on the costs of `relation_costs`.
+
+    The host waits for the device once.
 
     Raises:
-        ValueError: of scipy, where a cost is not finite. Trainers check that before.
+        ValueError: if a cost is not finite (raised by scipy). The trainers check this before.
     """
     return assign(to_host(relation_costs(outputs, entities, sizes, annotations, distinct=distinct)))
 
 
 def matched_queries(matches: Matches) -> Tensor:
-    """Return layer, image and query of all that is matched: int64 `[3, matched]`."""
+    """Return the layer, image and query of all matches, int64 `[3, matched]`."""
     rows = [
         torch.stack([torch.full_like(query, layer), torch.full_like(query, image), query])
         for layer, images in enumerate(matches)
@@ -240,12 +263,12 @@ def matched_queries(matches: Matches) -> Tensor:
 
 
 def padded(images: Sequence[Tensor]) -> Tensor:
-    """Return a tensor of all images, `[B, longest, ...]`, where shorter ones end in zeros."""
+    """Return the images' tensors as one tensor `[B, longest, ...]`, padded with zeros."""
     return torch.nn.utils.rnn.pad_sequence(list(images), batch_first=True)
 
 
 def _together(annotations: Sequence[Annotations], device: torch.device) -> Annotations:
-    """Return the relations of all images on `device`, with a dimension of images before that of relations."""
+    """Return the relations of all images on `device`, padded, with an image dimension before the relation dimension."""
     predicates = padded([truth.predicates for truth in annotations])
     labels = padded([truth.labels.movedim(1, 0) for truth in annotations]).movedim(2, 0)
     boxes = padded([truth.boxes.movedim(1, 0) for truth in annotations]).movedim(2, 0)
@@ -260,19 +283,22 @@ def relation_losses(
     focal: bool,
     relations: float | Tensor,
 ) -> dict[str, Tensor]:
-    """Return what training minimises: each part, weighted and summed over all layers.
+    """Return the training losses, weighted and summed over all layers.
 
-    Predicates: sigmoid focal loss (alpha 0.25, gamma 2), in all layers with weight 1, or (not `focal`) cross-entropy.
-    Vectors: L1. Classes of subject and object: cross-entropy, 0.3, with no object weighted 0.1. Boxes of both: L1 and
-    generalised IoU, 0.5 each. Layers before the last count half. All but the cross-entropies are sums divided by
-    `relations`.
+    - predicates: sigmoid focal loss (alpha 0.25, gamma 2), with weight 1 in all layers; cross-entropy if not `focal`.
+    - vectors: L1.
+    - classes (subject and object): cross-entropy, weight 0.3, with no object weighted 0.1.
+    - boxes (subject and object): L1 and generalized IoU, weight 0.5 each.
+
+    Layers before the last count half, except in the focal loss. All losses except the cross-entropies are sums divided
+    by `relations`.
 
     Args:
-        outputs: of L layers.
-        annotations: of each image, on any device.
-        matches: of `match`.
-        focal: of `SGTR`.
-        relations: annotated ones of the whole step, over its processes their mean; at least 1.
+        outputs: outputs of L layers.
+        annotations: annotated relations of each image, on any device.
+        matches: result of `match`.
+        focal: as for `SGTR`.
+        relations: number of annotated relations of the step, averaged over processes; at least 1.
     """
     layers, images, queries, classes = outputs.logits.shape
     device = outputs.logits.device
@@ -309,12 +335,12 @@ def relation_losses(
 
 
 def cross_entropies(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return each layer's cross-entropy `[L]`, classes weighted, over the sum of weights.
+    """Return the weighted mean cross-entropy of each layer, `[L]`.
 
     Args:
         logits: `[L, ..., K]`.
         target: int64 `[L, ...]`.
-        weight: `[K]` of each class; None for 1, and `NO_OBJECT_WEIGHT` of the last.
+        weight: `[K]`, weight of each class. If None, the last class has weight `NO_OBJECT_WEIGHT` and the others 1.
     """
     if weight is None:
         weight = logits.new_ones(logits.shape[-1])
@@ -329,20 +355,25 @@ def assemble(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the best triplets of each image, as SGTR's inference ranks them.
 
-    The Q best of all queries' predicates each take their query's `pairs` best subjects and objects, put together by
-    rank; a triplet scores predicate x subject confidence x object confidence, so that where the detector is sure the
-    second and third pair rank as high as the first. Not kept are pairs of an entity with itself or
-    with one that has a generalised IoU of 0.95 with it, and what a better triplet of the same predicate says already:
-    of the same two entities, or of two of the same classes with an IoU above 0.8.
+    With Q queries, the Q best (query, predicate) combinations of an image are kept. Each yields `pairs` triplets. The
+    i-th of them has the query's i-th best subject and i-th best object. A triplet's score is predicate probability x
+    subject confidence x object confidence. If the detector is equally sure of all entities, the second and third pair
+    therefore rank as high as the first.
+
+    These triplets are removed:
+
+    - pairs of an entity with itself, or with an entity at a generalized IoU of at least 0.95;
+    - repetitions of a better triplet: the same predicate, and for both roles the same entity, or an entity of the same
+      class at an IoU above 0.8.
 
     Args:
-        outputs: of the last layer, without the leading dimension of layers.
+        outputs: outputs of the last layer, without the dimension of layers.
         entities, sizes: as in `assembling_scores`.
-        focal: of `SGTR`.
-        pairs: of entities for a query and predicate.
+        focal: as for `SGTR`.
+        pairs: number of entity pairs for each query and predicate.
 
     Returns:
-        For each image triplets int64 `[T, 3]`, subject, object and predicate from 1, best first, and scores `[T]`.
+        For each image, triplets int64 `[T, 3]` (subject, object, predicate from 1), best first, and scores `[T]`.
     """
     by_layer = RelationOutputs(*(t[None] for t in outputs[:2]), *(t[:, None] for t in outputs[2:]))
     scores = assembling_scores(by_layer, entities, sizes)[:, 0]  # [2, B, Q, N]
@@ -352,7 +383,7 @@ def assemble(
     graphs = []
     for image, (probability, confidence) in enumerate(zip(probabilities, entities.confidence, strict=True)):
         best, place = probability.flatten().topk(min(queries, probability.numel()))
-        # Sorted, as topk takes any of equal ones, such as of all that do not overlap.
+        # A stable sort, because topk picks arbitrarily among equal scores. All entities without overlap score 0.
         ranked = scores[:, image].sort(dim=-1, descending=True, stable=True).indices[..., :pairs]
         partners = ranked[:, place // predicates]
         subject, object_ = partners.flatten(1)
@@ -362,7 +393,7 @@ def assemble(
         boxes = box_convert(entities.boxes[image], "cxcywh", "xyxy")
         overlap = giou(entities.boxes[image, subject], entities.boxes[image, object_])
         fits = (overlap < SAME_ENTITY_GIOU) & (subject != object_)
-        fits &= (confidence[subject] > 0) & (confidence[object_] > 0)  # others fill up a shorter image
+        fits &= (confidence[subject] > 0) & (confidence[object_] > 0)  # padding has confidence 0
         order = score.where(fits, -1).sort(descending=True, stable=True).indices[: int(fits.sum())]
         triplets = torch.stack([subject, object_, predicate], dim=1)[order]
         kept = _not_repeated(triplets, boxes, entities.probabilities[image].argmax(-1))[:TRIPLETS]
@@ -371,13 +402,19 @@ def assemble(
 
 
 def _not_repeated(triplets: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-    """Return the indices, in order, of the triplets that no better kept one repeats; they come best first."""
+    """Return the indices, in order, of the triplets that do not repeat a better kept triplet.
+
+    Args:
+        triplets: int64 `[T, 3]` (subject, object, predicate), best first.
+        boxes: `[N, 4]`, x1, y1, x2, y2.
+        labels: int64 `[N]`, best class of each entity.
+    """
     subject, object_, predicate = triplets.unbind(1)
     alike = (box_iou(boxes, boxes) > SAME_ENTITY_IOU) & (labels[:, None] == labels)
     alike |= torch.eye(len(boxes), dtype=torch.bool, device=boxes.device)
     repeats = alike[subject[:, None], subject] & alike[object_[:, None], object_] & (predicate[:, None] == predicate)
     repeats = repeats.triu(1)
-    # The first n are right after n rounds at the latest, in practice all after two or three.
+    # After n rounds, at least the first n entries of `kept` are right. In practice two or three rounds are enough.
     kept = torch.ones(len(triplets), dtype=torch.bool, device=triplets.device)
     while not torch.equal(kept, after := ~(repeats & kept[:, None]).any(0)):
         kept = after

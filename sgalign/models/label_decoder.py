@@ -1,4 +1,4 @@
-"""The label decoder of Neural Motifs: object classes one after the other, each knowing the one before."""
+"""The label decoder of Neural Motifs, which predicts object classes one after the other."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from torch.nn.functional import dropout, linear
 
 from sgalign.data.transfer import send
 
-DROPOUT = 0.2  # of the state between steps, the same channels in all steps, in training
-NMS_THRESHOLD = 0.5
-GATES = 6  # input, forget, candidate, output, highway gate, highway input; the last has no share of the state
+DROPOUT = 0.2  # dropout probability of the state between steps; all steps drop the same channels
+NMS_THRESHOLD = 0.5  # IoU at or above which two detections may not have the same class
+GATES = 6  # input, forget, candidate, output, highway gate, highway input; the highway input does not use the state
 
 
 class LabelDecoder(nn.Module):
-    """A highway LSTM over the objects of each image, as Scene-Graph-Benchmark's `DecoderRNN`.
+    """A highway LSTM over the objects of each image, the same as `DecoderRNN` of Scene-Graph-Benchmark.
 
-    Each step reads an object and the class before it; images go side by side, so that there are as many steps as the
-    longest has objects.
+    Each step reads an object and the class of the previous object. Images are decoded in parallel, so the number of
+    steps is the largest number of objects in an image.
 
     Args:
-        input_dim: channels of an object.
-        hidden_dim: of the LSTM.
-        num_classes: object classes, background (0) included.
-        embed_dim: channels of a class embedding.
+        input_dim: number of channels of an object.
+        hidden_dim: number of channels of the LSTM.
+        num_classes: number of object classes, including the background (0).
+        embed_dim: number of channels of a class embedding.
     """
 
     def __init__(self, input_dim: int, hidden_dim: int, num_classes: int, embed_dim: int) -> None:
         super().__init__()
         self.hidden_dim, self.num_classes = hidden_dim, num_classes
-        self.embedding = nn.Embedding(num_classes + 1, embed_dim)  # the last stands before the first object
+        self.embedding = nn.Embedding(num_classes + 1, embed_dim)  # the last row marks the start of the sequence
         self.input = nn.Linear(input_dim + embed_dim, GATES * hidden_dim)
         self.state = nn.Linear(hidden_dim, (GATES - 1) * hidden_dim)
         self.out = nn.Linear(hidden_dim, num_classes)
@@ -38,10 +38,10 @@ class LabelDecoder(nn.Module):
                 for gate in layer.weight.split(hidden_dim):
                     nn.init.orthogonal_(gate)
                 layer.bias.zero_()
-            self.state.bias[hidden_dim : 2 * hidden_dim] = 1  # of the forget gate
+            self.state.bias[hidden_dim : 2 * hidden_dim] = 1  # bias of the forget gate
 
     def load_class_vectors(self, vectors: Tensor) -> None:
-        """Starts the class embeddings from `vectors`, `[num_classes, embed_dim]`."""
+        """Initialize the class embeddings with `vectors`, `[num_classes, embed_dim]`."""
         self.embedding.weight.data[:-1].copy_(vectors)
 
     def forward(
@@ -52,19 +52,20 @@ class LabelDecoder(nn.Module):
         labels: Tensor | None = None,
         boxes_per_class: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Decodes the T objects of B images.
+        """Decode the classes of the T objects of B images.
 
         Args:
-            inputs: `[T, input_dim]`, the objects of an image one after the other.
-            lengths: int64 `[B]`, objects of each image, on the host.
-            places: int64 `[T]`, when an object's turn comes in its image, from 0.
-            labels: int64 `[T]` for teacher forcing: each step is told the annotated class before it, or what it would
-                have said where that is the background.
-            boxes_per_class: `[T, num_classes, 4]`, x1, y1, x2, y2 in pixels: classes are committed by
-                `commit_labels` (SGDet). None: each object's best.
+            inputs: `[T, input_dim]`, objects grouped by image.
+            lengths: int64 `[B]`, number of objects of each image, on the host.
+            places: int64 `[T]`, position of each object in its image's sequence, from 0.
+            labels: int64 `[T]`, annotated classes for teacher forcing. Each step reads the annotated class of the
+                previous object, or the predicted class if the annotated one is the background.
+            boxes_per_class: `[T, num_classes, 4]`, x1, y1, x2, y2 in pixels. If given and `labels` is None,
+                `commit_labels` chooses the classes (SGDet). If None, each object gets its best class.
 
         Returns:
-            Logits `[T, num_classes]` and classes int64 `[T]`, from 1: with `labels` these, as the steps were told.
+            Logits `[T, num_classes]`, and classes int64 `[T]` from 1. With `labels`, the classes are those that the
+            steps read.
         """
         longest_first = lengths.argsort(descending=True, stable=True)
         images = send(torch.repeat_interleave(longest_first.argsort(), lengths), places.device)
@@ -74,7 +75,7 @@ class LabelDecoder(nn.Module):
 
         weight, label_weight = self.input.weight.split([inputs.shape[1], self.embedding.embedding_dim], dim=1)
         projected = linear(inputs, weight, self.input.bias)
-        embedded = linear(self.embedding.weight, label_weight)  # of every class: [num_classes + 1, GATES * hidden_dim]
+        embedded = linear(self.embedding.weight, label_weight)  # [num_classes + 1, GATES * hidden_dim]
         hidden = memory = inputs.new_zeros(len(lengths), self.hidden_dim)
         kept = dropout(torch.ones_like(hidden), DROPOUT, self.training)
         previous = places.new_full((len(lengths),), self.num_classes)
@@ -108,17 +109,19 @@ class LabelDecoder(nn.Module):
 
 
 def commit_labels(logits: Tensor, boxes: Tensor, threshold: float) -> Tensor:
-    """Classes of one image's detections, so that two detections of one thing are not both of its class.
+    """Choose a class for each detection of one image, and different classes for overlapping detections.
 
-    The likeliest (detection, class) is settled first; the class is then ruled out for every detection whose box of that
-    class overlaps with an IoU of at least `threshold`, and so on: Motifs' non-maximum suppression at evaluation.
+    This is Motifs' non-maximum suppression at evaluation. The (detection, class) with the highest probability is chosen
+    first. Then the class is excluded for each detection whose box of that class overlaps with an IoU of at least
+    `threshold`. These two steps repeat until every detection has a class.
 
     Args:
-        logits: `[N, C]`, column 0 the background, which is never chosen.
-        boxes: `[N, C, 4]`, x1, y1, x2, y2 of each class, edges being whole pixels (widths are x2 - x1 + 1).
+        logits: `[N, C]`. Column 0 is the background, which is never chosen.
+        boxes: `[N, C, 4]`, x1, y1, x2, y2 for each class, in pixel indices (widths are x2 - x1 + 1).
+        threshold: IoU at or above which a class is excluded.
 
     Returns:
-        int64 `[N]`, from 1.
+        The classes, int64 `[N]`, from 1.
     """
     count, classes = logits.shape
     scores = logits.detach().float().softmax(1)

@@ -1,8 +1,8 @@
-"""Neural Motifs (Zellers, Yatskar, Thomson, Choi, CVPR 2018), in both branches of relation alignment.
+"""Neural Motifs (Zellers, Yatskar, Thomson, Choi, CVPR 2018), with the mirrored branch of relation alignment.
 
-Layers and their order are those of the public Scene-Graph-Benchmark (`LSTMContext` and `MotifPredictor`). Without
-images two of its inputs are missing: the objects' region features are left out, and the pairs' union features come from
-the geometry of the two boxes.
+The layers and their order are those of the public Scene-Graph-Benchmark (`LSTMContext` and `MotifPredictor`). A model
+without images lacks two of its inputs. It has no region features of objects, and it computes the union features of
+pairs from the geometry of the two boxes.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ from sgalign.models.frequency import FrequencyBaseline
 from sgalign.models.label_decoder import LabelDecoder
 from sgalign.ops.relation import dual_branch_relation_logits, fused_relation_logits
 
-BOX_FEATURES = 9
-PAIR_FEATURES = 3 * BOX_FEATURES + 5
+BOX_FEATURES = 9  # number of features from `box_features`
+PAIR_FEATURES = 3 * BOX_FEATURES + 5  # number of features from `pair_features`
 
 
 class Prediction(NamedTuple):
     """The predictions of a model for a batch."""
 
-    logits: Tensor  # [R, num_predicates + 1], column 0 the background
+    logits: Tensor  # [R, num_predicates + 1], column 0 for the background
     labels: Tensor  # int64 [T], given or decoded
-    object_logits: Tensor | None = None  # [T, num_objects + 1], of the label decoder
+    object_logits: Tensor | None = None  # [T, num_objects + 1], output of the label decoder
 
 
 class Shared(NamedTuple):
-    """Tensors that both branches share, computed once: all of them lie before the masked input or beside it."""
+    """The tensors that both branches share. They are computed once, because they do not depend on the mirror's mask."""
 
-    places: Tensor  # [T], of each object in its image's sequence
-    edge_input: Tensor  # [T, F], what the edge context reads and the mirror masks
-    union: Tensor  # [R, relation_dim]
-    bias: Tensor  # [R, K + 1], of the class frequencies
-    labels: Tensor  # [T]
-    object_logits: Tensor | None  # [T, num_objects + 1]
+    places: Tensor  # int64 [T], position of each object in its image's sequence
+    edge_input: Tensor  # [T, F], input of the edge context, before the mirror's mask
+    union: Tensor  # [R, relation_dim], union features
+    bias: Tensor  # [R, num_predicates + 1], frequency bias
+    labels: Tensor  # int64 [T], given or decoded
+    object_logits: Tensor | None  # [T, num_objects + 1], output of the label decoder
 
 
 class Motifs(nn.Module):
-    """Predicate logits of pairs of objects: given their classes and boxes, or what an image shows of them as well.
+    """The Motifs model, which predicts the predicates of object pairs from classes, boxes and optional image features.
 
     Args:
-        counts: `predicate_counts` of the training part: their logarithm is the frequency bias, and their shape tells
+        counts: `predicate_counts` of the training part. They initialize the frequency bias, and their shape determines
             the numbers of classes.
-        embed_dim: channels of a class embedding.
-        hidden_dim: of each direction of both LSTMs, and of the contexts.
-        relation_dim: channels of a pair's features.
-        object_dim: channels of the batch's `features.objects`; its `features.unions` have `relation_dim` then. 0 for a
-            model without images.
-        decodes_labels: object classes are predicted from the batch's `features.logits` (SGCls, SGDet) rather than
-            given (PredCls).
+        embed_dim: number of channels of a class embedding.
+        hidden_dim: number of channels of each direction of both LSTMs, and of the contexts.
+        relation_dim: number of channels of a pair's features.
+        object_dim: number of channels of the batch's `features.objects`, or 0 for a model without images. If it is not
+            0, the batch's `features.unions` must have `relation_dim` channels.
+        decodes_labels: if True, object classes are predicted from the batch's `features.logits` (SGCls, SGDet).
+            Otherwise they are given (PredCls).
     """
 
     def __init__(
@@ -84,48 +84,56 @@ class Motifs(nn.Module):
             LabelDecoder(seen_dim + hidden_dim, hidden_dim, classes, embed_dim) if decodes_labels else None
         )
         self.edge_context = _Context(embed_dim + object_dim + hidden_dim, hidden_dim)
-        self.head_tail = nn.Linear(hidden_dim, 2 * hidden_dim)  # post_emb: of each object as subject and as object
-        self.pair = nn.Linear(2 * hidden_dim, relation_dim)  # post_cat
+        # Their names in Scene-Graph-Benchmark are post_emb, post_cat and (the predicate head) rel_compress.
+        self.head_tail = nn.Linear(hidden_dim, 2 * hidden_dim)  # an object's features as subject and as object
+        self.pair = nn.Linear(2 * hidden_dim, relation_dim)
         self.union = None if object_dim else _GeometryUnion(relation_dim)
         self.relation = _Relation()
         self.num_predicates = predicates - 1
-        self.predicate = self.new_predicate_head()  # rel_compress
+        self.predicate = self.new_predicate_head()
         self.frequency_bias = FrequencyBaseline(counts, trainable=True)
         nn.init.normal_(self.head_tail.weight, std=10 * hidden_dim**-0.5)
         nn.init.xavier_normal_(self.pair.weight)
 
     def new_predicate_head(self) -> nn.Linear:
-        """Return a predicate head that starts as the supervised one did: the mirror's own."""
+        """Return a new predicate head with the initialization of the supervised one, for the mirror."""
         head = nn.Linear(self.pair.out_features, self.num_predicates + 1)
         nn.init.xavier_normal_(head.weight)
         return head
 
     def load_class_vectors(self, vectors: Tensor) -> None:
-        """Start all class embeddings from `vectors`, `[num_objects + 1, embed_dim]`, as of `read_word_vectors`."""
+        """Initialize all class embeddings with `vectors`, such as those of `read_word_vectors`.
+
+        Args:
+            vectors: `[num_objects + 1, embed_dim]`.
+        """
         wanted = self.object_embedding.weight.shape
         if vectors.shape != wanted:
-            raise InputError(f"vectors must be {list(wanted)}, classes and embed_dim, got {list(vectors.shape)}")
+            raise InputError(f"vectors must be {list(wanted)} (classes, embed_dim), got {list(vectors.shape)}")
         for embedding in (self.object_embedding, self.edge_embedding):
             embedding.weight.data.copy_(vectors)
         if self.label_decoder is not None:
             self.label_decoder.load_class_vectors(vectors)
 
     def forward(self, seen: SeenBatch) -> Prediction:
-        """Return what the supervised branch alone says of the batch: all there is at evaluation."""
+        """Return the predictions of the supervised branch alone. Evaluation uses only these."""
         shared = self.shared(seen)
         edges = self.edge_context(shared.edge_input, seen.graph, shared.places)
         (logits,) = self.branches(seen.graph, shared, edges, [self.predicate])
         return Prediction(logits, shared.labels, shared.object_logits)
 
     def dual_branch(self, seen: SeenBatch, mirrored_head: nn.Linear, *, dropped: Tensor) -> tuple[Prediction, Tensor]:
-        """Run both branches of relation alignment. What the mirror does not see is set to 0, and nothing is rescaled.
+        """Run both branches of relation alignment.
+
+        In the mirror, dropped entries of the edge context's input `[T, F]` are 0. The other entries are not rescaled.
 
         Args:
-            mirrored_head: the mirror's predicate head; `self.predicate` ties it.
-            dropped: bool `[T, 1]` or `[T, F]`, what the mirror does not see of the edge context's input `[T, F]`.
+            seen: the batch.
+            mirrored_head: the mirror's predicate head. Pass `self.predicate` to tie it to the supervised one.
+            dropped: bool `[T, 1]` or `[T, F]`, True for the dropped entries.
 
         Returns:
-            What `forward` gives, and the mirror's logits `[R, num_predicates + 1]`.
+            The predictions that `forward` returns, and the mirror's logits `[R, num_predicates + 1]`.
         """
         shared = self.shared(seen)
         edges = self.edge_context(shared.edge_input, seen.graph, shared.places, dropped)
@@ -137,7 +145,7 @@ class Motifs(nn.Module):
         return self.edge_context.lstm.input_size
 
     def shared(self, seen: SeenBatch) -> Shared:
-        """Compute everything before the mirror's mask, and what does not depend on it."""
+        """Compute all tensors that do not depend on the mirror's mask."""
         batch, region = seen.graph, self._regions(seen)
         places = right_to_left(batch)
         position = self.position(box_features(batch.boxes, batch.sizes[batch.images]))
@@ -162,7 +170,7 @@ class Motifs(nn.Module):
         )
 
     def _regions(self, seen: SeenBatch) -> list[Tensor]:
-        """Return the region features `[T, object_dim]` in a list, which is empty for a model without images."""
+        """Return the region features `[T, object_dim]` in a list, or an empty list for a model without images."""
         if not self.object_dim:
             return []
         if seen.features is None:
@@ -170,14 +178,17 @@ class Motifs(nn.Module):
         return [seen.features.objects]
 
     def _unions(self, seen: SeenBatch) -> Tensor:
-        """Return the union features `[R, relation_dim]`: of the image, or of the boxes' geometry."""
+        """Return the union features `[R, relation_dim]`, computed from the image or from the boxes."""
         if self.union is not None:
             return self.union(seen.graph)
         assert seen.features is not None
         return seen.features.unions
 
     def _embed(self, seen: SeenBatch) -> Tensor:
-        """Return class embeddings `[T, E]`: of given classes, else the mean under the detector's distribution."""
+        """Return the class embeddings `[T, embed_dim]`.
+
+        If the classes are not given, the embeddings are averaged over the detector's class distribution.
+        """
         if self.label_decoder is None:
             return self.object_embedding(seen.graph.labels)
         if seen.features is None or seen.features.logits is None:
@@ -185,16 +196,19 @@ class Motifs(nn.Module):
         return seen.features.logits.detach().softmax(1) @ self.object_embedding.weight
 
     def branches(self, batch: GraphBatch, shared: Shared, edges: list[Tensor], heads: list[nn.Linear]) -> list[Tensor]:
-        """Return each branch's logits, from its edge context `[T, hidden_dim]` and its head."""
+        """Return the logits `[R, num_predicates + 1]` of each branch, given its edge context and its head."""
         return self.relation(edges, shared.union, batch.pairs, shared.bias, self.head_tail, self.pair, heads)
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the relation head, in place; arguments are those of `torch.compile`."""
+        """Compile the relation head in place. Arguments are those of `torch.compile`."""
         self.relation.compile(*args, **options)
 
 
 class _Relation(nn.Module):
-    """The end of Motifs, from edge contexts to logits. Its layers are Motifs' own, so that it can be compiled alone."""
+    """The relation head of Motifs, from edge contexts to logits.
+
+    It has no layers of its own: `Motifs` passes them. So this part can be compiled alone.
+    """
 
     def forward(
         self,
@@ -206,7 +220,7 @@ class _Relation(nn.Module):
         pair: nn.Linear,
         heads: list[nn.Linear],
     ) -> list[Tensor]:
-        """Return each branch's logits `[R, num_predicates + 1]`, from its edge context and its head."""
+        """Return the logits `[R, num_predicates + 1]` of each branch, given its edge context and its head."""
         ends = [self.ends(edge, head_tail, pair) for edge in edges]
         if len(ends) == 1:
             (own,), (head,) = ends, heads
@@ -219,9 +233,10 @@ class _Relation(nn.Module):
         return [branch + bias for branch in logits]
 
     def ends(self, edge: Tensor, head_tail: nn.Linear, pair: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Return what each object adds to a pair's features as its subject and as its object, `[T, relation_dim]`.
+        """Return the contribution of each object to the features of pairs, as subject and as object.
 
-        A linear layer of two concatenated vectors is a sum of two layers, each of N objects instead of N^2 pairs.
+        Both are `[T, relation_dim]`. A linear layer on two concatenated vectors is the sum of two linear layers. So it
+        can be computed for the N objects instead of the N^2 pairs.
         """
         as_subject, as_object = pair.weight.chunk(2, dim=1)
         head, tail = head_tail(edge).chunk(2, dim=1)
@@ -229,7 +244,7 @@ class _Relation(nn.Module):
 
 
 class _GeometryUnion(nn.Sequential):
-    """Union features from the boxes alone."""
+    """A network that computes union features from the boxes alone."""
 
     def __init__(self, relation_dim: int) -> None:
         super().__init__(
@@ -241,7 +256,7 @@ class _GeometryUnion(nn.Sequential):
 
 
 class _Context(nn.Module):
-    """A bidirectional LSTM over the objects of each image, from right to left, and a linear layer."""
+    """A bidirectional LSTM over the objects of each image, ordered from right to left, followed by a linear layer."""
 
     def __init__(self, input_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -249,13 +264,17 @@ class _Context(nn.Module):
         self.project = nn.Linear(2 * hidden_dim, hidden_dim)
 
     def forward(self, inputs: Tensor, batch: GraphBatch, places: Tensor, dropped: Tensor | None = None) -> list[Tensor]:
-        """`[T, F]` to `[T, hidden_dim]`, and where `dropped` is given once more with what it drops set to 0.
+        """Return the contexts `[T, hidden_dim]`, once for each branch.
 
         Args:
-            dropped: bool `[T, 1]` or `[T, F]`.
+            inputs: `[T, F]`.
+            batch: the objects' images.
+            places: int64 `[T]`, position of each object in its image's sequence.
+            dropped: bool `[T, 1]` or `[T, F]`, True for the entries that are 0 in the mirror's input. If None, there is
+                only the supervised branch.
         """
-        # Where the input is wide its projection is most of the layer, and masking whole rows commutes with it. On a GPU
-        # the library's LSTM is far ahead of a loop.
+        # If the input is wide, its projection takes most of the layer's time. If whole rows are masked, one projection
+        # serves both branches. On a GPU the library's LSTM is much faster than the loop of `projected_once`.
         is_wide = self.lstm.input_size > 4 * self.lstm.hidden_size and inputs.device.type == "cpu"
         if is_wide and (dropped is None or dropped.shape[1] == 1):
             return self.projected_once(inputs, batch, places, dropped)
@@ -263,9 +282,13 @@ class _Context(nn.Module):
         return self.packed(branches, batch, places)
 
     def packed(self, inputs: list[Tensor], batch: GraphBatch, places: Tensor) -> list[Tensor]:
-        """The library's LSTM on all branches' images in one packed batch: `[T, F]` each to `[T, hidden_dim]`."""
-        # Images without objects have no sequence; a length of 1 stands in for theirs, and is read by nobody.
-        lengths, order = batch.lengths.clamp(min=1).sort(descending=True, stable=True)  # or packing would wait to sort
+        """Run the library's LSTM on the images of all branches in one packed batch.
+
+        Inputs are `[T, F]` and contexts are `[T, hidden_dim]` for each branch.
+        """
+        # An image without objects gets a sequence of length 1, and its output is not used.
+        # The lengths are sorted here, on the host. Otherwise packing would sort them, and the host would wait.
+        lengths, order = batch.lengths.clamp(min=1).sort(descending=True, stable=True)
         rows = send(order.argsort(), places.device)[batch.images]
         shape = len(lengths), len(inputs), int(lengths[0])
         sequences = inputs[0].new_zeros(*shape, inputs[0].shape[1])
@@ -275,8 +298,11 @@ class _Context(nn.Module):
         return list(self.project(out.unflatten(0, shape[:2])[rows, :, places]).unbind(1))
 
     def projected_once(self, inputs: Tensor, batch: GraphBatch, places: Tensor, dropped: Tensor | None) -> list[Tensor]:
-        """As `packed` of `inputs` `[T, F]`, and of `inputs` with the rows of `dropped` `[T, 1]` set to 0."""
-        weights = self.lstm.all_weights  # of each direction: of input and state, and their biases
+        """Return the same contexts as `packed`, with one projection of the inputs for both branches.
+
+        Arguments are as for `forward`, but `dropped` must be `[T, 1]` or None.
+        """
+        weights = self.lstm.all_weights  # input weight, state weight and their two biases, for each direction
         input_weight, weight, *biases = (torch.stack(both) for both in zip(*weights))
         bias = torch.stack(biases).sum(0).flatten()
         projected = linear(inputs, input_weight.flatten(0, 1), bias)
@@ -284,7 +310,7 @@ class _Context(nn.Module):
         branches = [projected] if dropped is None else [projected, torch.where(dropped, bias, projected)]
         gates = torch.stack(branches).unflatten(2, (2, -1))
         images, longest = len(batch.lengths), max(int(batch.lengths.max()), 1)
-        # Each direction reads an image's objects from its own end; what follows the last is read by nobody.
+        # Each direction reads the objects from its own end. The padding after an image's last object is not used.
         steps = torch.stack([places, batch.lengths[batch.images] - 1 - places])
         direction = torch.arange(2, device=places.device)[:, None]
         sequences = gates.new_zeros(2, longest, images, len(branches), gates.shape[3])
@@ -295,17 +321,22 @@ class _Context(nn.Module):
 
 
 class _Recurrence(torch.autograd.Function):
-    """The recurrent part of a bidirectional LSTM, given what its inputs add to the gates.
+    """The recurrent part of a bidirectional LSTM, which takes inputs that are projected already.
 
-    For `nn.LSTM`, which projects its own inputs, both branches' inputs would have to be projected.
+    `nn.LSTM` projects its inputs itself, so it would project the inputs of both branches.
     """
 
     @staticmethod
     def forward(gates: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        """From gates before activation `[2, L, S, 4 * H]` (input, forget, candidate, output), weight `[2, 4 * H, H]`.
+        """Run both directions over all steps.
+
+        Args:
+            gates: `[2, L, S, 4 * H]`, the inputs' contribution to the gates (input, forget, candidate, output), before
+                activation.
+            weight: `[2, 4 * H, H]`, weight of the state.
 
         Returns:
-            hidden and cell states `[2, L, S, H]` and the gates after activation.
+            Hidden states and cell states, `[2, L, S, H]` each, and the gates after activation, `[2, L, S, 4 * H]`.
         """
         directions, length, sequences, width = gates.shape
         hidden = gates.new_empty(directions, length, sequences, width // 4)
@@ -349,30 +380,34 @@ class _Recurrence(torch.autograd.Function):
                 dim=2,
             )
             grad_h, grad_c = torch.bmm(grad_gates[:, step], weight), grad_c * forget
-        # One product for all steps, instead of one for each.
+        # The gradient of the weight is one product for all steps, instead of one per step.
         return grad_gates, grad_gates.flatten(1, 2).transpose(1, 2) @ before.flatten(1, 2)
 
 
 def right_to_left(batch: GraphBatch) -> Tensor:
-    """Where each object stands in its image's sequence, by falling middle as in the public code: int64 `[T]`."""
+    """Return the position of each object in its image's sequence, int64 `[T]`.
+
+    Objects are ordered by the x coordinate of their centers, largest first, as in the public code.
+    """
     middle = batch.boxes[:, ::2].mean(1)
     order = middle.argsort(descending=True, stable=True)
     order = order[batch.images[order].argsort(stable=True)]
-    # Sorted or not, the i-th slot belongs to the same image, and is the same place in it.
+    # Sorting keeps each image's objects together. So the i-th object in this order is in the same image as the i-th
+    # object of the batch, and `positions` gives its position there.
     places = torch.empty_like(order)
     places[order] = batch.positions
     return places
 
 
 def box_features(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes relative to their images, as Motifs encodes them.
+    """Encode boxes relative to their images, as Motifs does.
 
     Args:
-        boxes: `[T, 4]`, x1, y1, x2, y2 in pixels, both ends inside (widths are x2 - x1 + 1).
+        boxes: `[T, 4]`, x1, y1, x2, y2 in pixel indices (widths are x2 - x1 + 1).
         sizes: `[T, 2]`, width and height of each box's image.
 
     Returns:
-        `[T, 9]`: width, height, x and y of the middle, x1, y1, x2, y2, each divided by its side of the image; area.
+        The features `[T, 9]`: width, height, center x and y, x1, y1, x2, y2 and area, all relative to the image size.
     """
     extent = (boxes[:, 2:] - boxes[:, :2] + 1) / sizes
     middle = boxes[:, :2] / sizes + extent / 2
@@ -380,12 +415,16 @@ def box_features(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def pair_features(batch: GraphBatch) -> Tensor:
-    """The geometry of each pair, in place of what an image would show of it.
+    """Return features of each pair's geometry, which replace union features of the image.
 
     Returns:
-        `[R, 32]`: `box_features` of subject, object and the box around both; the object's offset from the subject in
-        widths and heights of the subject, its far ends compressed by arsinh; the logarithm of its relative width and
-        height; the intersection over union.
+        The features `[R, 32]`:
+
+        - `box_features` of the subject, the object and the box around both (27);
+        - arsinh of the x and y offset from the subject's center to the object's, in widths and heights of the subject
+          (2);
+        - log of the object's width and height relative to the subject's (2);
+        - IoU of subject and object (1).
     """
     sizes = batch.sizes[batch.images[batch.pairs[:, 0]]]
     subject, object_ = batch.boxes[batch.pairs].unbind(1)

@@ -1,4 +1,4 @@
-"""What images show of objects, and of pairs of objects: region and union features of Neural Motifs."""
+"""Features of objects and of pairs of objects in images: the region and union features of Neural Motifs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torchvision.ops import roi_align
 from sgalign.data.transfer import send
 from sgalign.models.detector import LEVELS, Detector, ImageFeatures, pyramid_pool
 
-CHANNELS = 256  # of the feature pyramid
-BINS = 7  # of a region, a side
-RECTANGLES = 27  # side of the two masks
-PAIRS_AT_ONCE = 1024
+CHANNELS = 256  # number of channels of the feature pyramid
+BINS = 7  # number of bins per side of a pooled region
+RECTANGLES = 27  # number of bins per side of the subject's and the object's mask
+PAIRS_AT_ONCE = 1024  # number of pairs per chunk at evaluation
 
 
 class RegionFeatures(nn.Module):
-    """The extractors of Scene-Graph-Benchmark's relation head: one for objects, one for pairs, both trained.
+    """The two extractors of Scene-Graph-Benchmark's relation head, one for objects and one for pairs. Both are trained.
 
     Args:
-        dim: channels of the features; 4096 as published.
+        dim: number of channels of the features. It is 4096 as published.
     """
 
     def __init__(self, *, dim: int = 4096) -> None:
@@ -42,26 +42,27 @@ class RegionFeatures(nn.Module):
         self.union_head = TwoMLPHead(CHANNELS * BINS**2, dim)
 
     def load_box_head(self, detector: Detector) -> None:
-        """Starts both extractors' layers from the detector's box head, where both have as many channels."""
+        """Initialize the layers of both extractors from the detector's box head, wherever the shapes are equal."""
         state = detector.model.roi_heads.box_head.state_dict()
         for head in (self.object_head, self.union_head):
             own = head.state_dict()
             head.load_state_dict({name: v for name, v in state.items() if v.shape == own[name].shape}, strict=False)
 
     def objects(self, features: ImageFeatures, boxes: Sequence[Tensor]) -> Tensor:
-        """Features `[T, dim]` of boxes `[N, 4]` of each image, in its own pixels."""
+        """Return the features `[T, dim]` of the boxes `[N, 4]` of each image, in pixels of the original image."""
         resized = features.resized(boxes)
         return self.object_head(self.pool(features.levels, resized, features.images.image_sizes))
 
     def pairs(self, features: ImageFeatures, boxes: Sequence[Tensor], pairs: Sequence[Tensor]) -> Tensor:
-        """Features `[R, dim]` of pairs.
+        """Return the union features `[R, dim]` of pairs.
 
-        The box around both is pooled from every level of the pyramid; to these a convolution of two masks of the whole
-        image, 27 x 27, is added, 1 where subject and object lie.
+        The box around both objects is pooled from every level of the pyramid. Then a convolution of two 27 x 27 masks
+        is added. The masks cover the whole image and mark the subject's and the object's box with 1.
 
         Args:
-            boxes: `[N, 4]` of each image, in its own pixels.
-            pairs: int64 `[R, 2]` of each image, its subject and object among the image's boxes.
+            features: features of the images.
+            boxes: `[N, 4]` for each image, in pixels of the original image.
+            pairs: int64 `[R, 2]` for each image, subject and object as row numbers of the image's boxes.
         """
         resized = features.resized(boxes)
         ends = [of_image[pair] for of_image, pair in zip(resized, pairs, strict=True)]  # [R, 2, 4]
@@ -70,20 +71,30 @@ class RegionFeatures(nn.Module):
         relative = torch.cat([e / size for e, size in zip(ends, send(sizes, features.images.tensors.device))])
         both = torch.cat(ends)
         around = torch.cat([torch.cat(images), both[..., :2].amin(1), both[..., 2:].amax(1)], 1)
-        # Evaluation scores all pairs, thousands an image: a part at a time takes a fixed amount of memory.
+        # Evaluation scores all pairs, thousands per image. Chunks limit the memory.
         step = len(around) if self.training else PAIRS_AT_ONCE
         parts = zip(around.split(max(step, 1)), relative.split(max(step, 1)))
         return torch.cat([self._union(features, regions, ends) for regions, ends in parts])
 
     def _union(self, features: ImageFeatures, regions: Tensor, ends: Tensor) -> Tensor:
-        """Of regions `[R, 5]`, image and box, and both ends `[R, 2, 4]` in units of their image's sides."""
+        """Return the union features of regions.
+
+        Args:
+            features: features of the images.
+            regions: `[R, 5]`, image index and box around both objects, in pixels of the resized image.
+            ends: `[R, 2, 4]`, boxes of subject and object relative to the image size.
+        """
         pooled = [roi_align(features.levels[name], regions, BINS, scale, 2) for name, scale in LEVELS.items()]
         visual = self.union_reduce(torch.cat(pooled, 1)).relu()
         return self.union_head(visual + self.rectangles(rectangle_masks(ends)))
 
 
 def rectangle_masks(boxes: Tensor) -> Tensor:
-    """Masks of boxes `[..., 4]` in units of their image's sides: `[..., 27, 27]`, 1 in bins that a box touches."""
+    """Return masks of boxes, `[..., 27, 27]`, that are 1 in each bin that the box touches.
+
+    Args:
+        boxes: `[..., 4]`, x1, y1, x2, y2 relative to the image size.
+    """
     low = (boxes[..., :2] * RECTANGLES).floor().clamp(0, RECTANGLES - 1)
     high = (boxes[..., 2:] * RECTANGLES).ceil().clamp(1, RECTANGLES)
     bins = torch.arange(RECTANGLES, device=boxes.device)

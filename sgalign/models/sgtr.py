@@ -1,9 +1,9 @@
-"""SGTR (Li, Zhang, He, CVPR 2022), in both branches of relation alignment.
+"""SGTR (Li, Zhang, He, CVPR 2022), with the mirrored branch of relation alignment.
 
-Layers and their order are those of the public code (`OneStageEncDecVRD` and `PredicateNodeGenerator`), arranged for few
-and large operations: predicate, subject and object sub-decoders do not read each other within a layer, so that they run
-side by side as three roles of one layer. Tensors are `[roles, B, queries, dim]`; with the mirror `[roles, 2 * B, ...]`,
-the supervised images before the mirrored ones.
+The layers and their order are those of the public code (`OneStageEncDecVRD` and `PredicateNodeGenerator`), arranged
+into few large operations. Within a layer, the predicate, subject and object sub-decoders do not read each other. So
+they run side by side as three roles of one layer. Tensors are `[roles, B, queries, dim]`. With the mirror they are
+`[roles, 2 * B, queries, dim]`, supervised images first, then mirrored images.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from sgalign.ops.random_mask import random_attention_mask
 
 
 class MirrorMask(NamedTuple):
-    """The random mask of one step: every cross-attention block of every layer draws its own from one seed."""
+    """The random mask of one step. Each cross-attention block of each layer draws its own mask from the seed."""
 
     ratio: float
-    seed: int | Tensor  # a tensor, int64 [], where the network is compiled, for which a number would be a constant
+    seed: int | Tensor  # tensor int64 [] if the network is compiled, which would make a number a constant
 
 
 class RelationOutputs(NamedTuple):
-    """What is predicted of Q relations in each of B images; for each of L layers, or for the last alone.
+    """The predictions of L layers for Q relation queries in each of B images.
 
-    Leading dimensions of `class_logits` and `boxes` are subject and object, then those of the others.
+    The first dimension of `class_logits` and `boxes` is subject and object. Outputs of a single layer lack dimension L.
     """
 
     logits: Tensor  # [L, B, Q, K], or K + 1 with a last column for no relation
-    vectors: Tensor  # [L, B, Q, 4], middle x, y of subject and object in units of the image
-    class_logits: Tensor  # [2, L, B, Q, num_objects + 1], the last column for no object
-    boxes: Tensor  # [2, L, B, Q, 4], middle x, y, width, height in units of the image
+    vectors: Tensor  # [L, B, Q, 4], center x, y of subject and object relative to the image size
+    class_logits: Tensor  # [2, L, B, Q, num_objects + 1], last column for no object
+    boxes: Tensor  # [2, L, B, Q, 4], center x, y, width, height relative to the image size
 
     def at(self, layer: int) -> RelationOutputs:
-        """Of one layer, the first dimension of `logits` and the second of `boxes` gone."""
+        """Return the outputs of one layer, without the layer dimension."""
         return RelationOutputs(
             self.logits[layer], self.vectors[layer], self.class_logits[:, layer], self.boxes[:, layer]
         )
 
 
 class RoleLinear(nn.Module):
-    """A linear layer for each of several roles, side by side: `[roles, ..., inputs]` to `[roles, ..., outputs]`."""
+    """A linear layer with separate weights for each role, from `[roles, ..., inputs]` to `[roles, ..., outputs]`."""
 
     def __init__(self, roles: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -57,22 +57,22 @@ class RoleLinear(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":  # one product after the other takes three quarters of MKL's batched product's time
+        if x.device.type == "cpu":  # separate products take three quarters of the time of MKL's batched product
             return torch.stack([functional.linear(*role) for role in zip(x, self.weight, self.bias, strict=True)])
         return self.batched(x)
 
     def batched(self, x: Tensor) -> Tensor:
-        """All roles in one operation."""
+        """Compute all roles in one operation."""
         return torch.baddbmm(self.bias[:, None], x.flatten(1, -2), self.weight.mT).unflatten(1, x.shape[1:-1])
 
 
 class RoleNorm(nn.Module):
-    """Layer normalisation `[roles, ..., dim]`, with a weight and a bias for each role.
+    """Layer normalization of `[roles, ..., dim]`, with a weight and a bias for each role.
 
     Args:
-        roles: how many.
-        dim: channels.
-        shared: which weights each of the roles has, if some have the same.
+        roles: number of roles.
+        dim: number of channels.
+        shared: index of the weights that each role uses. If None, each role has its own.
     """
 
     shared: Tensor | None
@@ -81,7 +81,7 @@ class RoleNorm(nn.Module):
         super().__init__()
         kinds = roles if shared is None else len(set(shared))
         self.weight, self.bias = nn.Parameter(torch.ones(kinds, dim)), nn.Parameter(torch.zeros(kinds, dim))
-        # A list as an index would be copied to the device each time.
+        # A buffer, because a list used as an index would be copied to the device each time.
         self.register_buffer("shared", None if shared is None else torch.tensor(list(shared)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class RoleNorm(nn.Module):
 
 
 class _Block(nn.Module):
-    """What every residual block of a pre-norm layer has."""
+    """A base class for the residual blocks of pre-norm layers."""
 
     def __init__(self, roles: int, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _Block(nn.Module):
         self.heads, self.dropout = heads, dropout
 
     def split(self, projected: Tensor) -> Tensor:
-        """`[roles, B, L, heads * D]` to `[roles * B, heads, L, D]`."""
+        """Reshape `[roles, B, L, heads * D]` to `[roles * B, heads, L, D]`."""
         return projected.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def merge(self, attended: Tensor, roles: int) -> Tensor:
@@ -117,7 +117,7 @@ class _Block(nn.Module):
 
 
 class SelfAttention(_Block):
-    """`x + attention(query = key = norm(x) + position, value = norm(x))`."""
+    """Self-attention, `x + attention(query = key = norm(x) + position, value = norm(x))`."""
 
     def __init__(self, roles: int, dim: int, heads: int, dropout: float) -> None:
         super().__init__(roles, dim, heads, dropout)
@@ -136,7 +136,7 @@ class SelfAttention(_Block):
 
 
 class FeedForward(_Block):
-    """`x + linear(relu(linear(norm(x))))`."""
+    """A feed-forward block, `x + linear(relu(linear(norm(x))))`."""
 
     def __init__(self, roles: int, dim: int, ffn_dim: int, dropout: float) -> None:
         super().__init__(roles, dim, 1, dropout)
@@ -157,15 +157,18 @@ class EncoderLayer(nn.Module):
 
 
 class KeysValues(NamedTuple):
-    """What some roles attend to, projected: `[roles * B, heads, L, D]` each."""
+    """The projected keys and values that some roles attend to."""
 
-    key: Tensor
-    value: Tensor
+    key: Tensor  # [roles * B, heads, L, D]
+    value: Tensor  # [roles * B, heads, L, D]
     padding: Tensor | None = None  # bool [roles * B, L], True = ignored
 
 
 class CrossAttention(_Block):
-    """`x + attention(norm(x) + position, memory)`, the memory projected elsewhere, once for all layers and branches."""
+    """Cross-attention, `x + attention(norm(x) + position, memory)`.
+
+    The memory is projected outside of this block, once for all layers and branches.
+    """
 
     def __init__(self, roles: int, dim: int, heads: int, dropout: float) -> None:
         super().__init__(roles, dim, heads, dropout)
@@ -179,18 +182,18 @@ class CrossAttention(_Block):
         mask: MirrorMask | None = None,
         stream: int = 0,
     ) -> Tensor:
-        """One branch without `mask`; with it both.
+        """Run both branches if `mask` is given, otherwise the supervised branch.
 
         Args:
-            x: `[roles, B, Q, dim]`; with `mask` either of both branches, `[roles, 2 * B, Q, dim]`, or of one where they
-                are still equal.
-            position: of the queries, added after the norm.
-            memories: what the roles attend to: the first the first role, the last all others.
-            mask: of the mirrored branch.
-            stream: of the first memory's mask; the others' follow.
+            x: `[roles, B, Q, dim]`, states of the supervised branch. With `mask`, states of both branches
+                `[roles, 2 * B, Q, dim]`, or `[roles, B, Q, dim]` while the branches are still equal.
+            position: position embedding of the queries, added after the norm.
+            memories: one or two memories. The first role attends to the first memory, all other roles to the second.
+            mask: random mask of the mirrored branch.
+            stream: mask stream of the first memory. The second memory has the next stream.
 
         Returns:
-            `[roles, B, Q, dim]`, with `mask` `[roles, 2 * B, Q, dim]`.
+            The new states, `[roles, B, Q, dim]`, or `[roles, 2 * B, Q, dim]` with `mask`.
         """
         normed = self.norm(x)
         queries = self.query(normed if position is None else normed + position)
@@ -230,13 +233,13 @@ class CrossAttention(_Block):
         mask: MirrorMask,
         stream: int = 0,
     ) -> list[tuple[Tensor, Tensor]]:
-        """What `forward` of both branches attends to, for figures: it never has these itself.
+        """Return the attention weights of both branches, for figures. `forward` never computes them as tensors.
 
         Args:
-            x, position, memories, mask, stream: of `forward`.
+            x, position, memories, mask, stream: as for `forward`.
 
         Returns:
-            For each memory the supervised and the mirrored branch's weights, `[roles, B, heads, Q, L]`.
+            For each memory, the weights of the supervised and of the mirrored branch, `[roles, B, heads, Q, L]` each.
         """
         normed = self.norm(x)
         queries = self.query(normed if position is None else normed + position)
@@ -260,21 +263,21 @@ class CrossAttention(_Block):
 
 
 class Mirror(NamedTuple):
-    """The mirrored branch's own parts: its heads of predicates and of entities' classes, and its masks."""
+    """The parts that only the mirrored branch has: its predicate and entity class heads, and its random mask."""
 
     heads: tuple[nn.Linear, RoleLinear]
     mask: MirrorMask
 
 
 class SGTR(nn.Module):
-    """Everything of SGTR behind the entity detector: predicate encoder, queries, structural decoder and heads.
+    """The parts of SGTR after the entity detector: predicate encoder, queries, structural decoder and heads.
 
     Args:
-        num_objects, num_predicates: classes, without one for nothing.
-        dim: channels, those of the entity detector.
-        heads, ffn_dim, layers, encoder_layers, num_queries, dropout: of the transformer.
-        focal: predicates are trained by a focal loss, as for Visual Genome; otherwise by cross-entropy, with a last
-            column of `logits` for no relation, as for Open Images.
+        num_objects, num_predicates: numbers of classes, without the classes for no object and no relation.
+        dim: number of channels, the same as in the entity detector.
+        heads, ffn_dim, layers, encoder_layers, num_queries, dropout: settings of the transformer.
+        focal: if True, predicates are trained by a focal loss, as for Visual Genome. Otherwise they are trained by
+            cross-entropy and `logits` have a last column for no relation, as for Open Images.
     """
 
     def __init__(
@@ -305,7 +308,7 @@ class SGTR(nn.Module):
         self.query_norm = RoleNorm(1, dim)
         self.query_split = nn.Linear(dim, 3 * dim)
 
-        # Keys and values of all layers' cross-attention blocks, which neither layer nor branch changes.
+        # Projections to keys and values for all layers' cross-attention blocks, which read the same memory.
         self.memory_keys, self.memory_values = (RoleLinear(1, dim, layers * dim) for _ in range(2))
         self.entity_keys_values = RoleLinear(2, dim, layers * 2 * dim)
         self.self_attention = nn.ModuleList(SelfAttention(3, dim, heads, dropout) for _ in range(layers))
@@ -322,18 +325,18 @@ class SGTR(nn.Module):
             _init_blocks(projection, layers * blocks)
 
     def new_heads(self) -> tuple[nn.Linear, RoleLinear]:
-        """Predicate and entity class heads; the mirror has its own."""
+        """Return new predicate and entity class heads. The mirror has its own."""
         predicate = nn.Linear(self.dim, self.num_predicates + (0 if self.focal else 1))
-        if self.focal:  # Lin et al., ICCV 2017: all are rare at first
+        if self.focal:  # initial probabilities of 0.01, as in Lin et al., ICCV 2017
             nn.init.constant_(predicate.bias, -math.log(99))
         return predicate, RoleLinear(2, self.dim, self.num_objects + 1)
 
     def start_heads(self, classes: nn.Linear, boxes: Sequence[nn.Linear]) -> None:
-        """The detector's heads as the initial values of subjects' and objects', as in the public code.
+        """Initialize the subject and object heads with the detector's heads, as in the public code.
 
         Args:
-            classes: of the entities, `[num_objects + 1]` outputs.
-            boxes: the three layers of the box head.
+            classes: the detector's class head, with `num_objects + 1` outputs.
+            boxes: the three layers of the detector's box head.
         """
         with torch.no_grad():
             for ours, theirs in zip((self.entity_class, *self.entity_box), (classes, *boxes), strict=True):
@@ -343,12 +346,13 @@ class SGTR(nn.Module):
     def forward(
         self, entities: DetectedEntities, mirror: Mirror | None = None
     ) -> RelationOutputs | tuple[RelationOutputs, RelationOutputs]:
-        """Return each layer's predictions; with a mirror these, and the mirror's of the last layer (`dual_branch`).
+        """Return the predictions of each layer and, with `mirror`, the mirror's predictions of the last layer.
 
-        Both ways come here, so that `torch.nn.Module.compile` is for both.
+        `dual_branch` calls this method too, so `torch.nn.Module.compile` compiles both.
 
         Args:
-            entities: only the boxes of the last layer are read of those of all.
+            entities: outputs of the detector. Only the last layer's boxes are read.
+            mirror: the mirrored branch. If None, only the supervised branch runs.
         """
         states = self._states(entities, mirror.mask if mirror is not None else None)
         images = len(entities.features)
@@ -360,16 +364,16 @@ class SGTR(nn.Module):
     def dual_branch(
         self, entities: DetectedEntities, heads: tuple[nn.Linear, RoleLinear], mask: MirrorMask
     ) -> tuple[RelationOutputs, RelationOutputs]:
-        """`forward`, and the mirrored branch's predictions of the last layer by `heads`.
+        """Return the predictions of `forward` and the mirror's predictions of the last layer, computed by `heads`.
 
-        Everything before the first cross-attention is computed once, as are all keys and values. In training, dropout
-        of attention weights in the cross-attentions is the same in both branches; what runs on both stacked together
-        draws its own.
+        Everything before the first cross-attention is computed once, as are all keys and values. In training, both
+        branches have the same dropout of cross-attention weights. Other dropout after the first cross-attention
+        differs, because the branches run stacked along the batch.
         """
         return self(entities, Mirror(heads, mask))
 
     def _states(self, entities: DetectedEntities, mask: MirrorMask | None) -> list[Tensor]:
-        """The three roles' states after each layer, `[3, B or 2 * B, Q, dim]`."""
+        """Return the three roles' states after each layer, `[3, B, Q, dim]`, or `[3, 2 * B, Q, dim]` with a mask."""
         memories = self._memories(entities)
         x, states = self._contents(entities), []
         for layer in range(self.layers):
@@ -382,7 +386,7 @@ class SGTR(nn.Module):
         return states
 
     def _memories(self, entities: DetectedEntities) -> list[tuple[KeysValues, KeysValues]]:
-        """Of each layer: what predicates, and what subjects and objects attend to."""
+        """Return the memories of each layer: one for predicates, and one for subjects and objects."""
         memory = entities.memory[None]
         for layer in self.encoder:
             memory = layer(memory, entities.position, entities.padding)
@@ -400,7 +404,7 @@ class SGTR(nn.Module):
         ]
 
     def _contents(self, entities: DetectedEntities) -> Tensor:
-        """The queries' first contents, made of the entities: `[3, B, Q, dim]`."""
+        """Return the initial contents of the queries, computed from the entities, `[3, B, Q, dim]`."""
         images = len(entities.features)
         middles = sine_embedding(entities.boxes[-1][..., :2].detach(), self.dim)
         key, value = self.query_keys_values((entities.features + self.entity_position(middles))[None]).chunk(2, -1)
@@ -411,7 +415,7 @@ class SGTR(nn.Module):
         return torch.stack([predicate, subject, object_])
 
     def _outputs(self, states: Tensor, predicate: nn.Linear, entity_class: RoleLinear) -> RelationOutputs:
-        """From `[3, L, B, Q, dim]`."""
+        """Return the predictions for states `[3, L, B, Q, dim]`."""
         boxes = states[1:]
         for number, layer in enumerate(self.entity_box):
             boxes = layer(boxes.relu() if number else boxes)
@@ -421,14 +425,19 @@ class SGTR(nn.Module):
 
 
 def _init_blocks(projection: RoleLinear, blocks: int) -> None:
-    """Initial values as if each of the blocks were a layer of its own."""
+    """Initialize each of the blocks as if it were a separate layer."""
     for block in projection.weight.data.chunk(blocks, dim=1):
         for weight in block:
             nn.init.xavier_uniform_(weight)
 
 
 def sine_embedding(points: Tensor, dim: int) -> Tensor:
-    """Points `[..., 2]`, x and y in 0 to 1, as DETR embeds positions: `[..., dim]`, y before x."""
+    """Return DETR's sine embedding of points, `[..., dim]`, with the channels of y before those of x.
+
+    Args:
+        points: `[..., 2]`, x and y in 0 to 1.
+        dim: number of channels.
+    """
     half = dim // 2
     frequency = 10000 ** (2 * torch.arange(half // 2, device=points.device, dtype=points.dtype) / half)
     angles = 2 * math.pi * points.flip(-1)[..., None] / frequency

@@ -1,4 +1,4 @@
-"""Weights of SGTR's public code under the names of this package's modules."""
+"""Loading of SGTR's public checkpoints into the modules of this package."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ State = dict[str, Tensor]
 
 
 def load_published(path: str | Path, *, focal: bool = True) -> tuple[EntityDetector, SGTR]:
-    """Return detector and relations of a checkpoint of the public code (`OneStageEncDecVRD` on a ResNet's C5).
+    """Load a checkpoint of the public code (`OneStageEncDecVRD` on a ResNet's C5).
 
-    Sizes are those of the tensors; the heads of attention, which no tensor tells, are 8. Pixels: the first convolution
-    takes those of `EntityDetector` after this, not BGR in 0 to 255.
+    All sizes follow from the shapes of the tensors, except the number of attention heads, which is 8. The first
+    convolution is converted to the pixels of `EntityDetector`. The public code's pixels are BGR in 0 to 255.
 
     Args:
-        path: of the file.
-        focal: of `SGTR`: True for Visual Genome's, False for Open Images'.
+        path: the checkpoint file.
+        focal: as for `SGTR`: True for checkpoints of Visual Genome, False for those of Open Images.
+
+    Returns:
+        The entity detector and the relation network, with the loaded weights.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such checkpoint; names what is missing.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is not such a checkpoint. The message names the first missing tensor.
     """
     saved = read_tensors(path, "checkpoint")
     public: State = saved.get("model", saved) if isinstance(saved, dict) else {}
@@ -56,7 +59,7 @@ def load_published(path: str | Path, *, focal: bool = True) -> tuple[EntityDetec
         )
         network.load_state_dict(relation_weights(public, layers, encoder_layers))
     except KeyError as error:
-        raise InputError(f"{path}: must be a checkpoint of SGTR's public code, has no {error}") from error
+        raise InputError(f"{path}: must be a checkpoint of SGTR's public code, got one without {error}") from error
     return detector, network
 
 
@@ -70,9 +73,9 @@ def _count(public: Mapping[str, Tensor], prefix: str) -> int:
 
 
 class _Renamed:
-    """Collects the state of `SGTR` from the public tensors, layer by layer.
+    """The state of `SGTR`, collected layer by layer from the public tensors.
 
-    Several sources of one layer are layers that the public code keeps apart and `SGTR` runs side by side.
+    A layer has several sources if the public code has separate layers that `SGTR` runs side by side.
     """
 
     def __init__(self, public: Mapping[str, Tensor]) -> None:
@@ -85,7 +88,10 @@ class _Renamed:
             self.state[f"{name}.{kind}"] = self.public[f"{source}.{kind}"]
 
     def linear(self, name: str, *sources: str, rows: slice = slice(None)) -> None:
-        """Stack layers, or these rows of each; a source that ends with a dot is an attention's input projection."""
+        """Stack the given rows of several layers.
+
+        A source that ends with a dot is the input projection of an attention.
+        """
         for kind in ("weight", "bias"):
             names = (f"{source}in_proj_{kind}" if source.endswith(".") else f"{source}.{kind}" for source in sources)
             self.state[f"{name}.{kind}"] = torch.stack([self.public[name][rows] for name in names])
@@ -112,7 +118,7 @@ def _each(sources: Sequence[str], part: str) -> list[str]:
 
 
 def relation_weights(public: Mapping[str, Tensor], layers: int, encoder_layers: int) -> State:
-    """Return the state of `SGTR` from the public names."""
+    """Return the state of `SGTR`, given the public tensors by name."""
     renamed = _Renamed(public)
     for layer in range(encoder_layers):
         source = f"{_DECODER}encoder.layers.{layer}."
@@ -130,7 +136,7 @@ def relation_weights(public: Mapping[str, Tensor], layers: int, encoder_layers: 
 
 
 def _rename_queries(renamed: _Renamed) -> None:
-    """Rename what makes the relations' queries: their tables, and a decoder layer over the entities."""
+    """Rename the query tables, and the decoder layer that computes the queries' initial contents from the entities."""
     tables = [renamed.public[f"{_DECODER}rel_query_embed{end}.weight"] for end in ("", "_sub", "_obj")]
     renamed.state["queries"] = torch.stack(tables)[:, None]
     renamed.plain("entity_position", f"{_DECODER}ent_pos_sine_proj")
@@ -144,7 +150,7 @@ def _rename_queries(renamed: _Renamed) -> None:
 
 
 def _rename_decoder(renamed: _Renamed, layers: int) -> None:
-    """Rename the structural decoder: predicates, subjects and objects side by side in each layer."""
+    """Rename the structural decoder, in which predicates, subjects and objects are side by side in each layer."""
     entity_layers = [_DECODER + f"rel_ent_crs_decoder_layers_{role}.{{}}." for role in _ROLES]
     for layer in range(layers):
         sources = [source.format(layer) for source in (_LAYER, *entity_layers)]
@@ -154,7 +160,7 @@ def _rename_decoder(renamed: _Renamed, layers: int) -> None:
     renamed.linear("decoder_norm", f"{_DECODER}rel_decoder_norm", f"{_DECODER}rel_ent_crs_decoder_norm")
     renamed.linear("fusion", *(f"{_DECODER}ent_rel_fuse_fc_{role}.0" for role in _ROLES))
 
-    # Keys and values of all layers' cross-attention are one product.
+    # Keys and values of all layers' cross-attention are computed by one product.
     dim, keys, values = renamed.dim, slice(renamed.dim, 2 * renamed.dim), slice(2 * renamed.dim, None)
     for kind in ("weight", "bias"):
 
@@ -169,7 +175,7 @@ def _rename_decoder(renamed: _Renamed, layers: int) -> None:
 
 
 def detector_weights(public: Mapping[str, Tensor]) -> State:
-    """Return the state of `transformers`' DETR from the public names."""
+    """Return the state of DETR in `transformers`, given the public tensors by name."""
     state: State = {"model.query_position_embeddings.weight": public["query_embed.weight"]}
 
     def plain(name: str, source: str) -> None:
@@ -207,7 +213,7 @@ def detector_weights(public: Mapping[str, Tensor]) -> State:
 
     resnet = "model.backbone.model."
     convolution(f"{resnet}embedder.embedder", "backbone.stem.conv1")
-    # From BGR in 0 to 255 less its mean, which is ImageNet's mean times 255, to RGB with unit deviation.
+    # Convert from BGR in 0 to 255 minus its mean, which is ImageNet's mean times 255, to RGB with unit deviation.
     first = state[f"{resnet}embedder.embedder.convolution.weight"].flip(1)
     deviation = 255 * torch.tensor(STD)[:, None, None]
     state[f"{resnet}embedder.embedder.convolution.weight"] = first * deviation
@@ -228,7 +234,7 @@ def _detector_config(public: Mapping[str, Tensor], dim: int, objects: int, ffn_d
         embedding_size=len(public["backbone.stem.conv1.weight"]),
         hidden_sizes=[len(public[f"{stage}0.conv3.weight"]) for stage in stages],
         depths=[_count(public, stage) for stage in stages],
-        downsample_in_bottleneck=True,  # as MSRA's weights
+        downsample_in_bottleneck=True,  # as in MSRA's weights
         **stages_read,
     )
     layers = _count(public, "transformer.encoder.layers.")
