@@ -170,8 +170,8 @@ def test_neighbours_are_independent():
         ({"seed": 2**63}, ValueError, r"seed must be in \[-2\*\*63, 2\*\*63\), got 9223372036854775808"),
         ({"seed": 1.5}, TypeError, "seed must be an int.*got float"),
         ({"seed": True}, TypeError, "seed must be an int.*got bool"),
-        ({"seed": torch.tensor([1, 2])}, TypeError, r"seed must be a tensor of one int64, got torch.int64 of shape \[2\]"),
-        ({"seed": torch.tensor(1.0)}, TypeError, r"seed must be a tensor of one int64, got torch.float32"),
+        ({"seed": torch.tensor([1, 2])}, TypeError, r"seed must hold one int64, got torch.int64 of shape \[2\]"),
+        ({"seed": torch.tensor(1.0)}, TypeError, r"seed must hold one int64, got torch.float32"),
         ({"seed": torch.tensor(1), "device": "meta"}, ValueError, "seed must be on meta, got cpu"),
     ],
 )

@@ -95,7 +95,7 @@ def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> No
         return
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"{name} must be a tensor of one int64, got {seed.dtype} of shape {list(seed.shape)}")
+            raise TypeError(f"{name} must hold one int64, got {seed.dtype} of shape {list(seed.shape)}")
         if seed.device != device:
             raise InputError(f"{name} must be on {device}, got {seed.device}")
         return
