@@ -1,1 +1,1 @@
-"""The Triton kernels. They are in `kernels/` of the source tree and are installed as `sgalign.kernels`."""
+"""The Triton kernels, in `kernels/` of the source tree and in `sgalign.kernels` of an installation."""

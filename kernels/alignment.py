@@ -15,7 +15,7 @@ ELEMENTS = 1024
 
 @triton.jit
 def divergence(p, log_p, log_q):
-    """Return the contribution of each class to KL(p || q). It is 0 if p is 0, even if log q is infinite."""
+    """Return the contribution of each class to KL(p || q), which is 0 if p is 0, even if log q is infinite."""
     return tl.where(p == 0, 0.0, p * (log_p - log_q))
 
 
@@ -54,9 +54,10 @@ def alignment_kernel(
     losses, grad, mirrored, mirrored_stride, logits, logits_stride, weight, relations, classes, scale,
     SIGMOID: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute KL(teacher || student) for a block of relations; if SYMMETRIC, its mean with KL(student || teacher).
+    """Compute the divergence and its gradient for a block of relations.
 
-    The kernel is bound by memory. It reads two numbers and writes one number per class.
+    The divergence is KL(teacher || student), or if SYMMETRIC the mean of this and KL(student || teacher). The kernel is
+    bound by memory. It reads two numbers and writes one number per class.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     present = row < relations

@@ -118,7 +118,7 @@ def backward(
 
 
 class Tiling(NamedTuple):
-    """The division of the keys into tiles. A tile has `groups` strips of `columns` keys."""
+    """The division of the keys into tiles of `groups` strips of `columns` keys each."""
 
     groups: int
     columns: int
@@ -221,7 +221,10 @@ def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiproces
 def constants(
     kernel: str, plan: Config, tiling: Tiling, branches: int, masked: bool, dropout: bool, dim: int, bounded: bool
 ) -> dict[str, Any]:
-    """Return the compile-time constants and launch options of a kernel. `bounded` is True if a mask is given."""
+    """Return the compile-time constants and launch options of a kernel.
+
+    `bounded` is True if a mask is given.
+    """
     of_kernel: dict[str, Any] = {} if kernel == "key_value_gradient" else {"BOUNDED": bounded or not tiling.whole}
     if plan.registers:
         of_kernel["maxnreg"] = plan.registers
@@ -273,7 +276,10 @@ def _matrix(tensor: Tensor) -> Matrix:
 
 
 def _masks(options: Any) -> tuple[Any, ...]:
-    """Return the masks and the seed. The row of a padding mask `[B, Lk]` is the same for all heads and queries."""
+    """Return the masks and the seed.
+
+    The row of a padding mask `[B, Lk]` is the same for all heads and queries.
+    """
     mask, padding = options.mask, options.key_padding_mask
     if mask is not None:
         mask = _matrix(mask)
@@ -293,5 +299,5 @@ def _padded(dim: int) -> int:
 
 
 def _ceil(count: int, size: int) -> int:
-    """Return `count / size` rounded up. `triton.cdiv` would take microseconds."""
+    """Return `count / size` rounded up, without `triton.cdiv`, which takes microseconds."""
     return -(-count // size)

@@ -29,7 +29,7 @@ from sgalign.kernels.attention_tiles import (
 
 @triton.jit
 def grad_scores(weights, grad_weights, delta, noise, dropout_scale, DROPOUT: tl.constexpr):
-    """Return the gradient of the scores. `weights` are the softmax weights before dropout."""
+    """Return the gradient of the scores, given the softmax `weights` before dropout."""
     if DROPOUT:
         grad_weights = tl.where(noise, 0.0, grad_weights * dropout_scale)
     return weights * (grad_weights - delta)
@@ -59,7 +59,7 @@ def query_gradient_kernel(
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of the queries. The programs are those of `forward_kernel`.
+    """Compute the gradient of the queries with the same programs as `forward_kernel`.
 
     `add_kernel` adds the gradients of the splits afterwards.
     """
@@ -232,7 +232,7 @@ def value_gradient(
     grad_value, grad_out, logsumexp, delta, scores, v, scale, noise, dropout_scale, first, row, inside,
     DROPOUT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add a block of queries of one branch to the gradient of the values. Return it and the gradient of the scores."""
+    """Return the gradient of the values with a block of queries of one branch added, and the gradient of the scores."""
     grad = load_rows(grad_out, first, row, inside, DIM, BLOCK_D)
     logs = tl.load(logsumexp, mask=inside, other=float("inf"))
     sums = tl.load(delta, mask=inside, other=0.0)

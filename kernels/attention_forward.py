@@ -56,7 +56,10 @@ def add_values(weights, rescale, weighted, total, v, noise, DROPOUT: tl.constexp
 
 @triton.jit
 def attend(scores, scale, state, v, noise, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the state of the online softmax with one tile added. Dropped scores are -inf."""
+    """Return the state of the online softmax with one tile added.
+
+    Dropped scores are -inf.
+    """
     weighted, top, total = state
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     shift = finite(new_top)
@@ -70,7 +73,7 @@ def attend_both(
     scores, random, scale, state, mirrored_state, v, noise,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the states of both branches with one tile added. Both branches use the same exponentials."""
+    """Return the states of both branches with one tile added, using the same exponentials for both."""
     weighted, top, total = state
     mirrored_weighted, mirrored_top, mirrored_total = mirrored_state
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -96,7 +99,10 @@ def finish(
     out, logsumexp, state, batch, head, batch_head, split, batch_heads, first, row, queries, dropout_scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store the output and the log-sum-exps of a block. `split` is the number of the part, 0 for a whole result."""
+    """Store the output and the log-sum-exps of a block.
+
+    `split` is the index of the part that the program computed. It is 0 if the result is not split.
+    """
     weighted, top, total = state
     inside = first + row < queries
     divisor = tl.where(total == 0, 1.0, total)
@@ -115,7 +121,7 @@ def forward_kernel(
     BRANCHES: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Compute the output of a block of queries over `span` tiles of keys, starting at tile `split * span`.
+    """Compute the output of a block of queries from `span` tiles of keys, starting at tile `split * span`.
 
     The first program index counts the blocks of queries of all batches and heads, and the second is the split. BOUNDED
     is False if there is no explicit or padding mask and all tiles are whole. That saves a sixth of the work of a step.

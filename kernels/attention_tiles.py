@@ -16,7 +16,7 @@ DROPOUT_BIT = tl.constexpr(0x80000000)  # reference.DROPOUT_STREAM_BIT, set in t
 
 
 class Matrix(NamedTuple):
-    """The rows of one batch and head. The strides count elements."""
+    """The rows of one batch and head, with strides in elements."""
 
     data: Any
     row: Any
@@ -49,7 +49,10 @@ class Draws(NamedTuple):
 
 @triton.jit
 def at(tensor, batch, head):
-    """Return the `Matrix` of a batch and head. `tensor` is the data with its batch, head, row and column strides."""
+    """Return the `Matrix` of a batch and head.
+
+    `tensor` is the data with its batch, head, row and column strides.
+    """
     data, of_batch, of_head, of_row, of_column = tensor
     return Matrix(data + batch.to(tl.int64) * of_batch + head.to(tl.int64) * of_head, of_row, of_column)
 
@@ -69,7 +72,10 @@ def load(matrix, row, column, inside, other):
 
 @triton.jit
 def present(inside, channel, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return a mask of the elements that exist in a block. `inside` is the mask of its rows."""
+    """Return a mask of the elements that exist in a block.
+
+    `inside` is the mask of its rows.
+    """
     result = inside[:, None]
     if DIM < BLOCK_D:
         result = result & (channel < DIM)
@@ -95,8 +101,8 @@ def products(rows, others, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: 
     """Return the products of all rows with all others over the channels, `[rows, others]`.
 
     The matrix units need all channels of a row in the registers of one thread. They need float32 channels twice,
-    because they multiply float32 in two parts. So float32 products load `WIDEST` channels at a time, again for every
-    product. These loads come from the cache.
+    because they multiply float32 in two parts. Float32 products therefore load only `WIDEST` channels at a time. Every
+    product loads them again, from the cache.
     """
     if BLOCK_D <= WIDEST or rows.block.dtype != tl.float32:
         result = tl.dot(rows.block, tl.trans(others.block), input_precision=PRECISION)
@@ -170,7 +176,10 @@ def load_tile(
     key, value, draws, tile, keys, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of keys and their values. If BOUNDED, `inside` marks the keys that exist and are not padding."""
+    """Return a tile of keys and their values.
+
+    If BOUNDED, `inside` marks the keys that exist and are not padding.
+    """
     first = first_key(tile, GROUPS, COLUMNS)
     place = tl.arange(0, GROUPS * COLUMNS)
     row = place // COLUMNS * 32 + place % COLUMNS
@@ -230,7 +239,7 @@ def mirrored(scores, random, MASKED: tl.constexpr):
 
 @triton.jit
 def load_seed(seed, MASKED: tl.constexpr, DROPOUT: tl.constexpr):
-    """Return the seed. It is read from memory only if something is drawn."""
+    """Return the seed, which is read from memory only if something is drawn."""
     value = tl.zeros([], tl.int64)
     if MASKED or DROPOUT:
         value = tl.load(seed)

@@ -31,7 +31,7 @@ class Config(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    registers: int = 0  # limit per thread, or 0 for none; a limit can let one more program run at a time
+    registers: int = 0  # limit per thread, or 0 for no limit; a limit can let one more program run at a time
 
 
 def config(kernel: str, key: Tensor, branches: int, dropout: bool) -> Config:
@@ -66,7 +66,7 @@ def kind(bits: int, branches: int, dropout: bool) -> str:
 
 @functools.cache
 def read_table() -> Table:
-    """Return the table. Changes to the returned object apply to this process.
+    """Return the table, which a caller may change for this process.
 
     Raises:
         InputError: if the file is not a valid table. The message names the file.
@@ -102,7 +102,7 @@ def check_config(config: Config) -> None:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Return the name of the architecture, such as "sm_90" or "gfx942". For tensors on the CPU it is "interpreter"."""
+    """Return the name of the architecture, such as "sm_90" or "gfx942", or "interpreter" for tensors on the CPU."""
     if device.type == "cpu":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)

@@ -9,7 +9,10 @@ from torch import Tensor
 
 @triton.jit(do_not_specialize=["queries", "keys", "stream", "threshold"])
 def random_mask_kernel(out, seed, queries, keys, stream, threshold):
-    """Write the 256 entries of one chunk of one row in program (batch_head * queries + query, chunk)."""
+    """Write the 256 entries of one chunk of one row.
+
+    The program indices are (batch_head * queries + query) and the chunk.
+    """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     lane = tl.arange(0, 32)
@@ -28,7 +31,10 @@ def random_mask_kernel(out, seed, queries, keys, stream, threshold):
 
 
 def random_mask(out: Tensor, seed: Tensor, threshold: int, stream: int) -> None:
-    """Write the random mask into `out`, a contiguous bool ``[B, H, Lq, Lk]``. True means dropped."""
+    """Write the random mask into `out`, a contiguous bool ``[B, H, Lq, Lk]``.
+
+    True means dropped.
+    """
     *batch_heads, queries, keys = out.shape
     if out.numel():
         grid = (math.prod(batch_heads) * queries, triton.cdiv(keys, 256))

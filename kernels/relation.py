@@ -146,9 +146,9 @@ def grad_weight_kernel(
     """Compute the gradients of a tile of the weights and of a part of `union`.
 
     The program indices are block of channels, block of classes, and split. A program iterates over `span` blocks of
-    pairs. It computes their gradient of `union` over all classes, and the program of the first block of classes stores
-    it. There is one block of classes for up to 64 classes in float32 and up to 128 in 16 bits. Like the forward, the
-    kernel is bound by memory. In addition it writes the gradient of `union`.
+    pairs. It computes the gradient of their rows of `union` over all classes, but only the program of the first block
+    of classes stores it. There is one block of classes for up to 64 classes in float32 and up to 128 in 16 bits. Like
+    the forward, the kernel is bound by memory. In addition, it writes the gradient of `union`.
     """
     class_block = tl.program_id(1)
     split = tl.program_id(2)
@@ -274,7 +274,10 @@ def sum_splits_kernel(out, mirrored_out, partial, splits, count, BLOCK: tl.const
 
 
 class Blocks(NamedTuple):
-    """The block sizes for a dtype and a number of classes. The sums of both branches fit into registers."""
+    """The block sizes for a dtype and a number of classes.
+
+    The sums of both branches fit into registers.
+    """
 
     # Pairs per forward program. Larger blocks are better, because the weights are read again for every block.
     pairs: int
@@ -396,7 +399,7 @@ def _length_splits(length: int, block: int, programs: int, multiprocessors: int)
 
 
 class _Parts:
-    """The partial results that the splits write and that `sum` adds. Without splits they are the final results."""
+    """The partial results that the splits write and `sum` adds, or the final results if there is one split."""
 
     def __init__(self, outs: list[Tensor], splits: int) -> None:
         self.results, self.splits = outs, splits

@@ -22,7 +22,7 @@ class MaskedMultiheadAttention(nn.Module):
     dicts can be loaded in both directions. The module does not support
 
     - ``add_bias_kv`` and ``add_zero_attn``,
-    - additive (floating point) masks, which `torch.nn.TransformerEncoderLayer` makes of any mask,
+    - additive (floating point) masks, into which `torch.nn.TransformerEncoderLayer` converts any mask,
     - returning attention weights, because no tensor of size Lq x Lk is ever formed.
 
     Args:
@@ -108,7 +108,7 @@ class MaskedMultiheadAttention(nn.Module):
         mask_seed: int | Tensor | None = None,
         mask_stream: int = 0,
     ) -> tuple[Tensor, None]:
-        """Compute attention. In training the random mask is applied.
+        """Compute attention, in training with the random mask.
 
         Args:
             query: the queries, ``[Lq, B, E]``, or ``[B, Lq, E]`` if `batch_first`, or ``[Lq, E]`` without a batch.
@@ -153,8 +153,8 @@ class MaskedMultiheadAttention(nn.Module):
         """Compute both branches: the supervised one without the random mask and the mirrored one with it.
 
         Both branches attend to the same keys and values, which are projected once. Pass the same tensor object as
-        `query` and `mirrored_query` if the two are equal, and it is projected once, too. In evaluation no random mask
-        is drawn.
+        `query` and `mirrored_query` if the two are equal. It is then projected only once, too. In evaluation no random
+        mask is drawn.
 
         Args:
             query, mirrored_query: the queries of the two branches, each as `query` in `forward`.

@@ -44,10 +44,10 @@ OPTIONS_SCHEMA = (
 
 
 class Call(NamedTuple):
-    """The tensors and options of a forward pass, which its backward pass reads again. All last strides are 1.
+    """The tensors and options of a forward pass, which its backward pass reads again.
 
-    If there are two outputs, the second belongs to the mirror, and the random mask applies only to it. Both branches
-    may share one query.
+    All last strides are 1. If there are two outputs, the second belongs to the mirror, and the random mask applies only
+    to it. Both branches may share one query.
     """
 
     queries: Tensors

@@ -48,7 +48,10 @@ def core(device: torch.device) -> ModuleType:
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which `device` is the current device. It does nothing if the device is current already."""
+    """Return a context in which `device` is the current device.
+
+    It does nothing if the device is current already.
+    """
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)

@@ -115,7 +115,7 @@ def accumulated_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the tensor in `dtype`. If it has that dtype already, torch is not called."""
+    """Return the tensor in `dtype`, without a call of torch if it has that dtype already."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 

@@ -61,8 +61,8 @@ def relation_alignment_loss(
     currently the "mean" of `torch.nn.functional.kl_div`. This loss is L_align of Xu, Liao and Sigal, WACV 2024. The
     paper specifies neither the reduction nor the direction.
 
-    The loss and the gradient are computed in one pass over the logits, in float32 (float64 for float64). The result has
-    the same bits for any number of threads. The function is differentiable once, and only in `mirrored_logits`.
+    The loss and the gradient are computed in one pass over the logits, in float32 (float64 for float64). The result is
+    the same, bit for bit, for any number of threads. The loss is differentiable once, and only in `mirrored_logits`.
 
     Args:
         logits: the logits of the supervised branch, ``[R, K]``, float32, float64, bfloat16 or float16. No gradient
@@ -237,7 +237,7 @@ def _loss(
 
 
 class Call(NamedTuple):
-    """The arguments of a launch function, which writes `losses` and `grad`. All last strides are 1."""
+    """The arguments of a launch function, which writes `losses` and `grad`, with last strides of 1."""
 
     mirrored: Tensor
     logits: Tensor

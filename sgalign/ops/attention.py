@@ -97,7 +97,7 @@ def fused_masked_attention(
             fastest backend that supports the device and dtype.
 
     Returns:
-        The output, ``[B, H, Lq, D]``, in the query's dtype (under autocast, autocast's dtype) and memory order.
+        The output, ``[B, H, Lq, D]``, in the query's dtype and memory order. Under autocast, the dtype is autocast's.
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type, shape, dtype, device or range.
@@ -194,7 +194,7 @@ def _attention(
 
 
 def _reference(queries: Tensors, branches: int, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, ...]:
-    """Return the outputs of one or two branches, computed in plain PyTorch. The random mask applies to the last branch.
+    """Return the outputs of one or two branches, computed in plain PyTorch, with the random mask in the last branch.
 
     This function takes the place of the registered operation, so autograd can differentiate it any number of times.
     Like the kernels, it computes at least in float32, because scores may exceed 65504, the largest float16 number.

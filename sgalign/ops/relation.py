@@ -73,7 +73,7 @@ def fused_relation_logits(
             any row stride, but a matrix is copied if its last stride is not 1.
         pairs: the subject and the object of each pair, int64 ``[R, 2]``, from 0 to N - 1, in any order. Repeated pairs
             are allowed.
-        weight, bias: the weight ``[K, C]`` and the bias ``[K]`` of the last layer. If `bias` is None, no bias.
+        weight, bias: the weight ``[K, C]`` and the bias ``[K]`` of the last layer. If `bias` is None, no bias is added.
         backend: as in `fused_masked_attention`.
 
     Returns:
@@ -194,7 +194,7 @@ def _check_pairs(pairs: Tensor, objects: int) -> None:
 
 
 class _RelationLogits(torch.autograd.Function):
-    """The autograd function around the registered operations. The mirror's operands are None if there is no mirror."""
+    """The autograd function around the registered operations, with None for the operands of a missing mirror."""
 
     @staticmethod
     def forward(
@@ -351,7 +351,7 @@ class Call(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of one branch. The gradient of the logits is an input, the others are outputs."""
+    """The gradients of one branch: the gradient of the logits is an input, the others are outputs."""
 
     logits: Tensor
     subject: Tensor
