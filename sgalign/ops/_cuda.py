@@ -68,7 +68,7 @@ def current_stream(device: torch.device) -> tuple[int, int]:
 def multiprocessors(device: torch.device) -> int:
     """Return the number of multiprocessors of a GPU.
 
-    For emulated kernels, return a small number, so that the tests cover split work.
+    For emulated kernels, return a small number, so the tests cover split work.
     """
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 

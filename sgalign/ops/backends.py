@@ -72,7 +72,7 @@ BACKENDS = {
     "cuda": Backend("cuda", _cuda_problem, _cuda_is_emulated, (8, 0)),
     "reference": Backend(None, lambda: None),
 }
-# the GPU backends, of which backend=None uses the first that is available
+# the GPU backends; backend=None uses the first available one
 ON_GPU = tuple(name for name, needs in BACKENDS.items() if needs.device == "cuda")
 
 
