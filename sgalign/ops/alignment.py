@@ -65,22 +65,18 @@ def relation_alignment_loss(
     the same, bit for bit, for any number of threads. The loss is differentiable once, and only in `mirrored_logits`.
 
     Args:
-        logits: the logits of the supervised branch, ``[R, K]``, float32, float64, bfloat16 or float16. No gradient
-            flows into them.
+        logits: the logits of the supervised branch, ``[R, K]``, float32, float64, bfloat16 or float16, detached.
         mirrored_logits: the logits of the mirrored branch, ``[R, K]``, in any of these dtypes. If the two dtypes
             differ, both tensors are promoted to a common dtype. The gradient has the dtype of `mirrored_logits`.
-        kind: "softmax" if the classes exclude one another and include the background, or "sigmoid" if each class is
-            predicted separately.
+        kind: "softmax" for classes that exclude one another, background included, or "sigmoid" for separate classes.
         reduction: "element" or "relation".
         weight: the weight of each relation, ``[R]``, in any real dtype, at least 0. If None, all relations have the
             same weight. Negative weights are not detected, because that check would wait for the device.
         direction: "teacher_to_student" or "symmetric".
-        backend: "cpu" (the compiled core), "triton" or "cuda" (GPUs), or "reference" (plain PyTorch). If None, the
-            fastest backend that supports the device and dtype.
+        backend: as in `fused_masked_attention`.
 
     Returns:
-        The loss, a float32 scalar (float64 for float64). If there are no relations, or all weights are 0, the loss and
-        its gradients are 0.
+        The loss, a float32 scalar (float64 for float64). It is 0 with zero gradients if R is 0 or all weights are 0.
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type, shape, dtype, device or value.
