@@ -1,1 +1,1 @@
-"""Triton kernels. They live in `kernels/` of the source tree and are installed as `sgalign.kernels`."""
+"""The Triton kernels, in `kernels/` of the source tree and in `sgalign.kernels` of an installation."""

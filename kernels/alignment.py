@@ -1,6 +1,6 @@
 """The alignment loss in Triton: each relation's share of the loss and the gradient of their sum, in one pass.
 
-As csrc/cpu/alignment.cpp, a row in registers instead of scratch memory.
+The algorithm is that of csrc/cpu/alignment.cpp, but a row is held in registers instead of scratch memory.
 """
 
 from __future__ import annotations
@@ -9,20 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 1024  # of a program: 4 a thread keep what a row needs in registers; longer rows get more warps
+# Elements per program. With 4 elements per thread, the values of a row fit in registers. Longer rows get more warps.
+ELEMENTS = 1024
 
 
 @triton.jit
 def divergence(p, log_p, log_q):
-    """Return what a class adds to KL(p || q) of two distributions: 0 where p is 0, whatever log q says."""
+    """Return the contribution of each class to KL(p || q), which is 0 if p is 0, even if log q is infinite."""
     return tl.where(p == 0, 0.0, p * (log_p - log_q))
 
 
 @triton.jit
 def log_softmax(x):
-    """Return the logarithms of a softmax over the classes.
+    """Return the logarithm of the softmax over the classes.
 
-    In two steps, as large logits then cancel without a rounding.
+    The maximum and the log-sum-exp are subtracted in two steps, so large logits cancel without rounding.
     """
     shifted = x - tl.max(x, 1)[:, None]
     return shifted - tl.log(tl.sum(tl.exp(shifted), 1))[:, None]
@@ -34,7 +35,7 @@ def bernoulli(x):
     below = tl.where(x < 0, x, 0.0)
     above = tl.where(x > 0, x, 0.0)
     u = tl.exp(below - above)
-    # log(1 + u) for u in [0, 1] is 2 atanh(u / (2 + u)), a series of positive terms whose ratio is at most 1/9.
+    # For u in [0, 1], log(1 + u) = 2 atanh(u / (2 + u)), a series of positive terms with a ratio of at most 1/9.
     f = u / (u + 2)
     tail = tl.full(x.shape, 1 / 15, tl.float32)
     for i in tl.static_range(7):
@@ -42,7 +43,7 @@ def bernoulli(x):
     tail = 2 * f * tail
     likely = 1 / (u + 1)
     unlikely = u / (u + 1)
-    nan = tl.where(x != x, x, 0.0)  # comparisons have lost it
+    nan = tl.where(x != x, x, 0.0)  # restores a NaN, which the comparisons above lose
     p = tl.where(x < 0, unlikely, likely) + nan
     q = tl.where(x < 0, likely, unlikely) + nan
     return p, q, below - tail + nan, nan - above - tail
@@ -53,16 +54,17 @@ def alignment_kernel(
     losses, grad, mirrored, mirrored_stride, logits, logits_stride, weight, relations, classes, scale,
     SIGMOID: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Some relations: KL(teacher || student), and where SYMMETRIC its mean with KL(student || teacher).
+    """Compute the divergence and its gradient for a block of relations.
 
-    Bound by memory: two numbers are read and one is written a class.
+    The divergence is KL(teacher || student), or if SYMMETRIC the mean of this and KL(student || teacher). The kernel is
+    bound by memory. It reads two numbers and writes one number per class.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     present = row < relations
     k = tl.arange(0, BLOCK_K)
     inside = present[:, None] & (k < classes)[None, :]
     row = row.to(tl.int64)
-    # Padding has no weight in a softmax, and as yes or no is equal in teacher and student.
+    # Padding of -inf has no weight in a softmax. With a sigmoid, padding of 0 is equal in teacher and student.
     padding = tl.where(present[:, None] & (k >= classes)[None, :] & (not SIGMOID), -float("inf"), 0.0)
     x = tl.load(logits + row[:, None] * logits_stride + k[None, :], mask=inside, other=0.0).to(tl.float32) + padding
     y = tl.load(mirrored + row[:, None] * mirrored_stride + k[None, :], mask=inside, other=0.0).to(tl.float32) + padding
@@ -93,7 +95,7 @@ def alignment_kernel(
             gradient += back - s * total[:, None]
     if SYMMETRIC:
         factor *= 0.5
-    # A relation without weight adds nothing, even where its divergence is infinite.
+    # A relation of weight 0 contributes 0, even if its divergence is infinite.
     tl.store(losses + row, tl.where(factor == 0, 0.0, factor * loss), mask=present)
     gradient = tl.where(factor[:, None] == 0, 0.0, gradient * factor[:, None])
     tl.store(grad + row[:, None] * classes + k[None, :], gradient, mask=inside)
@@ -109,7 +111,10 @@ def loss(
     losses: Tensor,
     grad: Tensor,
 ) -> None:
-    """Write each relation's share of the loss, and the gradient of their sum in `mirrored`. Last strides are 1."""
+    """Write each relation's share of the loss to `losses`, and the gradient of their sum to `grad`.
+
+    The gradient is taken with respect to `mirrored`. All last strides are 1.
+    """
     relations, classes = mirrored.shape
     if not relations:
         return
@@ -121,6 +126,6 @@ def loss(
 
 
 def sizes(classes: int) -> tuple[int, int, int]:
-    """Return the rows of a program, their padded length and the number of warps."""
+    """Return the number of rows per program, their padded length and the number of warps."""
     width = triton.next_power_of_2(classes)
     return max(1, ELEMENTS // width), width, min(max(8 * width // ELEMENTS, 8), 32)

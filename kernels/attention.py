@@ -1,11 +1,11 @@
-"""Masked attention in Triton, for one branch or both: which kernel is launched on what.
+"""The launches of the Triton kernels for masked attention, for one branch or both.
 
-The kernels are in attention_forward.py and attention_backward.py, of the parts in attention_tiles.py. With two outputs
-the second is the mirror's, which alone has the random mask; one query may serve both. A program walks over the keys, or
-for the gradients of keys and values over the queries.
+The kernels are in attention_forward.py and attention_backward.py. They share the functions of attention_tiles.py. If
+there are two outputs, the second belongs to the mirror, and the random mask applies only to it. Both branches may share
+one query. A program iterates over the keys, or over the queries for the gradients of keys and values.
 
-Scores and logsumexps are in units of log2, and `scale` is positive: it is multiplied by log2(e), and a negative one by
--1 with the query, before the kernels see it.
+Scores and log-sum-exps are in units of log2, so the kernels receive `scale` times log2(e). Their scale is always
+positive. If it is negative, the scale and the query are multiplied by -1 before the launch.
 """
 
 import functools
@@ -19,14 +19,13 @@ from sgalign.kernels.attention_backward import add_kernel, key_value_gradient_ke
 from sgalign.kernels.attention_forward import forward_kernel, merge_kernel
 from sgalign.kernels.configs import Config, config, dot_precision
 
-Matrix = tuple[Tensor, int, int, int, int] | None  # a tensor and its strides by batch, head, row and column
+Matrix = tuple[Tensor, int, int, int, int] | None  # a tensor and its batch, head, row and column strides
 
 TINY = torch.finfo(torch.float32).tiny
 LN_2 = math.log(2)
-# An H200's times of splits agree with these (benchmarks/results/nvidia-h200): a launch more, which merges what splits
-# did, takes a multiprocessor as long as so many scores, and it holds so many warps of up to 255 registers a thread.
-MERGE_SCORES = 53000
-RESIDENT_WARPS = 8
+# These two numbers agree with the times measured on an H200 for different splits (benchmarks/results/nvidia-h200).
+MERGE_SCORES = 53000  # scores that a multiprocessor could compute in the time of the launch that merges the splits
+RESIDENT_WARPS = 8  # warps that a multiprocessor holds at once, with up to 255 registers per thread
 
 
 def forward(
@@ -38,12 +37,13 @@ def forward(
     options: Any,
     multiprocessors: int,
 ) -> None:
-    """Write each branch's output ``[B, H, Lq, D]`` and logsumexp ``[B, H, Lq]``, float32, in units of log2.
+    """Write the output ``[B, H, Lq, D]`` and the log-sum-exp ``[B, H, Lq]`` of each branch.
 
     Args:
-        queries, key, value, outs, logsumexps: of one branch or two, with last strides of 1.
-        options: masks, seed, thresholds, stream and scale, by these names (`sgalign.ops._attention_backends.Options`).
-        multiprocessors: of the GPU, which is filled with programs.
+        queries, key, value, outs: the tensors of one or two branches, with last strides of 1.
+        logsumexps: the log-sum-exps of one or two branches, float32, in units of log2.
+        options: the masks, seed, thresholds, stream and scale (`sgalign.ops._attention_backends.Options`).
+        multiprocessors: the number of multiprocessors of the GPU, which decides how many programs are launched.
     """
     if not outs[0].numel():
         return
@@ -77,10 +77,10 @@ def backward(
     options: Any,
     multiprocessors: int,
 ) -> None:
-    """Write `grads`: of the queries, of key and of value.
+    """Write `grads`: the gradients of the queries, of the key and of the value.
 
     Args:
-        grad_outs, grads: with last strides of 1.
+        grad_outs, grads: the gradients of the outputs and of the inputs, with last strides of 1.
         queries, key, value, outs, logsumexps, options, multiprocessors: as in `forward`.
     """
     *grad_queries, grad_key, grad_value = grads
@@ -118,18 +118,19 @@ def backward(
 
 
 class Tiling(NamedTuple):
-    """How keys are cut into tiles of `groups` strips of `columns` keys, and into how many."""
+    """The division of the keys into tiles of `groups` strips of `columns` keys each."""
 
     groups: int
     columns: int
-    count: int
-    whole: bool  # whether each place of each tile has a key
+    count: int  # number of tiles
+    whole: bool  # True if every place of every tile has a key
 
     @staticmethod
     def of(plan: Config, drawn: bool, keys: int) -> "Tiling":
-        """Neighbouring keys where nothing is drawn; else as many strips as make the work least.
+        """Return the best tiling for a number of keys.
 
-        A Philox call takes about twice the instructions of all else that is done for a score.
+        If nothing is drawn, a tile has one strip of neighboring keys. Otherwise the number of strips minimizes the
+        work. A Philox call takes about twice as many instructions as all other work for a score.
         """
         if not drawn:
             return Tiling(1, plan.block_k, _ceil(keys, plan.block_k), keys % plan.block_k == 0)
@@ -139,33 +140,33 @@ class Tiling(NamedTuple):
             whole, rest = divmod(keys, 32 * groups)
             return Tiling(groups, columns, whole * (32 // columns) + _ceil(min(rest, 32), columns), not rest)
 
-        # The matrix units' result has 8 columns in a row of threads.
+        # In a matrix product's result, a row of threads holds 8 columns, so a strip needs at least 8 columns.
         sizes = (groups for groups in (8, 4, 2, 1) if groups == 1 or plan.block_k >= 8 * groups)
         return min(map(tiling, sizes), key=lambda t: t.count * t.columns * (t.groups + 2))
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched for one shape, and how what its splits have done is merged."""
+    """The launch parameters of a kernel for one shape, and those of the kernel that merges its splits."""
 
     grid: tuple[int, ...]
     batch_heads: int
     tiles: int
-    span: int  # the tiles of a program
-    splits: int  # programs that share one block of queries
+    span: int  # tiles per program
+    splits: int  # number of programs that share one block of queries
     constants: dict[str, Any]
     merge_grid: tuple[int, int]
     merge_constants: dict[str, int]
 
 
 def _launch(kernel: str, query: Tensor, key: Tensor, branches: int, options: Any, multiprocessors: int) -> Launch:
-    """Return how a kernel is launched for these tensors and options."""
+    """Return the launch parameters of a kernel for these tensors and options."""
     masked, dropout = options.mask_threshold > 0, options.dropout_threshold > 0
     bounded = options.mask is not None or options.key_padding_mask is not None
     plan = config(kernel, key, branches, dropout)
     return launch_for(kernel, plan, (*query.shape, key.shape[2]), branches, masked, dropout, bounded, multiprocessors)
 
 
-@functools.lru_cache(4096)  # what a call would compute each time, for tens of microseconds
+@functools.lru_cache(4096)  # saves tens of microseconds per call
 def launch_for(
     kernel: str,
     plan: Config,
@@ -176,7 +177,10 @@ def launch_for(
     bounded: bool,
     multiprocessors: int,
 ) -> Launch:
-    """Return how a kernel is launched; `shape` is B, H, Lq, D, Lk, and `bounded` says that a mask is given."""
+    """Return the launch parameters of a kernel.
+
+    `shape` is (B, H, Lq, D, Lk). `bounded` is True if an explicit mask or a padding mask is given.
+    """
     batch, heads, queries, dim, keys = shape
     tiling = Tiling.of(plan, masked or dropout, keys)
     compiled_for = constants(kernel, plan, tiling, branches, masked, dropout, dim, bounded)
@@ -193,11 +197,11 @@ def launch_for(
 
 
 def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
-    """Return the tiles of a program, and how many programs share one block of queries: what should take least time.
+    """Return the tiles per program and the number of programs per block of queries that should take the least time.
 
-    A program takes a step a tile and about one for its queries. A multiprocessor holds some programs at a time, and
-    takes as long for fewer, since it waits then: so it takes whole rounds of them. A program of one tile would be
-    mostly beginning and end.
+    A program takes one step per tile and about one more for its queries. A multiprocessor holds several programs at
+    once. It takes as long for fewer programs, because it then waits, so the time is counted in whole rounds. Every
+    program gets at least two tiles, because one with a single tile would spend most of its time on setup and output.
     """
     resident = max(RESIDENT_WARPS // plan.warps, 1)
     merging = MERGE_SCORES / (plan.block_q * plan.block_k * branches)
@@ -206,9 +210,9 @@ def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiproces
         rounds = _ceil(blocks * splits, multiprocessors * resident)
         return rounds * resident * (_ceil(tiles, splits) + 1) + (merging if splits > 1 else 0)
 
-    most = min(tiles // 2, multiprocessors * resident)  # more programs never run at once
+    most = min(tiles // 2, multiprocessors * resident)  # the most programs that can run at once
     splits = min(range(1, max(most, 1) + 1), key=steps)
-    if steps(splits) > 0.95 * steps(1):  # not worth the memory
+    if steps(splits) > 0.95 * steps(1):  # saves too little time for the memory that it needs
         splits = 1
     span = _ceil(tiles, splits)
     return span, _ceil(tiles, span) if tiles else 1
@@ -217,7 +221,10 @@ def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiproces
 def constants(
     kernel: str, plan: Config, tiling: Tiling, branches: int, masked: bool, dropout: bool, dim: int, bounded: bool
 ) -> dict[str, Any]:
-    """Return what a kernel is compiled for; `bounded` where a mask is given."""
+    """Return the compile-time constants and launch options of a kernel.
+
+    `bounded` is True if a mask is given.
+    """
     of_kernel: dict[str, Any] = {} if kernel == "key_value_gradient" else {"BOUNDED": bounded or not tiling.whole}
     if plan.registers:
         of_kernel["maxnreg"] = plan.registers
@@ -238,9 +245,10 @@ def constants(
 
 
 def _positive_scale(queries: list[Tensor], scale: float) -> tuple[list[Tensor], float, float]:
-    """Return queries and a positive scale, and the sign that went from the scale into the queries: -1, 0 or 1.
+    """Move the sign of the scale into the queries, and return the queries, the positive scale and the sign.
 
-    The kernels take the largest product for the largest score. A scale that is 0 in float32 has the sign 0.
+    The kernels need a positive scale because they find the largest score by the largest product. The sign is -1, 0 or
+    1. It is 0 if the scale is 0 in float32, and the positive scale is then 1.
     """
     if scale >= TINY:
         return queries, scale, 1.0
@@ -249,12 +257,12 @@ def _positive_scale(queries: list[Tensor], scale: float) -> tuple[list[Tensor], 
 
 
 def _parts(tensors: list[Tensor], splits: int) -> list[Tensor]:
-    """Return room for what each split computes of these tensors: `[splits, B, H, Lq, ...]` of each."""
+    """Return an empty float32 tensor `[splits, B, H, Lq, ...]` for each tensor, which holds the part of each split."""
     return [tensor.new_empty(splits, *tensor.shape, dtype=torch.float32) for tensor in tensors]
 
 
 def _both(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Return the branch's and the mirror's tensor, None where there is none."""
+    """Return the tensors of the branch and of the mirror, or None if there is no mirror."""
     return tensors[0], tensors[1] if len(tensors) == 2 else None
 
 
@@ -263,12 +271,15 @@ def _matrices(tensors: list[Tensor]) -> tuple[Matrix, Matrix]:
 
 
 def _matrix(tensor: Tensor) -> Matrix:
-    """Return a tensor as the kernels take it, by its last four dimensions."""
+    """Return a tensor and the strides of its last four dimensions, in the form that the kernels accept."""
     return (tensor, *tensor.stride()[-4:])  # type: ignore[return-value]
 
 
 def _masks(options: Any) -> tuple[Any, ...]:
-    """Return the masks and the seed. A padding mask `[B, Lk]` has the same row for all heads and queries."""
+    """Return the masks and the seed.
+
+    The row of a padding mask `[B, Lk]` is the same for all heads and queries.
+    """
     mask, padding = options.mask, options.key_padding_mask
     if mask is not None:
         mask = _matrix(mask)
@@ -283,10 +294,10 @@ def _numbers(options: Any, scale: float) -> tuple[Any, ...]:
 
 
 def _padded(dim: int) -> int:
-    """Return the channels of a block: a power of two that the matrix units take."""
+    """Return the padded number of channels of a block, a power of two that the matrix units support."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
 def _ceil(count: int, size: int) -> int:
-    """Return how many of this size hold the count; `triton.cdiv` takes microseconds."""
+    """Return `count / size` rounded up, without `triton.cdiv`, which takes microseconds."""
     return -(-count // size)

@@ -1,6 +1,8 @@
-"""The backward of attention in Triton, for one branch or both: gradient of queries, gradients of keys and values.
+"""The backward pass of attention in Triton, for one branch or both.
 
-A program holds a block of queries, or for the gradients of keys and values a tile of keys, and walks over the other.
+There are two main kernels. In the kernel for the gradient of the queries, a program holds a block of queries and
+iterates over tiles of keys. In the kernel for the gradients of keys and values, a program holds a tile of keys and
+iterates over blocks of queries.
 """
 
 import triton
@@ -27,7 +29,7 @@ from sgalign.kernels.attention_tiles import (
 
 @triton.jit
 def grad_scores(weights, grad_weights, delta, noise, dropout_scale, DROPOUT: tl.constexpr):
-    """Return the gradient of the scores, of softmax weights before dropout."""
+    """Return the gradient of the scores, given the softmax `weights` before dropout."""
     if DROPOUT:
         grad_weights = tl.where(noise, 0.0, grad_weights * dropout_scale)
     return weights * (grad_weights - delta)
@@ -37,9 +39,9 @@ def grad_scores(weights, grad_weights, delta, noise, dropout_scale, DROPOUT: tl.
 def row_terms(
     grad_out, out, logsumexp, delta, batch, head, place, first, row, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Return rows of the output's gradient, their logsumexps, and their sums of gradient times output.
+    """Return rows of the output's gradient, their log-sum-exps, and the sums over channels of gradient times output.
 
-    The sums are stored too, for `key_value_gradient_kernel`; programs of several splits store the same.
+    The sums are also stored for `key_value_gradient_kernel`. All splits store the same sums.
     """
     grad = load_rows(at(grad_out, batch, head), first, row, inside, DIM, BLOCK_D)
     values = load_rows(at(out, batch, head), first, row, inside, DIM, BLOCK_D).block
@@ -57,7 +59,10 @@ def query_gradient_kernel(
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Programs as of `forward_kernel`; the splits' gradients are added afterwards."""
+    """Compute the gradient of the queries with the same programs as `forward_kernel`.
+
+    `add_kernel` adds the gradients of the splits afterwards.
+    """
     SHARED: tl.constexpr = BRANCHES == 2 and mirrored_query is None
     blocks = tl.cdiv(queries, BLOCK_Q)
     batch_head, split = tl.program_id(0) // blocks, tl.program_id(1)
@@ -124,7 +129,10 @@ def add_kernel(
     parts, mirrored_parts, grad_query, mirrored_grad_query, batch_heads, heads, queries, splits,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Program (batch * heads + head, block of queries; branch): the sum of the splits' gradients."""
+    """Add the gradients of the splits for a block of queries.
+
+    The first program index counts the blocks of queries of all batches and heads, and the second is the branch.
+    """
     if tl.program_id(1) == 0:
         add_parts(parts, grad_query, batch_heads, heads, queries, splits, DIM, BLOCK_D, BLOCK_Q)
     elif mirrored_grad_query is not None:
@@ -136,7 +144,7 @@ def add_parts(
     parts, grad, batch_heads, heads, queries, splits,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Store a block of one branch: its splits' gradients added in their order."""
+    """Store a block of one branch, the sum of its splits' gradients in the order of the splits."""
     blocks = tl.cdiv(queries, BLOCK_Q)
     batch_head = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK_Q
@@ -159,9 +167,10 @@ def key_value_gradient_kernel(
     grad_scale, BRANCHES: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (batch * heads + head, tile of keys) walks over all queries of both branches.
+    """Compute the gradients of a tile of keys and values from all queries of both branches.
 
-    A key's gradients hold nothing of other keys, so that what padding gets is dropped once, at the end.
+    The program index counts the tiles of all batches and heads. The gradients of a key do not depend on other keys, so
+    the gradients of padding are set to zero once, at the end.
     """
     SHARED: tl.constexpr = BRANCHES == 2 and mirrored_query is None
     EXPLICIT: tl.constexpr = mask is not None
@@ -199,7 +208,7 @@ def key_value_gradient_kernel(
             inside, DROPOUT, DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         if BRANCHES == 2:
-            if not SHARED:  # one branch after the other, as registers do not hold the scores of both
+            if not SHARED:  # one branch after the other, because the registers cannot hold the scores of both
                 grad_k = add_weighted(grad_k, tl.trans(grad_s), q, PRECISION)
                 q = load_rows(mirrored_query, first, row, inside, DIM, BLOCK_D)
                 mirrored_scores = kept_scores(products(q, k, DIM, BLOCK_D, PRECISION), bias, draws, EXPLICIT)
@@ -223,7 +232,7 @@ def value_gradient(
     grad_value, grad_out, logsumexp, delta, scores, v, scale, noise, dropout_scale, first, row, inside,
     DROPOUT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the values' gradient with one branch's block of queries added, and the gradient of the block's scores."""
+    """Return the gradient of the values with a block of queries of one branch added, and the gradient of the scores."""
     grad = load_rows(grad_out, first, row, inside, DIM, BLOCK_D)
     logs = tl.load(logsumexp, mask=inside, other=float("inf"))
     sums = tl.load(delta, mask=inside, other=0.0)

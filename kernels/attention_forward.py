@@ -1,6 +1,6 @@
-"""The forward of attention in Triton, for one branch or both, and the merging of what several programs did.
+"""The forward pass of attention in Triton, for one branch or both, and the kernel that merges split results.
 
-A program holds a block of queries and walks over tiles of keys.
+A program holds a block of queries and iterates over tiles of keys.
 """
 
 import triton
@@ -23,27 +23,31 @@ from sgalign.kernels.attention_tiles import (
     store_rows,
 )
 
-# With one query for both branches, the mirror's exponentials are the supervised ones times a factor. Its own maximum
-# may lie this far below the other one before they lose digits; blocks where it lies lower are done again.
+# If both branches share one query, the mirror's exponentials are the supervised exponentials times a factor. The
+# mirror's maximum may be lower than the supervised maximum by at most this much, in units of log2, without loss of
+# digits. If it is lower still in any row of a block, the block is computed again.
 SHARED_RANGE = tl.constexpr(16.0)
 
 
 @triton.jit
 def nothing(BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return weighted values, maximum and sum of exponentials of rows that have seen no key."""
+    """Return the initial state of rows: weighted values, maximum and sum of exponentials before the first key."""
     zeros = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     return zeros, tl.full([BLOCK_Q], -float("inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
 
 
 @triton.jit
 def finite(top):
-    """Return a maximum to subtract: where nothing is kept, subtracting 0 keeps the exponentials 0 instead of NaN."""
+    """Return the maximum to subtract from the scores.
+
+    It is 0 in rows without any kept entry, because subtracting -inf would make their exponentials NaN instead of 0.
+    """
     return tl.where(top == -float("inf"), 0.0, top)
 
 
 @triton.jit
 def add_values(weights, rescale, weighted, total, v, noise, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    """Return weighted values and the sum of exponentials, rescaled, with one tile added."""
+    """Rescale the weighted values and the sum of exponentials, and return them with one tile added."""
     total = total * rescale + tl.sum(weights, 1)
     if DROPOUT:
         weights = tl.where(noise, 0.0, weights)
@@ -52,7 +56,10 @@ def add_values(weights, rescale, weighted, total, v, noise, DROPOUT: tl.constexp
 
 @triton.jit
 def attend(scores, scale, state, v, noise, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    """Return the state with one tile added, by the online softmax. Dropped scores are -inf."""
+    """Return the state of the online softmax with one tile added.
+
+    Dropped scores are -inf.
+    """
     weighted, top, total = state
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     shift = finite(new_top)
@@ -66,7 +73,7 @@ def attend_both(
     scores, random, scale, state, mirrored_state, v, noise,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return both branches' states with one tile added, with one exponential for both."""
+    """Return the states of both branches with one tile added, using the same exponentials for both."""
     weighted, top, total = state
     mirrored_weighted, mirrored_top, mirrored_total = mirrored_state
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -92,14 +99,17 @@ def finish(
     out, logsumexp, state, batch, head, batch_head, split, batch_heads, first, row, queries, dropout_scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store a block's output and logsumexps, as part `split` of several, or as the whole."""
+    """Store the output and the log-sum-exps of a block.
+
+    `split` is the index of the part that the program computed. It is 0 if the result is not split.
+    """
     weighted, top, total = state
     inside = first + row < queries
     divisor = tl.where(total == 0, 1.0, total)
     values = weighted * (dropout_scale / divisor)[:, None]
     part = split.to(tl.int64) * batch_heads
     store_rows(moved(at(out, batch, head), part * queries * DIM), first, row, inside, values, DIM, BLOCK_D)
-    # inf makes every weight of a row with nothing kept 0 in the backward pass.
+    # In rows without any kept entry, inf makes all weights 0 in the backward pass.
     sums = tl.where(total == 0, float("inf"), top + tl.log2(divisor))
     tl.store(logsumexp + (part + batch_head) * queries + first + row, sums, mask=inside)
 
@@ -111,9 +121,10 @@ def forward_kernel(
     BRANCHES: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Program (batch * heads + head, block of queries; split): tiles of keys from `split * span` on, `span` of them.
+    """Compute the output of a block of queries from `span` tiles of keys, starting at tile `split * span`.
 
-    Without a mask and with all tiles whole nothing is BOUNDED, and a step has a sixth less to do.
+    The first program index counts the blocks of queries of all batches and heads, and the second is the split. BOUNDED
+    is False if there is no explicit or padding mask and all tiles are whole. That saves a sixth of the work of a step.
     """
     SHARED: tl.constexpr = BRANCHES == 2 and mirrored_query is None
     blocks = tl.cdiv(queries, BLOCK_Q)
@@ -155,8 +166,9 @@ def forward_kernel(
             mirrored_state = attend(scores, scale, mirrored_state, v, noise, DROPOUT, PRECISION)
 
     if SHARED and MASKED:
-        # The sum holds the exponential of the maximum, 1, unless the maximum was taken too high for what is kept. Rows
-        # of which the supervised branch keeps nothing have nothing to do again.
+        # Normally the sum of a row contains the exponential of its maximum, which is 1. A smaller sum means that the
+        # mirror's maximum was raised above all of its kept scores, to SHARED_RANGE below the supervised maximum. The
+        # block is then computed again. Rows without any kept entry in the supervised branch do not need that.
         if tl.min(tl.where(state[2] > 0, mirrored_state[2], 1.0)) < 0.5:
             mirrored_state = nothing(BLOCK_Q, BLOCK_D)
             for tile in range(begin, end):
@@ -184,7 +196,10 @@ def merge_kernel(
     parts, mirrored_parts, part_sums, mirrored_part_sums, out, mirrored_out, logsumexp, mirrored_logsumexp,
     batch_heads, heads, queries, splits, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Program (batch * heads + head, block of queries; branch): the splits' outputs as one."""
+    """Merge the outputs of the splits for a block of queries.
+
+    The first program index counts the blocks of queries of all batches and heads, and the second is the branch.
+    """
     if tl.program_id(1) == 0:
         merge(parts, part_sums, out, logsumexp, batch_heads, heads, queries, splits, DIM, BLOCK_D, BLOCK_Q)
     elif mirrored_out is not None:
@@ -199,7 +214,7 @@ def merge(
     parts, part_sums, out, logsumexp, batch_heads, heads, queries, splits,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Store a block of one branch: its splits' outputs, weighted by their sums of exponentials."""
+    """Store a block of one branch, the mean of its splits' outputs weighted by their sums of exponentials."""
     blocks = tl.cdiv(queries, BLOCK_Q)
     batch_head = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK_Q

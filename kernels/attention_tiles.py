@@ -1,7 +1,7 @@
-"""The parts of which the attention kernels are made: tiles of rows, products, masks, random numbers.
+"""The shared parts of the attention kernels: tiles of rows, products, masks, random numbers.
 
-A tile of keys is a block of neighbours where nothing is drawn. Where something is, it is `GROUPS` strips of `COLUMNS`
-keys that lie 32 apart, so that one Philox call for a row and a column decides `GROUPS` keys
+If nothing is drawn, a tile of keys is a block of neighboring keys. Otherwise it consists of `GROUPS` strips of
+`COLUMNS` keys, and the strips are 32 keys apart. One Philox call for a row and a column then decides `GROUPS` keys
 (`sgalign.ops.reference.random_mask` has the definition).
 """
 
@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 NOT_SPECIALIZED = ["batch_heads", "queries", "keys", "tiles", "span", "stream", "mask_threshold", "dropout_threshold"]
-WIDEST = tl.constexpr(16)  # float32 channels of a row that `products` holds at once
-DROPOUT_BIT = tl.constexpr(0x80000000)  # of the stream: reference.DROPOUT_STREAM_BIT
+WIDEST = tl.constexpr(16)  # number of float32 channels per row that `products` holds at once
+DROPOUT_BIT = tl.constexpr(0x80000000)  # reference.DROPOUT_STREAM_BIT, set in the stream for dropout
 
 
 class Matrix(NamedTuple):
-    """The rows of one batch and head; strides count elements."""
+    """The rows of one batch and head, with strides in elements."""
 
     data: Any
     row: Any
@@ -24,18 +24,18 @@ class Matrix(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Some rows of a `Matrix` that begins at the first of them."""
+    """A block of rows of a `Matrix` that begins at the first row of the block."""
 
-    block: Any  # [rows, BLOCK_D]; tuples of Triton have `values` already
+    block: Any  # [rows, BLOCK_D]; not named `values`, because tuples in Triton have that attribute
     matrix: Any
-    row: Any  # counted from the matrix's first
+    row: Any  # counted from the first row of the matrix
     inside: Any
 
 
 class Draws(NamedTuple):
-    """The arguments of a program's random numbers, and the masks that need none, from its batch and head on.
+    """The arguments for drawing a program's random numbers, and the explicit and padding masks of its batch and head.
 
-    A kernel makes it itself: before Triton 3.7 no function returns None, as which a mask may come.
+    Each kernel builds this tuple inline. A mask may be None, and before Triton 3.7 a function cannot return None.
     """
 
     mask: Any
@@ -49,27 +49,33 @@ class Draws(NamedTuple):
 
 @triton.jit
 def at(tensor, batch, head):
-    """Return the `Matrix` of a batch and head of a tensor, which comes with its strides by these, row and column."""
+    """Return the `Matrix` of a batch and head.
+
+    `tensor` is the data with its batch, head, row and column strides.
+    """
     data, of_batch, of_head, of_row, of_column = tensor
     return Matrix(data + batch.to(tl.int64) * of_batch + head.to(tl.int64) * of_head, of_row, of_column)
 
 
 @triton.jit
 def moved(matrix, elements):
-    """Return the matrix that begins `elements` further on."""
+    """Return the matrix with its beginning moved forward by a number of elements."""
     return Matrix(matrix.data + elements, matrix.row, matrix.column)
 
 
 @triton.jit
 def load(matrix, row, column, inside, other):
-    """Return the elements at `row` and `column`, which broadcast; `other` where not `inside`."""
+    """Return the elements at `row` and `column`, which are broadcast, and `other` for elements not `inside`."""
     place = row.to(tl.int64) * matrix.row + column.to(tl.int64) * matrix.column
     return tl.load(matrix.data + place, mask=inside, other=other)
 
 
 @triton.jit
 def present(inside, channel, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return which elements of a block exist, by which rows are `inside`."""
+    """Return a mask of the elements that exist in a block.
+
+    `inside` is the mask of its rows.
+    """
     result = inside[:, None]
     if DIM < BLOCK_D:
         result = result & (channel < DIM)
@@ -78,9 +84,11 @@ def present(inside, channel, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_rows(matrix, first, row, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return `[rows, BLOCK_D]`, zeros beyond the channels and for rows not `inside`: what those hold must not leak.
+    """Load a block of rows, `[rows, BLOCK_D]`.
 
-    Rows are counted from `first` on, whose place is one 64-bit number; a loop computes the others' once.
+    The block is zero beyond the channels and in rows not `inside`, so their contents in memory have no effect. Rows are
+    counted from row `first`. In a loop, only the position of `first` changes, which is one 64-bit number, and the
+    offsets of the other rows are computed once.
     """
     matrix = moved(matrix, tl.full([], first, tl.int64) * matrix.row)
     channel = tl.arange(0, BLOCK_D)[None, :]
@@ -90,10 +98,11 @@ def load_rows(matrix, first, row, inside, DIM: tl.constexpr, BLOCK_D: tl.constex
 
 @triton.jit
 def products(rows, others, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    """Return `[rows, others]`: the product of each row with each of the others, over all channels.
+    """Return the products of all rows with all others over the channels, `[rows, others]`.
 
-    The matrix units want all channels of a row in one thread's registers, float32 ones twice, as they take them in two
-    parts. So each product loads `WIDEST` of those at a time anew, which the cache has.
+    The matrix units need all channels of a row in the registers of one thread. They need float32 channels twice,
+    because they multiply float32 in two parts. Float32 products therefore load only `WIDEST` channels at a time. Every
+    product loads them again, from the cache.
     """
     if BLOCK_D <= WIDEST or rows.block.dtype != tl.float32:
         result = tl.dot(rows.block, tl.trans(others.block), input_precision=PRECISION)
@@ -107,20 +116,20 @@ def products(rows, others, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: 
 
 @triton.jit
 def add_weighted(total, weights, rows, PRECISION: tl.constexpr):
-    """Return `total` with the sums of rows by each row of weights added."""
+    """Return `total` with the sums of the rows added, weighted by each row of `weights`."""
     return tl.dot(weights.to(rows.block.dtype), rows.block, total, input_precision=PRECISION)
 
 
 @triton.jit
 def load_channels(rows, first, DIM: tl.constexpr):
-    """Return `WIDEST` channels of each row, from `first` on."""
+    """Return `WIDEST` channels of each row, starting at channel `first`."""
     channel = first + tl.arange(0, WIDEST)[None, :]
     return load(rows.matrix, rows.row[:, None], channel, rows.inside[:, None] & (channel < DIM), 0.0)
 
 
 @triton.jit
 def store_rows(matrix, first, row, inside, values, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write `[rows, BLOCK_D]` from row `first` on, in the matrix's dtype, without the channels beyond its own."""
+    """Store a block `[rows, BLOCK_D]` in the dtype of the matrix, starting at row `first`, without padding channels."""
     channel = tl.arange(0, BLOCK_D)[None, :]
     place = (first + row).to(tl.int64)[:, None] * matrix.row + channel
     target = matrix.data + place
@@ -137,10 +146,10 @@ def first_key(tile, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def drawn(draws, stream, threshold, tile, query, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return which entries of a tile draw a number below the threshold: `[BLOCK_Q, GROUPS * COLUMNS]`.
+    """Return a mask of the entries of a tile whose random number is below the threshold, `[BLOCK_Q, GROUPS * COLUMNS]`.
 
-    Asked for in the layout of a matrix product's result, whose threads hold a column in all groups: each draws what it
-    needs itself.
+    The mask is used in the layout of a matrix product's result. In that layout, a thread holds the same column of all
+    groups, so each thread draws the numbers that it needs.
     """
     first = first_key(tile, GROUPS, COLUMNS)
     column = first // 256 * 32 + first % 32 + tl.arange(0, COLUMNS)
@@ -157,7 +166,8 @@ def drawn(draws, stream, threshold, tile, query, GROUPS: tl.constexpr, COLUMNS: 
         group += first % 256 // 32
     word = tl.where(group < 4, tl.where(group < 2, word0, word1), tl.where(group < 6, word2, word3))
     number = tl.reshape(tl.where(group % 2 == 0, word << 16, word), [query.shape[0], GROUPS * COLUMNS])
-    # A half is below the threshold where, moved to the upper half, it is at most this. 65536 wraps to all ones.
+    # `number` has the 16-bit number in its upper half. The number is below the threshold if `number` is at most this
+    # limit. A threshold of 65536 wraps to a limit of all ones.
     return number <= (threshold.to(tl.uint32) << 16) - 1
 
 
@@ -166,7 +176,10 @@ def load_tile(
     key, value, draws, tile, keys, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of keys and their values; where BOUNDED, `inside` are those that exist and are not padding."""
+    """Return a tile of keys and their values.
+
+    If BOUNDED, `inside` marks the keys that exist and are not padding.
+    """
     first = first_key(tile, GROUPS, COLUMNS)
     place = tl.arange(0, GROUPS * COLUMNS)
     row = place // COLUMNS * 32 + place % COLUMNS
@@ -184,10 +197,10 @@ def masks(
     draws, tile, query, queries, k, keys, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
     GROUPS: tl.constexpr, COLUMNS: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Return what both branches drop, what the random mask drops, and what dropout does.
+    """Return the bias of both branches, the entries that the random mask drops, and the entries that dropout drops.
 
-    The first is 0 for what is kept and -inf for what is dropped, broadcastable to `[BLOCK_Q, BLOCK_K]`. It is nothing
-    of a tile that is not BOUNDED.
+    The bias is 0 for kept entries and -inf for entries that both branches drop. It can be broadcast to
+    `[BLOCK_Q, BLOCK_K]`. A tile that is not BOUNDED has a bias of 0.
     """
     bias, random, noise = 0.0, False, False
     if BOUNDED:
@@ -207,9 +220,9 @@ def masks(
 
 @triton.jit
 def kept_scores(scores, bias, draws, BOUNDED: tl.constexpr):
-    """Return the scores, -inf where both branches drop them.
+    """Return the scores with -inf for the entries that both branches drop.
 
-    Padding was loaded as 0; what the explicit mask drops may be NaN.
+    Padding was loaded as 0, so adding the bias is enough. Entries that the explicit mask drops may be NaN.
     """
     if BOUNDED:
         scores = tl.where(bias == 0, scores, -float("inf")) if draws.mask is not None else scores + bias
@@ -218,7 +231,7 @@ def kept_scores(scores, bias, draws, BOUNDED: tl.constexpr):
 
 @triton.jit
 def mirrored(scores, random, MASKED: tl.constexpr):
-    """Return the scores, -inf where the random mask drops them."""
+    """Return the scores with -inf for the entries that the random mask drops."""
     if MASKED:
         return tl.where(random, -float("inf"), scores)
     return scores
@@ -226,7 +239,7 @@ def mirrored(scores, random, MASKED: tl.constexpr):
 
 @triton.jit
 def load_seed(seed, MASKED: tl.constexpr, DROPOUT: tl.constexpr):
-    """Return the seed, which is read where anything is drawn."""
+    """Return the seed, which is read from memory only if something is drawn."""
     value = tl.zeros([], tl.int64)
     if MASKED or DROPOUT:
         value = tl.load(seed)

@@ -1,6 +1,6 @@
-"""How kernels are compiled: the table of the attention kernels' block sizes, and what all kernels ask about a device.
+"""The compilation parameters of the kernels: the table for attention, and properties of the device for all kernels.
 
-The table holds sizes of blocks, warps, pipeline stages and limits of registers, so that no call stops to tune.
+The table holds block sizes, warps, pipeline stages and register limits, so no call has to stop for tuning.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
 
 
 class Config(NamedTuple):
-    """How a kernel is compiled."""
+    """The compilation parameters of a kernel."""
 
     block_q: int
     block_k: int
     warps: int
     stages: int
-    registers: int = 0  # that a thread may have, where fewer than it asks for let one program more run at a time
+    registers: int = 0  # limit per thread, or 0 for no limit; a limit can let one more program run at a time
 
 
 def config(kernel: str, key: Tensor, branches: int, dropout: bool) -> Config:
-    """Return how `kernel` is compiled for keys of this dtype, number of channels and device."""
+    """Return the parameters of `kernel` for the dtype, the number of channels and the device of `key`."""
     return lookup(kernel, architecture(key.device), key.element_size() * 8, key.shape[3], branches, dropout)
 
 
 @functools.cache
 def lookup(kernel: str, architecture: str, bits: int, dim: int, branches: int, dropout: bool) -> Config:
-    """Return the table's entry of the smallest number of channels that is large enough.
+    """Return the table's entry for the smallest number of channels that is at least `dim`.
 
-    It is that of "default" where the architecture has none of its own. Dropout draws as much again as the random mask,
-    and has entries of its own where that takes other tiles.
+    Entries of the architecture take precedence over those of "default". Dropout draws as many numbers as the random
+    mask, so with dropout other tiles may be better. Entries for dropout take precedence over the others of the same
+    architecture.
     """
     table = read_table()
     by_dim: dict[str, list[int]] = {}
@@ -52,7 +53,9 @@ def lookup(kernel: str, architecture: str, bits: int, dim: int, branches: int, d
         for drops in (False, True) if dropout else (False,):
             by_dim |= table.get(name, {}).get(kernel, {}).get(kind(bits, branches, drops), {})
     if not (sizes := [size for size in map(int, by_dim) if size >= dim]):
-        raise InputError(f"{TABLE} has no {kernel} of {kind(bits, branches, dropout)} and {dim} channels: {REMEDY}")
+        raise InputError(
+            f"{TABLE} has no entry for {kernel} with {kind(bits, branches, dropout)} and {dim} channels: {REMEDY}"
+        )
     return Config(*by_dim[str(min(sizes))])
 
 
@@ -66,7 +69,7 @@ def read_table() -> Table:
     """Return the table, which a caller may change for this process.
 
     Raises:
-        ValueError: the file is not such a table; names it.
+        InputError: if the file is not a valid table. The message names the file.
     """
     try:
         table: Table = json.loads(TABLE.read_text())
@@ -78,12 +81,12 @@ def read_table() -> Table:
                         if str(int(dim)) != dim:
                             raise InputError(f"channels must be an int, got {dim!r}")
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"{TABLE} is no table of configurations ({error}): {REMEDY}") from error
+        raise InputError(f"{TABLE} is not a table of configurations ({error}): {REMEDY}") from error
     return table
 
 
 def check_config(config: Config) -> None:
-    """Raise ValueError unless these are whole numbers as Triton's matrix products take them."""
+    """Raise InputError unless the parameters are ints that Triton's matrix products accept."""
     if any(type(number) is not int for number in config):
         raise InputError(f"blocks, warps, stages and registers must be ints, got {[*config]}")
     for name, number, least in (
@@ -99,7 +102,7 @@ def check_config(config: Config) -> None:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Return "sm_90", "gfx942", or "interpreter" for tensors on the CPU."""
+    """Return the name of the architecture, such as "sm_90" or "gfx942", or "interpreter" for tensors on the CPU."""
     if device.type == "cpu":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
@@ -109,10 +112,12 @@ def architecture(device: torch.device) -> str:
 
 
 def dot_precision() -> str:
-    """Return how float32 matrices are multiplied: by three products of TF32 on NVIDIA's tensor cores, else exactly.
+    """Return the input precision for products of float32 matrices.
 
-    The three keep float32's digits, where one, Triton's default, keeps ten bits of the factors. An H200's units cut off
-    sums, but lose none of these digits; SGALIGN_TRITON_DOT_PRECISION=ieee multiplies without them.
+    On NVIDIA GPUs it is "tf32x3", three TF32 products on the tensor cores, which keep the digits of float32. A single
+    TF32 product, Triton's default, keeps only ten bits of the factors. The tensor cores of an H200 truncate sums but
+    lose none of these digits. On other GPUs it is "ieee", which multiplies exactly and without tensor cores. Set
+    SGALIGN_TRITON_DOT_PRECISION=ieee to use it on NVIDIA GPUs, too.
     """
     if ASKED_PRECISION not in ("", "tf32x3", "ieee"):
         raise InputError(f"SGALIGN_TRITON_DOT_PRECISION must be tf32x3 or ieee, got {ASKED_PRECISION!r}")
@@ -120,5 +125,8 @@ def dot_precision() -> str:
 
 
 def is_interpreting() -> bool:
-    """Return whether kernels run on the CPU, in Python: TRITON_INTERPRET was set when they were imported."""
+    """Return True if the kernels run in Triton's interpreter, on the CPU.
+
+    They do so if TRITON_INTERPRET was set when they were imported.
+    """
     return bool(triton.knobs.runtime.interpret)

@@ -1,4 +1,4 @@
-"""The random mask in Triton, bit for bit that of `sgalign.ops.reference.random_mask`."""
+"""The random mask in Triton, equal bit for bit to `sgalign.ops.reference.random_mask`."""
 
 import math
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 @triton.jit(do_not_specialize=["queries", "keys", "stream", "threshold"])
 def random_mask_kernel(out, seed, queries, keys, stream, threshold):
-    """Program (batch_head * queries + query, chunk) writes the 256 entries of one chunk of one row."""
+    """Write the 256 entries of one chunk of one row.
+
+    The program indices are (batch_head * queries + query) and the chunk.
+    """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     lane = tl.arange(0, 32)
@@ -28,7 +31,10 @@ def random_mask_kernel(out, seed, queries, keys, stream, threshold):
 
 
 def random_mask(out: Tensor, seed: Tensor, threshold: int, stream: int) -> None:
-    """Write `sgalign.ops.reference.random_mask` into a contiguous bool ``[B, H, Lq, Lk]``, True = dropped."""
+    """Write the random mask into `out`, a contiguous bool ``[B, H, Lq, Lk]``.
+
+    True means dropped.
+    """
     *batch_heads, queries, keys = out.shape
     if out.numel():
         grid = (math.prod(batch_heads) * queries, triton.cdiv(keys, 256))

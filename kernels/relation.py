@@ -1,11 +1,14 @@
-"""The relation head in Triton, for one branch or both: forward, then gradients of weight and union, then of objects.
+"""The relation head in Triton, for one branch or both.
 
-What is multiplied with the weights, (subject + object) * union, is R x C: as in csrc/cpu/relation.cpp it exists a tile
-at a time. Nothing is added atomically: what several programs share in is written apart and summed in a fixed order.
+The kernels compute the logits, then the gradients of the weights and of `union`, then the gradients of the objects.
+The product (subject + object) * union, which is multiplied by the weights, has size R x C. As in
+csrc/cpu/relation.cpp, it is formed one tile at a time. There are no atomic additions. If several programs contribute
+to a result, each writes its part separately, and the parts are summed in a fixed order.
 
-A branch is a tuple `(subject, subject_stride, object, object_stride, weight, weight_stride)`; `mirrored` is the second
-one or None. Channels and classes belong to the model and are specialized, so that rows are known to be aligned and
-tiles are loaded 16 bytes at a time; relations and objects change with every batch and are not.
+A branch is a tuple `(subject, subject_stride, object, object_stride, weight, weight_stride)`. `mirrored` is the second
+branch or None. The numbers of channels and classes are fixed by the model, so the kernels are specialized for them.
+Triton then knows that rows are aligned and loads tiles 16 bytes at a time. The numbers of relations and objects change
+with every batch, so the kernels are not specialized for them.
 """
 
 from __future__ import annotations
@@ -19,12 +22,15 @@ from torch import Tensor
 
 from sgalign.kernels.configs import dot_precision, is_interpreting
 
-BACKWARD_PAIRS = 16  # of a step of the backward, the fewest that `tl.dot` takes: sums of the weights fill registers
-LEAST_STEPS = 2  # of a program that shares its work: partial results are written and read again
+# Pairs per step of the backward, the minimum for `tl.dot`, because the sums for the weights already fill the registers.
+BACKWARD_PAIRS = 16
+# Minimum number of steps per program if several programs share the work, because partial results are written and read
+# again.
+LEAST_STEPS = 2
 WARPS = 8
-SEGMENT_WARPS = 4  # an object is in few pairs, so a program has little to do
-STAGES = 2  # of the pipeline of loads
-SUMMED = 1024  # elements of a program that adds up partial results
+SEGMENT_WARPS = 4  # fewer, because an object is in few pairs and a program has little work
+STAGES = 2  # stages of the load pipeline
+SUMMED = 1024  # elements per program of `sum_splits_kernel`
 
 
 @triton.jit
@@ -89,10 +95,11 @@ def forward_kernel(
     relations, classes, channels, span,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of pairs, block of classes, split): logits from `span` blocks of channels.
+    """Compute the logits of a block of pairs and a block of classes from `span` blocks of channels.
 
-    A tile of `union` is loaded once for both branches. Bound by memory: a pair reads C numbers of `union` and up to 4 C
-    of the objects, which repeat from pair to pair and stay in the caches, for 4 C K operations.
+    The program indices are block of pairs, block of classes, and split. A tile of `union` is loaded once for both
+    branches. The kernel is bound by memory. For 4 C K operations, a pair reads C numbers of `union` and up to 4 C
+    numbers of the objects, which repeat from pair to pair and stay in the caches.
     """
     split = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -103,7 +110,7 @@ def forward_kernel(
     total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     mirrored_total = total
     for block in range(split * span, min(split * span + span, tl.cdiv(channels, BLOCK_C))):
-        channel = block * BLOCK_C + tl.arange(0, BLOCK_C)  # known to be a multiple of 16, so that rows are aligned
+        channel = block * BLOCK_C + tl.arange(0, BLOCK_C)  # starts at a multiple of 16, so loads are aligned
         inside = present[:, None] & (channel < channels)[None, :]
         features = load_tile(union, union_stride, row, channel, inside)
         weight = load_weight(branch, k, classes, channel, channels)
@@ -124,7 +131,7 @@ def forward_kernel(
 
 @triton.jit
 def add_bias_and_store(logits, bias, total, split, row, k, classes, inside):
-    if bias is not None:  # the first split's
+    if bias is not None:  # only the first split adds the bias
         total += tl.load(bias + k, mask=(k < classes) & (split == 0), other=0.0).to(tl.float32)[None, :]
     store_tile(logits, classes, row, k, inside, total)
 
@@ -136,11 +143,12 @@ def grad_weight_kernel(
     BLOCK_R: tl.constexpr, CLASS_BLOCKS: tl.constexpr, UNROLLED: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of channels, block of classes, split): gradients of a tile of the weights and of `union`.
+    """Compute the gradients of a tile of the weights and of a part of `union`.
 
-    Walks over `span` blocks of pairs. The gradient of `union` is complete in every block of classes, of which there is
-    one up to 64 classes in float32 and 128 in 16 bits; the first stores it. Bound by memory as the forward, plus what
-    it writes of `union`.
+    The program indices are block of channels, block of classes, and split. A program iterates over `span` blocks of
+    pairs. It computes the gradient of their rows of `union` over all classes, but only the program of the first block
+    of classes stores it. There is one block of classes for up to 64 classes in float32 and up to 128 in 16 bits. Like
+    the forward, the kernel is bound by memory. In addition, it writes the gradient of `union`.
     """
     class_block = tl.program_id(1)
     split = tl.program_id(2)
@@ -164,7 +172,7 @@ def grad_weight_kernel(
                 mirrored_total, mirrored_grad_logits, mirrored, features, row, subject_of, object_of, present,
                 k, classes, channel, channels, inside, PRECISION,
             )  # fmt: skip
-        if grad_union is not None:  # after both products of the weights, or more registers are needed than there are
+        if grad_union is not None:  # after both weight products, because otherwise there are not enough registers
             to_union = sums * grad_of_product(
                 grad_logits, branch, row, present, classes, channel, channels,
                 CLASS_BLOCKS, UNROLLED, BLOCK_K, PRECISION,
@@ -187,7 +195,7 @@ def step(
     total, grad_logits, branch, features, row, subject_of, object_of, present, k, classes, channel, channels, inside,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the sums of subject and object of these pairs, and the gradient of the weights with these pairs in it."""
+    """Return subject + object of each pair, and the gradient of the weights with these pairs added."""
     sums = load_sum(branch, subject_of, object_of, channel, inside)
     product = (sums * features.to(tl.float32)).to(features.dtype)
     grad = load_tile(grad_logits, classes, row, k, present[:, None] & (k < classes)[None, :])
@@ -201,11 +209,12 @@ def grad_ends_kernel(
     BLOCK_R: tl.constexpr, CLASS_BLOCKS: tl.constexpr, UNROLLED: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (object, block of channels, end): the object's gradient as subject (end 0) or object (end 1).
+    """Compute the gradient of an object as the subject (end 0) or as the object (end 1) of its pairs.
 
-    Walks over its pairs, `order[end, offsets[end, object] : offsets[end, object + 1]]`. `union` is read twice in all,
-    once for each end. With few pairs an object, the weights bound it, read again from the second cache for every
-    object; with many, `union` does.
+    The program indices are object, block of channels, and end. A program iterates over the object's pairs,
+    `order[end, offsets[end, object] : offsets[end, object + 1]]`. In total `union` is read twice, once per end. With
+    few pairs per object, reading the weights from the second-level cache for every object takes the most time. With
+    many pairs per object, reading `union` does.
     """
     index = tl.program_id(0)
     end = tl.program_id(2)
@@ -246,7 +255,10 @@ def store_end(grad_subject, grad_object, end, place, inside, total):
 
 @triton.jit(do_not_specialize=["splits", "count"])
 def sum_splits_kernel(out, mirrored_out, partial, splits, count, BLOCK: tl.constexpr):
-    """Program (block, branch) of `partial`, `[branches, splits, count]`: splits added in their order."""
+    """Add the splits of `partial`, `[branches, splits, count]`, in their order.
+
+    The program indices are block and branch.
+    """
     branch = tl.program_id(1)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
@@ -262,26 +274,30 @@ def sum_splits_kernel(out, mirrored_out, partial, splits, count, BLOCK: tl.const
 
 
 class Blocks(NamedTuple):
-    """The sizes of blocks for a dtype and a number of classes: sums of both branches fit into registers."""
+    """The block sizes for a dtype and a number of classes.
 
-    pairs: int  # of a forward program: weights are read again for every block, so the more the better
-    classes: int  # more than these take several programs, or several steps of one
-    channels: int  # in 128 bytes of a row: whole cache lines, and the depth of a tensor core's tile
+    The sums of both branches fit into registers.
+    """
+
+    # Pairs per forward program. Larger blocks are better, because the weights are read again for every block.
+    pairs: int
+    classes: int  # a larger number of classes takes several programs, or several steps of one program
+    channels: int  # channels in 128 bytes of a row: whole cache lines, and the depth of a tensor core tile
 
     @staticmethod
     def of(union: Tensor, classes: int) -> Blocks:
         size = union.element_size()
         widest = 64 if size == 4 or torch.version.hip else 128
         width = min(widest, max(16, triton.next_power_of_2(classes)))
-        row_bytes = 512 if is_interpreting() else 128  # there a program takes the same time for any size
+        row_bytes = 512 if is_interpreting() else 128  # in the interpreter, a program takes the same time for any size
         return Blocks(32 if width * size > 128 else 64, width, row_bytes // size)
 
 
 def backward_sizes(blocks: Blocks, classes: int) -> dict[str, Any]:
-    """Return what the kernels of the backward are compiled for.
+    """Return the compile-time constants of the backward kernels.
 
-    Blocks of classes that are written out one after the other let the next pairs be loaded ahead, each into shared
-    memory of its own: on AMD there is room for one such block, else for two.
+    If the loop over blocks of classes is unrolled, the next pairs can be loaded ahead. Each block then needs separate
+    shared memory. There is room for one block on AMD GPUs and for two on others.
     """
     count = triton.cdiv(classes, blocks.classes)
     unrolled = count <= (1 if torch.version.hip else 2)
@@ -293,9 +309,11 @@ def forward(union: Tensor, pairs: Tensor, branches: list[Any], logits: list[Tens
     """Write the logits of each branch.
 
     Args:
-        union, pairs: with last strides of 1; pairs are contiguous.
-        branches: subject, object, weight and bias (or None) of each, with last strides of 1.
-        multiprocessors: of the GPU, which as many programs should fill.
+        union: the union features, with last stride 1.
+        pairs: the pairs, contiguous.
+        branches: the subject, object, weight and bias (or None) of each branch, with last strides of 1.
+        logits: the outputs of each branch.
+        multiprocessors: the number of multiprocessors of the GPU, which decides how many programs are launched.
     """
     (relations, channels), classes = union.shape, logits[0].shape[1]
     if not relations * classes:
@@ -321,11 +339,13 @@ def backward(
     grad_union: Tensor | None,
     multiprocessors: int,
 ) -> None:
-    """Write the gradients of each branch's subject, object and weight, and that of union if it is wanted.
+    """Write the gradients of each branch's subject, object and weight, and the gradient of union if it is wanted.
 
     Args:
-        union, pairs, branches, multiprocessors: as in `forward`; no bias is read.
-        grads: of each branch: that of the logits, which is given, and those of subject, object and weight, contiguous.
+        union, pairs, branches, multiprocessors: as in `forward`. The biases are not read.
+        grads: the gradients of each branch, contiguous. The gradient of the logits is an input, and the gradients of
+            subject, object and weight are outputs.
+        grad_union: the output for the gradient of `union`. If None, it is not computed.
     """
     (relations, channels), count = union.shape, len(branches[0].subject)
     classes = len(branches[0].weight)
@@ -336,7 +356,7 @@ def backward(
     channel_blocks = triton.cdiv(channels, blocks.channels)
     sizes = backward_sizes(blocks, classes) | {"num_stages": STAGES}
 
-    programs = channel_blocks, max(sizes["CLASS_BLOCKS"], 1)  # without a class, the gradient of union is still zero
+    programs = channel_blocks, max(sizes["CLASS_BLOCKS"], 1)  # without classes, zeros are written for union
     span, splits = _length_splits(relations, BACKWARD_PAIRS, programs[0] * programs[1], multiprocessors)
     parts = _Parts([of.weight for of in grads], splits)
     grad_weight_kernel[(*programs, splits)](
@@ -349,7 +369,7 @@ def backward(
 
     ends, order = pairs.t().contiguous().sort(stable=True)
     numbers = torch.arange(count + 1, device=pairs.device).expand(2, -1).contiguous()
-    offsets = torch.searchsorted(ends, numbers)  # [2, N + 1]: no number that the host would wait for
+    offsets = torch.searchsorted(ends, numbers)  # [2, N + 1], on the device, so the host does not wait
     to_ends = [grad for of in _both(grads) for grad in ((of.subject, of.object) if of else (None, None))]
     grad_ends_kernel[(count, channel_blocks, 2)](
         *to_ends, *given, union, union.stride(0), order, offsets, *operands,
@@ -358,17 +378,20 @@ def backward(
 
 
 def _operands(branch: Any) -> tuple[Any, ...]:
-    """Return a branch as the kernels take it."""
+    """Return a branch in the form that the kernels accept."""
     return tuple(x for matrix in (branch.subject, branch.object, branch.weight) for x in (matrix, matrix.stride(0)))
 
 
 def _both(values: list[Any]) -> list[Any]:
-    """Return the branch's and the mirror's value, None where there is none."""
+    """Return the values of the branch and of the mirror, or None if there is no mirror."""
     return [*values, None, None][:2]
 
 
 def _length_splits(length: int, block: int, programs: int, multiprocessors: int) -> tuple[int, int]:
-    """Return the blocks of a program, and how many programs share in a length: two a multiprocessor."""
+    """Return the blocks per program and the number of programs that share a length.
+
+    The aim is two programs per multiprocessor.
+    """
     steps = max(triton.cdiv(length, block), 1)
     splits = max(min(2 * multiprocessors // programs, steps // LEAST_STEPS), 1)
     span = triton.cdiv(steps, splits)
@@ -376,7 +399,7 @@ def _length_splits(length: int, block: int, programs: int, multiprocessors: int)
 
 
 class _Parts:
-    """The results that the programs of `splits` write, to be added up; without splits the results themselves."""
+    """The partial results that the splits write and `sum` adds, or the final results if there is one split."""
 
     def __init__(self, outs: list[Tensor], splits: int) -> None:
         self.results, self.splits = outs, splits

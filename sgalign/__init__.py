@@ -1,4 +1,4 @@
-"""Relation alignment for scene graph generation, nearly free: fused kernels for both branches in one pass."""
+"""Relation alignment for scene graph generation with fused kernels that compute both branches in one pass."""
 
 import importlib.util
 import sys
@@ -13,7 +13,7 @@ from sgalign.ops.relation import dual_branch_relation_logits, fused_relation_log
 
 _kernels = Path(__file__).resolve().parent.parent / "kernels" / "__init__.py"
 if not Path(__file__).with_name("kernels").exists() and _kernels.exists():
-    # The source tree keeps kernels/ beside the package; an installation has it inside, as sgalign.kernels.
+    # In the source tree, kernels/ is next to the package. In an installation it is inside, as sgalign.kernels.
     _spec = importlib.util.spec_from_file_location("sgalign.kernels", _kernels)
     assert _spec is not None and _spec.loader is not None
     kernels = sys.modules["sgalign.kernels"] = importlib.util.module_from_spec(_spec)

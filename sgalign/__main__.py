@@ -1,4 +1,4 @@
-"""`python -m sgalign` is the `sgalign` command."""
+"""The `sgalign` command, run as `python -m sgalign`."""
 
 import sys
 

@@ -1,9 +1,10 @@
-"""The error that our own checks raise."""
+"""The error type of the package's own checks."""
 
 
 class InputError(ValueError):
-    """An argument, option or file is not what it must be; the message says which, what it was and what it must be.
+    """An error about an invalid argument, option or file.
 
-    The command line prints it as one sentence, as it does errors of the file system (OSError) and Lightning's
-    MisconfigurationException. Anything else is a defect and keeps its traceback.
+    The message names it and says what it was and what it must be. The command line prints this error as one sentence
+    without a traceback. It treats file system errors (OSError) and Lightning's MisconfigurationException in the same
+    way. Any other error is a defect and keeps its traceback.
     """

@@ -1,4 +1,4 @@
-"""Modules over the fused operations."""
+"""The `torch.nn` modules on top of the fused operations."""
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ from sgalign.ops.random_mask import ratio_threshold
 
 
 class MaskedMultiheadAttention(nn.Module):
-    """`torch.nn.MultiheadAttention` on fused kernels, with the random mask and a dual-branch call.
+    """A `torch.nn.MultiheadAttention` on fused kernels, with a random mask and a dual-branch call.
 
-    Parameters have the same names and initial values, so state dicts go both ways. What it does not have:
-    ``add_bias_kv``, ``add_zero_attn``, additive (floating point) masks, which `torch.nn.TransformerEncoderLayer` makes
-    of any mask, and attention weights, since no tensor of size Lq x Lk ever exists.
+    Use it in place of `torch.nn.MultiheadAttention`. The parameters have the same names and initial values, so state
+    dicts can be loaded in both directions. The module does not support
+
+    - ``add_bias_kv`` and ``add_zero_attn``,
+    - additive (floating point) masks, into which `torch.nn.TransformerEncoderLayer` converts any mask,
+    - returning attention weights, because no tensor of size Lq x Lk is ever formed.
 
     Args:
-        embed_dim: channels of the query and the output.
-        num_heads: divides `embed_dim`.
-        dropout: of the attention weights, in training only.
-        bias: of the projections.
-        kdim, vdim: channels of key and value, if not `embed_dim`.
-        batch_first: tensors are ``[B, L, E]`` instead of ``[L, B, E]``.
-        mask_ratio: of the random mask, in training only.
+        embed_dim: the number of channels of the query and the output.
+        num_heads: the number of heads. It must divide `embed_dim`.
+        dropout: the dropout probability of the attention weights, used only in training.
+        bias: if True, the projections have a bias.
+        kdim, vdim: the number of channels of the key and of the value. If None, `embed_dim`.
+        batch_first: if True, tensors are ``[B, L, E]`` instead of ``[L, B, E]``.
+        mask_ratio: the probability that the random mask drops an entry, used only in training.
         backend: as in `fused_masked_attention`.
-        device, dtype: of the parameters.
+        device, dtype: the device and the dtype of the parameters.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or is out of its range.
+        TypeError, ValueError: if an argument has the wrong type or is out of its range.
     """
 
-    _qkv_same_embed_dim = False  # what torch's encoder layer asks before it would go around this module in evaluation
+    _qkv_same_embed_dim = False  # keeps torch's encoder layer from bypassing this module in evaluation
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class MaskedMultiheadAttention(nn.Module):
             if not isinstance(size, int) or size < 1:
                 raise InputError(f"{name} must be an int of at least 1, got {size!r}")
         if embed_dim % num_heads:
-            raise InputError(f"num_heads must divide embed_dim, {embed_dim}, got {num_heads}")
+            raise InputError(f"num_heads must divide embed_dim ({embed_dim}), got {num_heads}")
         ratio_threshold(dropout, "dropout")
         ratio_threshold(mask_ratio, "mask_ratio")
         backends.check_name(backend)
@@ -105,32 +108,33 @@ class MaskedMultiheadAttention(nn.Module):
         mask_seed: int | Tensor | None = None,
         mask_stream: int = 0,
     ) -> tuple[Tensor, None]:
-        """Return attention with the module's random mask (in training).
+        """Compute attention, in training with the random mask.
 
         Args:
-            query: ``[Lq, B, E]``, or ``[B, Lq, E]`` if `batch_first`, or ``[Lq, E]``.
-            key, value: likewise with Lk and their own channels.
-            key_padding_mask: bool ``[B, Lk]`` (``[Lk]`` without a batch), True = ignored.
+            query: the queries, ``[Lq, B, E]``, or ``[B, Lq, E]`` if `batch_first`, or ``[Lq, E]`` without a batch.
+            key, value: the keys and values in the same layout, with length Lk and `kdim` and `vdim` channels.
+            key_padding_mask: the padding among the keys, bool ``[B, Lk]``, or ``[Lk]`` without a batch. True means
+                ignored.
             need_weights: must be False.
-            attn_mask: bool ``[Lq, Lk]`` or ``[B * num_heads, Lq, Lk]``, True = dropped.
-            average_attn_weights: of the weights that there are not; has no effect.
-            is_causal: says of `attn_mask` that it is causal, which makes no difference here; needs `attn_mask`.
+            attn_mask: an explicit mask, bool ``[Lq, Lk]`` or ``[B * num_heads, Lq, Lk]``. True means dropped.
+            average_attn_weights: has no effect, because no attention weights are returned.
+            is_causal: says that `attn_mask` is causal. It has no effect but requires `attn_mask`.
             mask_seed, mask_stream: as in `fused_masked_attention`.
 
         Returns:
-            The output in the query's layout, and None for the weights, as `torch.nn.MultiheadAttention` returns it.
+            The output in the query's layout, and None in place of the attention weights.
 
         Raises:
-            ValueError, TypeError: `need_weights` is True, or an argument has the wrong type, shape, dtype or device.
-            ImportError, RuntimeError: as `fused_masked_attention`.
+            TypeError, ValueError: if `need_weights` is True, or an argument has the wrong type, shape, dtype or device.
+            ImportError, RuntimeError: as in `fused_masked_attention`.
         """
         if need_weights:
             raise InputError(
                 "need_weights must be False, got True: the fused kernels never form the [Lq, Lk] attention weights; "
-                "sgalign.random_attention_mask gives the random mask alone"
+                "sgalign.random_attention_mask returns the random mask"
             )
         if is_causal and attn_mask is None:
-            raise InputError("attn_mask must be given where is_causal is True, as torch.nn.MultiheadAttention asks")
+            raise InputError("attn_mask must be given if is_causal is True, as in torch.nn.MultiheadAttention")
         (out,) = self._attend([query], key, value, key_padding_mask, attn_mask, mask_seed, mask_stream, dual=False)
         return out, None
 
@@ -146,19 +150,22 @@ class MaskedMultiheadAttention(nn.Module):
         mask_seed: int | Tensor | None = None,
         mask_stream: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Return the supervised branch without the random mask and the mirrored one with it, sharing key and value.
+        """Compute both branches: the supervised one without the random mask and the mirrored one with it.
 
-        Key and value are projected once; if `mirrored_query` is `query`, so is the query.
+        Both branches attend to the same keys and values, which are projected once. Pass the same tensor object as
+        `query` and `mirrored_query` if the two are equal. It is then projected only once, too. In evaluation no random
+        mask is drawn.
 
         Args:
-            query, mirrored_query, key, value, key_padding_mask, attn_mask, mask_seed, mask_stream: as in `forward`.
+            query, mirrored_query: the queries of the two branches, each as `query` in `forward`.
+            key, value, key_padding_mask, attn_mask, mask_seed, mask_stream: as in `forward`.
 
         Returns:
-            ``(out, mirrored_out)`` in the query's layout. In evaluation no mask is drawn.
+            ``(out, mirrored_out)``, each in the query's layout.
 
         Raises:
-            ValueError, TypeError: an argument has the wrong type, shape, dtype or device.
-            ImportError, RuntimeError: as `dual_branch_attention`.
+            TypeError, ValueError: if an argument has the wrong type, shape, dtype or device.
+            ImportError, RuntimeError: as in `dual_branch_attention`.
         """
         queries = [query] if mirrored_query is query else [query, mirrored_query]
         out, mirrored_out = self._attend(
@@ -185,7 +192,7 @@ class MaskedMultiheadAttention(nn.Module):
             check_tensor(name, tensor)
             if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched or tensor.shape[-1] != width:
                 layout = f"[B, L, {width}]" if self.batch_first else f"[L, B, {width}]"
-                raise InputError(f"{name} must be {layout}, or [L, {width}] like every other, got {list(tensor.shape)}")
+                raise InputError(f"{name} must be {layout}, or [L, {width}] like the others, got {list(tensor.shape)}")
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask[None]
         weights = self._projection_weights()
@@ -218,7 +225,7 @@ class MaskedMultiheadAttention(nn.Module):
         by_head = (batch * self.num_heads, queries, keys)
         if attn_mask.shape != by_head:
             raise InputError(
-                f"attn_mask must be {[queries, keys]} or {list(by_head)}, [B * num_heads, Lq, Lk], "
+                f"attn_mask must be {[queries, keys]} or {list(by_head)} ([B * num_heads, Lq, Lk]), "
                 f"got {list(attn_mask.shape)}"
             )
         return attn_mask.unflatten(0, (batch, self.num_heads))
@@ -229,7 +236,7 @@ class MaskedMultiheadAttention(nn.Module):
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
     def _split_heads(self, projected: Tensor) -> Tensor:
-        """Return a projection as ``[B, H, L, D]``, without a copy."""
+        """Return a view of a projection as ``[B, H, L, D]``."""
         if projected.dim() == 2:
             projected = projected[None]
         elif not self.batch_first:

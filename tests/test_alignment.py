@@ -166,7 +166,7 @@ def test_weights_of_any_size():
         ({"kind": "tanh"}, ValueError, "kind must be one of 'softmax', 'sigmoid', got 'tanh'"),
         ({"reduction": "mean"}, ValueError, "reduction must be one of .* got 'mean'"),
         ({"direction": "both"}, ValueError, "direction must be one of .* got 'both'"),
-        ({"weight": torch.ones(6)}, ValueError, r"weight must be \[7\], one a relation, got \[6\]"),
+        ({"weight": torch.ones(6)}, ValueError, r"weight must be \[7\], one per relation, got \[6\]"),
         ({"mirrored_logits": torch.zeros(7, 4)}, ValueError, r"mirrored_logits must be \[7, 5\].* got \[7, 4\]"),
         ({"logits": torch.zeros(7)}, ValueError, r"logits must be \[R, K\].* got \[7\]"),
         (

@@ -329,7 +329,7 @@ BAD_OPTIONS = [
     ({"mask_seed": -(2**63) - 1}, ValueError, r"mask_seed must be in .* got -9223372036854775809"),
     ({"scale": math.nan}, ValueError, "scale must be finite and at most .*, got nan"),
     ({"scale": -math.inf}, ValueError, "scale must be finite and at most .*, got -inf"),
-    ({"scale": 1e39}, ValueError, r"scale must be finite and at most .*e\+38 in size, got 1e\+39"),
+    ({"scale": 1e39}, ValueError, r"scale must be finite and at most .*e\+38 in absolute value, got 1e\+39"),
     ({"mask": torch.zeros(5, 40, **BOOL).to_sparse()}, TypeError, "mask must be a dense tensor, got torch.sparse_coo"),
     ({"backend": ["cpu"]}, ValueError, r"backend must be one of .* got \['cpu'\]"),
     ({"backend": "gpu"}, ValueError, "backend must be one of 'cpu', 'triton', 'cuda', 'reference' or None, got 'gpu'"),
@@ -419,7 +419,7 @@ def test_bad_tensor(name, change, error, message, backend):
 
 def test_too_many_channels():
     tensor = torch.zeros(1, 1, 2, 257)
-    with pytest.raises(ValueError, match=r"query must have at most 256 channels a head \(D\), got 257"):
+    with pytest.raises(ValueError, match=r"query must have at most 256 channels per head \(D\), got 257"):
         fused_masked_attention(tensor, tensor, tensor)
 
 

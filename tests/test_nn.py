@@ -106,9 +106,9 @@ def test_errors():
         ({"value": torch.zeros(7, E)}, ValueError, rf"value must be \[B, L, {E}\].* got \[7, {E}\]"),
         ({"attn_mask": torch.zeros(3, 5, 7)}, TypeError, "attn_mask must be a bool tensor.* got torch.float32"),
         ({"attn_mask": torch.zeros(H + 1, 5, 7) > 0}, ValueError, rf"attn_mask must be .* got \[{H + 1}, 5, 7\]"),
-        ({"attn_mask": torch.zeros(H, 5, 7) > 0}, ValueError, rf"or \[{3 * H}, 5, 7\], .* got \[{H}, 5, 7\]"),
+        ({"attn_mask": torch.zeros(H, 5, 7) > 0}, ValueError, rf"or \[{3 * H}, 5, 7\] .* got \[{H}, 5, 7\]"),
         ({"attn_mask": torch.zeros(1, 7) > 0}, ValueError, r"attn_mask must be \[5, 7\] or .* got \[1, 7\]"),
-        ({"is_causal": True}, ValueError, "attn_mask must be given where is_causal is True"),
+        ({"is_causal": True}, ValueError, "attn_mask must be given if is_causal is True"),
     ],
 )
 def test_bad_input_is_refused_by_name(change, error, message):

@@ -1,1 +1,1 @@
-"""The fused operations, one a module, and what serves them: reference definitions, backends, the compiled core."""
+"""The fused operations, one per module, with their reference definitions, backends and compiled core."""

@@ -1,6 +1,6 @@
-"""How each backend runs attention: the parts of a call, and the launch functions, forward and backward.
+"""The launch functions of attention for each backend, forward and backward, and the arguments that they take.
 
-A new backend is a file of kernels and an entry in each of the tables `FORWARD` and `BACKWARD`.
+To add a backend, write a file of kernels and add an entry to each of the tables `FORWARD` and `BACKWARD`.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from sgalign.ops import _core, _cuda
 from sgalign.ops._operands import DTYPES, Tensors
 from sgalign.ops.random_mask import STEPS
 
-NO_MASK, NO_PADDING = (0,) * 5, (0,) * 3  # instead of address and strides
+NO_MASK, NO_PADDING = (0,) * 5, (0,) * 3  # replace the address and the strides of a missing mask
 
 
 class Options(NamedTuple):
-    """The options of a call, all but queries, keys and values, in the order of `OPTIONS_SCHEMA`."""
+    """The options of a call in the order of `OPTIONS_SCHEMA`: all arguments except queries, keys and values."""
 
-    mask: Tensor | None  # bool [B, H, Lq, Lk], with strides of 0 where it was broadcast
+    mask: Tensor | None  # bool [B, H, Lq, Lk], with stride 0 along broadcast dimensions
     key_padding_mask: Tensor | None
-    seed: Tensor | None  # None where nothing is drawn
-    mask_threshold: int  # drop probability times 65536
-    dropout_threshold: int  # drop probability times 65536
-    stream: int  # of the random mask
-    scale: float  # of the scores
+    seed: Tensor | None  # None if nothing is drawn
+    mask_threshold: int  # drop probability of the random mask times 65536
+    dropout_threshold: int  # drop probability of dropout times 65536
+    stream: int  # stream of the random mask
+    scale: float  # factor of the scores
 
     @property
     def dropout_scale(self) -> float:
-        """The factor of what dropout keeps."""
+        """The factor of the weights that dropout keeps."""
         return STEPS / (STEPS - self.dropout_threshold) if self.dropout_threshold < STEPS else 0.0
 
 
-# of the registered operations
+# part of the schemas of the registered operations
 OPTIONS_SCHEMA = (
     "Tensor? mask, Tensor? key_padding_mask, Tensor? seed, int mask_threshold, int dropout_threshold, int stream,"
     " float scale"
@@ -44,9 +44,10 @@ OPTIONS_SCHEMA = (
 
 
 class Call(NamedTuple):
-    """The tensors and options of a forward, which its backward reads again. Last strides are 1.
+    """The tensors and options of a forward pass, which its backward pass reads again.
 
-    With two outputs the second is the mirror's, to which alone the random mask applies. One query may serve both.
+    All last strides are 1. If there are two outputs, the second belongs to the mirror, and the random mask applies only
+    to it. Both branches may share one query.
     """
 
     queries: Tensors
@@ -91,7 +92,7 @@ FORWARD: dict[str, Callable[[Call], None]] = {
 
 
 # ------------------------------------------------------------------------------------------------------ backward
-# `grads` are written: of the queries, of key and of value.
+# These functions write `grads`: the gradients of the queries, of the key and of the value.
 
 
 def _backward_cpu(call: Call, grad_outs: Tensors, grads: Tensors) -> None:
@@ -128,9 +129,9 @@ BACKWARD: dict[str, Callable[[Call, Tensors, Tensors], None]] = {
 
 
 def _description(core: ModuleType, call: Call, grad_outs: Sequence[Tensor] = (), grads: Sequence[Tensor] = ()) -> Any:
-    """Return the call as the core takes it (`attention` in csrc/bindings.cpp).
+    """Return the call in the form that the core accepts (`attention` in csrc/bindings.cpp).
 
-    It holds addresses: the tensors must outlive it.
+    The result holds addresses, so the tensors must outlive it.
     """
     queries, key, value, outs, logsumexps, options = call
     seed = options.seed
@@ -142,7 +143,7 @@ def _description(core: ModuleType, call: Call, grad_outs: Sequence[Tensor] = (),
         *_matrix(value),
         *(NO_MASK if options.mask is None else _matrix(options.mask)),
         *(NO_PADDING if options.key_padding_mask is None else _matrix(options.key_padding_mask)),
-        seed.item() if seed is not None and seed.is_cpu else 0,  # a GPU reads it itself
+        seed.item() if seed is not None and seed.is_cpu else 0,  # kernels on a GPU read the seed from its memory
         *options[3:],
         torch.get_num_threads(),
         len(outs),
@@ -159,7 +160,7 @@ def _description(core: ModuleType, call: Call, grad_outs: Sequence[Tensor] = (),
 
 
 def _matrix(tensor: Tensor) -> tuple[int, ...]:
-    """Return a tensor's address and its strides."""
+    """Return the address and the strides of a tensor."""
     return (tensor.data_ptr(), *tensor.stride())
 
 

@@ -1,7 +1,8 @@
-"""How the operations go through torch: autograd, its dispatcher where something listens there, and straight past it.
+"""The path of a call through torch's autograd and, if needed, its dispatcher.
 
-An eager call on ordinary tensors goes straight to the function that allocates and launches. torch.compile, export, fake
-tensors, function transforms and profilers see the registered operation.
+An eager call on ordinary tensors skips the dispatcher and goes directly to the function that allocates the outputs and
+launches the kernel. torch.compile, export, fake tensors, function transforms and profilers see the registered
+operation.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from torch.nn import Parameter
 
 
 def is_plain(*tensors: Tensor | int | None) -> bool:
-    """Return whether the dispatcher would pass a call on these tensors straight to its implementation.
+    """Return True if the dispatcher would pass a call on these tensors directly to its implementation.
 
-    It does not for subclasses, sparse and nested tensors, and it does not while anything traces, fakes, transforms or
-    records operations. Python's part of the dispatcher takes longer than all else of a small call.
+    If so, the caller can skip the dispatcher, whose Python part takes longer than the rest of a small call. The
+    dispatcher is needed for subclasses, sparse tensors and nested tensors. It is also needed while anything traces,
+    fakes, transforms or records operations.
     """
     if (
         torch.compiler.is_compiling()
@@ -43,13 +45,15 @@ def is_plain(*tensors: Tensor | int | None) -> bool:
 
 
 def call(function: type[torch.autograd.Function], plain: bool, *arguments: Any) -> Any:
-    """Return what ``function.apply(plain, *arguments)`` returns first, in the cheapest way.
+    """Run ``function.apply(plain, *arguments)`` in the cheapest way and return its outputs.
+
+    The outputs that may receive gradients come first. The others may be missing.
 
     Args:
-        function: with a separate `setup_context`, as torch's function transforms need it. Its forward takes `plain`,
-            and its `setup_context` returns the first outputs, into which gradients may flow.
-        plain: as from `is_plain`.
-        arguments: all after `plain`.
+        function: an autograd function with a separate `setup_context`, which torch's function transforms need. Its
+            forward takes `plain` first. Its `setup_context` returns the outputs that may receive gradients.
+        plain: the result of `is_plain`.
+        arguments: the arguments of the forward after `plain`.
     """
     if not plain:
         return function.apply(False, *arguments)
@@ -62,10 +66,10 @@ def call(function: type[torch.autograd.Function], plain: bool, *arguments: Any) 
 
 @functools.cache
 def _joined(function: Any) -> Any:
-    """Return an autograd function that does the same, with `setup_context` in its forward.
+    """Return an equivalent autograd function that calls `setup_context` inside its forward.
 
-    With a separate one torch inspects the signature of `forward` at each call, and all that the backward needs must be
-    an output.
+    With a separate `setup_context`, torch inspects the signature of `forward` at each call, and every tensor that the
+    backward needs must be an output.
     """
 
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -76,15 +80,15 @@ def _joined(function: Any) -> Any:
 
 
 def differentiable_once(what: str, gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `gradients`, which a backward pass calls, with an error instead of a gradient of its own.
+    """Wrap a function that computes gradients in a backward pass, and make its own gradient an error.
 
     Args:
-        what: the operation that `gradients` belongs to, as the error names it.
-        gradients: called with positional arguments.
+        what: the name of the operation in the error message.
+        gradients: the function, which is called with positional arguments.
     """
     message = (
         f"sgalign: second-order gradients of {what} are not supported (create_graph=True, or a gradient of a gradient);"
-        " backend='reference' has them"
+        " backend='reference' supports them"
     )
 
     class Gradients(torch.autograd.Function):
@@ -106,9 +110,9 @@ def differentiable_once(what: str, gradients: Callable[..., Any]) -> Callable[..
 
 
 def distinct(tensors: list[Any]) -> list[Any]:
-    """Replace repeated tensors by views, because torch.compile passes no tensor twice to an autograd function.
+    """Return the tensors with repeated ones replaced by views.
 
-    None stays None.
+    torch.compile does not pass a tensor twice to an autograd function. None stays None.
     """
     if not torch.compiler.is_compiling():
         return tensors

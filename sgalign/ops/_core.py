@@ -1,4 +1,4 @@
-"""The compiled core `sgalign._C`, loaded at its first use, and why it cannot be."""
+"""The compiled core `sgalign._C`, which is loaded at its first use."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from types import ModuleType
 
 from sgalign.ops._source_digest import source_digest
 
-ROOT = Path(__file__).resolve().parents[2]  # the source tree, if this is one
+ROOT = Path(__file__).resolve().parents[2]  # root of the source tree, unless the package is installed
 BUILD = "run `pip install .` in its root"
 
 
 @functools.cache
 def load() -> ModuleType:
-    """Return `sgalign._C`.
+    """Load and return `sgalign._C`.
 
     Raises:
-        ImportError: it was never built, was built from other sources, or does not load; the message says what to run.
+        ImportError: if it was never built, was built from other sources, or does not load. If a build is needed, the
+            message names the command.
     """
     try:
         core = importlib.import_module("sgalign._C")
@@ -33,7 +34,7 @@ def load() -> ModuleType:
 
 @functools.cache
 def problem() -> str | None:
-    """Return why the core cannot be used, in one sentence, or None."""
+    """Return a sentence that says why the core cannot be used, or None if it can."""
     try:
         load()
     except ImportError as error:

@@ -1,6 +1,6 @@
-"""Code that all operations share: checks of tensors, their dtype under autocast, memory order.
+"""Code that all operations share: checks of tensors, dtypes under autocast, and memory order.
 
-The checks of ratios, seeds and streams are in random_mask.py, beside what these mean.
+The checks of ratios, seeds and streams are in random_mask.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sgalign.errors import InputError
 
 Tensors = list[Tensor]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/kernels.h
-REMEMBERED = 4096  # signatures of an operation
+REMEMBERED = 4096  # signatures remembered per operation
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -29,19 +29,19 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Raise TypeError for sparse and nested tensors, whose memory the kernels cannot read."""
+    """Raise TypeError if `tensor` is sparse or nested, because the kernels cannot read its memory."""
     if tensor.layout != torch.strided or tensor.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got {'nested' if tensor.is_nested else tensor.layout}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless the kernels know the dtype."""
+    """Raise TypeError unless the kernels support the dtype of `tensor`."""
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
 
 
 def check_bool(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless `tensor` is a dense tensor of bool, a mask."""
+    """Raise TypeError unless `tensor` is a mask, a dense bool tensor."""
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a bool tensor, True = dropped, got {got}")
@@ -49,27 +49,33 @@ def check_bool(name: str, tensor: Tensor) -> None:
 
 
 def check_dtype(name: str, tensor: Tensor, other: Tensor, whose: str) -> None:
-    """Raise TypeError unless both tensors are computed in one dtype, which the message calls `whose`."""
+    """Raise TypeError unless both tensors are computed in the same dtype.
+
+    `whose` describes the dtype of `other` in the message, such as "the query's dtype".
+    """
     if computed_dtype(tensor) != computed_dtype(other):
         raise TypeError(f"{name} must have {whose} {other.dtype}, got {tensor.dtype}")
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device, whose: str) -> None:
-    """Raise InputError unless `tensor` is on `device`, which the message calls `whose`."""
+    """Raise InputError unless `tensor` is on `device`.
+
+    `whose` describes the device in the message, such as "the query's device".
+    """
     if tensor.device != device:
         raise InputError(f"{name} must be on {whose} {device}, got {tensor.device}")
 
 
 def once_a_signature(check: Callable[..., None]) -> Callable[..., None]:
-    """Return a check of tensors that runs once for the same shapes, dtypes and devices, and again after an error.
+    """Wrap a check of tensors, which then runs once for each combination of shapes, dtypes and devices.
 
-    The first argument of the result says whether the others, tensors or None, are ordinary (`_autograd.is_plain`): the
-    check of others always runs.
+    A check that raised an error runs again at the next call. The first argument of the wrapped check is the result of
+    `_autograd.is_plain` for the other arguments, which are tensors or None. If it is False, the check always runs.
     """
     passed: set[tuple[object, ...]] = set()
 
     def run(plain: bool, *tensors: Tensor | None) -> None:
-        if not plain or torch._C._is_any_autocast_enabled():  # which decides whether dtypes go together
+        if not plain or torch._C._is_any_autocast_enabled():  # autocast decides whether the dtypes match
             check(*tensors)
             return
         signature = tuple([None if x is None else (x.shape, x.dtype, x.device) for x in tensors])
@@ -86,11 +92,11 @@ def once_a_signature(check: Callable[..., None]) -> Callable[..., None]:
 
 
 def computed_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the tensor's dtype, or what autocast makes of it."""
+    """Return the dtype in which a tensor is computed: its own dtype, or autocast's dtype under autocast."""
     if not torch._C._is_any_autocast_enabled():
         return tensor.dtype
     device = tensor.device.type
-    # torch.is_autocast_enabled knows no meta tensors.
+    # torch.is_autocast_enabled does not accept the meta device.
     if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return tensor.dtype
     return torch.get_autocast_dtype(device)
@@ -98,7 +104,7 @@ def computed_dtype(tensor: Tensor) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which torch's own operations keep the dtypes of their operands."""
-    if not torch._C._is_any_autocast_enabled() or device.type == "meta":  # torch has no autocast for it
+    if not torch._C._is_any_autocast_enabled() or device.type == "meta":  # torch has no autocast for meta tensors
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -109,7 +115,7 @@ def accumulated_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the tensor in `dtype`: itself where it has it, without asking torch."""
+    """Return the tensor in `dtype`, without a call of torch if it has that dtype already."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -117,15 +123,15 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
-    """Return the tensor, copied if its last stride is not 1."""
+    """Return the tensor, or a copy of it if its last stride is not 1."""
     return tensor if tensor.stride()[-1] == 1 else tensor.contiguous()
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """Return an uninitialised tensor with last stride 1 and, where that is possible, the memory order of `tensor`.
+    """Return an uninitialized tensor with last stride 1 and, if possible, the memory order of `tensor`.
 
-    The order of a ``[B, L, H * D]`` projection survives, so that the way back to it needs no copy.
+    The memory order of a ``[B, L, H * D]`` projection is kept, so no copy is needed to restore that layout.
     """
     out = torch.empty_like(tensor)
-    # For a tensor that overlaps itself, empty_like chooses its own order.
+    # If the elements of a tensor overlap in memory, empty_like chooses another order.
     return out if out.stride()[-1] == 1 else torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -1,4 +1,7 @@
-"""What the compiled core was built from; setup.py runs this file too, and has neither torch nor the package."""
+"""The digest of the sources of the compiled core.
+
+setup.py runs this file too, so it must import neither torch nor the package.
+"""
 
 import hashlib
 from pathlib import Path

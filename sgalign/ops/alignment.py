@@ -1,8 +1,8 @@
-"""The alignment loss: pulls the mirrored branch's predictions towards the supervised branch's.
+"""The alignment loss, which pulls the predictions of the mirrored branch towards those of the supervised branch.
 
-From the public function to the kernel as in `sgalign.ops.attention`: checks, `_AlignmentLoss` (autograd), the
-registered operation ``sgalign::alignment_loss`` or its implementation `_loss`, and the backend's launch function from
-the table `_LAUNCH`. One pass gives loss and gradient, so there is no backward operation.
+A call takes the same steps as in `sgalign.ops.attention`: the checks, `_AlignmentLoss` (autograd), the registered
+operation ``sgalign::alignment_loss`` or its implementation `_loss`, and the backend's launch function from the table
+`_LAUNCH`. One pass computes the loss and the gradient, so there is no backward operation.
 """
 
 from __future__ import annotations
@@ -44,41 +44,44 @@ def relation_alignment_loss(
     direction: Direction = "teacher_to_student",
     backend: str | None = None,
 ) -> Tensor:
-    """Return the divergence of the mirror's predictions (student) from the supervised branch's (teacher, detached).
+    """Compute the divergence between the predictions of the supervised and the mirrored branch.
 
-    With ``t = softmax(logits[r])`` and ``s = softmax(mirrored_logits[r])``, the divergence of relation r is
+    The supervised branch is the teacher and is detached. The mirrored branch is the student. With
+    ``t = softmax(logits[r])`` and ``s = softmax(mirrored_logits[r])``, the divergence of relation r is
 
         teacher_to_student: KL(t || s) = sum over k of t[k] * (log t[k] - log s[k])
         symmetric:          (KL(t || s) + KL(s || t)) / 2
 
-    and for "sigmoid" the sum over classes of the same between Bernoulli distributions of ``sigmoid(logits[r, k])``. The
-    loss is ``sum_r w[r] * divergence[r] / sum_r w[r]``, for "element" also divided by the number of classes K. A class
-    to which the first distribution gives probability 0 contributes 0. This is the L_align of Xu, Liao and Sigal, WACV
-    2024, who leave reduction and direction open: "element" is the mean over all elements, what
-    `torch.nn.functional.kl_div` has called "mean" so far, and K times weaker than "relation".
+    If `kind` is "sigmoid", each class k has a Bernoulli distribution with probability ``sigmoid(logits[r, k])``, and
+    the divergence of relation r is the sum of the divergences of its classes. A class whose probability is 0 in the
+    first distribution of a KL contributes 0.
 
-    Loss and gradient are computed in one pass over the logits, in float32 (float64 for float64), and stay the same bits
-    for any number of threads. Differentiable once, in `mirrored_logits` alone.
+    The loss is ``sum_r w[r] * divergence[r] / sum_r w[r]``. If `reduction` is "element", it is also divided by the
+    number of classes K. "element" is therefore the mean over all elements, and K times weaker than "relation". It is
+    currently the "mean" of `torch.nn.functional.kl_div`. This loss is L_align of Xu, Liao and Sigal, WACV 2024. The
+    paper specifies neither the reduction nor the direction.
+
+    The loss and the gradient are computed in one pass over the logits, in float32 (float64 for float64). The result is
+    the same, bit for bit, for any number of threads. The loss is differentiable once, and only in `mirrored_logits`.
 
     Args:
-        logits: ``[R, K]`` of the supervised branch, float32, float64, bfloat16 or float16; no gradient flows into them.
-        mirrored_logits: ``[R, K]`` of the mirrored branch, of any of these dtypes; if they differ, both are promoted to
-            one, and the gradient has the dtype of `mirrored_logits`.
-        kind: "softmax" (classes exclude one another, background among them) or "sigmoid".
+        logits: the logits of the supervised branch, ``[R, K]``, float32, float64, bfloat16 or float16, detached.
+        mirrored_logits: the logits of the mirrored branch, ``[R, K]``, in any of these dtypes. If the two dtypes
+            differ, both tensors are promoted to a common dtype. The gradient has the dtype of `mirrored_logits`.
+        kind: "softmax" for classes that exclude one another, background included, or "sigmoid" for separate classes.
         reduction: "element" or "relation".
-        weight: ``[R]`` of any real dtype, at least 0 (which is not checked: that would wait for the
-            device); None weighs all relations the same.
+        weight: the weight of each relation, ``[R]``, in any real dtype, at least 0. If None, all relations have the
+            same weight. Negative weights are not detected, because that check would wait for the device.
         direction: "teacher_to_student" or "symmetric".
-        backend: "cpu" (compiled), "triton" or "cuda" (GPUs), "reference" (plain PyTorch); None takes the fastest that
-            serves device and dtype.
+        backend: as in `fused_masked_attention`.
 
     Returns:
-        A scalar, float32 (float64 for float64); 0 with zero gradients if there is no relation or all weights are 0.
+        The loss, a float32 scalar (float64 for float64). It is 0 with zero gradients if R is 0 or all weights are 0.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or value.
-        ImportError: the compiled core is not built, or older than its sources, or the backend is not installed.
-        RuntimeError: in the backward pass, of a gradient of the gradient, which "reference" alone has.
+        TypeError, ValueError: if an argument has the wrong type, shape, dtype, device or value.
+        ImportError: if the compiled core is not built or is older than its sources, or the backend is not installed.
+        RuntimeError: if the backward pass must compute second-order gradients. Only "reference" supports them.
     """
     _check_choices(kind, reduction, direction)
     plain = is_plain(logits, mirrored_logits, weight)
@@ -94,7 +97,10 @@ def relation_alignment_loss(
 
 
 def _shares(logits: Tensor, weight: Tensor | None, reduction: str) -> tuple[float, Tensor | None]:
-    """Return the factor common to all relations, and each relation's own weight (None where all are equal)."""
+    """Return the common factor of all relations and the weight of each relation.
+
+    The weight is None if all relations have the same weight.
+    """
     relations, classes = logits.shape
     scale = 1 / classes if reduction == "element" else 1.0
     if weight is None:
@@ -143,7 +149,7 @@ def _check_logits(logits: Tensor, mirrored_logits: Tensor, weight: Tensor | None
         if weight.is_complex():
             raise TypeError(f"weight must be real, got {weight.dtype}")
         if weight.shape != logits.shape[:1]:
-            raise InputError(f"weight must be [{len(logits)}], one a relation, got {list(weight.shape)}")
+            raise InputError(f"weight must be [{len(logits)}], one per relation, got {list(weight.shape)}")
     check_device("mirrored_logits", mirrored_logits, logits.device, "the device of logits,")
     if weight is not None:
         check_device("weight", weight, logits.device, "the device of logits,")
@@ -164,7 +170,7 @@ class _AlignmentLoss(torch.autograd.Function):
         sigmoid: bool,
         symmetric: bool,
     ) -> tuple[Tensor, Tensor]:
-        # Each argument by its name: torch.compile takes no `*others` where nothing needs a gradient.
+        # The arguments are listed by name because torch.compile rejects `*others` if nothing needs a gradient.
         run = _loss if plain else torch.ops.sgalign.alignment_loss
         losses, grad = run(backend, mirrored, logits, weight, scale, sigmoid, symmetric)
         return losses.sum(), grad
@@ -172,7 +178,7 @@ class _AlignmentLoss(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor]:
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # or zeros would be made for the second output
+        ctx.set_materialize_grads(False)  # otherwise torch would allocate zeros for the second output
         ctx.save_for_backward(output[1], inputs[2])
         return output[:1]
 
@@ -184,8 +190,8 @@ class _AlignmentLoss(torch.autograd.Function):
 
 
 def _gradient(grad_loss: Tensor, grad: Tensor, mirrored: Tensor) -> Tensor:
-    """Return the gradient saved by the forward, times that of the loss."""
-    return cast(grad * grad_loss, mirrored.dtype)  # rounded once, with a scale of the loss in it
+    """Return the gradient that the forward saved, times the gradient of the loss."""
+    return cast(grad * grad_loss, mirrored.dtype)  # rounds once, after any scaling of the loss
 
 
 _loss_gradient = differentiable_once("the alignment loss", _gradient)
@@ -194,7 +200,7 @@ _loss_gradient = differentiable_once("the alignment loss", _gradient)
 # ------------------------------------------------------------------------------------------------------ operation
 
 _library = torch.library.Library("sgalign", "FRAGMENT")
-# -> each relation's share of the loss, and the gradient of their sum in `mirrored`
+# Returns each relation's share of the loss, and the gradient of the sum of the shares with respect to `mirrored`.
 _library.define(
     "alignment_loss(str backend, Tensor mirrored, Tensor logits, Tensor? weight, float scale, bool sigmoid,"
     " bool symmetric) -> (Tensor, Tensor)"
@@ -227,11 +233,11 @@ def _loss(
 
 
 class Call(NamedTuple):
-    """The arguments of a launch function, which writes the losses and the gradient. Last strides are 1."""
+    """The arguments of a launch function, which writes `losses` and `grad`, with last strides of 1."""
 
     mirrored: Tensor
     logits: Tensor
-    weight: Tensor | None  # contiguous, as the losses and the gradient
+    weight: Tensor | None  # contiguous, like `losses` and `grad`
     scale: float
     sigmoid: bool
     symmetric: bool
@@ -265,9 +271,9 @@ _LAUNCH: dict[str, Callable[[Call], None]] = {
 
 
 def _description(core: ModuleType, call: Call) -> Any:
-    """Return the call as the core takes it (`alignment_loss` in csrc/bindings.cpp).
+    """Return the call in the form that the core accepts (`alignment_loss` in csrc/bindings.cpp).
 
-    It holds addresses: the tensors must outlive it.
+    The result holds addresses, so the tensors must outlive it.
     """
     mirrored, logits, weight, scale, sigmoid, symmetric, losses, grad = call
     return core.AlignmentLoss(

@@ -1,11 +1,15 @@
-"""Masked attention, for one branch or for a supervised and a mirrored one in a single pass over the keys.
+"""Masked attention for one branch, or for a supervised and a mirrored branch in one pass over the keys.
 
-From the public function to the kernel: `fused_masked_attention` checks its arguments and calls `_Attention` (autograd).
-That calls the registered operation ``sgalign::attention``, or straight its implementation, `_forward`, where nothing
-listens to torch's dispatcher (_autograd.py). `_forward` allocates what it returns and calls the backend's launch
-function, from the table `FORWARD` in _attention_backends.py. The gradients take the same way: `_Attention.backward`,
-``sgalign::attention_backward`` or `_backward`, `BACKWARD`. Both public functions are the same operation on one or two
-branches.
+Both public functions run the same operation, on one or two branches. A call goes through these steps:
+
+1. `fused_masked_attention` or `dual_branch_attention` checks the arguments and calls `_Attention` (autograd).
+2. `_Attention` calls the registered operation ``sgalign::attention``. If torch's dispatcher has nothing to add
+   (_autograd.py), it calls the implementation `_forward` directly.
+3. `_forward` allocates the outputs and calls the backend's launch function from the table `FORWARD` in
+   _attention_backends.py.
+
+The gradients take the same steps: `_Attention.backward`, then ``sgalign::attention_backward`` or `_backward`, then the
+table `BACKWARD`.
 """
 
 from __future__ import annotations
@@ -39,8 +43,8 @@ from sgalign.ops._operands import (
 )
 from sgalign.ops.random_mask import check_seed, check_stream, ratio_threshold, seed_tensor
 
-MAX_DIM = 256
-MAX_SCALE = torch.finfo(torch.float32).max / 2  # the kernels multiply it by log2(e)
+MAX_DIM = 256  # channels per head
+MAX_SCALE = torch.finfo(torch.float32).max / 2  # leaves room because the kernels multiply the scale by log2(e)
 
 
 # ------------------------------------------------------------------------------------------------------ public
@@ -60,40 +64,45 @@ def fused_masked_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Return attention whose entries are dropped *before* the softmax at random, by a mask that is never stored.
+    """Compute attention with a random mask, applied *before* the softmax and never stored.
 
-    ``S = scale * Q K^T``; an entry is dropped by `mask`, by `key_padding_mask` or, with probability `mask_ratio`, at
-    random; ``out = softmax over what is kept, times V``. The random mask is not dropout: what is kept is a softmax
-    again, and nothing is rescaled by ``1 / (1 - mask_ratio)``. A row with nothing kept gives zeros and zero gradients.
-    This is the masking of the mirrored branch of Xu, Liao and Sigal, "Self-Supervised Relation Alignment for Scene
-    Graph Generation", WACV 2024.
+    The scores are ``S = scale * Q K^T``. An entry is dropped by `mask`, by `key_padding_mask` or, with probability
+    `mask_ratio`, by the random mask. The output is the softmax over the kept entries of each row, times V.
 
-    The backward pass draws the same mask again from the seed, is deterministic, and keeps only ``out`` and one number
-    a row. It is differentiable once in query, key and value. Under autocast the inputs are cast as for
-    `torch.nn.functional.scaled_dot_product_attention`.
+    The random mask is not dropout. The softmax normalizes the kept entries, so nothing is rescaled by
+    ``1 / (1 - mask_ratio)``. A row without any kept entry gives zeros, and its gradients are zero. The mirrored branch
+    of Xu, Liao and Sigal ("Self-Supervised Relation Alignment for Scene Graph Generation", WACV 2024) is masked in this
+    way.
+
+    The backward pass is deterministic and draws the same mask again from the seed. Besides the inputs, it needs only
+    the output and one number per row. The function is differentiable once in `query`, `key` and `value`. Autocast casts
+    the inputs as it does for `torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
-        query: ``[B, H, Lq, D]``, float32, float64, bfloat16 or float16; D at most 256.
-        key, value: ``[B, H, Lk, D]`` of the query's dtype and device. Any strides; copied if the last is not 1.
-        mask: bool, broadcastable to ``[B, H, Lq, Lk]``, True = dropped.
-        mask_ratio: probability of the random mask, in [0, 1], rounded to a multiple of 1/65536.
-        mask_seed: int or int64 scalar tensor on the query's device. None draws one from torch's generator, so that
-            `torch.manual_seed` reproduces it; it is drawn only if `mask_ratio` or `dropout_p` is positive.
-        mask_stream: in [0, 2**31), tells apart the attention blocks that share a seed.
-        key_padding_mask: bool ``[B, Lk]``, True = ignored, as in `torch.nn.MultiheadAttention`. Whatever such keys and
-            values hold, NaN too, has no effect.
-        dropout_p: ordinary dropout of the softmax, in [0, 1], rescaled by ``1 / (1 - dropout_p)``, from the same seed.
-        scale: of the scores; None means ``1 / sqrt(D)``.
-        backend: "cpu" (compiled), "triton" or "cuda" (GPUs), "reference" (plain PyTorch); None takes the fastest that
-            serves device and dtype.
+        query: the queries, ``[B, H, Lq, D]``, float32, float64, bfloat16 or float16. D is at most 256. Queries, keys
+            and values may have any strides, but a tensor is copied if its last stride is not 1.
+        key, value: the keys and values, ``[B, H, Lk, D]``, of the query's dtype and device.
+        mask: an explicit mask, bool, broadcastable to ``[B, H, Lq, Lk]``. True means dropped.
+        mask_ratio: the probability that the random mask drops an entry, in [0, 1], rounded to a multiple of 1/65536.
+        mask_seed: the seed of the random mask and of dropout, an int or an int64 scalar tensor on the query's device.
+            If None, a seed is drawn from torch's generator, so `torch.manual_seed` reproduces the result. It is drawn
+            only if `mask_ratio` or `dropout_p` is positive.
+        mask_stream: a number in [0, 2**31). Attention blocks that share a seed need different streams.
+        key_padding_mask: the padding among the keys, bool ``[B, Lk]``. True means ignored, as in
+            `torch.nn.MultiheadAttention`. The contents of ignored keys and values have no effect, even if they are NaN.
+        dropout_p: the probability of ordinary dropout after the softmax, in [0, 1]. The kept weights are scaled by
+            ``1 / (1 - dropout_p)``. The dropout noise comes from the same seed.
+        scale: the factor of the scores. If None, ``1 / sqrt(D)``.
+        backend: "cpu" (the compiled core), "triton" or "cuda" (GPUs), or "reference" (plain PyTorch). If None, the
+            fastest backend that supports the device and dtype.
 
     Returns:
-        ``[B, H, Lq, D]`` in the query's dtype, with the query's memory order.
+        The output, ``[B, H, Lq, D]``, in the query's dtype and memory order. Under autocast, the dtype is autocast's.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or range.
-        ImportError: the compiled core is not built, or older than its sources, or the backend is not installed.
-        RuntimeError: in the backward pass, of a gradient of the gradient, which "reference" alone has.
+        TypeError, ValueError: if an argument has the wrong type, shape, dtype, device or range.
+        ImportError: if the compiled core is not built or is older than its sources, or the backend is not installed.
+        RuntimeError: if the backward pass must compute second-order gradients. Only "reference" supports them.
     """
     (out,) = _attention(
         [query], 1, key, value, mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend
@@ -116,16 +125,19 @@ def dual_branch_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the supervised and the mirrored branch of relation alignment, in one pass over keys and values.
+    """Compute the attention of the supervised and the mirrored branch in one pass over keys and values.
 
-    ``out`` is `fused_masked_attention` of `query` without the random mask, ``mirrored_out`` of `mirrored_query` with
-    it. `mask`, `key_padding_mask` and the dropout noise are the same in both, so that the random mask is the only
-    difference between the branches. If `mirrored_query` *is* `query` (the same tensor object, as in a decoder's first
-    layer), scores and exponentials are computed once.
+    ``out`` is `fused_masked_attention` of `query` without the random mask. ``mirrored_out`` is
+    `fused_masked_attention` of `mirrored_query` with the random mask. Both branches use the same `mask`, the same
+    `key_padding_mask` and the same dropout noise, so apart from their queries they differ only by the random mask.
+
+    Pass the same tensor object as `query` and `mirrored_query` if the two are equal, as in a decoder's first layer.
+    Scores and exponentials are then computed only once.
 
     Args:
-        query, mirrored_query: ``[B, H, Lq, D]``.
-        key, value: ``[B, H, Lk, D]``.
+        query: the queries of the supervised branch, ``[B, H, Lq, D]``.
+        mirrored_query: the queries of the mirrored branch, ``[B, H, Lq, D]``.
+        key, value: the keys and values of both branches, ``[B, H, Lk, D]``.
         mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend: as in
             `fused_masked_attention`.
 
@@ -133,7 +145,7 @@ def dual_branch_attention(
         ``(out, mirrored_out)``, each ``[B, H, Lq, D]``.
 
     Raises:
-        As `fused_masked_attention`.
+        TypeError, ValueError, ImportError, RuntimeError: as in `fused_masked_attention`.
     """
     queries = [query] if mirrored_query is query else [query, mirrored_query]
     out, mirrored_out = _attention(
@@ -156,7 +168,10 @@ def _attention(
     scale: float | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
-    """Return the outputs of one or two branches. One query may serve both; the random mask applies to the last."""
+    """Return the outputs of one or two branches.
+
+    Two branches may share one query. The random mask applies to the last branch.
+    """
     query, mirrored_query = queries[0], queries[1] if len(queries) == 2 else None
     plain = is_plain(query, mirrored_query, key, value, mask, key_padding_mask, mask_seed)
     _check(plain, query, mirrored_query, key, value, mask, key_padding_mask)
@@ -179,10 +194,10 @@ def _attention(
 
 
 def _reference(queries: Tensors, branches: int, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, ...]:
-    """Return the outputs of one or two branches in plain PyTorch, with the random mask in the last.
+    """Return the outputs of one or two branches, computed in plain PyTorch, with the random mask in the last branch.
 
-    It is called before the registered operation, so autograd can differentiate it any number of times. Like the
-    kernels it computes in float32 at least: scores may exceed float16's largest number, 65504.
+    This function takes the place of the registered operation, so autograd can differentiate it any number of times.
+    Like the kernels, it computes at least in float32, because scores may exceed 65504, the largest float16 number.
     """
     dtype, accumulated = key.dtype, accumulated_dtype(key.dtype)
     queries = [cast(query, accumulated) for query in queries]
@@ -250,13 +265,13 @@ def _check_rows(rows: dict[str, Any]) -> None:
         expected = query.shape if name == "mirrored_query" else (batch, heads, key.shape[2], dim)
         if tensor.shape != expected:
             raise InputError(
-                f"{name} must be {list(expected)} to go with query {list(query.shape)}"
+                f"{name} must be {list(expected)} to match query {list(query.shape)}"
                 f"{' and key ' + str(list(key.shape)) if name == 'value' else ''}, got {list(tensor.shape)}"
             )
         check_device(name, tensor, query.device, "the query's device")
         check_dtype(name, tensor, query, "the query's dtype")
     if dim > MAX_DIM:
-        raise InputError(f"query must have at most {MAX_DIM} channels a head (D), got {dim}")
+        raise InputError(f"query must have at most {MAX_DIM} channels per head (D), got {dim}")
 
 
 def _check_masks(mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor, keys: int) -> None:
@@ -284,7 +299,7 @@ def _checked_scale(scale: float | None, dim: int) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if not -MAX_SCALE <= scale <= MAX_SCALE:  # also catches NaN
-        raise InputError(f"scale must be finite and at most {MAX_SCALE:.2g} in size, got {scale}")
+        raise InputError(f"scale must be finite and at most {MAX_SCALE:.2g} in absolute value, got {scale}")
     return float(scale) if isinstance(scale, numbers.Real) else scale
 
 
@@ -292,7 +307,10 @@ def _checked_scale(scale: float | None, dim: int) -> float:
 
 
 class _Attention(torch.autograd.Function):
-    """Autograd over the registered operations: far cheaper a call than `torch.library.register_autograd`."""
+    """The autograd function around the registered operations.
+
+    A call costs far less than with `torch.library.register_autograd`.
+    """
 
     @staticmethod
     def forward(
@@ -365,11 +383,11 @@ _attention_gradients = differentiable_once("fused attention", _gradients)
 # ------------------------------------------------------------------------------------------------------ operations
 
 _library = torch.library.Library("sgalign", "FRAGMENT")
-# -> the branches' outputs, then their logsumexps
+# Returns the outputs of the branches, then their log-sum-exps.
 _library.define(
     f"attention(str backend, Tensor[] queries, int branches, Tensor key, Tensor value, {OPTIONS_SCHEMA}) -> Tensor[]"
 )
-# -> the gradients of the queries, of key and of value
+# Returns the gradients of the queries, of the key and of the value.
 _library.define(
     "attention_backward(str backend, Tensor[] grad_outs, Tensor[] queries, Tensor[] outs, Tensor[] logsumexps,"
     f" Tensor key, Tensor value, {OPTIONS_SCHEMA}) -> Tensor[]"

@@ -1,6 +1,7 @@
-"""Which backend serves a call. Each operation has a table of what its backends launch.
+"""The choice of the backend for a call.
 
-A new backend needs an entry in those tables and a record in `BACKENDS`.
+Each operation has a table of the launch functions of its backends. To add a backend, add an entry to each of these
+tables and a record to `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda
 
-# Triton itself is not imported before a GPU is used: it looks for a driver.
+# Triton looks for a driver when it is imported, so the import waits until a GPU is used.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -25,16 +26,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 class Backend(NamedTuple):
     """The requirements of a backend."""
 
-    device: str | None  # of the tensors; None is any. Those for "cuda", ROCm's too, compute in float32 at most
-    problem: Callable[[], str | None]  # returns why it is not there and how to get it, or None
-    is_emulated: Callable[[], bool] = lambda: False  # returns whether one for GPUs runs on the CPU, for tests
-    capability: tuple[int, int] = (0, 0)  # the least compute capability, of NVIDIA's GPUs
+    # The device type of the tensors, or None for any. "cuda" includes ROCm and allows at most float32.
+    device: str | None
+    problem: Callable[[], str | None]  # returns why the backend is missing and how to get it, or None
+    is_emulated: Callable[[], bool] = lambda: False  # returns True if a GPU backend runs on the CPU, for tests
+    capability: tuple[int, int] = (0, 0)  # the lowest compute capability of NVIDIA GPUs
 
 
 def interpreter_problem() -> str | None:
-    """Return why Triton's interpreter cannot run here and what to do; None if it can.
+    """Return why Triton's interpreter cannot run here and what to do about it, or None if it can.
 
-    The one of Triton 3.6 takes arrays of one element for numbers, which numpy refuses since 2.4.
+    The interpreter of Triton 3.6 uses arrays of one element as numbers, which numpy rejects since 2.4.
     """
     if not HAS_TRITON:
         return None
@@ -45,17 +47,18 @@ def interpreter_problem() -> str | None:
     return f"Triton {triton}'s interpreter cannot run with numpy {numpy}: `pip install 'numpy<2.4'`, or Triton 3.7"
 
 
-_INTERPRETER_PROBLEM = interpreter_problem() if INTERPRETED else None  # torch.compile cannot trace the question
+_INTERPRETER_PROBLEM = interpreter_problem() if INTERPRETED else None  # torch.compile cannot trace this check
 
 
 def _triton_problem() -> str | None:
     if not HAS_TRITON:
-        return "triton is not installed: `pip install triton` (torch for CUDA or ROCm brings it)"
+        return "triton is not installed: `pip install triton` (torch for CUDA or ROCm includes it)"
     return _INTERPRETER_PROBLEM
 
 
 def _cuda_problem() -> str | None:
-    # torch.compile cannot trace how the core is loaded; where it has no CUDA, the operation itself says so.
+    # torch.compile cannot trace the loading of the core. If the core has no CUDA kernels, the operation raises the
+    # error later.
     return None if torch.compiler.is_compiling() else _cuda.problem()
 
 
@@ -69,28 +72,30 @@ BACKENDS = {
     "cuda": Backend("cuda", _cuda_problem, _cuda_is_emulated, (8, 0)),
     "reference": Backend(None, lambda: None),
 }
-ON_GPU = tuple(name for name, needs in BACKENDS.items() if needs.device == "cuda")  # None takes the first that is there
+# the GPU backends; backend=None uses the first available one
+ON_GPU = tuple(name for name, needs in BACKENDS.items() if needs.device == "cuda")
 
 
 def check_name(backend: str | None) -> None:
-    """Raise InputError unless `backend` is the name of one, or None."""
-    if backend is not None and backend not in (*BACKENDS,):  # a tuple, since a list has no hash
+    """Raise InputError unless `backend` is the name of a backend or None."""
+    if backend is not None and backend not in (*BACKENDS,):  # a tuple, because `backend` may be unhashable
         raise InputError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the backend asked for, or the fastest that serves `device` and `dtype`.
+    """Return the requested backend, or the fastest one that supports `device` and `dtype`.
 
     Args:
-        backend: "cpu" (the compiled core), "triton" or "cuda" (its CUDA C++ kernels) for GPUs, "reference" (plain
-            PyTorch, any device), or None, which takes Triton on a GPU if it is there: no measurement says otherwise.
-            NVIDIA's GPUs before compute capability 8.0 get the reference.
-        device: of the operands.
-        dtype: in which the operation computes.
+        backend: "cpu" (the compiled core), "triton" or "cuda" for GPUs ("cuda" is the core's CUDA C++ kernels),
+            "reference" (plain PyTorch, on any device), or None. On a GPU, None selects Triton if it is available,
+            because no measurement favors another backend. On NVIDIA GPUs with compute capability below 8.0, None
+            selects the reference.
+        device: the device of the operands.
+        dtype: the dtype in which the operation computes.
 
     Raises:
-        ValueError: no such backend, or it does not serve the device or the dtype.
-        ImportError: it would, but is not there.
+        InputError: if there is no such backend, or it does not support the device or the dtype.
+        ImportError: if the backend supports them but is not available.
     """
     check_name(backend)
     if backend is None:
@@ -101,25 +106,29 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
         return "reference"
     needs = BACKENDS[backend]
     if needs.device == "cpu" and device.type != "cpu":
-        raise InputError(f"backend {backend!r} needs tensors on the CPU, got {device}; 'reference' serves any device")
+        raise InputError(f"backend {backend!r} needs tensors on the CPU, got {device}; 'reference' works on any device")
     if needs.device == "cuda":
         if dtype == torch.float64:
             raise InputError(
-                f"backend {backend!r} computes in float32 at most, got float64; 'reference' serves any dtype"
+                f"backend {backend!r} computes in float32 at most, got float64; 'reference' works with any dtype"
             )
         if problem := needs.problem():
             raise ImportError(f"backend {backend!r} cannot be used: {problem}")
         if device.type != "cuda" and not (device.type == "cpu" and needs.is_emulated()):
-            raise InputError(f"backend {backend!r} needs tensors on a GPU, got {device}; 'reference' serves any device")
+            raise InputError(
+                f"backend {backend!r} needs tensors on a GPU, got {device}; 'reference' works on any device"
+            )
         if device.type == "cpu" and backend == "triton" and dtype == torch.bfloat16:
-            raise InputError("backend 'triton' needs a GPU for bfloat16: Triton's interpreter multiplies it wrongly")
+            raise InputError(
+                "backend 'triton' needs a GPU for bfloat16, because Triton's interpreter multiplies it incorrectly"
+            )
         if problem := _too_old(backend, device):
-            raise InputError(f"backend {backend!r} {problem}; 'reference' serves any device")
+            raise InputError(f"backend {backend!r} {problem}; 'reference' works on any device")
     return backend
 
 
 def unavailable(backend: str) -> str | None:
-    """Return why `backend` cannot be used here and how to get it; None if it can."""
+    """Return why `backend` cannot be used here and how to get it, or None if it can be used."""
     needs = BACKENDS[backend]
     if (problem := needs.problem()) or needs.device != "cuda":
         return problem
@@ -131,8 +140,8 @@ def unavailable(backend: str) -> str | None:
 def _no_gpu() -> str:
     if built := torch.version.cuda or torch.version.hip:
         platform = "CUDA" if torch.version.cuda else "ROCm"
-        return f"torch finds no GPU here; if there is one, see whether its driver is there and knows {platform} {built}"
-    return "this torch is for the CPU alone: install one for CUDA or ROCm"
+        return f"torch finds no GPU here; if there is one, it needs a driver that supports {platform} {built}"
+    return "this build of torch supports only the CPU: install one for CUDA or ROCm"
 
 
 def _problem_on(backend: str, device: torch.device) -> str | None:
@@ -140,8 +149,8 @@ def _problem_on(backend: str, device: torch.device) -> str | None:
 
 
 def _too_old(backend: str, device: torch.device) -> str | None:
-    """Return what a GPU lacks for a backend, as the rest of a sentence; None if nothing."""
-    # torch.compile cannot trace the question.
+    """Return a phrase that says why a GPU is too old for a backend, or None if it is not."""
+    # torch.compile cannot trace this check.
     if device.type != "cuda" or torch.version.hip or torch.compiler.is_compiling():
         return None
     least, found = BACKENDS[backend].capability, _capability(device)
@@ -152,5 +161,5 @@ def _too_old(backend: str, device: torch.device) -> str | None:
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    """Return a GPU's compute capability; None where a fake tensor's device is not there to be asked."""
+    """Return the compute capability of a GPU, or None if a fake tensor names a GPU that this machine lacks."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""The random mask on its own, and what defines it: a threshold (0 to 65536), a 64-bit seed and a stream."""
+"""The random mask and the checks of its parameters: a threshold from 0 to 65536, a 64-bit seed and a stream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda, backends, reference
 
-STEPS = 1 << 16  # the quantum of a ratio is 1/65536
+STEPS = 1 << 16  # a ratio is a multiple of 1/65536
 
 
 def random_attention_mask(
@@ -27,22 +27,22 @@ def random_attention_mask(
 ) -> Tensor:
     """Return the mask that `fused_masked_attention` draws for the same ratio, seed and stream.
 
-    An entry depends on ``seed``, ``stream`` and its indices ``(b * heads + h, q, k)`` alone, and is the same on every
-    device and for every backend (`sgalign.ops.reference.random_mask` is the definition).
+    An entry depends only on `ratio`, `seed`, `stream` and its indices ``(b * heads + h, q, k)``. It is the same on
+    every device and with every backend. `sgalign.ops.reference.random_mask` is the definition.
 
     Args:
-        batch, heads, queries, keys: the mask's shape, each at least 0.
-        ratio: probability of dropping an entry, in [0, 1], rounded to a multiple of 1/65536.
-        seed: an integer in [-2**63, 2**63), or an int64 tensor with one element.
-        stream: in [0, 2**31), tells apart masks drawn from one seed.
-        device: where the mask is made; by default the seed's device, or the CPU.
+        batch, heads, queries, keys: the shape of the mask, each at least 0.
+        ratio: the probability of dropping an entry, in [0, 1], rounded to a multiple of 1/65536.
+        seed: an int in [-2**63, 2**63), or an int64 tensor with one element.
+        stream: a number in [0, 2**31). Masks with the same seed and different streams are independent.
+        device: the device of the mask. If None, the device of a seed tensor, otherwise the CPU.
 
     Returns:
-        bool ``[batch, heads, queries, keys]``, True = dropped.
+        The mask, bool ``[batch, heads, queries, keys]``. True means dropped.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of its range.
-        ImportError: the compiled core is not built, or older than its sources.
+        TypeError, ValueError: if an argument has the wrong type or is out of its range.
+        ImportError: if the compiled core is not built or is older than its sources.
     """
     for name, size in (("batch", batch), ("heads", heads), ("queries", queries), ("keys", keys)):
         check_int(size, name)
@@ -54,7 +54,7 @@ def random_attention_mask(
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     if seed is None:
         raise TypeError("seed must be an int or an int64 tensor, got None")
-    device = torch.empty(0, device=device).device  # "cuda" as a tensor has it, with an index
+    device = torch.empty(0, device=device).device  # adds the index that "cuda" lacks
     check_seed(seed, device, "seed")
     seed = seed_tensor(seed, device)
     backend = backends.choose(None, seed.device, torch.bool)
@@ -62,7 +62,10 @@ def random_attention_mask(
 
 
 def ratio_threshold(ratio: float, name: str) -> int:
-    """Return ``round(65536 * ratio)``; an entry whose random 16-bit number is below it is dropped."""
+    """Return ``round(65536 * ratio)``.
+
+    An entry is dropped if its 16-bit random number is below this threshold.
+    """
     if type(ratio) is not float and (isinstance(ratio, bool) or not isinstance(ratio, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(ratio).__name__}")
     if not 0 <= ratio <= 1:  # also catches NaN
@@ -77,14 +80,17 @@ def check_int(value: int, name: str) -> None:
 
 
 def check_stream(stream: int, name: str) -> None:
-    """Raise an error unless `stream` is an int of 31 bits."""
+    """Raise TypeError or InputError unless `stream` is an int in [0, 2**31)."""
     check_int(stream, name)
     if not 0 <= stream < reference.DROPOUT_STREAM_BIT:
         raise InputError(f"{name} must be in [0, 2**31), got {stream}")
 
 
 def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> None:
-    """Raise an error unless `seed` is None, an int of 64 bits, or an int64 tensor of one element on `device`."""
+    """Raise TypeError or InputError unless `seed` is valid.
+
+    A seed is None, a signed 64-bit int, or an int64 tensor with one element on `device`.
+    """
     if seed is None:
         return
     if isinstance(seed, Tensor):
@@ -100,15 +106,16 @@ def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> No
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """Return a checked seed as an int64 scalar on `device`; None draws one from torch's generator of that device.
+    """Return a valid seed as an int64 scalar tensor on `device`.
 
-    A new seed is drawn as a tensor, never as a Python number: torch.compile and CUDA graphs would bake a number in.
+    If `seed` is None, the seed is drawn from torch's generator of that device. It is drawn as a tensor because
+    torch.compile and CUDA graphs would bake in a Python number.
     """
     if seed is None:
         return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         return seed.reshape(()) if seed.dim() else seed
-    # Filled on the device: a copy of a number from the host would wait, and no CUDA graph could capture it.
+    # Fill the tensor on the device. A copy from the host would wait, and a CUDA graph could not capture it.
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
@@ -173,7 +180,7 @@ def _launch_cuda(mask: Tensor, seed: Tensor, threshold: int, stream: int) -> Non
         )
 
 
-# Each writes into a contiguous mask.
+# Each function writes into a contiguous mask.
 _LAUNCH: dict[str, Callable[[Tensor, Tensor, int, int], None]] = {
     "reference": _launch_reference,
     "cpu": _launch_cpu,

@@ -1,7 +1,8 @@
-"""The operations' definitions in plain PyTorch: what every kernel is tested against, and a fallback on any device.
+"""The definitions of the operations in plain PyTorch.
 
-Nothing here is fused or fast. The random mask is materialised, and autograd differentiates the rest, so gradients are
-independent of the kernels' hand-written ones.
+Every kernel is tested against them, and they are the fallback on any device. Nothing here is fused or fast. The random
+mask is stored as a tensor. Autograd computes the gradients, so they do not depend on the kernels' hand-written
+gradients.
 """
 
 from __future__ import annotations
@@ -12,29 +13,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LANES = 32  # neighbouring keys that share one 16-bit half of the Philox output words
-GROUPS = 8  # halves in four 32-bit words: one call decides 8 keys that lie 32 apart
+LANES = 32  # neighboring keys that use the same 16-bit half of their Philox output words
+GROUPS = 8  # 16-bit halves of the four words of a Philox call, which decides 8 keys that are 32 apart
 CHUNK = LANES * GROUPS
-DROPOUT_STREAM_BIT = 1 << 31  # ordinary dropout draws from the same seed, in the streams above every mask's
+DROPOUT_STREAM_BIT = 1 << 31  # set in the streams of ordinary dropout, which shares the seed of the random mask
 
 _WORD = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 7) -> tuple[Tensor, ...]:
-    """Return the words of Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+    """Return the random words of Philox4x32.
+
+    The generator is from Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
     Args:
-        counter: four broadcastable int64 tensors holding 32-bit words.
-        key: two int64 tensors holding 32-bit words.
-        rounds: 7 is the fewest that pass BigCrush; 10 is the authors' default.
+        counter: four broadcastable int64 tensors that hold 32-bit words.
+        key: two int64 tensors that hold 32-bit words.
+        rounds: the number of rounds. 7 is the smallest number that passes BigCrush, 10 is the authors' default.
 
     Returns:
-        Four int64 tensors holding 32-bit words.
+        Four int64 tensors that hold 32-bit words.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        # The product of two 32-bit words fills 64 bits; int64 wraps, and the masks read its bits as unsigned.
+        # The product of two 32-bit words fills 64 bits, so int64 overflows. Masking with _WORD reads the bits as
+        # unsigned.
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
             (product1 >> 32 & _WORD) ^ c1 ^ k0,
@@ -49,19 +53,22 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: 
 def random_mask(
     batch_heads: int, queries: int, keys: int, *, threshold: int, seed: Tensor, stream: int, device: torch.device
 ) -> Tensor:
-    """Return the random mask of every backend, bit for bit: a function of seed, stream and logical indices alone.
+    """Return the random mask that every backend draws, bit for bit.
 
-    Key ``k`` of query ``q`` lies in lane ``k % 32`` of group ``k % 256 // 32`` of chunk ``k // 256``. One Philox call
-    per (chunk, lane) gives eight 16-bit numbers, one a group; a key is dropped where its number is below `threshold`.
+    An entry depends only on the seed, the stream and its logical indices. Key ``k`` of query ``q`` is in lane
+    ``k % 32`` of group ``k % 256 // 32`` of chunk ``k // 256``. One Philox call per (chunk, lane) gives eight 16-bit
+    numbers, one per group. A key is dropped if its number is below `threshold`.
 
     Args:
-        batch_heads: B * H; the counter's third word is ``b * H + h``.
-        threshold: drop probability times 65536, in [0, 65536].
-        seed: int64 scalar tensor; its 64 bits are the generator's key.
-        stream: 32-bit word that tells apart masks of one seed.
+        batch_heads: the number of heads in the batch, B * H. The third word of the counter is ``b * H + h``.
+        queries, keys: the number of queries and keys.
+        threshold: the drop probability times 65536, in [0, 65536].
+        seed: the seed, an int64 scalar tensor. Its 64 bits are the generator's key.
+        stream: a 32-bit word. Masks with the same seed and different streams are independent.
+        device: the device of the mask.
 
     Returns:
-        bool ``[batch_heads, queries, keys]``, True = dropped.
+        The mask, bool ``[batch_heads, queries, keys]``. True means dropped.
     """
     chunks = -(-keys // CHUNK)
     column = torch.arange(chunks * LANES, device=device)
@@ -72,7 +79,7 @@ def random_mask(
         (column, query, batch_head, torch.tensor(stream, device=device)), (seed & _WORD, seed >> 32 & _WORD)
     )
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-2)
-    # [BH, Lq, 8, chunks * 32] -> [BH, Lq, chunks, 8, 32], which is the order of the keys
+    # [BH, Lq, 8, chunks * 32] -> [BH, Lq, chunks, 8, 32], the order of the keys
     halves = halves.unflatten(-1, (chunks, LANES)).transpose(-3, -2).flatten(-3)
     return halves[..., :keys] < threshold
 
@@ -88,15 +95,24 @@ def attention(
     dropout_scale: float,
     scale: float,
 ) -> Tensor:
-    """Return softmax attention over the entries that are kept; rows with nothing kept give zeros.
+    """Return softmax attention over the kept entries.
 
-    ``S = scale * Q K^T;  P = exp(S - max) / sum(exp(S - max)) over kept entries;  O = (P * keep * dropout_scale) V``
+    A row without any kept entry gives zeros. The definition is
+
+        S = scale * Q K^T
+        P = exp(S - max) / sum(exp(S - max)), over the kept entries
+        O = (P * dropout_keep * dropout_scale) V
 
     Args:
-        query: ``[B, H, Lq, D]``; key, value: ``[B, H, Lk, D]``.
-        dropped: bool, broadcastable to ``[B, H, Lq, Lk]``, True = dropped.
-        key_padding_mask: bool ``[B, Lk]``, True = ignored; whatever such keys and values hold has no effect.
-        dropout_keep: bool ``[B, H, Lq, Lk]``, False = zeroed after the softmax.
+        query: the queries, ``[B, H, Lq, D]``.
+        key, value: the keys and values, ``[B, H, Lk, D]``.
+        dropped: the entries to drop, bool, broadcastable to ``[B, H, Lq, Lk]``. True means dropped.
+        key_padding_mask: the padding among the keys, bool ``[B, Lk]``. True means ignored. The contents of ignored keys
+            and values have no effect.
+        dropout_keep: the entries that dropout keeps, bool ``[B, H, Lq, Lk]``. False sets a weight to zero after the
+            softmax.
+        dropout_scale: the factor of the weights that dropout keeps.
+        scale: the factor of the scores.
     """
     if key_padding_mask is not None:
         padding = key_padding_mask[:, None, :, None]
@@ -107,9 +123,9 @@ def attention(
     if dropped is not None:
         scores = scores.masked_fill(dropped, -math.inf)
     if key.shape[-2] == 0:
-        return scores @ value  # sums of nothing: zeros, with zero gradients
+        return scores @ value  # an empty sum gives zeros, with zero gradients
     top = scores.detach().amax(dim=-1, keepdim=True)
-    # A row with nothing kept has the maximum -inf: shifting it by 0 makes its exponentials 0 instead of NaN.
+    # The maximum of a row without any kept entry is -inf. Subtracting 0 instead makes its exponentials 0, not NaN.
     weights = torch.exp(scores - top.masked_fill(top == -math.inf, 0))
     total = weights.sum(dim=-1, keepdim=True)
     weights = weights / total.masked_fill(total == 0, 1)
@@ -121,17 +137,23 @@ def attention(
 def relation_logits(
     subject: Tensor, object: Tensor, union: Tensor, pairs: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Return ``logits[r] = weight ((subject[s] + object[o]) * union[r]) + bias`` with ``s, o = pairs[r]``: ``[R, K]``.
+    """Return the predicate logits of each pair, ``[R, K]``.
+
+    The definition is ``logits[r] = weight ((subject[s] + object[o]) * union[r]) + bias`` with ``s, o = pairs[r]``.
 
     Args:
-        subject, object: ``[N, C]``; union: ``[R, C]``; pairs: int64 ``[R, 2]``; weight: ``[K, C]``; bias: ``[K]``.
+        subject, object: the features of each object as subject and as object, ``[N, C]``.
+        union: the union features of each pair, ``[R, C]``.
+        pairs: the indices of the subject and the object of each pair, int64 ``[R, 2]``.
+        weight: the weight of the last layer, ``[K, C]``.
+        bias: the bias of the last layer, ``[K]`` or None.
     """
     pair = subject[pairs[:, 0]] + object[pairs[:, 1]]
     return functional.linear(pair * union, weight, bias)
 
 
 def alignment_divergence(logits: Tensor, mirrored_logits: Tensor, kind: str, direction: str) -> Tensor:
-    """Return the divergence of each relation's predictions, `[R]`, that `sgalign.relation_alignment_loss` defines."""
+    """Return the divergence of each relation, ``[R]``, as `sgalign.relation_alignment_loss` defines it."""
     teacher, student = (_log_probabilities(x, kind) for x in (logits, mirrored_logits))
     if direction == "teacher_to_student":
         return _divergence(teacher, student)
@@ -139,7 +161,11 @@ def alignment_divergence(logits: Tensor, mirrored_logits: Tensor, kind: str, dir
 
 
 def _log_probabilities(logits: Tensor, kind: str) -> Tensor:
-    """Return ``[R, K, 1]`` of one distribution over K classes, or ``[R, K, 2]`` of K distributions over yes and no."""
+    """Return the log-probabilities of each relation.
+
+    For "softmax" they are one distribution over K classes, ``[R, K, 1]``. For "sigmoid" they are K distributions over
+    yes and no, ``[R, K, 2]``.
+    """
     if logits.dtype != torch.float64:
         logits = logits.float()
     if kind == "softmax":
@@ -149,5 +175,5 @@ def _log_probabilities(logits: Tensor, kind: str) -> Tensor:
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
-    # 0 * (-inf - x) would be NaN, forward and backward.
+    # 0 * (-inf - x) would be NaN in the forward and in the backward pass.
     return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(dim=(1, 2))

@@ -1,9 +1,9 @@
-"""The relation head of Neural Motifs, for one branch or for both in a single pass over the union features.
+"""The relation head of Neural Motifs, for one branch or for both in one pass over the union features.
 
-From the public function to the kernel as in `sgalign.ops.attention`: checks, `_RelationLogits` (autograd), the
-registered operation ``sgalign::relation_logits`` or its implementation `_forward`, and the backend's launch function
-from the table `_FORWARD`: the compiled core (csrc/cpu/relation.cpp, csrc/cuda/relation.cu) or Triton's kernels
-(kernels/relation.py). The gradients take the same way to `_BACKWARD`.
+A call takes the same steps as in `sgalign.ops.attention`: the checks, `_RelationLogits` (autograd), the registered
+operation ``sgalign::relation_logits`` or its implementation `_forward`, and the backend's launch function from the
+table `_FORWARD`. That function runs the compiled core (csrc/cpu/relation.cpp, csrc/cuda/relation.cu) or the Triton
+kernels (kernels/relation.py). The gradients take the same steps and use the table `_BACKWARD`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sgalign.ops._operands import (
 
 
 class Branch(NamedTuple):
-    """The operands of one branch; `union` and `pairs` belong to both."""
+    """The operands of one branch, without `union` and `pairs`, which both branches share."""
 
     subject: Tensor  # [N, C]
     object: Tensor  # [N, C]
@@ -43,7 +43,7 @@ class Branch(NamedTuple):
     bias: Tensor | None  # [K]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Branch:
-        """Return the branch with `function` of each operand that is there."""
+        """Apply `function` to each operand and leave a bias of None as it is."""
         bias = None if self.bias is None else function(self.bias)
         return Branch(function(self.subject), function(self.object), function(self.weight), bias)
 
@@ -58,32 +58,33 @@ def fused_relation_logits(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Return the predicate logits of R pairs of N objects, without any tensor of R x C but `union` itself.
+    """Compute the predicate logits of R pairs of N objects without an intermediate tensor of size R x C.
 
-    ``logits[r] = weight ((subject[s] + object[o]) * union[r]) + bias`` with ``s, o = pairs[r]``. This is the end of
-    Neural Motifs as in Scene-Graph-Benchmark: its ``post_cat``, a linear layer on the concatenated features of subject
-    and object, is the sum of two linear layers on N objects each (its bias goes into one of them), and what it gives
-    is multiplied with the pair's union features before the last layer, ``rel_compress``.
+    The result is ``logits[r] = weight ((subject[s] + object[o]) * union[r]) + bias`` with ``s, o = pairs[r]``. These
+    are the last layers of Neural Motifs in Scene-Graph-Benchmark. There, ``post_cat`` is a linear layer on the
+    concatenated features of subject and object. To use this function, write it as the sum of two linear layers on N
+    objects each, and put its bias into one of them. `weight` and `bias` belong to the last layer, ``rel_compress``.
 
-    Differentiable once in subject, object, union, weight and bias; deterministic.
+    The function is deterministic, and differentiable once in `subject`, `object`, `union`, `weight` and `bias`.
 
     Args:
-        subject, object: ``[N, C]``, float32, float64, bfloat16 or float16: each object as one end of a pair.
-        union: ``[R, C]`` features of the pairs. Any row stride; copied if the last stride is not 1, as the others.
-        pairs: int64 ``[R, 2]``, subject and object in 0 to N - 1; in any order, repeated or not.
-        weight: ``[K, C]``; bias: ``[K]`` or None.
-        backend: "cpu" (compiled), "triton" or "cuda" (GPUs), "reference" (plain PyTorch); None takes the fastest that
-            serves device and dtype.
+        subject, object: the features of each object as subject and as object, ``[N, C]``, in the dtype of `union`.
+        union: the union features of each pair, ``[R, C]``, float32, float64, bfloat16 or float16. All matrices may have
+            any row stride, but a matrix is copied if its last stride is not 1.
+        pairs: the subject and the object of each pair, int64 ``[R, 2]``, from 0 to N - 1, in any order. Repeated pairs
+            are allowed.
+        weight, bias: the weight ``[K, C]`` and the bias ``[K]`` of the last layer. If `bias` is None, no bias is added.
+        backend: as in `fused_masked_attention`.
 
     Returns:
-        ``[R, K]`` in the dtype of `union`; under autocast in autocast's.
+        The logits, ``[R, K]``, in the dtype of `union`, or in autocast's dtype under autocast.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
-        IndexError: a pair is out of range; found before anything is computed. On a GPU it is a device-side assertion,
-            which torch for ROCm is built without: there the result is undefined.
-        ImportError: the compiled core is not built, or older than its sources, or the backend is not installed.
-        RuntimeError: in the backward pass, of a gradient of the gradient, which "reference" alone has.
+        TypeError, ValueError: if an argument has the wrong type, shape, dtype or device.
+        IndexError: if a pair is out of range. This is checked before anything is computed. On a GPU a device-side
+            assertion fails instead. ROCm builds of torch lack these assertions, so there the result is undefined.
+        ImportError: if the compiled core is not built or is older than its sources, or the backend is not installed.
+        RuntimeError: if the backward pass must compute second-order gradients. Only "reference" supports them.
     """
     return _relation_logits([Branch(subject, object, weight, bias)], union, pairs, backend)[0]
 
@@ -102,19 +103,19 @@ def dual_branch_relation_logits(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `fused_relation_logits` of the supervised and of the mirrored branch, in one pass over `union`.
+    """Compute `fused_relation_logits` of the supervised and the mirrored branch in one pass over `union`.
 
     Args:
-        subject, object, weight, bias: of the supervised branch, as in `fused_relation_logits`.
-        mirrored_subject, mirrored_object, mirrored_weight, mirrored_bias: of the mirror, of the same shapes. A tied
-            head is the same `weight` and `bias` twice.
-        union, pairs, backend: of both, as in `fused_relation_logits`.
+        subject, object, weight, bias: the operands of the supervised branch, as in `fused_relation_logits`.
+        mirrored_subject, mirrored_object, mirrored_weight, mirrored_bias: the operands of the mirrored branch, in the
+            same shapes. For a tied head, pass the same weight and bias to both branches.
+        union, pairs, backend: the operands of both branches, as in `fused_relation_logits`.
 
     Returns:
         ``(logits, mirrored_logits)``, each ``[R, K]``.
 
     Raises:
-        As `fused_relation_logits`.
+        TypeError, ValueError, IndexError, ImportError, RuntimeError: as in `fused_relation_logits`.
     """
     branches = [
         Branch(subject, object, weight, bias),
@@ -165,23 +166,23 @@ def _check(union: Tensor, pairs: Tensor, *operands: Tensor | None) -> None:
     check_device("pairs", pairs, union.device, "the device of union,")
     relations, channels = union.shape
     if pairs.shape != (relations, 2):
-        raise InputError(f"pairs must be [{relations}, 2], a row for each of union, got {list(pairs.shape)}")
+        raise InputError(f"pairs must be [{relations}, 2], one row per row of union, got {list(pairs.shape)}")
     objects, classes = len(named["subject"]), len(named["weight"])
     shapes = dict(zip(Branch._fields, ((objects, channels), (objects, channels), (classes, channels), (classes,))))
     for name, tensor in named.items():
         expected = shapes[name.removeprefix("mirrored_")]
         if tensor.shape != expected:
-            raise InputError(f"{name} must be {list(expected)} to go with the others, got {list(tensor.shape)}")
+            raise InputError(f"{name} must be {list(expected)} to match the others, got {list(tensor.shape)}")
 
 
 def _check_pairs(pairs: Tensor, objects: int) -> None:
-    """Raise IndexError for a pair out of range.
+    """Raise IndexError if a pair is out of range, because PyTorch would count negative indices from the end.
 
-    The compiled core for the CPU does so by itself; PyTorch would count negative indices from the end.
+    The "cpu" backend has this check in its compiled code.
     """
     outside = (pairs < 0) | (pairs >= objects)
     if pairs.device.type != "cpu" or torch.compiler.is_compiling():
-        # The number of objects is not in the message: each would be a graph of its own for torch.compile.
+        # The message omits the number of objects because torch.compile would make a graph for each number.
         torch._assert_async(~outside.any(), "pairs must be at least 0 and below the number of objects")
     elif outside.any():
         row, column = outside.nonzero()[0].tolist()
@@ -193,7 +194,7 @@ def _check_pairs(pairs: Tensor, objects: int) -> None:
 
 
 class _RelationLogits(torch.autograd.Function):
-    """Autograd over the registered operations. Without a mirror its operands are None."""
+    """The autograd function around the registered operations, with None for the operands of a missing mirror."""
 
     @staticmethod
     def forward(
@@ -212,7 +213,7 @@ class _RelationLogits(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         subjects, objects = _present(subject, mirrored_subject), _present(object, mirrored_object)
         weights, biases = _present(weight, mirrored_weight), _present(bias, mirrored_bias)
-        if biases and len(biases) < len(weights):  # one branch alone has a bias
+        if biases and len(biases) < len(weights):  # only one branch has a bias
             zeros = weight.new_zeros(weight.shape[0])
             biases = [zeros if bias is None else bias, zeros if mirrored_bias is None else mirrored_bias]
         run = _forward if plain else torch.ops.sgalign.relation_logits
@@ -271,7 +272,7 @@ _library.define(
     "relation_logits(str backend, Tensor union, Tensor pairs, Tensor[] subjects, Tensor[] objects, Tensor[] weights,"
     " Tensor[] biases) -> Tensor[]"
 )
-# -> the gradients of each branch's subject, object and weight, then that of union if wanted
+# Returns the gradients of each branch's subject, object and weight, then the gradient of union if it is wanted.
 _library.define(
     "relation_logits_backward(str backend, Tensor[] grad_logits, Tensor union, Tensor pairs, Tensor[] subjects,"
     " Tensor[] objects, Tensor[] weights, bool wants_union) -> Tensor[]"
@@ -330,20 +331,19 @@ def _backward(
 
 
 def _dense_branches(subjects: Tensors, objects: Tensors, weights: Tensors, biases: Tensors) -> list[Branch]:
-    """Return the branches' operands with last strides of 1."""
+    """Return the operands of each branch with last strides of 1."""
     operands = zip(subjects, objects, weights, biases or itertools.repeat(None))
     return [Branch(*of_branch).map(unit_stride) for of_branch in operands]
 
 
 # ------------------------------------------------------------------------------------------------------ backends
-# Tensors reach these functions with a last stride of 1; pairs, outputs and gradients are contiguous.
+# The tensors passed to these functions have last strides of 1. Pairs, outputs and gradients are contiguous.
 
-
-NO_LOGITS = (None, None)  # a backward needs none
+NO_LOGITS = (None, None)  # the backward pass needs no logits
 
 
 class Call(NamedTuple):
-    """The tensors that a forward reads, and its backward again."""
+    """The input tensors of a forward pass, which its backward pass reads again."""
 
     union: Tensor
     pairs: Tensor
@@ -351,7 +351,7 @@ class Call(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of one branch: that of the logits is given, the others are written."""
+    """The gradients of one branch: the gradient of the logits is an input, the others are outputs."""
 
     logits: Tensor
     subject: Tensor
@@ -419,9 +419,9 @@ def _description(
     grads: Sequence[Gradients] = (),
     grad_union: Tensor | None = None,
 ) -> Any:
-    """Return the call as the core takes it (`relation_logits` in csrc/bindings.cpp).
+    """Return the call in the form that the core accepts (`relation_logits` in csrc/bindings.cpp).
 
-    It holds addresses: the tensors must outlive it.
+    The result holds addresses, so the tensors must outlive it.
     """
     union, pairs, branches = call
     first = branches[0]
