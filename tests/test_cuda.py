@@ -195,7 +195,7 @@ def test_conversions_and_exchanges(primitives):
         )
 
 
-MISTAKES = ["", "race", "race", "race", "diverge", "diverge", "NaN", "not waited for", "no multiple of 16", "race"]
+MISTAKES = ["", "race", "race", "race", "diverge", "diverge", "NaN", "not waited for", "not a multiple of 16", "race"]
 
 
 @pytest.mark.parametrize("mistake", range(len(MISTAKES)))
