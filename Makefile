@@ -25,7 +25,7 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	cd $(VENV) && bin/lint-imports --no-logo $(CURDIR)/pyproject.toml  # checks the installed package, which has kernels/
+	cd $(VENV) && bin/lint-imports --no-logo $(CURDIR)/pyproject.toml  # checks the installed package, including kernels/
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 doctor: $(VENV)/train

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.resolve()
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 
 # Name, vector size in bytes and compiler flags. Each file csrc/cpu/*.cpp is compiled once per instruction set. The
-# fastest one that the processor supports is chosen at run time, so a build is the same on every machine.
+# fastest one that the processor supports is chosen at run time, so the build machine's processor does not matter.
 INSTRUCTION_SETS = [("baseline", 16, [])]
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS += [
@@ -48,7 +48,7 @@ def find_nvcc(compiler: str) -> tuple[str, list[str]]:
     if wanted not in ("0", "1", "auto"):
         sys.exit(f"sgalign: SGALIGN_CUDA must be 0, 1 or auto, got {wanted}")
     nvcc = os.path.join(home, "bin", "nvcc") if home else "nvcc"
-    words = shlex.split(compiler)  # of "ccache g++ -pthread", nvcc gets g++, and separately the options
+    words = shlex.split(compiler)  # from "ccache g++ -pthread", nvcc gets g++ and, separately, the options
     first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     flags = [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden", *words[first:])]
     command = shlex.join([nvcc, "-ccbin", words[first - 1], *flags])
@@ -141,7 +141,8 @@ class NinjaBuild(build_ext):
             writer.rule("compile", f"{command} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
             linker = " ".join([compiler, "-shared", *openmp])
             if archs:
-                # All targets share one PTX, which takes half as long as one PTX per target. Later GPUs run this PTX.
+                # All targets are compiled from one PTX, which takes half as long as one PTX per target. The module
+                # contains this PTX, too, for later GPUs.
                 targets = "compute_80", *(f"sm_{arch}" for arch in archs)
                 codes = " ".join(f"-gencode=arch=compute_80,code={target}" for target in targets)
                 compile_cuda = f"{nvcc} -std=c++20 -O3 {codes} -MMD -MF $out.d $flags -c $in -o $out"

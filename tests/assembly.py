@@ -8,8 +8,8 @@ NVIDIA = r"^\s+/\*[0-9a-f]{4,}\*/"  # start of an instruction's line in the outp
 def loops(assembly: str, instruction: str) -> tuple[int, list[tuple[int, int]]]:
     """Return the number of instructions, and the beginning and end of each loop.
 
-    A loop is a label and a later branch back to it. The code after the exit is out of line and waits. Its unconditional
-    branches return to the main code and are not loops.
+    A loop is a label and a later branch back to it. After the exit there is out-of-line code that waits. Its
+    unconditional branches return to the main code and are not loops.
     """
     count, found, labels, exited = 0, [], {}, False
     for line in assembly.splitlines():

@@ -223,7 +223,7 @@ class PretendGPU(TorchDispatchMode):
 
 
 def _place() -> str:
-    """Return the line of code to which a wait is counted.
+    """Return the line of code for which a wait is counted.
 
     This is the innermost line in transformers or torchvision if one of the four innermost frames is there. Otherwise it
     is the innermost line of this package, or of any other code if no frame is in this package.

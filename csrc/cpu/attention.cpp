@@ -15,8 +15,8 @@ using namespace sgalign;
 
 constexpr int kForwardRows = 4 * kTileRows, kBackwardRows = 8 * kTileRows;
 
-// Rows of a forward task, which share one packing of the keys. If each branch has its own query, the rows of both
-// branches count. Tasks get fewer rows if some threads would otherwise be idle.
+// Maximum number of rows in a forward task. The rows share one packing of the keys. They include the rows of both
+// branches if each branch has its own query. Tasks get fewer rows if some threads would otherwise be idle.
 constexpr int64_t kRowBlock = 384;
 // Minimum number of tasks in the backward, for any number of threads. It is lower if there are too few chunks of keys.
 constexpr int64_t kBackwardTasks = 16;
@@ -140,8 +140,8 @@ inline R dropout_scale(const Attention& a) {
     return a.dropout_threshold < 65536 ? R(65536.0 / (65536 - a.dropout_threshold)) : R(0);
 }
 
-// Return all ones for each dropped key and 0 for the others. The keys are those of `group` in a vector of mask lanes
-// that starts at `lane`.
+// Return a vector with all ones for each dropped key and 0 for the others. Its keys are those of `group` in the mask
+// lanes from `lane` on.
 template <class R>
 inline Vector<typename Real<R>::Int> dropped_lanes(const MaskBits& bits, int lane, int group) {
     typedef uint32_t Narrow __attribute__((vector_size(4 * Real<R>::lanes)));

@@ -121,7 +121,7 @@ inline double exp2_scalar(double x) { return __builtin_exp2(x); }
 inline float log2_scalar(float x) { return __builtin_log2f(x); }
 inline double log2_scalar(double x) { return __builtin_log2(x); }
 
-// The products of the low 32 bits of 64-bit lanes. Compilers do not use the instruction for this unless they are told.
+// The products of the low 32 bits of 64-bit lanes. Compilers do not find the instruction for this without intrinsics.
 inline Vector<uint64_t> multiply_words(Vector<uint64_t> a, Vector<uint64_t> b) {
 #if defined(__AVX512F__) && SGALIGN_VECTOR_BYTES == 64
     return (Vector<uint64_t>)_mm512_mul_epu32((__m512i)a, (__m512i)b);
@@ -134,7 +134,7 @@ inline Vector<uint64_t> multiply_words(Vector<uint64_t> a, Vector<uint64_t> b) {
 #endif
 }
 
-// Storage types. Arithmetic on double is in double, and on all other types in float.
+// Storage types. Arithmetic uses double for double, and float for all other types.
 struct Half {
     uint16_t bits;
 };

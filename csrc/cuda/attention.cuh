@@ -10,7 +10,7 @@
 // the same query, a warp can compute their scores once. While a tile is multiplied, the next one is copied to shared
 // memory, with one barrier per tile.
 //
-// Sums over several warps are added in a fixed order, so the results of each run are the same bit for bit.
+// Sums over several warps are added in a fixed order, so every run gives bitwise identical results.
 #pragma once
 
 #include <cmath>
@@ -70,8 +70,8 @@ struct HeadRows {
 
 // ------------------------------------------------------------------------------------------------------- key tiles
 
-// Tile i starts at first_key(i). Its row 8 * s + c is the c-th key of strip s. The numbers are unsigned because tiles
-// past the last one are asked for, too.
+// Tile i starts at first_key(i). Its row 8 * s + c is the c-th key of strip s. The numbers are unsigned because callers
+// also ask for tiles past the last one.
 template <int kStrips>
 struct KeyTiles {
     static constexpr uint32_t kKeys = 8 * kStrips, kSpan = kMaskLanes * kStrips;
@@ -239,7 +239,7 @@ __device__ __forceinline__ float largest_of_row(float value) {
 template <int kTiles, int kStrips, class T, int D>
 __device__ __forceinline__ void multiply_rows(float (&scores)[kTiles][kStrips][4], Tile<T, D> a, int row, Tile<T, D> b,
                                               int strips) {
-    // If this loop is unrolled completely, large D spill registers and take long to compile.
+    // Complete unrolling would spill registers for large D and take long to compile.
 #pragma unroll(D * sizeof(T) > 512 ? 1 : 4)
     for (int column = 0; column < D; column += kDepth<T>) {
         OperandA<T> rows[kTiles];

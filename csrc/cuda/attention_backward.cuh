@@ -51,8 +51,8 @@ struct GradQueryTiles {
     static constexpr int kBlocks = kRowBytes > 128 ? 1 : 2;
 };
 
-// The number of query gradients. If `c.shared_query`, both groups have the same query, and its gradient, the sum over
-// both groups, is that of the first group.
+// The number of query gradients. If `c.shared_query`, both groups have the same query. Its gradient is the sum over
+// both groups and is written to the first group.
 __host__ __device__ inline int query_targets(const AttentionCall& c) { return c.shared_query ? 1 : c.a.group_count; }
 
 // The parts of the query gradients if the keys are split, in the workspace after the deltas: [split][query][row][D].
@@ -248,7 +248,7 @@ struct GradKeyTiles {
     // Random numbers are stored as [word][column][query]. If there is room, each row is followed by 8 unused words, so
     // lanes that load the words of two neighboring queries access each bank once.
     static constexpr int kColumn = kQueries + (kRowBytes > 512 ? 0 : 8), kWord = 8 * kColumn, kDrawn = kWarps * kWord;
-    static constexpr int kDrawnBytes = 2 * kDrawn * 4;  // for the mask, and as many for dropout
+    static constexpr int kDrawnBytes = 2 * kDrawn * 4;  // for the mask; dropout needs as many again
     static constexpr int kSharedBytes =
         (2 * kKeyTile + 4 * kQueryTile) * int(sizeof(T)) + 2 * kQueries * int(sizeof(Terms));
     static_assert(kSharedBytes + 2 * kDrawnBytes <= kMostShared);

@@ -8,7 +8,7 @@ namespace sgalign::cuda {
 template <class T, int D, int kBranches, bool kPlain>
 struct ForwardTiles {
     static constexpr int kRowBytes = D * sizeof(T);
-    // Tiles of rows that a warp multiplies with the same keys: as many as have their outputs in the warp's registers.
+    // Tiles of rows that a warp multiplies with the same keys. The warp's registers must hold the outputs of all tiles.
     static constexpr int kTiles = kPlain && sizeof(T) == 2 && D <= 64 ? 2 / kBranches : 1;
     static constexpr int kWarps = kRowBytes > 512 ? 2 : 4;
     static constexpr int kStrips = kRowBytes > 512 ? 2 : kRowBytes > 256 ? 4 : 8;
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp) attention_merge_kernel(con
     float top = -infinity(), sum = 0;
     for (int split = 0; split < c.splits; ++split) {
         const float log_sum = log_sums[split * outputs * all_rows];
-        // +inf means that no entry is kept. NaN must stay visible.
+        // +inf means that no entry is kept. A NaN must reach the result.
         if (log_sum != infinity()) top = log_sum > top || log_sum != log_sum ? log_sum : top;
     }
     for (int split = 0; split < c.splits; ++split) {

@@ -11,9 +11,9 @@ struct Random {
     uint32_t stream;
     int threshold;
 
-    // The largest word whose upper 16 bits are below the threshold. A word is at most this exactly if its upper half is
-    // below the threshold, whatever its lower half. A threshold of 65536 wraps to all ones. For a threshold of 0 this
-    // must not be called.
+    // The largest word whose upper half is below the threshold. The upper half of a word is below the threshold exactly
+    // if the word is at most this, whatever its lower half. A threshold of 65536 wraps to all ones. This must not be
+    // called for a threshold of 0.
     __device__ __forceinline__ uint32_t limit() const { return (uint32_t(threshold) << 16) - 1; }
 
     // Draw the numbers of the eight keys of a lane of a chunk. Word i has group 2 * i in its lower half and group
