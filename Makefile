@@ -1,5 +1,5 @@
-# `make demo` and `make test` need nothing but Python 3.10 to 3.13 and a C++ compiler; see README.md for the plain
-# pip lines that they stand for.
+# `make demo` and `make test` need only Python 3.10 to 3.13 and a C++ compiler. README.md has the pip commands that do
+# the same.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ DATA ?=
 demo: $(VENV)/train
 	$(BIN)/sgalign compare $(if $(DATA),--data $(DATA))
 
-# Two processes at a time, of one thread each: threads of both would wait for each other.
+# Two processes with one thread each, because the threads of both processes would wait for each other.
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
@@ -25,15 +25,15 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	cd $(VENV) && bin/lint-imports --no-logo $(CURDIR)/pyproject.toml  # of what is installed, kernels/ with it
+	cd $(VENV) && bin/lint-imports --no-logo $(CURDIR)/pyproject.toml  # checks the installed package, including kernels/
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
 doctor: $(VENV)/train
 	$(BIN)/sgalign doctor
 
-# Each stamp stands for one set of extras; a changed source installs again.
+# Each of these stamp files stands for one set of extras. After a source has changed, `make` installs the package again.
 $(VENV)/train $(VENV)/test $(VENV)/lint: $(SOURCES) | $(VENV)/bin/pip
-	rm -rf build/lib*  # which would keep modules that have moved
+	rm -rf build/lib*  # it would keep modules that have moved
 	$(BIN)/pip install --quiet --constraint constraints.txt '.[$(EXTRAS)]'
 	touch $@
 $(VENV)/train: EXTRAS := train

@@ -1,7 +1,10 @@
-"""Builds the compiled core sgalign._C with ninja. Knows nothing of torch: the core takes addresses, not tensors.
+"""Build script of the compiled core sgalign._C.
 
-With CUDA C++ kernels where nvcc is found, in CUDA_HOME or on PATH; whether there is a GPU plays no role. SGALIGN_CUDA=0
-leaves them out, 1 insists; SGALIGN_CUDA_ARCHS names the architectures, as in "80,90". See docs/cuda.md.
+The build uses ninja. It does not need torch, because the core takes addresses, not tensors.
+
+The CUDA C++ kernels are built if nvcc is found in CUDA_HOME or on PATH. The machine does not need a GPU.
+SGALIGN_CUDA=0 leaves the kernels out, and SGALIGN_CUDA=1 makes it an error if they cannot be built. SGALIGN_CUDA_ARCHS
+names the architectures, for example "80,90". See docs/cuda.md.
 """
 
 import os
@@ -21,28 +24,31 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 
-# One compilation of each of csrc/cpu/*.cpp: name, bytes of a vector, flags. The fastest that the processor runs
-# is picked at run time, so nothing here depends on the machine that builds.
+# Name, vector size in bytes and compiler flags. Each file csrc/cpu/*.cpp is compiled once per instruction set. The
+# fastest one that the processor supports is chosen at run time, so the build machine's processor does not matter.
 INSTRUCTION_SETS = [("baseline", 16, [])]
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS += [
         ("avx2", 32, ["-mavx2", "-mfma"]),
-        # gcc 12 warns about an uninitialised variable inside its own avx512fintrin.h
+        # gcc 12 warns about an uninitialized variable in its own avx512fintrin.h.
         ("avx512", 64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized"]),
     ]
 
-# The architectures whose machine code is built if the compiler knows them; 8.6 and 8.9 run that of 8.0.
+# architectures to compile for, if the compiler knows them; 8.6 and 8.9 run the code of 8.0
 CUDA_ARCHS = "80,90,100,120"
-CUDA_TYPES = ("Half", "BFloat16", "float")  # each of csrc/cuda/*_*.cu is compiled once for each
+CUDA_TYPES = ("Half", "BFloat16", "float")  # each file csrc/cuda/*_*.cu is compiled once per type
 
 
 def find_nvcc(compiler: str) -> tuple[str, list[str]]:
-    """nvcc with its host compiler, and the architectures; none for the CPU alone, and a line that says why."""
+    """Return the nvcc command with its host compiler, and the architectures to compile for.
+
+    If the core is built for the CPU alone, there are no architectures, and a line on stderr says why.
+    """
     wanted, home = os.environ.get("SGALIGN_CUDA") or "auto", os.environ.get("CUDA_HOME")
     if wanted not in ("0", "1", "auto"):
         sys.exit(f"sgalign: SGALIGN_CUDA must be 0, 1 or auto, got {wanted}")
     nvcc = os.path.join(home, "bin", "nvcc") if home else "nvcc"
-    words = shlex.split(compiler)  # of "ccache g++ -pthread" nvcc takes g++, and the options apart
+    words = shlex.split(compiler)  # from "ccache g++ -pthread", nvcc gets g++ and, separately, the options
     first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     flags = [f"-Xcompiler={flag}" for flag in ("-fPIC", "-fvisibility=hidden", *words[first:])]
     command = shlex.join([nvcc, "-ccbin", words[first - 1], *flags])
@@ -55,24 +61,24 @@ def find_nvcc(compiler: str) -> tuple[str, list[str]]:
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     offered = [code[3:] for code in known if code[3:].isdigit() and int(code[3:]) >= 80]
     if not offered:
-        sys.exit(f"sgalign: {nvcc} --list-gpu-code names nothing from 80 on; mend it or set SGALIGN_CUDA=0")
+        sys.exit(f"sgalign: {nvcc} --list-gpu-code lists no architecture from 80 on. Repair it or set SGALIGN_CUDA=0")
     archs = list(dict.fromkeys(os.environ.get("SGALIGN_CUDA_ARCHS", "").replace(",", " ").split()))
     if not set(archs) <= set(offered):
-        sys.exit(f"sgalign: SGALIGN_CUDA_ARCHS must be of {', '.join(offered)}, got {', '.join(archs)}")
+        sys.exit(f"sgalign: SGALIGN_CUDA_ARCHS must only contain {', '.join(offered)}, got {', '.join(archs)}")
     return command, archs or [arch for arch in CUDA_ARCHS.split(",") if arch in offered]
 
 
 def find_compiler() -> str:
-    """CXX, else the first of g++, clang++ and c++ that is on PATH and speaks C++20."""
+    """Return CXX if it is set, otherwise the first of g++, clang++ and c++ on PATH that compiles C++20."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     for compiler in candidates:
         if not refusal(compiler, []):
             return compiler
-    sys.exit(f"sgalign: no C++20 compiler (tried {', '.join(candidates)}): install g++ 11 or clang 14, or set CXX")
+    sys.exit(f"sgalign: no C++20 compiler, tried {', '.join(candidates)}. Install g++ 11 or clang 14, or set CXX")
 
 
 def refusal(compiler: str, flags: list[str]) -> str:
-    """Why a C++20 program with these flags does not compile and link; empty where it does."""
+    """Return why a C++20 program with these flags does not compile and link, or "" if it does."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("#include <bit>\nint main() { return !new int(std::popcount(0u)); }\n")
@@ -82,11 +88,14 @@ def refusal(compiler: str, flags: list[str]) -> str:
         except OSError as error:
             return f"{command[0]} cannot be run: {error.strerror}"
         said = [line for line in tried.stderr.splitlines() if "error" in line or "fatal" in line]
-        return f"{command[0]} compiles no C++20: {said[0] if said else tried.stderr}" if tried.returncode else ""
+        return f"{command[0]} cannot compile C++20: {said[0] if said else tried.stderr}" if tried.returncode else ""
 
 
 class NinjaBuild(build_ext):
-    """Objects in parallel, only what changed; the module also stays in the source folder, for use from the root."""
+    """The build command, which compiles changed files in parallel.
+
+    It also leaves the module in the source folder, for programs that run from the root.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -97,7 +106,7 @@ class NinjaBuild(build_ext):
         self.write_ninja_file(folder, module)
         subprocess.run([sys.executable, "-m", "ninja", "-C", folder], check=True)
         for destination in (target, ROOT / "sgalign" / target.name):
-            # Replaced, not overwritten: a process may have the old one loaded.
+            # The file is replaced, not overwritten, because a process may have the old one loaded.
             shutil.copy2(module, destination.with_suffix(".new"))
             os.replace(destination.with_suffix(".new"), destination)
 
@@ -132,12 +141,13 @@ class NinjaBuild(build_ext):
             writer.rule("compile", f"{command} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
             linker = " ".join([compiler, "-shared", *openmp])
             if archs:
-                # All from one PTX, which later GPUs compile for themselves: half the time of one for each.
+                # All targets are compiled from one PTX, which takes half as long as one PTX per target. The module
+                # contains this PTX, too, for later GPUs.
                 targets = "compute_80", *(f"sm_{arch}" for arch in archs)
                 codes = " ".join(f"-gencode=arch=compute_80,code={target}" for target in targets)
                 compile_cuda = f"{nvcc} -std=c++20 -O3 {codes} -MMD -MF $out.d $flags -c $in -o $out"
                 writer.rule("cuda", compile_cuda, depfile="$out.d", deps="gcc")
-                # The runtime is linked in, so that it need not be the version that torch comes with.
+                # The CUDA runtime is linked in, so it need not be the version that comes with torch.
                 linker = " ".join([nvcc, "-shared -cudart=static", *(f"-Xcompiler={flag}" for flag in openmp)])
             undefined = " -undefined dynamic_lookup" if sys.platform == "darwin" else ""
             writer.rule("link", f"{linker}{undefined} $in -o $out")

@@ -1,4 +1,4 @@
-// The Python module sgalign._C: addresses, sizes and strides, which the Python functions have checked.
+// The Python module sgalign._C. It receives addresses, sizes and strides, which the Python functions have checked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,7 +15,7 @@ namespace py = pybind11;
 using namespace sgalign;
 
 namespace sgalign {
-// setup.py says which are built
+// setup.py decides which of these are built.
 extern const AttentionKernels attention_baseline, attention_avx2, attention_avx512;
 extern const RelationKernels relation_baseline, relation_avx2, relation_avx512;
 extern const AlignmentKernels alignment_baseline, alignment_avx2, alignment_avx512;
@@ -30,7 +30,7 @@ struct Kernels {
     AlignmentKernels alignment;
 };
 
-// What this processor can run, the fastest first.
+// Return the kernels that this processor can run, fastest first.
 std::vector<Kernels> supported_kernels() {
     std::vector<Kernels> result;
 #ifdef SGALIGN_AVX512
@@ -50,7 +50,8 @@ Kernels kernels = supported_kernels().front();
 
 using Address = std::uintptr_t;
 
-// A call's numbers, in order: flat, because pybind11 takes longer over nested tuples than small calls take to compute.
+// The numbers of a call, in order. They are passed as one flat list, because pybind11 takes longer to read nested
+// tuples than a small call takes to compute.
 class Arguments {
   public:
     explicit Arguments(const py::args& arguments) : arguments(arguments) {}
@@ -65,12 +66,12 @@ class Arguments {
         if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
         return value;
     }
-    void* address() { return reinterpret_cast<void*>(Address(integer())); }  // 0 where there is no tensor
+    void* address() { return reinterpret_cast<void*>(Address(integer())); }  // null if there is no tensor
 
-    // A matrix: its address, and its strides in elements.
+    // Read the address of a matrix and its strides in elements.
     Matrix matrix() {
         Matrix result{address(), integer(), integer(), integer()};
-        integer();  // the last stride, 1
+        integer();  // skip the last stride, which is 1
         return result;
     }
 
@@ -86,7 +87,8 @@ class Arguments {
     size_t position = 0;
 };
 
-// The order is that of `_description` in sgalign/ops/_attention_backends.py. Gradients are left out of a forward.
+// Read the numbers in the order of `_description` in sgalign/ops/_attention_backends.py. A forward call has no
+// gradients.
 Attention attention(const py::args& numbers) {
     Arguments next(numbers);
     Attention a;
@@ -106,7 +108,7 @@ Attention attention(const py::args& numbers) {
     const int64_t branches = next.integer();
     a.group_count = int(next.integer());
     if (branches < 1 || branches > 2 || a.group_count < 1 || a.group_count > branches)
-        throw std::invalid_argument("one or two branches, and one query for each or for both");
+        throw std::invalid_argument("attention takes one or two branches, with one query for each or one for both");
     for (int i = 0; i < a.group_count; ++i) a.groups[i].query = next.matrix();
     Branch* each[2];
     for (int i = 0; i < branches; ++i) {
@@ -124,7 +126,7 @@ Attention attention(const py::args& numbers) {
     return a;
 }
 
-// The order is that of `_description` in sgalign/ops/relation.py. A forward leaves out gradients.
+// Read the numbers in the order of `_description` in sgalign/ops/relation.py. A forward call has no gradients.
 RelationLogits relation_logits(const py::args& numbers) {
     Arguments next(numbers);
     RelationLogits a;
@@ -134,7 +136,7 @@ RelationLogits relation_logits(const py::args& numbers) {
     a.pairs = static_cast<const int64_t*>(next.address());
     a.threads = int(next.integer());
     const int64_t branches = next.integer();
-    if (branches < 1 || branches > 2) throw std::invalid_argument("one or two branches");
+    if (branches < 1 || branches > 2) throw std::invalid_argument("relation logits take one or two branches");
     for (a.count = 0; a.count < branches; ++a.count) {
         RelationBranch& branch = a.branches[a.count];
         branch.subject = next.address(), branch.subject_row = next.integer();
@@ -161,7 +163,7 @@ void check_pairs(const RelationLogits& a) {
                                     std::to_string(i / 2));
 }
 
-// The order is that of `_description` in sgalign/ops/alignment.py.
+// Read the numbers in the order of `_description` in sgalign/ops/alignment.py.
 AlignmentLoss alignment_loss(const py::args& numbers) {
     Arguments next(numbers);
     AlignmentLoss a;
@@ -186,8 +188,8 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// As the functions for the CPU, with a queue to put the kernels into, a seed that lies in the device's memory, and the
-// workspace that csrc/cuda/kernels.h asks for.
+// Define the CUDA counterparts of the functions for the CPU. They also take a queue for the kernels, the address of the
+// seed in device memory, and the workspace that csrc/cuda/kernels.h describes.
 void define_cuda(py::module_& m) {
     m.def("cuda_attention_splits", &cuda::attention_splits);
     m.def("cuda_attention_forward",
@@ -239,8 +241,8 @@ PYBIND11_MODULE(_C, m) {
             for (const Kernels& supported : supported_kernels()) names.push_back(supported.instruction_set);
             return names;
         },
-        "The instruction sets that this processor can run, the fastest first.");
-    m.def("instruction_set", [] { return kernels.instruction_set; }, "The instruction set in use.");
+        "Return the instruction sets that this processor can run, fastest first.");
+    m.def("instruction_set", [] { return kernels.instruction_set; }, "Return the instruction set in use.");
     m.def(
         "use_instruction_set",
         [](const std::string& name) {
@@ -251,7 +253,7 @@ PYBIND11_MODULE(_C, m) {
                 }
             throw std::invalid_argument("this processor cannot run '" + name + "'");
         },
-        "Choose an instruction set, for tests.");
+        "Choose the instruction set of all later calls. Only tests need this.");
 
     py::class_<Attention>(m, "Attention", py::module_local()).def(py::init(&attention));
     m.def("attention_forward", [](const Attention& a) {

@@ -1,8 +1,8 @@
-// The random mask's definition (sgalign/ops/reference.py has it in PyTorch), shared by every kernel.
+// The definition of the random mask, which all kernels share. sgalign/ops/reference.py has it in PyTorch.
 //
 // Key k lies in lane k % 32 of group k % 256 / 32 of chunk k / 256. One Philox call per (chunk, lane) gives eight
-// 16-bit numbers, one a group; the key is dropped where its number is below the threshold. A kernel holds the result
-// as 32 lanes of 8 bits: bit g of lane i is key 32 * g + i of the chunk.
+// 16-bit numbers, one per group. A key is dropped if its number is below the threshold. A kernel stores the result for
+// a chunk as 32 lanes of 8 bits: bit g of lane i belongs to key 32 * g + i of the chunk.
 #pragma once
 
 #include <cstdint>

@@ -1,14 +1,15 @@
-"""Instructions and loops of a kernel's assembly, as nvdisasm or LLVM writes it."""
+"""Instructions and loops in the assembly of a kernel, as nvdisasm or LLVM writes it."""
 
 import re
 
-NVIDIA = r"^\s+/\*[0-9a-f]{4,}\*/"  # what an instruction of nvdisasm begins with
+NVIDIA = r"^\s+/\*[0-9a-f]{4,}\*/"  # start of an instruction's line in the output of nvdisasm
 
 
 def loops(assembly: str, instruction: str) -> tuple[int, list[tuple[int, int]]]:
-    """Return how many instructions there are, and where each loop begins and ends: a label and a branch back to it.
+    """Return the number of instructions, and the beginning and end of each loop.
 
-    After the exit is code that waits out of line, whose unconditional branches are the way back from there.
+    A loop is a label and a later branch back to it. After the exit there is out-of-line code that waits. Its
+    unconditional branches return to the main code and are not loops.
     """
     count, found, labels, exited = 0, [], {}, False
     for line in assembly.splitlines():
@@ -24,12 +25,15 @@ def loops(assembly: str, instruction: str) -> tuple[int, list[tuple[int, int]]]:
 
 
 def longest(found: list[tuple[int, int]]) -> int:
-    """Return the instructions of the longest loop, 0 without any."""
+    """Return the number of instructions in the longest loop, or 0 if there is no loop."""
     return max((end - begin for begin, end in found), default=0)
 
 
 def largest_body(found: list[tuple[int, int]]) -> int:
-    """Return the instructions of the loop that has most outside the loops within it: a step of a walk over tiles."""
+    """Return the number of instructions in the main loop, a step of a walk over tiles.
+
+    The main loop is the one with the most instructions outside its inner loops. The result includes the inner loops.
+    """
 
     def own(loop: tuple[int, int]) -> int:
         within = [other for other in found if other != loop and loop[0] <= other[0] and other[1] <= loop[1]]

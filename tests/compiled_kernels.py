@@ -1,11 +1,11 @@
-"""Every Triton kernel as it is compiled for a GPU, without one: name, source, options, and what it takes of the GPU.
+"""Triton kernels compiled without a GPU: names, sources, options, and the resources that they use.
 
-`PYTHONPATH=. python tests/compiled_kernels.py "attention.* 32 channels" sm_90 gfx942` compiles this tree's kernels of
-these names, "" for all, for these targets and rewrites their rows of compiled_kernels.csv, which tests/test_kernels.py
-compares with. A row is of one version of Triton, the one that is installed.
+`PYTHONPATH=. python tests/compiled_kernels.py "attention.* 32 channels" sm_90 gfx942` compiles the kernels whose names
+match ("" matches all) for these targets. It rewrites their rows in compiled_kernels.csv, for the installed version of
+Triton. tests/test_kernels.py compares with this table.
 
-Arguments are described as at run time: tensors of torch are aligned, sizes of the model (channels, classes, strides)
-are known to be multiples of 16 where they are, lengths are not.
+The compiler knows the same about arguments as at run time. Tensors of torch are aligned. Sizes of the model (channels,
+classes, strides) are known to be multiples of 16 if they are. Nothing is known about lengths.
 """
 
 import csv
@@ -28,8 +28,8 @@ from triton.compiler import ASTSource
 from sgalign.kernels import alignment, attention, configs, relation
 
 TABLE = Path(__file__).with_suffix(".csv")
-TRITON = ".".join(triton.__version__.split(".")[:2])  # which compiles
-# Bytes of shared memory that a program can have.
+TRITON = ".".join(triton.__version__.split(".")[:2])  # version of the compiler
+# bytes of shared memory that a program can use at most
 LARGEST_SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 DIMS = 32, 64, 128, 256
@@ -49,13 +49,13 @@ class Compiled(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a kernel takes."""
+    """The resources that a kernel uses."""
 
-    registers: int  # of a thread
-    spilled: int  # bytes of registers that go to memory
-    shared: int  # bytes of a program
+    registers: int  # per thread
+    spilled: int  # bytes of registers that are spilled to memory
+    shared: int  # bytes of shared memory per program
     instructions: int
-    loop: int  # instructions of its longest loop, where it has any: a step of the walk over keys, pairs or queries
+    loop: int  # instructions of the longest loop, a step of the walk over keys, pairs or queries; 0 without a loop
 
 
 def sources(target: str) -> dict[str, Compiled]:
@@ -65,14 +65,14 @@ def sources(target: str) -> dict[str, Compiled]:
 
 
 def resources(kernel: Compiled, target: str) -> tuple[Resources, str]:
-    """What a kernel takes and its assembly, compiled for "sm_90" or "gfx942"."""
+    """Return the resources and the assembly of a kernel, compiled for a target such as "sm_90" or "gfx942"."""
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     compiled = triton.compile(kernel.source, target=gpu, options=kernel.options)
     if not nvidia:
         assembly = compiled.asm["amdgcn"]
         counts = {name: int(count) for name, count in re.findall(r"\.([sv]gpr_(?:spill_)?count):\s+(\d+)", assembly)}
-        spilled = 4 * counts["vgpr_spill_count"]  # scalar ones spill into lanes of these
+        spilled = 4 * counts["vgpr_spill_count"]  # scalar registers spill into lanes of vector registers
         count, found = loops(assembly, r"^\s+(?:[sv]|ds|global|buffer|scratch|flat)_\w+")
         return Resources(counts["vgpr_count"], spilled, compiled.metadata.shared, count, longest(found)), assembly
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -84,19 +84,22 @@ def resources(kernel: Compiled, target: str) -> tuple[Resources, str]:
             for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    spilled = stack if "STL" in assembly else 0  # what is stored there; calls have frames there, too
+    spilled = stack if "STL" in assembly else 0  # without stores (STL), the stack only holds frames of calls
     count, found = loops(assembly, NVIDIA)
     return Resources(registers, spilled, compiled.metadata.shared, count, longest(found)), assembly
 
 
 def read_table() -> dict[tuple[str, str, str], Resources]:
-    """By version of Triton, target and kernel."""
+    """Return the resources of each kernel in the table, by version of Triton, target and name."""
     with open(TABLE, newline="") as file:
         return {(row[0], row[1], row[2]): Resources(*map(int, row[3:])) for row in list(csv.reader(file))[1:]}
 
 
 def write_table(names: str, targets: list[str]) -> None:
-    """Written after each kernel: all of a target take minutes."""
+    """Compile kernels and write their rows to the table.
+
+    The table is written after each kernel, because all kernels of a target take minutes.
+    """
     for target in targets:
         for name, kernel in sources(target).items():
             if not re.match(names, name):
@@ -111,9 +114,13 @@ def write_table(names: str, targets: list[str]) -> None:
 
 
 def source(kernel: Any, *arguments: Any, constants: dict[str, Any]) -> ASTSource:
-    """Arguments are types ("*fp32", "i32"), numbers, which stand for a 32-bit argument like them, tuples and None.
+    """Return the source of a kernel for these arguments.
 
-    A 1 and None are constants, as they are at run time.
+    Args:
+        kernel: a kernel of Triton.
+        arguments: a type ("*fp32", "i32"), a number, a tuple or None for each argument. A number stands for a 32-bit
+            integer that is divisible by 16 if the number is. As at run time, 1 and None become constants.
+        constants: the compile-time constants by name.
     """
     attributes, constexprs = {}, {(kernel.arg_names.index(name),): value for name, value in constants.items()}
 
@@ -135,7 +142,10 @@ def source(kernel: Any, *arguments: Any, constants: dict[str, Any]) -> ASTSource
 
 
 def attention_sources(target: str) -> Iterator[Compiled]:
-    """Every configuration in the table, with the random mask; at SGTR's 32 channels with dropout, and with padding."""
+    """Yield attention's kernels with the random mask, in every configuration of the table.
+
+    At SGTR's 32 channels, also yield them with dropout and with padding.
+    """
     kinds = ((1, False), (2, False), (2, True))
     for name, element, dim in itertools.product(ATTENTION, ("fp16", "fp32"), DIMS):
         for (branches, shared), dropout in itertools.product(kinds, (0, 6554) if dim == 32 else (0,)):
@@ -155,9 +165,9 @@ def attention_source(
     plan: configs.Config,
     padded: bool = False,
 ) -> Compiled:
-    """Return one of attention's kernels, of projected operands and of keys that fill their tiles."""
+    """Return one of attention's kernels, for operands that are projections and for keys that fill their tiles."""
     tiling = attention.Tiling.of(plan, True, 4096)
-    rows = f"*{element}", 4096 * dim, 512 * dim, 8 * dim, 1  # of a projection
+    rows = f"*{element}", 4096 * dim, 512 * dim, 8 * dim, 1  # strides of a projection
 
     def both(value: Any) -> tuple[Any, Any]:
         return value, value if branches == 2 else None
@@ -166,14 +176,14 @@ def attention_source(
     sums = both("*fp32")
     masks = None, ("*i1", 4096, 0, 0, 1) if padded else None, "*i64"
     sizes = "i32", "i32", "i32", "i32"  # queries, keys, tiles, span
-    drawn = "i32", "i32", "i32", "fp32", "fp32"  # stream, two thresholds, scale, that of dropout
+    drawn = "i32", "i32", "i32", "fp32", "fp32"  # stream, two thresholds, scale, scale of dropout
     if name == "forward":
         arguments = (*queries, rows, rows, *both(rows), *sums, *masks, "i32", 8, *sizes, *drawn)
     elif name == "query_gradient":
-        grads = *both(rows), *sums, *queries  # of the outputs, their sums, of the queries
+        grads = *both(rows), *sums, *queries  # gradients of the outputs, their sums, gradients of the queries
         arguments = (*queries, rows, rows, *both(rows), *sums, *grads, *masks, "i32", 8, *sizes, *drawn, "fp32")
     else:
-        grads = *both(rows), *sums, rows, rows  # of the outputs, their sums, of key and value
+        grads = *both(rows), *sums, rows, rows  # gradients of the outputs, their sums, gradients of key and value
         arguments = (*queries, rows, rows, *sums, *grads, *masks, 8, *sizes[:3], *drawn, "fp32")
     constants = attention.constants(name, plan, tiling, branches, True, dropout > 0, dim, padded)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
@@ -187,7 +197,7 @@ def attention_source(
 
 
 def relation_sources() -> Iterator[Compiled]:
-    """Of both branches and of one, with bias and gradient of union."""
+    """Yield the relation head's kernels for both branches and for one, with bias and with the gradient of union."""
     for dtype, element in TYPES.items():
         x = f"*{element}"
         for channels, classes in HEADS:

@@ -1,7 +1,7 @@
 """Registers, stack and instructions of each CUDA kernel in a built core.
 
-`python tests/cuda_resources.py` writes the table again. `PYTHONPATH=. python tests/cuda_resources.py scores` prints
-from it how many instructions attention takes for a score, beside what Triton's kernels take (compiled_kernels.csv).
+`python tests/cuda_resources.py` writes the table again. `PYTHONPATH=. python tests/cuda_resources.py scores` prints the
+instructions per score of the attention kernels, from this table and, for Triton's kernels, from compiled_kernels.csv.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from pathlib import Path
 from assembly import NVIDIA, largest_body, loops
 
 TABLE = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "resources.csv"
-# shared: what is known before the launch. loop: instructions of a step of the walk over keys, queries or pairs, counted
-# for one architecture, as disassembling takes half a minute for each.
+# "shared" is static shared memory, without the dynamic memory that a launch requests. "loop" is the number of
+# instructions in a step of the walk over keys, queries or pairs. It is counted for one architecture only, because
+# disassembling takes half a minute for each.
 COLUMNS = ("nvcc", "arch", "kernel", "registers", "stack", "shared", "loop")
-COUNTED = "90"
+COUNTED = "90"  # the architecture whose instructions are counted
 
 
 def find_tool(name: str) -> str | None:
-    """Return the path of cuobjdump or nvdisasm: on PATH, or what Triton brings."""
+    """Return the path of cuobjdump or nvdisasm: the one on PATH, otherwise the one in Triton's package."""
     triton = importlib.util.find_spec("triton")
     bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else None
     return shutil.which(name) or (shutil.which(name, path=str(bundled)) if bundled else None)
 
 
 def nvcc_version() -> str | None:
-    """The release of the nvcc that setup.py takes, as in 13.0."""
+    """Return the release of the nvcc that setup.py uses, for example 13.0."""
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which(os.path.join(home, "bin", "nvcc") if home else "nvcc")
     if not nvcc:
@@ -44,7 +45,7 @@ def nvcc_version() -> str | None:
 
 
 def usage(module: Path) -> list[dict[str, str]]:
-    """Return a row for each kernel and architecture, without the nvcc that made it."""
+    """Return a row for each kernel and architecture, without the column "nvcc"."""
     output = run(find_tool("cuobjdump"), "--dump-resource-usage", module)
     rows, arch, counts = [], "", loop_instructions(module)
     for line in output.splitlines():
@@ -63,7 +64,7 @@ def usage(module: Path) -> list[dict[str, str]]:
 
 
 def loop_instructions(module: Path) -> dict[str, int]:
-    """Return the instructions of a step of each kernel, by its mangled name, for the architecture that is counted."""
+    """Return the instructions in a step of each kernel for the architecture COUNTED, by mangled name."""
     counts = {}
     with tempfile.TemporaryDirectory() as folder:
         run(find_tool("cuobjdump"), "--extract-elf", f"sm_{COUNTED}", module.resolve(), cwd=folder)
@@ -82,7 +83,7 @@ def read() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# Scores that a thread of each kernel computes in a step, up to 64 channels of 16 bits; Triton's name for the kernel.
+# Triton's name for each kernel, and the scores that a thread computes per step at up to 64 channels of 16 bits.
 SCORES = {
     "attention_forward_kernel<Half, {dim}, 1, true>": ("forward", 64),
     "attention_grad_query_kernel<Half, {dim}, true>": ("query_gradient", 64),
@@ -91,9 +92,10 @@ SCORES = {
 
 
 def print_scores() -> None:
-    """Print a Markdown table: instructions for a score of one float16 branch with the random mask, and with padding.
+    """Print a Markdown table of instructions per score, for one float16 branch with random mask and padding.
 
-    Triton's are those of the newest version in its table, without padding where it has no row with it.
+    Triton's numbers are those of the newest version in its table. A kernel that has no row with padding there is shown
+    without padding.
     """
     from compiled_kernels import read_table
 
@@ -115,7 +117,7 @@ def print_scores() -> None:
 
 def write() -> None:
     built = next((TABLE.parents[2] / "sgalign").glob("_C.*.so"))
-    rows = [{"nvcc": nvcc_version()} | row for row in usage(built)]  # before the old ones are gone
+    rows = [{"nvcc": nvcc_version()} | row for row in usage(built)]  # may fail, so before the table is overwritten
     if not rows:
         raise SystemExit(f"{built} has no CUDA kernels")
     with TABLE.open("w", newline="") as file:

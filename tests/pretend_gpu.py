@@ -1,7 +1,7 @@
-"""A GPU that is not there: its tensors live on the CPU, and everything that would make the host wait for it is counted.
+"""A pretend GPU that counts the operations for which the host would wait. Its tensors live on the CPU.
 
-A wait is a copy between host and device that is not asynchronous, or an operator whose result's size depends on values
-on the device. On a GPU the host stands still in it until all that was queued is done.
+The host waits for a copy between host and device that is not asynchronous, and for an operator whose result's size
+depends on values on the device. On a GPU, such an operation blocks the host until all queued work is done.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision  # noqa: F401  its operators
+import torchvision  # noqa: F401  registers its operators
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 ROOT = Path(__file__).resolve().parent.parent
 aten = torch.ops.aten
-# Their results' sizes, or the checks of their inputs, are read from the device.
+# Operators that read the size of their result, or a check of their inputs, from the device.
 DATA_DEPENDENT = {
     aten.nonzero, aten.masked_select, aten.bincount, aten.multinomial, aten.equal, aten.is_nonzero, aten._unique2,
     aten.unique_dim, aten.unique_consecutive, aten._local_scalar_dense, torch.ops.torchvision.nms,
@@ -36,14 +36,14 @@ ON_BOTH = {*INDEXING, aten._to_copy, aten.copy_, aten._pack_padded_sequence, ate
 def device() -> torch.device:
     """Return the device; the first call registers it with torch."""
     backend_registration._setup_privateuseone_for_python_backend("pretend")
-    # `torch.tensor(numbers, device=...)` and an index that is a list make a tensor below all modes.
+    # `torch.tensor(numbers, device=...)` and an index that is a list create a tensor where no dispatch mode sees it.
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
     library.impl("copy_", _copy, "PrivateUse1")
     return torch.device("pretend", 0)
 
 
 library = torch.library.Library("aten", "IMPL")
-current: list[PretendGPU] = []  # the mode, while it counts
+current: list[PretendGPU] = []  # the mode that is counting, if any
 
 
 def _empty_strided(size: Any, stride: Any, dtype: Any = None, **options: Any) -> Tensor:
@@ -58,7 +58,7 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 class PretendTensor(Tensor):
-    """A tensor that says it is on the device, and the one on the CPU that holds its numbers."""
+    """A tensor that claims to be on the device. The tensor `held`, on the CPU, has its numbers."""
 
     held: Tensor
 
@@ -74,7 +74,7 @@ class PretendTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (Tensor.tolist, Tensor.numpy):  # which torch refuses to subclasses
+        if function in (Tensor.tolist, Tensor.numpy):  # torch refuses these for subclasses
             args = args[0].detach().cpu(), *args[1:]
         if function is torch.lstm:
             flat, spec = tree_flatten(args)
@@ -88,7 +88,7 @@ class PretendTensor(Tensor):
 
 
 def run(function: Any, args: Any, kwargs: Any) -> Any:
-    """Run an operator on the CPU, and return what a device would."""
+    """Run an operator on the CPU, and return its result as a device would."""
     kwargs = dict(kwargs)
     flat, _ = tree_flatten((args, kwargs))
     ours = [tensor for tensor in flat if isinstance(tensor, PretendTensor)]
@@ -106,13 +106,13 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     if function.overloadpacket is aten.copy_ and not isinstance(args[0], PretendTensor):
         return out
     if function.overloadpacket in (aten._pack_padded_sequence, aten._pad_packed_sequence):
-        return PretendTensor(out[0]), out[1]  # sizes of batches and lengths stay on the host
-    wrappers = {id(tensor.held): tensor for tensor in ours}  # of operators in place, which return what they were given
+        return PretendTensor(out[0]), out[1]  # batch sizes and lengths stay on the host
+    wrappers = {id(tensor.held): tensor for tensor in ours}  # in-place operators return one of their arguments
     return tree_map_only(Tensor, lambda t: wrappers[id(t)] if id(t) in wrappers else PretendTensor(t), out)
 
 
 class _LSTM(torch.autograd.Function):
-    """The library's LSTM as one operator forward and one backward, as cuDNN has it."""
+    """torch's LSTM as one operator in the forward and one in the backward, as in cuDNN."""
 
     @staticmethod
     def forward(ctx: Any, spec: Any, *flat: Any) -> tuple[Tensor, ...]:
@@ -132,7 +132,7 @@ class _LSTM(torch.autograd.Function):
 
 
 class PretendEvent:
-    """An event of the device, for which the host waits."""
+    """An event of the device that counts when the host waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         assert device.type == "pretend"
@@ -146,11 +146,11 @@ class PretendEvent:
 
 
 class PretendGPU(TorchDispatchMode):
-    """Makes tensors on the device, and counts operators and waits while `counting`.
+    """A dispatch mode that puts tensors on the device, and counts operators and waits while `counting`.
 
     Attributes:
-        calls: operators that ran on the device.
-        waits: how often each line of this package, or whatever else is nearest to it, made the host wait.
+        calls: number of operators that ran on the device.
+        waits: number of waits per line of code. `_place` chooses the line.
     """
 
     def __init__(self) -> None:
@@ -162,7 +162,7 @@ class PretendGPU(TorchDispatchMode):
     def __enter__(self) -> PretendGPU:
         self.before = torch.Event, torch.autograd.is_multithreading_enabled()
         torch.Event = PretendEvent
-        torch.autograd.set_multithreading_enabled(False)  # a device's thread of the engine has no modes
+        torch.autograd.set_multithreading_enabled(False)  # the mode is not active in autograd's thread of a device
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
@@ -186,17 +186,17 @@ class PretendGPU(TorchDispatchMode):
         return run(function, args, kwargs)
 
     def wait(self, why: str) -> None:
-        """Count a wait."""
+        """Count a wait at the current line."""
         self.waits[f"{_place()} {why}"] += 1
 
     def _why(self, packet: Any, args: Any, kwargs: Any, ours: list[Tensor]) -> str:
-        """Return why the host would wait for this operator, or nothing."""
+        """Return why the host would wait for this operator, or "" if it would not."""
         if packet in (aten._to_copy, aten.copy_):
             target = args[0].device if packet is aten.copy_ else torch.device(kwargs.get("device") or args[0].device)
             source = args[1] if packet is aten.copy_ else args[0]
             crosses = (target.type == "pretend") != isinstance(source, PretendTensor)
             is_async = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
-            # A number is an argument of a kernel.
+            # A number is not copied, because it becomes an argument of a kernel.
             is_number = packet is aten.copy_ and target.type == "pretend" and not source.dim()
             return f"copy to {target.type}" if crosses and not is_async and not is_number else ""
         if not ours:
@@ -205,14 +205,14 @@ class PretendGPU(TorchDispatchMode):
             indices = [index for index in args[1] if isinstance(index, Tensor)]
             if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
                 return "index by a mask"
-            return "index by what is on the host" if any(i.device.type == "cpu" for i in indices) else ""
+            return "index by a tensor on the host" if any(i.device.type == "cpu" for i in indices) else ""
         if packet is aten.repeat_interleave:
             return "" if kwargs.get("output_size") is not None else "repeat_interleave"
         return packet.__name__ if packet in DATA_DEPENDENT else ""
 
     @contextmanager
     def count(self) -> Iterator[PretendGPU]:
-        """Count from nothing within."""
+        """Count within the context, starting from zero."""
         self.counting, self.calls, self.waits = True, 0, Counter()
         current.append(self)
         try:
@@ -223,7 +223,11 @@ class PretendGPU(TorchDispatchMode):
 
 
 def _place() -> str:
-    """Return the line of the package that made the call; where there is none, the innermost of other packages."""
+    """Return the line of code for which a wait is counted.
+
+    This is the innermost line in transformers or torchvision if one of the four innermost frames is there. Otherwise it
+    is the innermost line of this package, or of any other code if no frame is in this package.
+    """
     frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
     frames = [f for f in frames if "torch/" not in f.filename and "contextlib" not in f.filename]
     own = [frame for frame in frames if str(ROOT / "sgalign") in frame.filename]

@@ -251,15 +251,15 @@ CPU_ALONE = "built for the CPU alone, without CUDA C++ kernels: "
 @pytest.mark.parametrize(
     ("answer", "archs", "expected"),
     [
-        (f"{WORKS}exit 3", "", "nvcc --list-gpu-code names nothing from 80 on"),
-        (OLD, "", f"{CPU_ALONE}{{nvcc}} compiles no C++20: nvcc fatal : 'c++20' is not defined"),
+        (f"{WORKS}exit 3", "", "nvcc --list-gpu-code lists no architecture from 80 on"),
+        (OLD, "", f"{CPU_ALONE}{{nvcc}} cannot compile C++20: nvcc fatal : 'c++20' is not defined"),
         ("\x7fELF of another machine", "", f"{CPU_ALONE}{{nvcc}} cannot be run: Exec format error"),
         (OFFERED, "", "('80', '90')"),
         (OFFERED, "90, 80 90", "('90', '80')"),
-        (OFFERED, "75", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 75"),
-        (OFFERED, "sm_90", "SGALIGN_CUDA_ARCHS must be of 80, 90, got sm_90"),
-        (OFFERED, "90a", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 90a"),
-        (OFFERED, "120", "SGALIGN_CUDA_ARCHS must be of 80, 90, got 120"),
+        (OFFERED, "75", "SGALIGN_CUDA_ARCHS must only contain 80, 90, got 75"),
+        (OFFERED, "sm_90", "SGALIGN_CUDA_ARCHS must only contain 80, 90, got sm_90"),
+        (OFFERED, "90a", "SGALIGN_CUDA_ARCHS must only contain 80, 90, got 90a"),
+        (OFFERED, "120", "SGALIGN_CUDA_ARCHS must only contain 80, 90, got 120"),
     ],
 )
 def test_nvcc_and_architectures(tmp_path, answer, archs, expected):

@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels without a GPU: the same sources compiled for the CPU, on tests/cuda/host_primitives.h.
+"""Tests of the CUDA C++ kernels without a GPU. The same sources are compiled for the CPU with host_primitives.h.
 
-What a GPU would add is its own arithmetic and its memory model. Where the threads of a block depend on one another, on
-shared memory that was never written, or on the order of warps, the emulation says so; see docs/cuda.md.
+These tests do not cover a GPU's own arithmetic and memory model. The emulation reports threads of a block that depend
+on one another without a barrier, on shared memory that was never written, or on the order of warps. See docs/cuda.md.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno
 
 
 def build(folder, *flags):
-    """The core with its kernels for the CPU alone; returns its path."""
+    """Compile a core in which the emulation runs the CUDA kernels on the CPU, and return its path."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 builds the module")
     if not shutil.which("g++") or os.uname().machine != "x86_64":
         pytest.skip("the kernels' emulation needs g++ on x86-64")
@@ -65,7 +65,7 @@ def digest():
 
 @pytest.fixture(scope="session")
 def library():
-    """The path of the emulated core, built once for these sources."""
+    """The path of the emulated core, which is built once for these sources."""
     path = os.environ.get("SGALIGN_EMULATED_CORE")
     return Path(path) if path else build(ROOT / "build" / f"emulated-{digest()}", "-O1")
 
@@ -80,7 +80,7 @@ def emulated(library):
 
 @pytest.fixture
 def core(emulated, monkeypatch, poisoned):
-    """The package runs on the emulated core, and what the kernels leave out stays NaN."""
+    """The emulated core, which the package uses. Elements that the kernels do not write stay NaN."""
     monkeypatch.setattr(_core, "load", lambda: emulated)
     return emulated
 
@@ -93,7 +93,7 @@ def primitives(library, emulated):
     loaded = ctypes.CDLL(str(library))
 
     def call(name, *arguments, size):
-        """The 32-bit words that a primitive gives each lane."""
+        """Return the 32-bit words that a primitive gives each lane."""
         out = torch.zeros(32, size, dtype=torch.int32)
         pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         getattr(loaded, name)(*pointers, ctypes.c_void_p(out.data_ptr()))
@@ -104,7 +104,10 @@ def primitives(library, emulated):
 
 
 def elements_of_a(dtype, lane, i):
-    """Row and column of element i of a lane: the PTX manual's tables for A of mma.m16n8k16 and, of tf32, .m16n8k8."""
+    """Return row and column of element i of a lane, from the PTX manual's tables for A.
+
+    The tables are those of mma.m16n8k16 and, for tf32, of mma.m16n8k8.
+    """
     group, member = lane >> 2, lane % 4
     if dtype == torch.float32:
         return group + 8 * (i in (1, 3)), member + 4 * (i in (2, 3))
@@ -126,7 +129,7 @@ def elements_of_accumulators(lane, i):
 def test_mma_follows_the_tables_of_the_ptx_manual(dtype, primitives):
     depth, per_word = (8, 1) if dtype == torch.float32 else (16, 2)
     generator = torch.Generator().manual_seed(0)
-    # Small integers: no rounding hides a wrong place.
+    # Sums of small integers are exact, so any element in a wrong place shows.
     a, b, c = (torch.randint(-9, 10, size, generator=generator).float() for size in ((16, depth), (depth, 8), (16, 8)))
     words = torch.zeros(32, 10, dtype=torch.int32)
     for lane in range(32):
@@ -144,7 +147,7 @@ def test_mma_follows_the_tables_of_the_ptx_manual(dtype, primitives):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix_follows_the_ptx_manual(transposed, primitives):
-    """Lane T has elements 2 * (T % 4) and the next of row T / 4 of each matrix."""
+    """Lane T has elements 2 * (T % 4) and 2 * (T % 4) + 1 of row T / 4 of each matrix."""
     matrices = torch.arange(4 * 8 * 8, dtype=torch.int16).view(4, 8, 8)
     out = primitives("run_load_matrices", int(transposed), matrices, size=4).view(torch.int16).view(32, 4, 2)
     for lane in range(32):
@@ -195,14 +198,14 @@ def test_conversions_and_exchanges(primitives):
         )
 
 
-MISTAKES = ["", "race", "race", "race", "diverge", "diverge", "NaN", "not waited for", "no multiple of 16", "race"]
+MISTAKES = ["", "race", "race", "race", "diverge", "diverge", "NaN", "not waited for", "not a multiple of 16", "race"]
 
 
 @pytest.mark.parametrize("mistake", range(len(MISTAKES)))
 def test_the_emulation_finds_mistakes(mistake, primitives):
     expected = MISTAKES[mistake]
     if expected == "race" and not os.environ.get("SGALIGN_EMULATED_CORE", "").endswith("race/_C.so"):
-        pytest.skip("races are looked for in the slow tests")
+        pytest.skip("only the slow tests look for races")
     message = ctypes.create_string_buffer(200)
     source, out = torch.ones(4, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (source, out)]
@@ -240,19 +243,19 @@ def test_options_of_attention(branches, options, dtype, core):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 6, 1000])
 def test_parts_of_the_keys(multiprocessors, dtype, core, monkeypatch):
-    """The keys are cut into parts where rows alone are too few to keep a GPU busy."""
+    """The keys are split into parts if there are too few rows to keep a GPU busy."""
     monkeypatch.setattr(_cuda, "multiprocessors", lambda device: multiprocessors)
     shape = (1, 1, 5, 1100, 16)
     tensors, grad_outs = attention.make(shape, dtype)
     options = attention.make_options("all", shape)
-    options["key_padding_mask"][:, 200:900] = True  # parts with nothing kept
+    options["key_padding_mask"][:, 200:900] = True  # some parts have no kept entry
     for branches in attention.BRANCHES:
         assert_accurate(branches, tensors, grad_outs, **options)
 
 
 @pytest.mark.parametrize("layout", ["projection", "slice", "every other channel", "one batch", "one number"])
 def test_layouts_of_attention(layout, core):
-    """Rows that are no multiple of 16 bytes apart are copied element by element."""
+    """Rows are copied element by element if their distance is not a multiple of 16 bytes."""
     shape = (2, 3, 20, 70, 12)
     for dtype in (torch.float32, torch.float16):
         tensors, grad_outs = ([attention.LAYOUTS[layout](t) for t in ts] for ts in attention.make(shape, dtype))
@@ -264,7 +267,7 @@ def test_layouts_of_attention(layout, core):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_rows_that_are_no_whole_pieces(dtype, core):
-    """Rows are multiples of 16 bytes apart; what lies behind their channels must not be read."""
+    """Rows are multiples of 16 bytes apart, but the bytes after their channels must not be read."""
     tensors, grad_outs = attention.make((1, 2, 20, 70, 18), dtype)
     wide = [[functional.pad(t, (0, 6), value=math.nan)[..., :18] for t in ts] for ts in (tensors, grad_outs)]
     options = {"mask_ratio": 0.3, "mask_seed": 5, "backend": "cuda"}
@@ -273,7 +276,7 @@ def test_rows_that_are_no_whole_pieces(dtype, core):
 
 @pytest.mark.parametrize("branches", attention.BRANCHES)
 def test_nothing_kept(branches, core):
-    """Rows 0 to 4 lose everything by mask and padding, and the mirror loses everything if the ratio is 1."""
+    """Mask and padding drop all entries of rows 0 to 4, and a mask ratio of 1 drops all entries of the mirror."""
     shape = (2, 2, 14, 300, 8)
     tensors, grad_outs = attention.make(shape)
     padding = torch.zeros(2, 300, dtype=torch.bool)
@@ -299,7 +302,7 @@ def test_scales_that_are_not_positive(dtype, scale, options, core):
 
 @pytest.mark.parametrize("branches", attention.BRANCHES)
 def test_padded_keys_far_above_the_kept_ones(branches, core):
-    """A padded key's score is 0 here, and those of the kept ones lie far below."""
+    """The score of a padded key is 0 here, and the scores of the kept keys are far below."""
     shape = (1, 1, 30, 70, 16)
     tensors, grad_outs = attention.make(shape, torch.float16)
     tensors[0][..., 0] = tensors[1][..., 0] = 16
@@ -335,7 +338,7 @@ def test_nan_that_is_kept_is_not_hidden(core, monkeypatch):
 @pytest.mark.parametrize("gap", [20, 60, 200])
 @pytest.mark.parametrize("branches", attention.BRANCHES)
 def test_dropped_key_far_above_the_kept_ones(branches, gap, core):
-    """The supervised maximum is `gap` above all that the mirror keeps."""
+    """The supervised maximum is `gap` above all scores that the mirror keeps."""
     tensors, grad_outs = attention.make((1, 1, 30, 70, 8))
     dropped = reference.random_mask(
         1, 30, 70, threshold=round(0.3 * 65536), seed=torch.tensor(11), stream=0, device=torch.device("cpu")
@@ -403,7 +406,10 @@ def test_relation(shape, branches, dtype, core):
 @pytest.mark.parametrize("shape", [(9, 60, 128, 51), (4, 7, 18, 2)], ids=str)
 @pytest.mark.parametrize("around", [(1, 2), (0, 6)])
 def test_strides_of_relation(around, shape, core):
-    """The second rows of 18 channels are 16 bytes apart, but no whole number of pieces of 16 bytes."""
+    """Strides do not change the result.
+
+    With `around` (0, 6), rows of 18 channels are a multiple of 16 bytes apart, but their length is not.
+    """
     union, pairs, operands, grads = relation.make(shape)
     before, behind = around
 
@@ -477,7 +483,7 @@ def test_no_float64(core):
 
 
 def test_choice_on_a_gpu(core, monkeypatch):
-    """Triton where it is installed, else these kernels; float64 by neither."""
+    """On a GPU the default is Triton if it is installed, otherwise these kernels. Neither supports float64."""
     gpu = torch.device("cuda")
     assert backends.choose("cuda", gpu, torch.float16) == "cuda"
     monkeypatch.setattr(backends, "HAS_TRITON", True)
@@ -500,23 +506,24 @@ def test_core_without_cuda(monkeypatch):
 # -------------------------------------------------------------------------------------------------------- resources
 
 
-SPILLS = "attention_forward_kernel<float, 256,", "attention_grad_query_kernel<float, 256,"  # two to eight registers
+# kernels that spill two to eight registers
+SPILLS = "attention_forward_kernel<float, 256,", "attention_grad_query_kernel<float, 256,"
 
 
 def test_registers_and_no_spills():
-    """Of the core as it is built here: no kernel but few has a stack, and all are as in csrc/cuda/resources.csv."""
+    """In the built core, only the kernels of SPILLS use the stack, and all kernels match csrc/cuda/resources.csv."""
     built = Path(_core.load().__file__)
     if not hasattr(_core.load(), "cuda_archs"):
         pytest.skip("the core was built without CUDA")
     if not all(map(resources.find_tool, ("cuobjdump", "nvdisasm"))) or not shutil.which("c++filt"):
-        pytest.skip("needs cuobjdump and nvdisasm, of the CUDA toolkit or of Triton, and c++filt")
+        pytest.skip("needs cuobjdump and nvdisasm, from the CUDA toolkit or from Triton, and c++filt")
     usage = resources.usage(built)
     assert {row["arch"] for row in usage} == set(_core.load().cuda_archs.split())
     table = [row for row in resources.read() if row["nvcc"] == resources.nvcc_version()]
     known = {(row["arch"], row["kernel"]): {name: row[name] for name in usage[0]} for row in table}
     listed = [row for row in usage if row["arch"] in {arch for arch, _ in known}]
     if not listed:
-        pytest.skip("the table knows neither this compiler nor these architectures")
+        pytest.skip("the table has no rows for this compiler and these architectures")
     assert all(row["kernel"].startswith(SPILLS) for row in listed if row["stack"] != "0")
     assert {(row["arch"], row["kernel"]): row for row in listed} == {
         key: row for key, row in known.items() if key[0] in {row["arch"] for row in listed}
@@ -531,10 +538,10 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 @pytest.mark.slow
 @pytest.mark.parametrize("checks", ["sanitizers", "race"])
 def test_memory(checks, tmp_path):
-    """No access out of bounds, no undefined behaviour; no two threads of a block that race for shared memory."""
+    """The kernels have no access out of bounds, no undefined behavior and no race for shared memory."""
     flags = SANITIZE if checks == "sanitizers" else ["-DSGALIGN_RACE_CHECK"]
     module = build(tmp_path / checks, "-O1", *flags)
-    # The sanitizer looks for C++'s exceptions when it is loaded.
+    # libstdc++ is preloaded, too, because the sanitizer looks for C++ exceptions when it is loaded.
     find = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
     preloaded = " ".join(subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in find)
     environment = {"SGALIGN_EMULATED_CORE": str(module), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}

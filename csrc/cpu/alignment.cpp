@@ -1,4 +1,5 @@
-// The alignment loss on the CPU: each relation's divergence and its gradient in the mirrored logits, in one pass.
+// The alignment loss on the CPU. One pass computes the divergence of each relation and its gradient with respect to the
+// mirrored logits.
 #include "product.h"
 
 namespace {
@@ -8,7 +9,8 @@ using namespace sgalign;
 template <class R>
 constexpr R kInfinity = __builtin_inf();
 
-// log(1 + u) for u in [0, 1]: 2 atanh(u / (2 + u)), a series of positive terms whose ratio is at most 1/9.
+// log(1 + u) for u in [0, 1], as the series of 2 atanh(u / (2 + u)). Its terms are not negative, and each is at most
+// 1/9 of the previous one.
 template <class R>
 inline Vector<R> log1p(Vector<R> u) {
     constexpr int terms = sizeof(R) == 4 ? 8 : 17;
@@ -23,7 +25,8 @@ inline Vector<R> exp(Vector<R> x) {
     return exp2<R>(x * R(kLog2e));
 }
 
-// x becomes x - log(sum of e^x) and p e^that; padding has the weight 0. An entry of -inf stays one, with p = 0.
+// Replace x by its log-softmax, x - log(sum of e^x), and write the softmax to p. Entries of -inf, such as the padding,
+// stay -inf and get p = 0.
 template <class R>
 void log_softmax(R* x, R* p, int64_t padded) {
     Vector<R> top = broadcast(-kInfinity<R>);
@@ -33,18 +36,20 @@ void log_softmax(R* x, R* p, int64_t padded) {
     for (int64_t k = 0; k < padded; k += Real<R>::lanes) sum += exp<R>(load(x + k) - largest);
     const R log_sum = log2_scalar(sum_lanes<R>(sum)) / R(kLog2e);
     for (int64_t k = 0; k < padded; k += Real<R>::lanes) {
-        store<R>(x + k, load(x + k) - largest - log_sum);  // in two steps: large logits cancel without a rounding
+        // Two subtractions, because the first one cancels large logits without a rounding error.
+        store<R>(x + k, load(x + k) - largest - log_sum);
         store<R>(p + k, exp<R>(load(x + k)));
     }
 }
 
-// What a class adds to KL(p || q) of two distributions: 0 where p is 0, whatever log q says.
+// The term of one class in KL(p || q). It is 0 if p is 0, whatever the value of log q.
 template <class R>
 inline Vector<R> divergence(Vector<R> p, Vector<R> log_p, Vector<R> log_q) {
     return p == R(0) ? Vector<R>{} : p * (log_p - log_q);
 }
 
-// One categorical distribution a row. Teacher x, student y; the gradient goes to `grad`, times `factor`.
+// Return the loss of a row with one categorical distribution, for teacher logits x and student logits y. Write the
+// softmax of x to t, the softmax of y to s, and the gradient with respect to y, times `factor`, to `grad`.
 template <class R>
 R softmax_row(R* x, R* y, R* t, R* s, int64_t padded, bool symmetric, R factor, R* grad) {
     log_softmax(x, t, padded);
@@ -71,7 +76,7 @@ struct Bernoulli {
         const Vector<R> below = x < R(0) ? x : Vector<R>{}, above = x > R(0) ? x : Vector<R>{};
         const Vector<R> u = exp<R>(below - above), tail = log1p<R>(u);
         const Vector<R> likely = R(1) / (u + R(1)), unlikely = u / (u + R(1));
-        const Vector<R> nan = x != x ? x : Vector<R>{};  // comparisons have lost it
+        const Vector<R> nan = x != x ? x : Vector<R>{};  // NaN of x, which the comparisons with 0 lose
         p = (x < R(0) ? unlikely : likely) + nan;
         q = (x < R(0) ? likely : unlikely) + nan;
         log_p = below - tail + nan;
@@ -79,7 +84,8 @@ struct Bernoulli {
     }
 };
 
-// One yes or no a class. Padding is equal in teacher and student, and so adds nothing.
+// Return the loss of a row with one Bernoulli distribution per class. Padding adds nothing, because it is equal in the
+// teacher and the student.
 template <class R>
 R sigmoid_row(const R* x, const R* y, int64_t padded, bool symmetric, R factor, R* grad) {
     const R half = symmetric ? R(0.5) : R(1);
@@ -130,6 +136,6 @@ void alignment_loss(const AlignmentLoss& a) {
 }  // namespace
 
 namespace sgalign {
-extern const AlignmentKernels SGALIGN_KERNELS;  // alignment_avx2, say
+extern const AlignmentKernels SGALIGN_KERNELS;  // for example alignment_avx2
 const AlignmentKernels SGALIGN_KERNELS = {alignment_loss};
 }  // namespace sgalign

@@ -1,11 +1,11 @@
-// Masked attention on the CPU, forward and backward, for any number of softmax branches over the same keys.
+// Masked attention on the CPU, forward and backward, for one or two softmax branches over the same keys.
 //
-// Keys are taken in chunks of 256 (what one row of Philox calls decides), queries in tiles of a few rows. Everything
-// but the softmax is one matrix product, multiply(), whose accumulators stay in registers; no tensor of Lq x Lk exists.
-// Scores are kept in units of log2, so that the softmax is 2^(score - log_sum).
+// The kernels walk over keys in chunks of 256, the number that one row of Philox calls decides, and over queries in
+// tiles of a few rows. All work except the softmax is one matrix product, multiply(), which keeps its accumulators in
+// registers. No Lq x Lk tensor is stored. Scores are in units of log2, so the softmax is 2^(score - log_sum).
 //
-// Results do not depend on the number of threads: a row of the output, or a chunk of key gradients, is computed by one
-// task in one order, and tasks are cut by shape alone wherever their results are added.
+// Results do not depend on the number of threads. Each row of the output, and each chunk of key gradients, is computed
+// by one task in a fixed order. Where results of several tasks are added, the shape alone decides the split into tasks.
 #include "../philox.h"
 #include "product.h"
 
@@ -15,13 +15,14 @@ using namespace sgalign;
 
 constexpr int kForwardRows = 4 * kTileRows, kBackwardRows = 8 * kTileRows;
 
-// The rows of a forward task, of both branches where each has a query of its own, share one packing of the keys; fewer
-// where threads would idle.
+// Maximum number of rows in a forward task. The rows share one packing of the keys. They include the rows of both
+// branches if each branch has its own query. Tasks get fewer rows if some threads would otherwise be idle.
 constexpr int64_t kRowBlock = 384;
-// The backward is cut into at least this many tasks, if there are as many chunks of keys, whatever the threads.
+// Minimum number of tasks in the backward, for any number of threads. It is lower if there are too few chunks of keys.
 constexpr int64_t kBackwardTasks = 16;
 
-// Row length of a packed [*, D] matrix: whole panels, and no multiple of 512 bytes, which would share few cache sets.
+// Row length of a packed [*, D] matrix, in elements: a whole number of panels, but not a multiple of 512 bytes, because
+// rows at such distances share only a few cache sets.
 template <class R>
 inline int64_t packed_row(int64_t dim) {
     const int64_t row = round_to_panel<R>(dim);
@@ -41,7 +42,8 @@ struct MaskBits {
 
 inline bool is_dropped(const MaskBits& bits, int64_t key) { return bits.lane[key % 32] >> (key / 32) & 1; }
 
-// One row of a chunk, drawn in registers: each 64-bit lane holds one 32-bit word of one Philox call.
+// Add the random mask of one row of a chunk to `bits`. The numbers are drawn in registers, where each 64-bit lane holds
+// one 32-bit word of one Philox call.
 void add_random(MaskBits& bits, uint64_t seed, int64_t chunk, int64_t query, int64_t batch_head, uint32_t stream,
                 int threshold) {
     using Words = Vector<uint64_t>;
@@ -58,7 +60,7 @@ void add_random(MaskBits& bits, uint64_t seed, int64_t chunk, int64_t query, int
             for (int round = 0; round < kPhiloxRounds; ++round) {
                 const Words product0 = multiply_words(c0, Words{} + kPhiloxMultiplier0);
                 const Words product1 = multiply_words(c2, Words{} + kPhiloxMultiplier1);
-                // The upper halves fill with rubbish, which multiply_words and the packing below ignore.
+                // The upper halves fill with garbage, which multiply_words and the packing below ignore.
                 c0 = (product1 >> 32) ^ c1 ^ (Words{} + key0);
                 c2 = (product0 >> 32) ^ c3 ^ (Words{} + key1);
                 c1 = product1;
@@ -83,7 +85,7 @@ void add_random(MaskBits& bits, uint64_t seed, int64_t chunk, int64_t query, int
     }
 }
 
-// Bytes of keys [first, first + count) of a boolean row, non-zero = dropped.
+// Add keys [first, first + count) of a boolean row to `bits`. A non-zero byte means dropped.
 inline void add_bytes(MaskBits& bits, const uint8_t* row, int64_t stride, int64_t first, int64_t count) {
     row += first * stride;
     if (stride == 1 && count == kChunk) {
@@ -95,7 +97,8 @@ inline void add_bytes(MaskBits& bits, const uint8_t* row, int64_t stride, int64_
     for (int64_t k = 0; k < count; ++k) bits.lane[k % 32] |= uint32_t(row[k * stride] != 0) << (k / 32);
 }
 
-// What a chunk drops in every row: padding, and the columns that fill up the last panel.
+// Set `bits` to the keys that a chunk drops in every row: padding, and the columns that fill the last panel. Return
+// whether there can be any.
 template <class R>
 bool chunk_bits(const Attention& a, int64_t b, int64_t first, int64_t count, MaskBits& bits) {
     bits = {};
@@ -110,7 +113,7 @@ struct RowMasks {
     bool any_shared, any_random, any_dropout;
 };
 
-// The masks of one row of one chunk; `random` includes `shared`.
+// Compute the masks of one row of one chunk. `random` includes `shared`.
 inline void row_masks(const Attention& a, int64_t b, int64_t h, int64_t query, int64_t first, int64_t count,
                       const MaskBits& chunk, bool any_chunk, bool wants_random, RowMasks& masks) {
     const int64_t chunk_index = first / kChunk, batch_head = b * a.heads + h;
@@ -137,7 +140,8 @@ inline R dropout_scale(const Attention& a) {
     return a.dropout_threshold < 65536 ? R(65536.0 / (65536 - a.dropout_threshold)) : R(0);
 }
 
-// All-ones lanes where the bits of `group` say dropped, for the keys at lanes [lane, lane + vector).
+// Return a vector with all ones for each dropped key and 0 for the others. Its keys are those of `group` in the mask
+// lanes from `lane` on.
 template <class R>
 inline Vector<typename Real<R>::Int> dropped_lanes(const MaskBits& bits, int lane, int group) {
     typedef uint32_t Narrow __attribute__((vector_size(4 * Real<R>::lanes)));
@@ -157,8 +161,8 @@ inline void apply_dropout(R* row, int64_t columns, const MaskBits& bits, R scale
 
 // ---------------------------------------------------------------------------------------------------- packing
 
-// [count, D] with any row stride to rows of `packed_row`, times a factor. Dropped rows become zeros: 0 times whatever
-// they held could be NaN.
+// Pack a [count, D] matrix with any row stride into rows of `packed_row` elements, times `factor`. Dropped rows become
+// zeros, because their content times a weight of 0 could be NaN.
 template <class T, class R>
 void pack_rows(const T* source, int64_t stride, int64_t count, int64_t dim, R factor, const MaskBits* dropped, R* out) {
     const int64_t row = packed_row<R>(dim);
@@ -169,7 +173,7 @@ void pack_rows(const T* source, int64_t stride, int64_t count, int64_t dim, R fa
     }
 }
 
-// Rows of `packed_row` to panels of kPanel rows, transposed: [panel][D][kPanel].
+// Transpose packed rows into panels of kPanel rows: [panel][D][kPanel].
 template <class R>
 void transpose_rows(const R* rows, int64_t count, int64_t dim, R* out) {
     const int64_t row = packed_row<R>(dim);
@@ -181,7 +185,8 @@ void transpose_rows(const R* rows, int64_t count, int64_t dim, R* out) {
 
 // ---------------------------------------------------------------------------------------------------- forward
 
-// One step of the online softmax: scores become 2^(score - top), `sum` and the output row follow the new maximum.
+// One step of the online softmax. The scores in `row` become 2^(score - top). If they raise the maximum `top`, the sums
+// and the output rows are rescaled to it.
 template <class R>
 void softmax_row(R* row, int64_t columns, const MaskBits* dropped, R& top, R& sum, R* out[], R* sums[], int branches,
                  int64_t out_columns) {
@@ -218,7 +223,8 @@ void softmax_row(R* row, int64_t columns, const MaskBits* dropped, R& top, R& su
     sum += sum_lanes<R>(total);
 }
 
-// The mirror's weights are the supervised ones without the dropped entries; returns their sum.
+// Write the mirror's weights to `out` and return their sum. They are the supervised weights without the dropped
+// entries.
 template <class R>
 R copy_kept(const R* row, int64_t columns, const MaskBits& dropped, R* out) {
     Vector<R> total{};
@@ -257,7 +263,8 @@ struct ForwardScratch {
     }
 };
 
-// Output and log_sum of rows of the groups' queries, one group after the other, for `count` branches of each.
+// Compute output and log_sum of some rows, for `count` branches of each group. `rows` holds indices into the rows of
+// all groups, one group after the other.
 template <class T, class R = typename Storage<T>::R>
 void forward_rows(const Attention& a, int64_t b, int64_t h, int first_branch, int count, const int64_t* rows,
                   int64_t row_count, const ForwardScratch<R>& s) {
@@ -324,8 +331,8 @@ void forward_rows(const Attention& a, int64_t b, int64_t h, int first_branch, in
 template <class T>
 void forward(const Attention& a) {
     using R = typename Storage<T>::R;
-    // The mirror's weights are relative to the supervised maximum. Where it dropped nearly all of a row's weight, small
-    // products would underflow and the log sum lose digits.
+    // The mirror's weights are relative to the supervised maximum. If the mirror drops nearly all of a row's weight,
+    // small products underflow and the log sum loses digits. Rows with a smaller sum than this are computed again.
     constexpr R smallest_sum = 0x1p-12;
     const int64_t heads = a.batch * a.heads, rows = a.group_count * a.queries;
     const int branches = a.groups[0].count;
@@ -359,7 +366,7 @@ struct BackwardScratch {
 
     static int64_t bytes(const Attention& a) {
         const int64_t row = packed_row<R>(a.dim);
-        // at most two queries and two branches altogether
+        // at most two queries and two branches in total
         return sizeof(R) * (a.queries * (4 * row + 2) + kChunk * 6 * row + 4 * kBackwardRows * kChunk) +
                sizeof(RowMasks) * kBackwardRows + 64 * 24;
     }
@@ -380,7 +387,8 @@ struct BackwardScratch {
     }
 };
 
-// From scores and dP to P (in `weights`, after dropout) and dS (added to `grad_scores` if `accumulate`).
+// Compute P after dropout (in `weights`) and dS from scores and dP. If `accumulate`, add dS to `grad_scores`, otherwise
+// write it there.
 template <class R>
 void softmax_backward_row(const R* scores, const R* grad_weights, int64_t columns, R log_sum, R delta,
                           const MaskBits* dropped, const MaskBits* dropout, R scale, R* weights, R* grad_scores,
@@ -400,7 +408,7 @@ void softmax_backward_row(const R* scores, const R* grad_weights, int64_t column
     }
 }
 
-// One chunk of keys against every query: dK and dV whole, and this chunk's share of dQ.
+// Process one chunk of keys with every query. This gives dK and dV of the chunk, and the chunk's share of dQ.
 template <class T, class R = typename Storage<T>::R>
 void backward_chunk(const Attention& a, int64_t b, int64_t h, int64_t first, R* const* grad_query,
                     const BackwardScratch<R>& s) {
@@ -451,7 +459,7 @@ void backward_chunk(const Attention& a, int64_t b, int64_t h, int64_t first, R* 
         T* grad_key = row_of<T>(a.grad_key, b, h, first + k);
         T* grad_value = row_of<T>(a.grad_value, b, h, first + k);
         for (int64_t d = 0; d < a.dim; ++d) {
-            // the packed queries carry scale * log2(e), of which dK needs only the scale
+            // The packed queries include the factor scale * log2(e). dK needs only the scale.
             grad_key[d] = Storage<T>::write(s.grad_key[k * row + d] * R(kLn2));
             grad_value[d] = Storage<T>::write(s.grad_value[k * row + d]);
         }
@@ -463,7 +471,7 @@ void backward(const Attention& a) {
     using R = typename Storage<T>::R;
     const int64_t row = packed_row<R>(a.dim), heads = a.batch * a.heads, chunks = divide_up(a.keys, kChunk);
     if (heads == 0) return;
-    // Each task adds up dQ over its chunks in a matrix of its own; these are added in a fixed order afterwards.
+    // Each task sums dQ over its chunks in a separate matrix. These matrices are added in a fixed order afterwards.
     const int64_t splits = chunks ? smaller(chunks, divide_up(kBackwardTasks, heads)) : 1;
     const int64_t partial = a.queries * row;
     const Scratch scratch(a.threads, BackwardScratch<R>::bytes(a));
@@ -535,6 +543,6 @@ void random_mask(const RandomMask& m) {
 }  // namespace
 
 namespace sgalign {
-extern const AttentionKernels SGALIGN_KERNELS;  // attention_avx2, say
+extern const AttentionKernels SGALIGN_KERNELS;  // for example attention_avx2
 const AttentionKernels SGALIGN_KERNELS = {attention_forward, attention_backward, random_mask};
 }  // namespace sgalign

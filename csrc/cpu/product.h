@@ -1,5 +1,5 @@
-// What the kernels of every operation share: the matrix product, whose accumulators stay in registers, a thread's
-// working memory, and the choice of a type. In an unnamed namespace, for the reason that simd.h gives.
+// Code that the kernels of all operations share: a matrix product that keeps its accumulators in registers, working
+// memory for threads, and the dispatch on a dtype. It is in an unnamed namespace for the reason given in simd.h.
 #pragma once
 
 #ifdef _OPENMP
@@ -14,7 +14,7 @@
 
 namespace {
 
-// Calls `kernel` with a value of the type in which elements of `dtype` are stored.
+// Call `kernel` with a value of the type in which elements of `dtype` are stored.
 template <class Kernel>
 void with_type(sgalign::DType dtype, Kernel kernel) {
     switch (dtype) {
@@ -25,7 +25,7 @@ void with_type(sgalign::DType dtype, Kernel kernel) {
     }
 }
 
-// `count` elements in the type of arithmetic, then `fill` up to `padded`.
+// Convert `count` elements to the type of arithmetic, and fill `out` up to `padded` elements with `fill`.
 template <class T, class R = typename Storage<T>::R>
 inline void read_row(const T* source, int64_t count, int64_t padded, R fill, R* out) {
     for (int64_t i = 0; i < count; ++i) out[i] = Storage<T>::read(source[i]);
@@ -40,7 +40,7 @@ inline int thread_index() {
 #endif
 }
 
-// Rows of a register tile; a tile is two vectors wide. AVX-512 and NEON have 32 registers.
+// Rows of a register tile, which is two vectors wide. AVX-512 and NEON have 32 registers.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 12;
 #else
@@ -56,8 +56,8 @@ inline int64_t round_to_panel(int64_t n) {
     return divide_up(n, kPanel<R>) * kPanel<R>;
 }
 
-// C [Rows, kPanel] (+)= A [Rows, depth] B [depth, kPanel]. The sum over `depth` starts from zero and meets C at its
-// end: over many blocks of depth that rounds far less than one number after the other.
+// C [Rows, kPanel] (+)= A [Rows, depth] B [depth, kPanel]. The sum over `depth` starts from zero and is added to C at
+// the end. Over many blocks of depth, the rounding error is far smaller than if each product were added to C directly.
 template <class R, int Rows, bool accumulate>
 inline void tile(int64_t depth, const R* a, int64_t a_row, int64_t a_step, const R* b, int64_t b_row, R* c,
                  int64_t c_row) {
@@ -90,7 +90,7 @@ inline void last_tile(int64_t rows, int64_t depth, const R* a, int64_t a_row, in
     }
 }
 
-// A as rows and steps, so that a transposed operand is the same call.
+// A with a row stride and a step along the depth. Exchanging the two transposes the operand.
 template <class R>
 struct Left {
     const R* data;
@@ -117,7 +117,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Left<R> a, Right<R> 
     }
 }
 
-// A thread's working memory, cut from one allocation made before the threads start.
+// Working memory for all threads, in one allocation made before the threads start.
 class Scratch {
   public:
     Scratch(int64_t threads, int64_t bytes) : bytes_(divide_up(bytes, 4096) * 4096 + 64 * 7) {

@@ -1,11 +1,11 @@
 // The relation head on the CPU: logits of R pairs of N objects, forward and backward, for one or both branches.
 //
-// What is multiplied with the weights, (subject + object) * union, is R x C: it exists a tile at a time, made where it
-// is used, in both directions. A tile of `union` is read once for both branches.
+// The matrix (subject + object) * union, which is multiplied with the weights, is R x C. Forward and backward compute
+// one tile of it at a time, where they use it. A tile of `union` is read once for both branches.
 //
-// The forward cuts the pairs into tasks, the backward the channels: all that the backward adds up over pairs (the
-// gradients of subject, object and weight) then belongs to one task, which adds in the order of the pairs. So there is
-// nothing to merge, nothing to sort, no atomics, and results do not depend on the number of threads.
+// A forward task computes some of the pairs, a backward task some of the channels. The backward sums the gradients of
+// subject, object and weight over pairs. Each of these sums belongs to one task, which adds in the order of the pairs.
+// This needs no merging, sorting or atomics, and results do not depend on the number of threads.
 #include "product.h"
 
 namespace {
@@ -13,7 +13,7 @@ namespace {
 using namespace sgalign;
 
 constexpr int kRows = 4 * kTileRows;
-// Channels of a forward tile, and of a backward task: both branches' tiles and what they meet stay in the second cache.
+// Channels of a forward tile and of a backward task. The tiles of both branches and their operands fit in the L2 cache.
 constexpr int64_t kForwardChannels = 256, kBackwardChannels = 128;
 
 template <class T, class R = typename Storage<T>::R>
@@ -21,7 +21,7 @@ inline void write_row(const R* source, int64_t count, T* out) {
     for (int64_t i = 0; i < count; ++i) out[i] = Storage<T>::write(source[i]);
 }
 
-// out = (subject + object) * union, `padded` numbers
+// out = (subject + object) * union for `count` channels, then zeros up to `padded`
 template <class T, class R = typename Storage<T>::R>
 inline void product_row(const T* subject, const T* object, const T* union_, int64_t count, int64_t padded, R* out) {
     for (int64_t i = 0; i < count; ++i)
@@ -33,7 +33,8 @@ template <class T>
 void forward(const RelationLogits& a) {
     using R = typename Storage<T>::R;
     const int64_t columns = round_to_panel<R>(a.classes), channels = a.channels;
-    const int64_t panel = channels * kPanel<R>;  // the weights transposed: [branch][panel][C][kPanel]
+    // The weights are transposed to [branch][panel][C][kPanel].
+    const int64_t panel = channels * kPanel<R>;
     const Scratch packed(1, a.count * columns * channels * int64_t(sizeof(R)) + 64);
     char* cursor = packed.of_thread(0);
     R* const weights = take<R>(cursor, a.count * columns * channels);
@@ -93,7 +94,7 @@ void backward(const RelationLogits& a) {
         read_row((const T*)a.branches[b].grad_logits, gradients, gradients, R(0), grad_logits + b * gradients);
 
     constexpr int64_t width = kBackwardChannels;
-    const int64_t sums = 2 * a.objects + 2 * a.classes;  // rows: of subject, object, weight and its gradient
+    const int64_t sums = 2 * a.objects + 2 * a.classes;  // rows of grad_subject, grad_object, weight and grad_weight
     const Scratch scratch(a.threads, (a.count * sums + 4 * kRows) * width * int64_t(sizeof(R)) + 64 * 8);
 #pragma omp parallel for schedule(dynamic) num_threads(a.threads)
     for (int64_t c = 0; c < a.channels; c += width) {
@@ -139,7 +140,6 @@ void backward(const RelationLogits& a) {
                         du[d] = dp[d] * sum + (b ? du[d] : R(0));
                     }
                     for (int64_t d = count; d < padded; ++d) p[d] = 0;
-                    // One after the other, as an object may be related to itself.
                     for (int64_t d = 0; d < count; ++d) to_subject[d] += dp[d] * u[d];
                     for (int64_t d = 0; d < count; ++d) to_object[d] += dp[d] * u[d];
                 }
@@ -175,6 +175,6 @@ void relation_backward(const RelationLogits& a) {
 }  // namespace
 
 namespace sgalign {
-extern const RelationKernels SGALIGN_KERNELS;  // relation_avx2, say
+extern const RelationKernels SGALIGN_KERNELS;  // for example relation_avx2
 const RelationKernels SGALIGN_KERNELS = {relation_forward, relation_backward};
 }  // namespace sgalign

@@ -1,7 +1,8 @@
-// Vectors of SGALIGN_VECTOR_BYTES bytes in the compiler's own vector extension: one source for every instruction set.
+// Vectors of SGALIGN_VECTOR_BYTES bytes, written in the compiler's vector extension. One source serves every
+// instruction set.
 //
-// Everything is in an unnamed namespace and nothing here or in what includes it calls a template of the standard
-// library: an inline function compiled for AVX-512 must not be the copy that the linker keeps for the baseline.
+// Everything is in an unnamed namespace, and neither this file nor the files that include it call a template of the
+// standard library. Otherwise the linker could keep an inline function compiled for AVX-512 and use it in the baseline.
 #pragma once
 
 #include <cstdint>
@@ -23,16 +24,16 @@ template <class T>
 using Vector = typename VectorOf<T>::type;
 
 template <class R>
-struct Real;  // R = float or double: its integer twin, lanes and the constants of exp2
+struct Real;  // for R = float or double: the integer type of the same size, the lanes, and the constants of exp2
 
 template <>
 struct Real<float> {
     using Int = int32_t;
     static constexpr int lanes = kVectorBytes / 4;
     static constexpr int mantissa_bits = 23;
-    static constexpr float rounder = 12582912.0f + 127;  // 1.5 * 2^23 leaves round(x) + bias in the low bits
+    static constexpr float rounder = 12582912.0f + 127;  // 1.5 * 2^23 + bias: leaves round(x) + bias in the low bits
     static constexpr float smallest_exponent = -126;
-    // 2^x on [-1/2, 1/2], minimax in relative error: 1.9e-9
+    // minimax polynomial of 2^x on [-1/2, 1/2], relative error 1.9e-9
     static constexpr float coefficients[] = {1.53458121621316296e-4f,
                                              1.33999311772397380e-3f,
                                              9.61848895633118162e-3f,
@@ -49,7 +50,7 @@ struct Real<double> {
     static constexpr int mantissa_bits = 52;
     static constexpr double rounder = 6755399441055744.0 + 1023;
     static constexpr double smallest_exponent = -1022;
-    // minimax in relative error: 3.1e-18
+    // minimax polynomial of 2^x on [-1/2, 1/2], relative error 3.1e-18
     static constexpr double coefficients[] = {4.43528270695727715e-10, 7.07410561350814280e-9, 1.01781980216719308e-7,
                                               1.32154330896763992e-6,  1.52527334899885256e-5, 1.54035304625144321e-4,
                                               1.33335581467898922e-3,  9.61812910758833524e-3, 5.55041086648199216e-2,
@@ -73,7 +74,7 @@ inline Vector<R> broadcast(R x) {
     return x - Vector<R>{};
 }
 
-// 2^x for x <= 0 and a little above; 0 below the smallest normal number, NaN for NaN.
+// 2^x for x <= 0 and slightly above. Results below the smallest normal number become 0. NaN stays NaN.
 template <class R>
 inline Vector<R> exp2(Vector<R> x) {
     using Int = typename Real<R>::Int;
@@ -82,12 +83,12 @@ inline Vector<R> exp2(Vector<R> x) {
     Vector<R> power = broadcast<R>(Real<R>::coefficients[0]);
     for (int i = 1; i < int(sizeof Real<R>::coefficients / sizeof(R)); ++i)
         power = power * fraction + Real<R>::coefficients[i];
-    // A product, not a sum of exponents, so that a NaN stays one.
+    // This multiplies instead of adding to the exponent, because a product keeps NaN.
     power *= (Vector<R>)((Vector<Int>)rounded << Real<R>::mantissa_bits);
     return x < Real<R>::smallest_exponent ? Vector<R>{} : power;
 }
 
-// Lanes are combined half with half, down to 16 bytes.
+// Combine all lanes into one number: the two halves of the vector, down to 16 bytes, then lane after lane.
 template <class R, class Combine, int bytes = kVectorBytes>
 inline R reduce_lanes(const R* lanes, Combine combine) {
     if constexpr (bytes > 16) {
@@ -120,7 +121,7 @@ inline double exp2_scalar(double x) { return __builtin_exp2(x); }
 inline float log2_scalar(float x) { return __builtin_log2f(x); }
 inline double log2_scalar(double x) { return __builtin_log2(x); }
 
-// The products of the low 32 bits of 64-bit lanes. Compilers do not find the instruction by themselves.
+// The products of the low 32 bits of 64-bit lanes. Compilers do not find the instruction for this without intrinsics.
 inline Vector<uint64_t> multiply_words(Vector<uint64_t> a, Vector<uint64_t> b) {
 #if defined(__AVX512F__) && SGALIGN_VECTOR_BYTES == 64
     return (Vector<uint64_t>)_mm512_mul_epu32((__m512i)a, (__m512i)b);
@@ -133,7 +134,7 @@ inline Vector<uint64_t> multiply_words(Vector<uint64_t> a, Vector<uint64_t> b) {
 #endif
 }
 
-// Storage types. Arithmetic is in float, or in double for double.
+// Storage types. Arithmetic uses double for double, and float for all other types.
 struct Half {
     uint16_t bits;
 };
@@ -171,7 +172,7 @@ template <>
 struct Storage<Half> {
     using R = float;
     static float read(Half x) {
-        // No step takes or gives a subnormal float, which a thread may be set to flush to zero.
+        // No step reads or produces a subnormal float, because a thread may be set to flush those to zero.
         const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;  // the exponent is 112 too small
         const uint32_t normal = magnitude + (112u << 23), special = magnitude | 0x7f800000u;
         const uint32_t small = bits_as<uint32_t>(float(x.bits & 0x3ff) * 0x1p-24f);
@@ -182,7 +183,7 @@ struct Storage<Half> {
     static Half write(float x) {
         const uint32_t bits = bits_as<uint32_t>(x), magnitude = bits & 0x7fffffff;
         const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-        // Below 2^-14 the unit is 2^-24: adding 1/2 lets the addition itself round to it.
+        // Below 2^-14, float16 numbers are 2^-24 apart. The addition of 1/2 rounds to a multiple of that.
         const uint32_t small = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
         uint32_t half = magnitude < 0x38800000u ? small : normal;
         half = magnitude >= 0x477ff000u ? 0x7c00 : half;  // 65520 and above round to infinity

@@ -1,4 +1,5 @@
-// The alignment loss on a GPU: each relation's divergence and its gradient in the mirrored logits, a warp a relation.
+// The alignment loss on a GPU. Each warp computes the divergence of one relation and its gradient with respect to the
+// mirrored logits.
 #include <cmath>
 
 #include "launch.cuh"
@@ -18,7 +19,7 @@ __device__ __forceinline__ float largest_of_warp(float value) {
     return value;
 }
 
-// What a class adds to KL(p || q) of two distributions: 0 where p is 0, whatever log q says.
+// The term of one class in KL(p || q). It is 0 if p is 0, whatever the value of log q.
 __device__ __forceinline__ float divergence(float p, float log_p, float log_q) {
     return p == 0 ? 0 : p * (log_p - log_q);
 }
@@ -35,7 +36,7 @@ struct LogSoftmax {
         for (int64_t k = lane_index(); k < classes; k += kWarp) sum += expf(to_float(row[k]) - largest);
         log_sum = logf(sum_of_warp(sum));
     }
-    // In two steps: large logits cancel without a rounding.
+    // Two subtractions, because the first one cancels large logits without a rounding error.
     __device__ float operator[](int64_t k) const { return to_float(row[k]) - largest - log_sum; }
 };
 
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) alignment_loss_kernel(const __g
         float ahead = 0, back = 0;
         for (int64_t k = lane_index(); k < a.classes; k += kWarp) {
             ahead += divergence(expf(log_t[k]), log_t[k], log_s[k]);
-            back += divergence(expf(log_s[k]), log_s[k], log_t[k]);  // a branch here takes 8 registers
+            back += divergence(expf(log_s[k]), log_s[k], log_t[k]);  // always, because an `if` here costs 8 registers
         }
         ahead = sum_of_warp(ahead), back = sum_of_warp(back);
         loss = ahead + (a.symmetric ? back : 0);

@@ -1,4 +1,4 @@
-// The entry points of attention, and the random mask by itself.
+// The entry points of attention, and the kernel that writes a random mask without attention.
 #include "attention.cuh"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ struct RandomMaskCall {
 
 constexpr int kMaskThreads = 256;
 
-// A thread decides the eight keys of one lane of a chunk.
+// Each thread decides the eight keys of one lane of a chunk.
 __global__ void __launch_bounds__(kMaskThreads) random_mask_kernel(const __grid_constant__ RandomMaskCall c) {
     const int64_t chunks = divide_up(c.m.keys, kChunk);
     const int64_t i = int64_t(block_index()) * kMaskThreads + thread_index();
@@ -40,8 +40,8 @@ void random_mask(const RandomMask& m, const uint64_t* seed, const Queue& queue) 
            random_mask_kernel, divide_up(threads, kMaskThreads), 1, kMaskThreads, 0, queue, RandomMaskCall{m, seed});
 }
 
-// Keys are split where blocks fill at most half of the multiprocessors, into parts of at least four tiles. Blocks are
-// counted at eight tiles of rows, as the fastest have.
+// Split the keys if the blocks fill at most half of the multiprocessors. Each part has at least four tiles. The blocks
+// are counted as if each had eight tiles of rows, like those of the fastest kernels.
 int attention_splits(const Attention& a, int multiprocessors) {
     const int64_t blocks = a.batch * a.heads * divide_up(QueryRows::count(a), 8);
     if (blocks == 0) return 1;

@@ -1,16 +1,16 @@
-// What the forward and the backward of attention share: tiles of keys and of query rows, and the masks of a tile.
-// Scores are kept in units of log2, as ../cpu/attention.cpp does.
+// Code that the forward and the backward of attention share: tiles of keys and of query rows, and the masks of a tile.
+// Scores are in units of log2, as in ../cpu/attention.cpp.
 //
-// A tile of keys is made of strips of 8 neighbouring keys, 32 keys apart from strip to strip: eight strips are what the
-// Philox calls of 8 lanes decide, so a thread that calls it once for a row and a column decides that column's key in
-// each strip, and has the results where its accumulators are.
+// A tile of keys consists of strips. Each strip has 8 neighboring keys and begins 32 keys after the previous strip. One
+// Philox call decides one key in each of eight strips. So one call by a thread, for a row and a column, decides the key
+// of that column in every strip, and the results are in the same thread as the accumulators that need them.
 //
-// A warp computes 16 rows of one query, or of one key, whole, or two such tiles of rows, which share what is loaded of
-// the keys. Warps of a block work on the rows of both branches, and share each tile of keys and values; where both
-// branches have the same query, a warp computes their scores once. Tiles are copied to shared memory while the ones
-// before are multiplied, with one barrier a tile.
+// A warp computes complete rows of queries or of keys: one tile of 16 rows, or two tiles, which share the loaded keys.
+// The warps of a block work on the rows of both branches and share each tile of keys and values. If both branches have
+// the same query, a warp can compute their scores once. While a tile is multiplied, the next one is copied to shared
+// memory, with one barrier per tile.
 //
-// Nothing is added up by more than one warp but in a fixed order, so results are the same bits on each run.
+// Sums over several warps are added in a fixed order, so every run gives bitwise identical results.
 #pragma once
 
 #include <cmath>
@@ -23,20 +23,20 @@
 namespace sgalign::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLeastScale = 0x1p-126f;  // stands for 0, whose product with -inf would be NaN
-constexpr int kRows = 16;                 // of a tile
-constexpr int kMostShared = 99 << 10;     // bytes of a block: the least that any of these GPUs has
+constexpr float kLeastScale = 0x1p-126f;  // replaces a scale of 0, because 0 times -inf is NaN
+constexpr int kRows = 16;                 // rows of a tile
+constexpr int kMostShared = 99 << 10;     // bytes of shared memory per block that all supported GPUs have
 
 struct AttentionCall {
     Attention a;
     const uint64_t* seed;
     float* workspace;
     int splits;
-    bool aligned;       // all rows can be copied 16 bytes at a time, and are made of such
-    bool shared_query;  // in the backward: the groups have the same query
+    bool aligned;       // all rows begin at multiples of 16 bytes, and their sizes are multiples of 16 bytes
+    bool shared_query;  // both groups have the same query; only the backward uses this
 
-    // The kernels are compiled twice. Most calls are plain: they have no explicit mask and no dropout, and all rows can
-    // be copied 16 bytes at a time.
+    // The kernels are compiled twice, for plain calls and for all others. Most calls are plain: they have no explicit
+    // mask and no dropout, and all rows can be copied 16 bytes at a time.
     bool plain() const { return aligned && !a.mask && a.dropout_threshold == 0; }
 };
 
@@ -47,7 +47,7 @@ __device__ __forceinline__ T* row_of(const Matrix& m, int64_t b, int64_t h, int6
     return (T*)m.data + b * m.batch + h * m.head + row * m.row;
 }
 
-// Where a block is in the grid: its head, and its place within the head.
+// The place of a block in the grid: its head, and its position within the head.
 struct Head {
     int64_t index, b, h;
     int place;
@@ -55,8 +55,8 @@ struct Head {
         : index(block_index() / places), b(index / a.heads), h(index % a.heads), place(block_index() % places) {}
 };
 
-// The rows of a head of a matrix. attention_call() has checked that a row's bytes are counted in 31 bits, so an address
-// takes one multiplication.
+// The rows of one head of a matrix. attention_call() has checked that the row stride in bytes fits in 31 bits, so an
+// address takes one multiplication.
 template <class T>
 struct HeadRows {
     const char* first;
@@ -70,8 +70,8 @@ struct HeadRows {
 
 // ------------------------------------------------------------------------------------------------------- key tiles
 
-// Tile i starts at first_key(i); row 8 * s + c of it is the c-th key of strip s. Unsigned, as tiles behind the last are
-// asked about.
+// Tile i starts at first_key(i). Its row 8 * s + c is the c-th key of strip s. The numbers are unsigned because callers
+// also ask for tiles past the last one.
 template <int kStrips>
 struct KeyTiles {
     static constexpr uint32_t kKeys = 8 * kStrips, kSpan = kMaskLanes * kStrips;
@@ -82,22 +82,23 @@ struct KeyTiles {
     }
     __device__ static uint32_t first_key(uint32_t tile) { return tile / 4 * kSpan + tile % 4 * 8; }
     __device__ static uint32_t key(uint32_t tile, uint32_t row) { return first_key(tile) + row + (row & ~7u) * 3; }
-    // How many strips have keys at all.
+    // The number of strips that have any keys.
     __device__ static int strips(uint32_t tile, int64_t keys) {
         const uint32_t count = (uint32_t(keys) - first_key(tile) + kMaskLanes - 1) / kMaskLanes;
         return count < kStrips ? int(count) : kStrips;
     }
 };
 
-// Strips without keys are left out of products, but for short rows of 16-bit numbers, which cost less than the branch.
+// Products skip strips without keys. The exception is short rows of 16-bit numbers, where a product costs less than the
+// branch.
 template <class T, int D>
 __device__ __forceinline__ bool is_multiplied(int strip, int strips) {
     return (sizeof(T) == 2 && D <= 64) || strip < strips;
 }
 
-// Which keys of a batch are padded, or not there.
+// The padded keys of a batch element. Keys past the last one count as padded.
 struct PaddedKeys {
-    const uint8_t* first;  // null: none are padded
+    const uint8_t* first;  // null if no keys are padded
     int stride;
     uint32_t keys;
     __device__ PaddedKeys(const Attention& a, const Head& head)
@@ -107,9 +108,9 @@ struct PaddedKeys {
     __device__ bool has(uint32_t key) const { return key >= keys || (first && first[int64_t(int(key)) * stride]); }
 };
 
-// What PaddedKeys says of a tile: bit 8 * s + c is about the c-th key of strip s. Each thread asks about a key two
-// tiles before it is multiplied, so that nothing waits for the answers. They are stored one tile later, before a
-// barrier, and read by the copies of that tile behind it, and when the tile is multiplied.
+// The padding of a tile as bits: bit 8 * s + c is set if the c-th key of strip s is padded. Each thread asks about one
+// key, two tiles before the key is multiplied, so nothing waits for the answer. The answers are stored one tile later,
+// before the barrier. After the barrier, the copies of the key's tile read them. The multiplication reads them again.
 template <int kStrips>
 struct Padding {
     using Keys = KeyTiles<kStrips>;
@@ -120,7 +121,7 @@ struct Padding {
     bool answer = false;
 
     __device__ Padding(const PaddedKeys& padded, void* words) : padded(padded), words((Word*)words) {}
-    // Whole warps of threads ask.
+    // Whole warps ask, because store() takes their ballot.
     __device__ static bool asks() { return thread_index() < (int(Keys::kKeys) + kWarp - 1) / kWarp * kWarp; }
     __device__ __forceinline__ void ask(uint32_t tile) {
         const uint32_t row = thread_index();
@@ -134,7 +135,7 @@ struct Padding {
     __device__ __forceinline__ Word of(uint32_t tile) const { return shared_load(words + tile % kStages); }
 };
 
-// Starts to copy a tile of keys or values; padded ones become zeros, whatever they hold.
+// Start to copy a tile of keys or values. Padded ones become zeros, whatever they contain.
 template <int kStrips, int kThreads, bool kPlain, class T, int D>
 __device__ __forceinline__ void load_keys(Tile<T, D> to, const HeadRows<T>& from, uint32_t tile,
                                           typename Padding<kStrips>::Word padded, const AttentionCall& c) {
@@ -144,9 +145,9 @@ __device__ __forceinline__ void load_keys(Tile<T, D> to, const HeadRows<T>& from
 }
 
 // ------------------------------------------------------------------------------------------ masks of an accumulator
-// Element e of strip s of a lane is about row + e / 2 * 8 and the key in column lane % 4 * 2 + e % 2 of the strip.
+// Element e of strip s of a lane belongs to row + e / 2 * 8 and to the key in column lane % 4 * 2 + e % 2 of the strip.
 
-// Puts `with` in the place of what is_dropped(strip, element) says.
+// Replace each value for which is_dropped(strip, element) is true by `with`.
 template <int kStrips, class Dropped>
 __device__ __forceinline__ void drop(float (&values)[kStrips][4], float with, Dropped is_dropped) {
 #pragma unroll
@@ -156,14 +157,14 @@ __device__ __forceinline__ void drop(float (&values)[kStrips][4], float with, Dr
             if (is_dropped(s, e)) values[s][e] = with;
 }
 
-// By random numbers that are below the threshold.
+// Drop the values whose random numbers are below the threshold.
 template <int kStrips>
 __device__ __forceinline__ void drop_drawn(float (&values)[kStrips][4], float with, const Random& random, uint32_t tile,
                                            uint32_t row, const Head& head) {
     const uint32_t first = KeyTiles<kStrips>::first_key(tile), half = first % kChunk / kMaskLanes / 2;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-        uint32_t words[4];  // two strips a word, the tile's first
+        uint32_t words[4];  // two strips per word; the lines below move those of this tile to the front
         const uint32_t column = first % kMaskLanes + lane_index() % 4 * 2 + e % 2;
         random.draw(first / kChunk, column, row + e / 2 * 8, uint32_t(head.index), words);
         if (kStrips <= 4 && half & 2) words[0] = words[2], words[1] = words[3];
@@ -188,7 +189,7 @@ __device__ __forceinline__ bool is_masked(const Attention& a, const Head& head, 
                   key * a.mask_strides[3]];
 }
 
-// By the explicit mask.
+// Drop the values that the explicit mask drops.
 template <int kStrips>
 __device__ __forceinline__ void drop_masked(float (&scores)[kStrips][4], float with, const AttentionCall& c,
                                             const Head& head, uint32_t tile, int row) {
@@ -213,7 +214,7 @@ __device__ __forceinline__ uint64_t load_seed(const AttentionCall& c) { return c
 
 // -------------------------------------------------------------------------------------------------------- row tiles
 
-// The 16 query rows of a warp; those of two queries alternate, so that a block has both.
+// The 16 query rows of a warp. Tiles of two queries alternate, so each block has both.
 struct QueryRows {
     int group, first;
     __device__ QueryRows(const Attention& a, int tile)
@@ -233,11 +234,12 @@ __device__ __forceinline__ float largest_of_row(float value) {
     return fmaxf(value, shuffle_xor(value, 2));
 }
 
-// scores += rows of `a` times each row of `b`: tiles of 16 rows, the first of them `row`.
+// Add the products of rows of `a` with all rows of `b` to `scores`. The rows of `a` are kTiles tiles of 16 rows, from
+// row `row`.
 template <int kTiles, int kStrips, class T, int D>
 __device__ __forceinline__ void multiply_rows(float (&scores)[kTiles][kStrips][4], Tile<T, D> a, int row, Tile<T, D> b,
                                               int strips) {
-    // Unrolled whole, large D spill registers and take long to compile.
+    // Complete unrolling would spill registers for large D and take long to compile.
 #pragma unroll(D * sizeof(T) > 512 ? 1 : 4)
     for (int column = 0; column < D; column += kDepth<T>) {
         OperandA<T> rows[kTiles];
@@ -265,7 +267,7 @@ inline std::string shape(const Attention& a) {
     return text;
 }
 
-// Calls `function` with the least template argument D that holds the channels of a head.
+// Call `function` with the smallest template argument D that holds the channels of a head.
 template <class Function>
 void with_dim(const Attention& a, Function function) {
     if (a.dim <= 16) return function(std::integral_constant<int, 16>{});
@@ -273,10 +275,10 @@ void with_dim(const Attention& a, Function function) {
     if (a.dim <= 64) return function(std::integral_constant<int, 64>{});
     if (a.dim <= 128) return function(std::integral_constant<int, 128>{});
     if (a.dim <= 256) return function(std::integral_constant<int, 256>{});
-    throw std::invalid_argument("at most 256 channels a head");
+    throw std::invalid_argument("the CUDA kernels take at most 256 channels per head");
 }
 
-// Two branches of one query become two queries.
+// Turn two branches of one query into two queries with one branch each.
 inline void separate_queries(Attention& a) {
     if (a.groups[0].count < 2) return;
     a.groups[1] = a.groups[0];
@@ -288,10 +290,11 @@ inline void separate_queries(Attention& a) {
 inline AttentionCall attention_call(const Attention& a, const uint64_t* seed, int splits, float* workspace,
                                     int element_bytes) {
     for (const int64_t size : {a.queries, a.keys})
-        if (size > 0x7fffff00) throw std::invalid_argument("rows are counted in 31 bits: " + shape(a));
+        if (size > 0x7fffff00) throw std::invalid_argument("Lq and Lk must be at most 2147483392, got " + shape(a));
     bool aligned = a.dim * element_bytes % 16 == 0;
     const auto check_step = [&](int64_t bytes) {
-        if (bytes > 0x7fffffff) throw std::invalid_argument("rows and keys are at most 2 GiB apart: " + shape(a));
+        if (bytes > 0x7fffffff)
+            throw std::invalid_argument("strides of rows and keys must be less than 2 GiB, got more at " + shape(a));
     };
     check_step(a.key_padding_strides[1]);
     const auto check = [&](const Matrix& m) {
@@ -307,7 +310,7 @@ inline AttentionCall attention_call(const Attention& a, const uint64_t* seed, in
     return {a, seed, workspace, splits, aligned, false};
 }
 
-// Compiled once for each type, by attention_forward.cu and attention_backward.cu.
+// attention_forward.cu and attention_backward.cu compile these once for each type.
 template <class T>
 void forward(const AttentionCall& c, const Queue& queue);
 template <class T>

@@ -1,12 +1,12 @@
-// Masked attention, backward: one kernel for the queries, one for keys and values, which both compute the weights
-// again.
+// Masked attention, backward. One kernel computes the gradients of the queries, another one those of keys and values.
+// Both compute the attention weights again.
 #pragma once
 
 #include "attention.cuh"
 
 namespace sgalign::cuda {
 
-// The scale in units of log2, and what takes the place of a dropped score, so that its weight becomes 0.
+// The scale in units of log2, and the value that replaces a dropped score to make its weight 0.
 struct Scale {
     float factor, dropped;
     __device__ explicit Scale(const Attention& a)
@@ -16,7 +16,7 @@ struct Scale {
 
 // ------------------------------------------------------------------------------------------------------------ delta
 
-// sum_k P dP = sum_d O dO of each row, a warp a row: [branch][B, H, Lq].
+// delta = sum_k P dP = sum_d O dO of each row: [branch][B, H, Lq]. Each warp computes one row.
 constexpr int kDeltaWarps = 4;
 
 template <class T>
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kDeltaWarps* kWarp) attention_delta_kernel(con
     const Attention& a = c.a;
     const int64_t all_rows = a.batch * a.heads * a.queries;
     const int64_t index = int64_t(block_index()) * kDeltaWarps + warp_index();
-    if (index >= a.group_count * all_rows) return;  // every branch is a group here
+    if (index >= a.group_count * all_rows) return;  // each group has one branch here
     const Branch& branch = a.groups[index / all_rows].branches[0];
     const int64_t row = index % all_rows, head = row / a.queries;
     const T* const out = row_of<const T>(branch.out, head / a.heads, head % a.heads, row % a.queries);
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kDeltaWarps* kWarp) attention_delta_kernel(con
 template <class T, int D, bool kPlain>
 struct GradQueryTiles {
     static constexpr int kRowBytes = D * sizeof(T);
-    static constexpr int kTiles =
-        kPlain && kRowBytes <= 128 ? 2 : 1;  // of rows that a warp multiplies with the same keys
+    // tiles of rows that a warp multiplies with the same keys
+    static constexpr int kTiles = kPlain && kRowBytes <= 128 ? 2 : 1;
     static constexpr int kWarps = kRowBytes > 512 ? 1 : kRowBytes > 256 ? 2 : 4;
     static constexpr int kStrips = kRowBytes > 256 ? (sizeof(T) == 2 ? 4 : 2) : 8;
     static constexpr int kThreads = kWarp * kWarps, kBlockTiles = kWarps * kTiles;
@@ -51,11 +51,11 @@ struct GradQueryTiles {
     static constexpr int kBlocks = kRowBytes > 128 ? 1 : 2;
 };
 
-// Queries with a gradient of their own. With `c.shared_query` both groups have the same, and the first group's gradient
-// is their sum.
+// The number of query gradients. If `c.shared_query`, both groups have the same query. Its gradient is the sum over
+// both groups and is written to the first group.
 __host__ __device__ inline int query_targets(const AttentionCall& c) { return c.shared_query ? 1 : c.a.group_count; }
 
-// Where the keys are cut: parts of these gradients lie [split][query][row][D], behind the deltas.
+// The parts of the query gradients if the keys are split, in the workspace after the deltas: [split][query][row][D].
 __device__ __forceinline__ float* query_parts(const AttentionCall& c) {
     return c.workspace + c.a.group_count * c.a.batch * c.a.heads * c.a.queries;
 }
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(GradQueryTiles<T, D, kPlain>::kThreads, GradQu
     const int row_tiles = int(divide_up(a.queries, kRows)) * targets;
     const Head head(a, int(divide_up(row_tiles, Tiles::kBlockTiles)));
     const int lane = lane_index(), first_tile = head.place * Tiles::kBlockTiles, warp_tile = warp_index() * kTiles;
-    int target[kTiles], row[kTiles];  // the row of elements 0 and 1
+    int target[kTiles], row[kTiles];  // `row` is that of accumulator elements 0 and 1
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
         target[t] = (first_tile + warp_tile + t) % targets;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(GradQueryTiles<T, D, kPlain>::kThreads, GradQu
                 delta[t][half] = inside ? c.workspace[(target[t] + pass) * all_rows + index] : 0;
             }
         }
-        sync_block();  // the tiles of the pass before are no longer read
+        sync_block();  // no warp reads the tiles of the previous pass any longer
         load_rows(queries, pass, [](const QueryGroup& group) -> const Matrix& { return group.query; });
         load_rows(grad_outs, pass, [](const QueryGroup& group) -> const Matrix& { return group.branches[0].grad_out; });
         if (begin < end) {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(GradQueryTiles<T, D, kPlain>::kThreads, GradQu
             const Tile<T, D> key_tile{keys + stage * Tiles::kKeyTile}, value_tile{values + stage * Tiles::kKeyTile};
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) {
-                // One tile after the other: for both at once registers do not suffice.
+                // The tiles are computed one after the other, because registers do not suffice for both at once.
                 if (row[t] - lane / 4 >= a.queries) continue;
                 float scores[1][kStrips][4] = {}, grad_weights[1][kStrips][4];
 #pragma unroll
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(GradQueryTiles<T, D, kPlain>::kThreads, GradQu
                     }
             }
         }
-        copies_wait();  // of rows, if there is no key at all
+        copies_wait();  // for the copies of rows, if there are no keys
     }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(GradQueryTiles<T, D, kPlain>::kThreads, GradQu
         }
 }
 
-// Adds up the parts of the queries' gradients, in their order: a thread an element.
+// Sum the parts of the query gradients in order. Each thread sums one element.
 constexpr int kSumThreads = 256;
 
 template <class T>
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kSumThreads) attention_sum_kernel(const __grid
 
 // -------------------------------------------------------------------------------------------------- keys and values
 
-// What a query brings to the gradients of its scores, and those of two neighbours.
+// The terms of a query in the gradients of its scores, and the terms of two neighboring queries.
 struct Terms {
     float log_sum, delta;
 };
@@ -243,16 +243,16 @@ struct GradKeyTiles {
     static constexpr int kQueries = sizeof(T) == 4    ? 16
                                     : kRowBytes > 256 ? 16
                                     : kRowBytes > 128 ? 32
-                                                      : 64;  // of a tile
+                                                      : 64;  // queries of a tile
     static constexpr int kKeyTile = 8 * kStrips * D, kQueryTile = kQueries * D;
-    // Random numbers lie [word][column][query], the rows 8 words further apart than they are long where there is room:
-    // lanes that load two words of neighbouring queries meet each bank once.
+    // Random numbers are stored as [word][column][query]. If there is room, each row is followed by 8 unused words, so
+    // lanes that load the words of two neighboring queries access each bank once.
     static constexpr int kColumn = kQueries + (kRowBytes > 512 ? 0 : 8), kWord = 8 * kColumn, kDrawn = kWarps * kWord;
-    static constexpr int kDrawnBytes = 2 * kDrawn * 4;  // for the mask, and again for dropout
+    static constexpr int kDrawnBytes = 2 * kDrawn * 4;  // for the mask; dropout needs as many again
     static constexpr int kSharedBytes =
         (2 * kKeyTile + 4 * kQueryTile) * int(sizeof(T)) + 2 * kQueries * int(sizeof(Terms));
     static_assert(kSharedBytes + 2 * kDrawnBytes <= kMostShared);
-    // Of the two gradients, as many columns as a warp's registers hold; a block computes these.
+    // Columns of the two gradients that a block computes, as many as a warp's registers hold.
     static constexpr int kMostColumns = sizeof(T) == 2 ? 128 : 32;
     static constexpr int kColumns = D < kMostColumns ? D : kMostColumns;
     static constexpr int kBlocks = kRowBytes > 128 ? 1 : kRowBytes > 64 ? 2 : 3;
@@ -262,9 +262,10 @@ struct alignas(8) TwoWords {
     uint32_t words[2];
 };
 
-// A block computes a tile of keys, a warp two strips of it, transposed: accumulators have a row for a key and a column
-// for a query, and become the left operand of the product with queries or gradients of outputs. Random numbers are
-// drawn by the block together, as a warp needs two of the eight strips that a Philox call decides: one of its words.
+// Each block computes a tile of keys, and each warp two strips of it. Scores are transposed: an accumulator has a row
+// per key and a column per query. Accumulators become the left operand of the product with queries or output gradients.
+// A Philox call decides eight strips, but a warp needs only one word of the result, for its two strips. So all warps of
+// the block draw the random numbers together.
 template <class T, int D, bool kPlain>
 __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads, kPlain ? GradKeyTiles<T, D>::kBlocks : 1)
     attention_grad_key_kernel(const __grid_constant__ AttentionCall c) {
@@ -287,7 +288,7 @@ __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads, kPlain ? GradKey
     const uint64_t seed = load_seed(c);
     const Random random = mask_random(c, seed), dropout = dropout_random(c, seed);
 
-    // Both groups' rows, one after the other: what a step needs of its group.
+    // The inputs of a group. The steps go through the rows of the first group, then through those of the second.
     struct Source {
         HeadRows<T> queries, grad_outs;
         const float *log_sums, *deltas;
@@ -333,7 +334,7 @@ __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads, kPlain ? GradKey
         };
         load_rows(query_tile, from.queries);
         load_rows(grad_out_tile, from.grad_outs);
-        // Queries that there are not weigh 1, and add their rows of zeros.
+        // Queries past the last one have the weight 1, but their rows are zeros and add nothing.
         static_assert(kQueries <= kThreads);
         if (const int i = thread_index(); i < kQueries) {
             const bool inside = first_row + i < rows;
@@ -369,7 +370,7 @@ __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads, kPlain ? GradKey
         multiply_rows(products[1], values, kRows * warp, grad_out_tile, kQueries / 8);
         auto &scores = products[0][0], &grad_weights = products[1][0];
 
-        // Element e of column tile i is about key e / 2 of this lane and the query `at(i)` + e % 2 of the tile.
+        // Element e of column tile i belongs to key e / 2 of this lane and to query `at(i)` + e % 2 of the tile.
         const auto at = [&](int i) { return 8 * i + lane % 4 * 2; };
         const auto drop_drawn = [&](float (&values)[kQueries / 8][4], float with, const uint32_t* from,
                                     uint32_t limit) {
@@ -421,12 +422,13 @@ __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads, kPlain ? GradKey
             }
         }
     }
-    copies_wait();  // of keys, if there is no query at all
+    copies_wait();  // for the copies of keys, if there are no queries
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const uint32_t key = Keys::key(tile, kRows * warp + lane / 4 + 8 * half);
         if (key >= a.keys) continue;
-        const bool kept = !padded.has(key);  // its weights were not 0, but of no other gradient
+        // The weights of a padded key are not 0 here, but no other gradient contains them.
+        const bool kept = !padded.has(key);
         T* const to_key = row_of<T>(a.grad_key, head.b, head.h, key);
         T* const to_value = row_of<T>(a.grad_value, head.b, head.h, key);
 #pragma unroll

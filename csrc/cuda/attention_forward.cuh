@@ -8,7 +8,7 @@ namespace sgalign::cuda {
 template <class T, int D, int kBranches, bool kPlain>
 struct ForwardTiles {
     static constexpr int kRowBytes = D * sizeof(T);
-    // Tiles of rows that a warp multiplies with the same keys, as far as its registers hold their outputs.
+    // Tiles of rows that a warp multiplies with the same keys. The warp's registers must hold the outputs of all tiles.
     static constexpr int kTiles = kPlain && sizeof(T) == 2 && D <= 64 ? 2 / kBranches : 1;
     static constexpr int kWarps = kRowBytes > 512 ? 2 : 4;
     static constexpr int kStrips = kRowBytes > 512 ? 2 : kRowBytes > 256 ? 4 : 8;
@@ -16,11 +16,12 @@ struct ForwardTiles {
     static constexpr int kKeyTile = 8 * kStrips * D, kQueryTile = kRows * kBlockTiles * D;  // elements
     static constexpr int kSharedBytes = (kQueryTile + 4 * kKeyTile) * int(sizeof(T)) + Padding<kStrips>::kBytes;
     static_assert(kSharedBytes <= kMostShared);
-    // Of a multiprocessor at once: what its registers hold.
+    // Blocks on a multiprocessor at once: as many as its registers hold.
     static constexpr int kBlocks = kRowBytes > 128 ? 1 : 2;
 };
 
-// The online softmax takes the largest product for the largest score: with a negative scale the query is negated.
+// Negate a query. This is needed for a negative scale, because the online softmax takes the largest product as the
+// largest score.
 template <int kElements, int kThreads, class T>
 __device__ __forceinline__ void negate(T* elements) {
     uint32_t* const words = (uint32_t*)elements;
@@ -28,8 +29,8 @@ __device__ __forceinline__ void negate(T* elements) {
         shared_store(words + i, shared_load(words + i) ^ (sizeof(T) == 2 ? 0x80008000 : 0x80000000));
 }
 
-// What the online softmax subtracts from the scores of each of a lane's two rows, in units of log2, and what that makes
-// of all that was added up before. `top` becomes the rows' maximum.
+// A step of the online softmax for the two rows of a lane, in units of log2. `by` is subtracted from the scores, and
+// `rescale` is the factor for all earlier sums. `top` becomes the maximum of each row.
 struct Shift {
     float by[2], rescale[2];
 
@@ -42,7 +43,7 @@ struct Shift {
             for (int s = 1; s < kStrips; ++s)
                 largest = fmaxf(largest, fmaxf(scores[s][2 * half], scores[s][2 * half + 1]));
             largest = fmaxf(top[half], largest_of_row(largest) * scale);
-            // A row with nothing kept so far has the maximum -inf: a shift by 0 makes its exponentials 0, not NaN.
+            // A row without any kept entry so far has the maximum -inf. A shift by 0 makes its exponentials 0, not NaN.
             by[half] = largest == -infinity() ? 0 : largest;
             rescale[half] = fast_exp2(top[half] - by[half]);
             top[half] = largest;
@@ -50,7 +51,7 @@ struct Shift {
     }
 };
 
-// Stores 16 rows of a branch, or with several splits their part.
+// Store 16 rows of a branch or, if the keys are split, this part of them.
 template <class T, int N>
 __device__ __forceinline__ void store_output(const AttentionCall& c, const Head& head, const QueryRows& rows,
                                              int branch_index, const float (&out)[N][4], const float (&top)[2],
@@ -67,7 +68,7 @@ __device__ __forceinline__ void store_output(const AttentionCall& c, const Head&
         const float factor = total == 0 ? 0 : dropout_scale(a) / total;
         const float log_sum = total == 0 ? infinity() : top[half] + log2f(total);
         const int64_t index = head.index * a.queries + row;
-        // Parts of a row lie [split][branch][row], the log sums behind the outputs.
+        // Parts are stored as [split][branch][row], first all outputs, then all log sums.
         const int64_t part = (int64_t(block_index_y()) * outputs + rows.group + branch_index) * all_rows + index;
         T* const to = row_of<T>(branch.out, head.b, head.h, row);
         float* const part_to = c.workspace + part * a.dim;
@@ -91,7 +92,8 @@ __device__ __forceinline__ void store_output(const AttentionCall& c, const Head&
     }
 }
 
-// Rows of part block_index_y() of the keys. kBranches: those that share one query; the last has the random mask.
+// Compute rows from part block_index_y() of the keys. kBranches is the number of branches that share one query. The
+// last branch has the random mask.
 template <class T, int D, int kBranches, bool kPlain>
 __global__ void __launch_bounds__(ForwardTiles<T, D, kBranches, kPlain>::kThreads,
                                   ForwardTiles<T, D, kBranches, kPlain>::kBlocks)
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(ForwardTiles<T, D, kBranches, kPlain>::kThread
     const uint64_t seed = load_seed(c);
     const float scale = fmaxf(fabsf(float(a.scale)) * kLog2e, kLeastScale);
     float out[kTiles][kBranches][D / 8][4] = {}, top[kTiles][kBranches][2], sum[kTiles][kBranches][2] = {};
-    int row[kTiles];  // of elements 0 and 1
+    int row[kTiles];  // row of accumulator elements 0 and 1
     bool random[kTiles];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
@@ -221,7 +223,7 @@ __global__ void __launch_bounds__(ForwardTiles<T, D, kBranches, kPlain>::kThread
             store_output<T>(c, head, rows(t), branch, out[t][branch], top[t][branch], sum[t][branch]);
 }
 
-// Adds up the parts of a row, weighed by their sums: a warp a row.
+// Add the parts of a row, weighted by their sums. Each warp merges one row.
 constexpr int kMergeWarps = 4;
 
 template <class T>
@@ -235,7 +237,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarp) attention_merge_kernel(con
     float top = -infinity(), sum = 0;
     for (int split = 0; split < c.splits; ++split) {
         const float log_sum = log_sums[split * outputs * all_rows];
-        // +inf stands for nothing kept; NaN must not vanish.
+        // +inf means that no entry is kept. A NaN must reach the result.
         if (log_sum != infinity()) top = log_sum > top || log_sum != log_sum ? log_sum : top;
     }
     for (int split = 0; split < c.splits; ++split) {
@@ -278,7 +280,8 @@ void forward(const AttentionCall& c, const Queue& queue) {
     if (c.a.batch * c.a.heads * c.a.queries == 0) return;
     with_dim(c.a, [&](auto dim) {
         constexpr int D = decltype(dim)::value;
-        // The outputs of two branches, and what a call that is not plain needs, must fit into a warp's registers.
+        // Two branches with one query are computed together if a warp's registers suffice for both outputs. This
+        // excludes large D and calls that are not plain.
         if constexpr (D <= (sizeof(T) == 2 ? 128 : 32))
             if (c.a.groups[0].count == 2 && c.plain()) return forward<T, D, 2, true>(c, queue);
         AttentionCall apart = c;

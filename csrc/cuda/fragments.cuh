@@ -1,12 +1,13 @@
-// Matrix products of a warp: tiles in shared memory, and the operands that a warp's registers hold of them.
+// Matrix products of a warp: tiles in shared memory, and the operands that a warp loads from them into registers.
 //
-// float16 and bfloat16 are multiplied by m16n8k16. float32 is multiplied by m16n8k8 on tf32, three times: each number
-// is the sum of two tf32 numbers, and all but the product of the two smaller parts is added up, which leaves an error
-// of 2^-22 a product. Tensor cores cut sums off instead of rounding them, so no more than that is added up there.
+// float16 and bfloat16 use m16n8k16. float32 uses three m16n8k8 products on tf32: each number is split into the sum of
+// two tf32 numbers, and all products of parts are added except that of the two smaller parts. This leaves an error of
+// 2^-22 per product. Tensor cores truncate sums instead of rounding them, so they add only these three products. All
+// further float32 sums are ordinary additions.
 //
 // Accumulators have one layout for all types: element e of lane 4 * i + j is row i + e / 2 * 8, column 2 * j + e % 2 of
-// a 16 x 8 tile. Where float32 is concerned the summed-over index of every operand is permuted, so that neighbouring
-// columns of an accumulator are an operand as they are, and so that two neighbouring numbers are loaded at once.
+// a 16 x 8 tile. For float32, the index of the sum is permuted in every operand. Neighboring columns of an accumulator
+// can then serve as an operand unchanged, and each load reads two neighboring numbers.
 #pragma once
 
 #include "primitives.cuh"
@@ -14,7 +15,7 @@
 namespace sgalign::cuda {
 
 template <class T>
-constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;  // of one mma
+constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;  // depth of one mma
 
 template <class T>
 struct OperandA {
@@ -25,8 +26,8 @@ struct OperandB {
     uint32_t words[2];
 };
 
-// Rows of D elements in pieces of 16 bytes, whose places are permuted within a row so that the accesses below meet
-// each bank once.
+// Rows of D elements in pieces of 16 bytes. The pieces are permuted within each row, so the accesses below use each
+// bank once.
 template <class T, int D>
 struct Tile {
     static constexpr int kPiece = 16 / sizeof(T), kPieces = D / kPiece;
@@ -35,10 +36,10 @@ struct Tile {
     __device__ static int swizzle(int row) {
         if constexpr (sizeof(T) == 2)
             return kPieces >= 8 ? row & 7 : kPieces == 4 ? row >> 1 & 3 : row >> 2 & 1;
-        else  // rows i to i + 3 and rows i, i + 2, i + 4, i + 6 alike
+        else  // serves accesses to rows i to i + 3 and to rows i, i + 2, i + 4, i + 6
             return kPieces >= 8 ? (((row ^ row >> 2) & 1) | (row & 2)) << 1 : (row >> 1 & 1) << 1;
     }
-    // With constants added to rows by +, to columns by ^, addresses differ by what is known before the kernel runs.
+    // Callers add constants to rows with + and to columns with ^. The addresses then differ by compile-time constants.
     __device__ T* at(int row, int column) const {
         return data + row * D + ((column / kPiece) ^ swizzle(row)) * kPiece + column % kPiece;
     }
@@ -48,15 +49,16 @@ struct alignas(8) Pair {
     float x, y;
 };
 
-// Row of global memory that a row of a tile is a copy of, or zeros if it is not to be read.
+// A row of global memory that is copied to a row of a tile. If it is not `kept`, the row of the tile becomes zeros.
 template <class T>
 struct Row {
     const T* data;
     bool kept;
 };
 
-// Starts to copy `kRows` rows of `dim` elements, zeros behind, with all threads of the block; a thread copies the same
-// columns of each of its rows. `aligned`: the rows, and the number of columns, are whole pieces.
+// Start to copy `kRows` rows of `dim` elements with all threads of the block. Zeros fill each row up to D elements. A
+// thread copies the same columns of each of its rows. `aligned` means that all rows begin at multiples of a piece and
+// consist of whole pieces.
 template <int kRows, int kThreads, class T, int D, class Source>
 __device__ __forceinline__ void load_tile(Tile<T, D> tile, int dim, bool aligned, Source source) {
     constexpr int kPiece = Tile<T, D>::kPiece, kPieces = Tile<T, D>::kPieces;
@@ -69,7 +71,7 @@ __device__ __forceinline__ void load_tile(Tile<T, D> tile, int dim, bool aligned
         copy(tile.at(at, column), row.data + column, row.kept ? dim - column : 0);
     };
     if (aligned) {
-#pragma unroll(sizeof(T) == 2 ? 4 : 2)  // more addresses at once spill registers
+#pragma unroll(sizeof(T) == 2 ? 4 : 2)  // more unrolling spills registers, because it needs more addresses at once
         for (int row = 0; row < kRows; row += kStep)
 #pragma unroll
             for (int piece = 0; piece < kPieces; piece += kAcross)
@@ -100,7 +102,7 @@ __device__ __forceinline__ OperandA<T> load_a(Tile<T, D> tile, int row, int colu
     return a;
 }
 
-// The 16 x depth operand that is the transpose of the tile's part with the first element (row, column).
+// The 16 x depth operand that is the transpose of the part of the tile whose first element is (row, column).
 template <class T, int D>
 __device__ __forceinline__ OperandA<T> load_a_transposed(Tile<T, D> tile, int row, int column) {
     const int lane = lane_index();
@@ -115,7 +117,7 @@ __device__ __forceinline__ OperandA<T> load_a_transposed(Tile<T, D> tile, int ro
     return a;
 }
 
-// Two depth x 8 operands, of rows row to row + 15 of the tile: a b' for row-major a and b.
+// Two depth x 8 operands from rows `row` to `row` + 15 of the tile. They give a b' for row-major a and b.
 template <class T, int D>
 __device__ __forceinline__ void load_b(Tile<T, D> tile, int row, int column, OperandB<T> (&b)[2]) {
     const int lane = lane_index();
@@ -131,7 +133,7 @@ __device__ __forceinline__ void load_b(Tile<T, D> tile, int row, int column, Ope
     }
 }
 
-// Two depth x 8 operands, of columns column to column + 15 of the tile: a b for row-major a and b.
+// Two depth x 8 operands from columns `column` to `column` + 15 of the tile. They give a b for row-major a and b.
 template <class T, int D>
 __device__ __forceinline__ void load_b_transposed(Tile<T, D> tile, int row, int column, OperandB<T> (&b)[2]) {
     const int lane = lane_index();
@@ -146,7 +148,7 @@ __device__ __forceinline__ void load_b_transposed(Tile<T, D> tile, int row, int 
     }
 }
 
-// kDepth / 8 neighbouring accumulators as an operand.
+// Convert kDepth / 8 neighboring accumulators to an operand.
 template <class T>
 __device__ __forceinline__ OperandA<T> operand_of(const float (*tiles)[4]) {
     if constexpr (sizeof(T) == 2)

@@ -1,30 +1,30 @@
-// The CUDA backend's entry points. All of them only put kernels into a stream: nothing is allocated, nothing is waited
-// for, so a CUDA graph can record them. Memory that they need beside operands and results is passed in.
+// The entry points of the CUDA backend. They only launch kernels on a stream. They do not allocate memory and do not
+// wait, so a CUDA graph can capture them. The caller passes in all memory, including workspaces.
 #pragma once
 
 #include "../kernels.h"
 
 namespace sgalign::cuda {
 
-// The device and the stream, a cudaStream_t.
+// A device and one of its streams, a cudaStream_t.
 struct Queue {
     int device = 0;
     void* stream = nullptr;
 };
 
-// `seed` lies in device memory and is read by the kernels; Attention::seed is not used.
-// Workspace: with splits > 1 float32 [splits, branches, B, H, Lq, D + 1].
+// `seed` is in device memory, and the kernels read it there. They do not use Attention::seed.
+// Workspace: float32 [splits, branches, B, H, Lq, D + 1] if splits > 1, otherwise none.
 void attention_forward(const Attention&, const uint64_t* seed, int splits, float* workspace, const Queue&);
-// Workspace: float32 [branches, B, H, Lq], and with splits > 1 [splits, queries, B, H, Lq, D] behind it.
+// Workspace: float32 [branches, B, H, Lq], followed by [splits, queries, B, H, Lq, D] if splits > 1.
 void attention_backward(const Attention&, const uint64_t* seed, int splits, float* workspace, const Queue&);
 void random_mask(const RandomMask&, const uint64_t* seed, const Queue&);
 
-// Into how many parts the keys are best cut, to keep that many multiprocessors busy.
+// Return the number of parts of the keys that keeps a GPU with this many multiprocessors busy.
 int attention_splits(const Attention&, int multiprocessors);
 
 // Workspace: float32 [splits, branches, R, K].
 void relation_forward(const RelationLogits&, int splits, float* workspace, const Queue&);
-// `orders` [2, R] lists the pairs by subject, and by object, those of the same object in their own order.
+// `orders` [2, R] lists the pairs sorted by subject, then the pairs sorted by object. Both sorts are stable.
 void relation_backward(const RelationLogits&, const int64_t* orders, const Queue&);
 int relation_splits(const RelationLogits&, int multiprocessors);
 

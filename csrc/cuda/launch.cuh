@@ -1,4 +1,4 @@
-// Starts a kernel, and says which one and on what if that fails.
+// The launch of a kernel. An error names the kernel and the shape.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace sgalign::cuda {
 
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// `what` describes kernel and shape, for the message of an error.
+// `what` describes kernel and shape in error messages.
 template <class Parameters>
 void launch(const std::string& what, void (*kernel)(Parameters), int64_t blocks, int blocks_y, int threads,
             size_t shared_bytes, [[maybe_unused]] const Queue& queue, const Parameters& parameters) {
@@ -24,7 +24,7 @@ void launch(const std::string& what, void (*kernel)(Parameters), int64_t blocks,
     const auto check = [&](cudaError_t error) {
         if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
     };
-    // torch's runtime has made this device current already; the runtime that is linked in here may not know yet.
+    // torch's runtime has already made this device current, but the runtime that is linked in here may not know it yet.
     check(cudaSetDevice(queue.device));
     if (shared_bytes > 48 << 10)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
@@ -40,14 +40,14 @@ void launch(const std::string& what, void (*kernel)(Parameters), int64_t blocks,
 #endif
 }
 
-// Calls `function` with a value of the type.
+// Call `function` with a value of the type in which elements of `dtype` are stored.
 template <class Function>
 void with_type(DType dtype, Function function) {
     switch (dtype) {
         case DType::float32: return function(float{});
         case DType::bfloat16: return function(BFloat16{});
         case DType::float16: return function(Half{});
-        case DType::float64: throw std::invalid_argument("the CUDA kernels have no float64");
+        case DType::float64: throw std::invalid_argument("the CUDA kernels do not support float64");
     }
 }
 

@@ -1,14 +1,15 @@
-// What the kernels use of a GPU, one function each: indices, barriers, shuffles, asynchronous copies, tensor cores.
+// The GPU features that the kernels use, one function each: indices, barriers, shuffles, asynchronous copies, tensor
+// cores.
 //
-// Compiled by nvcc these are single instructions (sm_80 and later). Any other compiler takes the same functions from
-// tests/cuda/host_primitives.h, so that a kernel can be run, and its memory accesses checked, without a GPU.
+// nvcc compiles each function to a single instruction (sm_80 and later). All other compilers get the same functions
+// from tests/cuda/host_primitives.h, which runs the kernels and checks their memory accesses without a GPU.
 #pragma once
 
 #include <cstdint>
 
 namespace sgalign {
 
-// Bits of a number: the kernels compute in float32, and only convert.
+// The bits of a 16-bit number. The kernels only convert these numbers and compute in float32.
 struct Half {
     uint16_t bits;
 };
@@ -31,7 +32,7 @@ __device__ __forceinline__ int block_index() { return blockIdx.x; }
 __device__ __forceinline__ int block_index_y() { return blockIdx.y; }
 __device__ __forceinline__ int lane_index() { return threadIdx.x % kWarp; }
 
-// A warp-uniform value, which the compiler can keep in one register for the warp.
+// The shuffle tells the compiler that the value is uniform, so it can keep one register for the whole warp.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / kWarp, 0); }
 
 // The block's dynamic shared memory.
@@ -40,7 +41,7 @@ __device__ __forceinline__ char* shared_memory() {
     return memory;
 }
 
-// Access to shared memory goes through these, so that the host can check it.
+// All accesses to shared memory use these two functions, which lets the emulation on the host check them.
 template <class T>
 __device__ __forceinline__ T shared_load(const T* address) {
     return *address;
@@ -55,7 +56,7 @@ __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 __device__ __forceinline__ uint32_t ballot(bool vote) { return __ballot_sync(~0u, vote); }
 
-// Of two words, in one instruction; the compiler takes two for a product of numbers of 64 bits.
+// The product of two words in one instruction. For a product of 64-bit numbers the compiler uses two.
 __device__ __forceinline__ uint64_t multiply_wide(uint32_t a, uint32_t b) {
     uint64_t result;
     asm("mul.wide.u32 %0, %1, %2;" : "=l"(result) : "r"(a), "r"(b));
@@ -68,8 +69,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
-// Copies 16 bytes to shared memory, or makes them zeros without reading any. Both addresses are multiples of 16. The
-// copy is there after copies_wait() of the same thread.
+// Start to copy 16 bytes to shared memory or, without `read`, to write zeros there. Both addresses must be multiples of
+// 16. The copy is complete after the same thread has called copies_wait().
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool read) {
     asm volatile(
         "{ .reg .pred ignored; setp.eq.s32 ignored, %2, 0;\n"
@@ -87,8 +88,8 @@ __device__ __forceinline__ void copy_word_async(void* to, const void* from, bool
 }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Four 8 x 8 matrices of 16-bit elements: lane 8 * m + i gives the address of row i of matrix m. Word m of each lane
-// becomes elements (lane / 4, 2 * (lane % 4) and the next) of matrix m, or of its transpose.
+// Load four 8 x 8 matrices of 16-bit elements. Lane 8 * m + i passes the address of row i of matrix m. Word m of each
+// lane receives two neighboring elements of row lane / 4 of matrix m, or of its transpose, from column 2 * (lane % 4).
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
@@ -130,7 +131,7 @@ __device__ __forceinline__ uint32_t round_tf32(float value) {
     return result;
 }
 
-// 2^value, off by 2^-22 of it at most. Subnormal numbers become 0.
+// 2^value, with a relative error of at most 2^-22. Subnormal numbers become 0.
 __device__ __forceinline__ float fast_exp2(float value) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
@@ -145,7 +146,7 @@ __device__ __forceinline__ float to_float(Half value) {
     return result;
 }
 
-// Two numbers rounded to T, the first in the low half.
+// Two numbers rounded to T in one word. The first is in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 template <>

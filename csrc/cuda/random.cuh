@@ -1,4 +1,4 @@
-// The random mask's numbers; ../philox.h has the definition.
+// The random numbers of the mask, which ../philox.h defines.
 #pragma once
 
 #include "../philox.h"
@@ -11,12 +11,13 @@ struct Random {
     uint32_t stream;
     int threshold;
 
-    // A number of 16 bits is below the threshold where a word with it in the upper half is at most this, whatever the
-    // lower half holds. A threshold of 65536 wraps to all ones; one of 0 must not ask.
+    // The largest word whose upper half is below the threshold. The upper half of a word is below the threshold exactly
+    // if the word is at most this, whatever its lower half. A threshold of 65536 wraps to all ones. This must not be
+    // called for a threshold of 0.
     __device__ __forceinline__ uint32_t limit() const { return (uint32_t(threshold) << 16) - 1; }
 
-    // The numbers of the eight keys of a lane of a chunk: word i has group 2 * i in its lower half, the next in its
-    // upper half.
+    // Draw the numbers of the eight keys of a lane of a chunk. Word i has group 2 * i in its lower half and group
+    // 2 * i + 1 in its upper half.
     __device__ __forceinline__ void draw(uint32_t chunk, uint32_t lane, uint32_t row, uint32_t batch_head,
                                          uint32_t (&words)[4]) const {
         uint32_t c0 = kMaskLanes * chunk + lane, c1 = row, c2 = batch_head, c3 = stream;
@@ -33,7 +34,7 @@ struct Random {
     }
 };
 
-// Whether the number of an even or odd group, in a word that Random::draw() gave, is below the threshold.
+// Return whether the number of an even or odd group, in a word from Random::draw(), is below the threshold.
 __device__ __forceinline__ bool is_below(uint32_t word, bool odd, uint32_t limit) {
     return (odd ? word : word << 16) <= limit;
 }

@@ -1,8 +1,9 @@
 // The relation head on a GPU: logits of R pairs of N objects, forward and backward, for one or both branches.
 //
-// What is multiplied with the weights, (subject + object) * union, is R x C, and so is its gradient: both exist a tile
-// at a time. The gradients of subject and object are sums over the pairs of an object. A block owns some channels, goes
-// through the pairs in the order of their objects and adds them up one after the other: no atomics, nothing to merge.
+// The matrix (subject + object) * union, which is multiplied with the weights, is R x C, and so is its gradient. Both
+// are computed one tile at a time. The gradients of subject and object are sums over the pairs of an object. A block
+// owns some channels, goes through the pairs sorted by object, and adds them one after the other. This needs no atomics
+// and no merging.
 #include <algorithm>
 
 #include "fragments.cuh"
@@ -20,7 +21,7 @@ struct RelationCall {
     bool aligned;
 };
 
-constexpr int kRelations = 64, kClasses = 64;  // of a tile; a warp has 16 of them
+constexpr int kRelations = 64, kClasses = 64;  // size of a tile; a warp computes 16 rows of it
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 template <class T>
 constexpr int kChannels = 128 / sizeof(T);
@@ -30,7 +31,7 @@ struct alignas(16) Piece {
     T elements[16 / sizeof(T)];
 };
 
-// Up to 16 bytes of a row of global memory, zeros behind `count` elements.
+// Load up to 16 bytes of a row of global memory. Elements from `count` on are zeros.
 template <class T>
 __device__ __forceinline__ Piece<T> load_piece(const T* row, int count, bool aligned) {
     constexpr int kPiece = 16 / sizeof(T);
@@ -43,7 +44,8 @@ __device__ __forceinline__ Piece<T> load_piece(const T* row, int count, bool ali
 
 __device__ __forceinline__ int smaller(int64_t a, int64_t b) { return int(a < b ? a : b); }
 
-// A tile of rows first_row, ... of a matrix with `rows` rows, columns first_column, ... to `columns`.
+// Start to copy a tile of a matrix with `rows` rows and `columns` columns. The tile begins at (first_row,
+// first_column).
 template <int kTileRows, class T, int D>
 __device__ __forceinline__ void load_part(Tile<T, D> to, const void* matrix, int64_t stride, int64_t first_row,
                                           int64_t rows, int64_t first_column, int64_t columns, bool aligned) {
@@ -77,7 +79,7 @@ __device__ __forceinline__ Piece<T> product_piece(const RelationCall& c, const R
 template <class T>
 constexpr int kForwardBytes = (2 * kRelations + 2 * 2 * kClasses + 2 * kRelations) * 128;
 
-// Logits of a tile of relations and classes, from part block_index_y() of the channels.
+// Compute the logits of a tile of relations and classes from part block_index_y() of the channels.
 template <class T, int kBranches>
 __global__ void __launch_bounds__(kThreads) relation_forward_kernel(const __grid_constant__ RelationCall c) {
     constexpr int D = kChannels<T>, kTile = kRelations * D, kPiece = 16 / sizeof(T);
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) relation_forward_kernel(const __grid
         copies_wait();
         sync_block();
         if (tile + 1 < end) load(tile + 1, stage ^ 1);
-        // A warp multiplies what it needs itself.
+        // Each warp computes the rows of products that it needs.
         const Tile<T, D> union_tile{unions + stage * kTile};
         for (int i = lane; i < 16 * Tile<T, D>::kPieces; i += kWarp) {
             const int row = 16 * warp + i / Tile<T, D>::kPieces, column = i % Tile<T, D>::kPieces * kPiece;
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) relation_forward_kernel(const __grid
             }
 }
 
-// Adds up the parts, and the bias.
+// Add the parts of the logits and the bias.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) relation_merge_kernel(const __grid_constant__ RelationCall c) {
     const int64_t size = c.a.relations * c.a.classes;
@@ -159,8 +161,8 @@ __global__ void __launch_bounds__(kThreads, 1) relation_merge_kernel(const __gri
 
 // --------------------------------------------------------------------------------------------------------- backward
 
-// The gradient of a tile of products: grad_logits of rows `relation_of(0)`, ... times the weights' channels.
-// 16 rows a warp; ends with the tiles free to be written again.
+// Compute the gradient of a tile of products: rows relation_of(0), relation_of(1), ... of grad_logits times some
+// channels of the weights. Each warp computes 16 rows. When this returns, the tiles may be overwritten.
 template <class T, class RelationOf>
 __device__ __forceinline__ void grad_products(const RelationCall& c, const RelationBranch& branch, int64_t channel,
                                               RelationOf relation_of, Tile<T, kClasses> grads,
@@ -198,7 +200,7 @@ __device__ __forceinline__ void grad_products(const RelationCall& c, const Relat
 template <class T>
 constexpr int kGradTiles = (kRelations * kClasses + kClasses * kChannels<T>)*int(sizeof(T));
 
-// The gradient of union: a tile of relations and channels a block.
+// Compute the gradient of union. Each block computes a tile of relations and channels.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) relation_grad_union_kernel(const __grid_constant__ RelationCall c) {
     constexpr int D = kChannels<T>;
@@ -243,7 +245,8 @@ __global__ void __launch_bounds__(kThreads, 1) relation_grad_union_kernel(const 
 template <class T>
 constexpr int kEndsBytes = kGradTiles<T> + kRelations * kChannels<T> * 4 + 2 * kRelations * 8;
 
-// The gradient of one end, subject or object, of one branch, block_index_y() says which: all objects, some channels.
+// Compute the gradient of one end (subject or object) of one branch, for all objects and some channels. block_index_y()
+// chooses the end and the branch.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) relation_grad_ends_kernel(const __grid_constant__ RelationCall c) {
     constexpr int D = kChannels<T>;
@@ -261,14 +264,14 @@ __global__ void __launch_bounds__(kThreads, 1) relation_grad_ends_kernel(const _
     int64_t* const objects = relations + kRelations;
     const int thread = thread_index(), lane = lane_index();
 
-    int64_t object = 0;  // that is being added up, by the thread of each channel
+    int64_t object = 0;  // object whose sum is in progress; each channel has one thread
     float sum = 0;
     const auto finish_until = [&](int64_t next) {
         for (; object < next; ++object, sum = 0) to[object * a.channels + channel + thread] = from_float<T>(sum);
     };
     const bool adds = thread < D && channel + thread < a.channels;
     for (int64_t first = 0; first < a.relations; first += kRelations) {
-        sync_block();  // the tile before is added up
+        sync_block();  // the previous tile has been added
         if (thread < kRelations) {
             const int64_t relation = first + thread < a.relations ? order[first + thread] : -1;
             shared_store(relations + thread, relation);
@@ -304,7 +307,8 @@ __global__ void __launch_bounds__(kThreads, 1) relation_grad_ends_kernel(const _
 template <class T>
 constexpr int kWeightBytes = (kRelations * kClasses + kRelations * kChannels<T>)*int(sizeof(T));
 
-// The gradient of the weights: a tile of classes and channels of one branch a block, 16 classes a warp.
+// Compute the gradient of the weights. Each block computes a tile of classes and channels of one branch, and each warp
+// 16 classes of it.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) relation_grad_weight_kernel(const __grid_constant__ RelationCall c) {
     constexpr int D = kChannels<T>, kPiece = 16 / sizeof(T);
@@ -315,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 1) relation_grad_weight_kernel(const
     const Tile<T, D> products{grads.data + kRelations * kClasses};
     float grad_weight[D / 8][4] = {};
     for (int64_t first = 0; first < a.relations; first += kRelations) {
-        sync_block();  // the tiles before are multiplied
+        sync_block();  // the previous tiles have been multiplied
         load_part<kRelations>(grads, branch.grad_logits, a.classes, first, a.relations, first_class, a.classes, false);
         for (int i = thread_index(); i < kRelations * Tile<T, D>::kPieces; i += kThreads) {
             const int row = i / Tile<T, D>::kPieces, column = i % Tile<T, D>::kPieces * kPiece;
@@ -375,7 +379,7 @@ RelationCall relation_call(const RelationLogits& a, int element_bytes) {
 int relation_splits(const RelationLogits& a, int multiprocessors) {
     const int64_t blocks = divide_up(a.relations, kRelations) * divide_up(a.classes, kClasses);
     if (blocks == 0) return 1;
-    // A part is at least 256 channels.
+    // Each part has at least 256 channels.
     return int(std::clamp<int64_t>(std::min<int64_t>(2 * multiprocessors / blocks, a.channels / 256), 1, 64));
 }
 

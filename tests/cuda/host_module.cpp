@@ -1,4 +1,5 @@
-// The rest of the tests' module: the primitives one by one, and what csrc/bindings.cpp wants of the CPU's kernels.
+// The rest of the test module: functions that run one primitive each, and the empty CPU kernels that csrc/bindings.cpp
+// needs.
 #include "../../csrc/cuda/launch.cuh"
 
 namespace sgalign {
@@ -12,7 +13,7 @@ const AlignmentKernels alignment_baseline{};
 
 namespace {
 
-// Words of each lane in, words of each lane out.
+// The input words and the output words of all lanes.
 struct Lanes {
     const uint32_t* in;
     uint32_t* out;
@@ -28,7 +29,7 @@ void mma_kernel(Lanes lanes) {
     for (int i = 0; i < 4; ++i) lanes.out[4 * lane_index() + i] = as_bits(d[i]);
 }
 
-// Four matrices of 8 rows of 16 bytes, one after the other; type 1: transposed.
+// Load four matrices of 8 rows of 16 bytes, one after the other. If the type is 1, transpose them.
 void load_matrices_kernel(Lanes lanes) {
     uint32_t* const shared = (uint32_t*)shared_memory();
     copy_async(shared + 4 * lane_index(), lanes.in + 4 * lane_index(), true);
@@ -42,7 +43,7 @@ void load_matrices_kernel(Lanes lanes) {
     for (int i = 0; i < 4; ++i) lanes.out[4 * lane_index() + i] = words[i];
 }
 
-// Conversions of one float32, and what lanes tell each other.
+// Convert one float32 per lane, and exchange values between lanes.
 void convert_kernel(Lanes lanes) {
     const float value = as_float(lanes.in[lane_index()]);
     uint32_t* const out = lanes.out + 7 * lane_index();
@@ -55,52 +56,52 @@ void convert_kernel(Lanes lanes) {
     out[6] = as_bits(fast_exp2(value));
 }
 
-// Mistakes that must not pass.
+// Make one of the mistakes that the emulation must find.
 void mistake_kernel(Lanes lanes) {
     uint32_t* const shared = (uint32_t*)shared_memory();
     const int i = thread_index();
     switch (lanes.type) {
-        case 0:  // none
+        case 0:  // no mistake
             shared_store(shared + i, 1u);
             sync_block();
             lanes.out[i % 32] = shared_load(shared + (i ^ 32));
             break;
-        case 1:  // a value of the other warp, without a barrier
+        case 1:  // reads a value of the other warp without a barrier
             shared_store(shared + i, 1u);
             sync_warp();
             lanes.out[i % 32] = shared_load(shared + (i ^ 32));
             break;
-        case 2:  // a neighbour's, without a barrier of the warp
+        case 2:  // reads the value of a neighboring lane without a barrier of the warp
             shared_store(shared + i, 1u);
             shuffle_xor(0, 1);
             lanes.out[i % 32] = shared_load(shared + (i ^ 1));
             break;
-        case 3:  // written again while the other warp may read
+        case 3:  // writes again while the other warp may still read
             shared_store(shared + i, 1u);
             sync_block();
             lanes.out[i % 32] = shared_load(shared + (i ^ 32));
             shared_store(shared + i, 2u);
             break;
-        case 4:  // one lane does something else
+        case 4:  // one lane calls another operation
             if (i == 7)
                 sync_warp();
             else
                 shuffle_xor(0, 1);
             break;
-        case 5:  // one warp has a barrier too many
+        case 5:  // one warp calls one barrier too many
             if (i < 32) sync_block();
             break;
-        case 6:  // read before it has arrived
+        case 6:  // reads before the copy has arrived
             copy_async(shared + 4 * i, lanes.in, true);
             lanes.out[i % 32] = shared_load(shared + 4 * i);
             copies_wait();
             break;
-        case 7: copy_async(shared + 4 * i, lanes.in, true); break;  // never waited for
-        case 8:                                                     // no multiple of 16
+        case 7: copy_async(shared + 4 * i, lanes.in, true); break;  // never waits for the copy
+        case 8:                                                     // the address is not a multiple of 16
             copy_async(shared + 4 * i + 1, lanes.in, true);
             copies_wait();
             break;
-        case 9:  // written after another lane of the warp and this one have read
+        case 9:  // lane 1 writes after lanes 0 and 1 have read
             if (i < 2) lanes.out[i] = shared_load(shared);
             if (i == 1) shared_store(shared, 1u);
             break;
@@ -121,7 +122,7 @@ EXPORT void run_load_matrices(int transposed, const uint32_t* in, uint32_t* out)
 EXPORT void run_convert(const uint32_t* in, uint32_t* out) {
     cuda::launch("convert", convert_kernel, 1, 1, 32, 0, {}, Lanes{in, out, 0});
 }
-// The message of the mistake, or nothing.
+// Make a mistake and write the resulting error to `message`, or an empty string if there is none.
 EXPORT void run_mistake(int which, const uint32_t* in, uint32_t* out, char* message) {
     message[0] = 0;
     try {

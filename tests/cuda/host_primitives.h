@@ -1,11 +1,12 @@
-// csrc/cuda/primitives.cuh on the CPU: a block's threads are fibers that take turns, and the instructions are twins
-// that follow the tables of the PTX manual. For tests only.
+// The functions of csrc/cuda/primitives.cuh on the CPU, for tests only. The threads of a block are fibers that take
+// turns. The instructions are emulated according to the tables of the PTX manual.
 //
-// Lanes of a warp run one after the other from one collective operation to the next: what a lane hands over lies in
-// `exchange` until all have read it. A barrier does the same for the whole block. Lanes that disagree about what comes
-// next are an error, and so is what one of them could not know on a GPU: shared memory and the target of an
-// asynchronous copy hold NaN until they are written, or have arrived. With SGALIGN_RACE_CHECK two threads that touch
-// the same byte of shared memory, one of them writing, must be ordered by a barrier.
+// The lanes of a warp run one after the other from one collective operation to the next. The value that a lane passes
+// to the others stays in `exchange` until all have read it. A barrier does the same for the whole block. It is an error
+// if threads reach different operations. Data that a thread could not have on a GPU is NaN: shared memory until it is
+// written, and the target of an asynchronous copy until the copy has arrived. With SGALIGN_RACE_CHECK, it is an error
+// if two threads access the same byte of shared memory, at least one of them writes, and no barrier orders the
+// accesses.
 #pragma once
 
 #include <sys/mman.h>
@@ -36,7 +37,7 @@ constexpr size_t kStack = 256 << 10;
 
 extern "C" void sgalign_switch_fiber(void** from, void* to);
 #if defined(__x86_64__)
-// Saves what a function must preserve, and goes on where the other fiber stopped.
+// Save the registers that a function must preserve, and continue where the other fiber stopped.
 asm(R"(
 .text
 .hidden sgalign_switch_fiber
@@ -67,12 +68,12 @@ struct Copy {
     void* to;
     const void* from;
     int bytes;
-    bool read;  // else they become zeros
+    bool read;  // if false, the target becomes zeros
 };
 
 struct Thread {
     void* stack_pointer;
-    const char* waits_for;  // the collective operation that it has reached
+    const char* waits_for;  // the collective operation that the thread has reached
     uint32_t turns, barriers, warp_barriers;
     bool done;
     std::vector<Copy> copies;
@@ -114,8 +115,8 @@ inline void fail(const std::string& message) {
                       std::to_string(block.index) + ", " + std::to_string(block.index_y);
 }
 
-// Gives up on the block: its fibers are never resumed. What their frames told the sanitizer of their stacks must not
-// hold for the fibers of the next block.
+// Give up on the block and never resume its fibers. Their frames have marked the stacks for the sanitizer. These marks
+// are removed, because the fibers of the next block use the same stacks.
 [[noreturn]] inline void give_up(const std::string& message) {
     fail(message);
 #ifdef __SANITIZE_ADDRESS__
@@ -139,7 +140,8 @@ inline void wait_for(const char* what, int first, int count) {
     switch_to(block.current + 1 < first + count ? block.current + 1 : first);
 }
 
-// All lanes of the warp have handed over what they have in the exchange that this returns.
+// Pass `mine` to the other lanes of the warp, wait until all of them have passed theirs, and return the values of all
+// lanes.
 inline Exchange* exchange(const char* what, const Exchange& mine) {
     const int first = block.current / kWarp * kWarp;
     std::vector<Exchange>& all = block.exchange[++me().turns % 2];
@@ -182,7 +184,7 @@ inline void run_block(int threads) {
 // -------------------------------------------------------------------------------------------------- shared memory
 
 struct Access {
-    int thread = -1;  // -1: none; kLanes + warp: several of a warp; kMany: of several warps
+    int thread = -1;  // -1: none; kLanes + warp: several threads of a warp; kMany: threads of several warps
     uint32_t barriers, warp_barriers;
 };
 struct Byte {
@@ -316,7 +318,7 @@ namespace sgalign::host {
 
 inline void start_copy(const char* what, const Copy& copy) {
     if (uintptr_t(copy.to) % copy.bytes || uintptr_t(copy.from) % copy.bytes)
-        fail(std::string(what) + ": an address is no multiple of " + std::to_string(copy.bytes));
+        fail(std::string(what) + ": an address is not a multiple of " + std::to_string(copy.bytes));
     check_access(copy.to, copy.bytes, true);
     memset(copy.to, 0xff, copy.bytes);
     me().copies.push_back(copy);
@@ -342,7 +344,7 @@ inline void copies_wait() {
 }
 
 inline void load_matrices(uint32_t (&words)[4], const void* row) {
-    if (uintptr_t(row) % 16) host::fail("load_matrices: an address is no multiple of 16");
+    if (uintptr_t(row) % 16) host::fail("load_matrices: an address is not a multiple of 16");
     host::Exchange mine{};
     mine.address = row;
     const host::Exchange* rows = host::exchange("load_matrices", mine);
@@ -350,7 +352,7 @@ inline void load_matrices(uint32_t (&words)[4], const void* row) {
         words[m] = shared_load((const uint32_t*)rows[8 * m + lane_index() / 4].address + lane_index() % 4);
 }
 inline void load_matrices_transposed(uint32_t (&words)[4], const void* row) {
-    if (uintptr_t(row) % 16) host::fail("load_matrices_transposed: an address is no multiple of 16");
+    if (uintptr_t(row) % 16) host::fail("load_matrices_transposed: an address is not a multiple of 16");
     host::Exchange mine{};
     mine.address = row;
     const host::Exchange* rows = host::exchange("load_matrices_transposed", mine);
@@ -361,7 +363,7 @@ inline void load_matrices_transposed(uint32_t (&words)[4], const void* row) {
     }
 }
 
-// At least as far off as a GPU's: the exact number is cut off behind 22 bits.
+// At least as inaccurate as on a GPU: the exact number is truncated after 22 bits.
 inline float fast_exp2(float value) {
     const float exact = float(std::exp2(double(value)));
     return exact < 0x1p-126f ? 0 : as_float(as_bits(exact) & (std::isfinite(exact) ? ~3u : ~0u));
@@ -371,7 +373,7 @@ inline float to_float(float value) { return value; }
 inline float to_float(BFloat16 value) { return as_float(uint32_t(value.bits) << 16); }
 inline float to_float(Half value) { return host::half_to_float(value.bits); }
 
-// Where the PTX manual's figures for mma.m16n8k16 (16-bit) and mma.m16n8k8 (tf32) put an element.
+// The place of an element in the PTX manual's figures for mma.m16n8k16 (16-bit) and mma.m16n8k8 (tf32).
 struct Place {
     int lane, word, half;
 };
@@ -397,10 +399,11 @@ inline float element_of(const host::Exchange* all, Place place, int offset) {
     if constexpr (sizeof(T) == 2)
         return to_float(T{uint16_t(word >> 16 * place.half)});
     else
-        return as_float(word & 0xffffe000);  // the tensor cores ignore what tf32 has no room for
+        return as_float(word & 0xffffe000);  // tensor cores ignore the bits that tf32 does not have
 }
 
-// Tensor cores do not round: they cut each number off at a place that follows from the largest, and then the sum.
+// The sum as tensor cores compute it. They do not round. They truncate each number at a bit that depends on the largest
+// number, and then they truncate the sum.
 inline float truncated_sum(const float* numbers, int count) {
     float largest = 0;
     double sum = 0;
@@ -412,7 +415,8 @@ inline float truncated_sum(const float* numbers, int count) {
         for (int i = 0; i < count; ++i) sum += numbers[i];
         return float(sum);
     }
-    // The largest power of two in it, or the least normal number, and a bit more behind it than a float32 has.
+    // The largest power of two in `largest`, at least the smallest normal number, times 2^-24. So each number keeps one
+    // more bit than a float32 has.
     const double unit = double(as_float(std::max(as_bits(largest) & 0x7f800000, 1u << 23))) * 0x1p-24;
     int64_t units = 0;
     for (int i = 0; i < count; ++i) units += int64_t(numbers[i] * (1 / unit));
@@ -454,7 +458,7 @@ inline uint32_t pack<BFloat16>(float low, float high) {
 
 namespace sgalign::host {
 
-// Runs the blocks of a grid one after the other.
+// Run the blocks of a grid one after the other.
 template <class Parameters>
 void run_grid(void (*kernel)(Parameters), int64_t blocks, int blocks_y, int threads, size_t shared_bytes,
               const Parameters& parameters) {
@@ -470,7 +474,7 @@ void run_grid(void (*kernel)(Parameters), int64_t blocks, int blocks_y, int thre
     block.error.clear();
     for (block.index_y = 0; block.index_y < blocks_y; ++block.index_y)
         for (block.index = 0; block.index < blocks; ++block.index) {
-            block.memory.reset(new char[shared_bytes + 128]);  // anew, so that a sanitizer sees its end
+            block.memory.reset(new char[shared_bytes + 128]);  // new for each block, so a sanitizer sees where it ends
             block.shared = block.memory.get();
             block.shared += (128 - uintptr_t(block.shared) % 128) % 128;
             memset(block.shared, 0xff, shared_bytes);
