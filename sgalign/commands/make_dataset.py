@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign make-dataset", description=__doc__)
     parser.add_argument("out", type=Path, help="new or empty folder to write")
-    parser.add_argument("--format", choices=["vg150", "vrd", "coco"], default="vg150", help="layout (default: %(default)s)")
+    parser.add_argument("--format", choices=["vg150", "vrd", "coco"], default="vg150", help="(default: %(default)s)")
     sizes = parser.add_argument
     sizes("--sizes", type=int, nargs=3, metavar="N", help="training, validation, test scenes (default: 300 50 80)")
     parser.add_argument("--source", metavar="FOLDER", help="convert this data set to COCO's format instead")
