@@ -105,7 +105,7 @@ def run(root: str | None, arm: studies.Arm, seed: int, epochs: int, path: Path) 
 def ranks(module: RelationModule, loader: DataLoader[GraphBatch]) -> list[list[int]]:
     """Return the rank of the first triplet that matches each relation, as one list per image.
 
-    Ranks start at 0. A relation that no triplet matches has rank `DEPTH`.
+    Ranks start at 0. A relation that none of the first `DEPTH` triplets matches has rank `DEPTH`.
     """
     module.eval()
     found = []
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str]) -> int:
             parser().error(f"--{name} must be at least 1, got {value}")
     data = studies.data_name(options.data)
     tasks: dict[Path, tuple[Any, ...]] = {}
-    # Run all arms with one seed before the next seed, because a partial result can then already be compared.
+    # All arms run with one seed before the next seed, so partial results can be compared.
     for seed in range(options.seeds):
         for arm in (arm for name in options.study for arm in studies.STUDIES[name].arms):
             path = run_path(options.out, studies.settings(data, arm, options.epochs), seed)

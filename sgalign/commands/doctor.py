@@ -61,9 +61,10 @@ def required(extra: str) -> list[str] | None:
 
 
 def missing(extra: str) -> list[str]:
-    """Return a list with one sentence that names the missing packages of an extra, or an empty list.
+    """Return one sentence that names the missing packages of an extra, as a list.
 
-    The list is empty if all packages are installed, or if sgalign is not installed and the packages are unknown.
+    The list is empty if all packages are installed. It is also empty if sgalign itself is not installed, because the
+    packages are then unknown.
     """
     packages = [package for package in required(extra) or [] if _installed_version(package) is None]
     return [f"missing {', '.join(packages)}: pip install 'sgalign[{extra}]'"] if packages else []

@@ -117,7 +117,8 @@ def main(arguments: Sequence[str]) -> int:
 def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[SceneGraph]) -> Any:
     """Return the evaluator that the options select.
 
-    The zero-shot triplets and the groups of predicates come from the parts before the evaluated one, if there are any.
+    Without --zero-shot, the zero-shot triplets are those that no part before the evaluated one has. The groups of
+    predicates depend on their frequency in the training part.
 
     Args:
         options: options of the command, as `parser` returns them.
@@ -146,7 +147,7 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
     if options.protocol.startswith("vrd-"):
         task = options.protocol.removeprefix("vrd-")
         return VRDEvaluator(task, predicates, predicates_per_pair=options.predicates_per_pair, zero_shot=zero_shot)
-    # Groups depend on the frequency in the training part alone, as in training.
+    # Count the training part alone, as in training.
     counts = count_predicates(seen[: len(parts[0])] if parts else graphs, predicates)
     return SceneGraphEvaluator(
         options.protocol,

@@ -35,7 +35,7 @@ sgalign COMMAND --help shows the options of a command."""
 
 COMMANDS = ("ablate", "cache-features", "compare", "evaluate", "make-dataset", "report")
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-LIGHTNING_OPTIONS = {"-c", "--config", "--model", "--data", "--trainer", "--ckpt_path"}  # unlike `predict` on images
+LIGHTNING_OPTIONS = {"-c", "--config", "--model", "--data", "--trainer", "--ckpt_path"}  # not for predict on images
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,6 +98,6 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def _is_lightnings(error: BaseException) -> bool:
-    """Return True if this is Lightning's error about options. This does not import Lightning."""
+    """Return True if this is Lightning's error about options, without importing Lightning."""
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
     return exceptions is not None and isinstance(error, exceptions.MisconfigurationException)

@@ -96,7 +96,7 @@ def few_photographs(source: str, count: int, long_side: int | None) -> list[Scen
     Args:
         source: folder of a data set.
         count: number of images.
-        long_side: maximum long side in pixels. Larger images are shrunk to it. If None, no image is.
+        long_side: maximum long side in pixels. Larger images are shrunk. If None, all images keep their size.
 
     Raises:
         ValueError: if there are fewer than `count` such images.

@@ -56,7 +56,7 @@ def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -
     """
     module = load_module(checkpoint)
     if not isinstance(module, AlignSGTRModule):
-        raise InputError(f"{checkpoint}: must be a checkpoint of AlignSGTRModule, got {type(module).__name__}")
+        raise InputError(f"{checkpoint} must be a checkpoint of AlignSGTRModule, got {type(module).__name__}")
     options = module.options
     photograph = pil_to_tensor(load_image(image, upright=True)).float() / 255
     pixels = resize(photograph, options.short_sides[-1], options.long_side)

@@ -51,13 +51,13 @@ def main(arguments: Sequence[str]) -> int:
         parser().error(f"--top-k must be at least 1, got {options.top_k}")
     folder = options.out.with_suffix("")
     if options.draw and not options.out.suffix:
-        parser().error(f"--out must end in .json, because --draw names its folder by the rest, got {options.out}")
+        parser().error(f"--out must end in .json, because --draw uses the rest as folder name, got {options.out}")
     read = options.images if options.images.is_dir() else options.images.parent
     if options.draw and folder.resolve() == read.resolve():
         parser().error(f"--out must not name the folder of the images, because --draw writes to it, got {options.out}")
     module = load_module(options.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(module, MotifsModule | SGTRModule):
-        raise InputError(f"{options.checkpoint}: must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
+        raise InputError(f"{options.checkpoint} must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
     if isinstance(module, MotifsModule) and module.options.vision == "cached":
         raise InputError(f"{options.checkpoint} must be of a model that reads images, but it reads cached features")
     if options.detections is None and module.protocol != "sgdet":

@@ -32,7 +32,7 @@ class Arm(NamedTuple):
 
     Attributes:
         name: name of the row.
-        base: name of the row that it is compared with. If empty, it is compared with none.
+        base: name of the row that it is compared with. If empty, the row is not compared.
         module: name of its class in `MODULES`.
         options: options that differ from the module's defaults.
         data: arguments of `ScarceData` that differ from its defaults.
@@ -180,7 +180,7 @@ MODULES = {
 def settings(data: str, arm: Arm, epochs: int) -> dict[str, Any]:
     """Return the settings that identify a run together with its seed.
 
-    Arms with equal settings share their runs, in different studies too.
+    Arms of different studies that have equal settings share their runs.
 
     Args:
         data: name of the data, as `data_name` returns it.
@@ -194,7 +194,7 @@ def settings(data: str, arm: Arm, epochs: int) -> dict[str, Any]:
 def data_name(root: str | None) -> str:
     """Return a unique name of the data, made of the folder's name and a digest of its annotations.
 
-    Two sets of cached features differ only in the names of their folders.
+    Cached features are not part of the digest. Only the name of their folder distinguishes them.
 
     Args:
         root: folder of the data. If None, the generated scenes.
@@ -223,7 +223,8 @@ def tabulate(folder: Path, names: Sequence[str] | None, data: str | None, epochs
     Raises:
         FileNotFoundError: if the folder has no runs, if no study has a run for every row, or if a named study has no
             runs.
-        ValueError: if `data` or `epochs` is None but ambiguous, or matches no run, or if a file is not a run.
+        ValueError: if no run has the given `data` or `epochs`, if either is None and the runs have several, or if a
+            file is not a run.
     """
     runs = read_runs(folder)
     if not runs:
@@ -236,7 +237,7 @@ def tabulate(folder: Path, names: Sequence[str] | None, data: str | None, epochs
         raise FileNotFoundError(f"{folder} has runs, but none of {', '.join(missing)}")
     if not studies:
         begun = ", ".join(name for name, arms in found.items() if arms) or "none"
-        raise FileNotFoundError(f"{folder}: no study has a run for every row; use --study for the begun ones: {begun}")
+        raise FileNotFoundError(f"{folder}: no study has a run for every row; --study selects a begun one: {begun}")
     comparison.write_csv(folder / "results.csv", studies)
     lines = []
     for name, arms in studies.items():
@@ -265,11 +266,11 @@ def _only(runs: Sequence[Run], name: str, wanted: Any) -> Any:
     if wanted in there or (wanted is None and len(there) == 1):
         return wanted if wanted in there else there.pop()
     of = ", ".join(sorted(map(repr, there)))
-    raise InputError(f"--{name} must be one of {of}, as the runs have, got {wanted!r}")
+    raise InputError(f"--{name} must be one of {of} to match the runs, got {wanted!r}")
 
 
 def runs_by_arm(runs: Sequence[Run], study: Study, data: str, epochs: int) -> dict[str, list[Run]]:
-    """Return the runs of each arm of a study that has some, sorted by seed. Arms keep the study's order."""
+    """Return the runs of each arm of a study, sorted by seed. Arms without runs are left out."""
     arms = {}
     for arm in study.arms:
         of_arm = settings(data, arm, epochs)
