@@ -76,7 +76,7 @@ def test_runs_are_kept_shared_and_reported(folder, tmp_path, chosen, monkeypatch
     capsys.readouterr()
     assert main(["report", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert "--data must be of 'scenes " in error and error.count("'scenes ") == 2
+    assert "--data must be one of 'scenes " in error and error.count("'scenes ") == 2
     name = studies.data_name(str(other))
     assert main(["report", str(tmp_path), "--data", name]) == 0
     assert "## Two" not in (tmp_path / "tables.md").read_text()
@@ -85,7 +85,7 @@ def test_runs_are_kept_shared_and_reported(folder, tmp_path, chosen, monkeypatch
     monkeypatch.setitem(chosen, "three", studies.Study("Three", [studies.motifs(**SMALL | {"hidden_dim": 9})]))
     before = (tmp_path / "results.csv").read_text()
     assert main(["report", str(tmp_path), "--data", name, "--study", "one", "three"]) == 1
-    assert "has runs, but of three none" in capsys.readouterr().err
+    assert "has runs, but none of three" in capsys.readouterr().err
     assert (tmp_path / "results.csv").read_text() == before
 
     first = next(iter((tmp_path / "runs").glob("*.json")))
@@ -136,7 +136,7 @@ def test_nothing_to_report(tmp_path, capsys):
     for option in (("--study", "controls"), ("--data", "scenes"), ("--epochs", "3")):
         with pytest.raises(SystemExit):
             main(["report", str(tmp_path), "--checkpoint", "a.ckpt", "--image", "a.jpg", *option])
-        assert f"{option[0]} is of runs, not of --checkpoint" in capsys.readouterr().err
+        assert f"{option[0]} selects runs and cannot be used with --checkpoint" in capsys.readouterr().err
 
 
 def test_every_study_names_its_base_and_no_arm_twice():

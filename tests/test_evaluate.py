@@ -175,7 +175,7 @@ def test_an_interrupted_prediction_leaves_the_file_as_it_was(tmp_path, annotatio
         (b"", "not JSON, or cut short .*; it must be an HDF5 or JSON file of predictions"),
         (b"\x89HDF\r\n\x1a\n cut", "cut short"),
         (b"[1, 2]", "object keyed by image id, got list"),
-        (b'{"nowhere.jpg": {}}', "image ids must be those of the test part .* got 1 others, such as 'nowhere.jpg'"),
+        (b'{"nowhere.jpg": {}}', "image ids must be in the test part .* got 1 others, such as 'nowhere.jpg'"),
         (b'{"IMAGE": 3}', "image 'IMAGE': must have boxes"),
         (b'{"IMAGE": {"boxes": [[1, 2], [3]]}}', "image 'IMAGE': boxes must be numbers in rows of equal length"),
         (b'{"IMAGE": {"boxes": [[1, 2, 3, 4]], "labels": [1.5]}}', "labels must be whole numbers, got torch.float32"),

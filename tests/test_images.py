@@ -604,7 +604,7 @@ def test_predict_images(data, tmp_path, capsys, protocol):
         assert message in capsys.readouterr().err
     assert sorted((p.name, p.read_bytes()) for p in folder.iterdir()) == before
     assert cli.main([*arguments, "--draw", "--top-k", "5"]) == 1  # for the torn one
-    assert "left out: " in (error := capsys.readouterr().err) and "torn.png" in error
+    assert "skipped: " in (error := capsys.readouterr().err) and "torn.png" in error
     graphs = json.loads((tmp_path / "g.json").read_text())
     assert [graph["image_id"] for graph in graphs] == ["0.jpg", "1.jpg"]
     for graph in graphs:

@@ -652,7 +652,7 @@ def test_doctor_finds_a_backend_that_does_not_work(capfd, monkeypatch, fails):
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"), [("tf32", "must be tf32x3 or ieee, got 'tf32'"), ("ieee", "by ieee, as asked")]
+    ("asked", "said"), [("tf32", "must be tf32x3 or ieee, got 'tf32'"), ("ieee", "with ieee, as the environment asks")]
 )
 def test_doctor_says_the_precision_that_triton_is_asked_for(capfd, monkeypatch, asked, said):
     configs = pytest.importorskip("sgalign.kernels.configs")

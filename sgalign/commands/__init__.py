@@ -1,6 +1,6 @@
-"""The command line. Nothing else imports these modules.
+"""The command line. No other layer imports these modules.
 
-`main` chooses the command. Each other module is one command of its name, but for three: `lightning_cli` is fit,
-validate, test and `predict --config`; `studies` is what `ablate` and `report` share; `mirror_figure` is a figure of
-`report`.
+`main` chooses the command. Most other modules are one command each and have its name. There are three exceptions:
+`lightning_cli` runs `fit`, `validate`, `test` and `predict --config`, `studies` is shared by `ablate` and `report`, and
+`mirror_figure` draws a figure for `report`.
 """

@@ -1,4 +1,4 @@
-"""Trains variants of Motifs with several seeds each, run by run, and tables what they reach."""
+"""Train variants of Motifs with several seeds each, and write tables of their results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ from sgalign.training.scarce import ScarceData
 
 
 class _Best(Callback):
-    """Validation figures after each epoch, and the weights of the best by SGTR's number, (R@100 + mR@100) / 2."""
+    """The validation figures of each epoch, and the weights of the best one.
+
+    The best epoch has the highest (R@100 + mR@100) / 2, by which SGTR's public code chooses its model.
+    """
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
@@ -49,14 +52,14 @@ class _Best(Callback):
 
 
 def run(root: str | None, arm: studies.Arm, seed: int, epochs: int, path: Path) -> Run:
-    """Return what the best epoch of an arm reaches when it is trained with a seed, and write it.
+    """Train an arm with a seed, test its best epoch, write the results to a file and return them.
 
     Args:
-        root: folder of a data set; None for the generated scenes.
-        arm: of a study.
-        seed: of weights, masks and the order of images.
-        epochs: of the training.
-        path: of the run's file, which appears when it is complete.
+        root: folder of a data set. If None, the generated scenes.
+        arm: arm of a study.
+        seed: seed of the weights, the masks and the order of the images.
+        epochs: number of training epochs.
+        path: file of the run. It appears when it is complete.
     """
     warnings.filterwarnings("ignore", module="lightning.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -100,7 +103,10 @@ def run(root: str | None, arm: studies.Arm, seed: int, epochs: int, path: Path) 
 
 @torch.no_grad()
 def ranks(module: RelationModule, loader: DataLoader[GraphBatch]) -> list[list[int]]:
-    """Return, for each image, the rank of the first triplet that finds each relation: from 0, at most `DEPTH`."""
+    """Return the rank of the first triplet that matches each relation, as one list per image.
+
+    Ranks start at 0. A relation that none of the first `DEPTH` triplets matches has rank `DEPTH`.
+    """
     module.eval()
     found = []
     for batch in loader:
@@ -113,7 +119,7 @@ def ranks(module: RelationModule, loader: DataLoader[GraphBatch]) -> list[list[i
     return found
 
 
-# ---- many
+# ---- many runs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,21 +130,21 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=studies.STUDIES,
         metavar="STUDY",
-        help=f"what to study: {', '.join(studies.STUDIES)}",
+        help=f"study to run: {', '.join(studies.STUDIES)}",
     )
     add = parser.add_argument
-    add("--data", metavar="FOLDER", help="folder of a data set (default: the generated scenes)")
-    add("--seeds", type=int, default=4, metavar="N", help="seeds for each row of a table (default: %(default)s)")
-    add("--epochs", type=int, default=studies.EPOCHS, metavar="N", help="epochs of each run (default: %(default)s)")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="for results; runs that are there are not done again")
-    add("--jobs", type=int, default=1, metavar="N", help="how many runs to do at the same time (default: %(default)s)")
+    add("--data", metavar="FOLDER", help="folder of a data set (default: generated scenes)")
+    add("--seeds", type=int, default=4, metavar="N", help="number of seeds per table row (default: %(default)s)")
+    add("--epochs", type=int, default=studies.EPOCHS, metavar="N", help="epochs per run (default: %(default)s)")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the results; existing runs are kept")
+    add("--jobs", type=int, default=1, metavar="N", help="number of runs at the same time (default: %(default)s)")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `sgalign ablate STUDY --out FOLDER`; return the exit code.
+    """Run `sgalign ablate STUDY --out FOLDER` and return the exit code.
 
-    Runs that are in the folder already are not done again. After the last come the tables.
+    Runs that are missing from the folder are done first. Then the tables are written.
     """
     options = parser().parse_args(arguments)
     for name in ("seeds", "jobs", "epochs"):
@@ -146,7 +152,7 @@ def main(arguments: Sequence[str]) -> int:
             parser().error(f"--{name} must be at least 1, got {value}")
     data = studies.data_name(options.data)
     tasks: dict[Path, tuple[Any, ...]] = {}
-    # All arms with one seed before any with the next, so that a part of it says something.
+    # All arms run with one seed before the next seed, so partial results can be compared.
     for seed in range(options.seeds):
         for arm in (arm for name in options.study for arm in studies.STUDIES[name].arms):
             path = run_path(options.out, studies.settings(data, arm, options.epochs), seed)
@@ -154,7 +160,7 @@ def main(arguments: Sequence[str]) -> int:
     there = [path for path in tasks if path.exists()]
     for path in there:
         del tasks[path]
-    print(f"{options.out}: {len(tasks)} runs to do, {len(there)} are there", flush=True)
+    print(f"{options.out}: {len(tasks)} runs to do, {len(there)} already done", flush=True)
     for number, (arm, result) in enumerate(_results(list(tasks.values()), options.jobs), 1):
         test = {name: f"{100 * result['test'][name]:.1f}" for name in ("R@50", "mR@50")}
         of = f"{number}/{len(tasks)} {arm.name}, seed {result['seed']}"
@@ -164,16 +170,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _results(tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[tuple[studies.Arm, Run]]:
-    """Yield each run with its arm, as they are done; `tasks` are arguments of `run`."""
+    """Do the runs and yield each with its arm as it completes. Each of `tasks` has the arguments of `run`."""
     if jobs == 1:
         yield from ((task[1], run(*task)) for task in tasks)
         return
-    # Small operations gain little from threads: several runs side by side, one thread each, do more.
+    # Small operations gain little from threads. Several runs in parallel, with one thread each, are faster.
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         futures = {pool.submit(run, *task): task[1] for task in tasks}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # or all the others would be done first
+            pool.shutdown(wait=False, cancel_futures=True)  # otherwise all other runs would be done first
             raise

@@ -1,4 +1,4 @@
-"""Region and union features of a data set, computed once and kept in HDF5 files."""
+"""Compute the region and union features of a data set once, and store them in HDF5 files."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ IMAGES_A_FILE = 64
 def cache_features(
     graphs: Sequence[SceneGraph], detector: Detector, regions: RegionFeatures, folder: str | Path, *, half: bool = False
 ) -> None:
-    """Writes what `detector` and `regions` see of annotated boxes and of all ordered pairs of them.
+    """Write the features of all annotated boxes and of all their ordered pairs to files.
 
-    The files hold 64 images each and appear whole or not at all: a run that was interrupted goes on where it stopped,
-    and images that are there already are not seen again. What is kept depends on all weights: those of `regions` are
-    not trained any more where a model reads the files.
+    Each file holds 64 images and appears whole or not at all. An interrupted run resumes where it stopped: images that
+    the folder already has are skipped. The features depend on the weights of `detector` and of `regions`. A model that
+    reads the files can no longer train `regions`.
 
     Args:
-        graphs: with images.
-        folder: made if it is not there.
-        half: stores float16, half the size.
+        graphs: scene graphs with images.
+        detector: detector whose feature maps and class scores are used.
+        regions: extractors of the features of boxes and pairs.
+        folder: folder for the files. It is made if it does not exist.
+        half: if True, the features are stored as float16, which takes half the space.
 
     Raises:
-        ValueError: an image cannot be read, or the folder has features of other weights or types.
+        ValueError: if an image cannot be read, or if the folder has features of other weights, another dtype or
+            another image size.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,11 +55,11 @@ def cache_features(
     for name, value in header.items():
         if cache.paths and cache.header.get(name) != value:
             raise InputError(
-                f"{folder}: has features of {name} {cache.header.get(name)}, not {value}: choose another folder"
+                f"{folder} has features of {name} {cache.header.get(name)}, not {value}: choose another folder"
             )
     missing = [graph for graph in {graph.image_id: graph for graph in graphs}.values() if graph.image_id not in cache]
     following = int(cache.paths[-1].stem.removeprefix("features_")) + 1 if cache.paths else 0
-    print(f"{folder}: {len(missing)} images to see, {known} are there", flush=True)
+    print(f"{folder}: {len(missing)} images to do, {known} already done", flush=True)
     detector, regions = detector.eval(), regions.eval()
     device = next(regions.parameters()).device
     for start in range(0, len(missing), IMAGES_A_FILE):
@@ -88,21 +91,22 @@ def _digest(*modules: torch.nn.Module) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`sgalign cache-features`."""
+    """Run `sgalign cache-features --checkpoint FILE --out FOLDER` and return the exit code."""
     parser = argparse.ArgumentParser("sgalign cache-features", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="of a model whose vision is 'images'")
-    parser.add_argument("--data", metavar="FOLDER", help="a data set; without it, the generated scenes")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="for the files; a second run goes on")
-    parser.add_argument("--parts", nargs="+", default=["train", "validation", "test"], metavar="PART")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint of a Motifs model with vision 'images'")
+    parser.add_argument("--data", metavar="FOLDER", help="folder of a data set (default: generated scenes)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the files; a second run resumes")
+    parts = "parts of the data set (default: train validation test)"
+    parser.add_argument("--parts", nargs="+", default=["train", "validation", "test"], metavar="PART", help=parts)
     parser.add_argument("--validation-images", type=int, metavar="N", help="as for fit (default: the data set's)")
-    parser.add_argument("--half", action="store_true", help="float16, half the size")
+    parser.add_argument("--half", action="store_true", help="store float16, which takes half the space")
     options = parser.parse_args(arguments)
     module = load_module(options.checkpoint)
     if not isinstance(module, MotifsModule) or not isinstance(module.vision, ImageVision):
-        raise InputError(f"{options.checkpoint}: must be of a model whose vision is 'images'")
+        raise InputError(f"{options.checkpoint} must be the checkpoint of a Motifs model with vision 'images'")
     data = SceneGraphData(options.data, validation_images=options.validation_images)
     if unknown := set(options.parts) - {"train", "validation", "test"}:
-        parser.error(f"--parts must be of train, validation and test, got {', '.join(sorted(unknown))}")
+        parser.error(f"--parts must be train, validation or test, got {', '.join(sorted(unknown))}")
     graphs = [graph for part in options.parts for graph in getattr(data, part)]
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     cache_features(graphs, module.vision.detector, module.vision.regions, options.out, half=options.half)

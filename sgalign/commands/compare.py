@@ -1,4 +1,4 @@
-"""`sgalign compare`: the frequency baseline, Motifs and Align-Motifs on one data set, and what the mirror costs."""
+"""Train and evaluate the frequency baseline, Motifs and Align-Motifs on one data set, and time the mirror's cost."""
 
 from __future__ import annotations
 
@@ -21,35 +21,37 @@ from sgalign.files import save_figure, write_json
 from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, RelationModule, SceneGraphData
 
 METRICS = ("R@20", "R@50", "R@100", "mR@20", "mR@50", "mR@100")
-COST_STEPS = 40
+COST_STEPS = 40  # timed training steps of each module
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign compare", description=__doc__)
     parser.add_argument(
-        "--data", metavar="FOLDER", help="a data set in any of the layouts; without it, generated scenes"
+        "--data", metavar="FOLDER", help="folder of a data set in any layout (default: generated scenes)"
     )
     parser.add_argument(
         "--validation-images",
         type=int,
         metavar="N",
-        help="how many training images are held out where there is no validation part (default: the data set's)",
+        help="number of training images to hold out if there is no validation part (default: the data set's)",
     )
-    parser.add_argument("--epochs", type=int, default=6, help="of each training (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and image order (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for all results (default: a new one in runs/)")
+    parser.add_argument("--epochs", type=int, default=6, help="number of training epochs (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and image order (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for results (default: a new one in runs/)")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run `sgalign compare` and return the exit code."""
     options = parser().parse_args(arguments)
     if options.epochs < 1:
         parser().error(f"--epochs must be at least 1, got {options.epochs}")
     out = options.out or Path("runs") / time.strftime("compare_%Y-%m-%d_%H-%M-%S")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        parser().error(f"--out must be a new or an empty folder, {out} is not")
-    # Advice on worker processes and devices that does not apply: batches take a millisecond to make.
+        parser().error(f"--out must be a new or an empty folder, got {out}")
+    # Lightning's advice on worker processes and devices does not apply, because batches take a millisecond to make.
     warnings.filterwarnings("ignore", module="lightning.*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -79,10 +81,10 @@ def main(arguments: Sequence[str]) -> int:
     draw(out / "comparison.png", data, history, results)
 
     print(f"\n{table(results)}\n")
-    print(f"One run each on {data.name}, seed {options.seed}, PredCls, test part: differences of a point or two are")
-    print("within the spread between seeds (docs/training.md).")
-    print(f"A training step takes {1e3 * seconds[0]:.1f} ms, with the mirror {1e3 * seconds[1]:.1f} ms: ", end="")
-    print(f"{seconds[1] / seconds[0]:.2f} times as long.")
+    print(f"PredCls on the test part of {data.name}, in percent. Each row is one run with seed {options.seed}.")
+    print("Differences of a point or two are within the spread between seeds (docs/training.md).")
+    print(f"A training step takes {1e3 * seconds[0]:.1f} ms, and {1e3 * seconds[1]:.1f} ms with the mirror, ", end="")
+    print(f"which is {seconds[1] / seconds[0]:.2f} times as long.")
     print(f"figure      {out / 'comparison.png'}")
     print(f"numbers     {out / 'results.json'}")
     for name in ("Motifs", "Align-Motifs"):
@@ -91,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class _History(Callback):
-    """Validation recall after each epoch."""
+    """The validation recall after each epoch."""
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
@@ -120,7 +122,10 @@ def _trainer(folder: Path, epochs: int, *, trains: bool) -> tuple[pl.Trainer, li
 
 
 def step_seconds(modules: Sequence[MotifsModule], batches: Sequence[GraphBatch]) -> list[float]:
-    """Median time of a training step of each module, steps of all taken in turn, so that all meet the same machine."""
+    """Return the median time of a training step of each module, in seconds.
+
+    The modules take turns, because the load of the machine then affects all of them alike.
+    """
     device = modules[0].device
     optimizers = [module.make_optimizer() for module in modules]
     taken: list[list[float]] = [[] for _ in modules]
@@ -138,7 +143,7 @@ def step_seconds(modules: Sequence[MotifsModule], batches: Sequence[GraphBatch])
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Recalls in percent, a line a model."""
+    """Return the recalls in percent as text, with one line per model."""
     lines = [f"{'':14}" + "".join(f"{metric:>8}" for metric in METRICS)]
     for name, recall in results.items():
         lines.append(f"{name:14}" + "".join(f"{100 * recall[metric]:8.1f}" for metric in METRICS))
@@ -151,7 +156,7 @@ def draw(
     history: dict[str, list[dict[str, float]]],
     results: dict[str, dict[str, float]],
 ) -> None:
-    """Recall by epoch, and what the mirror changed for each predicate."""
+    """Draw the recall by epoch, and the change of each predicate's recall by the mirror."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
@@ -171,5 +176,5 @@ def draw(
     bars.bar(range(len(names)), change, color="tab:orange")
     bars.set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 30 else 5, parse_math=False)
     bars.axhline(0, color="black", linewidth=0.5)
-    bars.set(ylabel="points of R@50", title="Align-Motifs minus Motifs, predicates by falling frequency, test part")
+    bars.set(ylabel="points of R@50", title="Align-Motifs minus Motifs on the test part, most frequent predicate first")
     save_figure(figure, path)

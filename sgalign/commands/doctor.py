@@ -1,4 +1,4 @@
-"""`sgalign doctor`: what is installed, what runs, and what to do about what does not."""
+"""Show what is installed and which backends run on this machine, and say how to fix the others."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ REQUIREMENT = re.compile(r"([\w.-]+).*;.*\bextra\s*==\s*['\"]([\w.-]+)['\"]")
 
 
 def main() -> int:
-    """Print the report; return 0 if the package works, 1 if not."""
+    """Print the report and return 0 if the package works, 1 otherwise."""
     print(f"sgalign {_version.__version__} in {Path(__file__).parents[1]}")
     print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}")
     for extra in EXTRAS:
         if (packages := required(extra)) is None:
-            print(f"[{extra}] unknown: sgalign is not installed, and only an installation lists what its extras need")
+            print(f"[{extra}] unknown: sgalign is not installed, and only an installation lists the packages of extras")
             continue
         versions = {package: _installed_version(package) for package in packages}
         found = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
@@ -32,7 +32,7 @@ def main() -> int:
     for backend in backends.BACKENDS:
         print(f"  {backend}: {backends.unavailable(backend) or 'available'}")
     chosen = (backends.choose(None, torch.device(device), torch.float32) for device in ("cpu", "cuda"))
-    print("  chosen for CPU tensors: {}; for GPU tensors: {}, and for float64 reference".format(*chosen))
+    print("  default for CPU tensors: {}; for GPU tensors: {}, or reference for float64".format(*chosen))
     precise = _precision_is_valid()
     if _core.problem():
         return 1
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def required(extra: str) -> list[str] | None:
-    """Return the packages that an extra of the installed sgalign names; None in a source tree without installation."""
+    """Return the packages that an extra needs, or None if sgalign is not installed but runs from a source tree."""
     try:
         requirements = importlib.metadata.requires("sgalign") or []
     except importlib.metadata.PackageNotFoundError:
@@ -61,7 +61,11 @@ def required(extra: str) -> list[str] | None:
 
 
 def missing(extra: str) -> list[str]:
-    """Return a sentence about what of an extra is not installed; none if all is, or if nothing lists it."""
+    """Return one sentence that names the missing packages of an extra, as a list.
+
+    The list is empty if all packages are installed. It is also empty if sgalign itself is not installed, because the
+    packages are then unknown.
+    """
     packages = [package for package in required(extra) or [] if _installed_version(package) is None]
     return [f"missing {', '.join(packages)}: pip install 'sgalign[{extra}]'"] if packages else []
 
@@ -74,13 +78,13 @@ def _installed_version(package: str) -> str | None:
 
 
 def _precision_is_valid() -> bool:
-    """Print the precision that SGALIGN_TRITON_DOT_PRECISION asks for; return False if there is no such precision."""
+    """Print the precision that SGALIGN_TRITON_DOT_PRECISION asks for, and return False if it is not a valid one."""
     if backends.HAS_TRITON:
         from sgalign.kernels import configs
 
         try:
             if configs.ASKED_PRECISION:
-                print(f"  triton multiplies float32 matrices by {configs.dot_precision()}, as asked")
+                print(f"  triton multiplies float32 matrices with {configs.dot_precision()}, as the environment asks")
         except InputError as error:
             print(f"  triton: {error}")
             return False
@@ -95,12 +99,15 @@ def _threads(openmp: bool) -> str:
     if runtimes is None:
         return count
     if len(runtimes) == 1:
-        return f"{count}, in torch's pool: one OpenMP runtime, {runtimes[0]}"
-    return f"{count}, in a pool of their own beside torch's: {len(runtimes)} OpenMP runtimes, {', '.join(runtimes)}"
+        return f"{count}, shared with torch: one OpenMP runtime, {runtimes[0]}"
+    return f"{count}, separate from torch's threads: {len(runtimes)} OpenMP runtimes, {', '.join(runtimes)}"
 
 
 def openmp_runtimes() -> list[str] | None:
-    """Return the OpenMP runtimes in this process, None if unknown. More than one means several thread pools."""
+    """Return the paths of the OpenMP runtimes in this process, or None if unknown.
+
+    Each runtime has its own thread pool.
+    """
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return None
@@ -109,7 +116,7 @@ def openmp_runtimes() -> list[str] | None:
 
 
 def _works(backend: str) -> bool:
-    """Run a backend once, and print what came of it."""
+    """Run a backend once, print the result, and return True if it agrees with the reference."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(2, 2, length, 32, generator=generator) for length in (9, 9, 300, 300)]
     expected = dual_branch_attention(*tensors, mask_ratio=0.1, mask_seed=0, backend="reference")
@@ -117,7 +124,7 @@ def _works(backend: str) -> bool:
     try:
         outs = dual_branch_attention(*(t.to(device) for t in tensors), mask_ratio=0.1, mask_seed=0, backend=backend)
         error = max((a.cpu() - b).abs().max().item() for a, b in zip(outs, expected))
-    except Exception as problem:  # of a driver, a compiler, a kernel: whatever it is, doctor is who is asked
+    except Exception as problem:  # a driver, a compiler or a kernel may raise any error, and the report shows it
         print(f"  {backend}: dual-branch attention fails: {type(problem).__name__}: {problem}")
         return False
     works = error < 1e-5

@@ -1,4 +1,4 @@
-"""Scores any system's predictions, read from a file, against a data set's annotations."""
+"""Score the predictions of any system, read from a file, against the annotations of a data set."""
 
 from __future__ import annotations
 
@@ -29,52 +29,57 @@ from sgalign.metrics import (
 from sgalign.metrics.results import split_name, table
 
 VRD_TASKS = ("relationship", "phrase", "predicate")
-EPILOG = "docs/evaluation.md has the format of the file, every rule, and what each choice is worth."
+EPILOG = "docs/evaluation.md describes the format of the file, every rule, and the effect of each choice."
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign evaluate", description=__doc__, epilog=EPILOG)
     parser.add_argument("predictions", type=Path, help="HDF5 or JSON file of predictions")
-    parser.add_argument("--annotations", metavar="FOLDER", required=True, help="a data set: VRD, VG150 or COCO layout")
-    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(default: test)")
+    parser.add_argument("--annotations", metavar="FOLDER", required=True, help="data set: VRD, VG150 or COCO layout")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="part (default: test)")
     parser.add_argument(
-        "--validation-images", type=int, metavar="N", help="held out of training images (default: the data set's)"
+        "--validation-images",
+        type=int,
+        metavar="N",
+        help="number of training images that are held out (default: the data set's)",
     )
     parser.add_argument(
         "--protocol",
         required=True,
         choices=(*PROTOCOLS, *(f"vrd-{task}" for task in VRD_TASKS), "open-images"),
-        help="what was given to the model, or the protocol of VRD's paper or of Open Images",
+        help="task of the model, or protocol of VRD's paper (vrd-*) or of Open Images",
     )
-    parser.add_argument("--zero-shot", metavar="FILE", help="the public list (default: what other parts do not have)")
+    parser.add_argument(
+        "--zero-shot", metavar="FILE", help="public list of zero-shot triplets (default: those not in earlier parts)"
+    )
     parser.add_argument(
         "--predicates-per-pair",
         type=int,
         default=1,
         metavar="N",
-        help="of vrd-* and open-images only (default: %(default)s)",
+        help="ranked predicates per pair, for vrd-* and open-images only (default: %(default)s)",
     )
-    parser.add_argument("--skip-missing", action="store_true", help="images without prediction do not count")
-    parser.add_argument("--no-plus-one", action="store_true", help="a box is x2 - x1 wide, not x2 - x1 + 1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes all figures")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="writes all figures, one a line")
+    parser.add_argument("--skip-missing", action="store_true", help="do not count images without a prediction")
+    parser.add_argument("--no-plus-one", action="store_true", help="take x2 - x1 as a box's width, not x2 - x1 + 1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures to this file, one per line")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `sgalign evaluate PREDICTIONS --annotations FOLDER --protocol PROTOCOL`; return the exit code."""
+    """Run `sgalign evaluate PREDICTIONS --annotations FOLDER --protocol PROTOCOL` and return the exit code."""
     options = parser().parse_args(arguments)
     special = options.protocol not in PROTOCOLS
     if special and (options.skip_missing or options.no_plus_one):
-        parser().error(f"--skip-missing and --no-plus-one are not for --protocol {options.protocol}")
+        parser().error(f"--skip-missing and --no-plus-one cannot be used with --protocol {options.protocol}")
     if options.protocol == "open-images" and options.zero_shot is not None:
-        parser().error("--zero-shot is not for --protocol open-images")
+        parser().error("--zero-shot cannot be used with --protocol open-images")
     if not special and options.predicates_per_pair != 1:
-        parser().error(f"--predicates-per-pair is not for --protocol {options.protocol}")
+        parser().error(f"--predicates-per-pair cannot be used with --protocol {options.protocol}")
     files = [path for path in (options.predictions, options.json, options.csv) if path is not None]
     if len({path.resolve() for path in files}) < len(files):
-        parser().error("--json and --csv must be two files, and not that of the predictions")
+        parser().error("--json and --csv must be two files, other than the file of predictions")
     for path in files[1:]:
         check_writable(path)
     dataset = open_dataset(options.annotations, options.split, validation_images=options.validation_images)
@@ -82,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     graphs = list(dataset)
     if unknown := predictions.image_ids - {graph.image_id for graph in graphs}:
         raise InputError(
-            f"{options.predictions}: image ids must be those of the {options.split} part of {options.annotations}, "
+            f"{options.predictions}: image ids must be in the {options.split} part of {options.annotations}, "
             f"got {len(unknown)} others, such as {min(unknown)!r}"
         )
     metric = make_evaluator(options, dataset, graphs)
@@ -110,14 +115,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[SceneGraph]) -> Any:
-    """Return the evaluator that the command's options ask for.
+    """Return the evaluator that the options select.
 
-    Zero-shot triplets and groups of predicates are those that the data set's other parts tell.
+    Without --zero-shot, the zero-shot triplets are those that no part before the evaluated one has. The groups of
+    predicates depend on their frequency in the training part.
 
     Args:
-        options: of `parser`.
-        dataset: the part that is evaluated.
-        graphs: its scene graphs.
+        options: options of the command, as `parser` returns them.
+        dataset: part of the data set to evaluate.
+        graphs: scene graphs of this part.
     """
     predicates = len(dataset.predicate_names) - 1
     if options.protocol == "open-images":
@@ -128,10 +134,10 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
     seen: list[SceneGraph] = sum(map(list, parts), [])
     for kind in ("object_names", "predicate_names"):
         if any(getattr(part, kind) != getattr(dataset, kind) for part in parts):
-            raise InputError(f"{options.annotations}: {kind} must be the same in all parts, those of {others} differ")
+            raise InputError(f"{options.annotations}: {kind} must be the same in all parts, got other ones in {others}")
     zero_shot = None
     if options.zero_shot is not None:
-        # The public list has subject, object, predicate.
+        # The columns of the public list are subject, object, predicate.
         zero_shot = read_zero_shot_triplets(options.zero_shot)[:, [0, 2, 1]]
         where = f"{options.zero_shot}: "
         check_range(where, "classes of objects", zero_shot[:, [0, 2]], 1, len(dataset.object_names) - 1)
@@ -141,7 +147,7 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
     if options.protocol.startswith("vrd-"):
         task = options.protocol.removeprefix("vrd-")
         return VRDEvaluator(task, predicates, predicates_per_pair=options.predicates_per_pair, zero_shot=zero_shot)
-    # By frequency in the training part alone, as in training.
+    # Count the training part alone, as in training.
     counts = count_predicates(seen[: len(parts[0])] if parts else graphs, predicates)
     return SceneGraphEvaluator(
         options.protocol,
@@ -155,7 +161,7 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
 
 
 def nothing() -> dict[str, Tensor]:
-    """Return the prediction for an image of which a file says nothing: no objects, no triplets."""
+    """Return a prediction without objects and triplets, for an image that is not in the file."""
     return {
         "boxes": torch.zeros(0, 4),
         "labels": torch.zeros(0, dtype=torch.int64),

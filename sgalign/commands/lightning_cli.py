@@ -1,4 +1,4 @@
-"""`sgalign fit`, `validate`, `test` and `predict --config`: Lightning's command line with our modules and data."""
+"""Lightning's command line for our modules and data: `sgalign fit`, `validate`, `test` and `predict --config`."""
 
 from __future__ import annotations
 
@@ -14,47 +14,50 @@ from sgalign.errors import InputError
 from sgalign.training import FrequencyModule, SavedModule, SceneGraphData, read_checkpoint
 
 EXPECTED_WARNINGS = (
-    "LightningCLI's args parameter",  # it is the command line that is passed on, without the command's name
-    "Found .* module.* in eval mode",  # a detector that is not trained
-    r"`isinstance\(treespec, LeafSpec\)`",  # between Lightning and torch
+    "LightningCLI's args parameter",  # our `args` are the command line without the name of the program
+    "Found .* module.* in eval mode",  # the module is a detector that is not trained
+    r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's use of torch is deprecated
 )
 
 
 class CLI(LightningCLI):
-    """Lightning's command line, where options are those given and a checkpoint tells the weights alone."""
+    """Lightning's command line. Options come from the config and the arguments, and only weights from a checkpoint."""
 
     checkpoint: dict[str, Any] | None = None
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse, and read the checkpoint before anything is made."""
+        """Parse the arguments, and read the checkpoint before any object is made."""
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path not in (None, "last", "hpc", "registry"):  # words that Lightning resolves
-            # Before Lightning does, whose errors do not say what is wrong with the file.
+        if path not in (None, "last", "hpc", "registry"):  # Lightning resolves these words
+            # Read it before Lightning does, because Lightning's errors do not say what is wrong with the file.
             self.checkpoint = read_checkpoint(path)
 
     def before_fit(self) -> None:
-        """Refuse to train what has nothing to train."""
+        """Raise InputError if the model has nothing to train, otherwise prepare it for the checkpoint."""
         if isinstance(self.model, FrequencyModule):
-            raise InputError("FrequencyModule has nothing to fit: sgalign test --model FrequencyModule is all")
+            raise InputError("FrequencyModule has nothing to fit: sgalign test --model FrequencyModule evaluates it")
         self._make_from_checkpoint()
 
     def _make_from_checkpoint(self) -> None:
         if self.checkpoint is not None:
-            # It tells what is made, so that the files of initial values are not looked for again.
+            # This makes the network from the checkpoint. The files of initial values are then not needed again.
             self.model.on_load_checkpoint(self.checkpoint)
             self.checkpoint = None
 
     def _needs_checkpoint(self) -> None:
         if not isinstance(self.model, FrequencyModule) and not self.config[self.config.subcommand].ckpt_path:
-            raise InputError(f"{self.config.subcommand} needs --ckpt_path FILE, a checkpoint that fit has written")
+            raise InputError(f"{self.config.subcommand} needs --ckpt_path FILE, a checkpoint written by fit")
         self._make_from_checkpoint()
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning's method would silently replace given options, and the model, by the checkpoint's."""
+        """Do nothing, because Lightning's method would silently replace the model and the given options.
+
+        It would take both from the checkpoint.
+        """
 
     def after_fit(self) -> None:
-        """Print where the checkpoints are."""
+        """Print the paths of the checkpoints."""
         for callback in self.trainer.checkpoint_callbacks:
             if path := getattr(callback, "best_model_path", ""):
                 rank_zero_info(f"checkpoint {path}")
@@ -63,7 +66,7 @@ class CLI(LightningCLI):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `fit`, `validate`, `test` or `predict`, the first of the arguments; return the exit code."""
+    """Run the command that the first argument names (fit, validate, test or predict), and return the exit code."""
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
     cli = CLI(
@@ -73,4 +76,4 @@ def main(arguments: Sequence[str]) -> int:
         save_config_kwargs={"overwrite": True},
         args=list(arguments),
     )
-    return 128 + signal.SIGTERM if cli.trainer.received_sigterm else 0  # which Lightning ends without an error for
+    return 128 + signal.SIGTERM if cli.trainer.received_sigterm else 0  # Lightning ends without an error on SIGTERM

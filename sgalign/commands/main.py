@@ -1,4 +1,7 @@
-"""The entry of the command line: chooses the command, which imports only what it needs, and says what went wrong."""
+"""The entry point of the command line.
+
+It imports only the modules that the chosen command needs, and prints errors of the user's input as one sentence.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +18,31 @@ from sgalign.errors import InputError
 USAGE = """\
 usage: sgalign COMMAND ...
 
-  doctor    what is installed, what runs, what to do about the rest
+  doctor    show what is installed and which backends run, and how to fix the others
   compare   train and evaluate the frequency baseline, Motifs and Align-Motifs
-  ablate    train variants of Motifs with several seeds each: the paper's tables
-  report    tables and figures of what ablate has done
+  ablate    train variants of Motifs with several seeds each, for the paper's tables
+  report    make tables and figures from the runs of ablate
   make-dataset
-            generated scenes as files, or a data set as COCO with relations
+            write generated scenes as files, or convert a data set to COCO with relations
   cache-features
-            what a model's detector and extractors see of a data set, for fast training
-  evaluate  any system's predictions, from a file
-  predict   the scene graphs of an image or of a folder of images, with a trained model
+            store the features that a model computes from the images of a data set, for fast training
+  evaluate  score any system's predictions, read from a file
+  predict   predict the scene graphs of an image or a folder of images with a trained model
   fit, validate, test, predict --config FILE
-            one system on a data set: sgalign fit --config configs/align_motifs_small.yaml
+            train or run one system: sgalign fit --config configs/align_motifs_small.yaml
 
-sgalign COMMAND --help has each command's options."""
+sgalign COMMAND --help shows the options of a command."""
 
 COMMANDS = ("ablate", "cache-features", "compare", "evaluate", "make-dataset", "report")
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-LIGHTNING_OPTIONS = {"-c", "--config", "--model", "--data", "--trainer", "--ckpt_path"}  # not of predict on photographs
+LIGHTNING_OPTIONS = {"-c", "--config", "--model", "--data", "--trainer", "--ckpt_path"}  # not for predict on images
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code: 1 after a sentence on stderr, 2 where there is no such command."""
+    """Run a command and return its exit code.
+
+    The code is 1 if an error was printed as a sentence on stderr, and 2 if there is no such command.
+    """
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE)
@@ -47,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if command not in ("doctor", *COMMANDS, *TRAINER_COMMANDS):
-        print(f"sgalign: no command {command!r}\n\n{USAGE}", file=sys.stderr)
+        print(f"sgalign: there is no command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     from sgalign.commands import doctor
 
@@ -64,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from sgalign.commands import lightning_cli
 
         return lightning_cli.main([command, *rest])
-    except ModuleNotFoundError as error:  # where sgalign is not installed, nothing lists what the extra needs
+    except ModuleNotFoundError as error:  # `doctor.missing` finds nothing in a source tree that is not installed
         package = (error.name or "sgalign").partition(".")[0]
         if package == "sgalign":
             raise
@@ -78,13 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: BaseException) -> str | None:
-    """Return what an error of our own checks, the file system or Lightning says, or None if it is a defect."""
+    """Return the message of an error from our own checks, the file system or Lightning, or None if it is a defect."""
     if isinstance(error, OSError | InputError) and "in DataLoader worker" in str(error):
-        # torch raises it again, with the worker's traceback as its message
+        # torch raises a worker's error again, with the worker's traceback as its message.
         return str(error).strip().splitlines()[-1].partition(": ")[2]
     if isinstance(error, OSError | InputError) or _is_lightnings(error):
         return str(error)
-    # jsonargparse raises an error of its own for what a constructor says.
+    # jsonargparse replaces the error that a constructor raises with its own.
     frames = traceback.extract_tb(error.__traceback__)
     by_parser = bool(frames) and "jsonargparse" in Path(frames[-1].filename).parts
     cause = error.__cause__ or error.__context__
@@ -92,6 +98,6 @@ def _sentence(error: BaseException) -> str | None:
 
 
 def _is_lightnings(error: BaseException) -> bool:
-    """Return True for Lightning's error about options. Where Lightning was not imported, it cannot have raised one."""
+    """Return True if this is Lightning's error about options, without importing Lightning."""
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
     return exceptions is not None and isinstance(error, exceptions.MisconfigurationException)

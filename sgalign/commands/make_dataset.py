@@ -1,4 +1,4 @@
-"""Writes a data set in one of the layouts that are read: generated scenes, or another data set as COCO."""
+"""Write generated scenes in one of the supported layouts, or convert a data set to COCO's format with relations."""
 
 from __future__ import annotations
 
@@ -21,34 +21,38 @@ from sgalign.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign make-dataset", description=__doc__)
-    parser.add_argument("out", type=Path, help="a new or an empty folder")
+    parser.add_argument("out", type=Path, help="new or empty folder to write")
     parser.add_argument("--format", choices=["vg150", "vrd", "coco"], default="vg150", help="(default: %(default)s)")
     sizes = parser.add_argument
     sizes("--sizes", type=int, nargs=3, metavar="N", help="training, validation, test scenes (default: 300 50 80)")
-    parser.add_argument("--source", metavar="FOLDER", help="converts this data set to COCO's format instead")
+    parser.add_argument("--source", metavar="FOLDER", help="convert this data set to COCO's format instead")
     parser.add_argument(
         "--few",
         type=int,
         metavar="N",
-        help="of --source: the first N photographs of its test part, by name, as training, validation and test part, "
-        "to see whether a model can memorise them",
+        help="with --source: use the first N photographs of its test part, by name, as training, validation and test "
+        "part, to check that a model can memorize them",
     )
-    parser.add_argument("--long-side", type=int, metavar="PIXELS", help="of --few: makes larger photographs smaller")
-    parser.add_argument("--validation-images", type=int, metavar="N", help="of --source, as for fit")
-    parser.add_argument("--no-images", action="store_true", help="annotations alone")
+    parser.add_argument("--long-side", type=int, metavar="PIXELS", help="with --few: longest side after shrinking")
+    parser.add_argument("--validation-images", type=int, metavar="N", help="with --source: as for fit")
+    parser.add_argument("--no-images", action="store_true", help="write annotations without images")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`sgalign make-dataset`. What is in `out` when it is interrupted is nothing at all."""
+    """Run `sgalign make-dataset OUT` and return the exit code.
+
+    The folder appears when it is complete. An interrupted command leaves nothing in it.
+    """
     options = parser().parse_args(arguments)
     if options.source is not None and options.sizes is not None:
-        parser().error("--sizes is of generated scenes, not of --source")
+        parser().error("--sizes is for generated scenes and cannot be used with --source")
     if options.few is not None and options.source is None:
         parser().error("--few needs --source")
     if options.validation_images is not None and (options.source is None or options.few is not None):
-        parser().error("--validation-images needs --source, and is not of --few")
+        parser().error("--validation-images needs --source and cannot be used with --few")
     if options.long_side is not None and options.few is None:
         parser().error("--long-side needs --few")
     for name in ("few", "long_side"):
@@ -60,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.source is not None and options.format != "coco":
         parser().error("--source needs --format coco")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        parser().error(f"out must be a new or an empty folder, {options.out} is not")
+        parser().error(f"out must be a new or an empty folder, got {options.out}")
     if options.source is None:
         datasets: dict[str, Any] = {s: ScenesDataset(s, size=n) for s, n in zip(SPLITS, sizes)}  # type: ignore[arg-type]
     elif options.few is not None:
@@ -87,21 +91,26 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def few_photographs(source: str, count: int, long_side: int | None) -> list[SceneGraph]:
-    """The first `count` images of the test part, by name, that have relations and a file.
+    """Return the first images of the test part, by name, that have relations and an image file.
+
+    Args:
+        source: folder of a data set.
+        count: number of images.
+        long_side: maximum long side in pixels. Larger images are shrunk. If None, all images keep their size.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: if there are fewer than `count` such images.
     """
     dataset = open_dataset(source, "test")
     graphs = [graph for graph in dataset if graph.image is not None and len(graph.relations)]
     if len(graphs) < count:
-        raise InputError(f"{source}: the test part must have {count} photographs with relations, has {len(graphs)}")
+        raise InputError(f"{source}: the test part must have {count} photographs with relations, got {len(graphs)}")
     graphs = sorted(graphs, key=lambda graph: graph.image_id)[:count]
     return graphs if long_side is None else [smaller(graph, long_side) for graph in graphs]
 
 
 def smaller(graph: SceneGraph, long_side: int) -> SceneGraph:
-    """The graph with its image's long side at most this, and its boxes with it."""
+    """Return the graph with its image and its boxes shrunk to a long side of at most `long_side` pixels."""
     scale = min(1.0, long_side / max(graph.width, graph.height))
     width, height = max(round(graph.width * scale), 1), max(round(graph.height * scale), 1)
     boxes = graph.boxes * torch.tensor([width / graph.width, height / graph.height] * 2)

@@ -1,4 +1,4 @@
-"""Figure 1 of the supplement: what both branches of Align-SGTR attend to in a photograph, and the mirror's masks."""
+"""Figure 1 of the supplement: the attention of both branches of Align-SGTR, and the masks of the mirror."""
 
 from __future__ import annotations
 
@@ -28,34 +28,35 @@ ROLES = ("predicate", "subject", "object")
 class _Mirror(NamedTuple):
     """The attention of both branches in a photograph, at the last layer and for one query."""
 
-    predicate: int  # from 0
-    likelihood: float  # of the predicate
-    supervised: list[Tensor]  # of each role, weights of positions or entities, mean over heads
-    mirrored: list[Tensor]  # the same
-    seen: list[Tensor]  # of each role, the share of heads that see a position or entity through the mask
-    boxes: Tensor  # [N, 4] of the entities, corners in pixels
+    predicate: int  # class of the predicate, from 0
+    likelihood: float  # probability of the predicate
+    supervised: list[Tensor]  # for each role, weights of the positions or entities, mean over heads
+    mirrored: list[Tensor]  # the same for the mirrored branch
+    seen: list[Tensor]  # for each role, the share of heads in which the mask keeps a position or entity
+    boxes: Tensor  # [N, 4] boxes of the entities, corners in pixels
 
 
 @torch.no_grad()
 def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -> None:
-    """Draw the last layer's cross-attention of the query with the likeliest predicate, mean over heads.
+    """Draw the last layer's cross-attention of the query with the most probable predicate, mean over heads.
 
-    Three columns, predicate, subject and object; three rows, the supervised branch, the mirrored one, and the share of
-    heads that see each position or entity through the mirror's mask. Predicates attend to positions of the image,
-    subjects and objects to the detected entities, whose boxes are drawn the stronger the more they weigh.
+    The columns are predicate, subject and object. The rows are the supervised branch, the mirrored branch, and the
+    share of heads in which the mirror's mask keeps each position or entity. Predicates attend to positions of the
+    image. Subjects and objects attend to the detected entities, and boxes with a higher weight are drawn more opaque.
 
     Args:
-        checkpoint: of Align-SGTR.
-        image: the photograph.
-        out: the picture to write.
-        seed: of the masks; their ratio is the one that the model was trained with.
+        checkpoint: file of an Align-SGTR checkpoint.
+        image: file of the photograph.
+        out: file of the picture to write.
+        seed: seed of the masks. Their ratio is that of the model's training.
 
     Raises:
-        FileNotFoundError, ValueError: a file is not there, or is not what it must be.
+        FileNotFoundError: if a file does not exist.
+        ValueError: if the checkpoint is not one of Align-SGTR, or if a file cannot be read.
     """
     module = load_module(checkpoint)
     if not isinstance(module, AlignSGTRModule):
-        raise InputError(f"{checkpoint}: must be a checkpoint of AlignSGTRModule, got {type(module).__name__}")
+        raise InputError(f"{checkpoint} must be a checkpoint of AlignSGTRModule, got {type(module).__name__}")
     options = module.options
     photograph = pil_to_tensor(load_image(image, upright=True)).float() / 255
     pixels = resize(photograph, options.short_sides[-1], options.long_side)
@@ -64,7 +65,7 @@ def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -
     rows = {
         "supervised": mirror.supervised,
         "mirrored": mirror.mirrored,
-        "seen by the mirror, share of heads": mirror.seen,
+        "kept by the mirror's mask, share of heads": mirror.seen,
     }
     for axes_row, (name, of_roles) in zip(figure.subplots(3, 3), rows.items(), strict=True):
         for axes, role, strength in zip(axes_row, ROLES, of_roles, strict=True):
@@ -81,7 +82,7 @@ def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -
 
 
 def _look(module: AlignSGTRModule, pixels: Tensor, seed: int) -> _Mirror:
-    """Return what the branches attend to in an image `[3, height, width]`."""
+    """Return the attention of both branches in an image `[3, height, width]`."""
     network, mask = module.network, MirrorMask(module.options.mask_ratio, seed)
     entities = module.detector([pixels])
     last = network.cross_attention[-1]
@@ -112,9 +113,16 @@ def _look(module: AlignSGTRModule, pixels: Tensor, seed: int) -> _Mirror:
 
 
 def _draw_heat(axes: Axes, strength: Tensor, pixels: Tensor, top: float | None) -> None:
-    """Draw how much each position of the image's memory weighs; `top` is what the brightest colour stands for."""
+    """Draw the weight of each position of the image's memory.
+
+    Args:
+        axes: axes to draw on.
+        strength: weight of each position, `[positions]`.
+        pixels: image, `[3, height, width]`.
+        top: weight of the brightest color. If None, the largest weight.
+    """
     height, width = pixels.shape[1:]
-    # Not the option: weights of another detector tell its stride.
+    # Find the stride from the number of positions. The option may differ, because loaded weights have their own stride.
     shapes = ((-(-height // stride), -(-width // stride)) for stride in (16, 32))
     shape = next(shape for shape in shapes if shape[0] * shape[1] == len(strength))
     heat = functional.interpolate(strength.view(1, 1, *shape), (height, width))[0, 0]
@@ -122,7 +130,7 @@ def _draw_heat(axes: Axes, strength: Tensor, pixels: Tensor, top: float | None) 
 
 
 def _draw_boxes(axes: Axes, strength: Tensor, boxes: Tensor) -> None:
-    """Draw the entities' boxes, the heaviest in full colour."""
+    """Draw the boxes of the entities. The one with the highest weight is opaque."""
     alphas = strength / strength.max().clamp(min=1e-9)
     for (x1, y1, x2, y2), alpha in zip(boxes.tolist(), alphas.tolist(), strict=True):
         frame = {"fill": False, "linewidth": 1.5, "edgecolor": "red", "alpha": alpha}

@@ -1,4 +1,4 @@
-"""What a model says of images, as JSON and as pictures."""
+"""Predict the scene graphs of images with a trained model, and write them as JSON and as pictures."""
 
 from __future__ import annotations
 
@@ -21,45 +21,49 @@ from sgalign.training.writers import describe
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DRAWN = 12  # triplets of a picture; more are not to be told apart
+DRAWN = 12  # triplets per picture, because more would be hard to tell apart
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 EPILOG = """\
-A model of protocol sgdet finds the objects itself. Any other needs to be told: --detections takes a file of boxes and
-classes, as docs/data.md describes it."""
+A model of protocol sgdet finds the objects itself. Any other model needs --detections, a file of boxes and classes.
+docs/data.md describes its format."""
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign predict", description=__doc__, epilog=EPILOG)
-    parser.add_argument("images", type=Path, help="an image or a folder of images")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="that sgalign fit has written")
+    parser.add_argument("images", type=Path, help="image or folder of images")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint written by sgalign fit")
     parser.add_argument("--out", type=Path, default=Path("graphs.json"), help="JSON file (default: %(default)s)")
-    parser.add_argument("--draw", action="store_true", help="pictures too, in a folder named like the JSON file")
-    parser.add_argument("--detections", metavar="FILE", help="the images' objects")
-    parser.add_argument("--top-k", type=int, default=20, help="triplets an image (default: %(default)s)")
-    parser.add_argument("--all-predicates", action="store_true", help="of Motifs: a pair may have several predicates")
+    parser.add_argument("--draw", action="store_true", help="also write pictures, in a folder named like the JSON file")
+    parser.add_argument("--detections", metavar="FILE", help="file of the images' objects")
+    parser.add_argument("--top-k", type=int, default=20, help="triplets per image (default: %(default)s)")
+    parser.add_argument("--all-predicates", action="store_true", help="for Motifs: allow several predicates per pair")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`sgalign predict IMAGE_OR_FOLDER`. Images that cannot be read are named and left out; the exit code is 1 then."""
+    """Run `sgalign predict IMAGE_OR_FOLDER` and return the exit code.
+
+    Images that cannot be read are reported and skipped. The exit code is then 1.
+    """
     options = parser().parse_args(arguments)
     if options.top_k < 1:
         parser().error(f"--top-k must be at least 1, got {options.top_k}")
     folder = options.out.with_suffix("")
     if options.draw and not options.out.suffix:
-        parser().error(f"--out must end in .json, so that pictures go into a folder of the rest, got {options.out}")
+        parser().error(f"--out must end in .json, because --draw uses the rest as folder name, got {options.out}")
     read = options.images if options.images.is_dir() else options.images.parent
     if options.draw and folder.resolve() == read.resolve():
-        parser().error(f"--out must not name the folder of the images, pictures would go there, got {options.out}")
+        parser().error(f"--out must not name the folder of the images, because --draw writes to it, got {options.out}")
     module = load_module(options.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(module, MotifsModule | SGTRModule):
-        raise InputError(f"{options.checkpoint}: must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
+        raise InputError(f"{options.checkpoint} must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
     if isinstance(module, MotifsModule) and module.options.vision == "cached":
-        raise InputError(f"{options.checkpoint} reads cached features: it has no detector to look at images with")
+        raise InputError(f"{options.checkpoint} must be of a model that reads images, but it reads cached features")
     if options.detections is None and module.protocol != "sgdet":
         raise InputError(f"{options.checkpoint} is of protocol {module.protocol}: it needs --detections FILE")
     if options.detections is not None and module.protocol == "sgdet":
-        raise InputError(f"{options.checkpoint} is of protocol sgdet: it finds objects itself, without --detections")
+        raise InputError(f"{options.checkpoint} is of protocol sgdet: it finds objects itself, leave out --detections")
     detections = None
     if options.detections is not None:
         detections = read_detections(options.detections, len(module.object_names) - 1)
@@ -73,18 +77,18 @@ def main(arguments: Sequence[str]) -> int:
             graph = predict_image(module, path, detections, options.top_k, options.all_predicates)
         except InputError as error:
             reason = str(error) if str(path) in str(error) else f"{path}: {error}"
-            print(f"sgalign: left out: {reason}", file=sys.stderr)
+            print(f"sgalign: skipped: {reason}", file=sys.stderr)
             failed += 1
             continue
         graphs.append(graph)
         if options.draw:
             try:
                 draw(path, graph, folder / f"{path.name}.png")
-            except OSError as error:  # a name too long for an ending, a full disk
+            except OSError as error:  # the name is too long with .png added, or the disk is full
                 print(f"sgalign: not drawn: {path}: {error}", file=sys.stderr)
                 failed += 1
     if not graphs:
-        print(f"sgalign: {options.out} is not written: no image could be read", file=sys.stderr)
+        print(f"sgalign: {options.out} was not written, because no image could be read", file=sys.stderr)
         return 1
     write_json(options.out, graphs, indent=1)
     print(
@@ -94,10 +98,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def image_files(path: Path) -> list[Path]:
-    """The image, or the images of a folder by name.
+    """Return the image file, or the image files of a folder sorted by name.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: if there is none.
     """
     if path.is_file():
         return [path]
@@ -111,10 +115,21 @@ def image_files(path: Path) -> list[Path]:
 def predict_image(
     module: MotifsModule | SGTRModule, path: Path, detections: dict[str, Any] | None, top_k: int, all_predicates: bool
 ) -> dict[str, Any]:
-    """The scene graph of an image file, as `describe` puts it."""
+    """Return the scene graph of an image file in the form of `describe`.
+
+    Args:
+        module: trained model.
+        path: image file.
+        detections: objects of each image by file name. If None, the model finds them.
+        top_k: maximum number of triplets.
+        all_predicates: if True, a pair may have several predicates.
+
+    Raises:
+        ValueError: if the image cannot be read, or is not in `detections`.
+    """
     image = load_image(path, upright=True)
     objects = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)
-    # What is not UTF-8 in a file's name cannot be in JSON.
+    # JSON cannot hold bytes of a file name that are not UTF-8.
     name = os.fsencode(path.name).decode("utf-8", "backslashreplace")
     graph = SceneGraph(name, *image.size, *objects, lambda: image)
     predicates, pixels = len(module.predicate_names) - 1, module.looks_at_images
@@ -123,14 +138,14 @@ def predict_image(
     elif name in detections:
         batch = collate_detected([graph], detections, predicates, pixels=pixels)
     else:
-        raise InputError(f"{path}: the detections know no image {path.name!r}")
+        raise InputError(f"{path}: there is no image {path.name!r} in --detections")
     (prediction,) = module.predictions(module.transfer_batch_to_device(batch, module.device, 0))
     names = module.object_names, module.predicate_names
     return describe(prediction, *names, top_k, all_predicates=all_predicates)
 
 
 def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
-    """The image with the boxes of the graph's objects, and the graph of its best triplets beside it."""
+    """Draw the image with the boxes of its objects, and beside it the graph of the best triplets."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -153,7 +168,10 @@ def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
 
 
 def _draw_graph(axes: Axes, graph: dict[str, Any], triplets: list[dict[str, Any]], colors: dict[int, Any]) -> None:
-    """Objects on a ring, in the order in which their boxes' middles lie around the image's; relations as arrows."""
+    """Draw the objects on a ring and the relations as arrows.
+
+    The objects have the angular order of their boxes' centers around the mean center.
+    """
     middles = {i: [sum(graph["objects"][i]["box"][axis::2]) / 2 for axis in (0, 1)] for i in colors}
     centre = [sum(middle[axis] for middle in middles.values()) / max(len(middles), 1) for axis in (0, 1)]
     around = sorted(middles, key=lambda i: math.atan2(middles[i][1] - centre[1], middles[i][0] - centre[0]))
@@ -164,7 +182,7 @@ def _draw_graph(axes: Axes, graph: dict[str, Any], triplets: list[dict[str, Any]
         (x1, y1), (x2, y2) = at[triplet["subject"]], at[triplet["object"]]
         style = {"arrowstyle": "->", "color": "gray", "shrinkA": 16, "shrinkB": 16}
         axes.annotate("", (x2, y2), (x1, y1), arrowprops=style | {"connectionstyle": f"arc3,rad={bend}"})
-        # Nearer to the subject than to the object, so that two opposite arrows keep their labels apart.
+        # Put the label nearer to the subject, because the labels of two opposite arrows would overlap otherwise.
         x, y = 0.6 * x1 + 0.4 * x2 - bend / 2 * (y2 - y1), 0.6 * y1 + 0.4 * y2 + bend / 2 * (x2 - x1)
         label = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
         axes.text(

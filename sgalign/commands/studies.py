@@ -1,4 +1,4 @@
-"""The studies that `sgalign ablate` runs and `sgalign report` tables."""
+"""The studies that `sgalign ablate` runs and `sgalign report` shows in tables."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Arm(NamedTuple):
     """A row of a table.
 
     Attributes:
-        name: of the row.
-        base: name of the row that it is compared with; empty for none.
-        module: name of its class, of `MODULES`.
-        options: those that differ from the module's defaults.
+        name: name of the row.
+        base: name of the row that it is compared with. If empty, the row is not compared.
+        module: name of its class in `MODULES`.
+        options: options that differ from the module's defaults.
         data: arguments of `ScarceData` that differ from its defaults.
     """
 
@@ -46,14 +46,14 @@ class Arm(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Arms that are compared, and what the comparison is called."""
+    """A comparison of arms, and its title."""
 
     title: str
     arms: list[Arm]
 
 
 EPOCHS = 5
-# The paper's baseline has far more mean recall than plain Motifs, so that it must be rebalanced somehow.
+# The paper's baseline has far more mean recall than plain Motifs, so it must be rebalanced in some way.
 BALANCED: dict[str, Any] = {"predicate_weights": "inverse_frequency"}
 SEEN: dict[str, Any] = BALANCED | {"vision": "cached", "relation_dim": 256}
 
@@ -69,12 +69,12 @@ def align(name: str = "Align-Motifs", base: str = "Motifs", **options: Any) -> A
 
 
 def _pairs(kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> list[Arm]:
-    """Return arms of Motifs and Align-Motifs for each kind of data and options.
+    """Return an arm of Motifs and one of Align-Motifs for each kind of data and options.
 
-    Align-Motifs is compared with Motifs of its kind, and Motifs with that of the first kind.
+    Align-Motifs is compared with Motifs of the same kind, and Motifs with Motifs of the first kind.
 
     Args:
-        kinds: data and options of each, by name.
+        kinds: data and options of each kind, by name.
     """
     arms: list[Arm] = []
     for kind, (data, options) in kinds.items():
@@ -89,11 +89,11 @@ STUDIES = {
         _pairs({f"{rate:g}": ({}, BALANCED | {"learning_rate": rate}) for rate in (1e-3, 5e-4, 2e-3)}),
     ),
     "masking-ratio": Study(
-        "Masking ratio p at loss weight 10: the supplement's Table 1",
+        "Masking ratio p at loss weight 10 (the supplement's Table 1)",
         [motifs(**BALANCED)] + [align(f"p = {p:g}", mask_ratio=p, **BALANCED) for p in (0.0, 0.05, 0.1, 0.2, 0.4, 0.6)],
     ),
     "loss-weight": Study(
-        "Loss weight at p = 0.1: the supplement's Table 2",
+        "Loss weight at p = 0.1 (the supplement's Table 2)",
         [motifs(**BALANCED)]
         + [
             align(f"weight = {w:g}", mask_ratio=0.1, alignment_weight=w, **BALANCED)
@@ -101,7 +101,7 @@ STUDIES = {
         ],
     ),
     "controls": Study(
-        "Controls: what remains when a part of the method is taken away",
+        "Controls: the method without one of its parts",
         [
             motifs(**BALANCED),
             align(**BALANCED),
@@ -116,7 +116,7 @@ STUDIES = {
         ],
     ),
     "unbalanced": Study(
-        "Plain cross-entropy: how the loss is scaled, and whether the mirror has a head of its own",
+        "Plain cross-entropy: scale of the loss, and tied or untied head of the mirror",
         [
             motifs(),
             align(),
@@ -138,7 +138,7 @@ STUDIES = {
         ),
     ),
     "image-features": Study(
-        "What images show: from cached features",
+        "Cached image features",
         [
             arm._replace(data={"features": "features"})
             for arm in (
@@ -154,7 +154,7 @@ STUDIES = {
         + [motifs("labels and boxes only", "Motifs", **BALANCED)],
     ),
     "long-tail": Study(
-        "Means against the long tail",
+        "Remedies for the long tail",
         _pairs(
             {
                 "plain": ({}, {}),
@@ -178,24 +178,26 @@ MODULES = {
 
 
 def settings(data: str, arm: Arm, epochs: int) -> dict[str, Any]:
-    """Return the settings that tell runs apart, besides the seed. Arms of several studies share runs of equal settings.
+    """Return the settings that identify a run together with its seed.
+
+    Arms of different studies that have equal settings share their runs.
 
     Args:
-        data: name of the data, of `data_name`.
-        arm: of any study.
-        epochs: of the training.
+        data: name of the data, as `data_name` returns it.
+        arm: arm of any study.
+        epochs: number of training epochs.
     """
     defaults = dataclasses.asdict(MODULES[arm.module].options_type())
     return {"module": arm.module, "data": data, "epochs": epochs, **defaults, **arm.options, **arm.data}
 
 
 def data_name(root: str | None) -> str:
-    """Return a name that other data do not have: the folder's, and a digest of the annotations in it.
+    """Return a unique name of the data, made of the folder's name and a digest of its annotations.
 
-    Cached features are told apart by the name of their folder alone.
+    Cached features are not part of the digest. Only the name of their folder distinguishes them.
 
     Args:
-        root: the folder; None for the generated scenes.
+        root: folder of the data. If None, the generated scenes.
     """
     if root is None:
         return "generated scenes"
@@ -210,30 +212,32 @@ def data_name(root: str | None) -> str:
 
 
 def tabulate(folder: Path, names: Sequence[str] | None, data: str | None, epochs: int | None) -> None:
-    """Write tables and figures of studies into the folder of their runs, and print the tables.
+    """Write tables and figures of studies to the folder of their runs, and print the tables.
 
     Args:
-        folder: that `sgalign ablate` has written.
-        names: of `STUDIES`; None for those with a run of every row.
-        data: which data, of `data_name`; None where all runs are of the same.
-        epochs: how many; None where all runs have as many.
+        folder: folder written by `sgalign ablate`.
+        names: names of `STUDIES`. If None, all studies with a run for every row.
+        data: name of the data, as `data_name` returns it. If None, all runs must be of the same data.
+        epochs: number of epochs. If None, all runs must have the same number.
 
     Raises:
-        FileNotFoundError: no study has runs.
-        ValueError: data or epochs must be named, or a file is not of a run; says which there are, or names it.
+        FileNotFoundError: if the folder has no runs, if no study has a run for every row, or if a named study has no
+            runs.
+        ValueError: if no run has the given `data` or `epochs`, if either is None and the runs have several, or if a
+            file is not a run.
     """
     runs = read_runs(folder)
     if not runs:
-        raise FileNotFoundError(f"{folder}: must be a folder of sgalign ablate with runs in {folder / 'runs'}")
+        raise FileNotFoundError(f"{folder} must be a folder of sgalign ablate, with runs in {folder / 'runs'}")
     data = _only(runs, "data", data)
     epochs = _only([run for run in runs if run["settings"]["data"] == data], "epochs", epochs)
     found = {name: runs_by_arm(runs, STUDIES[name], data, epochs) for name in names or STUDIES}
     studies = {name: arms for name, arms in found.items() if names or len(arms) == len(STUDIES[name].arms)}
     if names and (missing := [name for name in names if not found[name]]):
-        raise FileNotFoundError(f"{folder}: has runs, but of {', '.join(missing)} none")
+        raise FileNotFoundError(f"{folder} has runs, but none of {', '.join(missing)}")
     if not studies:
         begun = ", ".join(name for name, arms in found.items() if arms) or "none"
-        raise FileNotFoundError(f"{folder}: no study has a run of every row; --study tables what there is of {begun}")
+        raise FileNotFoundError(f"{folder}: no study has a run for every row; --study selects a begun one: {begun}")
     comparison.write_csv(folder / "results.csv", studies)
     lines = []
     for name, arms in studies.items():
@@ -248,16 +252,25 @@ def tabulate(folder: Path, names: Sequence[str] | None, data: str | None, epochs
 
 
 def _only(runs: Sequence[Run], name: str, wanted: Any) -> Any:
-    """Return the value of a setting that is wanted, or the one that all runs share."""
+    """Return the wanted value of a setting, or the one that all runs share.
+
+    Args:
+        runs: runs to choose from.
+        name: name of the setting.
+        wanted: value that at least one run must have. If None, all runs must have the same value.
+
+    Raises:
+        ValueError: if no run has the wanted value, or if it is None and the runs have several.
+    """
     there = {run["settings"].get(name) for run in runs}
     if wanted in there or (wanted is None and len(there) == 1):
         return wanted if wanted in there else there.pop()
     of = ", ".join(sorted(map(repr, there)))
-    raise InputError(f"--{name} must be of {of}, the runs there are, got {wanted!r}")
+    raise InputError(f"--{name} must be one of {of} to match the runs, got {wanted!r}")
 
 
 def runs_by_arm(runs: Sequence[Run], study: Study, data: str, epochs: int) -> dict[str, list[Run]]:
-    """Return the runs of a study by arm, both in the study's order, and by rising seed; no arms without runs."""
+    """Return the runs of each arm of a study, sorted by seed. Arms without runs are left out."""
     arms = {}
     for arm in study.arms:
         of_arm = settings(data, arm, epochs)
