@@ -117,7 +117,7 @@ def xformers_twice(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) 
 
 
 def flash_twice(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Return both branches computed by FlashAttention without a mask, because it cannot take one."""
+    """Return both branches by FlashAttention, which takes no mask. This shows the cost of two unmasked branches."""
     from flash_attn import flash_attn_func
 
     q, m, k, v = (tensor.transpose(1, 2) for tensor in (query, mirrored, key, value))

@@ -47,7 +47,7 @@ def run(record: Record) -> None:
 
 
 def run_sanitized(record: Record) -> None:
-    """Run a few tests of the CUDA backend, whose kernels compute-sanitizer knows, under compute-sanitizer."""
+    """Run a few tests of the CUDA backend under compute-sanitizer, which knows this backend's kernels."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and "cuda" in measuring.available():
         watched = (sanitizer, f"--error-exitcode={SANITIZER_EXIT}")
@@ -57,7 +57,7 @@ def run_sanitized(record: Record) -> None:
 def run_suites(record: Record, suites: dict[str, Suite]) -> None:
     """Run suites in pieces side by side, because compiling takes longest.
 
-    "not run" lists the tests that time did not reach. A resumed run does only these.
+    "not run" lists the tests that time did not reach. A resumed run runs only these.
     """
     for name, suite in suites.items():
         depends = digest(*CODE, *OURS[suite.backend])
@@ -105,7 +105,7 @@ def start(command: Sequence[str], backend: str, log: Path) -> subprocess.Popen[b
 
 
 def stop(process: subprocess.Popen[bytes]) -> int | None:
-    """Kill a process and its whole group. Return its status, or None if it had not ended before."""
+    """Kill a process and its whole group. Return its status, or None if it was still running."""
     status = process.poll()
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -1,8 +1,8 @@
 """Test and measure this package on a GPU with one command: `python -m benchmarks.gpu_report [--out DIR]`.
 
 The parts of the report are the installed versions, the tests on the device, attention, whole training steps, the
-relation head and the alignment loss, each beside its alternatives, and some tests under compute-sanitizer. A separate
-process measures. If it dies, only the case that it was measuring is lost.
+relation head, the alignment loss, and some tests under compute-sanitizer. Benchmarks run beside their alternatives. A
+separate process measures. If it dies, only the case that it was measuring is lost.
 
 DIR/report.json holds all figures and is complete after every case. DIR/report.md is made from it. If a run was cut off
 or a part's time was up, the same command resumes there. It measures a case again if the card, the versions, the code or

@@ -100,7 +100,7 @@ def sentence(error: BaseException) -> str:
 
 
 def sets_beyond_cache(mebibytes: float) -> int:
-    """Return how many sets of inputs of this size are more than the cache holds, at most 8."""
+    """Return how many sets of inputs of this size exceed the cache, at most 8."""
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size / 2**20
     return max(1, min(8, int(2 * cache / mebibytes) + 1))
 

@@ -1,4 +1,4 @@
-"""The figures of one part of the GPU report. Known cases are taken over, and the others are measured one by one."""
+"""The figures of one part of the GPU report. Known cases are kept, and the others are measured one by one."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def planned(part: Part, known: Figures) -> Figures:
 
 
 def settled(figures: Figures, said: str) -> Figures:
-    """Return a copy of the figures in which the case that was being measured has `said` as its failure."""
+    """Return a copy of the figures, with `said` as the failure of the case that was being measured."""
     figures = copy.deepcopy(figures)
 
     def settle(tree: Any) -> None:

@@ -67,7 +67,7 @@ class Compiled(NamedTuple):
 
 
 class Times(NamedTuple):
-    """The least seconds that a kernel can take under each bound, and the predicted seconds."""
+    """The least time that a kernel can take under each bound, and the predicted time, in seconds."""
 
     instructions: float
     exponentials: float
@@ -80,7 +80,7 @@ class Times(NamedTuple):
 def compiled(target: str, kernel: str, dim: int, bounded: bool) -> Compiled:
     """Return the resources of the float16 kernel of both branches, as the oldest Triton in the table compiled it.
 
-    If `bounded`, they are those of the kernel with padding. A kernel whose last tile is not full needs about as many.
+    If `bounded`, they are those of the kernel with padding. A kernel whose last tile is not full needs about the same.
     """
     name = f"attention {kernel.replace('_', ' ')}: fp16, {dim} channels, two branches{', padding' if bounded else ''}"
     wanted = target, name

@@ -73,7 +73,7 @@ CONTENDERS: dict[str, Contender] = {
     "eager": eager,
     "compiled eager": compiled,
 }
-COMPILED_SHAPES = [(4, 8, 180, 100, 32), (8, 8, 180, 1024, 32)]  # few, because compiling takes most of a minute
+COMPILED_SHAPES = [(4, 8, 180, 100, 32), (8, 8, 180, 1024, 32)]  # few, because each takes most of a minute to compile
 
 
 def inputs(

@@ -1,6 +1,6 @@
 """Benchmarks of calls on tensors of a few elements, where computing costs nothing: each operation beside PyTorch.
 
-Calls for a GPU end where they would launch the kernel. So they show how long Python takes, on a machine without a GPU.
+Calls for a GPU end where they would launch the kernel. So a machine without a GPU shows how long Python takes.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 For each kernel, element size, number of branches and number of channels, the tuner starts from the plan in
 kernels/configs.json. It tries the neighbors of the best plan: half or double a block size, other warps, one pipeline
-stage more or less, another register limit. It drops plans that do not fit or that change the result, and it moves on as
-long as a neighbor is faster. `--kernels`, `--bits` and `--channels` choose a part of the table.
+stage more or less, another register limit. It drops plans that do not fit or that change the result. It moves to the
+fastest neighbor until none is faster. `--kernels`, `--bits` and `--channels` choose a part of the table.
 
 DIR/tuned.json has the times of all plans that could be used. It is written after each entry of the table, and the same
 command resumes after the entries in it. DIR/configs.json is kernels/configs.json with the tuned entries. Copy it to
@@ -291,7 +291,7 @@ def read_tuned(file: Path) -> Tuned:
             configs.check_config(plan)
         if content.get("float32", configs.dot_precision()) != configs.dot_precision():
             raise ValueError(
-                f"float32 matrices were multiplied by {content['float32']} then, but by {configs.dot_precision()} now"
+                f"it multiplied float32 matrices by {content['float32']}, but the setting is {configs.dot_precision()}"
             )
         for entry, line in tuned.items():
             fields = (
