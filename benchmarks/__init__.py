@@ -1,1 +1,1 @@
-"""Benchmarks: ours beside what one would use instead. `python -m benchmarks.gpu_report` runs them on a GPU."""
+"""Benchmarks of sgalign beside its alternatives. `python -m benchmarks.gpu_report` runs them on a GPU."""

@@ -1,4 +1,4 @@
-"""The GPU report's part "attention": both branches, ours and what one would use instead."""
+"""The part "attention" of the GPU report: both branches, computed by this package and by its alternatives."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from benchmarks.record import HARNESS, OURS, Record, digest, table_entries
 from sgalign.ops.backends import BACKENDS
 
 Contender = Callable[..., tuple[Tensor, ...]]
-# B, H, Lq, Lk, D. The goals are set at SGTR's shapes (180 queries; 100 entities or an image's memory).
+# B, H, Lq, Lk, D. The goals refer to SGTR's shapes: 180 queries, with 100 entities or an image memory as keys.
 SGTR_SHAPES = [(batch, 8, 180, keys, 32) for batch in (8, 4) for keys in (1024, 608, 475, 100)]
 LONG_SHAPES = [(1, 8, 16384, 16384, 64), (1, 8, 4096, 4096, 64), (1, 8, 180, 16384, 32), (1, 8, 300, 2000, 32)]
 LONG_SHAPES += [(2, 8, 128, 512, 64), (1, 8, 4096, 4096, 128)]
-SHAPES = {  # in the order of their worth: goals first
+SHAPES = {  # most important first: the shapes that have goals
     "bfloat16": SGTR_SHAPES + LONG_SHAPES,
     "float16": [*SGTR_SHAPES[:2], *LONG_SHAPES[1:3]],
     "float32": [*SGTR_SHAPES[:4], *LONG_SHAPES[1:3]],
 }
-FLEX_SHAPES = [*SGTR_SHAPES[:4], *LONG_SHAPES[:3]]  # compiled for each shape, which takes seconds
-CHECKED_SHAPES = [(2, 3, 45, 300, 32), (1, 8, 1024, 300, 64), (1, 8, 1024, 300, 128)]  # keys split, and not
+FLEX_SHAPES = [*SGTR_SHAPES[:4], *LONG_SHAPES[:3]]  # few, because compiling for a shape takes seconds
+CHECKED_SHAPES = [(2, 3, 45, 300, 32), (1, 8, 1024, 300, 64), (1, 8, 1024, 300, 128)]  # with and without split keys
 
 
 CODE = (*HARNESS, "benchmarks/attention_part.py", "benchmarks/test_attention.py")
 
 
 def run(dtype: str, record: Record) -> None:
-    """Time both branches at many shapes, with the backward and forward alone, ours and theirs."""
+    """Check our backends, then time all contenders at many shapes, with and without the backward pass."""
     from benchmarks.test_attention import ours
 
     for backend in measuring.available():
@@ -40,7 +40,7 @@ def run(dtype: str, record: Record) -> None:
             name = f"{backend} {kind}"
             depends = depends_on(name, dtype, True, [shape[-1] for shape in CHECKED_SHAPES])
             record.attempt(("checks", name), check, backend, kind, dtype, digest=depends)
-    # FlexAttention comes after the others of a direction: compiling it for every shape takes longer than all they do.
+    # FlexAttention comes after the others, because compiling it for every shape takes longer than all of them together.
     for backward, last, shape in itertools.product((True, False), (False, True), SHAPES[dtype]):
         row = record.row("rows", shape, dtype, backward, **work(shape, dtype, backward))
         for name in contenders_at(shape):
@@ -50,7 +50,7 @@ def run(dtype: str, record: Record) -> None:
 
 
 def depends_on(name: str, dtype: str, backward: bool, channels: Sequence[int]) -> str:
-    """Return a digest of what a contender's figures depend on: Triton's of what the table has for it, too."""
+    """Return a digest of everything that a contender's figures depend on, including Triton's table entries."""
     backend, _, kind = name.partition(" ")
     if backend not in BACKENDS:
         return digest(*CODE)
@@ -62,7 +62,7 @@ def depends_on(name: str, dtype: str, backward: bool, channels: Sequence[int]) -
 
 
 def contenders_at(shape: tuple[int, ...]) -> dict[str, Contender]:
-    """Return what is compared at a shape: ours, PyTorch's, and of other packages those that are installed."""
+    """Return the contenders at a shape: ours, PyTorch's, and those of other packages that are installed."""
     from benchmarks import test_attention as bench
 
     ours = {f"{name} {kind}": call for name in measuring.available() for kind, call in bench.ours(name).items()}
@@ -77,7 +77,7 @@ def contenders_at(shape: tuple[int, ...]) -> dict[str, Contender]:
 
 
 def flex_attention() -> Callable[..., tuple[Tensor, ...]]:
-    """Return FlexAttention, compiled. Its mask is a hash of the indices and a seed, so that none is stored."""
+    """Return compiled FlexAttention. Its mask is a hash of the indices and a seed, so no mask is stored."""
     from torch.nn.attention.flex_attention import flex_attention as flex
 
     from benchmarks.test_attention import RATIO
@@ -103,21 +103,21 @@ def flex_attention() -> Callable[..., tuple[Tensor, ...]]:
 
 
 def xformers_twice(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Return both branches by xFormers, the random mask as a bias that is stored."""
+    """Return both branches computed by xFormers, with the random mask stored as a bias."""
     from xformers.ops import memory_efficient_attention
 
     from benchmarks.test_attention import random_kept
 
     q, m, k, v = (tensor.transpose(1, 2) for tensor in (query, mirrored, key, value))
-    width = -(-key.shape[2] // 8) * 8  # rows of the bias must be aligned
+    width = -(-key.shape[2] // 8) * 8  # xFormers needs aligned rows of the bias
     bias = query.new_zeros(*query.shape[:3], width)[..., : key.shape[2]]
-    bias.masked_fill_(~random_kept(query, key), -torch.inf)  # in place, which leaves the rows' distance
+    bias.masked_fill_(~random_kept(query, key), -torch.inf)  # in place, which keeps the row stride
     outs = memory_efficient_attention(q, k, v), memory_efficient_attention(m, k, v, attn_bias=bias)
     return tuple(out.transpose(1, 2) for out in outs)
 
 
 def flash_twice(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Return both branches by FlashAttention. It takes no mask: this is what two branches without one would cost."""
+    """Return both branches by FlashAttention, which takes no mask. This shows the cost of two unmasked branches."""
     from flash_attn import flash_attn_func
 
     q, m, k, v = (tensor.transpose(1, 2) for tensor in (query, mirrored, key, value))
@@ -125,10 +125,10 @@ def flash_twice(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> 
 
 
 def timed(name: str, shape: tuple[int, ...], dtype: str, backward: bool) -> Figures:
-    """Return what is measured of a contender, with as many sets of inputs as no cache holds."""
+    """Return a contender's figures, measured over so many sets of inputs that no cache holds them all."""
     from benchmarks import test_attention as bench
 
-    torch._dynamo.reset()  # or its limit of compiled versions is reached
+    torch._dynamo.reset()  # otherwise, Dynamo reaches its limit of compiled versions
     contender = contenders_at(shape)[name]
     torch.manual_seed(0)
     batch, heads, queries, keys, dim = shape
@@ -142,7 +142,7 @@ def timed(name: str, shape: tuple[int, ...], dtype: str, backward: bool) -> Figu
 
 
 def check(name: str, kind: str, dtype: str) -> Figures:
-    """Compare a backend with the reference in float64; return the worst of the checked shapes."""
+    """Compare a backend with the reference in float64 and return the figures of the worst shape."""
     from benchmarks import test_attention as bench
 
     def run(backend: str, tensors: list[Tensor]) -> list[Tensor]:
@@ -163,13 +163,13 @@ def check(name: str, kind: str, dtype: str) -> Figures:
 
 
 def work(shape: tuple[int, ...], dtype: str, backward: bool) -> Figures:
-    """Return the operations of the matrix products, and bytes when everything is read and written once."""
+    """Return the operations of the matrix products, and the bytes if everything is read and written once."""
     from benchmarks import test_attention as bench
 
     batch, heads, queries, keys, dim = shape
     rows = 4 * queries + 2 * keys  # two queries, two outputs, key and value
     if backward:
-        rows += 6 * queries + 2 * keys + 2 * queries + 2 * keys  # read all and the outputs' gradients, write gradients
+        rows += 6 * queries + 2 * keys + 2 * queries + 2 * keys  # reads all and the output gradients, writes gradients
     return {
         "flops": bench.flops(shape, backward),
         "bytes": batch * heads * rows * dim * DTYPES[dtype].itemsize,

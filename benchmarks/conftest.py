@@ -1,6 +1,7 @@
-"""The closing tables: ratios within this run, since absolute times say little on a shared machine.
+"""Functions that time the contenders, and the tables at the end of a benchmark run.
 
-SGALIGN_TEST_DEVICE=cuda runs all on a GPU; times are then those of calls that are waited for.
+The tables show ratios within the run, because absolute times say little on a shared machine. SGALIGN_TEST_DEVICE=cuda
+runs everything on a GPU. Each time then includes waiting for the device.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from torch import Tensor, nn
 
 DEVICE = torch.device(os.environ.get("SGALIGN_TEST_DEVICE", "cpu"))
 if DEVICE.type == "cuda" and not torch.cuda.is_available():
-    raise pytest.UsageError(f"SGALIGN_TEST_DEVICE={DEVICE} needs a GPU, torch finds none")
-# Filled by the tests.
-seconds: dict[str, dict[str, float]] = defaultdict(dict)  # group -> contender -> fastest round
-flops: dict[str, int] = {}  # group -> of the matrix products of both branches
+    raise pytest.UsageError(f"SGALIGN_TEST_DEVICE={DEVICE} needs a GPU, but torch finds none")
+# The tests fill these.
+seconds: dict[str, dict[str, float]] = defaultdict(dict)  # group -> contender -> seconds of the fastest round
+flops: dict[str, int] = {}  # group -> operations in the matrix products of both branches
 peak_memory: dict[str, float] = {}  # contender -> MiB
-# case -> seconds and peak memory (MiB) of each contender, and the ratio that counting arithmetic gives
+# case -> seconds of each contender, peak memory (MiB) of each contender, and the counted ratio of arithmetic
 training_steps: dict[str, tuple[dict[str, float], dict[str, float], float]] = {}
-calls: dict[str, dict[str, float]] = {}  # case -> contender -> seconds of a call, in the fastest round
+calls: dict[str, dict[str, float]] = {}  # case -> contender -> seconds per call in the fastest round
 sgemm_rate: list[float] = []  # flops per second
-SPLIT_SHAPE = (8, 8, 180, 1024)  # B, H, Lq, Lk of the split into matrix products and the rest
+SPLIT_SHAPE = (8, 8, 180, 1024)  # B, H, Lq, Lk at which the time is split into matrix products and the rest
 
 
 def measure(benchmark, contender: str, run: Callable[[], None]) -> None:
-    """Benchmarks `run` in as many rounds as fit a third of a second, and records its fastest for the tables."""
+    """Benchmark `run` for about 0.3 s, in 4 to 40 rounds, and record its fastest round for the tables."""
     run = waited_for(run)
     run()
     start = time.perf_counter()
@@ -53,10 +54,10 @@ def compare_steps(
     *,
     rounds: int,
 ) -> None:
-    """Forward and backward of all steps in turn, so that they meet the same machine; with their peak memory.
+    """Record the time and peak memory of forward and backward for all steps, which run in turn.
 
-    The first is what the others are compared with, the second is the one with a mirror: `counted` is the ratio of its
-    arithmetic, and the benchmark's own figure is its.
+    Running in turn exposes all steps to the same state of the machine. The first step is the baseline, and the second
+    is the one with a mirror. `counted` is the ratio of their arithmetic. pytest-benchmark shows the second step's time.
     """
     times, peaks = time_steps(steps, parameters, rounds=rounds)
     benchmark.group = f"training step, {case}"
@@ -66,9 +67,9 @@ def compare_steps(
 
 
 def compare_calls(benchmark, case: str, contenders: dict[str, Callable[[], object]]) -> None:
-    """Time calls of microseconds, all contenders in turn, many calls a round.
+    """Time calls that take microseconds, all contenders in turn and many calls per round.
 
-    The first is what the others are compared with; the benchmark's own figure is the second's.
+    The first contender is the baseline. pytest-benchmark shows the second contender's time.
     """
     rounds, number = 60, 50
     if benchmark.enabled:
@@ -85,7 +86,7 @@ def time_steps(
     rounds: int,
     device: torch.device = DEVICE,
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every round, all steps in turn, and the peak memory of each, MiB."""
+    """Return each step's seconds in every round, with the steps in turn, and each step's peak memory in MiB."""
 
     def run(contender: str) -> float:
         start = time.perf_counter()
@@ -104,7 +105,7 @@ def run_step(step: Callable[[], Tensor], parameters: list[nn.Parameter]) -> None
 
 
 def waited_for(run: Callable[[], object], device: torch.device = DEVICE) -> Callable[[], None]:
-    """`run`, back only when the device has done what it was told."""
+    """Return a function that calls `run` and then waits for the device."""
 
     def run_and_wait() -> None:
         run()
@@ -115,7 +116,10 @@ def waited_for(run: Callable[[], object], device: torch.device = DEVICE) -> Call
 
 
 def memory(run: Callable[[], object], device: torch.device = DEVICE) -> tuple[float, float]:
-    """MiB before a run and at its peak: the resident set on the CPU (Linux only), of torch's allocator on a GPU."""
+    """Return the memory before a run and at its peak, in MiB.
+
+    On the CPU this is the resident set (Linux only). On a GPU it is the memory that torch's allocator has handed out.
+    """
     gc.collect()
     if device.type != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
@@ -131,7 +135,7 @@ def memory(run: Callable[[], object], device: torch.device = DEVICE) -> tuple[fl
 
 
 def status_kib(field: str) -> int:
-    """A figure of this process from the kernel, in KiB; Linux only."""
+    """Return a field of /proc/self/status in KiB (Linux only)."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(field))
 
@@ -139,7 +143,7 @@ def status_kib(field: str) -> int:
 def write_calls(terminalreporter: pytest.TerminalReporter) -> None:
     if not calls:
         return
-    terminalreporter.section("a call on tensors of a few elements, us, and as a multiple of PyTorch's")
+    terminalreporter.section("one call on tensors of a few elements, us, and as a multiple of PyTorch's time")
     for case, taken in calls.items():
         base = next(iter(taken.values()))
         figures = (f"{name} {1e6 * time:.0f} ({time / base:.2f}x)" for name, time in taken.items())
@@ -152,7 +156,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not seconds and not training_steps:
         return
     write = terminalreporter.write_line
-    terminalreporter.section("ratios of this run (times are the fastest round's, in ms)")
+    terminalreporter.section("ratios within this run (times in ms, fastest round)")
     write(f"{'':46}{'dual':>8}{'best alternative':>30}{'ratio':>8}{'/ single':>10}{'same query':>12}{'of sgemm':>10}")
     for group, entries in seconds.items():
         others = {name: time for name, time in entries.items() if not name.startswith("sgalign")}
@@ -170,8 +174,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     write(
         "ratio: best alternative / dual.  / single: dual / one (unmasked) branch.  same query: dual with one query for"
     )
-    write("both branches / one masked branch.  of sgemm: the matrix products' operations a second, as a share of what")
-    write("torch's float32 matrix product of two 1024 x 1024 matrices reaches here.")
+    write("both branches / one masked branch.  of sgemm: operations per second in the matrix products, as a share of")
+    write("the rate of torch's float32 product of two 1024 x 1024 matrices here.")
     narrow, wide = seconds.get("one branch, D 32"), seconds.get("one branch, D 128")
     if narrow and wide and sgemm_rate:
         terminalreporter.section(f"one branch forward at {SPLIT_SHAPE}: matrix products and the rest")

@@ -1,4 +1,4 @@
-"""The GPU report's parts "tests" and "sanitizer": the operations' own tests, by pytest in processes of their own."""
+"""The parts "tests" and "sanitizer" of the GPU report, which run the operations' tests in pytest processes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from benchmarks.report_markdown import NOT_REACHED
 
 TEST_FILES = ("tests/test_attention.py", "tests/test_relation.py", "tests/test_alignment.py", "tests/test_gpu.py")
 PYTEST = (sys.executable, "-m", "pytest", "--tb=line", "-p", "no:cacheprovider")
-SANITIZER_EXIT = 9  # of compute-sanitizer where it has found something
+SANITIZER_EXIT = 9  # exit status of compute-sanitizer if it has found an error
 SANITIZER_MARK = "========= "
 SANITIZER_FINDS = SANITIZER_MARK + r"(Invalid|Misaligned|Uninitialized|Race|Barrier|Program hit|.*SUMMARY: [1-9])"
-DEVICE_LOST = 7  # of pytest, as tests/conftest.py ends it after an illegal access
+DEVICE_LOST = 7  # exit status of pytest after an illegal access, set by tests/conftest.py
 SANITIZED = "test_each_branch_is_the_single_one or test_rows_with_nothing_kept"
-CHOSEN: tuple[str, ...] = ()  # pytest's options that choose among the tests
+CHOSEN: tuple[str, ...] = ()  # options of pytest that select tests
 CODE = ("benchmarks/device_tests.py", "tests/conftest.py", "tests/target.py", "tests/accuracy.py", *TEST_FILES)
 
 
@@ -36,7 +36,7 @@ class Suite(NamedTuple):
     """Tests of one backend that run with the same command."""
 
     backend: str
-    watched: tuple[str, ...] = ()  # the command that watches pytest
+    watched: tuple[str, ...] = ()  # the command that runs and watches pytest
     chosen: tuple[str, ...] = ()
     pieces: int = min(12, os.cpu_count() or 1)
 
@@ -47,7 +47,7 @@ def run(record: Record) -> None:
 
 
 def run_sanitized(record: Record) -> None:
-    """Run a few of them under compute-sanitizer, which knows the CUDA backend's kernels."""
+    """Run a few tests of the CUDA backend under compute-sanitizer, which knows this backend's kernels."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and "cuda" in measuring.available():
         watched = (sanitizer, f"--error-exitcode={SANITIZER_EXIT}")
@@ -55,9 +55,9 @@ def run_sanitized(record: Record) -> None:
 
 
 def run_suites(record: Record, suites: dict[str, Suite]) -> None:
-    """Run suites in pieces side by side, since compiling takes longest.
+    """Run suites in pieces side by side, because compiling takes longest.
 
-    "not run" has those that time did not reach, which are all that a run that goes on does.
+    "not run" lists the tests that time did not reach. A resumed run runs only these.
     """
     for name, suite in suites.items():
         depends = digest(*CODE, *OURS[suite.backend])
@@ -83,9 +83,9 @@ def run_suites(record: Record, suites: dict[str, Suite]) -> None:
             for _, _, process, _ in started:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.1, record.deadline - time.monotonic()))
-        except KeyboardInterrupt:  # what has run by now is not lost
+        except KeyboardInterrupt:  # the tests that have run until now still count
             interrupted = True
-        finally:  # nothing stays on the device
+        finally:  # leaves no process on the device
             statuses = [stop(process) for _, _, process, _ in started]
         for (name, ids, _, log), status in zip(started, statuses):
             counts, failed, left = outcomes(log.read_text(errors="replace"), status, ids, interrupted)
@@ -97,15 +97,15 @@ def run_suites(record: Record, suites: dict[str, Suite]) -> None:
 
 
 def start(command: Sequence[str], backend: str, log: Path) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own, since compute-sanitizer has children."""
-    with log.open("w") as output:  # not a pipe, which fills up while another process is waited for
+    """Start a command in its own process group, because compute-sanitizer has children."""
+    with log.open("w") as output:  # not a pipe, which could fill up while we wait for another process
         return subprocess.Popen(
             command, cwd=ROOT, env=environment(backend), stdout=output, stderr=output, start_new_session=True
         )
 
 
 def stop(process: subprocess.Popen[bytes]) -> int | None:
-    """Kill a process and all of its group; return the status of one that had ended by itself."""
+    """Kill a process and its whole group. Return its status, or None if it was still running."""
     status = process.poll()
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -114,7 +114,7 @@ def stop(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def collected(suite: Suite) -> Figures:
-    """Return what is known of the tests before they run: their ids, and what keeps pytest from collecting them."""
+    """Return the figures before the tests run: the tests' ids, and the errors that pytest met in collecting them."""
     listing = [*PYTEST, "-q", "--collect-only", *CHOSEN, *suite.chosen, *TEST_FILES]
     listed = subprocess.run(listing, cwd=ROOT, env=environment(suite.backend), capture_output=True, text=True)
     lines = (listed.stdout + listed.stderr).splitlines()
@@ -126,10 +126,10 @@ def collected(suite: Suite) -> Figures:
 def outcomes(
     log: str, status: int | None, ids: Sequence[str], interrupted: bool = False
 ) -> tuple[Counter[str], list[str], list[str]]:
-    """Return how many tests passed, failed, ...; lines that say what failed; and which tests were not run.
+    """Return the number of tests by outcome, lines that describe the failures, and the tests that were not run.
 
-    `status` is None where time was up or ctrl-C came. A run that died has failed at the first test without an outcome,
-    and one that had time for no test at its first.
+    `status` is None if time was up or ctrl-C came. If the run died, the first test without an outcome counts as failed.
+    If time was up before any test had an outcome, the first test counts as failed.
     """
     lines = log.splitlines()
     of_pytest = "\n".join(line for line in lines if not line.startswith(SANITIZER_MARK))
@@ -142,12 +142,12 @@ def outcomes(
     left = [name for name in ids if name not in outcome_of]
     died = status not in (None, 0, 1, SANITIZER_EXIT, DEVICE_LOST)
     if died or (status is None and left == list(ids) and not interrupted):
-        said = f"status {status}" if died else "time was up"
+        said = f"pytest ended with status {status}" if died else "time was up"
         failed.append(f"{said} in {left[0] if left else 'the end'}: {lines[-1][:200] if lines else ''}")
         left = left[1:]
     return Counter(map(str.lower, outcome_of.values())), failed, [] if status in (0, 1, SANITIZER_EXIT) else left
 
 
 def environment(backend: str) -> dict[str, str]:
-    """Return this process's environment with the backend that the operations' tests run."""
+    """Return this process's environment with the backend that the operations' tests use."""
     return os.environ | {"SGALIGN_TEST_BACKEND": backend}

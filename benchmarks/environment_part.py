@@ -1,4 +1,4 @@
-"""The GPU report's part "environment": what is installed, and the card's own rates."""
+"""The part "environment" of the GPU report: the installed versions and the card's own rates."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from benchmarks.record import HARNESS, Record, digest
 from sgalign import _version
 from sgalign.ops import backends
 
-COPIED = 2**29  # bytes
-SIZES = {"bfloat16": 8192, "float16": 8192, "float32": 4096}  # of square matrices
+COPIED = 2**29  # bytes per copy
+SIZES = {"bfloat16": 8192, "float16": 8192, "float32": 4096}  # side of the square matrices
 
 
 def run(record: Record) -> None:
-    """Note what is installed, and two rates that everything is held against: of copying and of matrix products."""
+    """Record the installed versions, and the rates of copying and of matrix products, which set the ceilings."""
     depends = digest(*HARNESS, "benchmarks/environment_part.py")
     record.attempt(("installed",), installed, digest=depends)
     record.attempt(("rates",), rates, digest=depends)
 
 
 def installed() -> Figures:
-    """Return what the card is, and versions."""
+    """Return the card's properties and the installed versions."""
     properties = torch.cuda.get_device_properties(measuring.DEVICE)
     smi = shutil.which("nvidia-smi")
     query = [smi or "", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -53,7 +53,7 @@ def installed() -> Figures:
 
 
 def rates() -> Figures:
-    """Return bytes that are read and written in a second, and operations of matrix products."""
+    """Return the bytes read and written per second in a copy, and the operations per second of matrix products."""
     source = torch.empty(COPIED, dtype=torch.uint8, device=measuring.DEVICE).random_()
     target = torch.empty_like(source)
     copied = 2 * source.numel() / (1e-3 * measuring.graph_ms([lambda: target.copy_(source)]))
@@ -62,7 +62,7 @@ def rates() -> Figures:
         a, b = torch.randn(2, size, size, device=measuring.DEVICE, dtype=DTYPES[dtype])
         multiply = functools.partial(torch.mm, a, b)
         operations[dtype] = 2 * size**3 / (1e-3 * measuring.graph_ms([multiply]))
-        if dtype == "float32":  # three products of TF32 have its digits, too
+        if dtype == "float32":  # three TF32 products are as accurate as one of float32
             torch.set_float32_matmul_precision("high")
             thirds = 2 * size**3 / (1e-3 * measuring.graph_ms([multiply])) / 3
             torch.set_float32_matmul_precision("highest")

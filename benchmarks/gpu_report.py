@@ -1,13 +1,15 @@
-"""Everything that a GPU can say about this package, by one command: `python -m benchmarks.gpu_report [--out DIR]`.
+"""Test and measure this package on a GPU with one command: `python -m benchmarks.gpu_report [--out DIR]`.
 
-Part by part: what is installed, the tests on the device, attention, whole training steps, the relation head, and the
-alignment loss, beside what one would use instead. A process of its own measures, and one that dies costs no more than
-the case that it measured. DIR/report.json holds all figures and is whole after every case; the same command goes on
-where a run was cut off or a part's time was up, and measures again what depends on what has changed: on the card, code,
-or what the table of the kernels has for a case. DIR/report.md is read from it.
+The parts of the report are the installed versions, the tests on the device, attention, whole training steps, the
+relation head, the alignment loss, and some tests under compute-sanitizer. Benchmarks run beside their alternatives. A
+separate process measures. If it dies, only the case that it was measuring is lost.
 
-Times are medians, "graph" those of a CUDA graph's replay, which are the device's alone, "call" those of plain calls,
-which small shapes spend on launching. What fails is recorded as a sentence.
+DIR/report.json holds all figures and is complete after every case. DIR/report.md is made from it. If a run was cut off
+or a part's time was up, the same command resumes there. It measures a case again if the card, the versions, the code or
+the case's entries in the kernels' table have changed.
+
+Times are medians. "graph" is the time in the replay of a CUDA graph, which is the device's alone. "call" is the time of
+a plain call, which is mostly launching at small shapes. Each failure is recorded as a sentence.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"benchmarks.gpu_report needs {error.name}: pip install '.[train,test]'")
 
-PARTS: dict[str, Part] = {  # in the order of their worth
+PARTS: dict[str, Part] = {  # most important first
     "environment": environment_part.run,
     "tests": device_tests.run,
     "attention bfloat16": functools.partial(attention_part.run, "bfloat16"),
@@ -47,17 +49,18 @@ PARTS: dict[str, Part] = {  # in the order of their worth
     "attention float16": functools.partial(attention_part.run, "float16"),
     "sanitizer": device_tests.run_sanitized,
 }
-# What one command may spend on each, 15 minutes in all: nine were too few on an H200, which compiles for most of them.
+# Seconds that one command may spend on each part, 15 minutes in total. Nine minutes were too few on an H200, where
+# compiling takes most of the time.
 SECONDS = dict(zip(PARTS, (20, 300, 240, 110, 50, 10, 80, 40, 60)))
 
 
 def measure(parts: Mapping[str, Part], known: Figures, limits: Mapping[str, float], connection: Connection) -> None:
-    """Run parts one after the other, in a process of its own; send a part's figures whenever they change.
+    """Run parts one after the other in a separate process, and send a part's figures whenever they change.
 
     Args:
-        limits: seconds of each part, with those that its known figures took.
+        limits: seconds that each part may take, including the seconds that its known figures took.
     """
-    os.setsid()  # or ctrl-C reaches this process twice
+    os.setsid()  # otherwise, ctrl-C reaches this process twice
     measuring.end_with_parent()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, part in parts.items():
@@ -71,9 +74,9 @@ def measure(parts: Mapping[str, Part], known: Figures, limits: Mapping[str, floa
         try:
             part(Record(figures, figures, start + limits[name], send))
         except (DeviceLost, KeyboardInterrupt):
-            with suppress(OSError):  # who listens may be gone
+            with suppress(OSError):  # the listener may be gone
                 send(figures)
-            os._exit(0)  # torch may fail to give back what is lost
+            os._exit(0)  # skips torch's cleanup, which may fail without a device
         except Exception as error:
             figures["failure"] = measuring.sentence(error)
         send(figures)
@@ -82,9 +85,9 @@ def measure(parts: Mapping[str, Part], known: Figures, limits: Mapping[str, floa
 def in_own_process(
     parts: Mapping[str, Part], known: Figures, limits: Mapping[str, float]
 ) -> Iterator[tuple[str, Figures]]:
-    """Yield the name of a part and its figures whenever they change, until all are done or the process has ended.
+    """Yield a part's name and figures whenever they change, until all parts are done or their process has ended.
 
-    An interruption ends it, and is raised after the last figures.
+    An interruption ends the process. KeyboardInterrupt is raised after the last figures.
     """
     context = multiprocessing.get_context("spawn")
     received, sent = context.Pipe(duplex=False)
@@ -127,15 +130,17 @@ def write_report(
     again: bool = False,
     run: Callable[..., Iterator[tuple[str, Figures]]] = in_own_process,
 ) -> Figures:
-    """Run what `out` does not have yet; return the whole report.
+    """Measure the cases that the report in `out` lacks, and return the whole report.
 
     Args:
-        only: names of the parts that are run, all if empty. "attention" stands for all of its dtypes.
-        again: what `out` has of them is measured anew.
-        run: measures parts, as `in_own_process`.
+        out: folder of the report.
+        parts: all parts of the report, by name.
+        only: names of the parts to run. If empty, all of them. "attention" stands for attention in all dtypes.
+        again: if True, the cases that `out` already has are measured again.
+        run: function that measures parts, such as `in_own_process`.
 
     Raises:
-        ValueError: `out` has a report of another card, or no report under its name.
+        ValueError: if the report in `out` was measured on another card, or the file is not a report.
     """
     file, remedy = out / "report.json", "remove it, or give another --out"
     check_writable(file)
@@ -143,18 +148,18 @@ def write_report(
     left = {name: part for name, part in parts.items() if not only or {name, name.split()[0]} & {*only}}
     known: Figures = {} if again else report
     try:
-        markdown(report)  # which reads all of it
+        markdown(report)  # reads the whole report, so a malformed one fails here
         plans = {name: planned(part, known.get(name, {})) for name, part in left.items()}
         spent = {name: known.get(name, {}).get("seconds", 0) for name in left}
         if not all(0 <= seconds < math.inf for seconds in spent.values()):
             raise ValueError(f"seconds must be finite and at least 0, got {spent}")
         card = report.get("environment", {}).get("installed", {}).get("card")
-    except Exception as error:  # its readers raise whatever comes of what they did not expect
+    except Exception as error:  # a malformed report can cause any error
         if not file.exists():
             raise
-        raise ValueError(f"{file} is no report ({type(error).__name__}: {error}): {remedy}") from error
+        raise ValueError(f"{file} is not a report ({type(error).__name__}: {error}); {remedy}") from error
     if card and card != torch.cuda.get_device_name():
-        raise ValueError(f"{file} is of {card}, this card is {torch.cuda.get_device_name()}: {remedy}")
+        raise ValueError(f"{file} was measured on {card}, but this card is {torch.cuda.get_device_name()}; {remedy}")
 
     def save(name: str, figures: Figures) -> None:
         report[name] = figures
@@ -176,18 +181,18 @@ def write_report(
 
 
 def is_left(figures: Figures, limit: float) -> bool:
-    """Return whether a part is unfinished, and may go on."""
+    """Return whether a part is unfinished and has time left."""
     return unfinished(figures) and "failure" not in figures and figures["seconds"] < limit
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder of the report; benchmarks/results/<card> if not given")
+    parser.add_argument("--out", type=Path, help="folder of the report (default: benchmarks/results/<card>)")
     choices = sorted({*PARTS, *(name.split()[0] for name in PARTS)})
     parser.add_argument("--only", nargs="+", default=[], choices=choices, metavar="PART", help=", ".join(choices))
-    parser.add_argument("--again", action="store_true", help="measure what the report has already, too")
+    parser.add_argument("--again", action="store_true", help="also measure what the report already has")
     parser.add_argument(
-        "--rehearse", action="store_true", help="run all of it tiny and without a GPU: no figure counts"
+        "--rehearse", action="store_true", help="run everything on tiny inputs without a GPU; the figures mean nothing"
     )
     options = parser.parse_args(arguments)
     parts = PARTS
@@ -197,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         parts = rehearsal.of_report()
     if not torch.cuda.is_available():
         sys.exit(
-            "benchmarks.gpu_report: torch finds no GPU here, so there is nothing to report; --rehearse runs without"
+            "benchmarks.gpu_report: torch finds no GPU here, so there is nothing to report; --rehearse runs without one"
         )
     out = options.out or measuring.results()
     try:
@@ -207,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.exit(f"benchmarks.gpu_report: interrupted; {measuring.kept(out / 'report.json')}")
     except (OSError, ValueError) as error:
         sys.exit(f"benchmarks.gpu_report: {error}")
-    print(f"{out / 'report.md'} and report.json")
+    print(f"wrote {out / 'report.md'} and report.json")
     found = list(failures(report))
     print("failed, or left for another run:" if found else "nothing failed")
     for sentence in found:
@@ -216,6 +221,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from benchmarks import gpu_report as module  # what its processes import
+    from benchmarks import gpu_report as module  # the module that its processes import
 
     sys.exit(module.main())

@@ -1,4 +1,4 @@
-"""How the GPU report times, checks and differentiates a contender, and what it notes where that fails."""
+"""Functions that time, check and differentiate the contenders of the GPU report, and that describe failures."""
 
 from __future__ import annotations
 
@@ -24,29 +24,30 @@ from sgalign.ops import backends
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# ||out - ref|| / ||ref||: a few roundings of the dtype, and of float32 sums of products
+# largest ||out - ref|| / ||ref||: a few rounding errors of the dtype, and of sums of products in float32
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
-CALL_SECONDS = 0.15  # of plain calls, at least three runs
+CALL_SECONDS = 0.15  # seconds for timing plain calls, unless three runs take longer
 Figures = dict[str, Any]
 
 
 def graph_ms(calls: list[Callable[[], object]]) -> float:
-    """Return the device time of one call, in a CUDA graph that goes through all of `calls` in turn.
+    """Return the device time of one call in ms, in a CUDA graph that goes through all of `calls` in turn.
 
-    Triton 3.6 to 3.8 call six times in a stream of their own, then as often as 20 ms allow while a graph is captured,
-    and take the median of ten replays. They neither empty the cache nor wait for what other streams have begun.
+    Triton 3.6 to 3.8 first make six calls in a separate stream. Then they capture a graph of as many calls as take 20
+    ms, and take the median of ten replays. They neither empty the cache nor wait for the work of other streams.
     """
     from triton.testing import do_bench_cudagraph
 
     turns = itertools.cycle(calls)
-    torch.cuda.synchronize()  # inputs may still be written
+    torch.cuda.synchronize()  # the device may still be writing the inputs
     return do_bench_cudagraph(lambda: next(turns)(), return_mode="median")
 
 
 def call_ms(call: Callable[[], object]) -> float:
-    """Return the time of one call, the median of runs of ten calls in a row, as a training loop makes them.
+    """Return the time of one plain call in ms, as the median over runs of ten calls in a row.
 
-    Not `triton.testing.do_bench`: it empties the cache before each call, and its events leave out most of launching.
+    A training loop makes calls in a row, too. `triton.testing.do_bench` would not do, because it empties the cache
+    before each call and its events leave out most of the launch.
     """
     call()
     torch.cuda.synchronize()
@@ -62,13 +63,13 @@ def call_ms(call: Callable[[], object]) -> float:
 
 
 def timed(calls: list[Callable[[], object]]) -> Figures:
-    """Return all that is measured of a contender; `calls` differ in their inputs alone.
+    """Return all figures of a contender. `calls` differ only in their inputs.
 
-    What cannot be captured in a graph has the other figures beside its failure.
+    If the calls cannot be captured in a graph, the figures include that failure instead of a graph time.
     """
     from benchmarks import conftest
 
-    for call in calls:  # compiles, and draws what a call draws once
+    for call in calls:  # compiles, and draws the values that are drawn only once
         call()
     before, peak = conftest.memory(calls[0], DEVICE)
     found: Figures = {"call": call_ms(calls[0]), "peak": peak - before}
@@ -81,7 +82,8 @@ def timed(calls: list[Callable[[], object]]) -> Figures:
 def usable() -> bool:
     """Return whether the device answers and draws random numbers.
 
-    A process never gets it back after an illegal access, nor the numbers after some graphs that cannot be captured.
+    After an illegal access, a process never gets its device back. After a failed capture of some graphs, it can never
+    draw random numbers again.
     """
     try:
         torch.rand(1, device=DEVICE)
@@ -92,25 +94,25 @@ def usable() -> bool:
 
 
 def sentence(error: BaseException) -> str:
-    """Return the kind of an error and the first line of what it says."""
+    """Return the type of an error and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     return f"{type(error).__name__}: {lines[0][:200]}".removesuffix(": ")
 
 
 def sets_beyond_cache(mebibytes: float) -> int:
-    """Return how many sets of inputs no cache holds, at most 8."""
+    """Return how many sets of inputs of this size exceed the cache, at most 8."""
     cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size / 2**20
     return max(1, min(8, int(2 * cache / mebibytes) + 1))
 
 
 def results() -> Path:
-    """Return the folder of what is measured on this card."""
+    """Return the folder for the results of this card."""
     card = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
     return ROOT / "benchmarks" / "results" / card
 
 
 def check_environment() -> None:
-    """Raise ValueError where an environment variable would make every float32 case fail."""
+    """Raise ValueError if an environment variable would make every float32 case fail."""
     if not backends.unavailable("triton"):
         from sgalign.kernels import configs
 
@@ -118,36 +120,36 @@ def check_environment() -> None:
 
 
 def kept(file: Path) -> str:
-    """Return what an interrupted command leaves in its file, as the end of a sentence."""
+    """Return the end of a sentence that tells what an interrupted command has left in its file."""
     return (
-        f"{file} has what was measured until then; the same command goes on"
+        f"{file} has everything measured until then; run the same command to resume"
         if file.exists()
-        else "nothing had been measured"
+        else "nothing had been measured yet"
     )
 
 
 def end_with_parent() -> None:
-    """Interrupt this process when the one that started it has ended: one that was killed cannot do so itself."""
+    """Interrupt this process when its parent has ended, because a killed parent cannot do so."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def wait() -> None:
         parent.join()
-        os.kill(os.getpid(), signal.SIGINT)  # so that it stops its own processes
-        time.sleep(5)  # which takes less
+        os.kill(os.getpid(), signal.SIGINT)  # lets it stop the processes that it has started
+        time.sleep(5)  # stopping them takes less
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
 def available() -> list[str]:
-    """Return the names of the backends for GPUs that run here."""
+    """Return the names of the GPU backends that run here."""
     return [name for name in backends.ON_GPU if not backends.unavailable(name)]
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Let what is allocated without being filled start as NaN, so that an unwritten element shows."""
+    """Fill uninitialized allocations with NaN, which exposes elements that a kernel does not write."""
 
     def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
@@ -164,13 +166,13 @@ def poisoned() -> Iterator[None]:
 
 
 def relative_error(got: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """Return the largest of ||got - expected|| / ||expected||; NaN where one is."""
+    """Return the largest ||got - expected|| / ||expected||, or NaN if any of them is NaN."""
     errors = [float((g.detach().double() - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True)]
     return max(errors) if all(error == error for error in errors) else float("nan")
 
 
 def checked(got: Callable[[], list[Tensor]], expected: Callable[[], list[Tensor]], dtype: str) -> Figures:
-    """Return the error of results that are computed in poisoned memory, against float64, and whether it is allowed."""
+    """Compute results in poisoned memory and return their error against float64, the limit, and whether it is met."""
     with poisoned():
         found = got()
     error = relative_error(found, expected())
@@ -178,9 +180,10 @@ def checked(got: Callable[[], list[Tensor]], expected: Callable[[], list[Tensor]
 
 
 def differentiated(contender: Callable[..., Iterable[Tensor]], tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-    """Return a function that runs a contender and returns its outputs, then the gradients of tensors that require one.
+    """Return a function that runs a contender and returns its outputs, then the gradients of its inputs.
 
-    It uses `torch.autograd.grad`, because `backward` would add the gradients of all calls up in `.grad`.
+    Only the tensors that require a gradient get one. The function uses `torch.autograd.grad`, because `backward` would
+    add up the gradients of all calls in `.grad`.
     """
     grads: list[Tensor] = []
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
@@ -198,6 +201,6 @@ def differentiated(contender: Callable[..., Iterable[Tensor]], tensors: Sequence
 
 
 def gradients(outs: Sequence[Tensor], wanted: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients of `wanted`, without those that a contender did not use."""
+    """Return the gradients of `wanted`, except for tensors that a contender did not use."""
     found = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
     return [grad for grad in found if grad is not None]

@@ -1,12 +1,13 @@
-"""Run what a profiler shall see of attention: `python -m benchmarks.profile`, by itself or under Nsight Compute.
+"""Run attention for a profiler: `python -m benchmarks.profile`, alone or under Nsight Compute.
 
-Both branches, forward and backward, in bfloat16, once at each shape of the goals. Only these calls lie between
-`cudaProfilerStart` and `cudaProfilerStop`; what compiles and warms up comes before, so that
+This runs both branches, forward and backward, in bfloat16, at one shape of SGTR and at a long one. Compilation and
+warm-up come first. Only the profiled calls lie between `cudaProfilerStart` and `cudaProfilerStop`. So
 
     ncu --profile-from-start off --clock-control none --set full -k 'regex:forward_kernel|gradient_kernel' \
         python -m benchmarks.profile
 
-sees six launches: of each shape the forward kernel, the gradients of queries, and those of keys and values.
+sees six launches: for each shape the forward kernel, the kernel of the query gradients, and the kernel of the key and
+value gradients.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ WARM_UPS = 3
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rehearse", action="store_true", help="run all of it tiny and without a GPU")
+    parser.add_argument("--rehearse", action="store_true", help="run everything on tiny inputs without a GPU")
     options = parser.parse_args(arguments)
     if options.rehearse:
         from benchmarks import rehearsal
 
         rehearsal.install_for_profile()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.profile: torch finds no GPU here, so there is nothing to profile; --rehearse runs without")
+        sys.exit(
+            "benchmarks.profile: torch finds no GPU here, so there is nothing to profile; --rehearse runs without one"
+        )
     from benchmarks import test_attention as bench
 
     contender = bench.ours(measuring.available()[0])["dual"]
@@ -52,6 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from benchmarks import profile as module  # whose shapes a rehearsal changes
+    from benchmarks import profile as module  # the module whose shapes a rehearsal changes
 
     sys.exit(module.main())

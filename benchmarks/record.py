@@ -1,4 +1,4 @@
-"""The figures of a part of the GPU report: what is known is taken over, what is not is measured, case by case."""
+"""The figures of one part of the GPU report. Known cases are kept, and the others are measured one by one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.measuring import ROOT, Figures
 from benchmarks.report_markdown import NOT_REACHED
 
 RUNNING = "is being measured"
-# What all figures of a part depend on, and those of ours beside it.
+# Files that all figures depend on, and files that only the figures of our backends depend on.
 HARNESS = ("benchmarks/measuring.py", "benchmarks/conftest.py")
 OURS = {
     "cpu": ("sgalign/ops/*.py", "csrc/**/*"),
@@ -29,20 +29,21 @@ OURS = {
 
 
 class DeviceLost(Exception):
-    """This process has no device any more; another one has."""
+    """The error of a process that has lost its device. Another process can still use the device."""
 
 
 class Record:
-    """A part's figures while they come about: nested dictionaries with a case's at its place.
+    """The figures of one part while they are measured: nested dictionaries that hold each case at its place.
 
-    A part calls `attempt` for each of its cases, in the order of their worth. A record without a deadline measures
-    none of them: it says what is known and what is left.
+    A part calls `attempt` for each of its cases, most important first. A record without a deadline measures nothing. It
+    only shows which cases are known and which are left.
 
     Args:
         known: figures of an earlier record.
-        figures: to be filled; `known` itself where these are of the same cases.
-        deadline: of `time.monotonic`.
-        send: is called with `figures` before each measurement. The one that runs then fails with `RUNNING`.
+        figures: dictionary to fill. It may be `known` itself if both hold the same cases.
+        deadline: time after which no measurement starts, on the clock of `time.monotonic`.
+        send: function that is called with `figures` before each measurement. In these, the case that is about to be
+            measured has the failure `RUNNING`.
     """
 
     def __init__(
@@ -55,14 +56,16 @@ class Record:
         self.known, self.figures, self.deadline, self.send = known, figures, deadline, send
 
     def attempt(self, place: Sequence[str], measure: Callable[..., Figures], *arguments: Any, digest: str) -> None:
-        """Put what `measure` gives at its place, or a sentence about why it gives nothing.
+        """Measure a case and put its figures, or a sentence about its failure, at its place.
 
         Args:
-            place: keys, the outermost first.
-            digest: of all that the figures depend on. What is known with the same one is not measured again.
+            place: keys of the case, the outermost first.
+            measure: function that returns the case's figures, called with `arguments`.
+            digest: digest of everything that the figures depend on. Known figures with the same digest are not
+                measured again.
 
         Raises:
-            DeviceLost: the figures are there, but nothing more can be measured in this process.
+            DeviceLost: if this process can measure nothing more. The case's figures are in place by then.
         """
         *path, name = place
         known, found = self.known, self.figures
@@ -80,11 +83,11 @@ class Record:
             if not measuring.usable():
                 raise DeviceLost
             gc.collect()
-            gc.freeze()  # or collecting takes a tenth of a second each time, and does so for every case
+            gc.freeze()  # otherwise, collecting garbage takes a tenth of a second for every case
             torch.cuda.empty_cache()
 
     def row(self, part: str, shape: Sequence[int], dtype: str, backward: bool, **work: Any) -> tuple[str, str, str]:
-        """Describe a row of the part's table; return the place of its contenders."""
+        """Describe a row of the part's table, and return the place of its contenders."""
         name = f"{', '.join(map(str, shape))}, {dtype}, {'forward and backward' if backward else 'forward'}"
         row = self.figures.setdefault(part, {}).setdefault(name, {})
         row.update(shape=[*shape], dtype=dtype, backward=backward, **work)
@@ -95,22 +98,22 @@ Part = Callable[[Record], None]
 
 
 def attempted(measure: Callable[..., Figures], *arguments: Any) -> Figures:
-    """Return what `measure` gives, or its failure in a sentence."""
+    """Return the figures of `measure`, or its failure as a sentence."""
     try:
         return measure(*arguments)
-    except (Exception, pytest.skip.Exception) as error:  # benchmarks skip what is not installed
+    except (Exception, pytest.skip.Exception) as error:  # benchmarks skip if a package is not installed
         return {"failure": measuring.sentence(error)}
 
 
 def planned(part: Part, known: Figures) -> Figures:
-    """Return a part's figures as far as they are known, and what is left of them as not reached."""
+    """Return the known figures of a part, with its other cases marked as not reached."""
     record = Record(known, {})
     part(record)
     return record.figures
 
 
 def settled(figures: Figures, said: str) -> Figures:
-    """Return figures in which the case that was being measured has failed so."""
+    """Return a copy of the figures, with `said` as the failure of the case that was being measured."""
     figures = copy.deepcopy(figures)
 
     def settle(tree: Any) -> None:
@@ -126,10 +129,11 @@ def settled(figures: Figures, said: str) -> Figures:
 
 @functools.cache
 def digest(*of: str) -> str:
-    """Return a digest of this card and of `versions`, of files, and of what is no file.
+    """Return a digest of this card, of `versions`, of source files and of other strings.
 
     Args:
-        of: patterns of files, from the root of the source tree; other strings stand for themselves.
+        of: patterns of files, relative to the root of the source tree, and other strings, which stand for themselves.
+            A string with a slash is a pattern.
     """
     digest = hashlib.sha256(" ".join([torch.cuda.get_device_name(), *versions(), *of]).encode())
     for pattern in of:
@@ -140,7 +144,7 @@ def digest(*of: str) -> str:
 
 
 def versions() -> list[str]:
-    """Return what figures depend on beside the card and the code."""
+    """Return the versions and settings that figures depend on, besides the card and the code."""
     from triton import __version__ as triton
 
     from sgalign.kernels import configs
@@ -150,7 +154,7 @@ def versions() -> list[str]:
 
 
 def table_entries(bits: int, channels: Sequence[int], branches: Sequence[int], dropout: bool, backward: bool) -> str:
-    """Return what the table of Triton's kernels has for attention of these kinds."""
+    """Return the entries of the Triton kernels' table for these kinds of attention, as a string."""
     from sgalign.kernels import configs
 
     kernels = ("forward", "query_gradient", "key_value_gradient") if backward else ("forward",)

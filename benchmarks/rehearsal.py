@@ -1,8 +1,8 @@
-"""A rehearsal of the commands that need a GPU, on tiny inputs on the CPU: whether they run through, and no figures.
+"""A rehearsal of the GPU commands on tiny inputs on the CPU. It shows whether they run through, and measures nothing.
 
-Torch's questions to a GPU get made-up answers, a CUDA graph runs its calls while it is captured and never again, and
-every event is 20 ms after the one before. Triton's own `do_bench_cudagraph` calls these. The compiled core for the CPU
-stands for the report's backends; the tuner's kernels run under Triton's interpreter.
+Torch's functions that ask about a GPU return made-up answers. A fake CUDA graph runs its calls only while it is
+captured, and every fake event comes 20 ms after the one before. Triton's own `do_bench_cudagraph` uses these fakes. The
+compiled core for the CPU takes the place of the report's backends. The tuner's kernels run under Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from benchmarks import measuring
 from benchmarks.record import Part, Record
 from sgalign.ops import _core, backends
 
-CARD = "no GPU: in a rehearsal no figure is one of a GPU"
+CARD = "no GPU (a rehearsal, so no figure comes from a GPU)"
 PROPERTIES = types.SimpleNamespace(
     name=CARD, major=9, minor=0, multi_processor_count=4, total_memory=2**30, L2_cache_size=2**10
 )
 
 
 def nothing(*args: object, **options: object) -> None:
-    """Do what a device would."""
+    """Do nothing, in place of a function that needs a device."""
 
 
 class Event:
-    """A CUDA event."""
+    """A fake CUDA event."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.enable_timing = enable_timing
@@ -48,11 +48,11 @@ class Event:
 
 
 class Stream:
-    """A CUDA stream."""
+    """A fake CUDA stream."""
 
 
 class CUDAGraph:
-    """A CUDA graph."""
+    """A fake CUDA graph."""
 
     replay = nothing
 
@@ -73,8 +73,8 @@ FAKES: dict[str, Any] = {
 
 
 def install() -> None:
-    """Make this process believe in a GPU, for good."""
-    if multiprocessing.parent_process() is None:  # once, not in every worker
+    """Make this process act as if it had a GPU, permanently."""
+    if multiprocessing.parent_process() is None:  # printed once, not by every worker
         print(CARD, flush=True)
     mock.patch.multiple(torch.cuda, **FAKES).start()
     mock.patch.multiple(torch.cuda.profiler, start=nothing, stop=nothing).start()
@@ -84,16 +84,16 @@ def install() -> None:
 
 
 def check_core(command: str) -> None:
-    """End this process where the compiled core, which stands for the kernels, cannot be used."""
+    """Exit if the compiled core, which takes the place of the GPU kernels, cannot be used."""
     if (problem := _core.problem()) is not None:
         sys.exit(f"benchmarks.{command} --rehearse: {problem}")
 
 
 def install_for_report() -> None:
-    """Make this process believe in a GPU, and the report's parts tiny."""
+    """Make this process act as if it had a GPU, and make the report's parts tiny."""
     check_core("gpu_report")
     install()
-    # Imported here, because they choose devices and compile.
+    # These are imported after the fakes are in place, because they choose devices and compile.
     from benchmarks import attention_part, device_tests, environment_part, relation_part, steps_part
 
     shapes = [(1, 2, 20, 40, 16), (1, 1, 8, 300, 32)]
@@ -110,7 +110,7 @@ def install_for_report() -> None:
 
 
 def without_backward(flex_attention: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    """Return FlexAttention with a gradient of zeros: it has none on the CPU."""
+    """Return FlexAttention with gradients of zero, because it has no backward on the CPU."""
     attend = flex_attention()
 
     def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -121,7 +121,7 @@ def without_backward(flex_attention: Callable[[], Callable[..., Any]]) -> Callab
 
 
 def tiny_step(step: Callable[[str, str], Any], benchmark: str, of: str) -> Any:
-    """Return what `step` does, of small models."""
+    """Return the result of `step` for small models."""
     if benchmark == "test_sgtr":
         from benchmarks import test_sgtr
         from sgalign.models.entity_detector import EntityDetector
@@ -140,7 +140,7 @@ def tiny_step(step: Callable[[str, str], Any], benchmark: str, of: str) -> Any:
 
 
 def install_for_profile() -> None:
-    """Make this process believe in a GPU, and the profiled shapes tiny."""
+    """Make this process act as if it had a GPU, and make the profiled shapes tiny."""
     check_core("profile")
     install()
     from benchmarks import profile
@@ -150,7 +150,7 @@ def install_for_profile() -> None:
 
 
 def install_for_tuner() -> None:
-    """Make this process believe in a GPU, whose kernels Triton's interpreter runs, and the tuner's shapes tiny."""
+    """Make this process act as if it had a GPU, with Triton's interpreter, and make the tuner's shapes tiny."""
     if problem := backends.interpreter_problem():
         sys.exit(f"benchmarks.tune --rehearse: {problem}")
     os.environ["TRITON_INTERPRET"] = "1"
@@ -163,19 +163,19 @@ def install_for_tuner() -> None:
 
 
 def first(neighbours: Callable[[Any], Iterator[Any]], plan: Any) -> Iterator[Any]:
-    """Yield one of a plan's neighbours."""
+    """Yield the first neighbor of a plan."""
     return itertools.islice(neighbours(plan), 1)
 
 
 def in_rehearsal(part: Part, record: Record) -> None:
-    """Run a part of the report in a process that may not know yet that it rehearses."""
+    """Run a part of the report, after installing the rehearsal if this process does not have it yet."""
     if measuring.DEVICE.type != "cpu":
         install_for_report()
     part(record)
 
 
 def of_report() -> dict[str, Part]:
-    """Return the report's parts for a rehearsal, with time for all of them."""
+    """Return the report's parts for a rehearsal, with enough time for all of them."""
     install_for_report()
     from benchmarks import gpu_report
 

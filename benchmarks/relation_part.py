@@ -1,4 +1,4 @@
-"""The GPU report's parts "relation" and "loss": Motifs' relation head and the alignment loss."""
+"""The parts "relation" and "loss" of the GPU report: Motifs' relation head and the alignment loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.measuring import DTYPES, Figures
 from benchmarks.record import HARNESS, OURS, Record, digest
 from sgalign import relation_alignment_loss
 
-SHAPES = [(1024, 40, 4096, 51), (4096, 160, 4096, 51)]  # R, N, C, K of one image and of four
+SHAPES = [(1024, 40, 4096, 51), (4096, 160, 4096, 51)]  # R, N, C, K for one image and for four
 LOGITS = 4096, 51  # R, K
 
 
@@ -24,7 +24,7 @@ CODE = (*HARNESS, "benchmarks/relation_part.py", "benchmarks/test_relation.py")
 
 
 def relation(record: Record) -> None:
-    """Time Motifs' relation head, post_cat's halves included."""
+    """Check and time Motifs' relation head, including both halves of post_cat."""
     from benchmarks import test_relation as bench
 
     contenders: dict[str, Callable[[bench.Head], list[Tensor]]] = {}
@@ -38,7 +38,7 @@ def relation(record: Record) -> None:
         relations, objects, channels, classes = shape
         weights = (2 * bench.HIDDEN + 2 * classes) * channels
         elements = relations * channels + weights + 4 * objects * bench.HIDDEN + 2 * relations * classes
-        elements *= 3 if backward else 1  # read again, and a gradient of each is written
+        elements *= 3 if backward else 1  # the backward reads all of them and writes their gradients
         work = {"flops": bench.flops(shape, backward), "bytes": elements * DTYPES[dtype].itemsize}
         row = record.row("rows", shape, dtype, backward, **work)
         for name, call in contenders.items():
@@ -46,14 +46,14 @@ def relation(record: Record) -> None:
 
 
 def depends_on(name: str) -> str:
-    """Return a digest of what a contender's figures depend on."""
+    """Return a digest of everything that a contender's figures depend on."""
     return digest(*CODE, *OURS.get(name.split()[0], ()))
 
 
 def time_relation(
     contender: Callable[[Any], list[Tensor]], shape: tuple[int, int, int, int], dtype: str, backward: bool
 ) -> Figures:
-    """Return what is measured of a contender, with as many heads as no cache holds."""
+    """Return a contender's figures, measured over so many heads that no cache holds them all."""
     from benchmarks.test_relation import Head
 
     def call(head: Head) -> Callable[[], object]:
@@ -71,7 +71,7 @@ def time_relation(
 
 
 def check_relation(contender: Callable[[Any], list[Tensor]], dtype: str) -> Figures:
-    """Compare a contender with the usual form, the public code's, with the same numbers in float64."""
+    """Compare a contender with the form of the public code, which gets the same numbers in float64."""
     from benchmarks.test_relation import Head
 
     torch.manual_seed(1)
@@ -91,7 +91,7 @@ def check_relation(contender: Callable[[Any], list[Tensor]], dtype: str) -> Figu
 
 
 def loss(record: Record) -> None:
-    """Time the alignment loss with its gradient."""
+    """Check and time the alignment loss with its gradient."""
     from benchmarks.test_relation import plain_loss
 
     contenders: dict[str, Callable[..., Tensor]] = {
@@ -105,7 +105,7 @@ def loss(record: Record) -> None:
 
 
 def branches() -> tuple[Tensor, Tensor]:
-    """Return logits of both branches; those of the mirror require a gradient."""
+    """Return the logits of both branches. The mirrored logits require a gradient."""
     torch.manual_seed(0)
     logits, mirrored = torch.randn(2, *LOGITS, device=measuring.DEVICE)
     return logits, mirrored.requires_grad_()
@@ -126,6 +126,6 @@ def check_loss(contender: Callable[..., Tensor]) -> Figures:
 
 
 def time_loss(contender: Callable[..., Tensor]) -> Figures:
-    """Return what is measured of a contender."""
+    """Return a contender's figures."""
     logits, mirrored = branches()
     return measuring.timed([measuring.differentiated(lambda student: (contender(logits, student),), [mirrored])])

@@ -1,4 +1,4 @@
-"""The report of `benchmarks.gpu_report` as Markdown: ratios, goals, failures. What was not measured stays blank."""
+"""The report of `benchmarks.gpu_report` as Markdown: ratios, goals and failures. Unmeasured cells stay blank."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def markdown(report: Figures) -> str:
     environment = environment_of(report)
     sections = [
         f"# sgalign on {environment.get('card', 'a GPU')}",
-        "Written by `python -m benchmarks.gpu_report`; all figures are in report.json. Times are in ms, medians: graph,"
-        " a call's share of a CUDA graph's replay; call, with launching. A ratio is the other's graph time divided by"
-        " that of both branches in one call.",
+        "`python -m benchmarks.gpu_report` wrote this page. All figures are in report.json. Times are medians in ms."
+        ' "graph" is the time of one call within the replay of a CUDA graph. "call" is the time of a plain call,'
+        ' including the launch. A column "X /" has the graph time of X divided by that of both branches in one call.',
         table(("", ""), environment_rows(environment)),
         "## Goals",
-        table(("", "goal", "least favourable", "reached"), goals(report)),
+        table(("", "goal", "least favorable", "reached"), goals(report)),
         "## Tests",
         table(("backend", "outcome", "not run"), test_rows(report)),
         "## Attention",
-        "Of the ceilings: the time that the card's own rates of copying and of matrix products allow, divided by the"
-        " time taken; exponentials and random numbers are not counted.",
+        "The share of the ceilings is the time that the card's own rates of copying and of matrix products allow,"
+        " divided by the measured time. Exponentials and random numbers are not counted.",
     ]
     for dtype in ("bfloat16", "float16", "float32"):
         for backward in (True, False):
@@ -36,7 +36,7 @@ def markdown(report: Figures) -> str:
                 sections += [attention_table(rows, environment)]
     sections += ["## Relation head", relation_table(rows_of(report, "relation"), environment)]
     sections += ["## Alignment loss", loss_table(rows_of(report, "loss"))]
-    sections += ["## Training steps", "Times are those of calls.", step_table(report)]
+    sections += ["## Training steps", "Times are those of plain calls.", step_table(report)]
     sections += ["## What failed", "\n".join(f"- {failure}" for failure in failures(report)) or "Nothing."]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -45,7 +45,7 @@ def markdown(report: Figures) -> str:
 
 
 def environment_of(report: Figures) -> Figures:
-    """Return what is installed and the card's rates, in one."""
+    """Return the installed versions and the card's rates in one dictionary."""
     environment = report.get("environment", {})
     return environment.get("installed", {}) | environment.get("rates", {})
 
@@ -71,7 +71,7 @@ def ratio(over: float | None, under: float | None) -> float | None:
 
 
 def of_ceilings(row: Figures, environment: Figures, taken: float | None) -> float | None:
-    """The share of the rates that were measured on this card."""
+    """Return the time that the rates measured on this card allow, as a share of the time taken."""
     if taken is None or "bytes" not in row or "bytes per second" not in environment:
         return None
     products = row["flops"] / environment["FLOP per second"][row["dtype"]]
@@ -83,7 +83,7 @@ def is_sgtr(row: Figures) -> bool:
 
 
 def goals(report: Figures) -> Iterator[tuple[str, ...]]:
-    """The least favourable figure decides."""
+    """Yield a row of the table for each goal, with the least favorable figure."""
     rows = [row for part in report if part.startswith("attention") for row in rows_of(report, part)]
     both = [row for row in rows if row["backward"]]
     dual = lambda row: fastest(row, (name + DUAL for name in backends_of(row)))  # noqa: E731
@@ -94,11 +94,11 @@ def goals(report: Figures) -> Iterator[tuple[str, ...]]:
     over = [ratio(time_of(row, "flex"), dual(row)) for row in sgtr]
     yield goal("FlexAttention / dual, SGTR's shapes, forward and backward", 2, over)
     over = [ratio(fastest(row, DENSE), dual(row)) for row in sgtr]
-    yield goal("SDPA with dense masks / dual, the same", 3, over)
+    yield goal("SDPA with dense masks / dual, SGTR's shapes, forward and backward", 3, over)
     over = [of_ceilings(row, environment, dual(row)) for row in large]
-    yield goal("share of the ceilings, at least 4096 queries and keys", 0.7, over)
+    yield goal("share of the ceilings with at least 4096 queries and keys", 0.7, over)
     over = [ratio(step_ratio(case), case["counted"]) for case in steps]
-    yield goal("Align steps / their counted ratio", 1.05, over, at_most=True)
+    yield goal("measured ratio / counted ratio of Align steps", 1.05, over, at_most=True)
 
 
 def goal(name: str, bound: float, values: Iterable[float | None], *, at_most: bool = False) -> tuple[str, ...]:
@@ -111,13 +111,13 @@ def goal(name: str, bound: float, values: Iterable[float | None], *, at_most: bo
 
 
 def step_ratio(case: Figures) -> float | None:
-    """Of the second contender, the one with the mirror, to the first."""
+    """Return the time of the second contender, which has the mirror, divided by that of the first."""
     base, mirrored = list(case["contenders"].values())[:2]
     return ratio(mirrored["call"], base["call"])
 
 
 def unfinished(figures: Any) -> bool:
-    """Whether something of a part was not reached."""
+    """Return whether any case or test of a part was not reached."""
     if isinstance(figures, dict):
         not_reached = figures.get("failure") == NOT_REACHED or bool(figures.get("not run"))
         return not_reached or any(map(unfinished, figures.values()))
@@ -129,10 +129,10 @@ def failed(figures: Figures) -> bool:
 
 
 def failures(report: Figures) -> Iterator[str]:
-    """Sentences: parts, checks, contenders and tests. What was not reached is said once a part."""
+    """Yield a sentence for each failed part, check, contender and test, and one for each part with unreached cases."""
     for part, figures in report.items():
         if unfinished(figures):
-            yield f"{part}: time was up, or the device was lost; the same command goes on"
+            yield f"{part}: time was up, or the device was lost; run the same command to resume"
         if "failure" in figures:
             yield f"{part}: {figures['failure']}"
         for name, check in figures.get("checks", {}).items():
@@ -160,7 +160,7 @@ def failures(report: Figures) -> Iterator[str]:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Empty without rows."""
+    """Return a Markdown table, or an empty string if there are no rows."""
     head, rows = list(head), [list(row) for row in rows]
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
@@ -175,7 +175,7 @@ def shape_of(row: Figures) -> str:
 
 
 def suites_of(report: Figures) -> Iterator[tuple[str, Figures]]:
-    """Yield the suites of tests on the device by name."""
+    """Yield the name and the figures of each suite of tests on the device."""
     for part in ("tests", "sanitizer"):
         yield from ((name, figures) for name, figures in report.get(part, {}).items() if isinstance(figures, dict))
 
@@ -207,9 +207,9 @@ def attention_table(rows: list[Figures], environment: Figures) -> str:
         "same query / masked single",
         "GFLOP",
         "MB",
-        "of the ceilings",
+        "share of the ceilings",
         "peak, MiB",
-        "SDPA twice's",
+        "peak of SDPA twice, MiB",
     ]
     lines = []
     for row in rows:
@@ -228,7 +228,7 @@ def attention_table(rows: list[Figures], environment: Figures) -> str:
 
 def relation_table(rows: list[Figures], environment: Figures) -> str:
     head = ["R, N, C, K", "dtype", "passes", "backend", "dual, graph", "call"]
-    head += ["decomposed /", "usual form /", "dual / single", "GFLOP", "MB", "of the ceilings"]
+    head += ["decomposed /", "usual form /", "dual / single", "GFLOP", "MB", "share of the ceilings"]
     lines = []
     for row in rows:
         for backend in backends_of(row):
@@ -261,4 +261,4 @@ def step_table(report: Figures) -> str:
             line = [case, name, number(taken["call"]), number(ratio(taken["call"], base["call"]), unit="x")]
             line += [number(figures["counted"], unit="x") if place == 1 else ""]
             lines.append([*line, number(taken["peak"], ".0f"), number(ratio(taken["peak"], base["peak"]), unit="x")])
-    return table(("step", "", "ms", "of the first", "counted", "peak, MiB", "of the first"), lines)
+    return table(("step", "", "ms", "relative to the first", "counted", "peak, MiB", "relative to the first"), lines)

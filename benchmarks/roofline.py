@@ -1,9 +1,10 @@
 """Predict the time of attention on a GPU from its compiled kernels: `python -m benchmarks.roofline` prints the table.
 
-The instructions of a step, registers and shared memory are those of the compiled kernel (tests/compiled_kernels.csv);
-the steps of a shape are arithmetic, and the rates are the data sheet's. Four bounds are what the card cannot do faster.
-The prediction adds how many programs a multiprocessor holds, how often one warp issues an instruction, what a step
-waits for, and that the last programs do not fill the card. docs/performance.md compares it with an H200.
+The compiled kernels (tests/compiled_kernels.csv) give the instructions per step, the registers and the shared memory.
+The number of steps is computed from the shape. The rates come from the card's data sheet. These give four lower bounds.
+The prediction also accounts for the number of programs that a multiprocessor holds, the rate at which one warp issues
+instructions, the waits in a step, and the part of the card that is idle during the last programs. docs/performance.md
+compares it with an H200.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ SHAPES = [
 ]
 BRANCHES = 2
 PRODUCTS = {"forward": 2, "query_gradient": 3, "key_value_gradient": 4}
-# Clocks, a fit. A warp issues an instruction in 4 of them, since the next one mostly needs its result; it waits for a
-# barrier, a matrix product or a copy that a step needs, and for loads that a step only starts when it needs them. How
-# often a step waits was counted in the kernels for 9.0.
+# Clocks, from a fit. A warp issues an instruction every 4 clocks, because the next instruction mostly needs its result.
+# WAIT is for each barrier, matrix product or copy that a step needs. LOAD is for loads that start only when the step
+# needs them.
 ISSUE, WAIT, LOAD = 4, 60, 600
-WAITS = {"forward": 5, "query_gradient": 7, "key_value_gradient": 16}
-LAUNCH, MERGE = 1e-6, 2.5e-6  # seconds, assumed: of a launch in a graph, and of one that merges splits
+WAITS = {"forward": 5, "query_gradient": 7, "key_value_gradient": 16}  # waits per step, counted in the kernels for 9.0
+LAUNCH, MERGE = 1e-6, 2.5e-6  # seconds, assumed, for a launch in a graph and for one that merges splits
 
 
 class Card(NamedTuple):
-    """A card's data sheet.
+    """The data sheet of a card.
 
-    Multiprocessors, clock in GHz, float16 matrix units in TFLOP/s, memory in TB/s, and the KiB of shared memory that a
-    multiprocessor has.
+    The fields are the compilation target, the number of multiprocessors, the clock in GHz, the float16 rate of the
+    matrix units in TFLOP/s, the memory rate in TB/s, and the shared memory of a multiprocessor in KiB.
     """
 
     target: str
@@ -58,7 +59,7 @@ CARDS = {
 
 
 class Compiled(NamedTuple):
-    """The resources of a compiled kernel: registers of a thread, bytes of shared memory, instructions of a step."""
+    """The resources of a compiled kernel: registers per thread, bytes of shared memory, and instructions per step."""
 
     registers: int
     shared: int
@@ -66,7 +67,7 @@ class Compiled(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds: the least that a kernel can take, by what bounds it, and the prediction."""
+    """The least time that a kernel can take under each bound, and the predicted time, in seconds."""
 
     instructions: float
     exponentials: float
@@ -79,7 +80,7 @@ class Times(NamedTuple):
 def compiled(target: str, kernel: str, dim: int, bounded: bool) -> Compiled:
     """Return the resources of the float16 kernel of both branches, as the oldest Triton in the table compiled it.
 
-    A kernel whose last tile is not full takes about as many as one with padding.
+    If `bounded`, they are those of the kernel with padding. A kernel whose last tile is not full needs about the same.
     """
     name = f"attention {kernel.replace('_', ' ')}: fp16, {dim} channels, two branches{', padding' if bounded else ''}"
     wanted = target, name
@@ -104,12 +105,13 @@ def times(card: Card, kernel: str, shape: tuple[int, ...]) -> Times:
     taken = compiled(card.target, kernel, dim, launch.constants.get("BOUNDED", False))
     clocks = card.clock * 1e9
     scores = BRANCHES * batch * heads * queries * keys
-    rows = {"forward": 4, "query_gradient": 8, "key_value_gradient": 4}[kernel]  # of queries read and written
+    # Rows that are read or written for each query of both branches.
+    rows = {"forward": 4, "query_gradient": 8, "key_value_gradient": 4}[kernel]
     moved = 2 * batch * heads * dim * (rows * queries + (4 if kernel == "key_value_gradient" else 2) * keys)
 
     steps = math.ceil(queries / config.block_q) if kernel == "key_value_gradient" else launch.span
     programs = math.prod(launch.grid)
-    # Of one step of one program, in clocks of a multiprocessor.
+    # The scores of one step of one program, and the clocks that a multiprocessor needs for it.
     of_step = BRANCHES * config.block_q * launch.constants["GROUPS"] * launch.constants["COLUMNS"]
     issue = taken.step * config.warps / 4
     products = 2 * PRODUCTS[kernel] * dim

@@ -1,4 +1,4 @@
-"""The GPU report's part "steps": whole training steps, and what the mirror costs beside the counted ratio."""
+"""The part "steps" of the GPU report: whole training steps, and the mirror's cost beside the counted ratio."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.record import HARNESS, OURS, Record, digest, table_entries
 
 WARM_UPS, ROUNDS = 2, 7
 CODE = (*HARNESS, "benchmarks/steps_part.py", "sgalign/models/*.py", "sgalign/training/*.py", "sgalign/*.py")
-CASES = {  # with the benchmark that makes the step, and of what
+CASES = {  # case -> the benchmark module that makes the step, and the kind of step
     "Motifs, cached features": ("test_training_step", "cached"),
     "SGTR, structural decoder": ("test_sgtr", "decoder"),
     "SGTR from images": ("test_sgtr", "images"),
@@ -22,12 +22,12 @@ CASES = {  # with the benchmark that makes the step, and of what
 
 
 def run(record: Record) -> None:
-    """Time a forward and backward pass of every step, without a mirror, with it, and with it in two passes."""
+    """Time forward and backward of every step without a mirror, with it, and with it in two passes."""
     backends = [name for name in measuring.available() if name in OURS]
     ours = [pattern for name in backends for pattern in OURS[name]]
     for precision, (case, (benchmark, of)) in ((p, item) for p in ("bfloat16", "float32") for item in CASES.items()):
         entries = ""
-        if benchmark == "test_sgtr":  # whose attention has 32 channels
+        if benchmark == "test_sgtr":  # its attention has 32 channels
             bits = 16 if precision == "bfloat16" else 32
             entries = " ".join(table_entries(bits, [32], [1, 2], dropout, True) for dropout in (False, True))
         depends = digest(*CODE, f"benchmarks/{benchmark}.py", *ours, entries)
@@ -35,19 +35,19 @@ def run(record: Record) -> None:
 
 
 def measure(benchmark: str, of: str, precision: str) -> Figures:
-    """Return the times and the peak memory of a step in all ways to write it."""
+    """Return the time and the peak memory of every way to write a step."""
     contenders, parameters, counted = step(benchmark, of)
     if precision == "bfloat16":
         cast = torch.autocast(measuring.DEVICE.type, torch.bfloat16)
         contenders = {name: cast(step) for name, step in contenders.items()}
-    conftest.time_steps(contenders, parameters, rounds=WARM_UPS, device=measuring.DEVICE)  # compiles, and warms up
+    conftest.time_steps(contenders, parameters, rounds=WARM_UPS, device=measuring.DEVICE)  # compiles and warms up
     times, peaks = conftest.time_steps(contenders, parameters, rounds=ROUNDS, device=measuring.DEVICE)
     taken = {name: {"call": 1e3 * statistics.median(times[name]), "peak": peaks[name]} for name in times}
     return {"contenders": taken, "counted": counted}
 
 
 def step(benchmark: str, of: str) -> Any:
-    """Return the ways to write a step by their names, all of its parameters, and the counted ratio."""
+    """Return the ways to write a step by name, all of their parameters, and the counted ratio."""
     if benchmark == "test_sgtr":
         from benchmarks import test_sgtr
 

@@ -1,4 +1,4 @@
-"""Both branches of relation alignment: ours beside what one would write in PyTorch. Drawing the mask counts for all."""
+"""Benchmarks of attention in both branches: this package beside PyTorch. Every contender draws its own random mask."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sgalign import dual_branch_attention, fused_masked_attention
 from sgalign.nn import MaskedMultiheadAttention
 
 RATIO = 0.1
-# B, H, Lq, Lk, D: SGTR's subject and object decoders (100 entities) and predicate decoder (image memory of 600 x 800,
-# 600 x 1000 and a padded 1024), then a long memory and a wider head
+# B, H, Lq, Lk, D. The first shapes are those of SGTR: its subject and object decoders (100 entities) and its predicate
+# decoder (image memories of 600 x 800, of 600 x 1000, and a padded 1024). A long memory and a wider head follow.
 SHAPES = [(batch, 8, 180, keys, 32) for batch in (4, 8) for keys in (100, 475, 608, 1024)]
 SHAPES += [(1, 8, 300, 2000, 32), (2, 8, 128, 512, 64)]
 Contender = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -54,7 +54,7 @@ compiled = torch.compile(eager)
 
 
 def ours(backend: str | None = None, seed: int | None = None) -> dict[str, Contender]:
-    """What this package has, on one backend."""
+    """Return this package's contenders on one backend."""
     chosen: dict[str, Any] = {"backend": backend, "mask_seed": seed}
     dual = partial(dual_branch_attention, mask_ratio=RATIO, **chosen)
     single, masked = (partial(fused_masked_attention, mask_ratio=ratio, **chosen) for ratio in (0.0, RATIO))
@@ -73,7 +73,7 @@ CONTENDERS: dict[str, Contender] = {
     "eager": eager,
     "compiled eager": compiled,
 }
-COMPILED_SHAPES = [(4, 8, 180, 100, 32), (8, 8, 180, 1024, 32)]  # compiling takes most of a minute each
+COMPILED_SHAPES = [(4, 8, 180, 100, 32), (8, 8, 180, 1024, 32)]  # few, because each takes most of a minute to compile
 
 
 def inputs(
@@ -82,21 +82,21 @@ def inputs(
     dtype: torch.dtype = torch.float32,
     device: torch.device = conftest.DEVICE,
 ) -> list[Tensor]:
-    """query, mirrored query, key and value"""
+    """Return the query, the mirrored query, the key and the value."""
     batch, heads, queries, keys, dim = shape
     kind: dict[str, Any] = {"dtype": dtype, "device": device, "requires_grad": requires_grad}
     return [torch.randn(batch, heads, length, dim, **kind) for length in (queries, queries, keys, keys)]
 
 
 def flops(shape: tuple[int, ...], backward: bool, branches: int = 2) -> int:
-    """Of the matrix products."""
+    """Return the number of operations in the matrix products."""
     batch, heads, queries, keys, dim = shape
-    products = (2 + 5) if backward else 2  # of Lq x Lk x D, in each branch
+    products = (2 + 5) if backward else 2  # products of size Lq x Lk x D per branch
     return branches * products * 2 * batch * heads * queries * keys * dim
 
 
 def step(contender: Contender, tensors: list[Tensor]) -> Callable[[], None]:
-    """One forward, and the backward too if the tensors require gradients."""
+    """Return a function that runs one forward, and the backward too if the tensors require gradients."""
     grad = torch.ones_like(tensors[0])
 
     def run() -> None:
@@ -108,7 +108,7 @@ def step(contender: Contender, tensors: list[Tensor]) -> Callable[[], None]:
 
 
 def test_sgemm(benchmark):
-    """What the machine's own matrix product reaches, the unit of the table's last column."""
+    """Measure the rate of torch's own matrix product, the unit of the table's last column."""
     benchmark.group = "sgemm 1024"
     matrix = torch.randn(1024, 1024, device=conftest.DEVICE)
     benchmark.pedantic(conftest.waited_for(lambda: torch.mm(matrix, matrix)), rounds=200, warmup_rounds=10)
@@ -132,7 +132,7 @@ def test_dual_branch(benchmark, shape, backward, contender):
 @pytest.mark.parametrize("contender", ["sgalign single", "sgalign single, masked"])
 @pytest.mark.parametrize("dim", [32, 128])
 def test_products_and_the_rest(benchmark, dim, contender):
-    """What grows with D is the matrix products; what does not, is softmax and mask."""
+    """Time two sizes of D. The time of the matrix products grows with D, but the time of softmax and mask does not."""
     torch.manual_seed(0)
     benchmark.group = f"one branch, D {dim}"
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_products_and_the_rest(benchmark, dim, contender):
 
 @pytest.mark.parametrize("contender", ["sgalign dual", "nn.MultiheadAttention"])
 def test_module(benchmark, contender):
-    """The whole module, projections included: ours in both branches, torch's called twice with a fresh mask."""
+    """Time the whole module with its projections: ours for both branches, torch's called twice with a fresh mask."""
     torch.manual_seed(0)
     batch, queries, keys, embed, heads = 4, 180, 608, 256, 8
     benchmark.group = "module, B 4, Lq 180, Lk 608, forward+backward"
@@ -166,14 +166,14 @@ def test_module(benchmark, contender):
 
 @pytest.mark.parametrize("contender", ["sgalign dual", "sdpa twice", "sdpa concatenated", "eager"])
 def test_peak_memory(benchmark, contender):
-    """Growth over one step, of the resident set (Linux only) or of torch's memory on a GPU."""
+    """Measure how much memory grows in one step: the resident set (Linux only), or torch's memory on a GPU."""
     shape = (8, 8, 180, 1024, 32)
     run = step(CONTENDERS[contender], inputs(shape, True))
     run()
     try:
         before, peak = conftest.memory(run)
     except OSError:
-        pytest.skip("needs /proc/self/clear_refs, to reset the kernel's record of the peak")
+        pytest.skip("needs /proc/self/clear_refs to reset the kernel's record of the peak")
     benchmark.group = "peak memory"
     benchmark.pedantic(run, rounds=1)
     conftest.peak_memory[contender] = peak - before

@@ -1,6 +1,6 @@
-"""Time calls on tensors of a few elements, where computing costs nothing: each operation beside PyTorch's.
+"""Benchmarks of calls on tensors of a few elements, where computing costs nothing: each operation beside PyTorch.
 
-Calls for a GPU end where the kernel would be launched, so that a machine without one shows how long Python takes.
+Calls for a GPU end where they would launch the kernel. So a machine without a GPU shows how long Python takes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from benchmarks.test_relation import plain_loss
 from sgalign import dual_branch_attention, dual_branch_relation_logits, relation_alignment_loss
 from sgalign.ops import _core, _cuda, backends
 
-pytestmark = pytest.mark.skipif(conftest.DEVICE.type != "cpu", reason="measures the host alone")
+pytestmark = pytest.mark.skipif(conftest.DEVICE.type != "cpu", reason="measures only the host")
 Outputs = tuple[Tensor, ...]
 PAIRS = torch.tensor([[0, 1], [1, 0], [0, 0]])
-SEED = torch.tensor(5)  # a new one is a call of torch's
+SEED = torch.tensor(5)  # fixed, because drawing a seed is another call of torch
 
 
 def dual_attention(query: Tensor, mirrored_query: Tensor, key: Tensor, value: Tensor, backend: str | None) -> Outputs:
@@ -60,7 +60,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Outputs], list[tuple[int, ...]]]] = {
 
 @contextlib.contextmanager
 def launches_do_nothing() -> Iterator[None]:
-    """Let the backends for GPUs run on the CPU up to a launch, which returns at once."""
+    """Let the GPU backends run on the CPU up to each launch, which returns at once."""
     core = _core.load()
     described = {name: getattr(core, name) for name in ("Attention", "RelationLogits", "AlignmentLoss")}
     operations = ("attention_forward", "attention_backward", "relation_forward", "relation_backward", "alignment_loss")
@@ -81,7 +81,7 @@ def launches_do_nothing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def triton_compiles_nothing() -> Iterator[None]:
-    """Let Triton take an H100 for granted and every kernel for compiled, to code that does nothing."""
+    """Let Triton assume an H100, and let it treat every kernel as already compiled to code that does nothing."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver, jit
 

@@ -1,4 +1,4 @@
-"""The relation head of Motifs in both branches: ours beside the usual form and its cheaper algebra in PyTorch."""
+"""Benchmarks of Motifs' relation head in both branches: ours, the usual form, and its cheaper algebra in PyTorch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn.functional import kl_div, linear, logsigmoid
 from benchmarks import conftest
 from sgalign import dual_branch_relation_logits, fused_relation_logits, relation_alignment_loss
 
-# R, N, C, K: one image and four at the published sizes, and a small model on VRD
+# R, N, C, K: one image and four images at the published sizes, and a small model on VRD
 SHAPES = [(1024, 40, 4096, 51), (4096, 160, 4096, 51), (600, 100, 512, 71)]
-HIDDEN = 512  # what edge context gives for each end of a pair
+HIDDEN = 512  # channels that the edge context gives for each end of a pair
 
 
 class Head(nn.Module):
-    """Both branches' inputs and weights: heads and tails `[N, HIDDEN]` through post_cat, then rel_compress."""
+    """The inputs and weights of both branches: heads and tails `[N, HIDDEN]`, then post_cat, then rel_compress."""
 
     def __init__(self, shape: tuple[int, int, int, int], requires_grad: bool) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Head(nn.Module):
         self.requires_grad_(requires_grad)
 
     def usual(self) -> list[Tensor]:
-        """As in Scene-Graph-Benchmark, once a branch."""
+        """Return the logits as Scene-Graph-Benchmark computes them, once per branch."""
         subject, object_ = self.pairs.unbind(1)
         return [
             rel_compress(self.post_cat(torch.cat([head[subject], tail[object_]], 1)) * self.union)
@@ -40,7 +40,7 @@ class Head(nn.Module):
         ]
 
     def ends(self) -> list[tuple[Tensor, Tensor]]:
-        """post_cat's two halves, of N objects instead of R pairs."""
+        """Return the results of the two halves of post_cat, applied to N objects instead of R pairs."""
         as_subject, as_object = self.post_cat.weight.chunk(2, 1)
         return [
             (linear(head, as_subject, self.post_cat.bias), linear(tail, as_object))
@@ -80,9 +80,9 @@ CONTENDERS: dict[str, Callable[[Head], list[Tensor]]] = {
 
 
 def flops(shape: tuple[int, ...], backward: bool, branches: int = 2) -> int:
-    """Of the matrix products, post_cat's halves included."""
+    """Return the number of operations in the matrix products, including the halves of post_cat."""
     relations, objects, channels, classes = shape
-    products = relations * classes + 2 * objects * HIDDEN  # of C channels, in each branch
+    products = relations * classes + 2 * objects * HIDDEN  # products of C channels per branch
     return branches * (3 if backward else 1) * 2 * products * channels
 
 
@@ -105,7 +105,8 @@ def test_relation_head(benchmark, shape, backward, contender):
     conftest.measure(benchmark, contender, run)
 
 
-# kind, direction, R, K: Motifs of one and of several images, SGTR's subjects or objects and its predicates (8 images)
+# kind, direction, R, K: Motifs with one and with several images, then SGTR's subjects or objects and SGTR's predicates
+# with 8 images
 LOSSES = [
     ("softmax", "teacher_to_student", 1024, 51),
     ("softmax", "teacher_to_student", 4096, 51),

@@ -1,7 +1,8 @@
-"""SGTR with and without the mirror at the published sizes: the structural decoder alone, and a step from images.
+"""Benchmarks of SGTR's structural decoder and of its training step from images, with and without the mirror.
 
-What bounds it: the linear layers. Keys and values of both memories are all that the branches of the decoder share, so
-that counting gives nearly twice one branch; of a whole step the backbone, which runs once, is the greater part.
+The sizes are the published ones. The linear layers bound the time. The decoder's branches share only the keys and
+values of both memories, so the counted cost of two branches is nearly twice that of one. Most of a whole step is the
+backbone, which runs once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MASK = MirrorMask(0.1, 1)
 
 
 class PlainLayer(nn.Module):
-    """A sub-decoder's layer as the public code has it."""
+    """A layer of a sub-decoder as in the public code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ def attention_backward_flops(
 
 
 def counted(step: Callable[[], Tensor]) -> int:
-    """Arithmetic of the matrix products and convolutions of a forward and a backward pass."""
+    """Return the operations of the matrix products, convolutions and attention in a forward and a backward pass."""
     formulas = {
         torch.ops.sgalign.attention: attention_flops,
         torch.ops.sgalign.attention_backward: attention_backward_flops,
@@ -87,11 +88,14 @@ def counted(step: Callable[[], Tensor]) -> int:
     return counter.get_total_flops()
 
 
-Steps = tuple[dict[str, Callable[[], Tensor]], list[nn.Parameter], float]  # by name; all parameters; counted ratio
+Steps = tuple[dict[str, Callable[[], Tensor]], list[nn.Parameter], float]  # by name, all parameters, counted ratio
 
 
 def decoder_steps(device: torch.device = conftest.DEVICE) -> Steps:
-    """The six layers, given what they read; without dropout, which would make torch leave its fused attention."""
+    """Return the steps of the six decoder layers on given inputs.
+
+    They have no dropout, because it would make torch leave its fused attention.
+    """
     torch.manual_seed(0)
     images = 2
     with device:
@@ -122,11 +126,14 @@ def decoder_steps(device: torch.device = conftest.DEVICE) -> Steps:
 
 
 def image_steps(device: torch.device = conftest.DEVICE) -> Steps:
-    """600 x 1000 pixels, one image, ResNet-101, the detector frozen as for Visual Genome."""
+    """Return the steps on one image of 600 x 1000 pixels, with ResNet-101.
+
+    The detector is frozen as for Visual Genome.
+    """
     torch.manual_seed(0)
     detector, net = EntityDetector(OBJECTS).to(device), SGTR(OBJECTS, PREDICATES).to(device)
     detector.freeze(("backbone", "encoder", "decoder"))
-    with torch.no_grad():  # else the untrained backbone's features are of 1e5, and scores of attention of 1e10 overflow
+    with torch.no_grad():  # or the untrained backbone's features reach 1e5, and attention scores of 1e10 overflow
         detector.detr.model.input_projection.weight.mul_(1e-5)
     predicate, entity_class = net.new_heads()
     heads = predicate.to(device), entity_class.to(device)

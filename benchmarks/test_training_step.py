@@ -1,6 +1,6 @@
-"""A training step of Motifs at the published sizes: without the mirror, with it, and with it written in two passes.
+"""Benchmarks of a training step of Motifs at the published sizes, without the mirror, with it, and with two passes.
 
-What the detector sees is given; the relation head's own extractors are in the second case alone.
+The features of the detector are given. Only the second case includes the relation head's own feature extractors.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ class Step:
         return self.relation_loss(prediction.logits, self.batch.targets)[0] + 10 * alignment
 
     def two_passes(self) -> Tensor:
-        """The relation branch as in the public code, run again on masked input; what lies before it runs once."""
+        """Return the loss of a step that runs the public code's relation branch again on masked input.
+
+        The layers before the branch run once.
+        """
         batch = self.batch
         shared = self.motifs.shared(self.seen())
         logits = self.usual_branch(batch, shared, shared.edge_input, self.motifs.predicate)
@@ -96,14 +99,14 @@ class Step:
         return head(pair * shared.union) + shared.bias
 
     def contenders(self) -> dict[str, Callable[[], Tensor]]:
-        """Without the mirror, with it, and with it in two passes."""
+        """Return the steps without the mirror, with it, and with it in two passes."""
         return {"Motifs": self.motifs_alone, "Align-Motifs": self.align_motifs, "two passes": self.two_passes}
 
     def counted(self) -> float:
-        """Multiplications of Align-Motifs by those of Motifs, from the layers' sizes."""
+        """Return the multiplications of Align-Motifs divided by those of Motifs, from the layers' sizes."""
         objects, pairs = IMAGES * OBJECTS, IMAGES * PAIRS
         project = lambda width: 2 * objects * 4 * HIDDEN * width  # noqa: E731
-        recur = 2 * objects * 4 * HIDDEN * HIDDEN + 2 * objects * HIDDEN * HIDDEN  # and the layer after it
+        recur = 2 * objects * 4 * HIDDEN * HIDDEN + 2 * objects * HIDDEN * HIDDEN  # with the layer after it
         before = project(DIM + 200 + 128) + recur + project(self.motifs.edge_input_dim)
         branch = recur + objects * HIDDEN * 2 * HIDDEN + 2 * objects * HIDDEN * DIM + pairs * DIM * (PREDICATES + 1)
         before += (objects + pairs) * (REGION + DIM) * DIM if self.heads is not None else 0
@@ -112,7 +115,7 @@ class Step:
 
 @pytest.mark.parametrize("extractors", [False, True], ids=["cached features", "extractors trained"])
 def test_training_step(benchmark, extractors):
-    """All three in turn, so that they meet the same machine; the benchmark's own figure is Align-Motifs'."""
+    """Time all three steps in turn, which exposes them to the same state of the machine."""
     step = Step(extractors=extractors)
     case = "extractors trained" if extractors else "cached features"
     rounds = 1 if extractors else 5

@@ -1,13 +1,13 @@
 """Find the attention kernels' configurations on this machine's GPU: `python -m benchmarks.tune [--out DIR]`.
 
-For every kernel, size of elements, number of branches and of channels it starts from what kernels/configs.json says,
-tries the neighbours of the best (half or twice a block, other warps, a stage more or less, another limit of registers),
-drops those that do not fit or that change the result, and moves on while one is faster. `--kernels`, `--bits` and
-`--channels` choose a part.
+For each kernel, element size, number of branches and number of channels, the tuner starts from the plan in
+kernels/configs.json. It tries the neighbors of the best plan: half or double a block size, other warps, one pipeline
+stage more or less, another register limit. It drops plans that do not fit or that change the result. It moves to the
+fastest neighbor until none is faster. `--kernels`, `--bits` and `--channels` choose a part of the table.
 
-DIR/tuned.json has the time of all that was tried, and is written after each entry of the table: the same command goes
-on after those that are there. DIR/configs.json is kernels/configs.json with them. The kernels read it in that place:
-copy it there.
+DIR/tuned.json has the times of all plans that could be used. It is written after each entry of the table, and the same
+command resumes after the entries in it. DIR/configs.json is kernels/configs.json with the tuned entries. Copy it to
+kernels/configs.json, where the kernels read it.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ except ModuleNotFoundError as error:
 KERNELS = ("forward", "query_gradient", "key_value_gradient")
 CHANNELS = (32, 64, 128, 256)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
-THRESHOLD = 6554  # of the random mask and of dropout, a tenth
-SHAPES = [(8, 8, 180, 608), (2, 8, 2048, 2048)]  # B, H, Lq, Lk: SGTR's image memory, and one that fills the card
-GAIN = 0.98  # what counts as faster: less is noise
-TOLERANCE = {16: 3e-2, 32: 1e-4}  # of ||out - reference|| / ||reference||
+THRESHOLD = 6554  # threshold of the random mask and of dropout, a tenth of 65536
+SHAPES = [(8, 8, 180, 608), (2, 8, 2048, 2048)]  # B, H, Lq, Lk: SGTR's image memory, and a shape that fills the card
+GAIN = 0.98  # largest ratio of times that counts as faster, because smaller gains are noise
+TOLERANCE = {16: 3e-2, 32: 1e-4}  # bits -> largest ||out - reference|| / ||reference||
 
-LOST = "an illegal access has cost this process its device"  # what another process may find can be used
+# A problem of the process, not of the plan: another process may find that the plan can be used.
+LOST = "this process lost its device to an illegal access"
 
 
 class Entry(NamedTuple):
-    """A line's place in the table."""
+    """The place of a line in the table."""
 
     kernel: str
     bits: int
@@ -64,13 +65,13 @@ class Entry(NamedTuple):
         return configs.kind(self.bits, self.branches, self.dropout)
 
 
-Plan = tuple[int, int, int, int, int]  # as kernels.configs.Config: block_q, block_k, warps, stages, registers
-# Of registers: none, and those with which 12 warps and 16 find room. ROCm's compiler has no such option.
+Plan = tuple[int, int, int, int, int]  # as in kernels.configs.Config: block_q, block_k, warps, stages, registers
+# Register limits: none, and those that leave room for 12 and for 16 warps. ROCm's compiler has no such option.
 LIMITS = (0,) if torch.version.hip else (0, 168, 128)
 
 
 def neighbours(plan: Plan) -> Iterator[Plan]:
-    """Yield the plans one step away in one direction; matrix units take no fewer than 16 rows."""
+    """Yield the plans that are one step away in one value. Matrix units take at least 16 rows."""
     block_q, block_k, warps, stages, registers = plan
     for q, k in ((block_q // 2, block_k), (block_q * 2, block_k), (block_q, block_k // 2), (block_q, block_k * 2)):
         if min(q, k) >= 16 and max(q, k) <= 256:
@@ -87,10 +88,10 @@ def neighbours(plan: Plan) -> Iterator[Plan]:
 
 
 def overhangs(kernel: str, plan: Plan, architecture: str) -> bool:
-    """Return whether Triton gives warps rows that a block does not have, and reads past its end.
+    """Return whether Triton gives the warps rows that a block does not have, and so reads past its end.
 
-    Hopper's matrix units take 16 rows from each of four warps or eight. Triton 3.6 lays eight warps over 64 rows as if
-    there were 128; an H200 then reported an illegal access in some kernels, and none in others.
+    Hopper's matrix units take 16 rows from each of four or eight warps. Triton 3.6 lays eight warps over 64 rows as if
+    there were 128. An H200 then reported an illegal access in some kernels and none in others.
     """
     block_q, block_k, warps, *_ = plan
     rows = (block_q, block_k) if kernel == "key_value_gradient" else (block_q,)
@@ -98,10 +99,10 @@ def overhangs(kernel: str, plan: Plan, architecture: str) -> bool:
 
 
 def climb(start: Plan, time: Callable[[list[Plan]], dict[Plan, float]]) -> tuple[Plan, dict[Plan, float]]:
-    """Return the plan that no neighbour beats, and the times of all. `time` leaves out what cannot be used."""
+    """Return the plan that no neighbor beats, and the times of all plans. `time` leaves out unusable plans."""
     known = time([start])
     best, tried = start, {start}
-    known.setdefault(start, math.inf)  # the table's own may not fit this card
+    known.setdefault(start, math.inf)  # the table's own plan may not fit this card
     while True:
         new = [plan for plan in dict.fromkeys(neighbours(best)) if plan not in tried]
         tried.update(new)
@@ -113,7 +114,7 @@ def climb(start: Plan, time: Callable[[list[Plan]], dict[Plan, float]]) -> tuple
 
 
 def use(entry: Entry, plan: Plan) -> None:
-    """Put a plan in the table that this process reads, not in its file."""
+    """Put a plan into the table in this process, but not into its file."""
     from sgalign.kernels import configs
 
     table, name = configs.read_table(), configs.architecture(measuring.DEVICE)
@@ -125,7 +126,7 @@ def use(entry: Entry, plan: Plan) -> None:
 
 @functools.lru_cache(len(SHAPES))
 def operands(entry: Entry, shape: tuple[int, ...]) -> tuple[list[Tensor], ...]:
-    """Return queries, key and value, and a gradient of each output."""
+    """Return the queries, the key and value, and a gradient for each output."""
     batch, heads, queries, keys = shape
     generator = torch.Generator(measuring.DEVICE).manual_seed(0)
 
@@ -141,7 +142,7 @@ def operands(entry: Entry, shape: tuple[int, ...]) -> tuple[list[Tensor], ...]:
 
 
 def calls(entry: Entry, shape: tuple[int, ...]) -> tuple[Callable[[], object], list[Tensor]]:
-    """Return what runs the kernel, a backward with both of its kernels, and where it writes."""
+    """Return a function that runs the kernel, and the tensors that it writes. A backward runs both of its kernels."""
     from sgalign.kernels import attention
     from sgalign.ops import _cuda
     from sgalign.ops.attention import Options
@@ -149,7 +150,7 @@ def calls(entry: Entry, shape: tuple[int, ...]) -> tuple[Callable[[], object], l
     queries, (key, value), grad_outs = operands(entry, shape)
     seed = torch.tensor(1, device=measuring.DEVICE)
     options = Options(None, None, seed, THRESHOLD, THRESHOLD * entry.dropout, 0, entry.channels**-0.5)
-    nan = functools.partial(torch.full_like, fill_value=float("nan"))  # shows what is not written
+    nan = functools.partial(torch.full_like, fill_value=float("nan"))  # exposes elements that are not written
     outs = [nan(query) for query in queries]
     logsumexps = [nan(query[..., 0], dtype=torch.float32).contiguous() for query in queries]
     call = queries, key, value, outs, logsumexps, options, _cuda.multiprocessors(measuring.DEVICE)
@@ -162,9 +163,9 @@ def calls(entry: Entry, shape: tuple[int, ...]) -> tuple[Callable[[], object], l
 
 
 def problem(entry: Entry, plan: Plan, table: Any) -> str | None:
-    """Return why a plan cannot be used, beside what `table` has for other kernels.
+    """Return the reason why a plan cannot be used, or None if it can. The other kernels use their plans in `table`.
 
-    In a worker's process it leaves the compiled kernels in Triton's cache.
+    In a worker process, this leaves the compiled kernels in Triton's cache.
     """
     from sgalign.kernels import configs
 
@@ -185,7 +186,7 @@ def problem(entry: Entry, plan: Plan, table: Any) -> str | None:
 
 
 def start_worker(prepare: Callable[[], None] | None) -> None:
-    """Prepare a worker process, and let it end with its parent, which alone answers ctrl-C."""
+    """Prepare a worker process. It ends with its parent and ignores ctrl-C, which the parent handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     measuring.end_with_parent()
     if prepare is not None:
@@ -193,19 +194,19 @@ def start_worker(prepare: Callable[[], None] | None) -> None:
 
 
 def differs(entry: Entry, expected: list[Tensor]) -> bool:
-    """Return whether the kernel's result is another than the reference's, or not a number."""
+    """Return whether the kernel's result differs from the reference's or is NaN."""
     run, found = calls(entry, SHAPES[0])
     run()
-    return not relative_error(found, expected) <= TOLERANCE[entry.bits]  # NaN too
+    return not relative_error(found, expected) <= TOLERANCE[entry.bits]  # true for NaN, too
 
 
 def times(entry: Entry, pool: Executor, expected: list[Tensor], plans: list[Plan]) -> dict[Plan, float]:
-    """Return the milliseconds of the plans that can be used, the geometric mean of the shapes."""
+    """Return the milliseconds of each plan that can be used, as the geometric mean over the shapes."""
     from sgalign.kernels import configs
 
     found = {}
     table = copy.deepcopy(configs.read_table())
-    # All, before anything is timed on the same GPU.
+    # All plans are tried out before any is timed, because both happen on the same GPU.
     problems = list(pool.map(problem, itertools.repeat(entry), plans, itertools.repeat(table)))
     for plan, said in zip(plans, problems):
         said = (said if said != LOST else None) or problem(entry, plan, table)
@@ -213,7 +214,7 @@ def times(entry: Entry, pool: Executor, expected: list[Tensor], plans: list[Plan
             raise RuntimeError(LOST)
         if not said:
             use(entry, plan)
-            said = "another result" if differs(entry, expected) else None
+            said = "its result differs from the reference" if differs(entry, expected) else None
         if said:
             print(f"  {plan}: {said}", flush=True)
             continue
@@ -222,7 +223,7 @@ def times(entry: Entry, pool: Executor, expected: list[Tensor], plans: list[Plan
 
 
 def reference_result(entry: Entry) -> list[Tensor]:
-    """Return what `calls` writes at the first shape, by plain PyTorch in float64."""
+    """Return the tensors that `calls` should write at the first shape, from plain PyTorch in float64."""
     from sgalign import dual_branch_attention, fused_masked_attention
 
     queries, memory, grad_outs = operands(entry, SHAPES[0])
@@ -236,11 +237,11 @@ def reference_result(entry: Entry) -> list[Tensor]:
     return list(torch.autograd.grad(outs, tensors, [grad.double() for grad in grad_outs]))
 
 
-Tuned = dict[Entry, dict[str, Any]]  # "plan", and "ms" of every plan that could be used, the first of them first
+Tuned = dict[Entry, dict[str, Any]]  # the best "plan", and "ms" of all plans that could be used, in order of trying
 
 
 def tune(entries: list[Entry], pool: Executor, out: Path, tuned: Tuned) -> None:
-    """Find the best plan of each entry, add it to `tuned`, and write that and the table after each."""
+    """Find the best plan of each entry and add it to `tuned`. Write `tuned` and the table after each entry."""
     from sgalign.kernels import configs
 
     for entry in entries:
@@ -253,9 +254,9 @@ def tune(entries: list[Entry], pool: Executor, out: Path, tuned: Tuned) -> None:
             if usable():
                 raise
             sys.exit(f"benchmarks.tune: {LOST}; {measuring.kept(out / 'tuned.json')}")
-        use(entry, best)  # what was tried last is in use
+        use(entry, best)  # the table holds the plan that was tried last
         if math.isinf(known[best]):
-            print("  nothing can be used", flush=True)
+            print("  no plan can be used", flush=True)
             continue
         print(f"  {best}: {known[best]:.4f} ms", flush=True)
         ms = {", ".join(map(str, plan)): time for plan, time in known.items() if not math.isinf(time)}
@@ -266,15 +267,15 @@ def tune(entries: list[Entry], pool: Executor, out: Path, tuned: Tuned) -> None:
 
 
 def as_lines(tuned: Tuned) -> list[dict[str, Any]]:
-    """Return what was tuned as JSON can have it."""
+    """Return the tuned entries in a form that JSON can hold."""
     return [entry._asdict() | found for entry, found in tuned.items()]
 
 
 def read_tuned(file: Path) -> Tuned:
-    """Return what was tuned on this card, and put it in the table that this process reads.
+    """Return the entries that were tuned on this card, and put their plans into the table in this process.
 
     Raises:
-        ValueError: the file is of another card, or was not written by this command.
+        ValueError: if the file was written on another card or not by this command.
     """
     from sgalign.kernels import configs
 
@@ -290,7 +291,7 @@ def read_tuned(file: Path) -> Tuned:
             configs.check_config(plan)
         if content.get("float32", configs.dot_precision()) != configs.dot_precision():
             raise ValueError(
-                f"its float32 matrices were multiplied by {content['float32']}, now {configs.dot_precision()}"
+                f"it multiplied float32 matrices by {content['float32']}, but the setting is {configs.dot_precision()}"
             )
         for entry, line in tuned.items():
             fields = (
@@ -301,18 +302,18 @@ def read_tuned(file: Path) -> Tuned:
             )
             known = all(type(field) in (int, str) and field in values for field, values in fields)
             if not known or type(entry.dropout) is not bool or not isinstance(line["ms"], dict):
-                raise ValueError(f"no such entry: {line}")
+                raise ValueError(f"the table has no such entry: {line}")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no record to go on with ({error}): {remedy}") from error
+        raise ValueError(f"{file} is not a record that can be resumed ({error}); {remedy}") from error
     if card != torch.cuda.get_device_name():
-        raise ValueError(f"{file} is of {card}, this card is {torch.cuda.get_device_name()}: {remedy}")
+        raise ValueError(f"{file} was measured on {card}, but this card is {torch.cuda.get_device_name()}; {remedy}")
     for entry, plan in plans.items():
         use(entry, plan)
     return tuned
 
 
 def write_table(file: Path) -> None:
-    """Write the table that `kernels.configs` reads, a line for what one bits and branches have."""
+    """Write the table that `kernels.configs` reads, with one line per kind of entry."""
     from sgalign.kernels import configs
 
     def members(entries: Iterable[tuple[str, str]], indent: str) -> str:
@@ -332,13 +333,13 @@ def write_table(file: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, help="folder of what is written; benchmarks/results/<card> if not given")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/<card>)")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--bits", nargs="+", type=int, choices=tuple(DTYPES), default=tuple(DTYPES))
-    parser.add_argument("--channels", nargs="+", type=int, choices=CHANNELS, help="all if not given, in a rehearsal 32")
-    parser.add_argument("--again", action="store_true", help="tune what the folder's record has already, too")
+    parser.add_argument("--channels", nargs="+", type=int, choices=CHANNELS, help="default: all, in a rehearsal 32")
+    parser.add_argument("--again", action="store_true", help="also tune the entries that tuned.json already has")
     parser.add_argument(
-        "--rehearse", action="store_true", help="run all of it tiny and without a GPU: no figure counts"
+        "--rehearse", action="store_true", help="run everything on tiny inputs without a GPU; the figures mean nothing"
     )
     options = parser.parse_args(arguments)
     prepare = None
@@ -348,15 +349,15 @@ def main(arguments: list[str] | None = None) -> int:
         prepare = rehearsal.install_for_tuner
         prepare()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.tune: torch finds no GPU here, so there is nothing to tune; --rehearse runs without")
+        sys.exit("benchmarks.tune: torch finds no GPU here, so there is nothing to tune; --rehearse runs without one")
     out = options.out or measuring.results()
     all_channels = CHANNELS[:1] if options.rehearse else CHANNELS
-    # In the order of their worth: 16 bits, both branches and SGTR's channels come first.
+    # The most important entries come first: 16 bits, both branches and SGTR's channels.
     order = itertools.product(options.bits, (False, True), (2, 1), options.channels or all_channels, options.kernels)
     entries = [
         Entry(kernel, bits, branches, channels, dropout)
         for bits, dropout, branches, channels, kernel in order
-        if channels == 32 or not dropout  # which SGTR trains with
+        if channels == 32 or not dropout  # SGTR trains with dropout at 32 channels
     ]
     try:
         measuring.check_environment()
@@ -367,16 +368,16 @@ def main(arguments: list[str] | None = None) -> int:
         workers = min(8, os.cpu_count() or 1)
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (prepare,)) as pool:
             tune(left, pool, out, tuned)
-        write_table(out / "configs.json")  # also where nothing was left to tune
+        write_table(out / "configs.json")  # also if nothing was left to tune
     except KeyboardInterrupt:
         sys.exit(f"benchmarks.tune: interrupted; {measuring.kept(out / 'tuned.json')}")
     except (OSError, ValueError) as error:
         sys.exit(f"benchmarks.tune: {error}")
-    print(f"{out / 'configs.json'} and tuned.json; the kernels read {ROOT / 'kernels' / 'configs.json'}")
+    print(f"wrote {out / 'configs.json'} and tuned.json; the kernels read {ROOT / 'kernels' / 'configs.json'}")
     return 0
 
 
 if __name__ == "__main__":
-    from benchmarks import tune as module  # what its processes import
+    from benchmarks import tune as module  # the module that its processes import
 
     sys.exit(module.main())

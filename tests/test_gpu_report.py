@@ -86,7 +86,7 @@ def test_a_report_of_another_card_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Made Up")
     content = json.dumps({"environment": {"installed": {"card": "another"}}})
     (tmp_path / "report.json").write_text(content)
-    with pytest.raises(ValueError, match="is of another, this card is Made Up"):
+    with pytest.raises(ValueError, match="was measured on another, but this card is Made Up"):
         gpu_report.write_report(tmp_path, {})
     assert (tmp_path / "report.json").read_text() == content
 
@@ -232,10 +232,10 @@ MARK = device_tests.SANITIZER_MARK
             f"{IDS[0]} PASSED\nSegmentation fault",
             -11,
             {"passed": 1},
-            [f"status -11 in {IDS[1]}: Segmentation fault"],
+            [f"pytest ended with status -11 in {IDS[1]}: Segmentation fault"],
             IDS[2:],
         ),
-        ("", 4, {}, [f"status 4 in {IDS[0]}: "], IDS[1:]),
+        ("", 4, {}, [f"pytest ended with status 4 in {IDS[0]}: "], IDS[1:]),
         (f"{MARK}COMPUTE-SANITIZER\n{PASSED}{MARK}ERROR SUMMARY: 0 errors\n", 0, {"passed": 2, "skipped": 1}, [], []),
         (
             PASSED.replace(" PASSED", f"\n{MARK}Invalid read\nPASSED", 1),
@@ -319,7 +319,7 @@ def test_rehearsal(tmp_path):
     rows = [row for part in report for row in report_markdown.rows_of(report, part)]
     assert len(rows) == 3 * 4 + 4 + 1
     assert {contender["graph"] for row in rows for contender in row["contenders"].values()} == {4.0}
-    assert "no figure is one of a GPU" in (tmp_path / "report.md").read_text().splitlines()[0]
+    assert "no figure comes from a GPU" in (tmp_path / "report.md").read_text().splitlines()[0]
     again = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
     assert again.returncode == 0 and "..." not in again.stdout
     assert json.loads((tmp_path / "report.json").read_text()) == report
@@ -376,9 +376,9 @@ def test_markdown():
     text = report_markdown.markdown(REPORT)
     assert "# sgalign on Made Up" in text
     assert "| FlexAttention / dual, SGTR's shapes, forward and backward | at least 2 | 1.90 | 0 of 1 |" in text
-    assert "| SDPA with dense masks / dual, the same | at least 3 | 5.00 | 1 of 1 |" in text
-    assert "| share of the ceilings, at least 4096 queries and keys | at least 0.7 |  | not measured |" in text
-    assert "| Align steps / their counted ratio | at most 1.05 | 0.92 | 1 of 1 |" in text
+    assert "| SDPA with dense masks / dual, SGTR's shapes, forward and backward | at least 3 | 5.00 | 1 of 1 |" in text
+    assert "| share of the ceilings with at least 4096 queries and keys | at least 0.7 |  | not measured |" in text
+    assert "| measured ratio / counted ratio of Align steps | at most 1.05 | 0.92 | 1 of 1 |" in text
     assert (
         "| 8, 8, 180, 608, 32 | triton | 0.100 | 0.200 | 5.00 |  | 1.90 | 1.25 |  | 5.00 | 10.0 | 50% | 10 | 50 |"
         in text
@@ -489,10 +489,10 @@ RECORDED |= {"plan": [64, 64, 4, 2], "ms": {}}
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"card": "another", "entries": []}', "is of another, this card is Made Up"),
-        ('{"entries": 1}', "is no record to go on with"),
+        ('{"card": "another", "entries": []}', "was measured on another, but this card is Made Up"),
+        ('{"entries": 1}', "is not a record that can be resumed"),
         *(
-            (json.dumps({"card": "Made Up", "entries": [RECORDED | wrong]}), "is no record to go on with")
+            (json.dumps({"card": "Made Up", "entries": [RECORDED | wrong]}), "is not a record that can be resumed")
             for wrong in (
                 {"plan": "12345"},
                 {"plan": [64, -64, 4, 2]},
