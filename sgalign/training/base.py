@@ -305,7 +305,7 @@ class SavedModule(pl.LightningModule):
             del weights[name]
 
     def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Raise an error unless the weights are finite and have the names and shapes of this module's weights."""
+        """Raise InputError unless the weights are finite and have the names and shapes of this module's weights."""
         of_model = self.state_dict()
         for name, own in of_model.items():
             if name in weights and weights[name].shape != own.shape:

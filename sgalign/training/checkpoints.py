@@ -79,7 +79,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_ours(checkpoint: Any, what: str) -> None:
-    """Raise an error unless a checkpoint has the entries that `SavedModule.on_save_checkpoint` writes.
+    """Raise InputError unless a checkpoint has the entries that `SavedModule.on_save_checkpoint` writes.
 
     Args:
         checkpoint: the content of the file.

@@ -151,9 +151,9 @@ class DetrOptions(Options):
         stride: stride of the feature map in pixels. The published stride is 32. With 16 the backbone's last stage is
             left out.
         dim: channels of DETR's transformer and of SGTR's encoder and decoder.
-        heads: attention heads in all of them.
-        ffn_dim: channels of the feed-forward layers in all of them.
-        dropout: dropout probability in all of them, also for attention weights.
+        heads: number of attention heads in DETR and SGTR.
+        ffn_dim: channels of the feed-forward layers in DETR and SGTR.
+        dropout: dropout probability in DETR and SGTR, also for attention weights.
         entity_layers: number of layers of DETR's encoder, and of its decoder.
         entity_queries: number of DETR's object queries per image.
         detector_weights: initial weights of the detector. A folder or name that `weights` of `EntityDetector` takes, or
