@@ -69,8 +69,7 @@ def match_detections(
 
     Args:
         boxes: boxes of the detections, `[N, 4]`, on the host like the annotations.
-        true_boxes: boxes of the annotated objects, `[G, 4]`.
-        true_labels: classes of the annotated objects, int64 `[G]`.
+        true_boxes, true_labels: boxes `[G, 4]` and classes int64 `[G]` of the annotated objects.
         relations: annotated relations, int64 `[M, 3]`.
         num_predicates: number of predicates without the background.
         generator: random generator on the CPU.
@@ -79,8 +78,8 @@ def match_detections(
         iou: smallest IoU of a match, exclusive.
 
     Returns:
-        The pairs, int64 `[S, 2]`; their targets, float32 `[S, num_predicates + 1]`, as in `sgalign.data.collate`; the
-        classes of the detections, int64 `[N]`, 0 for a detection of nothing.
+        The pairs int64 `[S, 2]`, their targets float32 `[S, num_predicates + 1]` as in `sgalign.data.collate`, and the
+        classes of the detections int64 `[N]`, 0 for a detection of nothing.
     """
     overlap = box_iou(boxes, true_boxes) if len(true_boxes) else boxes.new_zeros(len(boxes), 1)
     best, whose = overlap.max(1)
