@@ -103,7 +103,7 @@ class SavedModule(pl.LightningModule):
         data = self.data
         if stage == "fit" and data.instance_drop and not self.learns_from_targets:
             raise InputError(
-                f"instance_drop must be 0 for {type(self).__name__} with these options, because it does not train on "
+                f"instance_drop must be 0 for {type(self).__name__} with these options, because they do not train on "
                 f"labels of annotated pairs, got {data.instance_drop}"
             )
         self._set_classes(data.object_names, data.predicate_names, f"the data, {data.name},")
@@ -178,9 +178,9 @@ class SavedModule(pl.LightningModule):
             self.log(f"train/{name}", part, batch_size=len(self.image_ids), prog_bar=name in shown)
 
     def check_finite(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """Raise an error that names the parts of a loss on the host unless it is finite.
+        """Raise an error that names the parts of the loss, unless the loss is finite. The numbers are on the host.
 
-        If weights are not finite, because the gradients of the last step were not, the error names the weights instead.
+        If weights are not finite, because the gradients of the previous step were not, the error names the weights.
 
         Args:
             loss: the sum over all processes, so all of them stop together. If one stopped alone, the others would wait
@@ -193,7 +193,7 @@ class SavedModule(pl.LightningModule):
         check_weights(dict(self.named_parameters()), self.global_step)
         if self.processes > 1 and all(part.isfinite() for part in parts.values()):
             raise InputError(
-                f"the loss must be finite, but the loss of another process is not at step {self.global_step}"
+                f"the loss must be finite, but the loss of another process was not finite at step {self.global_step}"
             )
         values = ", ".join(f"{name} {part.item():.3g}" for name, part in parts.items())
         remedy = f"look at the data of images {some_of(self.image_ids) or 'of this step'}"
@@ -262,7 +262,7 @@ class SavedModule(pl.LightningModule):
 
     @classmethod
     def _of_checkpoint(cls, checkpoint: dict[str, Any], **options: Any) -> Self:
-        """Make the module of a checkpoint that is in memory, and remove the mirror's weights if it has no mirror."""
+        """Make the module of a checkpoint in memory. If the module has no mirror, the mirror's weights are removed."""
         cls._check_kind(checkpoint)
         known = {field.name for field in dataclasses.fields(cls.options_type)}
         saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}

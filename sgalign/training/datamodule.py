@@ -45,7 +45,7 @@ class SceneGraphData(pl.LightningDataModule):
             scenes are used.
         batch_size: images per step and process.
         seed: seed of the order of training images. The order depends only on the seed and the epoch, so a resumed run
-            sees the same images as an uninterrupted one.
+            sees the images in the same order as an uninterrupted one.
         validation_images: number of training images to hold out if the data set has no validation part. If None, the
             data set's default.
         images: read the images too, for models that use them.

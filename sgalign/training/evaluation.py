@@ -13,7 +13,7 @@ from sgalign.training.base import SavedModule
 
 
 class RelationModule(SavedModule):
-    """The base class of modules that predict scene graphs. It evaluates them by recall.
+    """The base class of modules that predict scene graphs. It evaluates the graphs by recall.
 
     Subclasses define the predictions for a batch (`predictions`).
     """

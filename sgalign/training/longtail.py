@@ -35,7 +35,8 @@ class RelationLoss(nn.Module):
         power: exponent of "inverse_frequency".
         beta: beta of "effective_number".
         adjustment: tau for training. The loss adds tau log(prior) to the logits (Menon et al., ICLR 2021, equation 10).
-        adjustment_test: tau for a trained model. tau log(prior) is subtracted from its logits (ibid., equation 9).
+        adjustment_test: tau for a trained model. `adjusted` subtracts tau log(prior) from the logits (ibid., equation
+            9).
     """
 
     weight: Tensor

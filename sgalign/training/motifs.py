@@ -19,7 +19,7 @@ from sgalign.training.vision import CachedVision, Vision, make_vision
 
 
 class MotifsModule(PairModule):
-    """Neural Motifs.
+    """Neural Motifs (Zellers, Yatskar, Thomson, Choi, CVPR 2018).
 
     The loss is the mean cross-entropy over pairs. If object classes are decoded, the mean cross-entropy over objects is
     added.

@@ -156,14 +156,14 @@ class DetrOptions(Options):
         dropout: dropout probability in DETR and SGTR, also for attention weights.
         entity_layers: number of layers of DETR's encoder, and of its decoder.
         entity_queries: number of DETR's object queries per image.
-        detector_weights: initial weights of the detector. A folder or name that `weights` of `EntityDetector` takes, or
+        detector_weights: initial weights of the detector, a folder or name that `weights` of `EntityDetector` takes, or
             a checkpoint of `EntityDetectorModule` or SGTR. They are read when the network is made, because they
             determine its sizes, but not when a checkpoint of this module is loaded. SGTR's subject and object heads
             start as copies of the detector's heads.
-        frozen: parts of the detector that are not trained, "backbone", "encoder" or "decoder". With a frozen decoder
-            the relation losses do not reach the detector. Its input projection, queries and heads are still trained
-            with its own losses, as in the public code. SGTR also takes "detector", which freezes the whole detector
-            and is the cheapest.
+        frozen: parts of the detector that are not trained, any of "backbone", "encoder" and "decoder". With a frozen
+            decoder the relation losses do not reach the detector. Its input projection, queries and heads are still
+            trained with its own losses, as in the public code. SGTR also takes "detector", which freezes the whole
+            detector and is the cheapest.
         entity_loss_weights: weights of the detector's losses of classes, box L1 and box generalized IoU, in all its
             layers.
         short_sides: lengths of the short side of training images in pixels. One is drawn for each step. Test images

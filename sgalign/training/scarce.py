@@ -23,7 +23,7 @@ class ScarceData(SceneGraphData):
         root: as in `SceneGraphData`.
         features: name of a folder in `root` that `sgalign cache-features` has filled.
         labelled: share of the training images that keep their relations.
-        unlabelled: train on the other images without labels. If False, leave them out.
+        unlabelled: True to train on the other images without labels, False to leave them out.
         missing: share of the relations to remove, as if they were not annotated.
         wrong: share of the relations that get the predicate of a randomly chosen relation.
         data: the other arguments of `SceneGraphData`.
