@@ -137,7 +137,7 @@ def test_processes_stop_together_where_the_loss_of_one_is_not_finite(tmp_path, k
     if kind == "SGTR":
         pytest.importorskip("transformers")
     first, second = launch(tmp_path, 2, "stop", of_images=kind == "SGTR")
-    assert first == "the loss must be finite, that of another process is not at step 1"
+    assert first == "the loss must be finite, but the loss of another process was not finite at step 1"
     assert second.startswith("the loss must be finite, got ") and " or look at the data of images " in second
     weights(tmp_path / "interrupted.ckpt")
 

@@ -331,7 +331,7 @@ def test_parts_with_other_classes_are_refused(folders, tmp_path):
     content["categories"][0]["name"], content["categories"][1]["name"] = "b", "a"
     (root / "train.json").write_text(json.dumps(content))
     data = SceneGraphData(str(root))
-    with pytest.raises(ValueError, match="object_names must be the same in all parts, those of train differ"):
+    with pytest.raises(ValueError, match="object_names must be the same in all parts, but those of train differ"):
         _ = data.train
 
 

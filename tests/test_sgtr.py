@@ -570,7 +570,7 @@ def test_trains_saves_and_predicts(protocol, tmp_path):
     assert {"train/predicates", "train/entity classes", "train/alignment boxes", "val/R@50"} <= logged
     run.save_checkpoint(tmp_path / "align.ckpt")
     module.detector.register_forward_hook(lambda _, __, found: found._replace(logits=torch.nan * found.logits))
-    with pytest.raises(ValueError, match="DETR's logits and boxes must be finite, got others in images .*, "):
+    with pytest.raises(ValueError, match="DETR's logits and boxes must be finite, got infinity or NaN in images .*, "):
         run.validate(module, FewScenes(None, batch_size=3, images=True))
     data = FewScenes(None, batch_size=3, images=True)
     whole = load_module(tmp_path / "align.ckpt")
@@ -610,7 +610,7 @@ def test_sgtr_starts_from_a_trained_detector(tmp_path, monkeypatch):
         boxes, labels, scores = found[graph.image_id]
         assert len(boxes) == len(labels) == len(scores) == SMALL["entity_queries"]
         assert (boxes >= 0).all() and (boxes[:, 2:] <= torch.tensor([graph.width, graph.height])).all()
-    with pytest.raises(ValueError, match="EntityDetectorModule relates nothing"):
+    with pytest.raises(ValueError, match="EntityDetectorModule predicts no relations"):
         trainer(callbacks=[TripletWriter(tmp_path / "none.jsonl")]).predict(again, data)
     pixels = [torch.rand(3, 48, 64)]
     with torch.no_grad():
@@ -620,7 +620,7 @@ def test_sgtr_starts_from_a_trained_detector(tmp_path, monkeypatch):
     monkeypatch.setattr("sgalign.training.detr.rank_zero_info", told.append)
     fit(SGTRModule(detector_weights=str(path), **SMALL | {"entity_queries": 5}))
     queries = SMALL["entity_queries"]
-    assert told == [f"the detector is of the sizes of detector_weights: entity_queries {queries}, not 5"]
+    assert told == [f"the detector has the sizes of detector_weights: entity_queries {queries}, not 5"]
     second = AlignSGTRModule(detector_weights=str(path), frozen=["detector"], **SMALL)
     started = {}
     second.on_train_start = lambda: started.update({n: p.clone() for n, p in second.state_dict().items()})
@@ -686,7 +686,7 @@ def test_a_resumed_run_needs_no_initial_weights(tmp_path, monkeypatch):
     options = {n: v for n, v in SMALL.items() if n not in ("encoder_layers", "layers", "queries")}
     fit(EntityDetectorModule(**options)).save_checkpoint(tmp_path / "detector.ckpt")
     fit(SGTRModule(detector_weights=str(tmp_path / "detector.ckpt"), **SMALL)).save_checkpoint(tmp_path / "sgtr.ckpt")
-    with pytest.raises(ValueError, match="batch normalisation"):
+    with pytest.raises(ValueError, match="batch normalization"):
         fit(SGTRModule(**SMALL), ckpt_path=tmp_path / "sgtr.ckpt")
     (tmp_path / "detector.ckpt").rename(tmp_path / "moved.ckpt")
     with pytest.raises(FileNotFoundError, match="detector.ckpt"):

@@ -306,7 +306,7 @@ def test_a_checkpoint_of_another_model_or_size_is_refused(scenes, tmp_path):
     trainer_of_motifs = fit(MotifsModule(**SMALL), scenes, max_epochs=0)
     trainer_of_motifs.save_checkpoint(tmp_path / "motifs.ckpt")
     for module, message in (
-        (AlignMotifsModule(**SMALL), "must be of AlignMotifsModule, as asked for, is of MotifsModule"),
+        (AlignMotifsModule(**SMALL), "must be of AlignMotifsModule, as requested, got one of MotifsModule"),
         (MotifsModule(**SMALL | {"hidden_dim": 9}), "must be of a model with the same options: .* is .*, not "),
     ):
         with pytest.raises(ValueError, match=message):
@@ -317,12 +317,12 @@ def test_a_checkpoint_with_other_parts_is_refused(scenes, tmp_path):
     fit(AveragedTeacherModule(**SMALL), scenes, max_epochs=0).save_checkpoint(tmp_path / "average.ckpt")
     fit(MaskedMotifsModule(**SMALL), scenes, max_epochs=0).save_checkpoint(tmp_path / "masked.ckpt")
     for name, part in (("average", "has teacher."), ("masked", "lacks mirrored_head.")):
-        with pytest.raises(ValueError, match=f"must be of AlignMotifsModule with the same parts, {part}"):
+        with pytest.raises(ValueError, match=f"must be of AlignMotifsModule with the same parts, but it {part}"):
             AlignMotifsModule.load_from_checkpoint(tmp_path / f"{name}.ckpt")
     content = torch.load(tmp_path / "masked.ckpt", weights_only=True)
     del content["state_dict"], content["sgalign"]["run_seed"]
     torch.save(content, tmp_path / "part.ckpt")
-    with pytest.raises(ValueError, match="that sgalign fit has written, lacks run_seed, state_dict"):
+    with pytest.raises(ValueError, match="that sgalign fit has written, but it lacks run_seed, state_dict"):
         MaskedMotifsModule.load_from_checkpoint(tmp_path / "part.ckpt")
 
 
@@ -614,7 +614,7 @@ def test_training_without_relations_or_with_a_diverging_loss_says_so(scenes):
         fit(MotifsModule(**SMALL), data)
     with pytest.raises(
         ValueError,
-        match="loss must be finite, got nan of loss nan at step 1: lower learning_rate, or look at .* images",
+        match=r"loss must be finite, got nan \(loss nan\) at step 1: lower learning_rate, or look at .* images",
     ):
         fit(MotifsModule(**SMALL, learning_rate=1e30), scenes)
 

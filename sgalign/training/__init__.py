@@ -1,4 +1,4 @@
-"""Training and evaluation with Lightning: a module for each system, the data they read, the files they write."""
+"""Training and evaluation with Lightning: a module for each system, the data modules and the file writers."""
 
 from sgalign.training.align_motifs import AlignMotifsModule
 from sgalign.training.align_sgtr import AlignSGTRModule

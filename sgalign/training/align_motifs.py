@@ -19,26 +19,26 @@ from sgalign.training.options import AlignMotifsOptions
 class AlignMotifsModule(MotifsModule):
     """Align-Motifs (Xu, Liao, Sigal, WACV 2024): Motifs trained with a mirrored, masked branch.
 
-    L = L_supervised + alignment_weight * L_align, where the mirror shares every weight but its predicate head, and what
-    its edge context reads is randomly set to 0. At evaluation the mirror does not exist: `network` is Motifs. The
-    defaults are the paper's where it says something; docs/training.md has the reasons for the others.
+    The loss is L = L_supervised + alignment_weight * L_align. The mirror shares every weight except its predicate head,
+    and part of the input of its edge context is randomly set to 0. At evaluation there is no mirror, and `network` is
+    plain Motifs. The defaults are the paper's where the paper states a value. docs/training.md explains the others.
 
     Args:
-        options: of `AlignMotifsOptions`.
+        options: the fields of `AlignMotifsOptions`.
     """
 
     options: AlignMotifsOptions
     options_type = AlignMotifsOptions
 
     def __init__(self, **options: Any) -> None:
-        SavedModule.__init__(self, AlignMotifsOptions(**options))  # MotifsModule's would make options without a mirror
+        SavedModule.__init__(self, AlignMotifsOptions(**options))  # MotifsModule.__init__ would make MotifsOptions
 
     def make_network(self, counts: Tensor) -> None:
         super().make_network(counts)
         self.mirrored_head = self.network.predicate if self.options.tied_head else self.network.new_predicate_head()
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to minimise, and its parts by name, the alignment before its weight."""
+        """Return the loss to minimize and its parts by name; the part `alignment` is not weighted yet."""
         options = self.options
         seen, prediction, mirrored_logits = self.both_branches(batch, batch_index, self.mirrored_head)
         loss, parts = self.supervised_loss(prediction, seen.graph)
@@ -55,18 +55,22 @@ class AlignMotifsModule(MotifsModule):
     def both_branches(
         self, batch: GraphBatch, batch_index: int, mirrored_head: nn.Linear
     ) -> tuple[SeenBatch, Prediction, Tensor]:
-        """Return the batch as it is seen, what the supervised branch predicts, and the logits of the mirror."""
+        """Return the batch as the model sees it, the supervised prediction and the mirror's logits."""
         seen = self.see(batch, batch_index)
         dropped = self.draw_mask(seen.graph, batch_index)
         return seen, *self.network.dual_branch(seen, mirrored_head, dropped=dropped)
 
     @property
     def mask_ratio(self) -> float:
-        """Return the probability of masking in this step."""
+        """The masking probability in this step."""
         return self.options.mask_ratio
 
     def draw_mask(self, batch: GraphBatch, batch_index: int) -> Tensor:
-        """Draw what this step's mirror does not see, as attention masks are drawn: bool `[T, 1]` (row) or `[T, F]`."""
+        """Draw the entries that the mirror does not see in this step, with the random bits of an attention mask.
+
+        Returns:
+            bool `[T, 1]` for whole rows, `[T, F]` for single features. True means hidden.
+        """
         images, objects = len(batch.lengths), int(batch.lengths.max())
         seed, device = self.step_seed(batch_index), batch.boxes.device
         draw = partial(random_attention_mask, images, 1, ratio=self.mask_ratio, seed=seed, device=device)

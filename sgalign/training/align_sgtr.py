@@ -18,34 +18,35 @@ from sgalign.training.sgtr import SGTRModule
 class AlignSGTRModule(SGTRModule):
     """Align-SGTR (Xu, Liao, Sigal, WACV 2024): SGTR trained with a mirrored structural predicate decoder.
 
-    L = L_supervised + alignment_weight * L_align. The mirror shares every weight but its three class heads; each
-    cross-attention block of each layer draws its own mask of the attention matrix. L_align is the sum over what is
-    aligned, of the last layer: `relation_alignment_loss` of predicates ("sigmoid", or "softmax" without the focal loss)
-    and of subjects' and objects' classes ("softmax"), and the mean absolute difference of their boxes. At evaluation
-    the mirror does not exist.
+    The loss is L = L_supervised + alignment_weight * L_align. The mirror shares every weight except its three class
+    heads. Each cross-attention block of each layer draws its own mask of the attention matrix.
+
+    L_align is a sum over the outputs of the last layer that the option `aligned` names. Predicates and the classes of
+    subjects and objects use `relation_alignment_loss`. Its kind is "sigmoid" for predicates ("softmax" without the
+    focal loss) and "softmax" for classes. Boxes use the mean absolute difference. At evaluation there is no mirror.
 
     Args:
-        options: of `AlignSGTROptions`.
+        options: the fields of `AlignSGTROptions`.
     """
 
     options: AlignSGTROptions
     options_type = AlignSGTROptions
 
     def __init__(self, **options: Any) -> None:
-        DetrModule.__init__(self, AlignSGTROptions(**options))  # SGTRModule's would make options without a mirror
+        DetrModule.__init__(self, AlignSGTROptions(**options))  # SGTRModule.__init__ would make SGTROptions
 
     def make_network(self, counts: Tensor) -> None:
         super().make_network(counts)
         tied = self.network.predicate, self.network.entity_class
         self.mirrored_predicate, self.mirrored_class = tied if self.options.tied_heads else self.network.new_heads()
-        if not self.options.tied_heads:  # what is not aligned has no gradient, for which DDP would wait
+        if not self.options.tied_heads:  # DDP would wait for the gradients of heads that are not aligned
             aligned = set(self.options.aligned)
             self.mirrored_predicate.requires_grad_("predicates" in aligned)
             self.mirrored_class.requires_grad_(not aligned.isdisjoint({"subjects", "objects"}))
 
     def decode(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
-        """Return what the supervised branch predicts, and the weighted losses that align the mirror, by name."""
-        # Filled on the device, once for all blocks; a number would be a constant of a compiled network.
+        """Return the outputs of the supervised branch, and the weighted alignment losses by name."""
+        # All blocks share one seed tensor, filled on the device. A compiled network would bake in a Python number.
         seed = torch.full((), self.step_seed(batch_index), dtype=torch.int64, device=self.device)
         mask = MirrorMask(self.options.mask_ratio, seed)
         heads = self.mirrored_predicate, self.mirrored_class
@@ -54,7 +55,7 @@ class AlignSGTRModule(SGTRModule):
         return outputs, {f"alignment {name}": self.options.alignment_weight * part for name, part in parts.items()}
 
     def alignment(self, outputs: RelationOutputs, mirrored: RelationOutputs) -> dict[str, Tensor]:
-        """Return each aligned part's loss, not weighted."""
+        """Return the unweighted alignment loss of each aligned part, by name."""
         options = self.options
         pairs: dict[str, tuple[Tensor, Tensor, Kind]] = {
             "predicates": (outputs.logits, mirrored.logits, "sigmoid" if options.focal else "softmax"),

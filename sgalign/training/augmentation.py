@@ -1,4 +1,4 @@
-"""Images as DETR and SGTR train on them: of one drawn size, each mirrored or not, with what is annotated in them."""
+"""The augmentation of DETR's and SGTR's training images: a random size for each batch, and random mirroring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from sgalign.models.graph_assembly import Annotations
 
 
 class TrainingImages(NamedTuple):
-    """Images with their annotations, on the host; boxes are middle x, y, width, height in units of the image."""
+    """Images with their annotations, which stay on the host.
+
+    Boxes are center x, center y, width and height in units of the image.
+    """
 
     pixels: list[Tensor]  # float32 [3, H, W]
     objects: list[tuple[Tensor, Tensor]]  # labels int64 [N] from 1, boxes [N, 4]
@@ -31,13 +34,14 @@ def augment(
     long_side: int,
     flip: float,
 ) -> TrainingImages:
-    """Return the batch's images of one drawn size, each mirrored with probability `flip`, with their annotations.
+    """Resize the batch's images to a random size, mirror each with probability `flip`, and return the annotations too.
 
     Args:
-        predicate_names: with the background; those of "left" and "right" are exchanged in a mirrored image.
-        generator: on the CPU.
-        short_sides: one of them is drawn.
-        long_side: at most.
+        predicate_names: names of all predicates, the background included. In a mirrored image predicates that contain
+            the word "left" are exchanged with those that contain "right".
+        generator: random generator on the CPU.
+        short_sides: lengths of the short side in pixels. One is drawn for the whole batch.
+        long_side: largest length of the long side in pixels.
     """
     short_side = short_sides[int(torch.randint(len(short_sides), (), generator=generator))]
     pixels = [resize(image, short_side, long_side) for image in batch.require_pixels()]
@@ -54,9 +58,9 @@ def augment(
 
 
 def annotations_of(batch: GraphBatch) -> tuple[list[tuple[Tensor, Tensor]], list[Annotations]]:
-    """Return labels and boxes of each image's annotated objects, as in `TrainingImages`, and its relations.
+    """Return each image's annotated objects and relations, in the format of `TrainingImages`.
 
-    Relations of an object with itself are left out: no assembled pair can be one.
+    Relations of an object with itself are left out, because no assembled pair can be one.
     """
     objects, annotations = [], []
     for truth in batch.truth:
@@ -69,12 +73,15 @@ def annotations_of(batch: GraphBatch) -> tuple[list[tuple[Tensor, Tensor]], list
 
 
 def mirrored_boxes(boxes: Tensor) -> Tensor:
-    """Return boxes `[..., 4]`, as in `TrainingImages`, of the image mirrored left to right."""
+    """Mirror boxes `[..., 4]`, in the format of `TrainingImages`, from left to right."""
     return torch.cat([1 - boxes[..., :1], boxes[..., 1:]], dim=-1)
 
 
 def mirrored_predicates(names: Sequence[str]) -> list[int]:
-    """Return what each predicate is in a mirrored image: the one with "left" for "right" in its name, if any."""
+    """Return the index of each predicate's counterpart in a mirrored image.
+
+    The counterpart has "left" in place of "right" in its name, or the reverse. If there is none, the predicate stays.
+    """
     exchange = {"left": "right", "right": "left"}
     places = {name: place for place, name in enumerate(names)}
     mirrored = (" ".join(exchange.get(word, word) for word in name.split()) for name in names)

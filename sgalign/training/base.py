@@ -1,4 +1,4 @@
-"""The base of all Lightning modules: a network made for the data's classes, and checkpoints that carry their names."""
+"""The base class of all Lightning modules. It makes the network for the data's classes and handles checkpoints."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ from sgalign.training.seeds import step_seed
 
 
 class _Report(NamedTuple):
-    """Numbers that a step logs, on their way to the host."""
+    """The numbers that a step logs, while they are copied to the host."""
 
     names: tuple[str, ...]
-    values: HostCopy  # of the loss, over all processes, and of each name
-    shown: frozenset[str]
+    values: HostCopy  # the loss summed over all processes, then one number per name
+    shown: frozenset[str]  # names that the progress bar shows
 
 
 class SavedModule(pl.LightningModule):
-    """A module whose network is made for the data's classes, and whose checkpoints carry their names.
+    """A Lightning module with a network for the data's classes, and with class names in its checkpoints.
 
-    Subclasses say how the network is made from the training part (`make_network`), and how it is trained.
+    Subclasses define how the network is made from the training part (`make_network`) and how it is trained.
 
     Args:
-        options: checked ones, which are saved as hyperparameters.
+        options: the validated options. They are saved as hyperparameters.
     """
 
-    options_type: type[Options] = Options  # of `options`: tells which of a checkpoint's options are this class's
+    options_type: type[Options] = Options  # type of `options`; other options in a checkpoint are ignored
 
     def __init__(self, options: Options) -> None:
         super().__init__()
@@ -61,34 +61,38 @@ class SavedModule(pl.LightningModule):
         self.object_names: list[str] = []
         self.predicate_names: list[str] = []
         self.run_seed = 0
-        self.random_states: list[Tensor] = []  # of the checkpoint that a run resumes from
-        self.options_before: dict[str, Any] | None = None  # `GivenOptions.saved` of the same checkpoint
+        self.random_states: list[Tensor] = []  # generator states in the checkpoint that the run resumes from
+        self.options_before: dict[str, Any] | None = None  # `GivenOptions.saved` in the same checkpoint
         self.given: GivenOptions | None = None
-        self.image_ids: Sequence[Any] = []  # of the step's images
+        self.image_ids: Sequence[Any] = []  # ids of the images in this step
         self._report: _Report | None = None
 
     def make_network(self, counts: Tensor) -> None:
-        """Set `self.network`, and modules beside it, for the classes that `predicate_counts` tells of."""
+        """Set `self.network` and related modules.
+
+        Args:
+            counts: result of `predicate_counts`. Its shape gives the numbers of classes.
+        """
         raise NotImplementedError(f"{type(self).__name__} must override make_network")
 
     @property
     def data(self) -> SceneGraphData:
-        """Return the data that the trainer reads."""
+        """The data module of the trainer."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @property
     def learns_from_targets(self) -> bool:
-        """Return True if training reads `GraphBatch.targets`, the predicates of annotated pairs."""
+        """True if training reads `GraphBatch.targets`, the predicates of annotated pairs."""
         return False
 
     @property
     def part(self) -> str:
-        """Return the part of the data that is evaluated, as logged names begin: "test" or "val"."""
+        """The evaluated part of the data, "test" or "val". Logged names begin with it."""
         return "test" if self.trainer.testing else "val"
 
     @property
     def processes(self) -> int:
-        """Return the number of processes that train together."""
+        """The number of processes that train together."""
         return 1 if self._trainer is None else self.trainer.world_size
 
     # ---- a run
@@ -99,8 +103,8 @@ class SavedModule(pl.LightningModule):
         data = self.data
         if stage == "fit" and data.instance_drop and not self.learns_from_targets:
             raise InputError(
-                f"instance_drop must be 0 for {type(self).__name__} with these options, which does not learn from the "
-                f"annotated pairs' labels, got {data.instance_drop}"
+                f"instance_drop must be 0 for {type(self).__name__} with these options, because they do not train on "
+                f"labels of annotated pairs, got {data.instance_drop}"
             )
         self._set_classes(data.object_names, data.predicate_names, f"the data, {data.name},")
         if self.network is None:
@@ -109,7 +113,7 @@ class SavedModule(pl.LightningModule):
                 self.load_initial_weights()
 
     def load_initial_weights(self) -> None:
-        """Load what training starts from into a new network, where options name a file of it."""
+        """Load pretrained weights into a new network if the options name a file of them."""
 
     def on_fit_start(self) -> None:
         self.given = GivenOptions(self.trainer.optimizers, self._schedules)
@@ -125,26 +129,28 @@ class SavedModule(pl.LightningModule):
             assert self.given is not None
             for sentence in self.given.put_back(self.trainer.optimizers, self._schedules, self.options_before):
                 rank_zero_info(sentence)
-        # Dropout and the detector's sampling resume from them. Of several processes only one has saved its states.
+        # Dropout and the detector's sampling continue from these states. Only one process saves its states, so a run
+        # of several processes cannot restore them.
         if self.trainer.ckpt_path and self.processes == 1:
             restore_random_states(self.random_states)
 
     def step_seed(self, batch_index: int, *, purpose: str = "mask") -> int:
-        """Return the seed of what this step draws: it repeats in a resumed run and differs between ranks."""
+        """Return this step's seed for random draws; it repeats in a resumed run and differs between ranks."""
         return step_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose=purpose)
 
     def on_train_batch_start(self, batch: GraphBatch, batch_index: int) -> None:
         self.image_ids = batch.image_ids
 
     def report(self, loss: Tensor, parts: Mapping[str, Tensor], *, shown: Collection[str]) -> Tensor:
-        """Return the loss of a step, whose parts are logged; where it is not finite an error names them.
+        """Start copying a step's loss and its parts to the host, and return the loss.
 
-        The host reads them when the gradients are queued, so that a GPU computes meanwhile, and before the optimizer's
-        step. A progress bar would have it wait for all that is queued.
+        `backward` logs the parts, and raises an error that names them if the loss is not finite. It reads the numbers
+        after the gradients are queued, so a GPU computes meanwhile, and before the optimizer's step. If tensors on the
+        device were logged, the progress bar would make the host wait for all queued work.
 
         Args:
-            loss: what is minimised.
-            parts: what is logged, numbers by name.
+            loss: the number to minimize.
+            parts: the numbers to log, by name.
             shown: names of the parts that the progress bar shows.
         """
         numbers = HostCopy(torch.stack([self.over_processes(loss), *parts.values()]))
@@ -152,7 +158,7 @@ class SavedModule(pl.LightningModule):
         return loss
 
     def over_processes(self, number: Tensor) -> Tensor:
-        """Return the sum of a number over all processes; it is not finite where it is not in one of them."""
+        """Return the sum of a number over all processes. It is not finite if one process's number is not."""
         if self.processes == 1:
             return number
         total = number.detach().clone()
@@ -160,7 +166,7 @@ class SavedModule(pl.LightningModule):
         return total
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Queue the gradients; then check and log what `report` was given, which the device has sent meanwhile."""
+        """Queue the gradients, then check and log the numbers that `report` has copied to the host meanwhile."""
         super().backward(loss, *args, **kwargs)
         if self._report is None:
             return
@@ -172,26 +178,29 @@ class SavedModule(pl.LightningModule):
             self.log(f"train/{name}", part, batch_size=len(self.image_ids), prog_bar=name in shown)
 
     def check_finite(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """Raise an error that says what a loss on the host is made of, unless it is finite.
+        """Raise an error that names the parts of the loss, unless the loss is finite. The numbers are on the host.
 
-        Where weights are not finite, because the gradients of the step before were not, it names these.
+        If weights are not finite, because the gradients of the previous step were not, the error names the weights.
 
         Args:
-            loss: over all processes, so that they stop together: one that stopped alone would leave the others waiting.
-            parts: of this process.
+            loss: the sum over all processes, so all of them stop together. If one stopped alone, the others would wait
+                for it.
+            parts: the parts of this process's loss, by name.
         """
         if loss.isfinite():
             return
-        # Buffers may come from this step: batch normalisation keeps the mean of what it sees.
+        # Buffers are not checked, because this step may have changed them: batch normalization updates its means.
         check_weights(dict(self.named_parameters()), self.global_step)
         if self.processes > 1 and all(part.isfinite() for part in parts.values()):
-            raise InputError(f"the loss must be finite, that of another process is not at step {self.global_step}")
+            raise InputError(
+                f"the loss must be finite, but the loss of another process was not finite at step {self.global_step}"
+            )
         values = ", ".join(f"{name} {part.item():.3g}" for name, part in parts.items())
         remedy = f"look at the data of images {some_of(self.image_ids) or 'of this step'}"
         if self.global_step:
             remedy = f"lower learning_rate, or {remedy}"
         raise InputError(
-            f"the loss must be finite, got {loss.item():.3g} of {values} at step {self.global_step}: {remedy}"
+            f"the loss must be finite, got {loss.item():.3g} ({values}) at step {self.global_step}: {remedy}"
         )
 
     def on_validation_start(self) -> None:
@@ -205,7 +214,7 @@ class SavedModule(pl.LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if sys.exc_info()[0] is None:  # or Lightning would not end what the first error stopped
+        if sys.exc_info()[0] is None:  # a second error would keep Lightning from ending the run after the first
             check_weights(checkpoint["state_dict"], self.global_step)
         checkpoint["sgalign"] = {
             "object_names": self.object_names,
@@ -224,7 +233,7 @@ class SavedModule(pl.LightningModule):
         self.options_before = saved.get("optimization")
         if self.network is None:
             classes, predicates = len(self.object_names), len(self.predicate_names)
-            self.make_network(torch.ones(classes, classes, predicates))  # the weights follow
+            self.make_network(torch.ones(classes, classes, predicates))  # only the shape counts: weights are loaded
         self._leave_out_mirror(checkpoint["state_dict"])
         self._check_weights(checkpoint["state_dict"])
 
@@ -235,23 +244,25 @@ class SavedModule(pl.LightningModule):
         map_location: Any = "cpu",
         **options: Any,
     ) -> Self:
-        """Return the module of a checkpoint.
+        """Load a module from a checkpoint.
 
-        A module without a mirror can be made of the checkpoint of one with a mirror, whose options and weights are left
-        out; Lightning's own method would hand it options that it does not know.
+        A module without a mirror can be loaded from the checkpoint of its aligned version. The mirror's options and
+        weights are then left out. Lightning's own method would pass on options that the module does not know.
 
         Args:
+            checkpoint_path: the file of the checkpoint.
             map_location: the device that the module is moved to.
-            options: take the place of the checkpoint's.
+            options: options that replace those of the checkpoint.
 
         Raises:
-            FileNotFoundError, ValueError: as `read_checkpoint`, or the checkpoint is of another module.
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a checkpoint of this package, or belongs to another module.
         """
         return cls._of_checkpoint(read_checkpoint(checkpoint_path), **options).to(map_location)
 
     @classmethod
     def _of_checkpoint(cls, checkpoint: dict[str, Any], **options: Any) -> Self:
-        """Return the module of a checkpoint that has been read; weights that do not fit the module are taken out."""
+        """Make the module of a checkpoint in memory. If the module has no mirror, the mirror's weights are removed."""
         cls._check_kind(checkpoint)
         known = {field.name for field in dataclasses.fields(cls.options_type)}
         saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
@@ -264,10 +275,10 @@ class SavedModule(pl.LightningModule):
     def _check_kind(cls, checkpoint: dict[str, Any]) -> None:
         check_ours(checkpoint, "checkpoint")
         name = checkpoint["sgalign"]["module"]
-        # Motifs or SGTR may be made of what has a mirror.
+        # Motifs and SGTR may be loaded from the checkpoint of a subclass, which has a mirror.
         kind = cls if name == cls.__name__ else module_named(name)
         if kind is None or not issubclass(kind, cls):
-            raise InputError(f"checkpoint must be of {cls.__name__}, as asked for, is of {name}")
+            raise InputError(f"checkpoint must be of {cls.__name__}, as requested, got one of {name}")
 
     def _set_classes(self, object_names: Sequence[str], predicate_names: Sequence[str], whose: str) -> None:
         if self.network is None:
@@ -283,16 +294,18 @@ class SavedModule(pl.LightningModule):
                 )
 
     def _leave_out_mirror(self, weights: dict[str, Tensor]) -> None:
-        """Take the weights of a mirror that this module does not have out of those that are to be loaded."""
+        """Remove the mirror's weights from the loaded weights if this module has no mirror."""
         of_model = self.state_dict()
         mirror = [name for name in weights if name.startswith("mirrored_") and name not in of_model]
         if mirror and self._trainer is not None and self.trainer.training:
-            raise InputError(f"checkpoint has a mirror: {type(self).__name__} can be tested with it, not go on from it")
+            raise InputError(
+                f"checkpoint has a mirror: {type(self).__name__} can be tested with it, but cannot resume from it"
+            )
         for name in mirror:
             del weights[name]
 
     def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Raise an error unless the weights are finite, and those that this module has, of the same shapes."""
+        """Raise InputError unless the weights are finite and have the names and shapes of this module's weights."""
         of_model = self.state_dict()
         for name, own in of_model.items():
             if name in weights and weights[name].shape != own.shape:
@@ -300,20 +313,20 @@ class SavedModule(pl.LightningModule):
                 raise InputError(f"checkpoint must be of a model with the same options: {shapes}")
         if differing := sorted(of_model.keys() ^ weights.keys()):
             what = f"{'lacks' if differing[0] in of_model else 'has'} {differing[0]}"
-            raise InputError(f"checkpoint must be of {type(self).__name__} with the same parts, {what}")
+            raise InputError(f"checkpoint must be of {type(self).__name__} with the same parts, but it {what}")
         if names := not_finite(weights):
-            raise InputError(f"checkpoint must have finite weights, these are not: {some_of(names)}")
+            raise InputError(f"checkpoint must have finite weights, but these are not finite: {some_of(names)}")
 
 
 def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
-    """Raise an error that names those of the weights that are not finite, if there are any."""
+    """Raise an error that names the weights that are not finite, if there are any."""
     if names := not_finite(weights):
-        remedy = ". Lower learning_rate, and go on from an earlier checkpoint" if step else ""
+        remedy = ". Lower learning_rate and resume from an earlier checkpoint" if step else ""
         raise InputError(f"weights must be finite; at step {step} these are not: {some_of(names)}{remedy}")
 
 
 def module_named(name: str) -> type[SavedModule] | None:
-    """Return the class of that name among all that have been imported."""
+    """Return the imported module class of this name, or None."""
     kinds: list[type[SavedModule]] = [SavedModule]
     for kind in kinds:
         kinds.extend(kind.__subclasses__())
@@ -321,21 +334,25 @@ def module_named(name: str) -> type[SavedModule] | None:
 
 
 def load_module(path: str | Path) -> SavedModule:
-    """Return the module of a checkpoint, in evaluation mode on the CPU.
+    """Load the module of a checkpoint, in evaluation mode on the CPU.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_checkpoint`.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not a checkpoint of this package.
     """
     checkpoint = read_checkpoint(path)
     name = checkpoint["sgalign"]["module"]
     kind = module_named(name)
     if kind is None:
-        raise InputError(f"{path}: must be of a module of this package, got {name!r}")
+        raise InputError(f"{path}: must be a checkpoint of a module of this package, got {name!r}")
     return kind._of_checkpoint(checkpoint).eval()
 
 
 def warmup(optimizer: torch.optim.Optimizer, steps: int) -> list[dict[str, Any]]:
-    """Return the scheduler by which the learning rate grows from a tenth over so many steps; none for 0 steps."""
+    """Return a warm-up as a list of one scheduler, or an empty list for 0 steps.
+
+    The learning rate grows linearly from a tenth to its full value over `steps` optimizer steps.
+    """
     if not steps:
         return []
     return [{"scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=steps), "interval": "step"}]

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, read safely, and the random states that a run resumes from."""
+"""Safe reading and writing of checkpoints, and the random states that a run resumes from."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sgalign.files import read_tensors, written_whole
 
 
 def random_states() -> list[Tensor]:
-    """Return the states of torch's generators: the CPU's, and each GPU's."""
+    """Return the states of torch's generators, first the CPU's and then each GPU's."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
 
 
 def restore_random_states(states: Sequence[Tensor]) -> None:
-    """Set the states of torch's generators, as far as there are states and GPUs."""
+    """Set the states of torch's generators; states of GPUs that do not exist here are ignored."""
     for number, state in enumerate(states):
         if number == 0:
             torch.set_rng_state(state)
@@ -32,14 +32,16 @@ def restore_random_states(states: Sequence[Tensor]) -> None:
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place first, so that a full disk or a kill leaves the one before as it was.
+    """A checkpoint writer that replaces the old file only when the new one is complete.
 
-    `SavedModule` raises an error about weights that are not finite. Where another error has stopped the run and
-    Lightning saves what is left, none is raised, and such weights are not written.
+    It writes to a temporary file first, so the old checkpoint survives a full disk or a kill.
+
+    Weights that are not finite are never written. `SavedModule` raises an error about them. If another error has
+    stopped the run and Lightning saves its last state, no second error is raised, and the checkpoint is skipped.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint to a path, or as Lightning does to an address with `://`."""
+        """Write a checkpoint to a local path, or to an address with `://` as Lightning does."""
         if sys.exc_info()[0] is not None and (names := not_finite(checkpoint.get("state_dict", {}))):
             rank_zero_info(f"{path} is not written, because these weights are not finite: {some_of(names)}")
             return
@@ -51,7 +53,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors that hold infinity or NaN. The host waits once if all are finite."""
+    """Return the names of the tensors that hold infinity or NaN. If all are finite, the host waits only once."""
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
     if get_total_norm(list(floating.values()), float("inf")).isfinite():
         return []
@@ -59,17 +61,17 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def some_of(names: Sequence[Any]) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first four names as text, with the number of the others."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(map(str, names[:4])) + more
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Return a checkpoint that this package saved. Nothing but tensors and plain values is unpickled from the file.
+    """Read a checkpoint that this package saved. Only tensors and plain values are unpickled from the file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, is cut short, or another program wrote it.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not a checkpoint, is cut short or was written by another program.
     """
     checkpoint = read_tensors(path, "checkpoint")
     check_ours(checkpoint, str(path))
@@ -77,16 +79,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_ours(checkpoint: Any, what: str) -> None:
-    """Raise an error unless a checkpoint has what `SavedModule.on_save_checkpoint` puts into each.
+    """Raise InputError unless a checkpoint has the entries that `SavedModule.on_save_checkpoint` writes.
 
     Args:
+        checkpoint: the content of the file.
         what: the checkpoint's name in the error.
     """
     saved = checkpoint.get("sgalign") if isinstance(checkpoint, dict) else None
     if not isinstance(saved, dict) or not saved.keys() >= {"module", "object_names", "predicate_names"}:
-        raise InputError(f"{what}: must be a checkpoint that sgalign fit has written, has no class names")
+        raise InputError(f"{what}: must be a checkpoint that sgalign fit has written, but it has no class names")
     missing = {"run_seed", "random_states"} - saved.keys() | {"state_dict", "hyper_parameters"} - checkpoint.keys()
     if missing:
         raise InputError(
-            f"{what}: must be a checkpoint that sgalign fit has written, lacks {', '.join(sorted(missing))}"
+            f"{what}: must be a checkpoint that sgalign fit has written, but it lacks {', '.join(sorted(missing))}"
         )

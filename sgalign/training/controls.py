@@ -1,4 +1,4 @@
-"""Controls of the studies: variants of Align-Motifs that lack a part of the method, or change it."""
+"""Controls for the ablation studies: variants of Align-Motifs that lack or change a part of the method."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sgalign.training.motifs import MotifsModule
 
 
 class PredClsControl(AlignMotifsModule):
-    """The base of the controls whose losses are of relations alone.
+    """The base class of the controls that have losses of relations only.
 
     Args:
-        options: of `AlignMotifsOptions`.
+        options: the fields of `AlignMotifsOptions`.
 
     Raises:
-        ValueError: the protocol is not predcls; others decode objects, which have a loss too.
+        ValueError: if the protocol is not predcls. The other protocols decode objects, which have a loss too.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -31,16 +31,16 @@ class PredClsControl(AlignMotifsModule):
 
 
 class MaskedMotifsModule(PredClsControl):
-    """Motifs trained on what a mirror would see, without the other branch: masking as a kind of dropout.
+    """Motifs trained on the masked input of a mirror, without the unmasked branch. The mask acts as a kind of dropout.
 
-    Of the mirror's options `mask_ratio` and `mask_granularity` count; the others are ignored.
+    It uses the mirror's options `mask_ratio` and `mask_granularity` and ignores the others.
     """
 
     def make_network(self, counts: Tensor) -> None:
-        MotifsModule.make_network(self, counts)  # AlignMotifsModule's would make a head that has no gradient
+        MotifsModule.make_network(self, counts)  # without the mirror's head, which would have no gradient
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the supervised loss of what the mirror predicts, and the same by name."""
+        """Return the supervised loss of the masked branch, and the same loss by name."""
         seen, _, masked_logits = self.both_branches(batch, batch_index, self.network.predicate)
         loss, labelled = self.relation_loss(masked_logits, seen.graph.targets)
         loss = loss * self.share(labelled)
@@ -48,10 +48,10 @@ class MaskedMotifsModule(PredClsControl):
 
 
 class AveragedTeacherModule(PredClsControl):
-    """Align-Motifs whose mirror is aligned with what an average of earlier weights predicts (a mean teacher).
+    """Align-Motifs with a mean teacher: an average of earlier weights makes the predictions that the mirror follows.
 
-    Of the mirror's options `mask_ratio`, `mask_granularity`, `tied_head` and `alignment_weight` count. The others are
-    ignored: the alignment loss is always the mean over relations and classes of KL(teacher, mirrored).
+    It uses the mirror's options `mask_ratio`, `mask_granularity`, `tied_head` and `alignment_weight` and ignores the
+    others. The alignment loss is always the mean over relations and classes of KL(teacher, mirrored).
     """
 
     def make_network(self, counts: Tensor) -> None:
@@ -60,7 +60,7 @@ class AveragedTeacherModule(PredClsControl):
         self.teacher = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to minimise, and its parts by name, the alignment before its weight."""
+        """Return the loss to minimize and its parts by name; the part `alignment` is not weighted yet."""
         seen, prediction, mirrored_logits = self.both_branches(batch, batch_index, self.mirrored_head)
         teacher = self.teacher.eval()(seen).logits
         loss, parts = self.supervised_loss(prediction, seen.graph)
@@ -68,14 +68,14 @@ class AveragedTeacherModule(PredClsControl):
         return loss + self.options.alignment_weight * parts["alignment"], parts
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Take the step's weights into the average."""
+        """Add the step's weights to the average."""
         self.teacher.update_parameters(self.network)
 
 
 class GrowingMaskModule(AlignMotifsModule):
-    """Align-Motifs whose masking ratio grows from 0 in the first step to `mask_ratio` after the last."""
+    """Align-Motifs with a mask ratio that grows linearly from 0 in the first step to `mask_ratio` after the last."""
 
     @property
     def mask_ratio(self) -> float:
-        """Return the probability of masking in this step."""
+        """The masking probability in this step."""
         return self.options.mask_ratio * self.global_step / self.trainer.estimated_stepping_batches

@@ -1,4 +1,4 @@
-"""What trainers read: the parts of a data set as batches of scene graphs."""
+"""The data module: the parts of a data set as batches of scene graphs."""
 
 from __future__ import annotations
 
@@ -34,28 +34,30 @@ Split = Literal["train", "validation", "test"]
 
 
 class SceneGraphData(pl.LightningDataModule):
-    """Training, validation and test part of a data set; `predict` reads the test part.
+    """The training, validation and test parts of a data set.
 
-    Training images without a related pair are left out, as in the public code. Graphs are kept in memory, a few
-    kilobytes each, a part from when it is first asked for; images are read when their batch is made.
+    Prediction reads the test part. Training images without a related pair are left out, as in the public code. A part's
+    graphs are read when the part is first used and then stay in memory, a few kilobytes per image. Images are read when
+    their batch is made.
 
     Args:
-        root: folder of a data set in one of the layouts that `sgalign.data.open_dataset` knows; None for the generated
-            scenes.
-        batch_size: images a step and process.
-        seed: of the order of training images, which depends on it and on the epoch alone, so that a resumed run goes on
-            as the first would have.
-        validation_images: how many of the training images are held out, where the data set has no validation part of
-            its own; None for the data set's default.
-        images: reads the images too, for models that look at them.
-        features: folder that `sgalign cache-features` has filled, for models that read what was seen before.
-        detections: file of `sgalign.data.read_detections`, whose objects take the place of the annotated ones in the
-            test part (SGDet of a model of labels and boxes).
-        num_workers: processes that read images; 0 reads them in the training process.
-        repeat_threshold: t of `sgalign.training.longtail.repeat_factors`, which images of rare predicates are repeated
-            by; 0 for not at all.
-        instance_drop: rate of `sgalign.training.longtail.drop_repeated`, for images that are repeated. Not for SGDet,
-            whose training pairs are made of detections, nor for SGTR, which has no pairs.
+        root: folder of a data set in one of the layouts that `sgalign.data.open_dataset` reads. If None, the generated
+            scenes are used.
+        batch_size: images per step and process.
+        seed: seed of the order of training images. The order depends only on the seed and the epoch, so a resumed run
+            sees the images in the same order as an uninterrupted one.
+        validation_images: number of training images to hold out if the data set has no validation part. If None, the
+            data set's default.
+        images: read the images too, for models that use them.
+        features: folder of features written by `sgalign cache-features`, for models with vision "cached".
+        detections: file of another detector's objects, in the format of `sgalign.data.read_detections`. They replace
+            the annotated objects in the test part (SGDet with a model of labels and boxes).
+        num_workers: number of processes that read images. With 0 the training process reads them.
+        repeat_threshold: threshold t of `sgalign.training.longtail.repeat_factors`, which repeats images with rare
+            predicates. 0 repeats none.
+        instance_drop: rate of `sgalign.training.longtail.drop_repeated`, which drops labels of commoner predicates in
+            repeated images. It must be 0 for SGDet, where training pairs are made of detections, and for SGTR, which
+            has no pairs.
     """
 
     def __init__(
@@ -86,43 +88,43 @@ class SceneGraphData(pl.LightningDataModule):
         dataset = self._open("validation")
         self.object_names, self.predicate_names = dataset.object_names, dataset.predicate_names
         if features is not None and detections is not None:
-            raise InputError("features and detections exclude each other: what was cached is of annotated boxes")
+            raise InputError("features and detections exclude each other: the cached features are of annotated boxes")
         self.cache = None if features is None else FeatureCache(features)
         if self.cache is not None and not self.cache.paths:
             raise FileNotFoundError(
-                f"{features}: must be a folder that sgalign cache-features has filled, has no files"
+                f"{features}: must be a folder that sgalign cache-features has filled, but it has no files of features"
             )
         self.detections = None if detections is None else read_detections(detections, len(self.object_names) - 1)
 
     @cached_property
     def train(self) -> list[SceneGraph]:
-        """Return the training part, without images that have no related pair."""
+        """The training part, without images that have no related pair."""
         return self._read("train")
 
     @cached_property
     def validation(self) -> list[SceneGraph]:
-        """Return the validation part."""
+        """The validation part."""
         return self._read("validation")
 
     @cached_property
     def test(self) -> list[SceneGraph]:
-        """Return the test part."""
+        """The test part."""
         return self._read("test")
 
     @cached_property
     def predicate_groups(self) -> dict[str, list[int]]:
-        """Return the predicates of head, body and tail, by the training part or by the data set's authors."""
+        """The predicates of head, body and tail, from counts in the training part or from the data set's authors."""
         counts = count_predicates(self.train, len(self.predicate_names) - 1)
         return predicate_groups(self.predicate_names, counts[1:])
 
     @cached_property
     def zero_shot_validation(self) -> Tensor:
-        """Return the class triplets of the validation part that training does not show, as `zero_shot_triplets`."""
+        """The class triplets of the validation part that the training part lacks, as in `zero_shot_triplets`."""
         return zero_shot_triplets(self.train, self.validation)
 
     @cached_property
     def zero_shot_test(self) -> Tensor:
-        """Return the class triplets of the test part that neither of the others shows."""
+        """The class triplets of the test part that both other parts lack."""
         return zero_shot_triplets([*self.train, *self.validation], self.test)
 
     def _open(self, split: Split) -> Any:
@@ -134,23 +136,25 @@ class SceneGraphData(pl.LightningDataModule):
         dataset = self._open(split)
         for kind in ("object_names", "predicate_names"):
             if getattr(dataset, kind) != getattr(self, kind):
-                raise InputError(f"{self.name}: {kind} must be the same in all parts, those of {split} differ")
+                raise InputError(f"{self.name}: {kind} must be the same in all parts, but those of {split} differ")
         graphs: list[SceneGraph] = list(dataset)
         if split == "train":
             graphs = [graph for graph in graphs if (graph.relations[:, 0] != graph.relations[:, 1]).any()]
         if self.cache is not None and (missing := [g.image_id for g in graphs if g.image_id not in self.cache]):
             raise InputError(
                 f"{self.cache.folder}: has no features of {len(missing)} of the {len(graphs)} images of part {split}, "
-                f"such as {missing[0]!r}: run sgalign cache-features again, it goes on"
+                f"such as {missing[0]!r}: run sgalign cache-features again to add them"
             )
         return graphs
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
-        """Return batches of the training part, in an order of seed and epoch, from where the run goes on."""
+        """Return batches of the training part, in the order of seed and epoch. A resumed run continues its epoch."""
         if not self.train:
-            raise InputError(f"{self.name}: no training image has a relation between two objects, nothing to fit")
-        # A sampler for several processes also where there is one: Lightning tells it the epoch, but not before workers
-        # have begun with the first.
+            raise InputError(
+                f"{self.name}: no training image has a relation between two objects, so there is nothing to fit"
+            )
+        # The distributed sampler serves a single process too. Lightning sets its epoch, but only after workers have
+        # started on the first one, so the epoch is set here as well.
         assert self.trainer is not None
         world, rank = self.trainer.world_size, self.trainer.global_rank
         sampler = RepeatSampler(self.train, self.repeat_factors, num_replicas=world, rank=rank, seed=self.seed)
@@ -162,11 +166,11 @@ class SceneGraphData(pl.LightningDataModule):
 
     @cached_property
     def repeat_factors(self) -> Tensor:
-        """Return how often images with each predicate are seen in an epoch, by `repeat_threshold`."""
+        """The repeat factor of each predicate's images, from `repeat_threshold`."""
         return repeat_factors(self.train, len(self.predicate_names) - 1, self.repeat_threshold)
 
     def on_before_batch_transfer(self, batch: GraphBatch, dataloader_idx: int) -> GraphBatch:
-        """Return the batch, in training without the labels that `instance_drop` drops."""
+        """Return the batch. In training, the labels that `instance_drop` drops are removed."""
         if not self.instance_drop or self.trainer is None or not self.trainer.training:
             return batch
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
@@ -179,18 +183,18 @@ class SceneGraphData(pl.LightningDataModule):
         return self._loader(self.validation, sampler=self._shard(self.validation))
 
     def test_dataloader(self) -> DataLoader[GraphBatch]:
-        """Return batches of this process's share of the test part, with given detections where there are some."""
+        """Return batches of this process's share of the test part, with the given detections if there are any."""
         ids = [graph.image_id for graph in self.test]
         if self.detections is not None and ids and self.detections.keys().isdisjoint(ids):
-            raise InputError(f"detections must be of images of the test part, such as {ids[0]!r}; none is")
+            raise InputError(f"detections must be of images of the test part, such as {ids[0]!r}, but none is")
         return self._loader(self.test, self.detections, sampler=self._shard(self.test))
 
     predict_dataloader = test_dataloader
 
     def _shard(self, graphs: Sequence[SceneGraph]) -> UnrepeatedDistributedSampler | None:
-        """Return the sampler of this process's part.
+        """Return the sampler of this process's share, or None for a single process.
 
-        Lightning's own repeats images to make all parts equal, and those would count twice.
+        Lightning's own sampler repeats images to make all shares equal, and the repeated images would count twice.
         """
         if self.trainer is None or self.trainer.world_size == 1:
             return None
@@ -199,7 +203,7 @@ class SceneGraphData(pl.LightningDataModule):
 
     @property
     def _feeds_gpu(self) -> bool:
-        """Return whether the trainer computes on a GPU; one that it leaves alone is not touched."""
+        """True if the trainer computes on a GPU. This does not initialize a GPU that the trainer leaves unused."""
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _loader(
@@ -213,13 +217,13 @@ class SceneGraphData(pl.LightningDataModule):
             graphs,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            pin_memory=self._feeds_gpu,  # or `send` would do it
-            generator=torch.Generator(),  # of workers' seeds, which torch's own would be drawn on for
+            pin_memory=self._feeds_gpu,  # otherwise `send` would pin the memory
+            generator=torch.Generator(),  # draws the workers' seeds; torch's global generator stays as it is
             **{"collate_fn": self._collate_fn(detections)} | options,
         )
 
     def _collate_fn(self, detections: dict[str, Detections] | None = None) -> Callable[..., GraphBatch]:
-        """Return what makes a batch of scene graphs, and can be sent to worker processes."""
+        """Return the function that makes a batch of scene graphs. It can be sent to worker processes."""
         return partial(
             collate_for,
             num_predicates=len(self.predicate_names) - 1,
@@ -230,14 +234,14 @@ class SceneGraphData(pl.LightningDataModule):
 
 
 class TrainingLoader(DataLoader[GraphBatch]):
-    """A loader whose place Lightning saves and finds again, so that a run resumes in the middle of an epoch."""
+    """A data loader with a position that Lightning saves and restores, to resume in the middle of an epoch."""
 
     batch_size: int
-    trainer: pl.Trainer  # knows what was trained on, where workers may have fetched more
+    trainer: pl.Trainer  # counts the batches trained on; workers may have fetched more
 
     def state_dict(self) -> dict[str, int]:
-        """Return the place in the epoch, in batches that were trained on."""
-        if not isinstance(self.sampler, RepeatSampler):  # Lightning's, for overfit_batches
+        """Return the position in the epoch, counted in batches trained on."""
+        if not isinstance(self.sampler, RepeatSampler):  # Lightning's own sampler, for overfit_batches
             return {}
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
         batches = 0 if progress.is_last_batch else progress.current.processed
@@ -245,13 +249,13 @@ class TrainingLoader(DataLoader[GraphBatch]):
         return {"epoch": epoch, "batches": batches, "images": self.batch_size * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a place of `state_dict`."""
+        """Continue from the position in a result of `state_dict`."""
         if not state or not isinstance(self.sampler, RepeatSampler):
             return
         if state["batches"] and state["images"] != (images := self.batch_size * self.sampler.num_replicas):
             raise InputError(
-                f"batch_size times processes must be {state['images']}, as before, for a run to go on in the middle of "
-                f"an epoch, got {images}"
+                f"batch_size times processes must be {state['images']}, as before, to resume in the middle of an "
+                f"epoch, got {images}"
             )
         self.sampler.done = state["epoch"], state["batches"] * self.batch_size
         self.sampler.set_epoch(state["epoch"])
@@ -265,7 +269,7 @@ def collate_for(
     cache: FeatureCache | None = None,
     detections: dict[str, Detections] | None = None,
 ) -> GraphBatch:
-    """Return the batch of `collate`, with given detections or cached features where the model reads them."""
+    """Make a batch of scene graphs, with detections in place of annotated objects or with cached features if given."""
     if detections is not None:
         return collate_detected(graphs, detections, num_predicates, pixels=pixels)
     batch = collate(graphs, num_predicates, pixels=pixels)

@@ -1,4 +1,4 @@
-"""Training of the Faster R-CNN that Motifs looks through."""
+"""Training of Faster R-CNN, the object detector of Motifs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sgalign.training.options import DetectorOptions
 
 
 class DetectorModule(SavedModule):
-    """The object detector that the models of protocol sgdet and sgcls look through, trained first and by itself.
+    """Faster R-CNN, the object detector that Motifs uses for protocols sgdet and sgcls. It is trained before Motifs.
 
     Args:
-        options: of `DetectorOptions`.
+        options: the fields of `DetectorOptions`.
     """
 
     options: DetectorOptions
@@ -51,11 +51,11 @@ class DetectorModule(SavedModule):
         return self.report(torch.stack(list(losses.values())).sum(), losses, shown=losses)
 
     def detect(self, batch: GraphBatch) -> list[ObjectDetections]:
-        """Return what is found in each image."""
+        """Return the detected objects of each image."""
         return self.network.detect(self.network.features(batch.require_pixels()))
 
     def validation_step(self, batch: GraphBatch) -> None:
-        """Log `found`: annotated objects that a detection of their class overlaps with an IoU of at least 0.5."""
+        """Log `found`, the share of annotated objects that a detection of their class overlaps with IoU >= 0.5."""
         found = [
             find_objects(
                 detected.boxes, detected.labels, send(truth["boxes"], self.device), send(truth["labels"], self.device)
@@ -67,7 +67,7 @@ class DetectorModule(SavedModule):
             self.log(f"{self.part}/found", share, batch_size=objects, prog_bar=True, sync_dist=True, on_epoch=True)
 
     def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
-        """Return what `DetectionWriter` reads, a dict for each image of the batch."""
+        """Return the objects that `DetectionWriter` writes, one dict per image of the batch."""
         return [
             {"image_id": image_id, "boxes": objects.boxes, "labels": objects.labels, "scores": objects.scores}
             for image_id, objects in zip(batch.image_ids, self.detect(batch), strict=True)

@@ -1,4 +1,4 @@
-"""Training of DETR, by itself and as the entity detector of SGTR."""
+"""Training of DETR, alone and as the entity detector of SGTR."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from sgalign.training.options import DetrOptions
 
 
 class DetrModule(SavedModule):
-    """A module with DETR in it: makes it, trains it with its own losses, and logs what it finds.
+    """The base class of modules that contain DETR. It makes DETR, computes DETR's losses and logs the found objects.
 
     Args:
-        options: of DETR, and what else a subclass has.
+        options: the options of DETR and of the subclass.
     """
 
     options: DetrOptions
@@ -36,7 +36,7 @@ class DetrModule(SavedModule):
 
     def __init__(self, options: DetrOptions) -> None:
         super().__init__(options)
-        self._detector_saved: dict[str, Any] = {}  # what tells how to make it, of the checkpoint that is being loaded
+        self._detector_saved: dict[str, Any] = {}  # how to make DETR, from the checkpoint that is being loaded
 
     def make_network(self, counts: Tensor) -> None:
         num_objects = len(counts) - 1
@@ -50,29 +50,32 @@ class DetrModule(SavedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._detector_saved = checkpoint.get("sgalign", {}).get("detector", {})
-        # A network that is there already was made from options; one made here is what the checkpoint says.
+        # An existing network was made from the options. A network that is made now follows the checkpoint.
         trains_norms = self._detector_saved.get("trains_norms")
         if self.network is not None and trains_norms not in (None, self.detector.trains_norms):
             raise InputError(
-                "the checkpoint's batch normalisation must be that of the model that is to go on: give the same "
-                "detector_weights, or make the model by load_from_checkpoint"
+                "batch normalization must be trained in both the checkpoint and the model, or in neither: give the "
+                "same detector_weights, or make the model with load_from_checkpoint"
             )
         super().on_load_checkpoint(checkpoint)
 
     def detect(self, batch: GraphBatch) -> tuple[list[Tensor], DetectedEntities]:
-        """Return the batch's images of the size for evaluation, and what is found in them."""
+        """Return the batch's images, resized for evaluation, and the entities that DETR finds in them."""
         options = self.options
         pixels = [resize(image, options.short_sides[-1], options.long_side) for image in batch.require_pixels()]
         entities = self.detector(pixels)
         if not torch.stack([entities.logits[-1].isfinite().all(), entities.boxes[-1].isfinite().all()]).all():
-            raise InputError(f"DETR's logits and boxes must be finite, got others in images {some_of(batch.image_ids)}")
+            raise InputError(
+                f"DETR's logits and boxes must be finite, got infinity or NaN in images {some_of(batch.image_ids)}"
+            )
         return pixels, entities
 
     def log_found(self, entities: DetectedEntities, batch: GraphBatch) -> None:
-        """Log the share of objects found, and of relations both of whose ends are, the latter as mean over images.
+        """Log the share of annotated objects that are found, and the share of relations with both ends found.
 
-        An object is found if a query has its class as the likeliest and overlaps it with an IoU of at least 0.5. Under
-        SGDet recall can be above the share of relations only because its boxes are a pixel wider.
+        An object is found if a query predicts its class as the likeliest and overlaps it with an IoU of at least 0.5.
+        The share of relations is the mean over images. SGDet recall can exceed it only because recall counts boxes as
+        one pixel wider.
         """
         labels = entities.logits[-1][..., :-1].argmax(-1) + 1
         hits, both = [], []
@@ -91,7 +94,7 @@ class DetrModule(SavedModule):
     # ---- training
 
     def training_images(self, batch: GraphBatch, batch_index: int) -> TrainingImages:
-        """Return what this step trains on."""
+        """Return this step's augmented images and annotations."""
         options = self.options
         return augment(
             batch,
@@ -105,15 +108,21 @@ class DetrModule(SavedModule):
     def entity_losses(
         self, entities: DetectedEntities, objects: Sequence[TrueObjects], costs: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """Return DETR's losses, weighted and summed over its layers; `costs` are those of `EntityLoss`, on the host."""
+        """Return DETR's losses by name, weighted and summed over its layers.
+
+        Args:
+            entities: the detector's output.
+            objects: the annotated objects of each image.
+            costs: results of `EntityLoss.costs`, on the host.
+        """
         losses = self.entity_loss(entities.logits, entities.boxes, objects, assign(costs))
         weights = zip(losses.items(), self.options.entity_loss_weights, strict=True)
         return {name: weight * loss for (name, loss), weight in weights}
 
     def read_costs(self, costs: Sequence[Tensor], others: Mapping[str, Tensor] | None = None) -> list[Tensor]:
-        """Return costs of matching on the host, for which it waits once.
+        """Copy the matching costs to the host, which waits once, and return them.
 
-        They and `others`, numbers by name, must be finite in all processes: an error names what is not.
+        The costs and `others`, numbers by name, must be finite in all processes. Otherwise an error shows their values.
         """
         checked = {**(others or {}), "costs of matching": torch.stack([cost.sum() for cost in costs]).sum()}
         numbers = torch.stack([number.float() for number in checked.values()])
@@ -123,7 +132,7 @@ class DetrModule(SavedModule):
         return costs
 
     def report_sum(self, losses: dict[str, Tensor]) -> Tensor:
-        """Return the sum of losses, which are logged with it."""
+        """Return the sum of the losses, and log the sum and each loss."""
         loss = torch.stack(list(losses.values())).sum()
         return self.report(loss, losses | {"loss": loss}, shown=["loss"])
 
@@ -143,12 +152,13 @@ class DetrModule(SavedModule):
 
 
 class EntityDetectorModule(DetrModule):
-    """DETR trained by itself: the detector that SGTR starts from (`detector_weights` takes the checkpoint).
+    """DETR trained alone, as the detector that SGTR starts from.
 
-    Validation logs which share of the annotated objects is found, and of the relations both of whose ends are.
+    SGTR's option `detector_weights` takes the checkpoint. Validation logs the share of annotated objects that are
+    found, and the share of relations with both ends found.
 
     Args:
-        options: of `DetrOptions`.
+        options: the fields of `DetrOptions`.
     """
 
     options_type = DetrOptions
@@ -170,14 +180,14 @@ class EntityDetectorModule(DetrModule):
         self.log_found(self.detect(batch)[1], batch)
 
     def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
-        """Return what `DetectionWriter` reads, a dict for each image of the batch: every query with its best class."""
+        """Return every query with its best class, as one dict per image for `DetectionWriter`."""
         entities = self.detect(batch)[1]
         candidates = Entities.detected(entities.logits[-1], entities.boxes[-1])
         return [found_objects(batch, candidates, image) for image in range(len(batch.image_ids))]
 
 
 def found_objects(batch: GraphBatch, candidates: Entities, image: int) -> dict[str, Any]:
-    """Return the detected entities of one image, in its own pixels."""
+    """Return the detected entities of one image, with boxes in pixels of the original image."""
     boxes = box_convert(candidates.boxes[image], "cxcywh", "xyxy")
     confidence, labels = candidates.probabilities[image].max(-1)
     return {
@@ -194,12 +204,15 @@ def make_detector(
     """Return DETR with its initial weights.
 
     Args:
-        num_objects: classes, without one for no object.
-        object_names: of the data, which a checkpoint's must be.
-        saved: `config` and `trains_norms` of a checkpoint whose weights follow; empty where there is none.
+        options: the options of DETR.
+        num_objects: number of object classes, without the one for no object.
+        object_names: class names of the data. A checkpoint in `detector_weights` must have the same.
+        saved: `config` and `trains_norms` from a checkpoint of this module, if its weights are loaded next. Otherwise
+            empty.
 
     Raises:
-        FileNotFoundError, ValueError: `detector_weights` is not there, is of something else, or is needed.
+        FileNotFoundError: if `detector_weights` does not exist.
+        ValueError: if `detector_weights` does not fit the options or the data, or is missing although parts are frozen.
     """
     weights: dict[str, Tensor] = {}
     if not saved:
@@ -228,36 +241,36 @@ def make_detector(
 
 
 def read_detector(options: DetrOptions, object_names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config and weights of the checkpoint that `detector_weights` names, if it names one of ours.
+    """Return the config and weights of the checkpoint in `detector_weights`, if it is a checkpoint of this package.
 
-    Both are empty where it names weights of the library, which `EntityDetector` reads, or nothing.
+    Both are empty if the option is None or names weights of the library, which `EntityDetector` reads.
     """
     source = options.detector_weights
     if source is None:
         if options.frozen:
-            raise InputError(f"detector_weights must be given for frozen to be {list(options.frozen)}, got none")
+            raise InputError(f"detector_weights must be given if frozen is {list(options.frozen)}, got none")
         return {}, {}
     if not Path(source).exists() and (Path(source).suffix == ".ckpt" or len(Path(source).parts) > 2):
-        raise FileNotFoundError(f"detector_weights: no such file or folder, {source}")  # nor a name of the library
+        raise FileNotFoundError(f"detector_weights: no such file or folder, {source}")  # no name in the library either
     if not Path(source).is_file():
         return {}, {}
     checkpoint = read_checkpoint(source)
     if "detector" not in checkpoint["sgalign"]:
-        raise InputError(f"{source}: must be a checkpoint of EntityDetectorModule or SGTRModule, has no DETR")
+        raise InputError(f"{source}: must be a checkpoint of EntityDetectorModule or SGTRModule, but it has no DETR")
     if checkpoint["sgalign"]["object_names"] != object_names:
-        raise InputError(f"{source}: must be of a detector of the data's object classes, is of others")
+        raise InputError(f"{source}: must be a detector of the data's object classes, but its classes are others")
     state, prefix = checkpoint["state_dict"], "detector."
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    # Not `trains_norms`: batch normalisation stays as the other run has left it, like that of the library's weights.
+    # Without `trains_norms`, batch normalization stays as the other run left it, as with the library's weights.
     return {"config": checkpoint["sgalign"]["detector"]["config"]}, weights
 
 
 def tell_sizes(options: DetrOptions, detector: EntityDetector) -> None:
-    """Say what options `detector_weights` have overridden."""
+    """Print the options that `detector_weights` have overridden."""
     config = detector.detr.config
     stages = list(getattr(config.backbone_config, "depths", None) or ())
     if stages != BACKBONES[options.backbone]["depths"][: 4 if options.stride == 32 else 3]:
-        rank_zero_info(f"the detector's backbone is that of detector_weights, blocks of its stages: {stages}")
+        rank_zero_info(f"the detector's backbone is that of detector_weights, with blocks per stage: {stages}")
     sizes = {
         "entity_layers": config.decoder_layers,
         "entity_queries": config.num_queries,
@@ -266,4 +279,4 @@ def tell_sizes(options: DetrOptions, detector: EntityDetector) -> None:
     }
     differ = [(name, size) for name, size in sizes.items() if size != getattr(options, name)]
     if told := [f"{name} {size}, not {getattr(options, name)}" for name, size in differ]:
-        rank_zero_info(f"the detector is of the sizes of detector_weights: {'; '.join(told)}")
+        rank_zero_info(f"the detector has the sizes of detector_weights: {'; '.join(told)}")

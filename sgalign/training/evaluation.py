@@ -1,4 +1,4 @@
-"""Evaluation of all systems that relate objects, by recall."""
+"""The evaluation by recall that all systems with relations share."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from sgalign.training.base import SavedModule
 
 
 class RelationModule(SavedModule):
-    """A module that predicts scene graphs: it is evaluated by their recall, and predicts what the writers write.
+    """The base class of modules that predict scene graphs. It evaluates the graphs by recall.
 
-    Subclasses say what they predict for a batch (`predictions`).
+    Subclasses define the predictions for a batch (`predictions`).
     """
 
     recall: SceneGraphEvaluator
-    compiler: dict[str, Any] = {"dynamic": True}  # arguments of `torch.compile`: images, objects and pairs vary
+    compiler: dict[str, Any] = {"dynamic": True}  # for `torch.compile`: numbers of images, objects and pairs vary
 
     @property
     def protocol(self) -> str:
-        """Return what the model is told and what it predicts: one of `sgalign.metrics.PROTOCOLS`."""
+        """The protocol, one of `sgalign.metrics.PROTOCOLS`. It says what the model is given and what it predicts."""
         return "predcls"
 
     @property
     def looks_at_images(self) -> bool:
-        """Return True if batches must have their images' pixels."""
+        """True if batches must contain the pixels of the images."""
         return False
 
     def setup(self, stage: str) -> None:
@@ -57,7 +57,7 @@ class RelationModule(SavedModule):
         return evaluator.to(self.device)
 
     def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
-        """Return what `SceneGraphEvaluator` and `TripletWriter` read, a dict for each image of the batch."""
+        """Return one dict per image of the batch, in the format of `SceneGraphEvaluator` and `TripletWriter`."""
         raise NotImplementedError(f"{type(self).__name__} must override predictions")
 
     def validation_step(self, batch: GraphBatch) -> None:

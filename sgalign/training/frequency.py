@@ -11,7 +11,7 @@ from sgalign.training.pairs import PairModule
 
 
 class FrequencyModule(PairModule):
-    """The frequency baseline: nothing to train, so `sgalign test --model FrequencyModule` is all it takes."""
+    """The frequency baseline. It needs no training: run `sgalign test --model FrequencyModule`."""
 
     network: FrequencyBaseline
 

@@ -1,4 +1,4 @@
-"""The field's standard means against the long tail of predicates: resampling, weighting, logit adjustment."""
+"""Standard remedies for the long tail of predicates: resampling, loss weights and logit adjustment."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ PredicateWeights = Literal["none", "inverse_frequency", "effective_number"]
 
 
 class RelationLoss(nn.Module):
-    """Mean cross-entropy of pairs with target distributions, weighted and adjusted for how often predicates occur.
+    """The mean cross-entropy of pairs, with optional weights and logit adjustment for rare predicates.
 
-    The weighted mean divides by the sum of the targets' weights, as `torch.nn.functional.cross_entropy` does; a row of
-    zeros is a pair without a label and does not count. Buffers are of the training part and travel in checkpoints.
+    Each pair has a target distribution. The weighted mean divides by the sum of the targets' weights, as
+    `torch.nn.functional.cross_entropy` does. A target row of zeros marks a pair without a label, which does not count.
+
+    A predicate's prior is its count divided by the mean count of all predicates. The background is not adjusted, so the
+    adjustment rebalances the predicates and leaves the share of related pairs alone. The weights and priors are
+    buffers, computed from the training part and saved in checkpoints.
 
     Args:
-        counts: `[K + 1]`, pairs of each predicate in training, column 0 those of the background.
-        weights: "inverse_frequency", count^-power; "effective_number", (1 - beta) / (1 - beta^count) (Cui et al.,
-            CVPR 2019); or "none". The background has a weight as any predicate; the mean over training pairs is 1.
-        power, beta: of `weights`.
-        adjustment: tau, adds tau log(prior) to the logits in the loss (Menon et al., ICLR 2021, equation 10).
-        adjustment_test: tau, subtracts tau log(prior) from the logits of a trained model (ibid., equation 9).
-
-    A predicate's prior is relative to that of equally frequent predicates; the background is not adjusted, so that what
-    is rebalanced is the predicates and not how many pairs are related.
+        counts: number of training pairs of each predicate, `[K + 1]`, with the background in column 0.
+        weights: "inverse_frequency" for count^-power, "effective_number" for (1 - beta) / (1 - beta^count) (Cui et al.,
+            CVPR 2019), or "none". The background has a weight like any predicate. The mean weight over training pairs
+            is 1.
+        power: exponent of "inverse_frequency".
+        beta: beta of "effective_number".
+        adjustment: tau for training. The loss adds tau log(prior) to the logits (Menon et al., ICLR 2021, equation 10).
+        adjustment_test: tau for a trained model. `adjusted` subtracts tau log(prior) from the logits (ibid., equation
+            9).
     """
 
     weight: Tensor
@@ -64,27 +68,30 @@ class RelationLoss(nn.Module):
         self.register_buffer("log_prior", torch.cat((prior.new_ones(1), prior)).log().float())
 
     def forward(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean loss and its divisor, for logits and targets `[R, K + 1]`; both are 0 without labels."""
+        """Return the mean loss and its divisor for logits and targets `[R, K + 1]`. Without labels both are 0."""
         total = (targets * self.weight).sum()
         logits = logits + self.adjustment * self.log_prior if self.adjustment else logits
         loss = functional.cross_entropy(logits, targets, weight=self.weight, reduction="sum")
         return loss / total.clamp(min=1e-12), total
 
     def adjusted(self, logits: Tensor) -> Tensor:
-        """Return logits `[R, K + 1]` of a trained model after `adjustment_test`."""
+        """Return a trained model's logits `[R, K + 1]` after the adjustment by `adjustment_test`."""
         return logits - self.adjustment_test * self.log_prior if self.adjustment_test else logits
 
 
 def repeat_factors(graphs: Iterable[SceneGraph], num_predicates: int, threshold: float) -> Tensor:
-    """Return how often to show images with each predicate, as LVIS repeats images (Gupta et al., CVPR 2019).
+    """Return each predicate's repeat factor, as LVIS repeats images (Gupta et al., CVPR 2019).
+
+    The factor is max(1, sqrt(t / f)), where f is the predicate's share of all relations, as in BGNN (Li et al., CVPR
+    2021). In LVIS f is a share of all images.
 
     Args:
-        num_predicates: without the background.
-        threshold: t of max(1, sqrt(t / f)), f being the predicate's share of all relations, as in BGNN (Li et al.,
-            CVPR 2021; in LVIS of all images), where t is 0.13 for Visual Genome; 0 for 1 everywhere.
+        graphs: the training part.
+        num_predicates: number of predicates without the background.
+        threshold: t. BGNN uses 0.13 for Visual Genome. With 0 every factor is 1.
 
     Returns:
-        float64 `[num_predicates + 1]`, 1 for the background and for what never occurs.
+        float64 `[num_predicates + 1]`, 1 for the background and for predicates that never occur.
     """
     counts = count_predicates(graphs, num_predicates).double()
     share = counts / counts.sum().clamp(min=1)
@@ -92,14 +99,15 @@ def repeat_factors(graphs: Iterable[SceneGraph], num_predicates: int, threshold:
 
 
 class RepeatSampler(DistributedSampler[int]):
-    """Draws images as often as their rarest predicate should be seen, in an order of seed and epoch alone.
+    """A sampler that repeats each image by the factor of its rarest predicate.
 
-    An image that should be seen r times an epoch is seen floor(r) or ceil(r) times, r on average; an epoch has the same
-    length always. Shards, shuffling and `set_epoch` are those of `DistributedSampler`.
+    An image with factor r is drawn floor(r) or ceil(r) times per epoch, r times on average. All epochs have the same
+    length. The order depends only on the seed and the epoch. Shards, shuffling and `set_epoch` work as in
+    `DistributedSampler`.
 
     Args:
-        graphs: to draw from.
-        factors: of `repeat_factors`.
+        graphs: the images to draw from.
+        factors: result of `repeat_factors`.
         num_replicas, rank, seed: as for `DistributedSampler`.
     """
 
@@ -109,28 +117,29 @@ class RepeatSampler(DistributedSampler[int]):
         ends = torch.stack([factors[graph.relations[:, 2]].amax() for graph in graphs]).cumsum(0)
         draws = math.ceil(ends[-1].item())
         self.ends = ends * (draws / ends[-1])
-        self.done = 0, 0  # an epoch, and how many of its images another run has seen
+        self.done = 0, 0  # an epoch, and the number of its images that an earlier run has used
         super().__init__(range(draws), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
         epoch, seen = self.done
-        # One draw shifts a comb of unit steps over all images laid end to end.
+        # The images lie end to end on a line, each as long as its factor. Points at unit distance, shifted by one
+        # random number, select the images.
         shift = torch.rand((), generator=torch.Generator().manual_seed(self.seed + self.epoch), dtype=torch.float64)
         positions = torch.tensor(list(super().__iter__())[seen if epoch == self.epoch else 0 :]) + shift
         return iter(torch.searchsorted(self.ends, positions, right=True).clamp(max=len(self.ends) - 1).tolist())
 
 
 def drop_repeated(batch: GraphBatch, factors: Tensor, rate: float, generator: torch.Generator) -> GraphBatch:
-    """Return the batch without some labels of images that are repeated for a rarer predicate: BGNN's instance dropping.
+    """Drop some labels of commoner predicates in repeated images, as in BGNN's instance dropping.
 
-    A pair whose rarest predicate has factor r, in an image seen R times, loses its label with probability
-    rate (1 - r / R): it has a target of zeros, which `RelationLoss` does not count.
+    A pair loses its label with probability rate * (1 - r / R), where r is the factor of its rarest predicate and R the
+    largest factor of a pair in the image. Its target row becomes zeros, which `RelationLoss` does not count.
 
     Args:
-        batch: on the host.
-        factors: of `repeat_factors`.
+        batch: the batch, on the host.
+        factors: result of `repeat_factors`.
         rate: 1.6 in BGNN's training on Visual Genome.
-        generator: on the CPU; what is drawn depends on it alone.
+        generator: random generator on the CPU. The draws depend on it alone.
     """
     factors = factors.to(batch.targets)
     images = batch.images[batch.pairs[:, 0]]

@@ -19,10 +19,13 @@ from sgalign.training.vision import CachedVision, Vision, make_vision
 
 
 class MotifsModule(PairModule):
-    """Neural Motifs: the mean cross-entropy over pairs, and over objects where classes are decoded.
+    """Neural Motifs (Zellers, Yatskar, Thomson, Choi, CVPR 2018).
+
+    The loss is the mean cross-entropy over pairs. If object classes are decoded, the mean cross-entropy over objects is
+    added.
 
     Args:
-        options: of `MotifsOptions`.
+        options: the fields of `MotifsOptions`.
     """
 
     options: MotifsOptions
@@ -68,7 +71,7 @@ class MotifsModule(PairModule):
 
     @property
     def learns_from_targets(self) -> bool:
-        return self.protocol != "sgdet"  # where pairs are made of detections
+        return self.protocol != "sgdet"  # sgdet makes its pairs from detections
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -86,7 +89,7 @@ class MotifsModule(PairModule):
             self.vision.read_from(checkpoint["sgalign"].get("features"))
 
     def see(self, batch: GraphBatch, batch_index: int = 0) -> SeenBatch:
-        """Return the batch as `vision` sees it, with drawn pairs in training."""
+        """Return the batch as `vision` sees it. In training it has the sampled pairs only."""
         generator = torch.Generator().manual_seed(self.step_seed(batch_index, purpose="samples"))
         return self.vision(batch, generator)
 
@@ -97,12 +100,12 @@ class MotifsModule(PairModule):
     # ---- training
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to minimise, and its parts by name."""
+        """Return the loss to minimize and its parts by name."""
         seen = self.see(batch, batch_index)
         return self.supervised_loss(self.network(seen), seen.graph)
 
     def supervised_loss(self, prediction: Prediction, batch: GraphBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of relations and, where their classes are decoded, of objects; and both by name."""
+        """Return the supervised loss and its parts by name: relations and, if classes are decoded, objects."""
         loss, labelled = self.relation_loss(prediction.logits, batch.targets)
         loss = loss * self.share(labelled)
         parts = {"loss": loss}
@@ -113,9 +116,10 @@ class MotifsModule(PairModule):
         return loss, parts
 
     def share(self, count: float | Tensor) -> float | Tensor:
-        """Return this process's part of all elements, times the number of processes.
+        """Return this process's share of the elements of all processes, times the number of processes.
 
-        A mean of its own elements, multiplied with that, becomes the mean over those of all processes.
+        Multiply a mean over this process's elements by it. DDP's average over processes is then the mean over all
+        elements.
         """
         if self.processes == 1:
             return 1.0
@@ -127,13 +131,13 @@ class MotifsModule(PairModule):
         return self.report(loss, parts, shown=parts)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Return the optimizer that the options choose, with the learning rate for the batches of all processes."""
+        """Return the optimizer from the options, with its learning rate scaled to the images per step."""
         options, rate = self.options, self.options.learning_rate
         if options.learning_rate_images is not None and self._trainer is not None:
             images = self.data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
             rate *= images / options.learning_rate_images
             rank_zero_info(f"learning rate {rate:g}: {options.learning_rate:g} for {options.learning_rate_images} "
-                           f"images, {images} a step here")  # fmt: skip
+                           f"images, scaled to {images} images per step")  # fmt: skip
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         if options.optimizer == "adam":
             return torch.optim.Adam([p for _, p in trained], lr=rate, fused=True)

@@ -1,11 +1,12 @@
-"""Options of the modules: dataclasses that check themselves.
+"""The options of the modules, as dataclasses that validate themselves.
 
-A module takes them as plain arguments and makes them in its `__init__`, in a call of a parent's: the command line
-follows that call, and finds names, types, defaults and help texts of the options. It has one of two forms:
+A module takes its options as plain arguments. Its `__init__` makes the dataclass inside a call of a parent's
+`__init__`. The command line follows that call to find the names, types, defaults and help texts of the options. The
+call has one of two forms:
 
-- `super().__init__(XOptions(**options))`, where the parent takes options as they are made;
-- `Grandparent.__init__(self, XOptions(**options))`, where the parent, such as `MotifsModule` for `AlignMotifsModule`,
-  would make options of its own, which know fewer of them.
+- `super().__init__(XOptions(**options))`, if the parent's `__init__` takes an options object;
+- `Grandparent.__init__(self, XOptions(**options))`, if the parent's `__init__` makes its own options, which have fewer
+  fields. For example, `MotifsModule` is such a parent of `AlignMotifsModule`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ALIGNED = ("predicates", "subjects", "objects", "boxes")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a module. Those whose type is a `Literal` are checked here, the others by each subclass."""
+    """The base class of options. It checks the fields of type `Literal`; subclasses check the others."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -36,13 +37,13 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class FasterRCNNOptions(Options):
-    """Sizes of the Faster R-CNN that Motifs looks through.
+    """Sizes of Faster R-CNN, the object detector of Motifs.
 
     Args:
-        backbone: the published one is "resnext101_32x8d".
-        min_size: pixels of the short side that images are resized to.
-        max_size: pixels of their long side, at most.
-        head_dim: channels of the box head; 4096 as published, 1024 in torchvision's weights.
+        backbone: backbone of the detector. The published one is "resnext101_32x8d".
+        min_size: length of the short side that images are resized to, in pixels.
+        max_size: largest length of the long side of resized images, in pixels.
+        head_dim: channels of the box head. The published number is 4096, and torchvision's weights have 1024.
     """
 
     backbone: Literal["resnet18", "resnet50", "resnext101_32x8d"] = "resnet50"
@@ -57,12 +58,12 @@ class FasterRCNNOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorOptions(FasterRCNNOptions):
-    """Options of the Faster R-CNN and of its training.
+    """Options of Faster R-CNN and its training.
 
     Args:
-        weights: of `Detector.load_weights`, read when training starts; None starts from scratch, and then batch
-            normalisation is trained too.
-        learning_rate: of Adam. Another optimizer: ``--optimizer`` of the command line.
+        weights: initial weights, a source that `Detector.load_weights` takes. They are read when training starts. If
+            None, the detector starts from scratch, and batch normalization is trained too.
+        learning_rate: learning rate of Adam. Use ``--optimizer`` on the command line to choose another optimizer.
     """
 
     weights: str | None = None
@@ -75,32 +76,36 @@ class DetectorOptions(FasterRCNNOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class MotifsOptions(FasterRCNNOptions):
-    """Options of Neural Motifs and of its training.
+    """Options of Neural Motifs and its training.
 
     Args:
-        protocol: "predcls" (boxes and classes are given), "sgcls" (boxes are given) or "sgdet" (nothing is).
-        vision: what is seen of images. "none": nothing, boxes and classes are all; "cached": features that
-            `sgalign cache-features` wrote; "images": a detector, which is not trained, and region features of
-            `relation_dim` channels, which are.
+        protocol: "predcls" (boxes and classes are given), "sgcls" (boxes are given) or "sgdet" (nothing is given).
+        vision: source of visual features. "none" uses only boxes and classes. "cached" reads features that
+            `sgalign cache-features` wrote. "images" uses a detector, which is not trained, and extractors of region
+            features with `relation_dim` channels, which are trained.
         embed_dim: channels of a class embedding.
         hidden_dim: channels of each direction of both LSTMs, and of the contexts.
-        relation_dim: channels of a pair's features, and of what is seen of an object.
-        word_vectors: text file of word vectors of `embed_dim` numbers, the class embeddings' initial values; None for
-            random ones. Read when training starts, not when a checkpoint is loaded.
-        detections_per_image: objects that the detector finds in an image, at most (SGDet).
-        detector_weights: as `weights` of `sgalign.models.Detector`, read when training starts.
-        relations_per_image: pairs sampled in training, a quarter of them related, as in the public code.
-        optimizer: "adam", or "sgd" as published: momentum 0.9, weight decay 1e-4 but for biases, a tenth of the
-            learning rate after three epochs without a better validation R@100.
-        learning_rate: for batches of `learning_rate_images` images over all processes, and in proportion for others.
-        learning_rate_images: None for a learning rate that no batch size changes.
-        warmup_steps: over which the learning rate grows from a tenth.
-        predicate_weights: as `weights` of `sgalign.training.longtail.RelationLoss`.
-        predicate_weight_power: as `power` of `RelationLoss`.
-        effective_number_beta: as `beta` of `RelationLoss`.
-        logit_adjustment: as `adjustment` of `RelationLoss`.
-        logit_adjustment_test: as `adjustment_test` of `RelationLoss`.
-        compile: training compiles the relation head with `torch.compile`.
+        relation_dim: channels of a pair's features, and of an object's visual features.
+        word_vectors: text file of word vectors with `embed_dim` numbers each, the initial class embeddings. If None,
+            they are random. The file is read when training starts, not when a checkpoint is loaded.
+        detections_per_image: largest number of detected objects per image (SGDet).
+        detector_weights: initial weights of the detector, a source that `sgalign.models.Detector.load_weights` takes.
+            They are read when training starts. If None, the detector is random, which is useful only for tests.
+        relations_per_image: number of pairs sampled per training image. At most a quarter of them are related, as in
+            the public code.
+        optimizer: "adam", or "sgd" as published, with momentum 0.9 and weight decay 1e-4 (none for biases). With "sgd"
+            the learning rate falls to a tenth after three epochs without a better validation R@100.
+        learning_rate: learning rate for `learning_rate_images` images per step. It is scaled in proportion to the
+            images per step over all processes.
+        learning_rate_images: images per step that `learning_rate` is meant for. If None, the learning rate does not
+            depend on the batch size.
+        warmup_steps: number of steps in which the learning rate grows from a tenth to its full value.
+        predicate_weights: weights of predicates in the loss, as `weights` of `sgalign.training.longtail.RelationLoss`.
+        predicate_weight_power: exponent of "inverse_frequency", as `power` of `RelationLoss`.
+        effective_number_beta: beta of "effective_number", as `beta` of `RelationLoss`.
+        logit_adjustment: tau of the logit adjustment in training, as `adjustment` of `RelationLoss`.
+        logit_adjustment_test: tau of the logit adjustment at evaluation, as `adjustment_test` of `RelationLoss`.
+        compile: compile the relation head with `torch.compile` in training.
     """
 
     protocol: Literal["predcls", "sgcls", "sgdet"] = "predcls"
@@ -139,35 +144,40 @@ class MotifsOptions(FasterRCNNOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DetrOptions(Options):
-    """Options of DETR and of its training; the defaults are those of DETR trained by itself.
+    """Options of DETR and its training. The defaults are those of DETR trained alone.
 
     Args:
-        backbone: "resnet10" is a small one for experiments.
-        stride: of the feature map in pixels, 32 as published, or 16 by leaving out the backbone's last stage.
-        dim: channels of the transformer, and of SGTR's encoder and decoder.
-        heads: attention heads in all of them.
-        ffn_dim: channels of the feed-forward layers in all of them.
-        dropout: in all of them, of attention weights too.
-        entity_layers: layers of DETR's encoder, and of its decoder.
-        entity_queries: objects that DETR finds in an image.
-        detector_weights: as `weights` of `EntityDetector`, or a checkpoint of `EntityDetectorModule` or of SGTR. Read
-            when the network is made, because they tell its sizes; not where a checkpoint of this module is loaded.
-            SGTR's heads of subjects and objects start as the detector's.
-        frozen: parts of the detector that are not trained: "backbone", "encoder", "decoder". With a frozen decoder
-            nothing that is learned about relations changes what relations read of the detector. Input projection,
-            queries and heads are still trained then, as in the public code; "detector", for SGTR, is all of it, and
-            the cheapest.
-        entity_loss_weights: of the detector's classes, box L1 and box generalised IoU, in all its layers.
-        short_sides: of training images in pixels, one drawn for each step; test images have the last one.
-        long_side: of images in pixels, at most.
-        flip: probability of mirroring a training image; predicates of "left" and "right" are exchanged.
-        learning_rate: of AdamW with a weight decay of 1e-4.
-        backbone_learning_rate: of the backbone.
-        warmup_steps: over which the learning rate grows from a tenth.
-        learning_rate_drops: steps at which it falls to a tenth.
+        backbone: backbone of the detector. "resnet10" is a small one for experiments.
+        stride: stride of the feature map in pixels. The published stride is 32. With 16 the backbone's last stage is
+            left out.
+        dim: channels of DETR's transformer and of SGTR's encoder and decoder.
+        heads: number of attention heads in DETR and SGTR.
+        ffn_dim: channels of the feed-forward layers in DETR and SGTR.
+        dropout: dropout probability in DETR and SGTR, also for attention weights.
+        entity_layers: number of layers of DETR's encoder, and of its decoder.
+        entity_queries: number of DETR's object queries per image.
+        detector_weights: initial weights of the detector, a folder or name that `weights` of `EntityDetector` takes, or
+            a checkpoint of `EntityDetectorModule` or SGTR. They are read when the network is made, because they
+            determine its sizes, but not when a checkpoint of this module is loaded. SGTR's subject and object heads
+            start as copies of the detector's heads.
+        frozen: parts of the detector that are not trained, any of "backbone", "encoder" and "decoder". With a frozen
+            decoder the relation losses do not reach the detector. Its input projection, queries and heads are still
+            trained with its own losses, as in the public code. SGTR also takes "detector", which freezes the whole
+            detector and is the cheapest.
+        entity_loss_weights: weights of the detector's losses of classes, box L1 and box generalized IoU, in all its
+            layers.
+        short_sides: lengths of the short side of training images in pixels. One is drawn for each step. Test images
+            have the last one.
+        long_side: largest length of the long side of images in pixels.
+        flip: probability of mirroring a training image. Predicates with "left" and "right" in their names are then
+            exchanged.
+        learning_rate: learning rate of AdamW, with a weight decay of 1e-4.
+        backbone_learning_rate: learning rate of the backbone.
+        warmup_steps: number of steps in which the learning rate grows from a tenth to its full value.
+        learning_rate_drops: steps at which the learning rate falls to a tenth of its value.
     """
 
-    parts: ClassVar[tuple[str, ...]] = ("backbone", "encoder", "decoder")  # what can be frozen
+    parts: ClassVar[tuple[str, ...]] = ("backbone", "encoder", "decoder")  # parts that can be frozen
 
     backbone: Backbone = "resnet101"
     stride: Literal[16, 32] = 32
@@ -202,7 +212,7 @@ class DetrOptions(Options):
             raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
         if len(self.entity_loss_weights) != 3:
             weights = list(self.entity_loss_weights)
-            raise InputError(f"entity_loss_weights must be three, of classes, boxes and overlaps, got {weights}")
+            raise InputError(f"entity_loss_weights must be three, for classes, boxes and overlaps, got {weights}")
         if not self.short_sides or min(self.short_sides) < 32 or self.long_side < max(self.short_sides):
             raise InputError(
                 "short_sides must be at least 32 and at most long_side, "
@@ -214,18 +224,20 @@ class DetrOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class SGTROptions(DetrOptions):
-    """Options of SGTR and of its training, besides those of DETR.
+    """Options of SGTR and its training, besides those of DETR.
 
     Args:
-        protocol: "sgdet"; or "predcls", where the annotated boxes and classes take the place of the detected entities
+        protocol: "sgdet" or "predcls". With "predcls" the annotated boxes and classes replace the detected entities
             when graphs are assembled, in training too.
-        encoder_layers: layers of the predicate encoder.
-        layers: layers of the structural decoder.
-        queries: relations that the decoder looks for in an image.
-        focal: predicates are trained by a focal loss, as for Visual Genome; otherwise by cross-entropy.
-        distinct_matching: as `distinct` of `sgalign.models.graph_assembly.match`; false as in the public code.
-        pairs: of entities that a query and predicate may join at evaluation, best first.
-        compile: training compiles what lies behind the detector, both branches, with `torch.compile`.
+        encoder_layers: number of layers of the predicate encoder.
+        layers: number of layers of the structural decoder.
+        queries: number of the decoder's relation queries per image.
+        focal: train predicates with the focal loss, as the public code does for Visual Genome. If false, train them
+            with cross-entropy.
+        distinct_matching: give every annotated relation its own query, as `distinct` of
+            `sgalign.models.graph_assembly.match`. The public code does not.
+        pairs: number of entity pairs, best first, that a query joins with each of its predicates at evaluation.
+        compile: compile everything after the detector, in both branches, with `torch.compile` in training.
     """
 
     parts: ClassVar[tuple[str, ...]] = (*DetrOptions.parts, "detector")
@@ -253,11 +265,12 @@ class MirrorOptions(Options):
     """Options of the mirrored branch that Align-Motifs and Align-SGTR share (Xu, Liao, Sigal, WACV 2024).
 
     Args:
-        mask_ratio: p, the probability of masking.
-        alignment_weight: lambda.
-        reduction: of the alignment loss; "element" is the mean over relations and classes, "relation" over relations.
-        direction: of the alignment loss; "teacher_to_student" is KL(supervised, mirrored), "symmetric" the mean with
-            KL(mirrored, supervised).
+        mask_ratio: masking probability, p in the paper.
+        alignment_weight: weight of the alignment loss, lambda in the paper.
+        reduction: reduction of the alignment loss. "element" is the mean over relations and classes, "relation" the
+            mean over relations.
+        direction: direction of the alignment loss. "teacher_to_student" is KL(supervised, mirrored). "symmetric" is
+            its mean with KL(mirrored, supervised).
     """
 
     mask_ratio: float = 0.1
@@ -274,12 +287,12 @@ class MirrorOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class AlignMotifsOptions(MotifsOptions, MirrorOptions):
-    """Options of Motifs, of its mirror, and of how both are aligned.
+    """Options of Motifs, its mirror and their alignment.
 
     Args:
-        mask_granularity: "row" masks whole objects, "feature" single numbers of them.
-        tied_head: the mirror has the supervised head instead of its own.
-        supervise_mirror: adds the supervised loss of the mirror's logits.
+        mask_granularity: unit of the mask. "row" masks whole objects, "feature" single features of them.
+        tied_head: let the mirror share the supervised predicate head. If false, it has its own.
+        supervise_mirror: add the supervised loss of the mirror's logits.
     """
 
     mask_granularity: Literal["row", "feature"] = "row"
@@ -289,11 +302,11 @@ class AlignMotifsOptions(MotifsOptions, MirrorOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AlignSGTROptions(SGTROptions, MirrorOptions):
-    """Options of SGTR, of its mirror, and of how both are aligned.
+    """Options of SGTR, its mirror and their alignment.
 
     Args:
-        aligned: of "predicates", "subjects", "objects" (their classes) and "boxes".
-        tied_heads: the mirror has the supervised class heads instead of its own.
+        aligned: outputs to align, one or more of "predicates", "subjects" and "objects" (their classes) and "boxes".
+        tied_heads: let the mirror share the supervised class heads. If false, it has its own.
     """
 
     aligned: Sequence[str] = ("predicates", "subjects", "objects")
@@ -308,19 +321,19 @@ class AlignSGTROptions(SGTROptions, MirrorOptions):
 
 
 def check_choice(name: str, choice: Any, choices: tuple[Any, ...]) -> None:
-    """Raise an error unless an option is one of its choices."""
+    """Raise InputError unless an option is one of its choices."""
     if choice not in choices:
         raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, got {choice!r}")
 
 
 def check_at_least(least: int, options: Options, *names: str) -> None:
-    """Raise an error unless the options of these names are finite and at least `least`."""
+    """Raise InputError unless the options of these names are finite and at least `least`."""
     for name in names:
         if not least <= getattr(options, name) < float("inf"):
             raise InputError(f"{name} must be at least {least} and finite, got {getattr(options, name)}")
 
 
 def check_learning_rate(options: Options, name: str) -> None:
-    """Raise an error unless the option of this name is finite and above 0."""
+    """Raise InputError unless the option of this name is finite and above 0."""
     if not 0 < getattr(options, name) < float("inf"):
         raise InputError(f"{name} must be above 0 and finite, got {getattr(options, name)}")

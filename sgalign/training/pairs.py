@@ -1,4 +1,4 @@
-"""The base of systems that score every pair of a batch's objects: Motifs and the frequency baseline."""
+"""The base class of systems that score every pair of a batch's objects: Motifs and the frequency baseline."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from sgalign.training.evaluation import RelationModule
 
 
 class PairModule(RelationModule):
-    """A module that looks at a batch (`see`) and then predicts for all pairs of its objects at once (`forward`)."""
+    """The base class of modules that look at a batch (`see`) and then score all its pairs at once (`forward`)."""
 
     def see(self, batch: GraphBatch, batch_index: int = 0) -> SeenBatch:
-        """Return the batch with what the model finds in it before it relates anything.
+        """Return the batch as the model sees it: its objects, pairs and features.
 
         Args:
-            batch_index: of the step, which tells what training draws.
+            batch: the batch from the data.
+            batch_index: index of the batch in the epoch. The random draws of training depend on it.
         """
         return SeenBatch(batch)
 
     def forward(self, seen: SeenBatch) -> Prediction:
-        """Return what the network predicts for a batch that `see` has looked at."""
+        """Return the network's prediction for a result of `see`."""
         assert self.network is not None, "the network is made when a trainer or a checkpoint tells the classes"
         return self.network(seen)
 
     def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
-        """Return what `SceneGraphEvaluator` and `TripletWriter` read, a dict for each image of the batch.
+        """Return one dict per image of the batch, in the format of `SceneGraphEvaluator` and `TripletWriter`.
 
-        A decoded object's score is the probability of its class, its box the detector's for that class.
+        The score of a decoded object is the probability of its class. Its box is the detector's box for that class.
         """
         seen = self.see(batch)
         graph, prediction = seen.graph, self(seen)

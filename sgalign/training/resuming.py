@@ -1,7 +1,7 @@
-"""A run that goes on from a checkpoint: its optimizers' states are the checkpoint's, its options its own.
+"""The options of a resumed run. Its optimizers take their states from the checkpoint, but keep the run's own options.
 
-A checkpoint has options among the states, such as learning rates and the steps at which they fall. PyTorch loads them
-with the rest, in place of those that the run was started with.
+A checkpoint stores options among the optimizers' states, such as learning rates and the steps at which they fall.
+PyTorch loads these too, and so replaces the options that the run was started with. `GivenOptions` restores them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import torch
 
 from sgalign.errors import InputError
 
-# Of torch's schedules, those that count in the steps to come. A warm-up goes on as it has begun: its steps multiply the
-# rate, and would miss their end if their number changed.
+# Attributes of torch's schedules that a resumed run may change. The number of warm-up steps is not among them: each
+# warm-up step multiplies the rate, and the rate would miss its final value if the number changed.
 SCHEDULE_OPTIONS = {"base_lrs", "milestones", "gamma", "mode", "factor", "patience", "threshold", "threshold_mode"}
 
 
 class GivenOptions:
-    """The options of optimizers and schedules before a checkpoint's states replace them.
+    """A copy of the options of optimizers and schedules, made before a checkpoint's states replace them.
 
     Args:
-        optimizers, schedules: as they were made.
+        optimizers: the optimizers as the run made them.
+        schedules: the learning rate schedules as the run made them.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], schedules: Sequence[Any]) -> None:
@@ -36,32 +37,35 @@ class GivenOptions:
         self.kinds = [type(schedule).__name__ for schedule in schedules]
 
     def saved(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the learning rates that schedules begin with, and the schedules' kinds."""
+        """Return the entries for a checkpoint: the initial learning rates and the kinds of the schedules."""
         rates = [[float(group.get("initial_lr", group["lr"])) for group in groups] for groups in self.groups]
         return {"rates": rates, "schedules": self.kinds}
 
     def put_back(
         self, optimizers: Sequence[torch.optim.Optimizer], schedules: Sequence[Any], before: dict[str, Any]
     ) -> list[str]:
-        """Give the options back to optimizers and schedules that have a checkpoint's states.
+        """Restore the options in optimizers and schedules that have loaded a checkpoint's states.
 
-        A learning rate stays where its schedule is: it changes by as much as the rate that schedules begin with.
+        The current learning rate is scaled by the ratio of the new initial rate to the old one, so it keeps its place
+        in the schedule.
 
         Args:
-            optimizers, schedules: the same as before.
-            before: what the checkpoint has of `saved`.
+            optimizers: the optimizers given to `__init__`.
+            schedules: the schedules given to `__init__`.
+            before: result of `saved` in the checkpoint.
 
         Returns:
-            a sentence for each learning rate that is another than the checkpoint's.
+            One sentence for each learning rate that differs from the checkpoint's.
 
         Raises:
-            ValueError: the schedules are of other kinds. One without a state would begin anew, from the wrong rate.
+            ValueError: if the schedules are of other kinds. A schedule without a state would start over from the wrong
+                rate.
         """
         if before["schedules"] != self.kinds:
             old, new = (", ".join(kinds) or "none" for kinds in (before["schedules"], self.kinds))
             raise InputError(
-                f"the learning rate's schedules must be those of the checkpoint, {old}, got {new}: "
-                "choose the same optimizer, and a warm-up if there was one"
+                f"the learning rate's schedules must be those of the checkpoint, {old}, got {new}: choose the same "
+                "optimizer as before, and a warm-up only if there was one"
             )
         changed, saved = {}, self.saved()["rates"]
         for optimizer, groups, now, then in zip(optimizers, self.groups, saved, before["rates"], strict=True):

@@ -1,4 +1,4 @@
-"""The pairs of objects that a training step draws, as Scene-Graph-Benchmark samples them."""
+"""The sampling of object pairs in training, as in Scene-Graph-Benchmark."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ def sample_pairs(
     positive_fraction: float = 0.25,
     generator: torch.Generator,
 ) -> Tensor:
-    """Draw at most `limit` pairs an image, of these at most `positive_fraction` related (or one).
+    """Draw at most `limit` pairs per image.
+
+    At most `positive_fraction * limit` of them are related pairs, or one if that is less than one.
 
     Args:
-        is_foreground: bool `[R]` on the host, the pair is related.
-        images: int64 `[R]` on the host, its image.
-        generator: on the CPU; what is drawn depends on it alone.
+        is_foreground: bool `[R]` on the host, True for related pairs.
+        images: int64 `[R]` on the host, the image of each pair.
+        limit: largest number of pairs per image.
+        positive_fraction: largest share of related pairs in `limit`.
+        generator: random generator on the CPU. The draws depend on it alone.
 
     Returns:
-        int64 `[S]`, the rows kept, in rising order.
+        The rows of the drawn pairs in ascending order, int64 `[S]`.
     """
     if not len(images):
         return images
@@ -54,23 +58,28 @@ def match_detections(
     positive_fraction: float = 0.25,
     iou: float = 0.5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Match one image's detections with its annotations, which they are trained towards (SGDet).
+    """Match one image's detections with its annotations, and draw training pairs with their targets (SGDet).
 
-    A detection is of the annotated object that it overlaps most, if by an IoU above `iou`. A pair of detections is
-    related as annotated objects are if each overlaps its one by more than `iou` and is of its class; of these pairs
-    `per_relation` are drawn for each relation, with odds in proportion to the product of both overlaps. All other pairs
-    of detections of something are background.
+    - A detection takes the class of the annotated object that it overlaps most, if their IoU is above `iou`. Otherwise
+      it is a detection of nothing.
+    - A pair of detections matches a relation if each detection has the class of its annotated object and an IoU above
+      `iou` with it. `per_relation` of these pairs are drawn for each relation, with probabilities proportional to the
+      product of both IoUs.
+    - All pairs of detections with a class that match no relation are background. The other pairs are not used.
 
     Args:
-        boxes: `[N, 4]` of the detections; true_boxes `[G, 4]`; true_labels int64 `[G]`; relations int64 `[M, 3]`. All
-            are on the host.
-        num_predicates: without the background.
-        generator: on the CPU.
+        boxes: boxes of the detections, `[N, 4]`, on the host like the annotations.
+        true_boxes, true_labels: boxes `[G, 4]` and classes int64 `[G]` of the annotated objects.
+        relations: annotated relations, int64 `[M, 3]`.
+        num_predicates: number of predicates without the background.
+        generator: random generator on the CPU.
+        per_relation: largest number of pairs drawn per relation.
         limit, positive_fraction: as in `sample_pairs`.
+        iou: smallest IoU of a match, exclusive.
 
     Returns:
-        Pairs int64 `[S, 2]`; their targets float32 `[S, num_predicates + 1]`, as `sgalign.data.collate` makes them; the
-        detections' classes int64 `[N]`, 0 for nothing.
+        The pairs int64 `[S, 2]`, their targets float32 `[S, num_predicates + 1]` as in `sgalign.data.collate`, and the
+        classes of the detections int64 `[N]`, 0 for a detection of nothing.
     """
     overlap = box_iou(boxes, true_boxes) if len(true_boxes) else boxes.new_zeros(len(boxes), 1)
     best, whose = overlap.max(1)

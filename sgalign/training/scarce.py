@@ -1,4 +1,4 @@
-"""Data sets made worse, for the studies of fewer and worse labels."""
+"""Data sets with fewer and worse labels, for the studies of scarce annotations."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sgalign.training.datamodule import SceneGraphData
 
 
 class ScarceData(SceneGraphData):
-    """A data set whose training part is made worse, in the same way in every run.
+    """A data set with a degraded training part, the same in every run.
 
     Args:
-        root: of `SceneGraphData`.
+        root: as in `SceneGraphData`.
         features: name of a folder in `root` that `sgalign cache-features` has filled.
         labelled: share of the training images that keep their relations.
-        unlabelled: the others are trained on without labels; otherwise they are left out.
-        missing: share of the relations that were not annotated.
-        wrong: share of the relations whose predicate is another relation's.
-        data: the arguments of `SceneGraphData`.
+        unlabelled: True to train on the other images without labels, False to leave them out.
+        missing: share of the relations to remove, as if they were not annotated.
+        wrong: share of the relations that get the predicate of a randomly chosen relation.
+        data: the other arguments of `SceneGraphData`.
 
     Raises:
-        ValueError: there are features, but no root that they could be in.
+        ValueError: if there are features but no root, or if a part has no relations.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class ScarceData(SceneGraphData):
         super().__init__(root, features=features and str(Path(root or "", features)), **data)
         generator = torch.Generator().manual_seed(0)
         for name in ("predicate_groups", "zero_shot_validation", "zero_shot_test"):
-            getattr(self, name)  # cached before the training part is made worse, so that all runs have the same figures
+            getattr(self, name)  # computed from the full training part, so all runs are evaluated in the same way
         for part in ("train", "validation", "test"):
             if not any(len(graph.relations) for graph in getattr(self, part)):
-                raise InputError(f"{self.name}: must have relations in its {part} part, has none")
+                raise InputError(f"{self.name}: must have relations in its {part} part, but it has none")
         graphs = self.train
         order = torch.randperm(len(graphs), generator=generator).tolist()
         cut = round(labelled * len(graphs))
@@ -70,7 +70,7 @@ class ScarceData(SceneGraphData):
                 self.train.append(replace(graphs[index], relations=relations))
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
-        """Return batches of the training part, with images without labels among the others where there are some."""
+        """Return batches of the training part. Images without labels, if there are any, are mixed with the others."""
         if not self.train or not self.unlabelled:
             return super().train_dataloader()
         graphs = [*self.train, *self.unlabelled]
@@ -81,7 +81,7 @@ class ScarceData(SceneGraphData):
 
 
 def _collate_without_labels(collate: Any, ids: set[str], graphs: Sequence[SceneGraph]) -> GraphBatch:
-    """Return a batch where images of `ids` have no target: rows of 0, which the supervised loss does not count."""
+    """Make a batch without labels for the images in `ids`: target rows of 0, which the supervised loss ignores."""
     batch = collate(graphs)
     labelled = torch.tensor([image_id not in ids for image_id in batch.image_ids])
     return batch._replace(targets=batch.targets * labelled[batch.images[batch.pairs[:, 0]], None])

@@ -1,4 +1,4 @@
-"""The seed of what a training step draws."""
+"""The seeds of a training step's random draws."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import struct
 
 
 def step_seed(run_seed: int, step: int, micro_batch: int, rank: int, *, purpose: str = "mask") -> int:
-    """Return a seed in the range of int64 for what one step draws; any change of an argument gives an unrelated one.
+    """Return a seed in the range of int64 for the draws of one step. Any change of an argument gives an unrelated seed.
 
-    Of explicit arguments rather than of torch's generator, so that ranks differ and a resumed run repeats.
+    The seed depends on these arguments and not on torch's generator. Therefore ranks draw different numbers, and a
+    resumed run draws the same numbers as an uninterrupted one.
     """
     packed = struct.pack("<4q", *(value % (1 << 64) - (1 << 63) for value in (run_seed, step, micro_batch, rank)))
     digest = hashlib.blake2b(packed, digest_size=8, person=b"" if purpose == "mask" else purpose.encode())

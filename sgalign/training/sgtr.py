@@ -20,10 +20,10 @@ from sgalign.training.options import SGTROptions
 
 
 class SGTRModule(DetrModule, RelationModule):
-    """SGTR on images: entity detector and relations trained together.
+    """SGTR on images, with the entity detector and the relations trained together.
 
     Args:
-        options: of `SGTROptions`.
+        options: the fields of `SGTROptions`.
     """
 
     options: SGTROptions
@@ -68,12 +68,12 @@ class SGTRModule(DetrModule, RelationModule):
         self.recall.update(self._graphs(batch, pixels, entities), batch.truth)
 
     def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
-        """Return what `SceneGraphEvaluator` reads, ready-made `triplets`, a dict for each image of the batch."""
+        """Return one dict per image of the batch for `SceneGraphEvaluator`, with ranked `triplets`."""
         return self._graphs(batch, *self.detect(batch))
 
     def _graphs(self, batch: GraphBatch, pixels: list[Tensor], entities: DetectedEntities) -> list[dict[str, Any]]:
         lengths, options = batch.lengths.tolist(), self.options
-        # What the model is told: annotated objects, or another detector's.
+        # The given objects, which are annotated ones or another detector's.
         labels, boxes, scores = (field.split(lengths) for field in (batch.labels, batch.boxes, batch.scores))
         in_units = box_convert(batch.boxes / batch.sizes[batch.images].repeat(1, 2), "xyxy", "cxcywh").split(lengths)
         candidates = self._candidates(entities, labels, in_units, scores)
@@ -82,7 +82,7 @@ class SGTRModule(DetrModule, RelationModule):
         predictions = []
         for image, (triplets, triplet_scores) in enumerate(graphs):
             relations = {"triplets": triplets, "triplet_scores": triplet_scores}
-            if self.protocol == "predcls":  # as they are, even where a box ends beyond its image
+            if self.protocol == "predcls":  # given boxes are returned unchanged, even if one ends beyond its image
                 told = {"boxes": boxes[image], "labels": labels[image], "scores": scores[image]}
                 predictions.append({"image_id": batch.image_ids[image], **told, **relations})
             else:
@@ -96,7 +96,7 @@ class SGTRModule(DetrModule, RelationModule):
         boxes: Sequence[Tensor],
         scores: Sequence[Tensor] | None = None,
     ) -> Entities:
-        """Return what was detected, or under PredCls what the model was told of each image."""
+        """Return the detected entities or, under PredCls, the given objects of each image."""
         if self.protocol == "predcls":
             given = Entities.given(labels, boxes, self.network.num_objects, scores)
             return Entities(*(send(field, self.device) for field in given))
@@ -115,7 +115,7 @@ class SGTRModule(DetrModule, RelationModule):
         outputs, alignment = self.decode(entities, batch_index)
         candidates, sizes = self._candidates(entities, *zip(*objects, strict=True)), sizes_of(pixels)
         costs = relation_costs(outputs, candidates, sizes, annotations, distinct=options.distinct_matching)
-        if trains_detector:  # both in one copy
+        if trains_detector:  # one copy to the host serves both kinds of costs
             costs += self.entity_loss.costs(entities.logits, entities.boxes, objects)
         costs = self.read_costs(costs, {"largest predicate logit": outputs.logits.abs().max()})
         losses: dict[str, Tensor] = {}
@@ -129,11 +129,11 @@ class SGTRModule(DetrModule, RelationModule):
         return self.report_sum(losses | alignment)
 
     def decode(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
-        """Return what the supervised branch predicts, and the losses of what else is trained, by name."""
+        """Return the outputs of the supervised branch, and any additional losses by name."""
         return self.network(entities.last()), {}
 
 
 def sizes_of(pixels: list[Tensor]) -> Tensor:
-    """Return width and height of images `[3, H, W]`: float32 `[B, 2]`."""
+    """Return the widths and heights of images `[3, H, W]`, float32 `[B, 2]` on their device."""
     sizes = [(image.shape[2], image.shape[1]) for image in pixels]
     return send(torch.tensor(sizes, dtype=torch.float32), pixels[0].device)

@@ -1,4 +1,4 @@
-"""The vision of Motifs: one class for each way to look at a batch before relating its objects."""
+"""The visual input of Motifs, with one class for each way to turn a batch into objects, pairs and features."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sgalign.training.sampling import match_detections, sample_pairs
 
 
 class Vision(nn.Module):
-    """A way to look at a batch; subclasses say what is seen in `forward`.
+    """The base class of the ways to look at a batch. Subclasses implement `forward`.
 
     Args:
-        options: of Motifs.
+        options: the options of Motifs.
     """
 
     def __init__(self, options: MotifsOptions) -> None:
@@ -28,18 +28,19 @@ class Vision(nn.Module):
         self.options = options
 
     def load_initial_weights(self) -> None:
-        """Load what training starts from, where there are networks."""
+        """Load the pretrained weights of its networks, if it has any."""
 
     def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
-        """Return the batch as it is seen.
+        """Return the batch as the model sees it.
 
         Args:
-            generator: on the CPU; the pairs that training draws depend on it alone.
+            batch: the batch from the data.
+            generator: random generator on the CPU. The pairs drawn in training depend on it alone.
         """
         raise NotImplementedError(f"{type(self).__name__} must override forward")
 
     def sample(self, batch: GraphBatch, generator: torch.Generator) -> GraphBatch:
-        """Return the batch with `relations_per_image` pairs in training, with all of them at evaluation."""
+        """Return the batch with at most `relations_per_image` pairs per image in training, with all at evaluation."""
         if not self.training:
             return batch
         rows = sample_pairs(
@@ -52,7 +53,7 @@ class Vision(nn.Module):
 
 
 class BoxVision(Vision):
-    """Nothing but boxes and classes (`vision: none`)."""
+    """Boxes and classes only (`vision: none`)."""
 
     def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
         return SeenBatch(self.sample(batch, generator))
@@ -61,10 +62,10 @@ class BoxVision(Vision):
 class CachedVision(Vision):
     """Features that `sgalign cache-features` wrote (`vision: cached`)."""
 
-    source: str | None = None  # `FeatureCache.source` of what the model was trained on
+    source: str | None = None  # `FeatureCache.source` of the features that the model was trained on
 
     def read_from(self, source: str | None) -> None:
-        """Note the source of the data's and of the checkpoint's features, which must be the same."""
+        """Set the source of the features. The data and the checkpoint must have the same source."""
         if source is not None and self.source not in (None, source):
             raise InputError(
                 f"data.features must be those that the model was trained on, got {source} and {self.source}: "
@@ -82,13 +83,13 @@ class CachedVision(Vision):
 
 
 class ImageVision(Vision):
-    """A detector, which is not trained, and extractors of the relation head, which are (`vision: images`).
+    """A frozen detector with trained extractors of region features (`vision: images`).
 
-    Under PredCls the detector's backbone alone is used: boxes and classes are given.
+    Under PredCls only the detector's backbone is used, because boxes and classes are given.
 
     Args:
-        options: of Motifs.
-        num_classes: object classes, background included.
+        options: the options of Motifs.
+        num_classes: number of object classes, the background included.
     """
 
     def __init__(self, options: MotifsOptions, num_classes: int) -> None:
@@ -107,7 +108,7 @@ class ImageVision(Vision):
     def load_initial_weights(self) -> None:
         if self.options.detector_weights is None:
             rank_zero_info(
-                "detector_weights is null: the detector is random and stays so, which is of use for tests only"
+                "detector_weights is null, so the detector is random and stays random, which is useful only for tests"
             )
         else:
             self.detector.load_weights(self.options.detector_weights)
@@ -119,14 +120,14 @@ class ImageVision(Vision):
         return SeenBatch(graph, self.extract(graph, image))
 
     def extract(self, graph: GraphBatch, image: ImageFeatures, logits: Tensor | None = None) -> VisualFeatures:
-        """Return what the extractors see of the graph's objects and pairs, with the detector's logits."""
+        """Return the extracted features of the graph's objects and pairs, together with the detector's logits."""
         boxes = graph.boxes_by_image()
         objects = self.regions.objects(image, boxes)
         return VisualFeatures(objects, self.regions.pairs(image, boxes, graph.pairs_by_image()), logits)
 
 
 class ClassifyingVision(ImageVision):
-    """`ImageVision` whose detector classifies the given boxes (SGCls)."""
+    """`ImageVision` with a detector that classifies the given boxes (SGCls)."""
 
     def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
         image = self.detector.features(batch.require_pixels())
@@ -136,7 +137,7 @@ class ClassifyingVision(ImageVision):
 
 
 class DetectingVision(ImageVision):
-    """`ImageVision` whose detector finds the objects (SGDet); in training the annotated boxes are among them."""
+    """`ImageVision` with a detector that finds the objects (SGDet). Training adds the annotated boxes to them."""
 
     def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
         image = self.detector.features(batch.require_pixels())
@@ -153,7 +154,7 @@ class DetectingVision(ImageVision):
     def _with_annotated(
         self, found: Sequence[ObjectDetections], batch: GraphBatch, image: ImageFeatures
     ) -> list[ObjectDetections]:
-        """Return each image's detections and, after them, its annotated objects as the detector would classify them."""
+        """Append each image's annotated objects to its detections, with logits from the detector."""
         lengths = batch.lengths.tolist()
         logits = self.detector.classify(image, batch.boxes_by_image())
         boxes_per_class = batch.boxes[:, None].expand(-1, logits.shape[1], -1)  # each box stands for every class
@@ -162,7 +163,7 @@ class DetectingVision(ImageVision):
         return [ObjectDetections(*map(torch.cat, zip(*both))) for both in zip(found, annotated, strict=True)]
 
     def _matched(self, graph: GraphBatch, generator: torch.Generator) -> GraphBatch:
-        """Return the graph of detections with drawn pairs, and what they and the objects are trained towards."""
+        """Return the graph of detections with sampled pairs and with training targets for pairs and objects."""
         matched = [
             match_detections(
                 boxes,
@@ -188,7 +189,7 @@ class DetectingVision(ImageVision):
 
 
 def with_detections(batch: GraphBatch, found: Sequence[ObjectDetections]) -> GraphBatch:
-    """Return the batch with the objects found in each image instead of the annotated ones, and all pairs of them.
+    """Return the batch with the detected objects in place of the annotated ones, and with all pairs of them.
 
     No pair has a target, and features of the annotated objects are dropped.
     """
@@ -205,10 +206,11 @@ def with_detections(batch: GraphBatch, found: Sequence[ObjectDetections]) -> Gra
 
 
 def make_vision(options: MotifsOptions, num_classes: int) -> Vision:
-    """Return the vision that the options choose.
+    """Make the vision that the options choose.
 
     Args:
-        num_classes: object classes, background included.
+        options: the options of Motifs.
+        num_classes: number of object classes, the background included.
     """
     if options.vision == "none":
         return BoxVision(options)

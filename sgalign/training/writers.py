@@ -1,4 +1,4 @@
-"""Callbacks that write what a model predicts into files."""
+"""Callbacks that write a model's predictions to files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sgalign.training.evaluation import RelationModule
 
 
 class FileWriter(BasePredictionWriter):
-    """Writes what a model predicts for the test part into a file, which appears when the prediction is complete.
+    """The base class of the writers of predictions for the test part. The file appears when it is complete.
 
     Args:
-        path: the file; what was there is replaced.
+        path: the file to write. An existing file is replaced.
 
     Raises:
-        ValueError: the trainer has several processes, which would write one file.
+        ValueError: if the trainer has several processes, which would all write the same file.
     """
 
     def __init__(self, path: str) -> None:
@@ -34,7 +34,7 @@ class FileWriter(BasePredictionWriter):
         self._stack = ExitStack()
 
     def open(self, module: pl.LightningModule) -> None:
-        """Open the file, with `self._stack` to close it; refuse modules whose predictions do not fit."""
+        """Open the file and register it with `self._stack`, which closes it. Refuse modules without the predictions."""
         raise NotImplementedError(f"{type(self).__name__} must override open")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -50,15 +50,19 @@ class FileWriter(BasePredictionWriter):
 
 
 class TripletWriter(FileWriter):
-    """Writes what `sgalign predict` finds, an image a line of JSON.
+    """A writer of triplets, with one line of JSON per image.
 
-    A line has `image_id`, `objects` (`label`, `box` x1, y1, x2, y2 in pixels) and `triplets` by falling score
-    (`subject` and `object`, indices of objects; `predicate`; `score`), as `describe` chooses them.
+    A line has these fields, in the format of `describe`:
+
+    - `image_id`
+    - `objects`, each with `label`, `box` (x1, y1, x2, y2 in pixels) and `score`
+    - `triplets` in descending order of score, each with `subject` and `object` (indices of objects), `predicate` and
+      `score`
 
     Args:
-        path: of `FileWriter`.
-        top_k: triplets an image.
-        all_predicates: of `describe`.
+        path: the file to write. An existing file is replaced.
+        top_k: largest number of triplets per image.
+        all_predicates: let a pair have several predicates, as in `describe`.
     """
 
     _file: TextIO
@@ -83,12 +87,12 @@ class TripletWriter(FileWriter):
 
 
 class DetectionWriter(FileWriter):
-    """Writes the objects that a detector finds in the test part, as `sgalign.data.read_detections` reads them.
+    """A writer of the objects that a detector finds in the test part, for `sgalign.data.read_detections`.
 
         sgalign predict --config CONFIG --ckpt_path CHECKPOINT --trainer.callbacks+=sgalign.training.DetectionWriter
 
     Args:
-        path: of `FileWriter`.
+        path: the file to write. An existing file is replaced.
     """
 
     def __init__(self, path: str = "detections.json") -> None:
@@ -114,10 +118,10 @@ class DetectionWriter(FileWriter):
 
 
 class PredictionWriter(FileWriter):
-    """Writes what `sgalign predict --config` finds, whole, for `sgalign evaluate`: `PredictionFile`'s HDF5.
+    """A writer of complete predictions for `sgalign evaluate`, in the HDF5 format of `PredictionFile`.
 
     Args:
-        path: of `FileWriter`.
+        path: the file to write. An existing file is replaced.
     """
 
     _file: PredictionFile
@@ -137,17 +141,17 @@ class PredictionWriter(FileWriter):
 
 
 def check_one_process(trainer: pl.Trainer) -> None:
-    """Raise an error if the trainer has several processes."""
+    """Raise InputError if the trainer has several processes."""
     if trainer.world_size > 1:
         raise InputError(f"trainer must predict in one process (--trainer.devices 1), got {trainer.world_size}")
 
 
 def check_relates(module: pl.LightningModule) -> None:
-    """Raise an error unless the module predicts scene graphs."""
+    """Raise InputError unless the module predicts scene graphs."""
     if not isinstance(module, RelationModule):
         raise InputError(
-            f"{type(module).__name__} relates nothing: predict with a model that has it as detector_weights, or write "
-            "its boxes with sgalign.training.DetectionWriter"
+            f"{type(module).__name__} predicts no relations: predict with a model that has it as detector_weights, or "
+            "write its boxes with sgalign.training.DetectionWriter"
         )
 
 
@@ -159,10 +163,11 @@ def describe(
     *,
     all_predicates: bool = False,
 ) -> dict[str, Any]:
-    """Return a prediction of `RelationModule.predictions` in names and plain numbers, best triplets first.
+    """Return a prediction of `RelationModule.predictions` as names and plain numbers, best triplets first.
 
-    A triplet's score is that of both objects and of the predicate, multiplied. Each pair has its best predicate (the
-    graph constraint), or with `all_predicates` all of them; SGTR ranks triplets itself, some of them of one pair.
+    A triplet's score is the product of the scores of both objects and the predicate. Each pair has only its best
+    predicate (the graph constraint), or all predicates with `all_predicates`. SGTR ranks its triplets itself, and
+    several of them may belong to one pair.
     """
     best = rank_triplets(prediction, top_k, len(predicate_names) - 1 if all_predicates else 1)
     return {
