@@ -29,7 +29,14 @@ SANITIZER_FINDS = SANITIZER_MARK + r"(Invalid|Misaligned|Uninitialized|Race|Barr
 DEVICE_LOST = 7  # exit status of pytest after an illegal access, set by tests/conftest.py
 SANITIZED = "test_each_branch_is_the_single_one or test_rows_with_nothing_kept"
 CHOSEN: tuple[str, ...] = ()  # options of pytest that select tests
-CODE = ("benchmarks/device_tests.py", "tests/conftest.py", "tests/target.py", "tests/accuracy.py", *TEST_FILES)
+CODE = (
+    "benchmarks/device_tests.py",
+    "tests/conftest.py",
+    "tests/target.py",
+    "tests/accuracy.py",
+    "tests/covers.py",
+    *TEST_FILES,
+)
 
 
 class Suite(NamedTuple):

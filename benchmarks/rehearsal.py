@@ -129,7 +129,7 @@ def tiny_step(step: Callable[[str, str], Any], benchmark: str, of: str) -> Any:
 
         small: dict[str, Any] = {"layers": 1, "ffn_dim": 32}
         test_sgtr.SGTR = functools.partial(SGTR, encoder_layers=1, num_queries=12, **small)
-        test_sgtr.EntityDetector = functools.partial(EntityDetector, backbone="resnet50", num_queries=10, **small)
+        test_sgtr.EntityDetector = functools.partial(EntityDetector, backbone="resnet10", num_queries=10, **small)
         test_sgtr.IMAGE, test_sgtr.POSITIONS, test_sgtr.QUERIES, test_sgtr.ENTITIES = (64, 96), 24, 12, 10
     else:
         from benchmarks import test_training_step

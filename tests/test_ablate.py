@@ -182,7 +182,9 @@ def test_masking_grows_from_nothing_to_its_ratio(folder, tmp_path, monkeypatch):
     assert len(ratios) > 4 and ratios == pytest.approx([0.4 * step / len(ratios) for step in range(len(ratios))])
 
 
-def test_features_are_those_in_the_folder_of_the_data(folder, tmp_path, monkeypatch, capsys):
+def test_features_are_those_in_the_folder_of_the_data(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "scenes"
+    assert main(["make-dataset", str(folder), "--format", "coco", "--sizes", "6", "2", "2"]) == 0
     data = ScarceData(str(folder))
     graphs = [*data.train, *data.validation, *data.test]
     torch.manual_seed(0)

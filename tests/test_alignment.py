@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from covers import cover
 from target import BACKEND, DEVICE, DTYPES, EXACT, core_only
 from torch.nn import functional
 
@@ -186,10 +187,11 @@ def test_bad_input_is_refused_by_name(change, error, message):
 # ---- the compiled loss
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
-@pytest.mark.parametrize("spread", [1e-3, 1, 30])
+@pytest.mark.parametrize(
+    "spread, dtype, kind, direction",
+    cover([1e-3, 1, 30], DTYPES, ["softmax", "sigmoid"], ["teacher_to_student", "symmetric"], strength=3),
+    ids=str,
+)
 def test_compiled_is_as_good_as_plain(kind, direction, dtype, spread, instruction_set, poisoned):
     for shape in ((1, 1), (9, 51), (3, 64), (40, 130)):
         teacher, student = (

@@ -63,12 +63,13 @@ def check_sgtr(backend, **close):
 
 
 def test_sgtr_is_one_graph_for_all_seeds_and_sizes():
-    check_sgtr("aot_eager")
+    check_sgtr("eager")
 
 
 @pytest.mark.slow
-def test_sgtr_by_inductor():
-    check_sgtr("inductor", rtol=1e-6, atol=1e-8)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_sgtr_compiled_forward_and_backward(backend):
+    check_sgtr(backend, rtol=1e-6, atol=1e-8)
 
 
 def check_motifs(backend, **close):
@@ -102,8 +103,11 @@ def test_motifs_by_inductor():
     check_motifs("inductor", rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [AlignMotifsModule, AlignSGTRModule])
-@pytest.mark.parametrize("first", [False, True], ids=["eager first", "compiled first"])
+@pytest.mark.parametrize(
+    "kind, first",
+    [(AlignMotifsModule, False), (AlignSGTRModule, True)],
+    ids=["Motifs, eager first", "SGTR, compiled first"],
+)
 def test_a_run_resumes_with_and_without_compilation(kind, first, monkeypatch, tmp_path):
     """Weights after two epochs are those of a run that was never compiled; the last epoch compiles nothing more."""
     counter = CompileCounterWithBackend("eager")

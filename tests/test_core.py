@@ -41,12 +41,9 @@ def peak():  # KiB
 def attend(length):
     query, mirrored_query, key, value = (torch.randn(1, 1, length, 32, requires_grad=True) for _ in range(4))
     options = {"mask_ratio": 0.4, "mask_seed": 0, "dropout_p": 0.1}
-    if os.environ["KIND"] == "single":
-        outs = (fused_masked_attention(query, key, value, **options),)
-    else:
-        mirrored_query = query if os.environ["KIND"] == "same" else mirrored_query
-        outs = dual_branch_attention(query, mirrored_query, key, value, **options)
-    sum(out.sum() for out in outs).backward()
+    fused_masked_attention(query, key, value, **options).sum().backward()
+    for mirror in (query, mirrored_query):
+        sum(out.sum() for out in dual_branch_attention(query, mirror, key, value, **options)).backward()
 
 torch.set_num_threads(2)  # every thread has a share of working memory
 attend(300)  # libraries and threads have started
@@ -57,10 +54,9 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
-@pytest.mark.parametrize("kind", ["single", "dual", "same"])
-def test_memory_has_no_square(kind):
+def test_memory_has_no_square():
     """One byte for each of 16384 x 16384 pairs would be 256 MiB."""
-    assert int(run_python(MEMORY, KIND=kind)) < 128 * 1024
+    assert int(run_python(MEMORY)) < 128 * 1024
 
 
 IMPORT = """
@@ -75,10 +71,13 @@ print(*(name for name in set(sys.modules) - before if "." not in name))
 
 
 def test_import_is_light():
-    runs = [run_python(IMPORT).split("\n") for _ in range(3)]
-    assert min(float(seconds) for seconds, _ in runs) < 0.6
+    for _ in range(3):  # a busy machine may be slow once
+        seconds, modules = run_python(IMPORT).split("\n")
+        if float(seconds) < 0.6:
+            break
+    assert float(seconds) < 0.6
     heavy = {"triton", "lightning", "pytorch_lightning", "matplotlib", "torchmetrics", "h5py", "tensorboard", "PIL"}
-    assert not heavy & set(runs[0][1].split())
+    assert not heavy & set(modules.split())
 
 
 def test_core_is_loaded_at_first_use():
@@ -224,6 +223,7 @@ def test_sanitizers_and_poisoned_memory(copy, name, width, flags):
         "conftest.py",
         "target.py",
         "accuracy.py",
+        "covers.py",
         "test_attention.py",
         "test_random_mask.py",
         "test_relation.py",

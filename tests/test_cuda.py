@@ -20,6 +20,7 @@ import pytest
 import test_attention as attention
 import test_relation as relation
 import torch
+from covers import cover
 from torch.nn import functional
 
 from sgalign import random_attention_mask, relation_alignment_loss
@@ -27,6 +28,7 @@ from sgalign.ops import _core, _cuda, backends, reference
 from sgalign.ops._attention_backends import Call, Options, _description
 from sgalign.ops._source_digest import source_digest
 
+pytestmark = pytest.mark.xdist_group("emulated CUDA")  # one worker, so that the core is built once
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = {"attention_forward": ["Half", "BFloat16", "float"], "attention_backward": ["Half", "BFloat16", "float"]}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -225,16 +227,16 @@ SHAPES += [(1, 1, 3, 65, 256), (1, 1, 35, 100, 128)]
 assert_accurate = functools.partial(attention.assert_accurate, backend="cuda")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("branches", attention.BRANCHES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, branches, dtype", cover(SHAPES, attention.BRANCHES, DTYPES), ids=str)
 def test_attention(shape, branches, dtype, core):
     assert_accurate(branches, *attention.make(shape, dtype), **attention.make_options("all", shape))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("options", ["none", "random", "mask", "padding", "dropout"])
-@pytest.mark.parametrize("branches", attention.BRANCHES)
+@pytest.mark.parametrize(
+    "branches, options, dtype",
+    cover(attention.BRANCHES, ["none", "random", "mask", "padding", "dropout"], [torch.float32, torch.float16]),
+    ids=str,
+)
 def test_options_of_attention(branches, options, dtype, core):
     shape = (2, 2, 19, 70, 16)
     assert_accurate(branches, *attention.make(shape, dtype), **attention.make_options(options, shape))
@@ -392,9 +394,11 @@ def test_random_mask_is_the_definition(size, core, monkeypatch):
 # ------------------------------------------------------------------------------------------- relations and alignment
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("branches", [1, 2])
-@pytest.mark.parametrize("shape", [*relation.SHAPES, (6, 70, 40, 70), (3, 0, 40, 5), (70, 30, 64, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape, branches, dtype",
+    cover([*relation.SHAPES, (6, 70, 40, 70), (3, 0, 40, 5), (70, 30, 64, 3)], (1, 2), DTYPES),
+    ids=str,
+)
 def test_relation(shape, branches, dtype, core):
     union, pairs, operands, grads = relation.make(shape, dtype, bias=shape[0] != 5)
     operands, grads = operands[:branches], grads[:branches]

@@ -1,5 +1,6 @@
 """Two processes under gloo on the CPU, as `--trainer.strategy=ddp --trainer.devices=2` runs them."""
 
+import functools
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ from sgalign.data import collate  # noqa: E402
 from sgalign.training import AlignMotifsModule, MotifsModule, SGTRModule  # noqa: E402
 from sgalign.training.datamodule import SceneGraphData  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker, so that the runs are done once
 SMALL = {"embed_dim": 8, "hidden_dim": 8, "relation_dim": 16}
 
 
@@ -31,8 +33,8 @@ class FrozenStatistics(AlignMotifsModule):
             self.images_evaluated = self.recall.images.clone()
 
 
-def fit(out, **options):
-    """Trains on 16 scenes, a global batch of 8, and writes the weights, metrics and masks; run by each process."""
+def fit(out, name, **options):
+    """Train on 16 scenes with a global batch of 8. Write the weights and return metrics, masks and learning rate."""
     import lightning.pytorch as pl
     from torch.utils.data import DistributedSampler
 
@@ -54,15 +56,14 @@ def fit(out, **options):
     report = {"metrics": {k: float(v) for k, v in module.recall.compute().items() if "/" not in k}}
     report["images"] = int(module.images_evaluated)
     trainer.fit(module, datamodule=data)
-    trainer.save_checkpoint(out / f"world{world}.ckpt")
+    trainer.save_checkpoint(out / f"{name}.ckpt")
     batch = collate(data.train[:4], 20)
     masks = [module.draw_mask(batch, 0).flatten().tolist() for _ in range(2)]
-    report |= {"masks": masks, "rate": trainer.optimizers[0].param_groups[0]["lr"]}
-    (out / f"world{world}_rank{trainer.global_rank}.json").write_text(json.dumps(report))
+    return report | {"masks": masks, "rate": trainer.optimizers[0].param_groups[0]["lr"]}
 
 
-def stop(out, of_images):
-    """Train where the second process's numbers are infinite in the second step, until that is an error."""
+def stop(out, name, *, of_images):
+    """Train with infinite numbers in the second process's second step. Return the error that ends this process."""
     import lightning.pytorch as pl
     from test_sgtr import SMALL as SGTR
 
@@ -75,72 +76,106 @@ def stop(out, of_images):
         return found._replace(logits=torch.inf * found.logits) if module.global_step == rank == 1 else found
 
     module.on_train_start = lambda: module.network.register_forward_hook(infinite)
-    interrupted = pl.callbacks.ModelCheckpoint(out, filename="interrupted", save_top_k=0, save_on_exception=True)
+    interrupted = pl.callbacks.ModelCheckpoint(out, filename=name, save_top_k=0, save_on_exception=True)
     trainer = pl.Trainer(
         accelerator="cpu", devices=2, strategy="ddp_find_unused_parameters_true", max_epochs=1, logger=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, callbacks=[interrupted],
     )  # fmt: skip
     with pytest.raises(ValueError) as caught:
         trainer.fit(module, datamodule=data)
-    (out / f"world2_rank{rank}.json").write_text(json.dumps(str(caught.value)))
+    return str(caught.value)
 
 
-def launch(out, world, function="fit", **options):
+MASKED = {"mask_ratio": 0.5, "learning_rate_images": 4}
+RUNS = {
+    "unmasked": functools.partial(fit, mask_ratio=0.0),
+    "masked": functools.partial(fit, **MASKED),
+    "masked again": functools.partial(fit, **MASKED),
+    "Motifs stops": functools.partial(stop, of_images=False),
+    "SGTR stops": functools.partial(stop, of_images=True),
+}
+
+
+def run_all(out):
+    """Do all runs, one after the other, and write what they return. Each process does this."""
+    for name, run in RUNS.items():
+        os.environ["WORLD_SIZE"] = "2"  # Lightning deletes it after a run
+        (out / f"{name} {os.environ['RANK']}.json").write_text(json.dumps(run(out, name)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return the folder in which two processes have done all runs."""
+    pytest.importorskip("transformers", reason="SGTR needs DETR")
+    out = tmp_path_factory.mktemp("distributed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
-    for rank in range(world):
+    for rank in range(2):
         environment = os.environ | {
-            "WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
+            "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [sys.executable, __file__, function, str(out), json.dumps(options)]
+        command = [sys.executable, __file__, str(out)]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    for process in processes:
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output.decode()[-3000:]
-    return [json.loads((out / f"world{world}_rank{rank}.json").read_text()) for rank in range(world)]
+    try:
+        outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(text[-3000:] for text in outputs)
+    return out
+
+
+def both(folder, name):
+    """Return what a run returned in each of the two processes."""
+    return [json.loads((folder / f"{name} {rank}.json").read_text()) for rank in range(2)]
 
 
 def weights(path):
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
+def test_two_processes_are_one_with_the_same_global_batch(folder, tmp_path):
     """Metrics are merged, and no image counts twice."""
-    (one,) = launch(tmp_path, 1, mask_ratio=0.0)
-    for rank in launch(tmp_path, 2, mask_ratio=0.0):
+    one = fit(tmp_path, "one", mask_ratio=0.0)
+    for rank in both(folder, "unmasked"):
         assert rank["images"] == one["images"] == 11
         assert rank["metrics"] == pytest.approx(one["metrics"], abs=1e-12)
-    ours, theirs = weights(tmp_path / "world2.ckpt"), weights(tmp_path / "world1.ckpt")
+    ours, theirs = weights(folder / "unmasked.ckpt"), weights(tmp_path / "one.ckpt")
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, atol=2e-4, rtol=1e-3)
-    # A checkpoint of two processes serves one.
-    module = MotifsModule.load_from_checkpoint(tmp_path / "world2.ckpt")
-    assert module.network is not None
 
 
-def test_ranks_draw_masks_of_their_own_that_repeat(tmp_path):
-    options = {"mask_ratio": 0.5, "learning_rate_images": 4}
-    first, second = launch(tmp_path, 2, **options)
+def test_a_checkpoint_of_two_processes_serves_one(folder):
+    assert MotifsModule.load_from_checkpoint(folder / "unmasked.ckpt").network is not None
+
+
+def test_ranks_draw_different_masks_that_repeat(folder):
+    first, second = both(folder, "masked")
     assert first["masks"][0] == first["masks"][1], "of one step and batch"
     assert first["masks"][0] != second["masks"][0]
-    assert launch(tmp_path, 2, **options) == [first, second]
-    assert first["rate"] == pytest.approx(2e-3), "twice the images that the learning rate is for"
-    assert first["metrics"] == second["metrics"], "merged"
+    assert both(folder, "masked again") == [first, second]
+
+
+def test_metrics_are_merged(folder):
+    first, second = both(folder, "masked")
+    assert first["metrics"] == second["metrics"]
+
+
+def test_the_learning_rate_is_for_the_images_of_all_processes(folder):
+    assert both(folder, "masked")[0]["rate"] == pytest.approx(2e-3), "twice the images that the learning rate is for"
 
 
 @pytest.mark.parametrize("kind", ["Motifs", "SGTR"])
-def test_processes_stop_together_where_the_loss_of_one_is_not_finite(tmp_path, kind):
-    """One that stopped alone would wait for the others before its checkpoint, and they for it in the next step."""
-    if kind == "SGTR":
-        pytest.importorskip("transformers")
-    first, second = launch(tmp_path, 2, "stop", of_images=kind == "SGTR")
+def test_processes_stop_together_if_the_loss_of_one_is_not_finite(folder, kind):
+    """If one stopped alone, it would wait for the others before its checkpoint, and they for it in the next step."""
+    first, second = both(folder, f"{kind} stops")
     assert first == "the loss must be finite, but the loss of another process was not finite at step 1"
     assert second.startswith("the loss must be finite, got ") and " or look at the data of images " in second
-    weights(tmp_path / "interrupted.ckpt")
+    weights(folder / f"{kind} stops.ckpt")
 
 
 if __name__ == "__main__":
-    {"fit": fit, "stop": stop}[sys.argv[1]](Path(sys.argv[2]), **json.loads(sys.argv[3]))
+    run_all(Path(sys.argv[1]))

@@ -461,7 +461,7 @@ def test_a_plan_is_used_and_ordered(monkeypatch):
 def test_rehearsal_of_the_tuner(tmp_path):
     """It runs through without a GPU, and tunes again what is asked for alone."""
     command = [sys.executable, "-m", "benchmarks.tune", "--rehearse", "--out", tmp_path]
-    command += ["--bits", "16", "--channels", "32", "--kernels", "query_gradient"]
+    command += ["--bits", "16", "--channels", "32", "--kernels", "forward"]
 
     def run(*options):
         result = subprocess.run([*command, *options], cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
@@ -475,7 +475,7 @@ def test_rehearsal_of_the_tuner(tmp_path):
     assert all(set(line["ms"].values()) == {4.0} and len(line["ms"]) == 2 for line in record["entries"])
     table = json.loads((tmp_path / "configs.json").read_text())
     assert {configs.Config(*line["plan"]) for line in record["entries"]} == {
-        configs.Config(*plan) for sizes in table["interpreter"]["query_gradient"].values() for plan in sizes.values()
+        configs.Config(*plan) for sizes in table["interpreter"]["forward"].values() for plan in sizes.values()
     }
     record["entries"].pop()
     (tmp_path / "tuned.json").write_text(json.dumps(record))

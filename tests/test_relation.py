@@ -3,6 +3,7 @@
 import accuracy
 import pytest
 import torch
+from covers import cover
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from target import BACKEND, DEVICE, DTYPES, EXACT, core_only
@@ -65,10 +66,7 @@ def assert_accurate(union, pairs, branches, grads, backend=BACKEND):
     return ours
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("branches", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, branches, bias, dtype", cover(SHAPES, (1, 2), (True, False), DTYPES), ids=str)
 def test_accuracy(shape, branches, bias, dtype, instruction_set, poisoned):
     union, pairs, operands, grads = make(shape, dtype, bias=bias)
     assert_accurate(union, pairs, operands[:branches], grads)

@@ -158,8 +158,16 @@ def test_schedules_have_the_steps_that_they_are_given():
     assert optimizer.param_groups[0]["lr"] == 3.0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("when", [{"every_n_train_steps": 1}, {"save_on_train_epoch_end": False}, {}], ids=str)
+@pytest.mark.parametrize(
+    "when, workers",
+    [
+        ({"every_n_train_steps": 1}, 2),
+        ({"every_n_train_steps": 1}, 0),
+        ({"save_on_train_epoch_end": False}, 2),
+        ({}, 0),
+    ],
+    ids=str,
+)
 def test_a_run_goes_on_from_any_step(tmp_path, when, workers):
     data = SceneGraphData(num_workers=workers, repeat_threshold=0.05, instance_drop=0.5)
     data.train, data.validation = data.train[:40], data.validation[:8]
@@ -528,19 +536,20 @@ def test_compare_writes_what_it_says(tmp_path, capfd, monkeypatch):
     assert "must be a new or an empty folder" in capfd.readouterr().err
 
 
-def test_fit_test_predict(tmp_path):
-    config = ROOT / "configs" / "align_motifs_small.yaml"
+def test_fit_test_predict(tmp_path, monkeypatch, capsys):
+    config = str(ROOT / "configs" / "align_motifs_small.yaml")
     short = ["--config", config, "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
     fitted = run("fit", *short, "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", cwd=tmp_path)
     assert fitted.returncode == 0, fitted.stderr
+    monkeypatch.chdir(tmp_path)
     checkpoints = tmp_path / "runs/align_motifs_small/version_0/checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {"best.ckpt", "last.ckpt"}
     assert (tmp_path / "runs/align_motifs_small/version_0/metrics.csv").exists()
-    tested = run("test", *short, "--ckpt_path", checkpoints / "last.ckpt", cwd=tmp_path)
-    assert tested.returncode == 0 and "test/mR@100" in tested.stdout, tested.stderr
+    limit = "--trainer.limit_test_batches=2"
+    assert cli.main(["test", *short, limit, "--ckpt_path", str(checkpoints / "last.ckpt")]) == 0
+    assert "test/mR@100" in capsys.readouterr().out
     limit = "--trainer.limit_predict_batches=2"
-    predicted = run("predict", *short, limit, "--ckpt_path", checkpoints / "best.ckpt", cwd=tmp_path)
-    assert predicted.returncode == 0, predicted.stderr
+    assert cli.main(["predict", *short, limit, "--ckpt_path", str(checkpoints / "best.ckpt")]) == 0
     lines = (tmp_path / "runs/align_motifs_small/predictions.jsonl").read_text().splitlines()
     graph = json.loads(lines[0])
     assert len(lines) == 32 and graph["objects"][0].keys() == {"label", "box", "score"}
@@ -619,10 +628,12 @@ def test_training_without_relations_or_with_a_diverging_loss_says_so(scenes):
         fit(MotifsModule(**SMALL, learning_rate=1e30), scenes)
 
 
-def test_missing_data_is_one_sentence(tmp_path):
-    missing = run("compare", "--data", tmp_path / "nowhere", cwd=tmp_path)
-    assert missing.returncode == 1 and missing.stderr.strip().count("\n") == 0
-    assert "must be a folder with annotations_train.json" in missing.stderr and not (tmp_path / "runs").exists()
+def test_missing_data_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "--data", str(tmp_path / "nowhere")]) == 1
+    error = capsys.readouterr().err
+    assert "must be a folder with annotations_train.json" in error and error.strip().count("\n") == 0
+    assert not (tmp_path / "runs").exists()
 
 
 def test_missing_extra_is_one_sentence(monkeypatch, capsys):

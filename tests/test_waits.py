@@ -108,11 +108,10 @@ LOSSES, COSTS = 1, 1
         (lambda: MotifsModule(**MOTIFS), LOSSES, 650),
         (lambda: AlignMotifsModule(**MOTIFS), LOSSES, 720),
         (lambda: AlignMotifsModule(mask_granularity="feature", supervise_mirror=True, **MOTIFS), LOSSES, 720),
-        (lambda: SGTRModule(**SMALL | LAYERS), COSTS + LOSSES, 6900),
         (lambda: AlignSGTRModule(**SMALL | LAYERS), COSTS + LOSSES, 7300),
         (lambda: SGTRModule(protocol="predcls", focal=False, **SMALL), COSTS + LOSSES, 3600),
     ],
-    ids=["Motifs", "Align-Motifs", "Align-Motifs, features", "SGTR", "Align-SGTR", "SGTR, PredCls"],
+    ids=["Motifs", "Align-Motifs", "Align-Motifs, features", "Align-SGTR", "SGTR, PredCls"],
 )
 def test_waits_of_a_training_step(monkeypatch, make, expected, operators):
     for waits, calls in count(monkeypatch, make()):

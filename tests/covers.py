@@ -1,0 +1,26 @@
+"""Small sets of cases in which all values of a few parameters still meet."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+
+def cover(*parameters: Sequence[Any], strength: int = 2) -> list[tuple[Any, ...]]:
+    """Return cases in which any values of any `strength` parameters occur together at least once.
+
+    Most defects depend on one or two parameters, so a cover finds them with far fewer cases than the whole grid. Cases
+    are chosen greedily, in an order that is the same on every machine.
+    """
+    indices = list(itertools.product(*(range(len(values)) for values in parameters)))
+    groups = list(itertools.combinations(range(len(parameters)), strength))
+
+    def meetings(case: tuple[int, ...]) -> set[tuple[Any, ...]]:
+        return {(group, tuple(case[place] for place in group)) for group in groups}
+
+    missing = set().union(*map(meetings, indices))
+    chosen = []
+    while missing:
+        best = max(indices, key=lambda case: len(missing & meetings(case)))
+        missing -= meetings(best)
+        chosen.append(tuple(values[index] for values, index in zip(parameters, best)))
+    return chosen
