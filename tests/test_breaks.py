@@ -27,7 +27,9 @@ def project(tmp_path_factory):
 
 
 def run(project, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(project), "SGALIGN_CUDA": "0"}
+    data = ROOT.parent / "shared" / "data"  # beside the project, not beside its copy
+    environment = {"SGALIGN_VRD": str(data / "vrd"), "SGALIGN_VG": str(data / "vg")} | os.environ
+    environment |= {"PYTHONPATH": str(project), "SGALIGN_CUDA": "0"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
 

@@ -17,7 +17,6 @@ from sgalign.data import collate  # noqa: E402
 from sgalign.training import AlignMotifsModule, MotifsModule, SGTRModule  # noqa: E402
 from sgalign.training.datamodule import SceneGraphData  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("distributed")  # one worker, so that the runs are done once
 SMALL = {"embed_dim": 8, "hidden_dim": 8, "relation_dim": 16}
 
 

@@ -327,7 +327,7 @@ def test_options_that_do_not_go_together(annotations, capsys):
     ):
         with pytest.raises(SystemExit):
             evaluate("p.h5", annotations, *options, protocol=protocol)
-        assert f"for --protocol {protocol}" in capsys.readouterr().err
+        assert f"with --protocol {protocol}" in capsys.readouterr().err
 
 
 def test_table_and_names():

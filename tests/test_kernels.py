@@ -82,7 +82,6 @@ def test_whole_tiles_interpreted():
 
 
 @pytest.mark.parametrize("name", ["attention", "relation", "alignment"])
-@pytest.mark.xdist_group("interpreted")
 def test_operations_interpreted(name):
     """The operations' own tests, with Triton's kernels under its interpreter, which needs processes of its own."""
     result = run_interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py")
