@@ -5,8 +5,8 @@ relation head, the alignment loss, and some tests under compute-sanitizer. Bench
 separate process measures. If it dies, only the case that it was measuring is lost.
 
 DIR/report.json holds all figures and is complete after every case. DIR/report.md is made from it. If a run was cut off
-or a part's time was up, the same command resumes there. It measures a case again if the card, the versions, the code or
-the case's entries in the kernels' table have changed.
+or a part's time was up, the same command resumes there. It measures a case again if the versions, the code or the
+case's entries in the kernels' table have changed. A report of another card is refused.
 
 Times are medians. "graph" is the time in the replay of a CUDA graph, which is the device's alone. "call" is the time of
 a plain call, which is mostly launching at small shapes. Each failure is recorded as a sentence.
