@@ -65,16 +65,13 @@ def relation_alignment_loss(
     the same, bit for bit, for any number of threads. The loss is differentiable once, and only in `mirrored_logits`.
 
     Args:
-        logits: the logits of the supervised branch, ``[R, K]``, float32, float64, bfloat16 or float16. They are
-            detached.
+        logits: the logits of the supervised branch, ``[R, K]``, float32, float64, bfloat16 or float16.
         mirrored_logits: the logits of the mirrored branch, ``[R, K]``, in any of these dtypes. If the two dtypes
             differ, both tensors are promoted to a common dtype. The gradient has the dtype of `mirrored_logits`.
-        kind: "softmax" if each relation has exactly one class, which may be the background, or "sigmoid" if a relation
-            may have any number of classes.
+        kind: "softmax" if each relation has one class, which may be the background, or "sigmoid" if it has any number.
         reduction: "element" or "relation".
         weight: the weight of each relation, ``[R]``, in any real dtype, at least 0. If None, all relations have the
-            same weight. Negative weights are not rejected, because the host would have to wait for the device to check
-            them.
+            same weight. Negative weights are not rejected, because a check would make the host wait for the device.
         direction: "teacher_to_student" or "symmetric".
         backend: as in `fused_masked_attention`.
 
