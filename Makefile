@@ -11,7 +11,7 @@ DATA ?=
 demo: $(VENV)/train
 	$(BIN)/sgalign compare $(if $(DATA),--data $(DATA))
 
-# Two processes with one thread each, because the threads of both processes would wait for each other.
+# Two processes with one thread each. With more threads, the threads of the two processes would wait for each other.
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
@@ -33,7 +33,7 @@ doctor: $(VENV)/train
 
 # Each of these stamp files stands for one set of extras. After a source has changed, `make` installs the package again.
 $(VENV)/train $(VENV)/test $(VENV)/lint: $(SOURCES) | $(VENV)/bin/pip
-	rm -rf build/lib*  # it would keep modules that have moved
+	rm -rf build/lib*  # otherwise this folder would keep modules that have moved
 	$(BIN)/pip install --quiet --constraint constraints.txt '.[$(EXTRAS)]'
 	touch $@
 $(VENV)/train: EXTRAS := train

@@ -3,7 +3,7 @@
 The build uses ninja. It does not need torch, because the core takes addresses, not tensors.
 
 The CUDA C++ kernels are built if nvcc is found in CUDA_HOME or on PATH. The machine does not need a GPU.
-SGALIGN_CUDA=0 leaves the kernels out, and SGALIGN_CUDA=1 makes it an error if they cannot be built. SGALIGN_CUDA_ARCHS
+With SGALIGN_CUDA=0 they are left out. With SGALIGN_CUDA=1 the build fails if they cannot be built. SGALIGN_CUDA_ARCHS
 names the architectures, for example "80,90". See docs/cuda.md.
 """
 
@@ -61,7 +61,10 @@ def find_nvcc(compiler: str) -> tuple[str, list[str]]:
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     offered = [code[3:] for code in known if code[3:].isdigit() and int(code[3:]) >= 80]
     if not offered:
-        sys.exit(f"sgalign: {nvcc} --list-gpu-code lists no architecture from 80 on. Repair it or set SGALIGN_CUDA=0")
+        sys.exit(
+            f"sgalign: {nvcc} --list-gpu-code lists no architecture from 80 on. Install a newer CUDA toolkit, or set"
+            " SGALIGN_CUDA=0"
+        )
     archs = list(dict.fromkeys(os.environ.get("SGALIGN_CUDA_ARCHS", "").replace(",", " ").split()))
     if not set(archs) <= set(offered):
         sys.exit(f"sgalign: SGALIGN_CUDA_ARCHS must only contain {', '.join(offered)}, got {', '.join(archs)}")
@@ -74,7 +77,10 @@ def find_compiler() -> str:
     for compiler in candidates:
         if not refusal(compiler, []):
             return compiler
-    sys.exit(f"sgalign: no C++20 compiler, tried {', '.join(candidates)}. Install g++ 11 or clang 14, or set CXX")
+    sys.exit(
+        f"sgalign: found no C++20 compiler, tried {', '.join(candidates)}. Install g++ 11 or clang 14 or later, or set"
+        " CXX"
+    )
 
 
 def refusal(compiler: str, flags: list[str]) -> str:
@@ -141,8 +147,8 @@ class NinjaBuild(build_ext):
             writer.rule("compile", f"{command} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
             linker = " ".join([compiler, "-shared", *openmp])
             if archs:
-                # All targets are compiled from one PTX, which takes half as long as one PTX per target. The module
-                # contains this PTX, too, for later GPUs.
+                # All targets are compiled from the same PTX code. This takes half the time of separate code for each
+                # target. The module also contains the PTX code, for later GPUs.
                 targets = "compute_80", *(f"sm_{arch}" for arch in archs)
                 codes = " ".join(f"-gencode=arch=compute_80,code={target}" for target in targets)
                 compile_cuda = f"{nvcc} -std=c++20 -O3 {codes} -MMD -MF $out.d $flags -c $in -o $out"

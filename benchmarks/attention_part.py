@@ -15,7 +15,7 @@ from benchmarks.record import HARNESS, OURS, Record, digest, table_entries
 from sgalign.ops.backends import BACKENDS
 
 Contender = Callable[..., tuple[Tensor, ...]]
-# B, H, Lq, Lk, D. The goals refer to SGTR's shapes: 180 queries, with 100 entities or an image memory as keys.
+# B, H, Lq, Lk, D. Two goals refer to SGTR's shapes: 180 queries, with 100 entities or an image memory as keys.
 SGTR_SHAPES = [(batch, 8, 180, keys, 32) for batch in (8, 4) for keys in (1024, 608, 475, 100)]
 LONG_SHAPES = [(1, 8, 16384, 16384, 64), (1, 8, 4096, 4096, 64), (1, 8, 180, 16384, 32), (1, 8, 300, 2000, 32)]
 LONG_SHAPES += [(2, 8, 128, 512, 64), (1, 8, 4096, 4096, 128)]
@@ -117,7 +117,7 @@ def xformers_twice(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) 
 
 
 def flash_twice(query: Tensor, mirrored: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Return both branches by FlashAttention, which takes no mask. This shows the cost of two unmasked branches."""
+    """Compute both branches with FlashAttention, which accepts no mask. The time is that of two unmasked branches."""
     from flash_attn import flash_attn_func
 
     q, m, k, v = (tensor.transpose(1, 2) for tensor in (query, mirrored, key, value))
@@ -163,7 +163,7 @@ def check(name: str, kind: str, dtype: str) -> Figures:
 
 
 def work(shape: tuple[int, ...], dtype: str, backward: bool) -> Figures:
-    """Return the operations of the matrix products, and the bytes if everything is read and written once."""
+    """Return the operations in the matrix products, and the bytes moved if every tensor is read or written once."""
     from benchmarks import test_attention as bench
 
     batch, heads, queries, keys, dim = shape

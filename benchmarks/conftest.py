@@ -26,7 +26,7 @@ if DEVICE.type == "cuda" and not torch.cuda.is_available():
 seconds: dict[str, dict[str, float]] = defaultdict(dict)  # group -> contender -> seconds of the fastest round
 flops: dict[str, int] = {}  # group -> operations in the matrix products of both branches
 peak_memory: dict[str, float] = {}  # contender -> MiB
-# case -> seconds of each contender, peak memory (MiB) of each contender, and the counted ratio of arithmetic
+# case -> seconds of each contender, peak memory (MiB) of each contender, and the ratio of their operations
 training_steps: dict[str, tuple[dict[str, float], dict[str, float], float]] = {}
 calls: dict[str, dict[str, float]] = {}  # case -> contender -> seconds per call in the fastest round
 sgemm_rate: list[float] = []  # flops per second
@@ -56,8 +56,9 @@ def compare_steps(
 ) -> None:
     """Record the time and peak memory of forward and backward for all steps, which run in turn.
 
-    Running in turn exposes all steps to the same state of the machine. The first step is the baseline, and the second
-    is the one with a mirror. `counted` is the ratio of their arithmetic. pytest-benchmark shows the second step's time.
+    Running in turn exposes all steps to the same state of the machine. The first step is the baseline. The second has
+    the mirrored branch. `counted` is the number of operations of the second divided by that of the first.
+    pytest-benchmark shows the second step's time.
     """
     times, peaks = time_steps(steps, parameters, rounds=rounds)
     benchmark.group = f"training step, {case}"
@@ -143,7 +144,7 @@ def status_kib(field: str) -> int:
 def write_calls(terminalreporter: pytest.TerminalReporter) -> None:
     if not calls:
         return
-    terminalreporter.section("one call on tensors of a few elements, us, and as a multiple of PyTorch's time")
+    terminalreporter.section("one call on tensors of a few elements: time in us, and as a multiple of PyTorch's time")
     for case, taken in calls.items():
         base = next(iter(taken.values()))
         figures = (f"{name} {1e6 * time:.0f} ({time / base:.2f}x)" for name, time in taken.items())
@@ -172,10 +173,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             line += f"{flops[group] / dual / sgemm_rate[0]:10.0%}" if sgemm_rate else ""
         write(line)
     write(
-        "ratio: best alternative / dual.  / single: dual / one (unmasked) branch.  same query: dual with one query for"
+        '"ratio" is the time of the best alternative, divided by the time of dual.\n'
+        '"/ single" is the time of dual, divided by the time of one unmasked branch.'
     )
-    write("both branches / one masked branch.  of sgemm: operations per second in the matrix products, as a share of")
-    write("the rate of torch's float32 product of two 1024 x 1024 matrices here.")
+    write('"same query" is the time of dual with one query for both branches, divided by that of one masked branch.')
+    write(
+        '"of sgemm" is the rate of operations in the matrix products, as a share of the rate of torch in a float32\n'
+        "product of two 1024 x 1024 matrices here."
+    )
     narrow, wide = seconds.get("one branch, D 32"), seconds.get("one branch, D 128")
     if narrow and wide and sgemm_rate:
         terminalreporter.section(f"one branch forward at {SPLIT_SHAPE}: matrix products and the rest")

@@ -54,7 +54,7 @@ def run(record: Record) -> None:
 
 
 def run_sanitized(record: Record) -> None:
-    """Run a few tests of the CUDA backend under compute-sanitizer, which knows this backend's kernels."""
+    """Run a few tests of the CUDA backend under compute-sanitizer."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and "cuda" in measuring.available():
         watched = (sanitizer, f"--error-exitcode={SANITIZER_EXIT}")
@@ -62,9 +62,9 @@ def run_sanitized(record: Record) -> None:
 
 
 def run_suites(record: Record, suites: dict[str, Suite]) -> None:
-    """Run suites in pieces side by side, because compiling takes longest.
+    """Divide the suites into pieces and run these in parallel, because most of the time is compilation.
 
-    "not run" lists the tests that time did not reach. A resumed run runs only these.
+    "not run" lists the tests for which no time was left. A resumed run runs only these.
     """
     for name, suite in suites.items():
         depends = digest(*CODE, *OURS[suite.backend])
@@ -121,7 +121,7 @@ def stop(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def collected(suite: Suite) -> Figures:
-    """Return the figures before the tests run: the tests' ids, and the errors that pytest met in collecting them."""
+    """Return the figures before the tests run: the tests' ids, and pytest's errors in collecting them."""
     listing = [*PYTEST, "-q", "--collect-only", *CHOSEN, *suite.chosen, *TEST_FILES]
     listed = subprocess.run(listing, cwd=ROOT, env=environment(suite.backend), capture_output=True, text=True)
     lines = (listed.stdout + listed.stderr).splitlines()

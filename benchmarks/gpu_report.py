@@ -1,15 +1,15 @@
 """Test and measure this package on a GPU with one command: `python -m benchmarks.gpu_report [--out DIR]`.
 
 The parts of the report are the installed versions, the tests on the device, attention, whole training steps, the
-relation head, the alignment loss, and some tests under compute-sanitizer. Benchmarks run beside their alternatives. A
-separate process measures. If it dies, only the case that it was measuring is lost.
+relation head, the alignment loss, and some tests under compute-sanitizer. Every operation is measured beside its
+alternatives. The measurements run in a separate process. If it dies, only the case that it was measuring is lost.
 
 DIR/report.json holds all figures and is complete after every case. DIR/report.md is made from it. If a run was cut off
 or a part's time was up, the same command resumes there. It measures a case again if the versions, the code or the
 case's entries in the kernels' table have changed. A report of another card is refused.
 
-Times are medians. "graph" is the time in the replay of a CUDA graph, which is the device's alone. "call" is the time of
-a plain call, which is mostly launching at small shapes. Each failure is recorded as a sentence.
+Times are medians. "graph" is the time in the replay of a CUDA graph, and includes only the device's time. "call" is the
+time of a plain call. At small shapes, the launch takes most of it. Each failure is recorded as a sentence.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ PARTS: dict[str, Part] = {  # most important first
     "attention float16": functools.partial(attention_part.run, "float16"),
     "sanitizer": device_tests.run_sanitized,
 }
-# Seconds that one command may spend on each part, 15 minutes in total. Nine minutes were too few on an H200, where
-# compiling takes most of the time.
+# Seconds that one command may spend on each part, 15 minutes in total. Nine minutes were not enough on an H200, because
+# most of the time is compilation.
 SECONDS = dict(zip(PARTS, (20, 300, 240, 110, 50, 10, 80, 40, 60)))
 
 

@@ -24,7 +24,7 @@ from sgalign.ops import backends
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# largest ||out - ref|| / ||ref||: a few rounding errors of the dtype, and of sums of products in float32
+# largest allowed ||out - ref|| / ||ref||; allows for a few rounding errors of the dtype and of float32 sums of products
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 CALL_SECONDS = 0.15  # seconds for timing plain calls, unless three runs take longer
 Figures = dict[str, Any]
@@ -33,8 +33,9 @@ Figures = dict[str, Any]
 def graph_ms(calls: list[Callable[[], object]]) -> float:
     """Return the device time of one call in ms, in a CUDA graph that goes through all of `calls` in turn.
 
-    Triton 3.6 to 3.8 first make six calls in a separate stream. Then they capture a graph of as many calls as take 20
-    ms, and take the median of ten replays. They neither empty the cache nor wait for the work of other streams.
+    In Triton 3.6 to 3.8, `do_bench_cudagraph` first makes six calls in a separate stream. Then it captures a graph of
+    the number of calls that fill 20 ms, and returns the median of ten replays. It neither empties the cache nor waits
+    for the work of other streams.
     """
     from triton.testing import do_bench_cudagraph
 
@@ -120,7 +121,7 @@ def check_environment() -> None:
 
 
 def kept(file: Path) -> str:
-    """Return the end of a sentence that tells what an interrupted command has left in its file."""
+    """Return the end of a sentence that says what an interrupted command has left in its file."""
     return (
         f"{file} has everything measured until then; run the same command to resume"
         if file.exists()
@@ -129,14 +130,14 @@ def kept(file: Path) -> str:
 
 
 def end_with_parent() -> None:
-    """Interrupt this process when its parent has ended, because a killed parent cannot do so."""
+    """Interrupt this process when its parent ends, because a killed parent cannot stop this process itself."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def wait() -> None:
         parent.join()
         os.kill(os.getpid(), signal.SIGINT)  # lets it stop the processes that it has started
-        time.sleep(5)  # stopping them takes less
+        time.sleep(5)  # time enough to stop them
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -1,13 +1,15 @@
 """Run attention for a profiler: `python -m benchmarks.profile`, alone or under Nsight Compute.
 
-This runs both branches, forward and backward, in bfloat16, at one shape of SGTR and at a long one. Compilation and
-warm-up come first. Only the profiled calls lie between `cudaProfilerStart` and `cudaProfilerStop`. So
+To profile with Nsight Compute, run
 
     ncu --profile-from-start off --clock-control none --set full -k 'regex:forward_kernel|gradient_kernel' \
         python -m benchmarks.profile
 
-sees six launches: for each shape the forward kernel, the kernel of the query gradients, and the kernel of the key and
-value gradients.
+It sees six launches: for each shape, the forward kernel, the kernel of the query gradients, and the kernel of the key
+and value gradients.
+
+The program runs both branches, forward and backward, in bfloat16, at one shape of SGTR and at a long one. Compilation
+and warm-up come first. Only the profiled calls lie between `cudaProfilerStart` and `cudaProfilerStop`.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
         sizes = ", ".join(map(str, shape))
-        print(f"B, H, Lq, Lk, D {sizes}: forward and backward, {WARM_UPS} times to warm up, once profiled", flush=True)
+        print(f"B, H, Lq, Lk, D {sizes}: ran both passes {WARM_UPS} times to warm up, then once profiled", flush=True)
     return 0
 
 

@@ -33,7 +33,7 @@ class DeviceLost(Exception):
 
 
 class Record:
-    """The figures of one part while they are measured: nested dictionaries that hold each case at its place.
+    """The figures of one part while they are measured: nested dictionaries with each case at its place (its keys).
 
     A part calls `attempt` for each of its cases, most important first. A record without a deadline measures nothing. It
     only shows which cases are known and which are left.
@@ -42,8 +42,8 @@ class Record:
         known: figures of an earlier record.
         figures: dictionary to fill. It may be `known` itself if both hold the same cases.
         deadline: time after which no measurement starts, on the clock of `time.monotonic`.
-        send: function that is called with `figures` before each measurement. In these, the case that is about to be
-            measured has the failure `RUNNING`.
+        send: function that is called with `figures` before each measurement. In `figures`, the case to be measured then
+            has the failure `RUNNING`.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
-"""A rehearsal of the GPU commands on tiny inputs on the CPU. It shows whether they run through, and measures nothing.
+"""A rehearsal of the GPU commands on tiny inputs on the CPU.
 
-Torch's functions that ask about a GPU return made-up answers. A fake CUDA graph runs its calls only while it is
-captured, and every fake event comes 20 ms after the one before. Triton's own `do_bench_cudagraph` uses these fakes. The
-compiled core for the CPU takes the place of the report's backends. The tuner's kernels run under Triton's interpreter.
+It shows whether the commands run to the end, and measures nothing. torch's functions that query the GPU return invented
+values. A fake CUDA graph runs its calls only while it is captured, and every fake event comes 20 ms after the one
+before. Triton's own `do_bench_cudagraph` uses these fakes. The compiled core for the CPU takes the place of the
+report's backends. The tuner's kernels run under Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def install_for_tuner() -> None:
     install()
     from benchmarks import tune
 
-    tune.DTYPES[16] = torch.float16  # the interpreter has no bfloat16
+    tune.DTYPES[16] = torch.float16  # the interpreter multiplies bfloat16 incorrectly
     tune.SHAPES = [(1, 1, 16, 20)]
     tune.neighbours = functools.partial(first, tune.neighbours)
 
@@ -168,7 +169,7 @@ def first(neighbours: Callable[[Any], Iterator[Any]], plan: Any) -> Iterator[Any
 
 
 def in_rehearsal(part: Part, record: Record) -> None:
-    """Run a part of the report, after installing the rehearsal if this process does not have it yet."""
+    """Install the rehearsal in this process if that has not been done yet, and run a part of the report."""
     if measuring.DEVICE.type != "cpu":
         install_for_report()
     part(record)

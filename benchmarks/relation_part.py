@@ -24,7 +24,7 @@ CODE = (*HARNESS, "benchmarks/relation_part.py", "benchmarks/test_relation.py")
 
 
 def relation(record: Record) -> None:
-    """Check and time Motifs' relation head, including both halves of post_cat."""
+    """Check and time Motifs' relation head, including the two linear layers that replace ``post_cat``."""
     from benchmarks import test_relation as bench
 
     contenders: dict[str, Callable[[bench.Head], list[Tensor]]] = {}
@@ -38,7 +38,7 @@ def relation(record: Record) -> None:
         relations, objects, channels, classes = shape
         weights = (2 * bench.HIDDEN + 2 * classes) * channels
         elements = relations * channels + weights + 4 * objects * bench.HIDDEN + 2 * relations * classes
-        elements *= 3 if backward else 1  # the backward reads all of them and writes their gradients
+        elements *= 3 if backward else 1  # the backward pass reads all of them and writes their gradients
         work = {"flops": bench.flops(shape, backward), "bytes": elements * DTYPES[dtype].itemsize}
         row = record.row("rows", shape, dtype, backward, **work)
         for name, call in contenders.items():
@@ -71,7 +71,7 @@ def time_relation(
 
 
 def check_relation(contender: Callable[[Any], list[Tensor]], dtype: str) -> Figures:
-    """Compare a contender with the form of the public code, which gets the same numbers in float64."""
+    """Compare a contender with the computation of the public code on the same inputs in float64."""
     from benchmarks.test_relation import Head
 
     torch.manual_seed(1)

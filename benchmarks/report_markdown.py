@@ -18,15 +18,17 @@ def markdown(report: Figures) -> str:
         f"# sgalign on {environment.get('card', 'a GPU')}",
         "`python -m benchmarks.gpu_report` wrote this page. All figures are in report.json. Times are medians in ms."
         ' "graph" is the time of one call within the replay of a CUDA graph. "call" is the time of a plain call,'
-        ' including the launch. A column "X /" has the graph time of X divided by that of both branches in one call.',
+        ' including the launch. A column "X /" shows the graph time of X divided by the graph time of "dual", which'
+        " computes both branches in one call.",
         table(("", ""), environment_rows(environment)),
         "## Goals",
         table(("", "goal", "least favorable", "reached"), goals(report)),
         "## Tests",
         table(("backend", "outcome", "not run"), test_rows(report)),
         "## Attention",
-        "The share of the ceilings is the time that the card's own rates of copying and of matrix products allow,"
-        " divided by the measured time. Exponentials and random numbers are not counted.",
+        "The ceilings are the card's measured rates of copying and of matrix products. The share of the ceilings is the"
+        " shortest possible time at these rates, divided by the measured time. Exponentials and random numbers are not"
+        " counted.",
     ]
     for dtype in ("bfloat16", "float16", "float32"):
         for backward in (True, False):
@@ -71,7 +73,7 @@ def ratio(over: float | None, under: float | None) -> float | None:
 
 
 def of_ceilings(row: Figures, environment: Figures, taken: float | None) -> float | None:
-    """Return the time that the rates measured on this card allow, as a share of the time taken."""
+    """Return the shortest possible time at the rates measured on this card, divided by the time taken."""
     if taken is None or "bytes" not in row or "bytes per second" not in environment:
         return None
     products = row["flops"] / environment["FLOP per second"][row["dtype"]]
@@ -111,7 +113,7 @@ def goal(name: str, bound: float, values: Iterable[float | None], *, at_most: bo
 
 
 def step_ratio(case: Figures) -> float | None:
-    """Return the time of the second contender, which has the mirror, divided by that of the first."""
+    """Return the time of the second contender, which has the mirrored branch, divided by that of the first."""
     base, mirrored = list(case["contenders"].values())[:2]
     return ratio(mirrored["call"], base["call"])
 

@@ -1,10 +1,10 @@
 """Predict the time of attention on a GPU from its compiled kernels: `python -m benchmarks.roofline` prints the table.
 
 The compiled kernels (tests/compiled_kernels.csv) give the instructions per step, the registers and the shared memory.
-The number of steps is computed from the shape. The rates come from the card's data sheet. These give four lower bounds.
-The prediction also accounts for the number of programs that a multiprocessor holds, the rate at which one warp issues
-instructions, the waits in a step, and the part of the card that is idle during the last programs. docs/performance.md
-compares it with an H200.
+The number of steps is computed from the shape. The rates come from the card's data sheet. Together these numbers give
+four lower bounds. The prediction also accounts for the number of programs that a multiprocessor holds, the rate at
+which one warp issues instructions, the waits in a step, and the part of the card that is idle during the last programs.
+docs/performance.md compares it with an H200.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ SHAPES = [
 ]
 BRANCHES = 2
 PRODUCTS = {"forward": 2, "query_gradient": 3, "key_value_gradient": 4}
-# Clocks, from a fit. A warp issues an instruction every 4 clocks, because the next instruction mostly needs its result.
-# WAIT is for each barrier, matrix product or copy that a step needs. LOAD is for loads that start only when the step
-# needs them.
+# Clocks, from a fit. A warp issues an instruction every 4 clocks, because most instructions need the result of the one
+# before. WAIT is for each barrier, matrix product or copy that a step needs. LOAD is for loads that start only when the
+# step needs them.
 ISSUE, WAIT, LOAD = 4, 60, 600
-WAITS = {"forward": 5, "query_gradient": 7, "key_value_gradient": 16}  # waits per step, counted in the kernels for 9.0
-LAUNCH, MERGE = 1e-6, 2.5e-6  # seconds, assumed, for a launch in a graph and for one that merges splits
+# waits per step, counted in the kernels for compute capability 9.0
+WAITS = {"forward": 5, "query_gradient": 7, "key_value_gradient": 16}
+LAUNCH, MERGE = 1e-6, 2.5e-6  # assumed seconds of a launch in a graph and of one that merges splits
 
 
 class Card(NamedTuple):
@@ -78,7 +79,7 @@ class Times(NamedTuple):
 
 @functools.cache
 def compiled(target: str, kernel: str, dim: int, bounded: bool) -> Compiled:
-    """Return the resources of the float16 kernel of both branches, as the oldest Triton in the table compiled it.
+    """Return the resources of the float16 kernel for two branches, as compiled by the oldest Triton in the table.
 
     If `bounded`, they are those of the kernel with padding. A kernel whose last tile is not full needs about the same.
     """

@@ -1,4 +1,4 @@
-"""The part "steps" of the GPU report: whole training steps, and the mirror's cost beside the counted ratio."""
+"""The part "steps" of the GPU report: whole training steps, and the measured and counted cost of the mirror."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = {  # case -> the benchmark module that makes the step, and the kind of s
 
 
 def run(record: Record) -> None:
-    """Time forward and backward of every step without a mirror, with it, and with it in two passes."""
+    """Time every step, forward and backward: without the mirrored branch, with it in one pass, and in two passes."""
     backends = [name for name in measuring.available() if name in OURS]
     ours = [pattern for name in backends for pattern in OURS[name]]
     for precision, (case, (benchmark, of)) in ((p, item) for p in ("bfloat16", "float32") for item in CASES.items()):
@@ -35,7 +35,7 @@ def run(record: Record) -> None:
 
 
 def measure(benchmark: str, of: str, precision: str) -> Figures:
-    """Return the time and the peak memory of every way to write a step."""
+    """Return the time and the peak memory of every variant of a step."""
     contenders, parameters, counted = step(benchmark, of)
     if precision == "bfloat16":
         cast = torch.autocast(measuring.DEVICE.type, torch.bfloat16)
@@ -47,7 +47,7 @@ def measure(benchmark: str, of: str, precision: str) -> Figures:
 
 
 def step(benchmark: str, of: str) -> Any:
-    """Return the ways to write a step by name, all of their parameters, and the counted ratio."""
+    """Return the variants of a step by name, all of their parameters, and the counted ratio."""
     if benchmark == "test_sgtr":
         from benchmarks import test_sgtr
 

@@ -16,8 +16,9 @@ from sgalign import dual_branch_attention, fused_masked_attention
 from sgalign.nn import MaskedMultiheadAttention
 
 RATIO = 0.1
-# B, H, Lq, Lk, D. The first shapes are those of SGTR: its subject and object decoders (100 entities) and its predicate
-# decoder (image memories of 600 x 800, of 600 x 1000, and a padded 1024). A long memory and a wider head follow.
+# B, H, Lq, Lk, D. The first shapes are those of SGTR. Its subject and object decoders have 100 entities as keys. Its
+# predicate decoder has an image memory as keys: 475 positions for 600 x 800 pixels, 608 for 600 x 1000, and 1024 with
+# padding. The last two shapes have a longer memory and a wider head.
 SHAPES = [(batch, 8, 180, keys, 32) for batch in (4, 8) for keys in (100, 475, 608, 1024)]
 SHAPES += [(1, 8, 300, 2000, 32), (2, 8, 128, 512, 64)]
 Contender = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -96,7 +97,7 @@ def flops(shape: tuple[int, ...], backward: bool, branches: int = 2) -> int:
 
 
 def step(contender: Contender, tensors: list[Tensor]) -> Callable[[], None]:
-    """Return a function that runs one forward, and the backward too if the tensors require gradients."""
+    """Return a function that runs one forward pass, and also the backward pass if the tensors require gradients."""
     grad = torch.ones_like(tensors[0])
 
     def run() -> None:
@@ -141,7 +142,11 @@ def test_products_and_the_rest(benchmark, dim, contender):
 
 @pytest.mark.parametrize("contender", ["sgalign dual", "nn.MultiheadAttention"])
 def test_module(benchmark, contender):
-    """Time the whole module with its projections: ours for both branches, torch's called twice with a fresh mask."""
+    """Time the whole module with its projections.
+
+    Our module computes both branches in one call. torch's module is called twice, the second time with a freshly drawn
+    mask.
+    """
     torch.manual_seed(0)
     batch, queries, keys, embed, heads = 4, 180, 608, 256, 8
     benchmark.group = "module, B 4, Lq 180, Lk 608, forward+backward"

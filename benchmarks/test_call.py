@@ -1,6 +1,7 @@
-"""Benchmarks of calls on tensors of a few elements, where computing costs nothing: each operation beside PyTorch.
+"""Benchmarks of each operation beside PyTorch, on tensors of a few elements.
 
-Calls for a GPU end where they would launch the kernel. So a machine without a GPU shows how long Python takes.
+The computation takes almost no time. Calls of the GPU backends stop where the kernel would be launched. The time that
+Python takes can therefore be measured without a GPU.
 """
 
 from __future__ import annotations

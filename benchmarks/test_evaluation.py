@@ -1,7 +1,7 @@
 """Benchmarks of the evaluator at the size of SGDet: images of 80 boxes, 6320 pairs and 50 predicates.
 
-Memory bounds the time. An image has 1.3 MB of predicate scores, which are read once to check them and once to find the
-best predicate of each pair.
+Memory bandwidth limits the speed. An image has 1.3 MB of predicate scores, which are read once to check them and once
+to find the best predicate of each pair.
 """
 
 from collections.abc import Callable
@@ -39,8 +39,8 @@ def image(seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 def numpy_evaluator(images: list) -> np.ndarray:
     """Evaluate in plain numpy: score all triplets, sort them, and compare the best ones with the ground truth.
 
-    This computes R, ngR and the sums for the mR of both as the public code does, and checks nothing. It returns R and
-    ngR.
+    This computes R and ngR, and the sums that their mean recalls need, as the public code does. It does not check its
+    input. It returns R and ngR.
     """
     recalls = np.zeros((2, len(TOP_K)))
     by_predicate = np.zeros((2, len(TOP_K), PREDICATES + 1))

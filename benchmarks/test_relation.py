@@ -1,4 +1,4 @@
-"""Benchmarks of Motifs' relation head in both branches: ours, the usual form, and its cheaper algebra in PyTorch."""
+"""Benchmarks of Motifs' relation head in both branches: ours, the usual form, and a cheaper equivalent in PyTorch."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def test_relation_head(benchmark, shape, backward, contender):
     conftest.measure(benchmark, contender, run)
 
 
-# kind, direction, R, K: Motifs with one and with several images, then SGTR's subjects or objects and SGTR's predicates
-# with 8 images
+# kind, direction, R, K. The first three are Motifs with one image and with four. The last two are SGTR with 8 images:
+# its subjects or objects, and its predicates.
 LOSSES = [
     ("softmax", "teacher_to_student", 1024, 51),
     ("softmax", "teacher_to_student", 4096, 51),

@@ -1,8 +1,8 @@
-"""Benchmarks of SGTR's structural decoder and of its training step from images, with and without the mirror.
+"""Benchmarks of SGTR's structural decoder and of its training step from images, with and without the mirrored branch.
 
-The sizes are the published ones. The linear layers bound the time. The decoder's branches share only the keys and
-values of both memories, so the counted cost of two branches is nearly twice that of one. Most of a whole step is the
-backbone, which runs once.
+The sizes are the published ones. The linear layers take most of the time. The decoder's branches share only the keys
+and values of both memories, so the counted cost of two branches is nearly twice that of one. Most of a whole step is
+the backbone, which runs once.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ Steps = tuple[dict[str, Callable[[], Tensor]], list[nn.Parameter], float]  # by 
 def decoder_steps(device: torch.device = conftest.DEVICE) -> Steps:
     """Return the steps of the six decoder layers on given inputs.
 
-    They have no dropout, because it would make torch leave its fused attention.
+    They have no dropout, because torch does not use its fused attention with dropout.
     """
     torch.manual_seed(0)
     images = 2
@@ -133,7 +133,7 @@ def image_steps(device: torch.device = conftest.DEVICE) -> Steps:
     torch.manual_seed(0)
     detector, net = EntityDetector(OBJECTS).to(device), SGTR(OBJECTS, PREDICATES).to(device)
     detector.freeze(("backbone", "encoder", "decoder"))
-    with torch.no_grad():  # or the untrained backbone's features reach 1e5, and attention scores of 1e10 overflow
+    with torch.no_grad():  # otherwise, the untrained backbone's features reach 1e5, and scores of 1e10 overflow
         detector.detr.model.input_projection.weight.mul_(1e-5)
     predicate, entity_class = net.new_heads()
     heads = predicate.to(device), entity_class.to(device)

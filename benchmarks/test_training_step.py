@@ -1,6 +1,8 @@
-"""Benchmarks of a training step of Motifs at the published sizes, without the mirror, with it, and with two passes.
+"""Benchmarks of a training step of Motifs at the published sizes.
 
-The features of the detector are given. Only the second case includes the relation head's own feature extractors.
+The step runs without the mirrored branch, with both branches in one pass, and with both in two passes. The features of
+the detector are given. The case "extractors trained" includes the relation head's own feature extractors. The case
+"cached features" does not.
 """
 
 from __future__ import annotations
@@ -99,7 +101,7 @@ class Step:
         return head(pair * shared.union) + shared.bias
 
     def contenders(self) -> dict[str, Callable[[], Tensor]]:
-        """Return the steps without the mirror, with it, and with it in two passes."""
+        """Return the steps: without the mirrored branch, with both branches in one pass, and with both in two."""
         return {"Motifs": self.motifs_alone, "Align-Motifs": self.align_motifs, "two passes": self.two_passes}
 
     def counted(self) -> float:

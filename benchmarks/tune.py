@@ -1,13 +1,14 @@
 """Find the attention kernels' configurations on this machine's GPU: `python -m benchmarks.tune [--out DIR]`.
 
-For each kernel, element size, number of branches and number of channels, the tuner starts from the plan in
-kernels/configs.json. It tries the neighbors of the best plan: half or double a block size, other warps, one pipeline
-stage more or less, another register limit. It drops plans that do not fit or that change the result. It moves to the
-fastest neighbor until none is faster. `--kernels`, `--bits` and `--channels` choose a part of the table.
+`--kernels`, `--bits` and `--channels` choose a part of the table. DIR/configs.json is kernels/configs.json with the
+tuned entries. Copy it to kernels/configs.json, where the kernels read it. DIR/tuned.json has the times of all plans
+that could be used. It is written after each entry of the table, and the same command resumes after the entries in it.
 
-DIR/tuned.json has the times of all plans that could be used. It is written after each entry of the table, and the same
-command resumes after the entries in it. DIR/configs.json is kernels/configs.json with the tuned entries. Copy it to
-kernels/configs.json, where the kernels read it.
+A plan consists of the block sizes, the number of warps, the number of pipeline stages and the register limit. For each
+kernel, element size, number of branches and number of channels, the tuner starts from the plan in kernels/configs.json.
+It tries the neighbors of the best plan. A neighbor has half or twice one block size, half or twice the warps, one
+pipeline stage more or less, or another register limit. Plans that do not fit or that change the result are dropped. The
+tuner moves to the fastest neighbor until none is faster.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ LOST = "this process lost its device to an illegal access"
 
 
 class Entry(NamedTuple):
-    """The place of a line in the table."""
+    """The keys of an entry in the table."""
 
     kernel: str
     bits: int
@@ -88,10 +89,11 @@ def neighbours(plan: Plan) -> Iterator[Plan]:
 
 
 def overhangs(kernel: str, plan: Plan, architecture: str) -> bool:
-    """Return whether Triton gives the warps rows that a block does not have, and so reads past its end.
+    """Return whether Triton assigns the warps more rows than a block has.
 
-    Hopper's matrix units take 16 rows from each of four or eight warps. Triton 3.6 lays eight warps over 64 rows as if
-    there were 128. An H200 then reported an illegal access in some kernels and none in others.
+    The kernel would then read past the end of the block. Hopper's matrix units take 16 rows from each of four or eight
+    warps. Triton 3.6 lays eight warps over 64 rows as if there were 128. An H200 then reported an illegal access in
+    some kernels and none in others.
     """
     block_q, block_k, warps, *_ = plan
     rows = (block_q, block_k) if kernel == "key_value_gradient" else (block_q,)
@@ -99,7 +101,10 @@ def overhangs(kernel: str, plan: Plan, architecture: str) -> bool:
 
 
 def climb(start: Plan, time: Callable[[list[Plan]], dict[Plan, float]]) -> tuple[Plan, dict[Plan, float]]:
-    """Return the plan that no neighbor beats, and the times of all plans. `time` leaves out unusable plans."""
+    """Return the plan that no neighbor beats, and the times of all plans that were tried.
+
+    `time` leaves out plans that cannot be used.
+    """
     known = time([start])
     best, tried = start, {start}
     known.setdefault(start, math.inf)  # the table's own plan may not fit this card
@@ -254,7 +259,7 @@ def tune(entries: list[Entry], pool: Executor, out: Path, tuned: Tuned) -> None:
             if usable():
                 raise
             sys.exit(f"benchmarks.tune: {LOST}; {measuring.kept(out / 'tuned.json')}")
-        use(entry, best)  # the table holds the plan that was tried last
+        use(entry, best)  # until here, the table holds the plan that was tried last
         if math.isinf(known[best]):
             print("  no plan can be used", flush=True)
             continue
@@ -291,7 +296,7 @@ def read_tuned(file: Path) -> Tuned:
             configs.check_config(plan)
         if content.get("float32", configs.dot_precision()) != configs.dot_precision():
             raise ValueError(
-                f"it multiplied float32 matrices by {content['float32']}, but the setting is {configs.dot_precision()}"
+                f"its float32 products used {content['float32']}, but the present setting is {configs.dot_precision()}"
             )
         for entry, line in tuned.items():
             fields = (
@@ -336,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/<card>)")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--bits", nargs="+", type=int, choices=tuple(DTYPES), default=tuple(DTYPES))
-    parser.add_argument("--channels", nargs="+", type=int, choices=CHANNELS, help="default: all, in a rehearsal 32")
+    parser.add_argument("--channels", nargs="+", type=int, choices=CHANNELS, help="default: all, or 32 in a rehearsal")
     parser.add_argument("--again", action="store_true", help="also tune the entries that tuned.json already has")
     parser.add_argument(
         "--rehearse", action="store_true", help="run everything on tiny inputs without a GPU; the figures mean nothing"

@@ -50,8 +50,8 @@ Kernels kernels = supported_kernels().front();
 
 using Address = std::uintptr_t;
 
-// The numbers of a call, in order. They are passed as one flat list, because pybind11 takes longer to read nested
-// tuples than a small call takes to compute.
+// The numbers of a call, in order. They are passed as one flat list. For a small call, reading nested tuples with
+// pybind11 would take longer than the computation.
 class Arguments {
   public:
     explicit Arguments(const py::args& arguments) : arguments(arguments) {}
@@ -158,9 +158,8 @@ RelationLogits relation_logits(const py::args& numbers) {
 void check_pairs(const RelationLogits& a) {
     for (int64_t i = 0; i < 2 * a.relations; ++i)
         if (a.pairs[i] < 0 || a.pairs[i] >= a.objects)
-            throw std::out_of_range("pairs must be at least 0 and below the number of objects, " +
-                                    std::to_string(a.objects) + ", got " + std::to_string(a.pairs[i]) + " in row " +
-                                    std::to_string(i / 2));
+            throw std::out_of_range("pairs must hold indices in [0, " + std::to_string(a.objects) + "), got " +
+                                    std::to_string(a.pairs[i]) + " in row " + std::to_string(i / 2));
 }
 
 // Read the numbers in the order of `_description` in sgalign/ops/alignment.py.
@@ -188,8 +187,8 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Define the CUDA counterparts of the functions for the CPU. They also take a queue for the kernels, the address of the
-// seed in device memory, and the workspace that csrc/cuda/kernels.h describes.
+// Define the CUDA counterparts of the functions for the CPU. Functions that launch kernels also take a queue. Some take
+// the address of the seed in device memory and a workspace (csrc/cuda/kernels.h).
 void define_cuda(py::module_& m) {
     m.def("cuda_attention_splits", &cuda::attention_splits);
     m.def("cuda_attention_forward",
@@ -251,7 +250,8 @@ PYBIND11_MODULE(_C, m) {
                     kernels = supported;
                     return;
                 }
-            throw std::invalid_argument("this processor cannot run '" + name + "'");
+            throw std::invalid_argument("the instruction set must be one that this processor supports, got '" + name +
+                                        "'");
         },
         "Choose the instruction set of all later calls. Only tests need this.");
 

@@ -22,7 +22,8 @@ struct Branch {
     bool random = false;  // true if the random mask drops entries of this branch
 };
 
-// A query with one or two branches. Its rows are multiplied with the keys once, and all its branches use these scores.
+// A query with one or two branches. Its rows are multiplied by the keys once, and all its branches use the resulting
+// scores.
 struct QueryGroup {
     Matrix query, grad_query;
     Branch branches[2];
@@ -68,6 +69,7 @@ struct RelationBranch {
 };
 
 // logits[r] = weight ((subject[pairs[r, 0]] + object[pairs[r, 1]]) * union[r]) + bias, for branches that share `union`.
+// A relation is a pair of objects.
 struct RelationLogits {
     DType dtype = DType::float32;
     int64_t objects = 0, relations = 0, channels = 0, classes = 0;  // N, R, C, K
@@ -80,8 +82,8 @@ struct RelationLogits {
     int threads = 1;
 };
 
-// The divergence of the two predictions of each relation, times `scale` and the relation's weight, and its gradient
-// with respect to the mirrored logits.
+// The divergence between the two predictions of each relation, times `scale` and the relation's weight, and the
+// gradient of this product with respect to the mirrored logits.
 struct AlignmentLoss {
     DType dtype = DType::float32;
     int64_t relations = 0, classes = 0;
@@ -92,7 +94,7 @@ struct AlignmentLoss {
     bool sigmoid = false;
     bool symmetric = false;  // the mean of KL(teacher || student) and KL(student || teacher), otherwise only the first
     void* losses = nullptr;  // [R], float32 (float64 for float64)
-    // [R, K], contiguous, float32 (float64 for float64), because its factor 1 / (R K) is too small for 16 bits
+    // [R, K], contiguous, float32 (float64 for float64), because its factor 1 / (R K) can be too small for float16
     void* grad = nullptr;
     int threads = 1;
 };

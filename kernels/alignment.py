@@ -1,4 +1,4 @@
-"""The alignment loss in Triton: each relation's share of the loss and the gradient of their sum, in one pass.
+"""The alignment loss in Triton: one pass computes the loss of each relation and the gradient of the sum.
 
 The algorithm is that of csrc/cpu/alignment.cpp, but a row is held in registers instead of scratch memory.
 """
@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements per program. With 4 elements per thread, the values of a row fit in registers. Longer rows get more warps.
+# Elements per program. There are 4 per thread, so the values of a row fit in registers. Rows longer than this get more
+# warps.
 ELEMENTS = 1024
 
 
@@ -23,7 +24,7 @@ def divergence(p, log_p, log_q):
 def log_softmax(x):
     """Return the logarithm of the softmax over the classes.
 
-    The maximum and the log-sum-exp are subtracted in two steps, so large logits cancel without rounding.
+    The maximum is subtracted first. This removes the common part of large logits without a rounding error.
     """
     shifted = x - tl.max(x, 1)[:, None]
     return shifted - tl.log(tl.sum(tl.exp(shifted), 1))[:, None]
@@ -56,15 +57,16 @@ def alignment_kernel(
 ):  # fmt: skip
     """Compute the divergence and its gradient for a block of relations.
 
-    The divergence is KL(teacher || student), or if SYMMETRIC the mean of this and KL(student || teacher). The kernel is
-    bound by memory. It reads two numbers and writes one number per class.
+    The divergence is KL(teacher || student). If SYMMETRIC, it is the mean of KL(teacher || student) and KL(student ||
+    teacher). The kernel is memory-bound. It reads two numbers and writes one for each class of each relation.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     present = row < relations
     k = tl.arange(0, BLOCK_K)
     inside = present[:, None] & (k < classes)[None, :]
     row = row.to(tl.int64)
-    # Padding of -inf has no weight in a softmax. With a sigmoid, padding of 0 is equal in teacher and student.
+    # For a softmax, the padding is -inf, which has no weight. For a sigmoid, it is 0 in teacher and student, so it adds
+    # no divergence.
     padding = tl.where(present[:, None] & (k >= classes)[None, :] & (not SIGMOID), -float("inf"), 0.0)
     x = tl.load(logits + row[:, None] * logits_stride + k[None, :], mask=inside, other=0.0).to(tl.float32) + padding
     y = tl.load(mirrored + row[:, None] * mirrored_stride + k[None, :], mask=inside, other=0.0).to(tl.float32) + padding
@@ -111,7 +113,7 @@ def loss(
     losses: Tensor,
     grad: Tensor,
 ) -> None:
-    """Write each relation's share of the loss to `losses`, and the gradient of their sum to `grad`.
+    """Write each relation's share of the loss to `losses`, and the gradient of the sum of shares to `grad`.
 
     The gradient is taken with respect to `mirrored`. All last strides are 1.
     """

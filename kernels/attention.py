@@ -1,11 +1,13 @@
-"""The launches of the Triton kernels for masked attention, for one branch or both.
+"""The functions that launch the Triton kernels for masked attention, on one branch or on both.
 
 The kernels are in attention_forward.py and attention_backward.py. They share the functions of attention_tiles.py. If
-there are two outputs, the second belongs to the mirror, and the random mask applies only to it. Both branches may share
-one query. A program iterates over the keys, or over the queries for the gradients of keys and values.
+there are two outputs, the second belongs to the mirrored branch (the mirror), and only this branch has the random mask.
+Both branches may share one query. A program iterates over the keys, or over the queries for the gradients of keys and
+values.
 
-Scores and log-sum-exps are in units of log2, so the kernels receive `scale` times log2(e). Their scale is always
-positive. If it is negative, the scale and the query are multiplied by -1 before the launch.
+Scores and log-sum-exps are in units of log2, so the kernels receive `scale` times log2(e). They need a positive scale.
+If it is negative, the scale and the queries are multiplied by -1 before the launch. If it is 0, the queries are
+multiplied by 0 and the scale is 1.
 """
 
 import functools
@@ -24,7 +26,7 @@ Matrix = tuple[Tensor, int, int, int, int] | None  # a tensor and its batch, hea
 TINY = torch.finfo(torch.float32).tiny
 LN_2 = math.log(2)
 # These two numbers agree with the times measured on an H200 for different splits (benchmarks/results/nvidia-h200).
-MERGE_SCORES = 53000  # scores that a multiprocessor could compute in the time of the launch that merges the splits
+MERGE_SCORES = 53000  # the time of the launch that merges the splits, in scores that a multiprocessor computes
 RESIDENT_WARPS = 8  # warps that a multiprocessor holds at once, with up to 255 registers per thread
 
 
@@ -123,14 +125,15 @@ class Tiling(NamedTuple):
     groups: int
     columns: int
     count: int  # number of tiles
-    whole: bool  # True if every place of every tile has a key
+    whole: bool  # True if no tile has unused columns
 
     @staticmethod
     def of(plan: Config, drawn: bool, keys: int) -> "Tiling":
         """Return the best tiling for a number of keys.
 
-        If nothing is drawn, a tile has one strip of neighboring keys. Otherwise the number of strips minimizes the
-        work. A Philox call takes about twice as many instructions as all other work for a score.
+        If nothing is drawn, a tile has one strip of neighboring keys. Otherwise the number of strips is the one that
+        needs the least work. A Philox call takes about twice as many instructions as everything else that a score
+        needs.
         """
         if not drawn:
             return Tiling(1, plan.block_k, _ceil(keys, plan.block_k), keys % plan.block_k == 0)
@@ -197,11 +200,12 @@ def launch_for(
 
 
 def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
-    """Return the tiles per program and the number of programs per block of queries that should take the least time.
+    """Return the tiles per program and the number of programs per block of queries, chosen for the least time.
 
-    A program takes one step per tile and about one more for its queries. A multiprocessor holds several programs at
-    once. It takes as long for fewer programs, because it then waits, so the time is counted in whole rounds. Every
-    program gets at least two tiles, because one with a single tile would spend most of its time on setup and output.
+    A program takes one step per tile and about one more for its queries. A multiprocessor runs several programs at
+    once. A round with fewer programs takes just as long, because part of the multiprocessor is then idle. The time is
+    therefore counted in whole rounds. Every program gets at least two tiles, because a program with a single tile would
+    spend most of its time on setup and output.
     """
     resident = max(RESIDENT_WARPS // plan.warps, 1)
     merging = MERGE_SCORES / (plan.block_q * plan.block_k * branches)
@@ -210,7 +214,7 @@ def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiproces
         rounds = _ceil(blocks * splits, multiprocessors * resident)
         return rounds * resident * (_ceil(tiles, splits) + 1) + (merging if splits > 1 else 0)
 
-    most = min(tiles // 2, multiprocessors * resident)  # the most programs that can run at once
+    most = min(tiles // 2, multiprocessors * resident)  # no more programs than can run at once
     splits = min(range(1, max(most, 1) + 1), key=steps)
     if steps(splits) > 0.95 * steps(1):  # saves too little time for the memory that it needs
         splits = 1
@@ -223,7 +227,7 @@ def constants(
 ) -> dict[str, Any]:
     """Return the compile-time constants and launch options of a kernel.
 
-    `bounded` is True if a mask is given.
+    `bounded` is True if an explicit mask or a padding mask is given.
     """
     of_kernel: dict[str, Any] = {} if kernel == "key_value_gradient" else {"BOUNDED": bounded or not tiling.whole}
     if plan.registers:
@@ -248,7 +252,8 @@ def _positive_scale(queries: list[Tensor], scale: float) -> tuple[list[Tensor], 
     """Move the sign of the scale into the queries, and return the queries, the positive scale and the sign.
 
     The kernels need a positive scale because they find the largest score by the largest product. The sign is -1, 0 or
-    1. It is 0 if the scale is 0 in float32, and the positive scale is then 1.
+    1. If the absolute value of the scale is below the smallest normal float32 number, the sign is 0 and the positive
+    scale is 1.
     """
     if scale >= TINY:
         return queries, scale, 1.0
@@ -257,12 +262,12 @@ def _positive_scale(queries: list[Tensor], scale: float) -> tuple[list[Tensor], 
 
 
 def _parts(tensors: list[Tensor], splits: int) -> list[Tensor]:
-    """Return an empty float32 tensor `[splits, B, H, Lq, ...]` for each tensor, which holds the part of each split."""
+    """Return an uninitialized float32 tensor `[splits, B, H, Lq, ...]` for the splits' results of each tensor."""
     return [tensor.new_empty(splits, *tensor.shape, dtype=torch.float32) for tensor in tensors]
 
 
 def _both(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Return the tensors of the branch and of the mirror, or None if there is no mirror."""
+    """Return the tensors of both branches. The second is None if there is only one branch."""
     return tensors[0], tensors[1] if len(tensors) == 2 else None
 
 

@@ -59,7 +59,7 @@ def query_gradient_kernel(
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of the queries with the same programs as `forward_kernel`.
+    """Compute the gradient of the queries. The work is divided among programs as in `forward_kernel`.
 
     `add_kernel` adds the gradients of the splits afterwards.
     """
@@ -144,7 +144,7 @@ def add_parts(
     parts, grad, batch_heads, heads, queries, splits,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Store a block of one branch, the sum of its splits' gradients in the order of the splits."""
+    """Add the splits' gradients of a block of queries of one branch, in the order of the splits, and store the sum."""
     blocks = tl.cdiv(queries, BLOCK_Q)
     batch_head = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK_Q
@@ -169,8 +169,8 @@ def key_value_gradient_kernel(
 ):  # fmt: skip
     """Compute the gradients of a tile of keys and values from all queries of both branches.
 
-    The program index counts the tiles of all batches and heads. The gradients of a key do not depend on other keys, so
-    the gradients of padding are set to zero once, at the end.
+    The program index counts the tiles of all batches and heads. Given the log-sum-exps and deltas, the gradients of a
+    key do not depend on other keys. The gradients of padding are therefore set to zero once, at the end.
     """
     SHARED: tl.constexpr = BRANCHES == 2 and mirrored_query is None
     EXPLICIT: tl.constexpr = mask is not None
@@ -232,7 +232,7 @@ def value_gradient(
     grad_value, grad_out, logsumexp, delta, scores, v, scale, noise, dropout_scale, first, row, inside,
     DROPOUT: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return the gradient of the values with a block of queries of one branch added, and the gradient of the scores."""
+    """Return the gradient of the values with a block of one branch's queries added, and the gradient of the scores."""
     grad = load_rows(grad_out, first, row, inside, DIM, BLOCK_D)
     logs = tl.load(logsumexp, mask=inside, other=float("inf"))
     sums = tl.load(delta, mask=inside, other=0.0)

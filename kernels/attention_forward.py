@@ -23,15 +23,15 @@ from sgalign.kernels.attention_tiles import (
     store_rows,
 )
 
-# If both branches share one query, the mirror's exponentials are the supervised exponentials times a factor. The
-# mirror's maximum may be lower than the supervised maximum by at most this much, in units of log2, without loss of
-# digits. If it is lower still in any row of a block, the block is computed again.
+# If both branches share one query, the exponentials of the mirrored branch (the mirror) are the supervised exponentials
+# times a factor. The mirror's maximum may be lower than the supervised maximum by at most this much, in units of log2,
+# without loss of digits. If it is lower still in any row of a block, the block is computed again.
 SHARED_RANGE = tl.constexpr(16.0)
 
 
 @triton.jit
 def nothing(BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return the initial state of rows: weighted values, maximum and sum of exponentials before the first key."""
+    """Return the state of rows before the first key: weighted sum of values, maximum and sum of exponentials."""
     zeros = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     return zeros, tl.full([BLOCK_Q], -float("inf"), tl.float32), tl.zeros([BLOCK_Q], tl.float32)
 
@@ -123,8 +123,9 @@ def forward_kernel(
 ):  # fmt: skip
     """Compute the output of a block of queries from `span` tiles of keys, starting at tile `split * span`.
 
-    The first program index counts the blocks of queries of all batches and heads, and the second is the split. BOUNDED
-    is False if there is no explicit or padding mask and all tiles are whole. That saves a sixth of the work of a step.
+    The first program index counts the blocks of queries of all batches and heads, and the second is the split. If there
+    is no explicit or padding mask and all tiles are whole, BOUNDED is False. The kernel then leaves out the checks of
+    keys, a sixth of the work of a step.
     """
     SHARED: tl.constexpr = BRANCHES == 2 and mirrored_query is None
     blocks = tl.cdiv(queries, BLOCK_Q)
@@ -214,7 +215,7 @@ def merge(
     parts, part_sums, out, logsumexp, batch_heads, heads, queries, splits,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Store a block of one branch, the mean of its splits' outputs weighted by their sums of exponentials."""
+    """Store a block of one branch: the mean of the splits' outputs, weighted by the splits' sums of exponentials."""
     blocks = tl.cdiv(queries, BLOCK_Q)
     batch_head = tl.program_id(0) // blocks
     first = tl.program_id(0) % blocks * BLOCK_Q

@@ -1,4 +1,4 @@
-"""The shared parts of the attention kernels: tiles of rows, products, masks, random numbers.
+"""The functions that the attention kernels share: tiles of rows, matrix products, masks and random numbers.
 
 If nothing is drawn, a tile of keys is a block of neighboring keys. Otherwise it consists of `GROUPS` strips of
 `COLUMNS` keys, and the strips are 32 keys apart. One Philox call for a row and a column then decides `GROUPS` keys
@@ -16,7 +16,7 @@ DROPOUT_BIT = tl.constexpr(0x80000000)  # reference.DROPOUT_STREAM_BIT, set in t
 
 
 class Matrix(NamedTuple):
-    """The rows of one batch and head, with strides in elements."""
+    """The rows of one head of one batch element, with strides in elements."""
 
     data: Any
     row: Any
@@ -24,7 +24,7 @@ class Matrix(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A block of rows of a `Matrix` that begins at the first row of the block."""
+    """A block of rows. `matrix` begins at the first row of the block."""
 
     block: Any  # [rows, BLOCK_D]; not named `values`, because tuples in Triton have that attribute
     matrix: Any
@@ -33,7 +33,7 @@ class Rows(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """The arguments for drawing a program's random numbers, and the explicit and padding masks of its batch and head.
+    """The arguments for drawing a program's random numbers, and its explicit and padding masks.
 
     Each kernel builds this tuple inline. A mask may be None, and before Triton 3.7 a function cannot return None.
     """
@@ -49,7 +49,7 @@ class Draws(NamedTuple):
 
 @triton.jit
 def at(tensor, batch, head):
-    """Return the `Matrix` of a batch and head.
+    """Return the `Matrix` of one head of one batch element.
 
     `tensor` is the data with its batch, head, row and column strides.
     """
@@ -65,7 +65,7 @@ def moved(matrix, elements):
 
 @triton.jit
 def load(matrix, row, column, inside, other):
-    """Return the elements at `row` and `column`, which are broadcast, and `other` for elements not `inside`."""
+    """Return the elements at `row` and `column`, broadcast against each other. Elements not `inside` become `other`."""
     place = row.to(tl.int64) * matrix.row + column.to(tl.int64) * matrix.column
     return tl.load(matrix.data + place, mask=inside, other=other)
 
@@ -87,8 +87,8 @@ def load_rows(matrix, first, row, inside, DIM: tl.constexpr, BLOCK_D: tl.constex
     """Load a block of rows, `[rows, BLOCK_D]`.
 
     The block is zero beyond the channels and in rows not `inside`, so their contents in memory have no effect. Rows are
-    counted from row `first`. In a loop, only the position of `first` changes, which is one 64-bit number, and the
-    offsets of the other rows are computed once.
+    counted from row `first`. In a loop, only the address of row `first` changes, a single 64-bit number. The offsets of
+    the rows from it are computed once.
     """
     matrix = moved(matrix, tl.full([], first, tl.int64) * matrix.row)
     channel = tl.arange(0, BLOCK_D)[None, :]
@@ -100,9 +100,9 @@ def load_rows(matrix, first, row, inside, DIM: tl.constexpr, BLOCK_D: tl.constex
 def products(rows, others, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """Return the products of all rows with all others over the channels, `[rows, others]`.
 
-    The matrix units need all channels of a row in the registers of one thread. They need float32 channels twice,
-    because they multiply float32 in two parts. Float32 products therefore load only `WIDEST` channels at a time. Every
-    product loads them again, from the cache.
+    The matrix units need all channels of a row in the registers of one thread. Float32 channels need twice the
+    registers, because each number is split into two parts. Float32 products therefore load only `WIDEST` channels at a
+    time. Every product loads them again, from the cache.
     """
     if BLOCK_D <= WIDEST or rows.block.dtype != tl.float32:
         result = tl.dot(rows.block, tl.trans(others.block), input_precision=PRECISION)
@@ -116,7 +116,7 @@ def products(rows, others, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: 
 
 @triton.jit
 def add_weighted(total, weights, rows, PRECISION: tl.constexpr):
-    """Return `total` with the sums of the rows added, weighted by each row of `weights`."""
+    """Return `total + weights @ rows`."""
     return tl.dot(weights.to(rows.block.dtype), rows.block, total, input_precision=PRECISION)
 
 
@@ -166,7 +166,7 @@ def drawn(draws, stream, threshold, tile, query, GROUPS: tl.constexpr, COLUMNS: 
         group += first % 256 // 32
     word = tl.where(group < 4, tl.where(group < 2, word0, word1), tl.where(group < 6, word2, word3))
     number = tl.reshape(tl.where(group % 2 == 0, word << 16, word), [query.shape[0], GROUPS * COLUMNS])
-    # `number` has the 16-bit number in its upper half. The number is below the threshold if `number` is at most this
+    # The upper half of `number` is the 16-bit random number. It is below the threshold if `number` is at most this
     # limit. A threshold of 65536 wraps to a limit of all ones.
     return number <= (threshold.to(tl.uint32) << 16) - 1
 
@@ -222,7 +222,8 @@ def masks(
 def kept_scores(scores, bias, draws, BOUNDED: tl.constexpr):
     """Return the scores with -inf for the entries that both branches drop.
 
-    Padding was loaded as 0, so adding the bias is enough. Entries that the explicit mask drops may be NaN.
+    Scores of padding are 0, so adding the bias is enough. Scores that the explicit mask drops may be NaN, so they are
+    replaced.
     """
     if BOUNDED:
         scores = tl.where(bias == 0, scores, -float("inf")) if draws.mask is not None else scores + bias

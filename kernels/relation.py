@@ -22,10 +22,11 @@ from torch import Tensor
 
 from sgalign.kernels.configs import dot_precision, is_interpreting
 
-# Pairs per step of the backward, the minimum for `tl.dot`, because the sums for the weights already fill the registers.
+# Pairs per step of the backward pass. This is the smallest number that `tl.dot` accepts. The sums for the weights leave
+# no registers for more.
 BACKWARD_PAIRS = 16
-# Minimum number of steps per program if several programs share the work, because partial results are written and read
-# again.
+# Minimum number of steps per program if several programs share the work. With fewer steps, writing and reading the
+# partial results would cost too much.
 LEAST_STEPS = 2
 WARPS = 8
 SEGMENT_WARPS = 4  # fewer, because an object is in few pairs and a program has little work
@@ -98,8 +99,9 @@ def forward_kernel(
     """Compute the logits of a block of pairs and a block of classes from `span` blocks of channels.
 
     The program indices are block of pairs, block of classes, and split. A tile of `union` is loaded once for both
-    branches. The kernel is bound by memory. For 4 C K operations, a pair reads C numbers of `union` and up to 4 C
-    numbers of the objects, which repeat from pair to pair and stay in the caches.
+    branches. The kernel is memory-bound. With two branches, a pair takes 4 C K operations. It reads C numbers of
+    `union` and up to 4 C numbers of subject and object features, which stay in the caches because they repeat from pair
+    to pair.
     """
     split = tl.program_id(2)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -146,9 +148,10 @@ def grad_weight_kernel(
     """Compute the gradients of a tile of the weights and of a part of `union`.
 
     The program indices are block of channels, block of classes, and split. A program iterates over `span` blocks of
-    pairs. It computes the gradient of their rows of `union` over all classes, but only the program of the first block
-    of classes stores it. There is one block of classes for up to 64 classes in float32 and up to 128 in 16 bits. Like
-    the forward, the kernel is bound by memory. In addition, it writes the gradient of `union`.
+    pairs. Every program also computes the gradient of `union` for these pairs, over all classes, but only the programs
+    of the first block of classes store it. There is one block of classes for up to 64 classes in float32 and up to 128
+    in 16 bits (64 on AMD GPUs). Like the forward kernel, this kernel is memory-bound. In addition, it writes the
+    gradient of `union`.
     """
     class_block = tl.program_id(1)
     split = tl.program_id(2)
@@ -172,7 +175,7 @@ def grad_weight_kernel(
                 mirrored_total, mirrored_grad_logits, mirrored, features, row, subject_of, object_of, present,
                 k, classes, channel, channels, inside, PRECISION,
             )  # fmt: skip
-        if grad_union is not None:  # after both weight products, because otherwise there are not enough registers
+        if grad_union is not None:  # after both products for the weights, otherwise registers do not suffice
             to_union = sums * grad_of_product(
                 grad_logits, branch, row, present, classes, channel, channels,
                 CLASS_BLOCKS, UNROLLED, BLOCK_K, PRECISION,
@@ -276,7 +279,7 @@ def sum_splits_kernel(out, mirrored_out, partial, splits, count, BLOCK: tl.const
 class Blocks(NamedTuple):
     """The block sizes for a dtype and a number of classes.
 
-    The sums of both branches fit into registers.
+    They are chosen so that the sums of both branches fit into registers.
     """
 
     # Pairs per forward program. Larger blocks are better, because the weights are read again for every block.
@@ -383,12 +386,12 @@ def _operands(branch: Any) -> tuple[Any, ...]:
 
 
 def _both(values: list[Any]) -> list[Any]:
-    """Return the values of the branch and of the mirror, or None if there is no mirror."""
+    """Return the values of both branches. The second is None if there is only one branch."""
     return [*values, None, None][:2]
 
 
 def _length_splits(length: int, block: int, programs: int, multiprocessors: int) -> tuple[int, int]:
-    """Return the blocks per program and the number of programs that share a length.
+    """Return how many blocks of a length each program takes, and how many programs share the length.
 
     The aim is two programs per multiprocessor.
     """

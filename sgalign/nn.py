@@ -16,13 +16,14 @@ from sgalign.ops.random_mask import ratio_threshold
 
 
 class MaskedMultiheadAttention(nn.Module):
-    """A `torch.nn.MultiheadAttention` on fused kernels, with a random mask and a dual-branch call.
+    """Multi-head attention on the fused kernels, with a random mask, for one branch or for both branches in one call.
 
     Use it in place of `torch.nn.MultiheadAttention`. The parameters have the same names and initial values, so state
     dicts can be loaded in both directions. The module does not support
 
     - ``add_bias_kv`` and ``add_zero_attn``,
-    - additive (floating point) masks, into which `torch.nn.TransformerEncoderLayer` converts any mask,
+    - additive (floating point) masks. `torch.nn.TransformerEncoderLayer` converts every mask into one, so with a mask
+      it cannot use this module,
     - returning attention weights, because no tensor of size Lq x Lk is ever formed.
 
     Args:
@@ -40,7 +41,7 @@ class MaskedMultiheadAttention(nn.Module):
         TypeError, ValueError: if an argument has the wrong type or is out of its range.
     """
 
-    _qkv_same_embed_dim = False  # keeps torch's encoder layer from bypassing this module in evaluation
+    _qkv_same_embed_dim = False  # keeps torch's encoder layer from bypassing this module in evaluation mode
 
     def __init__(
         self,
@@ -108,17 +109,18 @@ class MaskedMultiheadAttention(nn.Module):
         mask_seed: int | Tensor | None = None,
         mask_stream: int = 0,
     ) -> tuple[Tensor, None]:
-        """Compute attention, in training with the random mask.
+        """Compute attention. In training mode, the random mask is applied.
 
         Args:
             query: the queries, ``[Lq, B, E]``, or ``[B, Lq, E]`` if `batch_first`, or ``[Lq, E]`` without a batch.
-            key, value: the keys and values in the same layout, with length Lk and `kdim` and `vdim` channels.
+            key, value: the keys, with `kdim` channels, and the values, with `vdim` channels. Both have length Lk and
+                the layout of `query`.
             key_padding_mask: the padding among the keys, bool ``[B, Lk]``, or ``[Lk]`` without a batch. True means
                 ignored.
             need_weights: must be False.
             attn_mask: an explicit mask, bool ``[Lq, Lk]`` or ``[B * num_heads, Lq, Lk]``. True means dropped.
             average_attn_weights: has no effect, because no attention weights are returned.
-            is_causal: says that `attn_mask` is causal. It has no effect but requires `attn_mask`.
+            is_causal: states that `attn_mask` is causal. If True, `attn_mask` must be given. It has no other effect.
             mask_seed, mask_stream: as in `fused_masked_attention`.
 
         Returns:
@@ -153,8 +155,8 @@ class MaskedMultiheadAttention(nn.Module):
         """Compute both branches: the supervised one without the random mask and the mirrored one with it.
 
         Both branches attend to the same keys and values, which are projected once. Pass the same tensor object as
-        `query` and `mirrored_query` if the two are equal. It is then projected only once, too. In evaluation no random
-        mask is drawn.
+        `query` and `mirrored_query` if the two are equal. This tensor is then projected only once. In evaluation mode,
+        no random mask is drawn.
 
         Args:
             query, mirrored_query: the queries of the two branches, each as `query` in `forward`.
@@ -192,7 +194,10 @@ class MaskedMultiheadAttention(nn.Module):
             check_tensor(name, tensor)
             if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched or tensor.shape[-1] != width:
                 layout = f"[B, L, {width}]" if self.batch_first else f"[L, B, {width}]"
-                raise InputError(f"{name} must be {layout}, or [L, {width}] like the others, got {list(tensor.shape)}")
+                raise InputError(
+                    f"{name} must be {layout}, or [L, {width}] if no tensor has a batch dimension,"
+                    f" got {list(tensor.shape)}"
+                )
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask[None]
         weights = self._projection_weights()

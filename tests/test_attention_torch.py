@@ -429,9 +429,9 @@ def test_gpus_that_are_too_old_get_the_reference(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends, "_capability", lambda device: (7, 5))
     assert backends.choose(None, gpu, torch.float16) == "reference"
-    with pytest.raises(ValueError, match=r"'triton' needs compute capability 8.0 or later, cuda:0 has 7.5"):
+    with pytest.raises(ValueError, match=r"'triton' needs compute capability 8.0 or higher, but cuda:0 has 7.5"):
         backends.choose("triton", gpu, torch.float16)
-    assert backends.unavailable("triton") == "needs compute capability 8.0 or later, cuda has 7.5"
+    assert backends.unavailable("triton") == "needs compute capability 8.0 or higher, but cuda has 7.5"
     monkeypatch.setattr(backends, "_capability", lambda device: (8, 6))
     assert backends.choose(None, gpu, torch.float16) == "triton" and backends.unavailable("triton") is None
 

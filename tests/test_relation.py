@@ -252,9 +252,7 @@ def test_second_order_is_refused():
 def test_pairs_out_of_range(bad, backend):
     union, pairs, operands, _ = make((4, 6, 5, 3))
     pairs[2, 1] = bad
-    with pytest.raises(
-        IndexError, match=f"pairs must be at least 0 and below the number of objects, 4, got {bad} in row 2"
-    ):
+    with pytest.raises(IndexError, match=rf"pairs must hold indices in \[0, 4\), got {bad} in row 2"):
         apply(union, pairs, operands, backend)
 
 

@@ -36,13 +36,13 @@ void log_softmax(R* x, R* p, int64_t padded) {
     for (int64_t k = 0; k < padded; k += Real<R>::lanes) sum += exp<R>(load(x + k) - largest);
     const R log_sum = log2_scalar(sum_lanes<R>(sum)) / R(kLog2e);
     for (int64_t k = 0; k < padded; k += Real<R>::lanes) {
-        // Two subtractions, because the first one cancels large logits without a rounding error.
+        // The maximum is subtracted first. This removes the common part of large logits without a rounding error.
         store<R>(x + k, load(x + k) - largest - log_sum);
         store<R>(p + k, exp<R>(load(x + k)));
     }
 }
 
-// The term of one class in KL(p || q). It is 0 if p is 0, whatever the value of log q.
+// The term of one class in KL(p || q). It is 0 if p is 0, even if log q is infinite.
 template <class R>
 inline Vector<R> divergence(Vector<R> p, Vector<R> log_p, Vector<R> log_q) {
     return p == R(0) ? Vector<R>{} : p * (log_p - log_q);
@@ -76,7 +76,7 @@ struct Bernoulli {
         const Vector<R> below = x < R(0) ? x : Vector<R>{}, above = x > R(0) ? x : Vector<R>{};
         const Vector<R> u = exp<R>(below - above), tail = log1p<R>(u);
         const Vector<R> likely = R(1) / (u + R(1)), unlikely = u / (u + R(1));
-        const Vector<R> nan = x != x ? x : Vector<R>{};  // NaN of x, which the comparisons with 0 lose
+        const Vector<R> nan = x != x ? x : Vector<R>{};  // restores a NaN of x, which the comparisons lose
         p = (x < R(0) ? unlikely : likely) + nan;
         q = (x < R(0) ? likely : unlikely) + nan;
         log_p = below - tail + nan;

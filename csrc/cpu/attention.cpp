@@ -1,8 +1,9 @@
 // Masked attention on the CPU, forward and backward, for one or two softmax branches over the same keys.
 //
-// The kernels walk over keys in chunks of 256, the number that one row of Philox calls decides, and over queries in
-// tiles of a few rows. All work except the softmax is one matrix product, multiply(), which keeps its accumulators in
-// registers. No Lq x Lk tensor is stored. Scores are in units of log2, so the softmax is 2^(score - log_sum).
+// The kernels go through the keys in chunks of 256, which 32 Philox calls decide for each query, and through the
+// queries in tiles of a few rows. Everything except the softmax is done by one function, multiply(), a matrix product
+// that keeps its accumulators in registers. No Lq x Lk tensor is stored. Scores are in units of log2, so the softmax is
+// 2^(score - log_sum).
 //
 // Results do not depend on the number of threads. Each row of the output, and each chunk of key gradients, is computed
 // by one task in a fixed order. Where results of several tasks are added, the shape alone decides the split into tasks.
@@ -15,10 +16,11 @@ using namespace sgalign;
 
 constexpr int kForwardRows = 4 * kTileRows, kBackwardRows = 8 * kTileRows;
 
-// Maximum number of rows in a forward task. The rows share one packing of the keys. They include the rows of both
-// branches if each branch has its own query. Tasks get fewer rows if some threads would otherwise be idle.
+// Maximum number of rows in a forward task. All rows of a task use the same packed copy of the keys. They include the
+// rows of both branches if each branch has its own query. Tasks get fewer rows if some threads would otherwise be idle.
 constexpr int64_t kRowBlock = 384;
-// Minimum number of tasks in the backward, for any number of threads. It is lower if there are too few chunks of keys.
+// Minimum number of tasks in the backward pass, for any number of threads. There are fewer tasks if there are too few
+// chunks of keys.
 constexpr int64_t kBackwardTasks = 16;
 
 // Row length of a packed [*, D] matrix, in elements: a whole number of panels, but not a multiple of 512 bytes, because
@@ -98,7 +100,7 @@ inline void add_bytes(MaskBits& bits, const uint8_t* row, int64_t stride, int64_
 }
 
 // Set `bits` to the keys that a chunk drops in every row: padding, and the columns that fill the last panel. Return
-// whether there can be any.
+// false if there are certainly none.
 template <class R>
 bool chunk_bits(const Attention& a, int64_t b, int64_t first, int64_t count, MaskBits& bits) {
     bits = {};
@@ -140,8 +142,8 @@ inline R dropout_scale(const Attention& a) {
     return a.dropout_threshold < 65536 ? R(65536.0 / (65536 - a.dropout_threshold)) : R(0);
 }
 
-// Return a vector with all ones for each dropped key and 0 for the others. Its keys are those of `group` in the mask
-// lanes from `lane` on.
+// Return a vector whose elements have all bits set for dropped keys and are 0 for the others. The vector covers the
+// keys of `group` from mask lane `lane` on.
 template <class R>
 inline Vector<typename Real<R>::Int> dropped_lanes(const MaskBits& bits, int lane, int group) {
     typedef uint32_t Narrow __attribute__((vector_size(4 * Real<R>::lanes)));
@@ -223,8 +225,8 @@ void softmax_row(R* row, int64_t columns, const MaskBits* dropped, R& top, R& su
     sum += sum_lanes<R>(total);
 }
 
-// Write the mirror's weights to `out` and return their sum. They are the supervised weights without the dropped
-// entries.
+// Write the weights of the mirrored branch to `out` and return their sum. They are the supervised weights, with 0 for
+// the dropped entries.
 template <class R>
 R copy_kept(const R* row, int64_t columns, const MaskBits& dropped, R* out) {
     Vector<R> total{};
@@ -263,8 +265,8 @@ struct ForwardScratch {
     }
 };
 
-// Compute output and log_sum of some rows, for `count` branches of each group. `rows` holds indices into the rows of
-// all groups, one group after the other.
+// Compute the output and the log_sum of some rows, for `count` branches of each group. `rows` holds indices into the
+// rows of all groups, one group after the other.
 template <class T, class R = typename Storage<T>::R>
 void forward_rows(const Attention& a, int64_t b, int64_t h, int first_branch, int count, const int64_t* rows,
                   int64_t row_count, const ForwardScratch<R>& s) {
@@ -331,8 +333,9 @@ void forward_rows(const Attention& a, int64_t b, int64_t h, int first_branch, in
 template <class T>
 void forward(const Attention& a) {
     using R = typename Storage<T>::R;
-    // The mirror's weights are relative to the supervised maximum. If the mirror drops nearly all of a row's weight,
-    // small products underflow and the log sum loses digits. Rows with a smaller sum than this are computed again.
+    // The weights of the mirrored branch are relative to the supervised maximum. If that branch drops nearly all of a
+    // row's weight, small products underflow and log_sum loses digits. Rows whose sum is below `smallest_sum` are
+    // therefore computed again.
     constexpr R smallest_sum = 0x1p-12;
     const int64_t heads = a.batch * a.heads, rows = a.group_count * a.queries;
     const int branches = a.groups[0].count;
@@ -408,7 +411,7 @@ void softmax_backward_row(const R* scores, const R* grad_weights, int64_t column
     }
 }
 
-// Process one chunk of keys with every query. This gives dK and dV of the chunk, and the chunk's share of dQ.
+// Process one chunk of keys with every query. This computes dK and dV of the chunk, and the chunk's share of dQ.
 template <class T, class R = typename Storage<T>::R>
 void backward_chunk(const Attention& a, int64_t b, int64_t h, int64_t first, R* const* grad_query,
                     const BackwardScratch<R>& s) {

@@ -25,7 +25,7 @@ void with_type(sgalign::DType dtype, Kernel kernel) {
     }
 }
 
-// Convert `count` elements to the type of arithmetic, and fill `out` up to `padded` elements with `fill`.
+// Convert `count` elements to the arithmetic type, and set the elements of `out` from `count` to `padded` to `fill`.
 template <class T, class R = typename Storage<T>::R>
 inline void read_row(const T* source, int64_t count, int64_t padded, R fill, R* out) {
     for (int64_t i = 0; i < count; ++i) out[i] = Storage<T>::read(source[i]);
@@ -40,7 +40,7 @@ inline int thread_index() {
 #endif
 }
 
-// Rows of a register tile, which is two vectors wide. AVX-512 and NEON have 32 registers.
+// Rows of a register tile, which is two vectors wide. AVX-512 has 32 registers, so its tile is larger.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 12;
 #else

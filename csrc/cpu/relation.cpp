@@ -1,11 +1,11 @@
 // The relation head on the CPU: logits of R pairs of N objects, forward and backward, for one or both branches.
 //
-// The matrix (subject + object) * union, which is multiplied with the weights, is R x C. Forward and backward compute
-// one tile of it at a time, where they use it. A tile of `union` is read once for both branches.
+// The matrix (subject + object) * union, which is multiplied by the weights, has size R x C. Both passes compute one
+// tile of it at a time, just before they use the tile. A tile of `union` is read once for both branches.
 //
-// A forward task computes some of the pairs, a backward task some of the channels. The backward sums the gradients of
-// subject, object and weight over pairs. Each of these sums belongs to one task, which adds in the order of the pairs.
-// This needs no merging, sorting or atomics, and results do not depend on the number of threads.
+// A forward task computes some of the pairs. A backward task computes some of the channels. The backward pass sums the
+// gradients of subject, object and weight over pairs. Each of these sums belongs to one task, which adds in the order
+// of the pairs. This needs no merging, sorting or atomics, and results do not depend on the number of threads.
 #include "product.h"
 
 namespace {

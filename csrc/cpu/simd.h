@@ -74,7 +74,7 @@ inline Vector<R> broadcast(R x) {
     return x - Vector<R>{};
 }
 
-// 2^x for x <= 0 and slightly above. Results below the smallest normal number become 0. NaN stays NaN.
+// 2^x for x up to slightly above 0. Results below the smallest normal number become 0. NaN stays NaN.
 template <class R>
 inline Vector<R> exp2(Vector<R> x) {
     using Int = typename Real<R>::Int;
@@ -88,7 +88,8 @@ inline Vector<R> exp2(Vector<R> x) {
     return x < Real<R>::smallest_exponent ? Vector<R>{} : power;
 }
 
-// Combine all lanes into one number: the two halves of the vector, down to 16 bytes, then lane after lane.
+// Combine all lanes into one number. The halves of the vector are combined until 16 bytes are left, then the lanes one
+// after the other.
 template <class R, class Combine, int bytes = kVectorBytes>
 inline R reduce_lanes(const R* lanes, Combine combine) {
     if constexpr (bytes > 16) {
@@ -173,7 +174,7 @@ struct Storage<Half> {
     using R = float;
     static float read(Half x) {
         // No step reads or produces a subnormal float, because a thread may be set to flush those to zero.
-        const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;  // the exponent is 112 too small
+        const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;  // the exponent is too small by 112
         const uint32_t normal = magnitude + (112u << 23), special = magnitude | 0x7f800000u;
         const uint32_t small = bits_as<uint32_t>(float(x.bits & 0x3ff) * 0x1p-24f);
         uint32_t bits = magnitude < 0x400u << 13 ? small : normal;

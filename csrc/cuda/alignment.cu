@@ -19,7 +19,7 @@ __device__ __forceinline__ float largest_of_warp(float value) {
     return value;
 }
 
-// The term of one class in KL(p || q). It is 0 if p is 0, whatever the value of log q.
+// The term of one class in KL(p || q). It is 0 if p is 0, even if log q is infinite.
 __device__ __forceinline__ float divergence(float p, float log_p, float log_q) {
     return p == 0 ? 0 : p * (log_p - log_q);
 }
@@ -36,7 +36,7 @@ struct LogSoftmax {
         for (int64_t k = lane_index(); k < classes; k += kWarp) sum += expf(to_float(row[k]) - largest);
         log_sum = logf(sum_of_warp(sum));
     }
-    // Two subtractions, because the first one cancels large logits without a rounding error.
+    // The maximum is subtracted first. This removes the common part of large logits without a rounding error.
     __device__ float operator[](int64_t k) const { return to_float(row[k]) - largest - log_sum; }
 };
 
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) alignment_loss_kernel(const __g
         float ahead = 0, back = 0;
         for (int64_t k = lane_index(); k < a.classes; k += kWarp) {
             ahead += divergence(expf(log_t[k]), log_t[k], log_s[k]);
-            back += divergence(expf(log_s[k]), log_s[k], log_t[k]);  // always, because an `if` here costs 8 registers
+            // This is computed even if it is not needed, because an `if` here costs 8 registers.
+            back += divergence(expf(log_s[k]), log_s[k], log_t[k]);
         }
         ahead = sum_of_warp(ahead), back = sum_of_warp(back);
         loss = ahead + (a.symmetric ? back : 0);

@@ -40,8 +40,8 @@ void random_mask(const RandomMask& m, const uint64_t* seed, const Queue& queue) 
            random_mask_kernel, divide_up(threads, kMaskThreads), 1, kMaskThreads, 0, queue, RandomMaskCall{m, seed});
 }
 
-// Split the keys if the blocks fill at most half of the multiprocessors. Each part has at least four tiles. The blocks
-// are counted as if each had eight tiles of rows, like those of the fastest kernels.
+// Split the keys if the blocks fill at most half of the multiprocessors. Each part has at least four tiles. The count
+// assumes eight tiles of rows per block, as in the fastest kernels.
 int attention_splits(const Attention& a, int multiprocessors) {
     const int64_t blocks = a.batch * a.heads * divide_up(QueryRows::count(a), 8);
     if (blocks == 0) return 1;

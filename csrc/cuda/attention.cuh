@@ -1,16 +1,16 @@
-// Code that the forward and the backward of attention share: tiles of keys and of query rows, and the masks of a tile.
-// Scores are in units of log2, as in ../cpu/attention.cpp.
+// Code that both passes of attention share: tiles of keys and of query rows, and the masks of a tile. Scores are in
+// units of log2, as in ../cpu/attention.cpp.
 //
 // A tile of keys consists of strips. Each strip has 8 neighboring keys and begins 32 keys after the previous strip. One
-// Philox call decides one key in each of eight strips. So one call by a thread, for a row and a column, decides the key
-// of that column in every strip, and the results are in the same thread as the accumulators that need them.
+// Philox call decides one key in each of eight strips. A thread makes one call for a row and a column. The call decides
+// the key of that column in every strip. The thread also holds the accumulators that need these results.
 //
-// A warp computes complete rows of queries or of keys: one tile of 16 rows, or two tiles, which share the loaded keys.
-// The warps of a block work on the rows of both branches and share each tile of keys and values. If both branches have
-// the same query, a warp can compute their scores once. While a tile is multiplied, the next one is copied to shared
-// memory, with one barrier per tile.
+// A warp computes complete rows, of queries or of keys. It computes one tile of 16 rows, or two tiles that use the same
+// loaded keys. The warps of a block work on the rows of both branches and share each tile of keys and values. If both
+// branches have the same query, a warp can compute their scores once. While a tile is multiplied, the next one is
+// copied to shared memory, with one barrier per tile.
 //
-// Sums over several warps are added in a fixed order, so every run gives bitwise identical results.
+// Partial sums of several warps are added in a fixed order, so every run gives bitwise identical results.
 #pragma once
 
 #include <cmath>
@@ -33,7 +33,7 @@ struct AttentionCall {
     float* workspace;
     int splits;
     bool aligned;       // all rows begin at multiples of 16 bytes, and their sizes are multiples of 16 bytes
-    bool shared_query;  // both groups have the same query; only the backward uses this
+    bool shared_query;  // both groups have the same query; only the backward pass uses this
 
     // The kernels are compiled twice, for plain calls and for all others. Most calls are plain: they have no explicit
     // mask and no dropout, and all rows can be copied 16 bytes at a time.
@@ -47,7 +47,7 @@ __device__ __forceinline__ T* row_of(const Matrix& m, int64_t b, int64_t h, int6
     return (T*)m.data + b * m.batch + h * m.head + row * m.row;
 }
 
-// The place of a block in the grid: its head, and its position within the head.
+// The head of a block, and its position within the head.
 struct Head {
     int64_t index, b, h;
     int place;
@@ -70,8 +70,8 @@ struct HeadRows {
 
 // ------------------------------------------------------------------------------------------------------- key tiles
 
-// Tile i starts at first_key(i). Its row 8 * s + c is the c-th key of strip s. The numbers are unsigned because callers
-// also ask for tiles past the last one.
+// Tile i starts at first_key(i). Its row 8 * s + c is the c-th key of strip s. The numbers are unsigned, because
+// callers also ask for tiles past the last one, whose keys may not fit in a signed int.
 template <int kStrips>
 struct KeyTiles {
     static constexpr uint32_t kKeys = 8 * kStrips, kSpan = kMaskLanes * kStrips;
@@ -108,9 +108,10 @@ struct PaddedKeys {
     __device__ bool has(uint32_t key) const { return key >= keys || (first && first[int64_t(int(key)) * stride]); }
 };
 
-// The padding of a tile as bits: bit 8 * s + c is set if the c-th key of strip s is padded. Each thread asks about one
-// key, two tiles before the key is multiplied, so nothing waits for the answer. The answers are stored one tile later,
-// before the barrier. After the barrier, the copies of the key's tile read them. The multiplication reads them again.
+// The padding of a tile as bits: bit 8 * s + c is set if the c-th key of strip s is padded. Each thread loads the
+// padding of one key two tiles before the key is multiplied, so nothing waits for the load. One tile later, before the
+// barrier, the bits are stored in shared memory. After the barrier, they are read when the key's tile is copied, and
+// again when it is multiplied.
 template <int kStrips>
 struct Padding {
     using Keys = KeyTiles<kStrips>;
@@ -121,7 +122,7 @@ struct Padding {
     bool answer = false;
 
     __device__ Padding(const PaddedKeys& padded, void* words) : padded(padded), words((Word*)words) {}
-    // Whole warps ask, because store() takes their ballot.
+    // Either all or no threads of a warp load, because store() needs a ballot of the whole warp.
     __device__ static bool asks() { return thread_index() < (int(Keys::kKeys) + kWarp - 1) / kWarp * kWarp; }
     __device__ __forceinline__ void ask(uint32_t tile) {
         const uint32_t row = thread_index();
@@ -135,7 +136,7 @@ struct Padding {
     __device__ __forceinline__ Word of(uint32_t tile) const { return shared_load(words + tile % kStages); }
 };
 
-// Start to copy a tile of keys or values. Padded ones become zeros, whatever they contain.
+// Start copying a tile of keys or values. Padding becomes zeros, because its memory may contain anything.
 template <int kStrips, int kThreads, bool kPlain, class T, int D>
 __device__ __forceinline__ void load_keys(Tile<T, D> to, const HeadRows<T>& from, uint32_t tile,
                                           typename Padding<kStrips>::Word padded, const AttentionCall& c) {
@@ -164,7 +165,7 @@ __device__ __forceinline__ void drop_drawn(float (&values)[kStrips][4], float wi
     const uint32_t first = KeyTiles<kStrips>::first_key(tile), half = first % kChunk / kMaskLanes / 2;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-        uint32_t words[4];  // two strips per word; the lines below move those of this tile to the front
+        uint32_t words[4];  // two strips per word; the lines below move the words of this tile's strips to the front
         const uint32_t column = first % kMaskLanes + lane_index() % 4 * 2 + e % 2;
         random.draw(first / kChunk, column, row + e / 2 * 8, uint32_t(head.index), words);
         if (kStrips <= 4 && half & 2) words[0] = words[2], words[1] = words[3];
@@ -214,7 +215,7 @@ __device__ __forceinline__ uint64_t load_seed(const AttentionCall& c) { return c
 
 // -------------------------------------------------------------------------------------------------------- row tiles
 
-// The 16 query rows of a warp. Tiles of two queries alternate, so each block has both.
+// A tile of 16 query rows. If there are two query matrices, their tiles alternate, so each block has rows of both.
 struct QueryRows {
     int group, first;
     __device__ QueryRows(const Attention& a, int tile)
@@ -239,7 +240,7 @@ __device__ __forceinline__ float largest_of_row(float value) {
 template <int kTiles, int kStrips, class T, int D>
 __device__ __forceinline__ void multiply_rows(float (&scores)[kTiles][kStrips][4], Tile<T, D> a, int row, Tile<T, D> b,
                                               int strips) {
-    // Complete unrolling would spill registers for large D and take long to compile.
+    // For large D, complete unrolling would spill registers and make compilation slow.
 #pragma unroll(D * sizeof(T) > 512 ? 1 : 4)
     for (int column = 0; column < D; column += kDepth<T>) {
         OperandA<T> rows[kTiles];
@@ -278,7 +279,7 @@ void with_dim(const Attention& a, Function function) {
     throw std::invalid_argument("the CUDA kernels take at most 256 channels per head");
 }
 
-// Turn two branches of one query into two queries with one branch each.
+// Turn two branches of one query matrix into two query matrices with one branch each.
 inline void separate_queries(Attention& a) {
     if (a.groups[0].count < 2) return;
     a.groups[1] = a.groups[0];
@@ -294,7 +295,8 @@ inline AttentionCall attention_call(const Attention& a, const uint64_t* seed, in
     bool aligned = a.dim * element_bytes % 16 == 0;
     const auto check_step = [&](int64_t bytes) {
         if (bytes > 0x7fffffff)
-            throw std::invalid_argument("strides of rows and keys must be less than 2 GiB, got more at " + shape(a));
+            throw std::invalid_argument("strides of rows and keys must be less than 2 GiB, got a larger one for " +
+                                        shape(a));
     };
     check_step(a.key_padding_strides[1]);
     const auto check = [&](const Matrix& m) {

@@ -1,5 +1,5 @@
-// Masked attention, backward. One kernel computes the gradients of the queries, another one those of keys and values.
-// Both compute the attention weights again.
+// Masked attention, backward. One kernel computes the gradients of the queries, and another computes the gradients of
+// keys and values. Both compute the attention weights again.
 #pragma once
 
 #include "attention.cuh"
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kDeltaWarps* kWarp) attention_delta_kernel(con
 template <class T, int D, bool kPlain>
 struct GradQueryTiles {
     static constexpr int kRowBytes = D * sizeof(T);
-    // tiles of rows that a warp multiplies with the same keys
+    // tiles of rows that a warp multiplies by the same keys
     static constexpr int kTiles = kPlain && kRowBytes <= 128 ? 2 : 1;
     static constexpr int kWarps = kRowBytes > 512 ? 1 : kRowBytes > 256 ? 2 : 4;
     static constexpr int kStrips = kRowBytes > 256 ? (sizeof(T) == 2 ? 4 : 2) : 8;
@@ -51,8 +51,8 @@ struct GradQueryTiles {
     static constexpr int kBlocks = kRowBytes > 128 ? 1 : 2;
 };
 
-// The number of query gradients. If `c.shared_query`, both groups have the same query. Its gradient is the sum over
-// both groups and is written to the first group.
+// The number of query gradients to write. If `c.shared_query` is true, both groups have the same query. Its gradient is
+// the sum over both groups and is written to the first group.
 __host__ __device__ inline int query_targets(const AttentionCall& c) { return c.shared_query ? 1 : c.a.group_count; }
 
 // The parts of the query gradients if the keys are split, in the workspace after the deltas: [split][query][row][D].
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(GradQueryTiles<T, D, kPlain>::kThreads, GradQu
             const Tile<T, D> key_tile{keys + stage * Tiles::kKeyTile}, value_tile{values + stage * Tiles::kKeyTile};
 #pragma unroll
             for (int t = 0; t < kTiles; ++t) {
-                // The tiles are computed one after the other, because registers do not suffice for both at once.
+                // The tiles are computed one after the other, because there are not enough registers for both at once.
                 if (row[t] - lane / 4 >= a.queries) continue;
                 float scores[1][kStrips][4] = {}, grad_weights[1][kStrips][4];
 #pragma unroll
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kSumThreads) attention_sum_kernel(const __grid
 
 // -------------------------------------------------------------------------------------------------- keys and values
 
-// The terms of a query in the gradients of its scores, and the terms of two neighboring queries.
+// The numbers of a query that the gradients of its scores depend on. TwoTerms holds them for two neighboring queries.
 struct Terms {
     float log_sum, delta;
 };
@@ -264,8 +264,8 @@ struct alignas(8) TwoWords {
 
 // Each block computes a tile of keys, and each warp two strips of it. Scores are transposed: an accumulator has a row
 // per key and a column per query. Accumulators become the left operand of the product with queries or output gradients.
-// A Philox call decides eight strips, but a warp needs only one word of the result, for its two strips. So all warps of
-// the block draw the random numbers together.
+// A Philox call decides eight strips, but a warp needs only one word of the result, for its two strips. All warps of
+// the block therefore draw the random numbers together.
 template <class T, int D, bool kPlain>
 __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads, kPlain ? GradKeyTiles<T, D>::kBlocks : 1)
     attention_grad_key_kernel(const __grid_constant__ AttentionCall c) {
@@ -427,7 +427,7 @@ __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads, kPlain ? GradKey
     for (int half = 0; half < 2; ++half) {
         const uint32_t key = Keys::key(tile, kRows * warp + lane / 4 + 8 * half);
         if (key >= a.keys) continue;
-        // The weights of a padded key are not 0 here, but no other gradient contains them.
+        // The weights of padding are not 0 here, but only the padding's own gradients use them, which are stored as 0.
         const bool kept = !padded.has(key);
         T* const to_key = row_of<T>(a.grad_key, head.b, head.h, key);
         T* const to_value = row_of<T>(a.grad_value, head.b, head.h, key);

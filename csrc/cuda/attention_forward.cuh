@@ -1,4 +1,4 @@
-// Masked attention, forward: the output of each branch, and the log sums that the backward needs.
+// Masked attention, forward: the output of each branch, and the log sums that the backward pass needs.
 #pragma once
 
 #include "attention.cuh"
@@ -8,7 +8,7 @@ namespace sgalign::cuda {
 template <class T, int D, int kBranches, bool kPlain>
 struct ForwardTiles {
     static constexpr int kRowBytes = D * sizeof(T);
-    // Tiles of rows that a warp multiplies with the same keys. The warp's registers must hold the outputs of all tiles.
+    // Tiles of rows that a warp multiplies by the same keys. The warp's registers must hold the outputs of all tiles.
     static constexpr int kTiles = kPlain && sizeof(T) == 2 && D <= 64 ? 2 / kBranches : 1;
     static constexpr int kWarps = kRowBytes > 512 ? 2 : 4;
     static constexpr int kStrips = kRowBytes > 512 ? 2 : kRowBytes > 256 ? 4 : 8;
@@ -51,7 +51,7 @@ struct Shift {
     }
 };
 
-// Store 16 rows of a branch or, if the keys are split, this part of them.
+// Store 16 output rows of a branch or, if the keys are split, their partial results for this block's part of the keys.
 template <class T, int N>
 __device__ __forceinline__ void store_output(const AttentionCall& c, const Head& head, const QueryRows& rows,
                                              int branch_index, const float (&out)[N][4], const float (&top)[2],
@@ -92,8 +92,8 @@ __device__ __forceinline__ void store_output(const AttentionCall& c, const Head&
     }
 }
 
-// Compute rows from part block_index_y() of the keys. kBranches is the number of branches that share one query. The
-// last branch has the random mask.
+// Compute output rows. The block reads only the part of the keys with index block_index_y(). kBranches is the number of
+// branches that share one query. The last branch has the random mask.
 template <class T, int D, int kBranches, bool kPlain>
 __global__ void __launch_bounds__(ForwardTiles<T, D, kBranches, kPlain>::kThreads,
                                   ForwardTiles<T, D, kBranches, kPlain>::kBlocks)
@@ -280,7 +280,7 @@ void forward(const AttentionCall& c, const Queue& queue) {
     if (c.a.batch * c.a.heads * c.a.queries == 0) return;
     with_dim(c.a, [&](auto dim) {
         constexpr int D = decltype(dim)::value;
-        // Two branches with one query are computed together if a warp's registers suffice for both outputs. This
+        // Two branches that share a query are computed together if a warp's registers can hold both outputs. This
         // excludes large D and calls that are not plain.
         if constexpr (D <= (sizeof(T) == 2 ? 128 : 32))
             if (c.a.groups[0].count == 2 && c.plain()) return forward<T, D, 2, true>(c, queue);

@@ -1,13 +1,13 @@
 // Matrix products of a warp: tiles in shared memory, and the operands that a warp loads from them into registers.
 //
 // float16 and bfloat16 use m16n8k16. float32 uses three m16n8k8 products on tf32: each number is split into the sum of
-// two tf32 numbers, and all products of parts are added except that of the two smaller parts. This leaves an error of
-// 2^-22 per product. Tensor cores truncate sums instead of rounding them, so they add only these three products. All
-// further float32 sums are ordinary additions.
+// two tf32 numbers, and all products of parts are added except that of the two smaller parts. This leaves a relative
+// error of about 2^-22 per product. Tensor cores truncate sums instead of rounding them, so they add only these three
+// products. All further float32 sums are ordinary additions.
 //
 // Accumulators have one layout for all types: element e of lane 4 * i + j is row i + e / 2 * 8, column 2 * j + e % 2 of
-// a 16 x 8 tile. For float32, the index of the sum is permuted in every operand. Neighboring columns of an accumulator
-// can then serve as an operand unchanged, and each load reads two neighboring numbers.
+// a 16 x 8 tile. For float32, the summation index is permuted in the same way in both operands. Neighboring columns of
+// an accumulator can then serve as an operand unchanged, and each load reads two neighboring numbers.
 #pragma once
 
 #include "primitives.cuh"
@@ -56,8 +56,8 @@ struct Row {
     bool kept;
 };
 
-// Start to copy `kRows` rows of `dim` elements with all threads of the block. Zeros fill each row up to D elements. A
-// thread copies the same columns of each of its rows. `aligned` means that all rows begin at multiples of a piece and
+// Start copying `kRows` rows of `dim` elements with all threads of the block. Zeros fill each row up to D elements. A
+// thread copies the same columns in all of its rows. `aligned` means that all rows begin at multiples of a piece and
 // consist of whole pieces.
 template <int kRows, int kThreads, class T, int D, class Source>
 __device__ __forceinline__ void load_tile(Tile<T, D> tile, int dim, bool aligned, Source source) {
@@ -117,7 +117,8 @@ __device__ __forceinline__ OperandA<T> load_a_transposed(Tile<T, D> tile, int ro
     return a;
 }
 
-// Two depth x 8 operands from rows `row` to `row` + 15 of the tile. They give a b' for row-major a and b.
+// Two depth x 8 operands from rows `row` to `row` + 15 of the tile. With the operand a, they give a b^T for row-major a
+// and b.
 template <class T, int D>
 __device__ __forceinline__ void load_b(Tile<T, D> tile, int row, int column, OperandB<T> (&b)[2]) {
     const int lane = lane_index();
@@ -133,7 +134,8 @@ __device__ __forceinline__ void load_b(Tile<T, D> tile, int row, int column, Ope
     }
 }
 
-// Two depth x 8 operands from columns `column` to `column` + 15 of the tile. They give a b for row-major a and b.
+// Two depth x 8 operands from columns `column` to `column` + 15 of the tile. With the operand a, they give a b for
+// row-major a and b.
 template <class T, int D>
 __device__ __forceinline__ void load_b_transposed(Tile<T, D> tile, int row, int column, OperandB<T> (&b)[2]) {
     const int lane = lane_index();

@@ -15,11 +15,13 @@ struct Queue {
 // `seed` is in device memory, and the kernels read it there. They do not use Attention::seed.
 // Workspace: float32 [splits, branches, B, H, Lq, D + 1] if splits > 1, otherwise none.
 void attention_forward(const Attention&, const uint64_t* seed, int splits, float* workspace, const Queue&);
-// Workspace: float32 [branches, B, H, Lq], followed by [splits, queries, B, H, Lq, D] if splits > 1.
+// Workspace: float32 [branches, B, H, Lq], followed by [splits, groups, B, H, Lq, D] if splits > 1. There is one group
+// if both branches have the same query, otherwise one per branch.
 void attention_backward(const Attention&, const uint64_t* seed, int splits, float* workspace, const Queue&);
 void random_mask(const RandomMask&, const uint64_t* seed, const Queue&);
 
-// Return the number of parts of the keys that keeps a GPU with this many multiprocessors busy.
+// Return the number of parts into which the keys are split to keep a GPU with this many multiprocessors busy. Python
+// and the Triton kernels call these parts splits.
 int attention_splits(const Attention&, int multiprocessors);
 
 // Workspace: float32 [splits, branches, R, K].

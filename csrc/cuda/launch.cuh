@@ -19,12 +19,13 @@ void launch(const std::string& what, void (*kernel)(Parameters), int64_t blocks,
     if (blocks == 0 || blocks_y == 0) return;
     if (blocks > 0x7fffffff || blocks_y > 0xffff)
         throw std::runtime_error(what + ": " + std::to_string(blocks) + " x " + std::to_string(blocks_y) +
-                                 " blocks are more than a grid holds");
+                                 " blocks exceed the limits of a grid");
 #ifdef __CUDACC__
     const auto check = [&](cudaError_t error) {
         if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
     };
-    // torch's runtime has already made this device current, but the runtime that is linked in here may not know it yet.
+    // torch has already made this device current in its own CUDA runtime. The runtime that is linked into this module
+    // may not know it yet.
     check(cudaSetDevice(queue.device));
     if (shared_bytes > 48 << 10)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));

@@ -1,15 +1,15 @@
 // The GPU features that the kernels use, one function each: indices, barriers, shuffles, asynchronous copies, tensor
 // cores.
 //
-// nvcc compiles each function to a single instruction (sm_80 and later). All other compilers get the same functions
-// from tests/cuda/host_primitives.h, which runs the kernels and checks their memory accesses without a GPU.
+// nvcc compiles most of these functions to a single instruction (sm_80 and later). All other compilers get the same
+// functions from tests/cuda/host_primitives.h, which runs the kernels and checks their memory accesses without a GPU.
 #pragma once
 
 #include <cstdint>
 
 namespace sgalign {
 
-// The bits of a 16-bit number. The kernels only convert these numbers and compute in float32.
+// The bits of a 16-bit number. The kernels pass these numbers to the tensor cores or convert them to float32.
 struct Half {
     uint16_t bits;
 };
@@ -69,8 +69,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
-// Start to copy 16 bytes to shared memory or, without `read`, to write zeros there. Both addresses must be multiples of
-// 16. The copy is complete after the same thread has called copies_wait().
+// Start copying 16 bytes to shared memory. If `read` is false, zeros are written instead. Both addresses must be
+// multiples of 16. The copy is complete after the same thread has called copies_wait().
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool read) {
     asm volatile(
         "{ .reg .pred ignored; setp.eq.s32 ignored, %2, 0;\n"

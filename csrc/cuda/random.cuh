@@ -11,13 +11,13 @@ struct Random {
     uint32_t stream;
     int threshold;
 
-    // The largest word whose upper half is below the threshold. The upper half of a word is below the threshold exactly
-    // if the word is at most this, whatever its lower half. A threshold of 65536 wraps to all ones. This must not be
-    // called for a threshold of 0.
+    // The largest word whose upper half is below the threshold. The upper half of a word is below the threshold if and
+    // only if the word is at most this limit. The lower half does not matter. A threshold of 65536 wraps to all ones.
+    // This must not be called for a threshold of 0.
     __device__ __forceinline__ uint32_t limit() const { return (uint32_t(threshold) << 16) - 1; }
 
-    // Draw the numbers of the eight keys of a lane of a chunk. Word i has group 2 * i in its lower half and group
-    // 2 * i + 1 in its upper half.
+    // Draw the numbers for the eight keys that one lane of a chunk decides. Word i has group 2 * i in its lower half
+    // and group 2 * i + 1 in its upper half.
     __device__ __forceinline__ void draw(uint32_t chunk, uint32_t lane, uint32_t row, uint32_t batch_head,
                                          uint32_t (&words)[4]) const {
         uint32_t c0 = kMaskLanes * chunk + lane, c1 = row, c2 = batch_head, c3 = stream;

@@ -1,9 +1,9 @@
 // The relation head on a GPU: logits of R pairs of N objects, forward and backward, for one or both branches.
 //
-// The matrix (subject + object) * union, which is multiplied with the weights, is R x C, and so is its gradient. Both
-// are computed one tile at a time. The gradients of subject and object are sums over the pairs of an object. A block
-// owns some channels, goes through the pairs sorted by object, and adds them one after the other. This needs no atomics
-// and no merging.
+// The matrix (subject + object) * union, which is multiplied by the weights, has size R x C, as does its gradient. Both
+// are computed one tile at a time. The gradients of subject and object are sums over the pairs of an object. For one of
+// the two, each block owns some channels. It goes through the pairs sorted by subject or by object, and adds their
+// contributions one after the other. This needs no atomics and no merging.
 #include <algorithm>
 
 #include "fragments.cuh"
@@ -44,7 +44,7 @@ __device__ __forceinline__ Piece<T> load_piece(const T* row, int count, bool ali
 
 __device__ __forceinline__ int smaller(int64_t a, int64_t b) { return int(a < b ? a : b); }
 
-// Start to copy a tile of a matrix with `rows` rows and `columns` columns. The tile begins at (first_row,
+// Start copying a tile of a matrix with `rows` rows and `columns` columns. The tile begins at (first_row,
 // first_column).
 template <int kTileRows, class T, int D>
 __device__ __forceinline__ void load_part(Tile<T, D> to, const void* matrix, int64_t stride, int64_t first_row,
@@ -54,7 +54,7 @@ __device__ __forceinline__ void load_part(Tile<T, D> to, const void* matrix, int
     });
 }
 
-// (subject + object) * union for 16 bytes of a relation.
+// Return (subject + object) * union for the channels of one relation that fill 16 bytes.
 template <class T>
 __device__ __forceinline__ Piece<T> product_piece(const RelationCall& c, const RelationBranch& branch, int64_t relation,
                                                   int64_t channel, const Piece<T>& union_) {
@@ -79,7 +79,8 @@ __device__ __forceinline__ Piece<T> product_piece(const RelationCall& c, const R
 template <class T>
 constexpr int kForwardBytes = (2 * kRelations + 2 * 2 * kClasses + 2 * kRelations) * 128;
 
-// Compute the logits of a tile of relations and classes from part block_index_y() of the channels.
+// Compute the logits of a tile of relations and classes. The block sums only over the part of the channels with index
+// block_index_y().
 template <class T, int kBranches>
 __global__ void __launch_bounds__(kThreads) relation_forward_kernel(const __grid_constant__ RelationCall c) {
     constexpr int D = kChannels<T>, kTile = kRelations * D, kPiece = 16 / sizeof(T);
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) relation_forward_kernel(const __grid
             }
 }
 
-// Add the parts of the logits and the bias.
+// Sum the parts of the logits and add the bias.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) relation_merge_kernel(const __grid_constant__ RelationCall c) {
     const int64_t size = c.a.relations * c.a.classes;
@@ -161,8 +162,9 @@ __global__ void __launch_bounds__(kThreads, 1) relation_merge_kernel(const __gri
 
 // --------------------------------------------------------------------------------------------------------- backward
 
-// Compute the gradient of a tile of products: rows relation_of(0), relation_of(1), ... of grad_logits times some
-// channels of the weights. Each warp computes 16 rows. When this returns, the tiles may be overwritten.
+// Compute the gradient of a tile of products. It is the product of rows relation_of(0), relation_of(1), ... of
+// grad_logits and some columns (channels) of the weights. Each warp computes 16 rows. When this returns, the tiles may
+// be overwritten.
 template <class T, class RelationOf>
 __device__ __forceinline__ void grad_products(const RelationCall& c, const RelationBranch& branch, int64_t channel,
                                               RelationOf relation_of, Tile<T, kClasses> grads,

@@ -33,7 +33,8 @@ LEVELS = {"0": 1 / 4, "1": 1 / 8, "2": 1 / 16, "3": 1 / 32}  # names and scales 
 def pyramid_pool(resolution: int) -> MultiScaleRoIAlign:
     """Return a RoIAlign that pools each box to `resolution` x `resolution` bins, from the level that fits its size."""
     pool = MultiScaleRoIAlign(list(LEVELS), resolution, sampling_ratio=2)
-    # Without these, torchvision guesses the scales from the first images, and guesses wrongly if these are thin.
+    # If these are not set, torchvision guesses the scales from the first images, and guesses wrongly if the images are
+    # thin.
     pool.scales, pool.map_levels = list(LEVELS.values()), initLevelMapper(2, 5)
     return pool
 
@@ -49,7 +50,7 @@ class ImageFeatures(NamedTuple):
         """Scale the boxes `[N, 4]` of each image from pixels of the original image to pixels of the resized image."""
         now, original = torch.tensor(self.images.image_sizes).float(), torch.tensor(self.original_sizes).float()
         # All scales go to the device in one copy. torchvision's function makes four tensors per image, and the host
-        # waits for the GPU for each.
+        # waits for the GPU each time.
         scales = send((now / original).flip(1).repeat(1, 2), self.images.tensors.device)
         return [of_image * scale for of_image, scale in zip(boxes, scales, strict=True)]
 
@@ -103,7 +104,7 @@ class Detector(nn.Module):
         self.backbone_name, self.num_classes, self.head_dim = backbone, num_classes, head_dim
         self.box_score_threshold, self.nms_threshold = box_score_threshold, nms_threshold
         self.detections_per_image = detections_per_image
-        # 5 means that training the detector trains all layers of the backbone.
+        # With trainable_layers=5, all layers of the backbone are trained with the detector.
         norm = nn.BatchNorm2d if trains_norms else FrozenBatchNorm2d
         body = resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=norm, trainable_layers=5)
         head = TwoMLPHead(body.out_channels * 7**2, head_dim), FastRCNNPredictor(head_dim, num_classes)
@@ -123,14 +124,14 @@ class Detector(nn.Module):
         """Load the weights of a detector.
 
         Args:
-            source: "torchvision" or a file. "torchvision" downloads torchvision's weights. For "resnet50" these are the
-                detector trained on COCO, without its last layer of classes and boxes. For the other backbones they are
-                a backbone trained on ImageNet. A file contains the state_dict of this module, or is a checkpoint of
-                `sgalign fit` that includes a detector.
+            source: "torchvision" or a file. "torchvision" downloads torchvision's weights. For "resnet50" it downloads
+                a detector trained on COCO, whose last layer is loaded only if its number of classes is the same. For
+                the other backbones it downloads a backbone trained on ImageNet. A file contains the state_dict of this
+                module, or is a checkpoint of `sgalign fit` that includes a detector.
 
         Raises:
             FileNotFoundError: if the file does not exist.
-            ValueError: if the file has other contents, or tensors of other shapes. The message says which.
+            ValueError: if the file holds anything else, or tensors of other shapes. The message says what is wrong.
         """
         if source == "torchvision":
             self._download()
@@ -197,7 +198,8 @@ class Detector(nn.Module):
         proposals, _ = self.model.rpn(features.images, features.levels)
         logits, boxes = self._box_head(features, proposals)
         computed = (*features.levels.values(), logits, boxes)
-        # The region proposal network drops proposals that are not finite. If all are finite, some always remain.
+        # The region proposal network drops proposals that are not finite. An image without proposals therefore shows
+        # that values were not finite.
         if not all(map(len, proposals)) or not torch.stack([part.isfinite().all() for part in computed]).all():
             raise InputError(
                 "outputs of the detector must be finite, got infinity or NaN: check the images and the weights"

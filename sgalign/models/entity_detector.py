@@ -14,8 +14,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sgalign.ops.attention import fused_masked_attention
 
-# Mean and standard deviation of ImageNet's pixels, RGB in 0 to 1. The weights of `transformers` and torchvision are
-# trained with these.
+# Mean and standard deviation of ImageNet's pixels, RGB in 0 to 1. The weights of `transformers` and torchvision were
+# trained on images normalized with these numbers.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Backbone = Literal["resnet10", "resnet18", "resnet50", "resnet101"]
 BACKBONES: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ class DetectedEntities(NamedTuple):
     boxes: Tensor  # [L, B, N, 4], center x, y, width, height relative to the image size
 
     def last(self) -> DetectedEntities:
-        """Return the same outputs with only the last layer's boxes, detached, and without views of larger tensors.
+        """Return the same outputs with only the last layer's boxes, detached. Views of larger tensors are copied.
 
         A compiled network specializes on the sizes of its inputs. If an input is a view, it also specializes on the
         sizes of the larger tensor, such as the number of layers. If two sizes are equal when it compiles, it assumes
@@ -129,7 +129,8 @@ class EntityDetector(nn.Module):
                     options |= {f"{part}_layers": layers, f"{part}_attention_heads": heads, f"{part}_ffn_dim": ffn_dim}
                 sizes = DetrConfig(**options)
             self.detr = DetrForObjectDetection(sizes)
-            if self.trains_norms:  # DETR's frozen batch normalization has no effect without trained statistics
+            # Without trained statistics, DETR's frozen batch normalization would not normalize.
+            if self.trains_norms:
                 self.detr.model.backbone.model = AutoBackbone.from_config(sizes.backbone_config)
             if config is None:
                 _start(self.detr)
@@ -231,7 +232,7 @@ class EntityDetector(nn.Module):
 
 
 def _start(detr: DetrForObjectDetection) -> None:
-    """Set the initial values of DETR's public code where the library's differ, and make one bias random.
+    """Initialize the detector as DETR's public code does, where the library differs, and make one bias random.
 
     The transformer's weights are initialized by Xavier, as in the public code. The library's standard deviation of 0.02
     makes the attention of small transformers uniform, and all queries alike.

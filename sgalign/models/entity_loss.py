@@ -1,7 +1,7 @@
 """DETR's losses (Carion et al., ECCV 2020), computed for all layers at once.
 
-They equal the losses that `transformers` computes layer by layer. All layers and images share one copy of the matching
-costs to the host. The library makes one copy for each, and waits for it.
+They equal the losses that `transformers` computes layer by layer. The matching costs of all layers and images are
+copied to the host at once. The library copies them separately for each layer and image, and waits each time.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def predicate_counts(graphs: Iterable[SceneGraph], num_objects: int, num_predica
     """Count how often each predicate occurs with each pair of object classes.
 
     Args:
-        graphs: the training part. Repeated relations count each time.
+        graphs: the training split. Repeated relations count each time.
         num_objects, num_predicates: numbers of object classes and predicates, without the background.
 
     Returns:
@@ -23,7 +23,7 @@ def predicate_counts(graphs: Iterable[SceneGraph], num_objects: int, num_predica
         class and predicate. Predicate 0 counts ordered pairs of different objects without any relation.
 
     Raises:
-        IndexError: if a class or predicate exceeds its number.
+        IndexError: if a class exceeds `num_objects` or a predicate exceeds `num_predicates`.
     """
     counts = torch.zeros(num_objects + 1, num_objects + 1, num_predicates + 1)
     one = torch.ones(())
@@ -48,7 +48,8 @@ class FrequencyBaseline(nn.Module):
 
     def __init__(self, counts: Tensor, *, trainable: bool = False) -> None:
         super().__init__()
-        # Motifs' smoothing. One additional background pair keeps unseen class pairs from ranking first.
+        # This is the smoothing of Motifs. One background pair is added to each pair of classes, so unseen pairs do not
+        # rank first.
         counts = counts.clone()
         counts[..., 0] += 1
         logits = torch.log(counts / counts.sum(-1, keepdim=True) + 1e-3)
@@ -57,6 +58,6 @@ class FrequencyBaseline(nn.Module):
     def forward(self, batch: GraphBatch) -> Tensor:
         """Return the logits of the batch's pairs, `[R, num_predicates + 1]`."""
         subject, object_ = batch.labels[batch.pairs].unbind(1)
-        # An embedding instead of indexing, because the gradient of indexing adds up the pairs of equal classes in an
+        # This uses an embedding instead of indexing. The gradient of indexing would add up pairs of equal classes in an
         # order that depends on the threads.
         return functional.embedding(subject * len(self.logits) + object_, self.logits.flatten(0, 1))

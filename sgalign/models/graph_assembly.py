@@ -1,4 +1,4 @@
-"""Assembling SGTR's relation queries into scene graphs, matching them with annotations, losses and inference.
+"""Losses and inference of SGTR: matching queries with annotations, and assembling queries into scene graphs.
 
 All of this concerns only the supervised branch.
 """
@@ -17,16 +17,17 @@ from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 from sgalign.data.transfer import send, to_host
 from sgalign.models.sgtr import RelationOutputs
 
-# All numbers below are from SGTR's public code, Scarecrow0/SGTR at 03bdd65. They are in its configuration for Visual
-# Genome (`config_vg_sgtr.py` over `cvpods/configs/rel_detr_config.py`), or else in the functions named here.
+# All numbers below are from SGTR's public code, Scarecrow0/SGTR at 03bdd65. Each is in its configuration for Visual
+# Genome (`config_vg_sgtr.py`, which overrides `cvpods/configs/rel_detr_config.py`) or in the function that is named
+# here.
 
-# Assembling, from `get_matching_scores_entities_aware`, the rule of the paper (Li et al., "SGTR", CVPR 2022).
+# Numbers of the paper's assembling rule (Li et al., "SGTR", CVPR 2022), from `get_matching_scores_entities_aware`.
 SIMILARITY_POWER = 0.6  # exponent of the cosine between the class distributions of a query and an entity
 CONFIDENCE_POWER = 0.6  # exponent of an entity's confidence
 PAIRS = 3  # number of entity pairs per query and predicate at inference (NUM_ENTITIES_PAIRING)
 TRIPLETS = 300  # number of triplets kept per image
 SAME_ENTITY_GIOU = 0.95  # generalized IoU at or above which two entities are the same (`RelPostProcess`)
-SAME_ENTITY_IOU = 0.8  # IoU above which two entities of one class make triplets repetitive (`RelPostProcess`)
+SAME_ENTITY_IOU = 0.8  # IoU above which entities of one class are the same in repeated triplets (`RelPostProcess`)
 
 # Matching costs, from `RelHungarianMatcher.indexing_entities_cost_calculation`. The costs of predicates and of box
 # overlaps have weight 1.
@@ -52,7 +53,7 @@ Matches = list[list[tuple[Tensor, Tensor]]]  # the result of `assign`
 
 
 class Entities(NamedTuple):
-    """The N detected or given entities of each of B images, which can be subjects and objects."""
+    """The N entities of each of B images, detected or given. Entities can be subjects and objects."""
 
     probabilities: Tensor  # [B, N, num_objects]
     boxes: Tensor  # [B, N, 4], center x, y, width, height relative to the image size
@@ -242,12 +243,13 @@ def match(
     *,
     distinct: bool = False,
 ) -> Matches:
-    """Match relations with queries, by `assign` on the costs of `relation_costs`.
+    """Match relations with queries by calling `assign` with the costs from `relation_costs`.
 
     The host waits for the device once.
 
     Raises:
-        ValueError: if a cost is not finite (raised by scipy). The trainers check this before.
+        ValueError: if a cost is not finite (raised by scipy). The trainers check the costs themselves and then call
+            `assign`.
     """
     return assign(to_host(relation_costs(outputs, entities, sizes, annotations, distinct=distinct)))
 
@@ -290,8 +292,8 @@ def relation_losses(
     - classes (subject and object): cross-entropy, weight 0.3, with no object weighted 0.1.
     - boxes (subject and object): L1 and generalized IoU, weight 0.5 each.
 
-    Layers before the last count half, except in the focal loss. All losses except the cross-entropies are sums divided
-    by `relations`.
+    Layers before the last have weight 0.5, except in the focal loss. All losses except the cross-entropies are sums
+    divided by `relations`.
 
     Args:
         outputs: outputs of L layers.
@@ -383,7 +385,8 @@ def assemble(
     graphs = []
     for image, (probability, confidence) in enumerate(zip(probabilities, entities.confidence, strict=True)):
         best, place = probability.flatten().topk(min(queries, probability.numel()))
-        # A stable sort, because topk picks arbitrarily among equal scores. All entities without overlap score 0.
+        # This uses a stable sort, because topk picks arbitrarily among equal scores, and all entities without overlap
+        # have score 0.
         ranked = scores[:, image].sort(dim=-1, descending=True, stable=True).indices[..., :pairs]
         partners = ranked[:, place // predicates]
         subject, object_ = partners.flatten(1)

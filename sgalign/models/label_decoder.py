@@ -60,12 +60,12 @@ class LabelDecoder(nn.Module):
             places: int64 `[T]`, position of each object in its image's sequence, from 0.
             labels: int64 `[T]`, annotated classes for teacher forcing. Each step reads the annotated class of the
                 previous object, or the predicted class if the annotated one is the background.
-            boxes_per_class: `[T, num_classes, 4]`, x1, y1, x2, y2 in pixels. If given and `labels` is None,
-                `commit_labels` chooses the classes (SGDet). If None, each object gets its best class.
+            boxes_per_class: `[T, num_classes, 4]`, x1, y1, x2, y2 in pixels. If these are given and `labels` is None,
+                `commit_labels` chooses the classes (SGDet). If both are None, each object gets its best class.
 
         Returns:
             Logits `[T, num_classes]`, and classes int64 `[T]` from 1. With `labels`, the classes are those that the
-            steps read.
+            next steps read.
         """
         longest_first = lengths.argsort(descending=True, stable=True)
         images = send(torch.repeat_interleave(longest_first.argsort(), lengths), places.device)
@@ -109,11 +109,12 @@ class LabelDecoder(nn.Module):
 
 
 def commit_labels(logits: Tensor, boxes: Tensor, threshold: float) -> Tensor:
-    """Choose a class for each detection of one image, and different classes for overlapping detections.
+    """Choose a class for each detection of one image, so that overlapping detections get different classes.
 
     This is Motifs' non-maximum suppression at evaluation. The (detection, class) with the highest probability is chosen
-    first. Then the class is excluded for each detection whose box of that class overlaps with an IoU of at least
-    `threshold`. These two steps repeat until every detection has a class.
+    first. Then this class is excluded for every other detection whose box of the class has an IoU of at least
+    `threshold` with the box of the chosen detection. These two steps repeat until every detection has a class. A
+    detection with no other class left can still get an excluded one.
 
     Args:
         logits: `[N, C]`. Column 0 is the background, which is never chosen.

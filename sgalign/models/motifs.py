@@ -1,8 +1,8 @@
 """Neural Motifs (Zellers, Yatskar, Thomson, Choi, CVPR 2018), with the mirrored branch of relation alignment.
 
-The layers and their order are those of the public Scene-Graph-Benchmark (`LSTMContext` and `MotifPredictor`). A model
-without images lacks two of its inputs. It has no region features of objects, and it computes the union features of
-pairs from the geometry of the two boxes.
+The layers and their order are those of the public Scene-Graph-Benchmark (`LSTMContext` and `MotifPredictor`). The
+mirrored branch is also called the mirror. A model without images has no region features of objects, and computes the
+union features of pairs from the geometry of the two boxes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Motifs(nn.Module):
     """The Motifs model, which predicts the predicates of object pairs from classes, boxes and optional image features.
 
     Args:
-        counts: `predicate_counts` of the training part. They initialize the frequency bias, and their shape determines
+        counts: `predicate_counts` of the training split. They initialize the frequency bias, and their shape determines
             the numbers of classes.
         embed_dim: number of channels of a class embedding.
         hidden_dim: number of channels of each direction of both LSTMs, and of the contexts.
@@ -96,7 +96,7 @@ class Motifs(nn.Module):
         nn.init.xavier_normal_(self.pair.weight)
 
     def new_predicate_head(self) -> nn.Linear:
-        """Return a new predicate head with the initialization of the supervised one, for the mirror."""
+        """Return a new predicate head for the mirror. It is initialized by the same method as the supervised head."""
         head = nn.Linear(self.pair.out_features, self.num_predicates + 1)
         nn.init.xavier_normal_(head.weight)
         return head
@@ -129,7 +129,8 @@ class Motifs(nn.Module):
 
         Args:
             seen: the batch.
-            mirrored_head: the mirror's predicate head. Pass `self.predicate` to tie it to the supervised one.
+            mirrored_head: the mirror's predicate head. Pass `self.predicate` to use the supervised head for both
+                branches.
             dropped: bool `[T, 1]` or `[T, F]`, True for the dropped entries.
 
         Returns:
@@ -207,7 +208,7 @@ class Motifs(nn.Module):
 class _Relation(nn.Module):
     """The relation head of Motifs, from edge contexts to logits.
 
-    It has no layers of its own: `Motifs` passes them. So this part can be compiled alone.
+    It has no layers of its own. `Motifs` passes its layers to `forward`, which can therefore be compiled alone.
     """
 
     def forward(
@@ -235,8 +236,8 @@ class _Relation(nn.Module):
     def ends(self, edge: Tensor, head_tail: nn.Linear, pair: nn.Linear) -> tuple[Tensor, Tensor]:
         """Return the contribution of each object to the features of pairs, as subject and as object.
 
-        Both are `[T, relation_dim]`. A linear layer on two concatenated vectors is the sum of two linear layers. So it
-        can be computed for the N objects instead of the N^2 pairs.
+        Both are `[T, relation_dim]`. A linear layer on two concatenated vectors is the sum of two linear layers. It
+        can therefore be computed for the N objects instead of the N^2 pairs.
         """
         as_subject, as_object = pair.weight.chunk(2, dim=1)
         head, tail = head_tail(edge).chunk(2, dim=1)
@@ -273,8 +274,9 @@ class _Context(nn.Module):
             dropped: bool `[T, 1]` or `[T, F]`, True for the entries that are 0 in the mirror's input. If None, there is
                 only the supervised branch.
         """
-        # If the input is wide, its projection takes most of the layer's time. If whole rows are masked, one projection
-        # serves both branches. On a GPU the library's LSTM is much faster than the loop of `projected_once`.
+        # `projected_once` is used on the CPU under two conditions. The input must be wide, because its projection then
+        # takes most of the layer's time. Whole rows or none must be masked, because one projection then serves both
+        # branches. On a GPU, the library's LSTM is much faster than the loop of `projected_once`.
         is_wide = self.lstm.input_size > 4 * self.lstm.hidden_size and inputs.device.type == "cpu"
         if is_wide and (dropped is None or dropped.shape[1] == 1):
             return self.projected_once(inputs, batch, places, dropped)
@@ -321,9 +323,9 @@ class _Context(nn.Module):
 
 
 class _Recurrence(torch.autograd.Function):
-    """The recurrent part of a bidirectional LSTM, which takes inputs that are projected already.
+    """The recurrent part of a bidirectional LSTM. Its inputs are already projected.
 
-    `nn.LSTM` projects its inputs itself, so it would project the inputs of both branches.
+    `nn.LSTM` projects its inputs itself, so it would project them once for each branch.
     """
 
     @staticmethod
@@ -392,8 +394,8 @@ def right_to_left(batch: GraphBatch) -> Tensor:
     middle = batch.boxes[:, ::2].mean(1)
     order = middle.argsort(descending=True, stable=True)
     order = order[batch.images[order].argsort(stable=True)]
-    # Sorting keeps each image's objects together. So the i-th object in this order is in the same image as the i-th
-    # object of the batch, and `positions` gives its position there.
+    # Sorting keeps each image's objects together. The i-th object in this order is therefore in the same image as the
+    # i-th object of the batch, and `batch.positions[i]` is its position in that image's sequence.
     places = torch.empty_like(order)
     places[order] = batch.positions
     return places
@@ -415,7 +417,7 @@ def box_features(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def pair_features(batch: GraphBatch) -> Tensor:
-    """Return features of each pair's geometry, which replace union features of the image.
+    """Return features of each pair's geometry. A model without images uses them in place of union features.
 
     Returns:
         The features `[R, 32]`:

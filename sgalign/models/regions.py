@@ -56,8 +56,9 @@ class RegionFeatures(nn.Module):
     def pairs(self, features: ImageFeatures, boxes: Sequence[Tensor], pairs: Sequence[Tensor]) -> Tensor:
         """Return the union features `[R, dim]` of pairs.
 
-        The box around both objects is pooled from every level of the pyramid. Then a convolution of two 27 x 27 masks
-        is added. The masks cover the whole image and mark the subject's and the object's box with 1.
+        The box around both objects is pooled from every level of the pyramid. Then the output of a small convolutional
+        network on two 27 x 27 masks is added. The masks cover the whole image and mark the subject's and the object's
+        box with 1.
 
         Args:
             features: features of the images.

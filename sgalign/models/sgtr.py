@@ -1,9 +1,10 @@
 """SGTR (Li, Zhang, He, CVPR 2022), with the mirrored branch of relation alignment.
 
-The layers and their order are those of the public code (`OneStageEncDecVRD` and `PredicateNodeGenerator`), arranged
-into few large operations. Within a layer, the predicate, subject and object sub-decoders do not read each other. So
-they run side by side as three roles of one layer. Tensors are `[roles, B, queries, dim]`. With the mirror they are
-`[roles, 2 * B, queries, dim]`, supervised images first, then mirrored images.
+The layers and their order are those of the public code (`OneStageEncDecVRD` and `PredicateNodeGenerator`), but the
+computation is arranged into a few large operations. Within a layer, the predicate, subject and object sub-decoders do
+not read each other. They therefore run side by side as three roles of one layer. Tensors are `[roles, B, queries,
+dim]`. With the mirrored branch (the mirror) they are `[roles, 2 * B, queries, dim]`, supervised images first, then
+mirrored images.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ class MirrorMask(NamedTuple):
     """The random mask of one step. Each cross-attention block of each layer draws its own mask from the seed."""
 
     ratio: float
-    seed: int | Tensor  # tensor int64 [] if the network is compiled, which would make a number a constant
+    seed: int | Tensor  # if the network is compiled, an int64 tensor [], because compiling makes a number a constant
 
 
 class RelationOutputs(NamedTuple):
     """The predictions of L layers for Q relation queries in each of B images.
 
-    The first dimension of `class_logits` and `boxes` is subject and object. Outputs of a single layer lack dimension L.
+    The first dimension of `class_logits` and `boxes` is the role, 0 for the subject and 1 for the object. Outputs of a
+    single layer lack dimension L.
     """
 
     logits: Tensor  # [L, B, Q, K], or K + 1 with a last column for no relation
@@ -81,7 +83,7 @@ class RoleNorm(nn.Module):
         super().__init__()
         kinds = roles if shared is None else len(set(shared))
         self.weight, self.bias = nn.Parameter(torch.ones(kinds, dim)), nn.Parameter(torch.zeros(kinds, dim))
-        # A buffer, because a list used as an index would be copied to the device each time.
+        # This is a buffer, because a list used as an index would be copied to the device each time.
         self.register_buffer("shared", None if shared is None else torch.tensor(list(shared)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -308,7 +310,8 @@ class SGTR(nn.Module):
         self.query_norm = RoleNorm(1, dim)
         self.query_split = nn.Linear(dim, 3 * dim)
 
-        # Projections to keys and values for all layers' cross-attention blocks, which read the same memory.
+        # The projections to keys and values for the cross-attention blocks of all layers. All of these blocks read the
+        # same memory.
         self.memory_keys, self.memory_values = (RoleLinear(1, dim, layers * dim) for _ in range(2))
         self.entity_keys_values = RoleLinear(2, dim, layers * 2 * dim)
         self.self_attention = nn.ModuleList(SelfAttention(3, dim, heads, dropout) for _ in range(layers))
@@ -367,8 +370,8 @@ class SGTR(nn.Module):
         """Return the predictions of `forward` and the mirror's predictions of the last layer, computed by `heads`.
 
         Everything before the first cross-attention is computed once, as are all keys and values. In training, both
-        branches have the same dropout of cross-attention weights. Other dropout after the first cross-attention
-        differs, because the branches run stacked along the batch.
+        branches have the same dropout of cross-attention weights. All other dropout after the first cross-attention
+        differs between the branches, because they are stacked along the batch dimension.
         """
         return self(entities, Mirror(heads, mask))
 

@@ -22,7 +22,7 @@ def load_published(path: str | Path, *, focal: bool = True) -> tuple[EntityDetec
     """Load a checkpoint of the public code (`OneStageEncDecVRD` on a ResNet's C5).
 
     All sizes follow from the shapes of the tensors, except the number of attention heads, which is 8. The first
-    convolution is converted to the pixels of `EntityDetector`. The public code's pixels are BGR in 0 to 255.
+    convolution is converted for the pixels that `EntityDetector` reads, because the public code reads BGR in 0 to 255.
 
     Args:
         path: the checkpoint file.
@@ -33,7 +33,8 @@ def load_published(path: str | Path, *, focal: bool = True) -> tuple[EntityDetec
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is not such a checkpoint. The message names the first missing tensor.
+        ValueError: if a tensor is missing. The message names the first missing tensor.
+        RuntimeError: if a tensor has another shape than in the public code.
     """
     saved = read_tensors(path, "checkpoint")
     public: State = saved.get("model", saved) if isinstance(saved, dict) else {}
@@ -75,7 +76,7 @@ def _count(public: Mapping[str, Tensor], prefix: str) -> int:
 class _Renamed:
     """The state of `SGTR`, collected layer by layer from the public tensors.
 
-    A layer has several sources if the public code has separate layers that `SGTR` runs side by side.
+    Where the public code has separate layers that `SGTR` runs side by side, their tensors are stacked.
     """
 
     def __init__(self, public: Mapping[str, Tensor]) -> None:
@@ -213,7 +214,8 @@ def detector_weights(public: Mapping[str, Tensor]) -> State:
 
     resnet = "model.backbone.model."
     convolution(f"{resnet}embedder.embedder", "backbone.stem.conv1")
-    # Convert from BGR in 0 to 255 minus its mean, which is ImageNet's mean times 255, to RGB with unit deviation.
+    # The public code reads BGR in 0 to 255, minus 255 times ImageNet's mean. `EntityDetector` reads RGB normalized by
+    # mean and standard deviation. The weights are converted accordingly.
     first = state[f"{resnet}embedder.embedder.convolution.weight"].flip(1)
     deviation = 255 * torch.tensor(STD)[:, None, None]
     state[f"{resnet}embedder.embedder.convolution.weight"] = first * deviation

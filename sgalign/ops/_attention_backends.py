@@ -1,6 +1,7 @@
-"""The launch functions of attention for each backend, forward and backward, and the arguments that they take.
+"""The functions that launch attention, forward and backward, on each backend, and the arguments that they take.
 
-To add a backend, write a file of kernels and add an entry to each of the tables `FORWARD` and `BACKWARD`.
+To add a backend, write a file of kernels and add an entry to `FORWARD` and to `BACKWARD`. backends.py lists the other
+tables that need an entry.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sgalign.ops import _core, _cuda
 from sgalign.ops._operands import DTYPES, Tensors
 from sgalign.ops.random_mask import STEPS
 
-NO_MASK, NO_PADDING = (0,) * 5, (0,) * 3  # replace the address and the strides of a missing mask
+NO_MASK, NO_PADDING = (0,) * 5, (0,) * 3  # passed in place of the address and the strides of a missing mask
 
 
 class Options(NamedTuple):
@@ -46,8 +47,9 @@ OPTIONS_SCHEMA = (
 class Call(NamedTuple):
     """The tensors and options of a forward pass, which its backward pass reads again.
 
-    All last strides are 1. If there are two outputs, the second belongs to the mirror, and the random mask applies only
-    to it. Both branches may share one query.
+    All last strides are 1. With one output there is one branch, which has the random mask. With two outputs, the first
+    belongs to the supervised branch and the second to the mirrored branch, and only the mirrored branch has the random
+    mask. Both branches may share one query.
     """
 
     queries: Tensors

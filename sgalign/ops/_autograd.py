@@ -21,8 +21,8 @@ def is_plain(*tensors: Tensor | int | None) -> bool:
     """Return True if the dispatcher would pass a call on these tensors directly to its implementation.
 
     If so, the caller can skip the dispatcher, whose Python part takes longer than the rest of a small call. The
-    dispatcher is needed for subclasses, sparse tensors and nested tensors. It is also needed while anything traces,
-    fakes, transforms or records operations.
+    dispatcher is needed for subclasses, sparse tensors and nested tensors. It is also needed while operations are
+    traced, transformed, profiled or run on fake tensors.
     """
     if (
         torch.compiler.is_compiling()
@@ -47,11 +47,11 @@ def is_plain(*tensors: Tensor | int | None) -> bool:
 def call(function: type[torch.autograd.Function], plain: bool, *arguments: Any) -> Any:
     """Run ``function.apply(plain, *arguments)`` in the cheapest way and return its outputs.
 
-    The outputs that may receive gradients come first. The others may be missing.
+    The differentiable outputs come first. Callers must not use the others, because some paths leave them out.
 
     Args:
         function: an autograd function with a separate `setup_context`, which torch's function transforms need. Its
-            forward takes `plain` first. Its `setup_context` returns the outputs that may receive gradients.
+            forward takes `plain` first. Its `setup_context` returns the differentiable outputs.
         plain: the result of `is_plain`.
         arguments: the arguments of the forward after `plain`.
     """
@@ -68,8 +68,8 @@ def call(function: type[torch.autograd.Function], plain: bool, *arguments: Any) 
 def _joined(function: Any) -> Any:
     """Return an equivalent autograd function that calls `setup_context` inside its forward.
 
-    With a separate `setup_context`, torch inspects the signature of `forward` at each call, and every tensor that the
-    backward needs must be an output.
+    This avoids two costs of a separate `setup_context`. With one, torch inspects the signature of `forward` at each
+    call, and every tensor that the backward pass needs must be an output.
     """
 
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -80,7 +80,7 @@ def _joined(function: Any) -> Any:
 
 
 def differentiable_once(what: str, gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function that computes gradients in a backward pass, and make its own gradient an error.
+    """Wrap a function that computes gradients in a backward pass. Differentiating its result raises an error.
 
     Args:
         what: the name of the operation in the error message.
@@ -110,9 +110,9 @@ def differentiable_once(what: str, gradients: Callable[..., Any]) -> Callable[..
 
 
 def distinct(tensors: list[Any]) -> list[Any]:
-    """Return the tensors with repeated ones replaced by views.
+    """Return the tensors. While torch.compile traces, replace repeated ones by views.
 
-    torch.compile does not pass a tensor twice to an autograd function. None stays None.
+    torch.compile cannot pass the same tensor to an autograd function twice. None stays None.
     """
     if not torch.compiler.is_compiling():
         return tensors

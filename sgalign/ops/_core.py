@@ -9,8 +9,8 @@ from types import ModuleType
 
 from sgalign.ops._source_digest import source_digest
 
-ROOT = Path(__file__).resolve().parents[2]  # root of the source tree, unless the package is installed
-BUILD = "run `pip install .` in its root"
+ROOT = Path(__file__).resolve().parents[2]  # root of the source tree, or site-packages
+BUILD = "run `pip install .` in the root of sgalign's source tree"
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def load() -> ModuleType:
             raise
         raise ImportError(f"sgalign's compiled core is not built in {ROOT}: {BUILD}") from None
     if (ROOT / "csrc" / "kernels.h").exists() and core.sources != source_digest(ROOT / "csrc"):
-        raise ImportError(f"sgalign's compiled core is older than its sources in {ROOT}: {BUILD}")
+        raise ImportError(f"sgalign's compiled core was built from other sources than those in {ROOT}: {BUILD}")
     return core
 
 

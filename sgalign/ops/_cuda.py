@@ -1,4 +1,4 @@
-"""Access to the CUDA part of the compiled core, torch's streams, the size of a GPU, and workspace for kernels."""
+"""Access to the CUDA part of the compiled core, to torch's streams and to the size of a GPU, and kernels' workspace."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_emulated() -> bool:
 def core(device: torch.device) -> ModuleType:
     """Return the compiled core for tensors on `device`.
 
-    `backends.choose` makes the same checks earlier, but not while torch.compile traces it.
+    `backends.choose` makes the same checks earlier, except while torch.compile traces the call.
 
     Raises:
         ImportError: if the core has no CUDA kernels.
@@ -50,7 +50,7 @@ def core(device: torch.device) -> ModuleType:
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which `device` is the current device.
 
-    It does nothing if the device is current already.
+    The context does nothing if the device is already current.
     """
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
@@ -68,7 +68,7 @@ def current_stream(device: torch.device) -> tuple[int, int]:
 def multiprocessors(device: torch.device) -> int:
     """Return the number of multiprocessors of a GPU.
 
-    For emulated kernels, return a small number, so the tests cover split work.
+    For emulated kernels, return a small number. The tests then also cover work that is split among several blocks.
     """
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -49,7 +49,7 @@ def check_bool(name: str, tensor: Tensor) -> None:
 
 
 def check_dtype(name: str, tensor: Tensor, other: Tensor, whose: str) -> None:
-    """Raise TypeError unless both tensors are computed in the same dtype.
+    """Raise TypeError unless operations use both tensors in the same dtype.
 
     `whose` describes the dtype of `other` in the message, such as "the query's dtype".
     """
@@ -92,7 +92,10 @@ def once_a_signature(check: Callable[..., None]) -> Callable[..., None]:
 
 
 def computed_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which a tensor is computed: its own dtype, or autocast's dtype under autocast."""
+    """Return the dtype in which operations use a tensor.
+
+    It is the tensor's own dtype or, under autocast, autocast's. Autocast leaves float64 unchanged.
+    """
     if not torch._C._is_any_autocast_enabled():
         return tensor.dtype
     device = tensor.device.type
@@ -115,7 +118,7 @@ def accumulated_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the tensor in `dtype`, without a call of torch if it has that dtype already."""
+    """Return the tensor in `dtype`. torch is not called if the tensor already has that dtype."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 

@@ -53,25 +53,25 @@ def relation_alignment_loss(
         symmetric:          (KL(t || s) + KL(s || t)) / 2
 
     If `kind` is "sigmoid", each class k has a Bernoulli distribution with probability ``sigmoid(logits[r, k])``, and
-    the divergence of relation r is the sum of the divergences of its classes. A class whose probability is 0 in the
-    first distribution of a KL contributes 0.
+    the divergence of relation r is the sum of the divergences of its classes. In KL(p || q), a class with p = 0
+    contributes 0.
 
     The loss is ``sum_r w[r] * divergence[r] / sum_r w[r]``. If `reduction` is "element", it is also divided by the
-    number of classes K. "element" is therefore the mean over all elements, and K times weaker than "relation". It is
-    currently the "mean" of `torch.nn.functional.kl_div`. This loss is L_align of Xu, Liao and Sigal, WACV 2024. The
-    paper specifies neither the reduction nor the direction.
+    number of classes K. Without weights, "element" is therefore the mean over all R x K elements, which is the current
+    meaning of reduction="mean" in `torch.nn.functional.kl_div`. It is 1/K times "relation". This loss is L_align of Xu,
+    Liao and Sigal, WACV 2024. The paper specifies neither the reduction nor the direction.
 
     The loss and the gradient are computed in one pass over the logits, in float32 (float64 for float64). The result is
     the same, bit for bit, for any number of threads. The loss is differentiable once, and only in `mirrored_logits`.
 
     Args:
-        logits: the logits of the supervised branch, ``[R, K]``, float32, float64, bfloat16 or float16, detached.
+        logits: the logits of the supervised branch, ``[R, K]``, float32, float64, bfloat16 or float16.
         mirrored_logits: the logits of the mirrored branch, ``[R, K]``, in any of these dtypes. If the two dtypes
             differ, both tensors are promoted to a common dtype. The gradient has the dtype of `mirrored_logits`.
-        kind: "softmax" for classes that exclude one another, background included, or "sigmoid" for separate classes.
+        kind: "softmax" if each relation has one class, which may be the background, or "sigmoid" if it has any number.
         reduction: "element" or "relation".
         weight: the weight of each relation, ``[R]``, in any real dtype, at least 0. If None, all relations have the
-            same weight. Negative weights are not detected, because that check would wait for the device.
+            same weight. Negative weights are not rejected, because a check would make the host wait for the device.
         direction: "teacher_to_student" or "symmetric".
         backend: as in `fused_masked_attention`.
 
@@ -80,8 +80,8 @@ def relation_alignment_loss(
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type, shape, dtype, device or value.
-        ImportError: if the compiled core is not built or is older than its sources, or the backend is not installed.
-        RuntimeError: if the backward pass must compute second-order gradients. Only "reference" supports them.
+        ImportError: if the compiled core is not built or was built from other sources, or the backend is not installed.
+        RuntimeError: in the backward pass, if second-order gradients are requested and the backend is not "reference".
     """
     _check_choices(kind, reduction, direction)
     plain = is_plain(logits, mirrored_logits, weight)
@@ -170,7 +170,7 @@ class _AlignmentLoss(torch.autograd.Function):
         sigmoid: bool,
         symmetric: bool,
     ) -> tuple[Tensor, Tensor]:
-        # The arguments are listed by name because torch.compile rejects `*others` if nothing needs a gradient.
+        # Every argument is named, because torch.compile rejects `*arguments` if no tensor needs a gradient.
         run = _loss if plain else torch.ops.sgalign.alignment_loss
         losses, grad = run(backend, mirrored, logits, weight, scale, sigmoid, symmetric)
         return losses.sum(), grad
@@ -190,8 +190,8 @@ class _AlignmentLoss(torch.autograd.Function):
 
 
 def _gradient(grad_loss: Tensor, grad: Tensor, mirrored: Tensor) -> Tensor:
-    """Return the gradient that the forward saved, times the gradient of the loss."""
-    return cast(grad * grad_loss, mirrored.dtype)  # rounds once, after any scaling of the loss
+    """Return the gradient that the forward pass saved, times the gradient of the loss."""
+    return cast(grad * grad_loss, mirrored.dtype)  # rounded once, after any loss scaling
 
 
 _loss_gradient = differentiable_once("the alignment loss", _gradient)
@@ -233,7 +233,10 @@ def _loss(
 
 
 class Call(NamedTuple):
-    """The arguments of a launch function, which writes `losses` and `grad`, with last strides of 1."""
+    """The arguments of a launch function, which writes `losses` and `grad`.
+
+    All last strides are 1.
+    """
 
     mirrored: Tensor
     logits: Tensor

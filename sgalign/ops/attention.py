@@ -44,7 +44,7 @@ from sgalign.ops._operands import (
 from sgalign.ops.random_mask import check_seed, check_stream, ratio_threshold, seed_tensor
 
 MAX_DIM = 256  # channels per head
-MAX_SCALE = torch.finfo(torch.float32).max / 2  # leaves room because the kernels multiply the scale by log2(e)
+MAX_SCALE = torch.finfo(torch.float32).max / 2  # half of it, because the kernels multiply the scale by log2(e)
 
 
 # ------------------------------------------------------------------------------------------------------ public
@@ -94,15 +94,16 @@ def fused_masked_attention(
             ``1 / (1 - dropout_p)``. The dropout noise comes from the same seed.
         scale: the factor of the scores. If None, ``1 / sqrt(D)``.
         backend: "cpu" (the compiled core), "triton" or "cuda" (GPUs), or "reference" (plain PyTorch). If None, the
-            fastest backend that supports the device and dtype.
+            default for the device and dtype (`sgalign.ops.backends.choose`).
 
     Returns:
-        The output, ``[B, H, Lq, D]``, in the query's dtype and memory order. Under autocast, the dtype is autocast's.
+        The output, ``[B, H, Lq, D]``, in the query's dtype and memory order. Under autocast, it has autocast's dtype,
+        unless the inputs are float64.
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type, shape, dtype, device or range.
-        ImportError: if the compiled core is not built or is older than its sources, or the backend is not installed.
-        RuntimeError: if the backward pass must compute second-order gradients. Only "reference" supports them.
+        ImportError: if the compiled core is not built or was built from other sources, or the backend is not installed.
+        RuntimeError: in the backward pass, if second-order gradients are requested and the backend is not "reference".
     """
     (out,) = _attention(
         [query], 1, key, value, mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend
@@ -129,7 +130,8 @@ def dual_branch_attention(
 
     ``out`` is `fused_masked_attention` of `query` without the random mask. ``mirrored_out`` is
     `fused_masked_attention` of `mirrored_query` with the random mask. Both branches use the same `mask`, the same
-    `key_padding_mask` and the same dropout noise, so apart from their queries they differ only by the random mask.
+    `key_padding_mask` and the same dropout noise. The only differences between them are the queries and the random
+    mask.
 
     Pass the same tensor object as `query` and `mirrored_query` if the two are equal, as in a decoder's first layer.
     Scores and exponentials are then computed only once.
@@ -197,7 +199,7 @@ def _reference(queries: Tensors, branches: int, key: Tensor, value: Tensor, opti
     """Return the outputs of one or two branches, computed in plain PyTorch, with the random mask in the last branch.
 
     This function takes the place of the registered operation, so autograd can differentiate it any number of times.
-    Like the kernels, it computes at least in float32, because scores may exceed 65504, the largest float16 number.
+    Like the kernels, it computes in float32 or float64, because scores may exceed 65504, the largest float16 number.
     """
     dtype, accumulated = key.dtype, accumulated_dtype(key.dtype)
     queries = [cast(query, accumulated) for query in queries]
@@ -309,7 +311,7 @@ def _checked_scale(scale: float | None, dim: int) -> float:
 class _Attention(torch.autograd.Function):
     """The autograd function around the registered operations.
 
-    A call costs far less than with `torch.library.register_autograd`.
+    A call through it takes far less time than one through `torch.library.register_autograd`.
     """
 
     @staticmethod

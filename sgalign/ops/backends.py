@@ -1,7 +1,8 @@
 """The choice of the backend for a call.
 
-Each operation has a table of the launch functions of its backends. To add a backend, add an entry to each of these
-tables and a record to `BACKENDS`.
+Each operation has tables that map a backend to its launch function: `FORWARD` and `BACKWARD` in _attention_backends.py,
+`_FORWARD` and `_BACKWARD` in relation.py, and `_LAUNCH` in alignment.py and random_mask.py. To add a backend, add an
+entry to each of these tables and a record to `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "o
 class Backend(NamedTuple):
     """The requirements of a backend."""
 
-    # The device type of the tensors, or None for any. "cuda" includes ROCm and allows at most float32.
+    # The device type of the tensors, or None for any. "cuda" includes ROCm, and means that float64 is not supported.
     device: str | None
     problem: Callable[[], str | None]  # returns why the backend is missing and how to get it, or None
     is_emulated: Callable[[], bool] = lambda: False  # returns True if a GPU backend runs on the CPU, for tests
-    capability: tuple[int, int] = (0, 0)  # the lowest compute capability of NVIDIA GPUs
+    capability: tuple[int, int] = (0, 0)  # the lowest that the backend supports, on NVIDIA GPUs
 
 
 def interpreter_problem() -> str | None:
     """Return why Triton's interpreter cannot run here and what to do about it, or None if it can.
 
-    The interpreter of Triton 3.6 uses arrays of one element as numbers, which numpy rejects since 2.4.
+    The interpreter of Triton 3.6 uses arrays of one element as numbers. numpy has rejected this since version 2.4.
     """
     if not HAS_TRITON:
         return None
@@ -44,7 +45,10 @@ def interpreter_problem() -> str | None:
     old, new = (tuple(map(int, version.split(".")[:2])) for version in (triton, numpy))
     if old >= (3, 7) or new < (2, 4):
         return None
-    return f"Triton {triton}'s interpreter cannot run with numpy {numpy}: `pip install 'numpy<2.4'`, or Triton 3.7"
+    return (
+        f"Triton {triton}'s interpreter cannot run with numpy {numpy}: run `pip install 'numpy<2.4'`,"
+        " or install Triton 3.7 or later"
+    )
 
 
 _INTERPRETER_PROBLEM = interpreter_problem() if INTERPRETED else None  # torch.compile cannot trace this check
@@ -83,19 +87,21 @@ def check_name(backend: str | None) -> None:
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the requested backend, or the fastest one that supports `device` and `dtype`.
+    """Return the requested backend, or the default backend for `device` and `dtype`.
 
     Args:
         backend: "cpu" (the compiled core), "triton" or "cuda" for GPUs ("cuda" is the core's CUDA C++ kernels),
-            "reference" (plain PyTorch, on any device), or None. On a GPU, None selects Triton if it is available,
-            because no measurement favors another backend. On NVIDIA GPUs with compute capability below 8.0, None
-            selects the reference.
+            "reference" (plain PyTorch, on any device), or None. On the CPU, None selects "cpu". On a GPU, it selects
+            "triton" if it is available, because no measurement favors another backend, and otherwise "cuda" if that is
+            available. In all other cases, it selects "reference": in float64 on a GPU, on NVIDIA GPUs with compute
+            capability below 8.0, without either GPU backend, and on other devices.
         device: the device of the operands.
         dtype: the dtype in which the operation computes.
 
     Raises:
         InputError: if there is no such backend, or it does not support the device or the dtype.
-        ImportError: if the backend supports them but is not available.
+        ImportError: if a GPU backend is requested but not available. If the compiled core is missing, the "cpu" backend
+            raises this error later, when it is launched.
     """
     check_name(backend)
     if backend is None:
@@ -109,9 +115,7 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype) -> str
         raise InputError(f"backend {backend!r} needs tensors on the CPU, got {device}; 'reference' works on any device")
     if needs.device == "cuda":
         if dtype == torch.float64:
-            raise InputError(
-                f"backend {backend!r} computes in float32 at most, got float64; 'reference' works with any dtype"
-            )
+            raise InputError(f"backend {backend!r} does not support float64; 'reference' works with any dtype")
         if problem := needs.problem():
             raise ImportError(f"backend {backend!r} cannot be used: {problem}")
         if device.type != "cuda" and not (device.type == "cpu" and needs.is_emulated()):
@@ -156,7 +160,7 @@ def _too_old(backend: str, device: torch.device) -> str | None:
     least, found = BACKENDS[backend].capability, _capability(device)
     if found is None or found >= least:
         return None
-    return f"needs compute capability {least[0]}.{least[1]} or later, {device} has {found[0]}.{found[1]}"
+    return f"needs compute capability {least[0]}.{least[1]} or higher, but {device} has {found[0]}.{found[1]}"
 
 
 @functools.cache

@@ -42,7 +42,7 @@ def random_attention_mask(
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type or is out of its range.
-        ImportError: if the compiled core is not built or is older than its sources.
+        ImportError: if the compiled core is not built or was built from other sources.
     """
     for name, size in (("batch", batch), ("heads", heads), ("queries", queries), ("keys", keys)):
         check_int(size, name)
@@ -54,7 +54,7 @@ def random_attention_mask(
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     if seed is None:
         raise TypeError("seed must be an int or an int64 tensor, got None")
-    device = torch.empty(0, device=device).device  # adds the index that "cuda" lacks
+    device = torch.empty(0, device=device).device  # gives "cuda" an index
     check_seed(seed, device, "seed")
     seed = seed_tensor(seed, device)
     backend = backends.choose(None, seed.device, torch.bool)
@@ -115,7 +115,7 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return torch.randint(-(1 << 63), (1 << 63) - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         return seed.reshape(()) if seed.dim() else seed
-    # Fill the tensor on the device. A copy from the host would wait, and a CUDA graph could not capture it.
+    # Fill the tensor on the device. The host would wait for a copy, and a CUDA graph could not capture it.
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

@@ -1,8 +1,8 @@
 """The definitions of the operations in plain PyTorch.
 
-Every kernel is tested against them, and they are the fallback on any device. Nothing here is fused or fast. The random
-mask is stored as a tensor. Autograd computes the gradients, so they do not depend on the kernels' hand-written
-gradients.
+Every kernel is tested against them. They run on any device and in any dtype, and they are the default where no kernel
+can run. Nothing here is fused or fast. The random mask is stored as a tensor. Autograd computes the gradients, so they
+do not depend on the kernels' hand-written gradients.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LANES = 32  # neighboring keys that use the same 16-bit half of their Philox output words
-GROUPS = 8  # 16-bit halves of the four words of a Philox call, which decides 8 keys that are 32 apart
+LANES = 32  # neighboring keys in a group; they use the same 16 bits of the outputs of their Philox calls
+GROUPS = 8  # groups in a chunk; a Philox call returns eight 16-bit numbers for 8 keys that are 32 apart
 CHUNK = LANES * GROUPS
-DROPOUT_STREAM_BIT = 1 << 31  # set in the streams of ordinary dropout, which shares the seed of the random mask
+DROPOUT_STREAM_BIT = 1 << 31  # set in the streams of ordinary dropout, because it shares the seed of the random mask
 
 _WORD = 0xFFFFFFFF
 
@@ -29,7 +29,7 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: 
     Args:
         counter: four broadcastable int64 tensors that hold 32-bit words.
         key: two int64 tensors that hold 32-bit words.
-        rounds: the number of rounds. 7 is the smallest number that passes BigCrush, 10 is the authors' default.
+        rounds: the number of rounds. 7 is the smallest number that passes BigCrush. The authors' default is 10.
 
     Returns:
         Four int64 tensors that hold 32-bit words.
@@ -142,7 +142,7 @@ def relation_logits(
     The definition is ``logits[r] = weight ((subject[s] + object[o]) * union[r]) + bias`` with ``s, o = pairs[r]``.
 
     Args:
-        subject, object: the features of each object as subject and as object, ``[N, C]``.
+        subject, object: the features of each of the N objects in the role of subject and of object, ``[N, C]``.
         union: the union features of each pair, ``[R, C]``.
         pairs: the indices of the subject and the object of each pair, int64 ``[R, 2]``.
         weight: the weight of the last layer, ``[K, C]``.

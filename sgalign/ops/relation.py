@@ -58,33 +58,34 @@ def fused_relation_logits(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Compute the predicate logits of R pairs of N objects without an intermediate tensor of size R x C.
+    """Compute the predicate logits of R pairs among N objects, without an intermediate tensor of size R x C.
 
-    The result is ``logits[r] = weight ((subject[s] + object[o]) * union[r]) + bias`` with ``s, o = pairs[r]``. These
-    are the last layers of Neural Motifs in Scene-Graph-Benchmark. There, ``post_cat`` is a linear layer on the
-    concatenated features of subject and object. To use this function, write it as the sum of two linear layers on N
-    objects each, and put its bias into one of them. `weight` and `bias` belong to the last layer, ``rel_compress``.
+    The result is ``logits[r] = weight ((subject[s] + object[o]) * union[r]) + bias`` with ``s, o = pairs[r]``. To
+    replace the last layers of Neural Motifs in Scene-Graph-Benchmark, split ``post_cat``, a linear layer on the
+    concatenated features of subject and object, into two linear layers on the N objects. Put its bias into one of them,
+    and pass their outputs as `subject` and `object`. `weight` and `bias` are those of the last layer, ``rel_compress``.
 
     The function is deterministic, and differentiable once in `subject`, `object`, `union`, `weight` and `bias`.
 
     Args:
-        subject, object: the features of each object as subject and as object, ``[N, C]``, in the dtype of `union`.
+        subject, object: the features of each object in either role, ``[N, C]``, in the dtype of `union`.
         union: the union features of each pair, ``[R, C]``, float32, float64, bfloat16 or float16. All matrices may have
             any row stride, but a matrix is copied if its last stride is not 1.
-        pairs: the subject and the object of each pair, int64 ``[R, 2]``, from 0 to N - 1, in any order. Repeated pairs
-            are allowed.
+        pairs: the indices of the subject and the object of each pair, int64 ``[R, 2]``, each from 0 to N - 1. Pairs may
+            be in any order and may repeat.
         weight, bias: the weight ``[K, C]`` and the bias ``[K]`` of the last layer. If `bias` is None, no bias is added.
         backend: as in `fused_masked_attention`.
 
     Returns:
-        The logits, ``[R, K]``, in the dtype of `union`, or in autocast's dtype under autocast.
+        The logits, ``[R, K]``, in the dtype of `union`, or in autocast's dtype under autocast (float64 stays float64).
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type, shape, dtype or device.
-        IndexError: if a pair is out of range. This is checked before anything is computed. On a GPU a device-side
-            assertion fails instead. ROCm builds of torch lack these assertions, so there the result is undefined.
-        ImportError: if the compiled core is not built or is older than its sources, or the backend is not installed.
-        RuntimeError: if the backward pass must compute second-order gradients. Only "reference" supports them.
+        IndexError: if an index in `pairs` is out of range, before anything is computed. On a GPU, a device-side
+            assertion fails instead. ROCm builds of torch lack these assertions, so there the result is undefined. If
+            torch.compile traces "reference", a RuntimeError is raised instead.
+        ImportError: if the compiled core is not built or was built from other sources, or the backend is not installed.
+        RuntimeError: in the backward pass, if second-order gradients are requested and the backend is not "reference".
     """
     return _relation_logits([Branch(subject, object, weight, bias)], union, pairs, backend)[0]
 
@@ -108,7 +109,7 @@ def dual_branch_relation_logits(
     Args:
         subject, object, weight, bias: the operands of the supervised branch, as in `fused_relation_logits`.
         mirrored_subject, mirrored_object, mirrored_weight, mirrored_bias: the operands of the mirrored branch, in the
-            same shapes. For a tied head, pass the same weight and bias to both branches.
+            same shapes. To use one head for both branches, pass the same weight and bias twice.
         union, pairs, backend: the operands of both branches, as in `fused_relation_logits`.
 
     Returns:
@@ -132,7 +133,7 @@ def _relation_logits(branches: list[Branch], union: Tensor, pairs: Tensor, backe
     _check(plain, union, pairs, *operands)
     dtype = computed_dtype(union)
     backend = backends.choose(backend, union.device, dtype)
-    if backend != "cpu":
+    if backend != "cpu":  # which has its own check; PyTorch would count negative indices from the end
         _check_pairs(pairs, len(branches[0].subject))
     union = cast(union, dtype)
     branches = [branch.map(lambda tensor: cast(tensor, dtype)) for branch in branches]
@@ -172,29 +173,28 @@ def _check(union: Tensor, pairs: Tensor, *operands: Tensor | None) -> None:
     for name, tensor in named.items():
         expected = shapes[name.removeprefix("mirrored_")]
         if tensor.shape != expected:
-            raise InputError(f"{name} must be {list(expected)} to match the others, got {list(tensor.shape)}")
+            raise InputError(
+                f"{name} must be {list(expected)} to match union, subject and weight, got {list(tensor.shape)}"
+            )
 
 
 def _check_pairs(pairs: Tensor, objects: int) -> None:
-    """Raise IndexError if a pair is out of range, because PyTorch would count negative indices from the end.
-
-    The "cpu" backend has this check in its compiled code.
-    """
+    """Raise IndexError, or fail an assertion on a GPU and in compiled code, if an index in `pairs` is out of range."""
     outside = (pairs < 0) | (pairs >= objects)
     if pairs.device.type != "cpu" or torch.compiler.is_compiling():
-        # The message omits the number of objects because torch.compile would make a graph for each number.
-        torch._assert_async(~outside.any(), "pairs must be at least 0 and below the number of objects")
+        # The message omits the number of objects. With it, torch.compile would compile again for every number.
+        torch._assert_async(~outside.any(), "pairs must hold indices in [0, number of objects)")
     elif outside.any():
         row, column = outside.nonzero()[0].tolist()
         got = int(pairs[row, column])
-        raise IndexError(f"pairs must be at least 0 and below the number of objects, {objects}, got {got} in row {row}")
+        raise IndexError(f"pairs must hold indices in [0, {objects}), got {got} in row {row}")
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
 
 
 class _RelationLogits(torch.autograd.Function):
-    """The autograd function around the registered operations, with None for the operands of a missing mirror."""
+    """The autograd function around the registered operations. With one branch, the mirrored operands are None."""
 
     @staticmethod
     def forward(
@@ -351,7 +351,7 @@ class Call(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """The gradients of one branch: the gradient of the logits is an input, the others are outputs."""
+    """The gradients of one branch. The gradient of the logits is an input, and the others are outputs."""
 
     logits: Tensor
     subject: Tensor
