@@ -1,4 +1,7 @@
-"""Relation alignment for scene graph generation with fused kernels that compute both branches in one pass."""
+"""Relation alignment for scene graph generation.
+
+Fused kernels compute the supervised and the mirrored branch in one pass.
+"""
 
 import importlib.util
 import sys

@@ -4,7 +4,7 @@
 class InputError(ValueError):
     """An error about an invalid argument, option or file.
 
-    The message names it and says what it was and what it must be. The command line prints this error as one sentence
-    without a traceback. It treats file system errors (OSError) and Lightning's MisconfigurationException in the same
-    way. Any other error is a defect and keeps its traceback.
+    The message names the argument, option or file, its value, and the condition that it must meet. The command line
+    prints the message without a traceback. It prints file system errors (OSError) and Lightning's
+    MisconfigurationException in the same way. On the command line, any other error is a defect and keeps its traceback.
     """

@@ -25,8 +25,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     If the block raises an error, the temporary file is deleted instead. An existing file at `path` stays unchanged
     until the block ends, so a full disk, an interruption or a kill does not damage it. After a kill, the temporary file
-    remains. If `path` is a symbolic link, its target is replaced and the link stays. Devices and pipes are written
-    directly.
+    remains. If `path` is a symbolic link, its target is replaced and the link stays. Paths under /dev and files that
+    are not regular, such as pipes, are written directly and without this protection.
 
     Raises:
         OSError: if `check_writable` fails.
@@ -50,10 +50,11 @@ def check_writable(path: Path) -> None:
     The check makes the folder of `path` and briefly writes a file beside `path`.
 
     Raises:
-        OSError: if `path` is a folder, or its folder is not writable. The error names the path.
+        OSError: if `path` is a folder, or if its folder cannot be created or written to. The error names `path`, the
+            folder, or a temporary file in it.
     """
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder, must be a file", str(path))
+        raise IsADirectoryError(errno.EISDIR, "must be a file, but is a folder", str(path))
     if not _is_device(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _beside(path).touch()
@@ -71,10 +72,10 @@ def _is_device(path: Path) -> bool:
 
 @contextmanager
 def hdf5_written_whole(path: str | Path) -> Iterator[h5py.File]:
-    """Yield an open HDF5 file that `written_whole` moves to `path` when the block ends.
+    """Yield an HDF5 file that is open for writing, and move it to `path` when the block ends, as `written_whole` does.
 
-    HDF5 writes through a Python file object. Its own driver crashes with a segmentation fault when a full disk or a
-    quota stops the file from growing, whereas the Python object raises an OSError.
+    HDF5 writes through a Python file object. HDF5's own driver crashes with a segmentation fault if a full disk or a
+    quota stops the file from growing. The Python object raises an OSError instead.
     """
     with written_whole(path) as partial, partial.open("w+b") as raw, h5py.File(raw, "w") as file:
         yield file
@@ -85,7 +86,7 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
 
     Args:
         path: the file.
-        remedy: the advice that ends an error message.
+        remedy: advice that is appended to the error message.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -96,7 +97,7 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))  # accepts a byte order mark
     except (ValueError, RecursionError) as error:  # from the JSON or the UTF-8 decoder
-        raise InputError(f"{path}: not JSON, or cut short ({error}); {remedy}") from error
+        raise InputError(f"{path}: must be a JSON file, but is not JSON or is cut short ({error}); {remedy}") from error
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
@@ -111,7 +112,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def read_tensors(path: str | Path, what: str) -> Any:
-    """Return the content of a file from `torch.save`, with its tensors on the CPU.
+    """Return the content of a file that `torch.save` wrote, with its tensors on the CPU.
 
     Only tensors and plain values are unpickled.
 
@@ -121,11 +122,14 @@ def read_tensors(path: str | Path, what: str) -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not from `torch.save`, is cut short or holds other objects. The error names the file.
+        ValueError: if `torch.save` did not write the file, or if the file is cut short or holds objects other than
+            tensors and plain values. The error names the file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no {what} {path}")
+        raise FileNotFoundError(f"{path}: no such {what}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds of exception for damaged files
-        raise InputError(f"{path}: not a {what}, or cut short ({type(error).__name__})") from error
+        raise InputError(
+            f"{path}: must be a {what}, but is not one or is cut short ({type(error).__name__})"
+        ) from error

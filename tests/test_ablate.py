@@ -123,7 +123,7 @@ def test_parts_without_relations_are_refused_before_training(folder, part, monke
         return [dataclasses.replace(g, relations=g.relations[:0]) if asked == part else g for g in read(self, asked)]
 
     monkeypatch.setattr(ScarceData, "_read", read_bare)
-    with pytest.raises(ValueError, match=f"must have relations in its {part} part, but it has none"):
+    with pytest.raises(ValueError, match=f"must have relations in the {part} split, got none"):
         ScarceData(str(folder))
 
 
@@ -198,7 +198,7 @@ def test_features_are_those_in_the_folder_of_the_data(tmp_path, monkeypatch, cap
     assert json.loads(path.read_text())["settings"]["features"] == "features"
     capsys.readouterr()
     assert main(command) == 1
-    assert "data must be a folder with cached features in features/, got the generated" in capsys.readouterr().err
+    assert "root must be a folder with cached features in features/, got none (generated" in capsys.readouterr().err
 
 
 # ---- scarce labels
@@ -261,7 +261,7 @@ def test_paired_difference_is_over_common_seeds_and_the_same_images():
     none, some = made_run([[100] * 3, [100], [100] * 2]), made_run([[3, 100, 60], [2], [100, 7]])
     other = made_run([[0] * 3, [0], [0] * 2], seed=1)
     assert paired_difference([some, other], [none], "R", 50) == paired_difference([some], [none], "R", 50)
-    with pytest.raises(ValueError, match=r"base must have a seed of \[1\], got \[0\]"):
+    with pytest.raises(ValueError, match=r"base must have at least one of the seeds \[1\], got \[0\]"):
         paired_difference([other], [none], "R", 50)
     with pytest.raises(ValueError, match="same test images"):
         paired_difference([made_run([[0]], [[1]])], [none], "R", 50)

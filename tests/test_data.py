@@ -58,8 +58,8 @@ def test_graph_is_frozen_and_may_be_empty():
         ("labels", torch.tensor([1, 0]), "labels must be at least 1, got 0 in row 1"),
         ("labels", torch.tensor([1, 2], dtype=torch.int32), "labels must be .* got torch.int32"),
         ("relations", torch.tensor([[0, 1]]), r"relations must be .* shape \(any, 3\), got .* \(1, 2\)"),
-        ("relations", torch.tensor([[0, 2, 1]]), r"relations\[:, :2\] must be in 0 to 1, got 2 in row 0"),
-        ("relations", torch.tensor([[-1, 0, 1]]), r"relations\[:, :2\] must be in 0 to 1, got -1"),
+        ("relations", torch.tensor([[0, 2, 1]]), r"relations\[:, :2\] must be from 0 to 1, got 2 in row 0"),
+        ("relations", torch.tensor([[-1, 0, 1]]), r"relations\[:, :2\] must be from 0 to 1, got -1"),
         ("relations", torch.tensor([[0, 1, 1], [0, 1, 0]]), r"relations\[:, 2\] must be at least 1, got 0 in row 1"),
     ],
 )
@@ -116,7 +116,7 @@ def test_vrd_validation_part(vrd_root):
     train, validation, smaller = parts.values()
     assert (len(train), len(validation), len(smaller)) == (3180, 600, 50)
     assert not train & validation and smaller < validation
-    with pytest.raises(ValueError, match="validation_images must be in 0 to 3780.* got 3781"):
+    with pytest.raises(ValueError, match="validation_images must be from 0 to 3780.* got 3781"):
         VRDDataset(vrd_root, "train", validation_images=3781)
 
 
@@ -161,19 +161,19 @@ def test_vrd_from_small_files(tmp_path):
 @pytest.mark.parametrize(
     "annotations, message",
     [
-        ([], "must be an object keyed by image name, got list"),
+        ([], "must be a JSON object with image names as keys, got list"),
         ({"a.jpg": {}}, r"image 'a\.jpg': must be a list of relations, got dict"),
         ({"a.jpg": [ROW, 3]}, r"image 'a\.jpg', row 1: must have subject, predicate and object"),
         ({"a.jpg": [{"predicate": 1}]}, "row 0: must have subject, predicate and object"),
-        ({"a.jpg": [ROW | {"predicate": 2}]}, "row 0, predicate: must be an integer in 0 to 1, got 2"),
+        ({"a.jpg": [ROW | {"predicate": 2}]}, "row 0, predicate: must be an integer from 0 to 1, got 2"),
         ({"a.jpg": [ROW | {"predicate": -1}]}, "row 0, predicate: .* got -1"),
         ({"a.jpg": [ROW | {"subject": {"category": 2, "bbox": [1, 2, 3, 4]}}]}, "subject, category: .* 0 to 1, got 2"),
         ({"a.jpg": [ROW | {"object": {"category": "cat", "bbox": [1, 2, 3, 4]}}]}, "object, category: .* got 'cat'"),
         ({"a.jpg": [ROW | {"object": {"category": 1}}]}, "object: must have category and bbox"),
         ({"a.jpg": [ROW | {"object": {"category": 1, "bbox": [1, 2, 3]}}]}, "object: bbox must be 4 integers"),
         ({"a.jpg": [ROW | {"object": {"category": 1, "bbox": [1, 2, 3, None]}}]}, "object: bbox must be 4 integers"),
-        ({"a.jpg": [ROW | {"object": {"category": 1, "bbox": [2, 2, 3, 4]}}]}, r"an extent, got \[2, 2, 3, 4\]"),
-        ({"a.jpg": [ROW | {"object": {"category": 1, "bbox": [1, 2, 5, 4]}}]}, r"an extent, got \[1, 2, 5, 4\]"),
+        ({"a.jpg": [ROW | {"object": {"category": 1, "bbox": [2, 2, 3, 4]}}]}, r"above 0, got \[2, 2, 3, 4\]"),
+        ({"a.jpg": [ROW | {"object": {"category": 1, "bbox": [1, 2, 5, 4]}}]}, r"above 0, got \[1, 2, 5, 4\]"),
     ],
 )  # fmt: skip
 def test_vrd_wrong_annotations_are_refused_by_name(tmp_path, annotations, message):
@@ -188,10 +188,10 @@ def test_vrd_broken_files(tmp_path):
     (root / "images").mkdir()
     (root / "images" / "a.jpg").write_bytes(b"not an image")
     pytest.importorskip("PIL")
-    with pytest.raises(ValueError, match=r"a\.jpg: not an image .* replace or remove it"):
+    with pytest.raises(ValueError, match=r"a\.jpg: must be an image .* replace or remove it"):
         VRDDataset(root, "train", validation_images=0)[0]
     (root / "annotations_train.json").write_text('{"a.jpg": [{"pred')
-    with pytest.raises(ValueError, match=r"annotations_train\.json: not JSON, or cut short .* download"):
+    with pytest.raises(ValueError, match=r"annotations_train\.json: .* is not JSON or is cut short .* download"):
         VRDDataset(root, "train")
     (root / "predicates.json").write_text('{"on": 0}')
     with pytest.raises(ValueError, match=r"predicates\.json: must be a list of names"):

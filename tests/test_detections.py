@@ -28,15 +28,15 @@ def test_reads_vrd(vrd_root):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "not JSON, or cut short"),
-        ([1], "must be an object keyed by image name, got list"),
+        ("{", "is not JSON or is cut short"),
+        ([1], "must be a JSON object with image names as keys, got list"),
         ({"a.jpg": 3}, "image 'a.jpg': must have boxes_xyxy, labels, scores"),
         ({"a.jpg": {"labels": []}}, "must have boxes_xyxy"),
         ({"a.jpg": GOOD["a.jpg"] | {"scores": []}}, "lists of equal length"),
-        ({"a.jpg": GOOD["a.jpg"] | {"labels": [5]}}, r"labels must be integers in 0 to 4, got 5 in row 0"),
+        ({"a.jpg": GOOD["a.jpg"] | {"labels": [5]}}, r"labels must be integers from 0 to 4, got 5 in row 0"),
         ({"a.jpg": GOOD["a.jpg"] | {"labels": [True]}}, "labels must be integers"),
-        ({"a.jpg": GOOD["a.jpg"] | {"scores": [1.5]}}, r"scores must be in 0 to 1, got 1.5"),
-        ({"a.jpg": GOOD["a.jpg"] | {"scores": [float("nan")]}}, "scores must be in 0 to 1, got nan"),
+        ({"a.jpg": GOOD["a.jpg"] | {"scores": [1.5]}}, r"scores must be from 0 to 1, got 1.5"),
+        ({"a.jpg": GOOD["a.jpg"] | {"scores": [float("nan")]}}, "scores must be from 0 to 1, got nan"),
         ({"a.jpg": GOOD["a.jpg"] | {"boxes_xyxy": [[1, 2, 3]]}}, "boxes_xyxy must have 4 numbers"),
         ({"a.jpg": GOOD["a.jpg"] | {"boxes_xyxy": [[9, 2, 3, 4]]}}, "x1 <= x2"),
     ],
@@ -49,7 +49,7 @@ def test_bad_files_are_named(tmp_path, content, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.json not found: give a file of detections"):
+    with pytest.raises(FileNotFoundError, match="none.json not found: write the file as"):
         read_detections(tmp_path / "none.json", 5)
 
 

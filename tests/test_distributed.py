@@ -172,7 +172,7 @@ def test_processes_stop_together_if_the_loss_of_one_is_not_finite(folder, kind):
     """If one stopped alone, it would wait for the others before its checkpoint, and they for it in the next step."""
     first, second = both(folder, f"{kind} stops")
     assert first == "the loss must be finite, but the loss of another process was not finite at step 1"
-    assert second.startswith("the loss must be finite, got ") and " or look at the data of images " in second
+    assert second.startswith("the loss must be finite, got ") and " or check the data of this step's images " in second
     weights(folder / f"{kind} stops.ckpt")
 
 

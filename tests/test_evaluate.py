@@ -119,7 +119,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, graphs):
         file.write("a", perfect(graphs[0]))
         raise KeyboardInterrupt
     assert not path.exists()
-    with pytest.raises(ValueError, match="image_id must be new, 'a'"), PredictionFile(path) as file:
+    with pytest.raises(ValueError, match="image_id must be new, but 'a'"), PredictionFile(path) as file:
         file.write("a", perfect(graphs[0]))
         file.write("a", perfect(graphs[0]))
     assert not list(tmp_path.iterdir())
@@ -172,11 +172,11 @@ def test_an_interrupted_prediction_leaves_the_file_as_it_was(tmp_path, annotatio
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "not JSON, or cut short .*; it must be an HDF5 or JSON file of predictions"),
+        (b"", "is not JSON or is cut short .*; use a JSON file of predictions, or an HDF5 file"),
         (b"\x89HDF\r\n\x1a\n cut", "cut short"),
-        (b"[1, 2]", "object keyed by image id, got list"),
+        (b"[1, 2]", "object with image ids as keys, got list"),
         (b'{"nowhere.jpg": {}}', "image ids must be in the test part .* got 1 others, such as 'nowhere.jpg'"),
-        (b'{"IMAGE": 3}', "image 'IMAGE': must have boxes"),
+        (b'{"IMAGE": 3}', "image 'IMAGE': must have fields such as boxes"),
         (b'{"IMAGE": {"boxes": [[1, 2], [3]]}}', "image 'IMAGE': boxes must be numbers in rows of equal length"),
         (b'{"IMAGE": {"boxes": [[1, 2, 3, 4]], "labels": [1.5]}}', "labels must be whole numbers, got torch.float32"),
         (b'{"IMAGE": {"boxes": [[1, 2, 3, 4]], "labels": [1]}}', "image 'IMAGE': prediction must have scores"),
@@ -226,7 +226,7 @@ def test_labels_beyond_the_classes_are_refused(tmp_path, annotations, graphs, ca
     with PredictionFile(path) as file:
         file.write(graph.image_id, perfect(graph) | {"labels": graph.labels + 100})
     assert evaluate(path, annotations, protocol="sgdet") == 1
-    assert f"image {graph.image_id!r}: labels must be in 1 to 16, got 1" in capsys.readouterr().err
+    assert f"image {graph.image_id!r}: labels must be from 1 to 16, got 1" in capsys.readouterr().err
 
 
 def test_a_file_takes_what_a_model_gives(tmp_path, graphs):
@@ -291,7 +291,7 @@ def test_lines_of_triplets_are_told_what_writes_predictions(tmp_path, annotation
 
 def test_files_that_cannot_be_written_are_known_before_scoring(tmp_path, annotations, capsys):
     assert evaluate(tmp_path / "nowhere.h5", annotations, "--csv", str(tmp_path)) == 1
-    assert "is a folder, must be a file" in capsys.readouterr().err
+    assert "must be a file, but is a folder" in capsys.readouterr().err
 
 
 def test_json_without_objects(tmp_path, graphs):

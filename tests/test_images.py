@@ -60,7 +60,7 @@ def test_pixels(scenes):
     scene = scenes[0]
     smaller = SceneGraph("x", 40, 30, scene.boxes[:0], scene.labels[:0], scene.relations[:0], scene.image)
     assert read_pixels(smaller).shape == (3, 30, 40), "pixels must be resized to fit the boxes"
-    with pytest.raises(ValueError, match="must be there for a model that reads images"):
+    with pytest.raises(ValueError, match="must have an image file for a model that reads images"):
         collate(
             [SceneGraph("x", 9, 9, torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0, 3).long())], 3, pixels=True
         )
@@ -179,9 +179,9 @@ def test_weights(detector, tmp_path):
     with pytest.raises(ValueError, match="backbone 'resnet18', head_dim 1024 and 5 classes"):
         Detector(5, **SIZES).load_weights(str(path))
     path.write_bytes(b"junk")
-    with pytest.raises(ValueError, match="not a file of detector weights, or cut short"):
+    with pytest.raises(ValueError, match="must be a file of detector weights, but is not one or is cut short"):
         other.load_weights(str(path))
-    with pytest.raises(FileNotFoundError, match="no file of detector weights"):
+    with pytest.raises(FileNotFoundError, match="no such file of detector weights"):
         other.load_weights("nowhere.pt")
     with pytest.raises(ValueError, match="backbone must be one of"):
         Detector(5, backbone="vgg16")
@@ -261,7 +261,7 @@ def test_broken_images_are_named(tmp_path, content):
     path = tmp_path / "broken.png"
     Image.effect_noise((60, 60), 50).save(path)
     path.write_bytes(path.read_bytes()[:600] if content is None else content)
-    with pytest.raises(ValueError, match="broken.png: not an image that can be read"):
+    with pytest.raises(ValueError, match="broken.png: must be an image that can be read"):
         load_image(path)
 
 
@@ -380,7 +380,7 @@ def test_an_incomplete_cache_is_refused_when_the_data_are_read(detector, regions
     from sgalign.training.datamodule import SceneGraphData
 
     cache_features(scenes[:2], detector, regions, tmp_path)
-    with pytest.raises(ValueError, match="has no features of 498 of the 500 images of part validation"):
+    with pytest.raises(ValueError, match="must have features of all 500 images of the validation split, but lacks 498"):
         _ = SceneGraphData(features=str(tmp_path)).validation
     with pytest.raises(FileNotFoundError, match="must be a folder that sgalign cache-features has filled"):
         SceneGraphData(features=str(tmp_path / "nowhere"))
@@ -391,7 +391,7 @@ def test_caches_of_other_weights_boxes_or_images_are_refused(detector, regions, 
     cache_features(scenes[:1], detector, regions, torn)
     path = next(torn.glob("*.h5"))
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"{path.name}: not a file of features, or cut short"):
+    with pytest.raises(ValueError, match=f"{path.name}: must be a feature file, but is not one or is cut short"):
         FeatureCache(torn)["x"]
     cache_features(scenes[:1], detector, regions, tmp_path)
     with pytest.raises(ValueError, match="has features of weights .* choose another folder"):
@@ -404,7 +404,7 @@ def test_caches_of_other_weights_boxes_or_images_are_refused(detector, regions, 
     with pytest.raises(ValueError, match="has no features of image"):
         cache.add_to(collate(scenes[1:2], 20))
     batch = collate(scenes[:1], 20)
-    with pytest.raises(ValueError, match="cached with other boxes"):
+    with pytest.raises(ValueError, match="the cached boxes of image"):
         cache.add_to(batch._replace(boxes=batch.boxes + 1))
 
 
@@ -481,9 +481,9 @@ def test_training_from_the_cache_equals_training_from_images(data, tmp_path):
     expected = module(module.see(collate(data.test[:1], 20, pixels=True)))
     ours = cached.eval()(cached.see(batch))
     torch.testing.assert_close(ours.logits, expected.logits, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="data must have features: FOLDER"):
+    with pytest.raises(ValueError, match="data.features must be a folder of cached features"):
         cached.see(collate(data.test[:1], 20))
-    with pytest.raises(ValueError, match="relation_dim must be that of the features, 16, got 8"):
+    with pytest.raises(ValueError, match="relation_dim must be 16, as in the cached features, got 8"):
         wrong.see(batch)
     with pytest.raises(ValueError, match="vision must be images for sgdet, got 'cached'"):
         MotifsModule(protocol="sgdet", vision="cached")
@@ -504,13 +504,13 @@ def test_a_model_is_not_tested_on_features_of_other_weights(data, detector, tmp_
 
     own, others = seen(tmp_path / "own", 1), seen(tmp_path / "others", 2)
     module, trainer = fitted(MotifsModule, own, tmp_path, vision="cached")
-    with pytest.raises(ValueError, match="data.features must be those that the model was trained on"):
+    with pytest.raises(ValueError, match="data.features must come from the same detector weights"):
         trainer.test(module, datamodule=others, verbose=False)
     for evaluate in (trainer.validate, trainer.test, trainer.predict):
         fresh = MotifsModule(**module.hparams)
         evaluate(fresh, datamodule=own, ckpt_path=str(tmp_path / "model.ckpt"), weights_only=True)
         fresh = MotifsModule(**module.hparams)
-        with pytest.raises(ValueError, match="data.features must be those that the model was trained on"):
+        with pytest.raises(ValueError, match="data.features must come from the same detector weights"):
             evaluate(fresh, datamodule=others, ckpt_path=str(tmp_path / "model.ckpt"), weights_only=True)
 
 
@@ -640,7 +640,7 @@ def test_triplets_by_pair_or_by_predicate():
 
 def test_predict_says_what_is_wrong(tmp_path, capsys):
     for arguments, message in (
-        (["nowhere", "--checkpoint", "none.ckpt"], "no checkpoint none.ckpt"),
+        (["nowhere", "--checkpoint", "none.ckpt"], "none.ckpt: no such checkpoint"),
         (["nowhere"], None),
     ):
         if message is None:

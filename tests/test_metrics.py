@@ -514,7 +514,7 @@ def test_ready_made_triplets_keep_their_order():
     ranked = TWO | {"triplets": torch.tensor([[1, 0, 1], [0, 1, 2], [0, 1, 1]]), "triplet_scores": torch.ones(3)}
     result = evaluate([ranked], [truth((0, 1, 1), (0, 1, 2))], top_k=(1, 2, 3))
     assert [result[f"{name}@{k}"] for name in ("R", "ngR") for k in (1, 2, 3)] == [0, 0.5, 1] * 2
-    with pytest.raises(ValueError, match=r"triplets\[:, 2\] must be in 1 to 3, got 0"):
+    with pytest.raises(ValueError, match=r"triplets\[:, 2\] must be from 1 to 3, got 0"):
         evaluate([ranked | {"triplets": torch.tensor([[0, 1, 0]])}], [truth((0, 1, 1))])
 
 
@@ -687,7 +687,7 @@ BAD_TARGETS = {
 @pytest.mark.parametrize("field, value", [(field, v) for field, values in BAD_PREDICTIONS.items() for v in values])
 def test_malformed_predictions_are_refused_by_name(field, value):
     metric = SceneGraphEvaluator("predcls", PREDICATES)
-    with pytest.raises(ValueError, match=rf"image number 1 .*prediction {field}"):
+    with pytest.raises(ValueError, match=rf"image at index 1: prediction {field}"):
         metric.update([GOOD[0], GOOD[0] | {field: value}], [GOOD[1]] * 2)
     assert metric.images == 0, "the good image of a refused update was added"
 
@@ -714,10 +714,10 @@ def test_missing_fields_and_images_are_refused():
         ({"top_k": (20, 0)}, "top_k .* got"),
         ({"predicate_names": ["on", "near", "has"]}, "predicate_names must be 4"),
         ({"missing": "ignore"}, "missing must be 'zero' or 'skip', got 'ignore'"),
-        ({"groups": {"head": [4]}}, r"groups\['head'\] must be in 1 to 3, got 4"),
+        ({"groups": {"head": [4]}}, r"groups\['head'\] must be from 1 to 3, got 4"),
         ({"groups": {"head": []}}, r"groups\['head'\] must have at least one predicate"),
         ({"zero_shot": torch.ones(2, 2, dtype=torch.int64)}, "zero_shot must be a tensor .* got .*2, 2"),
-        ({"zero_shot": torch.zeros(1, 3, dtype=torch.int64)}, "zero_shot must be in 1 to 1048575, got 0"),
+        ({"zero_shot": torch.zeros(1, 3, dtype=torch.int64)}, "zero_shot must be from 1 to 1048575, got 0"),
     ],
 )
 def test_arguments_are_checked(arguments, message):

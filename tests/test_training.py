@@ -102,11 +102,11 @@ def test_a_resumed_run_has_the_options_that_it_is_given(scenes, tmp_path, monkey
     same = resumed()
     assert not said
     lower = resumed(learning_rate=2e-4)
-    assert said == ["learning rate 0.0002, not 0.001 as before the checkpoint"]
+    assert said == ["learning rate 0.0002 instead of 0.001 as in the checkpoint"]
     assert lower.optimizers[0].param_groups[0]["lr"] == pytest.approx(same.optimizers[0].param_groups[0]["lr"] / 5)
     lower.save_checkpoint(tmp_path / "lower.ckpt")
     again = resumed("lower.ckpt", 3)
-    assert said[1:] == ["learning rate 0.001, not 0.0002 as before the checkpoint"]
+    assert said[1:] == ["learning rate 0.001 instead of 0.0002 as in the checkpoint"]
     assert again.optimizers[0].param_groups[1]["lr"] == pytest.approx(1e-3)
     schedules = [config.scheduler for config in again.lr_scheduler_configs]
     assert schedules[0].base_lrs == [1e-3, 1e-3] and schedules[1].factor == 0.1
@@ -119,7 +119,7 @@ def test_a_resumed_run_has_the_options_that_it_is_given(scenes, tmp_path, monkey
         return optimizer
 
     with pytest.raises(
-        ValueError, match="must be those of the checkpoint, LinearLR, ReduceLROnPlateau, got ReduceLROnPlateau"
+        ValueError, match="must be the same as in the checkpoint, LinearLR, ReduceLROnPlateau, got ReduceLROnPlateau"
     ):
         resumed(warmup_steps=0)
     monkeypatch.setattr(MotifsModule, "make_optimizer", heavier)
@@ -145,7 +145,7 @@ def test_schedules_have_the_steps_that_they_are_given():
     given = GivenOptions(*now)
     for ours, theirs in zip(sum(now, []), sum(before, [])):
         ours.load_state_dict(theirs.state_dict())
-    assert given.put_back(*now, kept) == ["learning rate 2, not 1 as before the checkpoint"]
+    assert given.put_back(*now, kept) == ["learning rate 2 instead of 1 as in the checkpoint"]
     (optimizer,), (schedule,) = now
     rates = []
     for _ in range(3, 8):
@@ -234,7 +234,7 @@ def test_the_middle_of_an_epoch_needs_the_same_batches(scenes, tmp_path):
     fit(MotifsModule(**SMALL), scenes, limit_train_batches=3, callbacks=[save], enable_checkpointing=True)
     data = SceneGraphData(batch_size=8)
     data.train, data.validation = scenes.train, scenes.validation
-    with pytest.raises(ValueError, match="batch_size times processes must be 16, as before, .* got 8"):
+    with pytest.raises(ValueError, match="batch_size times the number of processes must still be 16 .* got 8"):
         trainer().fit(MotifsModule(**SMALL), data, ckpt_path=tmp_path / "middle.ckpt")
 
 
@@ -314,8 +314,8 @@ def test_a_checkpoint_of_another_model_or_size_is_refused(scenes, tmp_path):
     trainer_of_motifs = fit(MotifsModule(**SMALL), scenes, max_epochs=0)
     trainer_of_motifs.save_checkpoint(tmp_path / "motifs.ckpt")
     for module, message in (
-        (AlignMotifsModule(**SMALL), "must be of AlignMotifsModule, as requested, got one of MotifsModule"),
-        (MotifsModule(**SMALL | {"hidden_dim": 9}), "must be of a model with the same options: .* is .*, not "),
+        (AlignMotifsModule(**SMALL), "must belong to AlignMotifsModule, but belongs to MotifsModule"),
+        (MotifsModule(**SMALL | {"hidden_dim": 9}), "must come from a model .* has shape .* instead of "),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(max_epochs=1).fit(module, datamodule=scenes, ckpt_path=tmp_path / "motifs.ckpt")
@@ -325,7 +325,7 @@ def test_a_checkpoint_with_other_parts_is_refused(scenes, tmp_path):
     fit(AveragedTeacherModule(**SMALL), scenes, max_epochs=0).save_checkpoint(tmp_path / "average.ckpt")
     fit(MaskedMotifsModule(**SMALL), scenes, max_epochs=0).save_checkpoint(tmp_path / "masked.ckpt")
     for name, part in (("average", "has teacher."), ("masked", "lacks mirrored_head.")):
-        with pytest.raises(ValueError, match=f"must be of AlignMotifsModule with the same parts, but it {part}"):
+        with pytest.raises(ValueError, match=f"must have the same weights as AlignMotifsModule, but it {part}"):
             AlignMotifsModule.load_from_checkpoint(tmp_path / f"{name}.ckpt")
     content = torch.load(tmp_path / "masked.ckpt", weights_only=True)
     del content["state_dict"], content["sgalign"]["run_seed"]
@@ -339,7 +339,7 @@ def test_motifs_of_an_aligned_model_leaves_the_mirror_out(scenes, tmp_path):
     fit(aligned, scenes, max_epochs=0).save_checkpoint(tmp_path / "aligned.ckpt")
     trainer().test(plain, datamodule=scenes, ckpt_path=tmp_path / "aligned.ckpt", verbose=False)
     assert same_weights(plain, aligned) and not hasattr(plain, "mirrored_head")
-    with pytest.raises(ValueError, match="checkpoint has a mirror: MotifsModule can be tested with it"):
+    with pytest.raises(ValueError, match="checkpoint has a mirror, so MotifsModule can be tested with it"):
         trainer(max_epochs=1).fit(MotifsModule(**SMALL), scenes, ckpt_path=tmp_path / "aligned.ckpt")
 
 
@@ -361,7 +361,7 @@ def test_options_of_a_detector(options, message):
     [
         (["--config", "configs/align_motifs_small.yaml", "--model.mask_ratio", "2"], "mask_ratio must be in [0, 1]"),
         (["--config", "configs/motifs_small.yaml", "--trainer.devices", "0"], "not a valid input using cpu"),
-        (["--config", "configs/motifs_small.yaml", "--ckpt_path", "best"], "no checkpoint best"),
+        (["--config", "configs/motifs_small.yaml", "--ckpt_path", "best"], "best: no such checkpoint"),
         (["--model", "FrequencyModule"], "FrequencyModule has nothing to fit: sgalign test --model FrequencyModule"),
     ],
 )
@@ -602,7 +602,7 @@ def test_configs_spell_out_the_defaults():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "no checkpoint"), (b"PK\x03\x04 cut", "cut short"), ({"a": 1}, "no class names")]
+    ("content", "message"), [(None, "no such"), (b"PK\x03\x04 cut", "cut short"), ({"a": 1}, "no class names")]
 )
 def test_bad_checkpoints_are_one_sentence(tmp_path, capsys, content, message):
     path = tmp_path / "bad.ckpt"
@@ -623,7 +623,7 @@ def test_training_without_relations_or_with_a_diverging_loss_says_so(scenes):
         fit(MotifsModule(**SMALL), data)
     with pytest.raises(
         ValueError,
-        match=r"loss must be finite, got nan \(loss nan\) at step 1: lower learning_rate, or look at .* images",
+        match=r"loss must be finite, got nan \(loss nan\) at step 1: lower learning_rate, or check .* images",
     ):
         fit(MotifsModule(**SMALL, learning_rate=1e30), scenes)
 

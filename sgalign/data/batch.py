@@ -17,13 +17,13 @@ from sgalign.errors import InputError
 
 
 class VisualFeatures(NamedTuple):
-    """Visual features of a batch's objects and pairs, from a detector and the extractors of a relation model.
+    """Visual features of a batch's objects and pairs, computed by a detector and feature extractors.
 
     Attributes:
         objects: features of each object, float32 `[T, F]`.
-        unions: features of each pair, from its union box, float32 `[R, G]`.
-        logits: class logits of the detector, float32 `[T, num_objects + 1]`. Labels are decoded from them. None if the
-            classes are given and no detector ran.
+        unions: features of each pair, from its union box, float32 `[R, F]`.
+        logits: class logits of the detector, from which labels are decoded, float32 `[T, num_objects + 1]`. If None,
+            the detector did not classify the boxes.
     """
 
     objects: Tensor
@@ -35,8 +35,8 @@ class GraphBatch(NamedTuple):
     """A batch of B images with T objects in total and R ordered pairs of different objects of the same image.
 
     The objects of the images follow one another in image order. `lengths`, `pair_counts`, `related` and `truth` stay on
-    the host when `to` moves a batch to a GPU. Tensor sizes depend on them, and the host would have to wait for the GPU
-    if it read them from there.
+    the host when `to` moves a batch to a GPU. The host needs them to compute tensor sizes, and reading them from the
+    GPU would make it wait.
 
     Attributes:
         image_ids: names of the images.
@@ -45,17 +45,18 @@ class GraphBatch(NamedTuple):
         pair_counts: number of pairs per image, int64 `[B]`.
         related: True for each pair with an annotated predicate in `targets`, bool `[R]`.
         boxes: x1, y1, x2, y2 in pixels, float32 `[T, 4]`.
-        labels: object classes from 1, int64 `[T]`. If a label decoder predicts them, these are its training targets,
-            with 0 for a detection that matches no object.
+        labels: object classes from 1, int64 `[T]`. If the model decodes classes, the labels are the training targets of
+            its label decoder. A detection that matches no object has label 0.
         scores: detector confidence of each object, float32 `[T]`. It is 1 for annotated objects.
         images: index of each object's image, int64 `[T]`.
         positions: index of each object within its image, from 0, int64 `[T]`.
         pairs: indices of subject and object among the T objects, int64 `[R, 2]`. The pairs of an image are contiguous.
-        targets: distribution over each pair's annotated predicates, float32 `[R, num_predicates + 1]`. For a pair
-            without any, it is the background (column 0).
+        targets: distribution over each pair's annotated predicates, float32 `[R, num_predicates + 1]`. A pair without
+            annotated predicates has the background (column 0). A row of zeros marks a pair whose label is unknown, and
+            the loss ignores it.
         truth: `image_id`, `size`, `boxes`, `labels` and `relations` of each image as annotated.
-        pixels: the images, float32 `[3, H, W]` in 0 to 1. The list is empty if images were not read.
-        features: features of the objects and pairs, cached by `sgalign cache-features`. None if no cache was read.
+        pixels: the images, float32 `[3, H, W]` with values from 0 to 1. The list is empty if the images were not read.
+        features: features of the objects and pairs, cached by `sgalign cache-features`. If None, no cache was read.
     """
 
     image_ids: list[str]
@@ -131,14 +132,14 @@ def _starts(lengths: Tensor) -> Tensor:
 
 
 class SeenBatch(NamedTuple):
-    """A batch with its objects and visual features, before a model predicts relations.
+    """The inputs of a relation model, which are a batch's objects, pairs and visual features.
 
     Attributes:
-        graph: the objects and pairs to relate. They are annotated objects with all or some of their pairs, or detected
-            objects.
-        features: visual features of these objects and pairs. None for a model that uses labels and boxes only.
+        graph: the objects, and the pairs to classify. The objects are annotated or detected. In training, some of their
+            pairs may be left out.
+        features: visual features of these objects and pairs. If None, the model uses only labels and boxes.
         boxes_per_class: the detector's box for each class, float32 `[T, num_objects + 1, 4]`, for the non-maximum
-            suppression of decoded labels. None except for detected objects at evaluation.
+            suppression of decoded labels. It is given only for detected objects at evaluation. Otherwise it is None.
     """
 
     graph: GraphBatch
@@ -147,7 +148,7 @@ class SeenBatch(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """Indices of a batch's objects and of all their pairs, with the meaning of the same fields of `GraphBatch`."""
+    """Indices of a batch's objects and of all their pairs. The fields mean the same as in `GraphBatch`."""
 
     lengths: Tensor  # int64 [B], on the host
     pair_counts: Tensor  # int64 [B], on the host
@@ -161,7 +162,7 @@ class Objects(NamedTuple):
 
         Args:
             lengths: number of objects per image, int64 `[B]` on the host.
-            device: If None, the device of `lengths`.
+            device: device of `images`, `positions` and `pairs`. If None, the device of `lengths`.
         """
         device = device or lengths.device
         pair_counts = lengths * (lengths - 1)
@@ -181,14 +182,14 @@ class Objects(NamedTuple):
 def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool = False) -> GraphBatch:
     """Return the batch of the given scene graphs.
 
-    If a pair has several predicates, Motifs' public code trains on one of them at random. Here the target is the mean
-    of all of them, which has the same expectation without the noise. A relation of an object with itself does not
-    become a pair. Only the evaluation sees it.
+    If a pair has several predicates, Motifs' public code trains on one of them at random. Here the target is uniform
+    over all of them, so the gradient is the same on average, without the noise. A relation of an object with itself
+    does not become a pair. It remains in `truth` and counts in the evaluation.
 
     Args:
         graphs: at least one scene graph.
         num_predicates: number of predicate classes without the background.
-        pixels: whether to read the images too.
+        pixels: if True, also read the images.
 
     Raises:
         ValueError: if there is no graph, a predicate exceeds `num_predicates` or an image is missing. The error names
@@ -205,7 +206,7 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
     for graph, start in zip(graphs, _starts(objects.lengths).tolist()):
         if len(graph.relations) and int(graph.relations[:, 2].max()) > num_predicates:
             raise InputError(
-                f"image {graph.image_id!r}: relations[:, 2] must be in 1 to {num_predicates}, "
+                f"image {graph.image_id!r}: relations[:, 2] must be from 1 to {num_predicates}, "
                 f"got {int(graph.relations[:, 2].max())}"
             )
         row = rows[start + graph.relations[:, 0], graph.relations[:, 1]]
@@ -231,7 +232,7 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
 def target_distribution(marks: Tensor) -> Tensor:
     """Return the target distribution over predicates, float32 `[R, num_predicates + 1]`.
 
-    A pair's distribution is uniform over its marked predicates. A pair without any gets the background (column 0).
+    A pair's distribution is uniform over its marked predicates. A pair without marks gets the background (column 0).
 
     Args:
         marks: 1 for each annotated predicate of a pair and 0 otherwise, float32 `[R, num_predicates + 1]`.
@@ -244,10 +245,10 @@ def target_distribution(marks: Tensor) -> Tensor:
 def collate_detected(
     graphs: Sequence[SceneGraph], detections: Mapping[str, Detections], num_predicates: int, *, pixels: bool = False
 ) -> GraphBatch:
-    """Return the same batch as `collate`, but with the objects that were detected in each image.
+    """Return the same batch as `collate`, but with the detected instead of the annotated objects.
 
-    An image that `detections` lacks has no objects. All targets are background, because detected objects have no
-    annotated relations. `truth` still holds the annotations.
+    Images that are missing from `detections` get no objects. All targets are background, because detected objects have
+    no annotated relations. `truth` still contains the annotations.
     """
     nothing = Detections(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     found = [detections.get(graph.image_id, nothing) for graph in graphs]

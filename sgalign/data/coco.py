@@ -1,4 +1,4 @@
-"""Boxes in COCO's format with relations in `rel.json`, the layout for your own data."""
+"""Data sets with boxes in COCO's format and relations in `rel.json`. Use this layout for your own data."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ FILES = {"train": "train", "validation": "val", "test": "test"}
 
 
 class CocoDataset(Dataset[SceneGraph]):
-    """Scene graphs of a folder with COCO files and `rel.json`, the layout that RelTR and EGTR read.
+    """Scene graphs of a folder with COCO files and `rel.json`, which is the layout that RelTR and EGTR read.
 
     `train.json`, `val.json` and `test.json` are in COCO's format. Each has `images` (`id`, `file_name`, `width`,
     `height`), `annotations` (`image_id`, `category_id`, `bbox` as x, y, width, height) and `categories` (`id`, `name`).
     The ids may be any integers.
 
-    `rel.json` has `rel_categories`, the predicate names, with or without the background first. For each of "train",
-    "val" and "test", it maps each image id to a list of relations `[subject, object, predicate]`. Subject and object
-    count the image's annotations from 0 in file order. The predicate counts `rel_categories` from 0.
+    `rel.json` has `rel_categories`, the list of predicate names. The list may start with `__background__`. For each of
+    "train", "val" and "test", `rel.json` maps each image id to a list of relations `[subject, object, predicate]`.
+    Subject and object are indices of the image's annotations, from 0 in file order. The predicate is an index into
+    `rel_categories`, from 0.
 
     Args:
-        root: folder of these files. Images are optional, and lie in this folder or in its `images/`.
+        root: folder of these files. Image files are optional. They are in this folder or in its subfolder `images/`.
         split: "train", "validation" (`val.json`) or "test".
 
     Attributes:
-        object_names, predicate_names: class names, `__background__` first. Any names are allowed.
+        object_names, predicate_names: class names, `__background__` first. Names must not be empty and may have any
+            characters.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -51,7 +53,7 @@ class CocoDataset(Dataset[SceneGraph]):
             (rel, relations, ("rel_categories", FILES[split])),
         ):
             if missing := [field for field in fields if not isinstance(value, dict) or field not in value]:
-                raise InputError(f"{where}: must have {', '.join(fields)}, lacks {', '.join(missing)}")
+                raise InputError(f"{where}: must have {', '.join(fields)}, but lacks {', '.join(missing)}")
         try:
             self._read(path, content, rel, relations, FILES[split])
         except (AttributeError, OverflowError, TypeError) as error:
@@ -63,9 +65,11 @@ class CocoDataset(Dataset[SceneGraph]):
             label_of = {category["id"]: index + 1 for index, category in enumerate(categories)}
             self.object_names = [BACKGROUND, *(str(category["name"]) for category in categories)]
         except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: categories must have id and name, lacks {error}") from error
+            raise InputError(f"{path}: every category must have id and name ({error})") from error
         if not isinstance(relations["rel_categories"], list) or not isinstance(relations[part], dict):
-            raise InputError(f"{rel}: rel_categories must be a list of names, and {part} an object keyed by image id")
+            raise InputError(
+                f"{rel}: rel_categories must be a list of names, and {part} a JSON object with image ids as keys"
+            )
         predicates = [str(name) for name in relations["rel_categories"]]
         self._first = 0 if predicates[:1] == [BACKGROUND] else 1
         self.predicate_names = [BACKGROUND, *predicates[1 - self._first :]]
@@ -74,7 +78,7 @@ class CocoDataset(Dataset[SceneGraph]):
         self._images = _parse(path, content, label_of)
         by_id = relations[part]
         if unknown := by_id.keys() - {str(image["id"]) for image in self._images.values()}:
-            raise InputError(f"{rel}, {part}: image ids must be those of {path.name}, got {min(unknown)!r}")
+            raise InputError(f"{rel}, {part}: image ids must occur in {path.name}, got {min(unknown)!r}")
         for image in self._images.values():
             triplets = by_id.get(str(image["id"]), [])
             image["relations"] = self._relations(f"{rel}, {part}, image {image['id']}", triplets, image)
@@ -106,9 +110,11 @@ class CocoDataset(Dataset[SceneGraph]):
             if not isinstance(triplet, list) or len(triplet) != 3 or any(type(v) is not int for v in triplet):
                 raise InputError(f"{where}: must be [subject, object, predicate], got {triplet!r} in row {row}")
             if not 0 <= min(triplet[:2]) <= max(triplet[:2]) < objects:
-                raise InputError(f"{where}: objects must be in 0 to {objects - 1}, got {triplet[:2]} in row {row}")
+                raise InputError(f"{where}: objects must be from 0 to {objects - 1}, got {triplet[:2]} in row {row}")
             if not lowest <= triplet[2] <= highest:
-                raise InputError(f"{where}: predicate must be in {lowest} to {highest}, got {triplet[2]} in row {row}")
+                raise InputError(
+                    f"{where}: predicate must be from {lowest} to {highest}, got {triplet[2]} in row {row}"
+                )
         return [[s, o, p + self._first] for s, o, p in triplets]
 
 
@@ -126,9 +132,11 @@ def _parse(path: Path, content: dict[str, Any], label_of: Mapping[Any, int]) -> 
                 f"{path}, images, row {number}: file_name must lie in the data set's folder, got {str(name)!r}"
             )
         if image["id"] in images:
-            raise InputError(f"{path}, images, row {number}: id must be new, got {image['id']!r} again")
+            raise InputError(f"{path}, images, row {number}: id must be unique, but {image['id']!r} occurs twice")
         if image["file_name"] in names:
-            raise InputError(f"{path}, images, row {number}: file_name must be new, got {image['file_name']!r} again")
+            raise InputError(
+                f"{path}, images, row {number}: file_name must be unique, but {image['file_name']!r} occurs twice"
+            )
         names.add(image["file_name"])
         images[image["id"]] = {field: image[field] for field in fields} | {"boxes": [], "labels": []}
     for number, annotation in enumerate(content["annotations"]):
@@ -143,7 +151,7 @@ def _parse(path: Path, content: dict[str, Any], label_of: Mapping[Any, int]) -> 
         if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
             raise InputError(f"{where}: bbox must be 4 numbers x, y, width, height, got {box!r}")
         if max(map(abs, box)) > 1e9:
-            raise InputError(f"{where}: bbox must be in pixels, got a number above 1e9")
+            raise InputError(f"{where}: bbox must be in pixels and at most 1e9, got {box}")
         if not (box[2] > 0 and box[3] > 0):
             raise InputError(f"{where}: bbox must have a width and a height above 0, got {box}")
         images[annotation["image_id"]]["boxes"].append(box)
@@ -165,7 +173,8 @@ def write_coco(
         parts: scene graphs by split: "train", "validation" and "test".
         object_names, predicate_names: class names of the data set, background first.
         root: output folder, created if it does not exist.
-        images: whether to draw or copy the images too, as JPEG into `images/`.
+        images: if True, also write the images into `images/`. An image id with a dot is the file name, and its suffix
+            determines the format. Other images are JPEG files.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)

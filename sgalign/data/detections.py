@@ -20,17 +20,17 @@ class Detections(NamedTuple):
 
     boxes: Tensor  # float32 [N, 4], x1, y1, x2, y2 in pixels
     labels: Tensor  # int64 [N], from 1
-    scores: Tensor  # float32 [N], in 0 to 1
+    scores: Tensor  # float32 [N], from 0 to 1
 
 
 def read_detections(path: str | Path, num_objects: int) -> dict[str, Detections]:
     """Return the detections of each image from a JSON file.
 
-    The file holds an object that maps image names to three lists of equal length:
+    The file contains a JSON object that maps image names to three lists of equal length:
 
     - `boxes_xyxy`: x1, y1, x2, y2 in 0-based pixels.
     - `labels`: classes from 0, in the order of the data set's classes. The returned labels start at 1.
-    - `scores`: confidence of the detector, in 0 to 1.
+    - `scores`: confidence of the detector, from 0 to 1.
 
     Args:
         path: the file.
@@ -41,9 +41,9 @@ def read_detections(path: str | Path, num_objects: int) -> dict[str, Detections]
         ValueError: if the file is malformed. The error names the file, the image and the field.
     """
     path = Path(path)
-    images = read_json(path, "give a file of detections as described in docs/data.md")
+    images = read_json(path, "write the file as docs/data.md describes")
     if not isinstance(images, dict):
-        raise InputError(f"{path}: must be an object keyed by image name, got {type(images).__name__}")
+        raise InputError(f"{path}: must be a JSON object with image names as keys, got {type(images).__name__}")
     return {name: _parse(f"{path}, image {name!r}: ", image, num_objects) for name, image in images.items()}
 
 
@@ -60,9 +60,9 @@ def _parse(where: str, image: Any, num_objects: int) -> Detections:
         if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) for v in box):
             raise InputError(f"{where}boxes_xyxy must have 4 numbers per box, got {box!r} in row {row}")
         if type(label) is not int or not 0 <= label < num_objects:
-            raise InputError(f"{where}labels must be integers in 0 to {num_objects - 1}, got {label!r} in row {row}")
+            raise InputError(f"{where}labels must be integers from 0 to {num_objects - 1}, got {label!r} in row {row}")
         if type(score) not in (int, float) or not 0 <= score <= 1:
-            raise InputError(f"{where}scores must be in 0 to 1, got {score!r} in row {row}")
+            raise InputError(f"{where}scores must be from 0 to 1, got {score!r} in row {row}")
     try:
         corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     except OverflowError as error:

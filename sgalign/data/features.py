@@ -19,21 +19,19 @@ FIELDS = ("boxes", "objects", "logits", "union")  # names in the files; "union" 
 
 
 class FeatureCache:
-    """Reader of the feature files that `cache_features` writes.
+    """A reader of the feature files that `sgalign cache-features` writes.
 
-    Each process opens a file when it first reads from it.
+    Each process opens a file when it first reads from the file. Access to features raises ValueError if a file is cut
+    short or is not a feature file. The error names the file.
 
     Args:
         folder: folder of the feature files.
-
-    Raises:
-        ValueError: if a file is cut short or is not a feature file. The error names the file.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.paths = sorted(self.folder.glob("features_*.h5"))
-        self._open: dict[tuple[int, Path], h5py.File] = {}  # per process: HDF5 handles do not survive a fork
+        self._open: dict[tuple[int, Path], h5py.File] = {}  # by process, because HDF5 handles do not survive a fork
 
     @cached_property
     def images(self) -> dict[str, Path]:
@@ -46,7 +44,8 @@ class FeatureCache:
                         raise OSError("no header")
             except OSError as error:
                 raise InputError(
-                    f"{path}: not a file of features, or cut short ({error}); delete it and cache again"
+                    f"{path}: must be a feature file, but is not one or is cut short ({error}); delete it and run "
+                    "sgalign cache-features again"
                 ) from error
         return where
 
@@ -57,7 +56,7 @@ class FeatureCache:
 
     @property
     def source(self) -> str:
-        """The detector weights and image sizes of these features, which distinguish them from other features."""
+        """The detector weights and image sizes that the features were computed with."""
         return f"{self.header['weights']} at {self.header.get('sizes')}"
 
     def __contains__(self, image_id: str) -> bool:
@@ -66,14 +65,14 @@ class FeatureCache:
     def __getitem__(self, image_id: str) -> dict[str, Tensor]:
         """Return the features of an image by field, all float32.
 
-        The fields are `boxes` `[N, 4]`, `objects` `[N, F]`, `logits` `[N, C]` and `union` `[N * (N - 1), F]`.
+        The fields are `boxes` `[N, 4]`, `objects` `[N, F]`, `logits` `[N, C]` and `union` `[N (N - 1), F]`.
 
         Raises:
             ValueError: if the cache lacks the image.
         """
         if image_id not in self:
             raise InputError(
-                f"{self.folder}: has no features of image {image_id!r}; run sgalign cache-features for its data"
+                f"{self.folder}: has no features of image {image_id!r}; run sgalign cache-features for this data set"
             )
         key = (os.getpid(), self.images[image_key(image_id)])
         if key not in self._open:
@@ -91,12 +90,15 @@ class FeatureCache:
             batch: a batch with all pairs of its images.
 
         Raises:
-            ValueError: if the cache lacks an image, or was computed for other boxes.
+            ValueError: if the cache lacks an image, or was computed for boxes that differ from the batch's boxes.
         """
         images = [self[image_id] for image_id in batch.image_ids]
         for image, boxes, image_id in zip(images, batch.boxes_by_image(), batch.image_ids):
             if not torch.equal(image["boxes"], boxes):
-                raise InputError(f"{self.folder}: image {image_id!r} was cached with other boxes; cache its data again")
+                raise InputError(
+                    f"{self.folder}: the cached boxes of image {image_id!r} differ from the data's boxes; run "
+                    "sgalign cache-features again"
+                )
         objects, logits, unions = (torch.cat([image[field] for image in images]) for field in FIELDS[1:])
         return batch._replace(features=VisualFeatures(objects, unions, logits))
 

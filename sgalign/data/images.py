@@ -1,4 +1,4 @@
-"""Reading image files of any mode as RGB images or as tensors, and writing them."""
+"""Functions that read image files of any mode as RGB images or tensors, and that write image files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return the stored width and height of an image file.
+    """Return the width and height of an image file, before any EXIF rotation.
 
     Raises:
         ValueError: if the file is not an image. The error names the file.
@@ -27,11 +27,11 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def load_image(path: Path, *, upright: bool = False) -> Image.Image:
-    """Return the image of a file as RGB, with 16-bit gray scaled to 8 bits.
+    """Return the image in a file as RGB. 16-bit grayscale values are scaled to 8 bits.
 
     Args:
         path: the file.
-        upright: whether to rotate a photograph by its EXIF orientation. Leave it False for data sets, because their
+        upright: if True, rotate a photograph as its EXIF orientation says. Leave it False for data sets, because their
             boxes refer to the stored image.
 
     Raises:
@@ -50,7 +50,7 @@ def load_image(path: Path, *, upright: bool = False) -> Image.Image:
 
 
 def read_pixels(graph: SceneGraph) -> Tensor:
-    """Return the graph's image, float32 `[3, height, width]` in 0 to 1.
+    """Return the graph's image, float32 `[3, height, width]` with values from 0 to 1.
 
     Some image files of Visual Genome differ in size from their annotations. Such an image is resized to fit its boxes.
 
@@ -61,7 +61,9 @@ def read_pixels(graph: SceneGraph) -> Tensor:
     from torchvision.transforms.functional import pil_to_tensor
 
     if graph.image is None:
-        raise InputError(f"image {graph.image_id!r}: must be there for a model that reads images, got only boxes")
+        raise InputError(
+            f"image {graph.image_id!r}: must have an image file for a model that reads images, got only boxes"
+        )
     image = graph.image()
     if image.size != (graph.width, graph.height):
         image = image.resize((graph.width, graph.height), Image.Resampling.BILINEAR)
@@ -76,11 +78,11 @@ def _open(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not an image that can be read ({error}); replace or remove it") from error
+        raise InputError(f"{path}: must be an image that can be read ({error}); replace or remove it") from error
 
 
 def save_image(graph: SceneGraph, path: Path) -> None:
-    """Save a graph's image as a file, if it has one."""
+    """Save a graph's image, if it has one. The suffix of `path` determines the format."""
     if graph.image is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         graph.image().convert("RGB").save(path, quality=92)

@@ -1,4 +1,4 @@
-"""Opening a data set folder of any supported layout."""
+"""A function that opens a data set folder of any supported layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sgalign.errors import InputError
 
 
 def open_dataset(root: str | Path, split: Any, *, validation_images: int | None = None) -> Any:
-    """Return one split of a data set in VRD's layout, VG150's layout, or COCO's with `rel.json`.
+    """Return one split of a data set in the layout of VRD, of VG150, or of COCO with `rel.json`.
 
     The files in the folder determine the layout.
 
@@ -22,7 +22,8 @@ def open_dataset(root: str | Path, split: Any, *, validation_images: int | None 
         validation_images: number of training images to hold out. If None, the default of the data set's class.
 
     Raises:
-        FileNotFoundError: if the folder does not exist or has no files of a known layout. The error names these files.
+        FileNotFoundError: if the folder does not exist or has no files of a known layout. The error names the files of
+            the known layouts.
         ValueError: if a file is malformed, or if `validation_images` is given for a data set with its own validation
             split.
     """

@@ -24,11 +24,11 @@ FIELDS = {
     "triplet_scores": torch.float32,
 }
 DAMAGE = (KeyError, MemoryError, OSError, RuntimeError, ValueError)  # errors of h5py for damaged files
-WRITTEN = "it must be an HDF5 or JSON file of predictions, as the callback sgalign.training.PredictionWriter writes"
+WRITTEN = "use a JSON file of predictions, or an HDF5 file from the callback sgalign.training.PredictionWriter"
 
 
 class PredictionFile:
-    """Writer of the HDF5 file of predictions that `sgalign evaluate` reads.
+    """A writer of the HDF5 file of predictions that `sgalign evaluate` reads.
 
     Use it in a `with` block. Until the block ends, the content is in a file beside `path` whose name ends in
     `.partial`. If the block ends without an error, this file moves to `path`. Otherwise it is deleted.
@@ -61,9 +61,11 @@ class PredictionFile:
         if not {"", "."}.isdisjoint(parts) or "\0" in image_id:
             raise InputError(f"image_id must be one name, or several joined by single slashes, got {image_id!r}")
         if image_id in self._folders or any(folder in self._file and folder not in self._folders for folder in folders):
-            raise InputError(f"one image_id must not be the folder of another, got {image_id!r}")
+            raise InputError(
+                f"image_id must not extend another image_id by a slash, as 'a/b' extends 'a', got {image_id!r}"
+            )
         if image_id in self._file:
-            raise InputError(f"image_id must be new, {image_id!r} was written before")
+            raise InputError(f"image_id must be new, but {image_id!r} has already been written")
         self._folders |= folders
         fields = {name: torch.as_tensor(prediction[name]).detach().cpu() for name in FIELDS if name in prediction}
         group = self._file.create_group(image_id)
@@ -79,7 +81,7 @@ class PredictionFile:
 class Predictions:
     """The predictions of a file by image id.
 
-    An HDF5 file is read one image at a time, and a JSON file at once.
+    An HDF5 file is read one image at a time. A JSON file is read as a whole.
 
     Args:
         path: the file. In HDF5, each image has a group named by its id, with one data set per field. JSON is an object
@@ -88,13 +90,13 @@ class Predictions:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is neither HDF5 nor JSON, is cut short, or has a field without numbers. The error names
-            the file, the image and the field.
+        ValueError: if the file is neither HDF5 nor JSON, is cut short, or has a field that is not numeric. The error
+            names the file, the image and the field.
     """
 
     def __init__(self, path: str | Path, num_predicates: int) -> None:
         self.path = Path(path)
-        # An empty JSON list has no second dimension, so `_typed` restores it from these widths.
+        # An empty JSON list has no second dimension. `_typed` adds it from these widths.
         self._widths = {"boxes": 4, "pairs": 2, "predicate_scores": num_predicates + 1, "triplets": 3}
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such prediction file")
@@ -104,12 +106,15 @@ class Predictions:
                 self._images = h5py.File(self.path, "r")
                 self.image_ids = set(_image_ids(self._images))
             except DAMAGE as error:
-                raise InputError(f"{self.path}: HDF5, but cut short or damaged ({error})") from error
+                raise InputError(
+                    f"{self.path}: must be a complete HDF5 file, but is cut short or damaged ({error})"
+                ) from error
             return
         self._images = read_json(self.path, WRITTEN)
         if not isinstance(self._images, dict):
             raise InputError(
-                f"{self.path}: must be an object keyed by image id, got {type(self._images).__name__}; {WRITTEN}"
+                f"{self.path}: must be a JSON object with image ids as keys, got {type(self._images).__name__}; "
+                f"{WRITTEN}"
             )
         self.image_ids = set(self._images)
 
@@ -120,9 +125,9 @@ class Predictions:
             image = self._images[image_id]
             there = FIELDS.keys() & image.keys() if isinstance(image, Mapping) else None
         except DAMAGE as error:
-            raise InputError(f"{where}: damaged ({error})") from error
+            raise InputError(f"{where}: is damaged ({error})") from error
         if there is None:
-            raise InputError(f"{where}: must have {', '.join(FIELDS)}, got {type(image).__name__}")
+            raise InputError(f"{where}: must have fields such as boxes and labels, got {type(image).__name__}")
         fields = {}
         for field in there:
             try:
@@ -133,9 +138,9 @@ class Predictions:
         return fields
 
     def _read(self, values: Any, fractions: bool) -> Tensor:
-        """Return the values of an HDF5 data set or of lists. Fractions in lists keep their full precision."""
+        """Return the values of an HDF5 data set or of lists. Floating-point lists become float64."""
         if isinstance(values, h5py.Group):
-            raise TypeError("it is a group")
+            raise TypeError("the field is an HDF5 group")
         if isinstance(values, h5py.Dataset):
             array = values[()]
             return torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False))

@@ -88,7 +88,10 @@ def check_objects(where: str, boxes: Any, labels: Any, box_dtypes: tuple[torch.d
 def check_tensor(
     where: str, field: str, value: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]
 ) -> None:
-    """Raise InputError unless `value` is a tensor with one of `dtypes` and with `shape`, where None fits any length."""
+    """Raise InputError unless `value` is a tensor with this shape and one of these dtypes.
+
+    None in `shape` allows any length.
+    """
     wanted = f"a tensor of {' or '.join(map(str, dtypes))} and shape {shape}".replace("None", "any")
     if not isinstance(value, Tensor):
         raise InputError(f"{where}{field} must be {wanted}, got {type(value).__name__}")
@@ -98,11 +101,14 @@ def check_tensor(
 
 
 def check_range(where: str, field: str, value: Tensor, lowest: int, highest: int | None = None) -> None:
-    """Raise InputError unless every element lies in `lowest` to `highest`, both inclusive."""
+    """Raise InputError unless every element is from `lowest` to `highest`, both inclusive.
+
+    If `highest` is None, there is no upper limit.
+    """
     outside = value < lowest if highest is None else (value < lowest) | (value > highest)
     if outside.any():
         place = outside.nonzero()[0].tolist()
-        bounds = f"at least {lowest}" if highest is None else f"in {lowest} to {highest}"
+        bounds = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
         raise InputError(f"{where}{field} must be {bounds}, got {value[tuple(place)].item()} in row {place[0]}")
 
 
@@ -122,10 +128,12 @@ def count_validation_images(wanted: int | None, available: int, default: int, pa
         path: file of the training images, for the error message.
 
     Raises:
-        InputError: if `wanted` is not in 0 to `available`.
+        ValueError: if `wanted` is not from 0 to `available`.
     """
     if wanted is None:
         return min(default, available // 5)
     if not 0 <= wanted <= available:
-        raise InputError(f"validation_images must be in 0 to {available}, the number in {path}, got {wanted}")
+        raise InputError(
+            f"validation_images must be from 0 to {available}, the number of images in {path}, got {wanted}"
+        )
     return wanted

@@ -1,4 +1,4 @@
-"""Generated scenes whose relations follow from the boxes, the classes and the surroundings of the objects."""
+"""Generated scenes. Their relations follow from the boxes and classes of the objects and the other objects nearby."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = {"train": 3000, "validation": 500, "test": 800}
 WRONG_LABELS = 0.05
 MISSING_RELATIONS = 0.3
 
-# Height relative to the scale at the object's place, ratio of width to height, and color in drawn images.
+# Height in units of the local scale (`_Place.scale`), ratio of width to height, and color in drawn images.
 OBJECTS: dict[str, tuple[float, float, str]] = {
     "person": (0.50, 0.42, "salmon"),
     "dog": (0.20, 1.40, "sienna"),
@@ -56,7 +56,7 @@ CONFUSABLE = {
 }  # fmt: skip
 
 SURFACES = {"road", "grass"}
-# Ground of each setting, and the groups of objects that it is made of, with their odds.
+# For each setting, the class of its ground, and the odds of each group of objects.
 SETTINGS: list[tuple[str, dict[str, float]]] = [
     ("road", {"pedestrian": 5, "car": 5, "bicycle": 3, "rider": 2, "dog walker": 1.5, "tree": 2, "building": 4,
               "dog": 1}),
@@ -89,7 +89,7 @@ class _Thing:
         return (self.x1 + self.x2) / 2
 
     def up(self, y: float) -> float:
-        """Return the height of a horizontal line within the box, from 0 at the lower edge to 1 at the upper edge."""
+        """Return the position of the line at `y` relative to the box: 0 is its lower edge, 1 its upper edge."""
         return (self.y2 - y) / self.height
 
     def off(self, other: _Thing) -> float:
@@ -98,13 +98,13 @@ class _Thing:
 
 
 class ScenesDataset(Dataset[SceneGraph]):
-    """Generated scenes of 4 to 12 objects from 16 classes, with relations from 20 predicates with a long tail.
+    """Generated scenes of 4 to 12 objects, with 16 object classes and a long-tail distribution of 20 predicates.
 
-    A scene depends only on (seed, split, index) and is the same on every machine. Rules decide which relation holds
-    between two objects, from their boxes, their classes and the objects around them (`docs/data.md`). The labels of
-    "validation" and "test" are therefore complete and correct. "train" imitates an annotator: 30 % of its relations are
-    missing, and 5 % of the remaining labels are replaced by a confusable one. Scenes are generated on access, and drawn
-    only when a graph's `image` is called.
+    A scene depends only on (seed, split, index) and is the same on every machine. Rules (see `docs/data.md`) derive the
+    relation between two objects from their boxes, their classes and the objects around them. The labels of "validation"
+    and "test" are therefore complete and correct. "train" imitates an annotator. Each relation is missing with
+    probability 0.3, and each remaining predicate is replaced with probability 0.05 by one that is easily confused with
+    it. Scenes are generated on access, and drawn only when a graph's `image` is called.
 
     Args:
         split: "train", "validation" or "test". The three splits are independent.
@@ -132,14 +132,14 @@ class ScenesDataset(Dataset[SceneGraph]):
 
     def __getitem__(self, index: int) -> SceneGraph:
         if not -self.size <= index < self.size:
-            raise IndexError(f"scene {index} of {self.size}")
+            raise IndexError(f"index must be from {-self.size} to {self.size - 1}, got {index}")
         image_id = f"{self.seed}/{self.split}/{index % self.size}"
         return _make_scene(image_id, annotated=self.split == "train")
 
 
 def _make_scene(image_id: str, *, annotated: bool) -> SceneGraph:
-    # Python guarantees that random() gives the same values for a seed in every version. This code uses only random(),
-    # uniform() and choices(), because each of their values takes exactly one draw.
+    # Python guarantees the values of random() for a seed in every version. uniform() and choices() call random()
+    # exactly once per value, so this code uses only these three.
     draw = random.Random(image_id)
     width, height = draw.choices([(400, 300), (300, 400), (480, 300), (360, 360)])[0]
     ground, odds = draw.choices(SETTINGS)[0]
@@ -197,7 +197,7 @@ class _Place:
         return self.draw.random() < probability
 
     def beside(self, thing: _Thing, widths: float) -> float:
-        """Return an x to the left or right of an object's center, at a distance of `widths` times its width."""
+        """Return an x coordinate left or right of an object's center, at a distance of `widths` times its width."""
         return thing.x + (widths if self.chance(0.5) else -widths) * thing.width
 
     def make(self, group: str) -> list[_Thing]:
@@ -268,7 +268,7 @@ class _Place:
 
 
 def _relate(things: list[_Thing]) -> Iterator[tuple[int, int, str]]:
-    """Yield subject index, object index and predicate of all relations, at most one per ordered pair."""
+    """Yield subject index, object index and predicate of each relation. Each ordered pair has at most one relation."""
     seats = {i: seat for i in range(len(things)) if (seat := _seat(things, i)) is not None}
     keepers = {i: keeper for i in range(len(things)) if (keeper := _keeper(things, i)) is not None}
     walkers = {i: dog for i in range(len(things)) if i not in seats and (dog := _dog(things, i)) is not None}
@@ -295,7 +295,8 @@ def _relate(things: list[_Thing]) -> Iterator[tuple[int, int, str]]:
                 if things[seats[s]].name == "chair" and -0.2 < object_.up(things[seats[s]].y2) < 0.5:
                     yield s, o, "at"
             elif object_.name in SURFACES:
-                # For a seated person or a kept object, only the seat or the keeper has a relation with the ground.
+                # A seated person or an object with a keeper has no relation with the ground. Only the seat or the
+                # keeper has one.
                 if s not in seats and s not in keepers and subject.y2 > object_.y1:
                     if (name := _ground_relation(things, s, seats, walkers)) is not None:
                         yield s, o, name
@@ -307,7 +308,10 @@ def _relate(things: list[_Thing]) -> Iterator[tuple[int, int, str]]:
 
 
 def _seat(things: list[_Thing], i: int) -> int | None:
-    """Return the horse, bicycle or chair that contains a person's lower edge, preferring the best-centered one."""
+    """Return the index of the seat of person `i`, or None.
+
+    It is the horizontally nearest horse, bicycle or chair that contains the person's lower edge.
+    """
     person = things[i]
     if person.name != "person":
         return None
@@ -320,10 +324,10 @@ def _seat(things: list[_Thing], i: int) -> int | None:
 
 
 def _keeper(things: list[_Thing], i: int) -> tuple[int, str] | None:
-    """Return the keeper of object `i` and the keeper's predicate, or None.
+    """Return the index of the keeper of object `i` and the predicate of the keeper's relation with it, or None.
 
-    A person can keep a hat, cup or umbrella, and a car can keep a wheel. If there are several, the horizontally nearest
-    one is the keeper.
+    The keeper of a hat, cup or umbrella is a person, and the keeper of a wheel is a car. If several qualify, it is the
+    horizontally nearest one.
     """
     thing = things[i]
     if thing.name == "wheel":
@@ -350,7 +354,7 @@ def _keeper(things: list[_Thing], i: int) -> tuple[int, str] | None:
 
 
 def _dog(things: list[_Thing], i: int) -> int | None:
-    """Return the nearest dog that stands beside a person at about the same depth."""
+    """Return the index of the nearest dog beside person `i` at about the same depth, or None."""
     person = things[i]
     if person.name != "person":
         return None
@@ -368,7 +372,7 @@ def _ground_relation(things: list[_Thing], i: int, seats: dict[int, int], walker
     ridden, walked = i in seats.values(), i in walkers.values()
     match thing.name:
         case "person":
-            # People stand if something to stand at is near, and walk otherwise.
+            # A person near another person, an animal, a vehicle or furniture stands. Otherwise the person walks.
             at_it = any(
                 other.name in ("person", "horse", "car", "bicycle", "table", "chair")
                 and j != i and thing.off(other) < 1.5 and abs(other.y2 - thing.y2) < 0.25 * thing.height
@@ -387,7 +391,8 @@ def _ground_relation(things: list[_Thing], i: int, seats: dict[int, int], walker
         case "chair":
             return None if i in seats.values() else "on"
         case "bird" | "tree" | "building":
-            # Boxes do not show whether a bird is flying, and for trees and buildings the relation is obvious.
+            # There is no relation. Boxes do not show whether a bird is flying, and the one of trees and buildings is
+            # obvious.
             return None
     return "on"
 

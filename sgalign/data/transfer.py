@@ -1,4 +1,4 @@
-"""Copies between host and device with as little waiting on the host as possible."""
+"""Copies between host and device that make the host wait as little as possible."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors of one dtype and device on the host. They travel in one copy, so the host waits only once."""
+    """Return tensors of one dtype and device on the host. They are copied together, so the host waits only once."""
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).cpu()
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class HostCopy:
-    """An asynchronous copy of a tensor to the host, which does not block later work on the device."""
+    """An asynchronous copy of a tensor to the host. Later work on the device does not wait for it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.copy = tensor.detach().to("cpu", non_blocking=tensor.device.type not in ("cpu", "mps"))

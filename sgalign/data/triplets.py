@@ -30,7 +30,7 @@ class TripletSet:
         return f"{len(self._codes)} triplets"
 
     def has(self, triplets: Tensor) -> Tensor:
-        """Return a mask of the rows of `triplets` `[M, 3]` that are in the set, bool `[M]`."""
+        """Return bool `[M]`, True for each row of `triplets` (int64 `[M, 3]`) that is in the set."""
         if not len(self._codes):
             return torch.zeros(len(triplets), dtype=torch.bool, device=triplets.device)
         self._codes, codes = self._codes.to(triplets.device), _code(triplets)
@@ -38,7 +38,7 @@ class TripletSet:
         return self._codes[place] == codes
 
     def has_relations(self, target: Mapping[str, Tensor]) -> Tensor:
-        """Return a mask of the relations of an image that have a class triplet in the set, bool `[M]`."""
+        """Return bool `[M]`, True for each relation of an image whose class triplet is in the set."""
         subject, object_, predicate = target["relations"].unbind(1)
         return self.has(torch.stack((target["labels"][subject], predicate, target["labels"][object_]), 1))
 

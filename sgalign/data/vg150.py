@@ -1,4 +1,4 @@
-"""VG150, Visual Genome with 150 object and 50 predicate classes (Xu et al., CVPR 2017), and files in its layout."""
+"""VG150 (Visual Genome with 150 object and 50 predicate classes; Xu et al., CVPR 2017) and data in its layout."""
 
 from __future__ import annotations
 
@@ -21,34 +21,36 @@ from sgalign.data.triplets import zero_shot_triplets
 from sgalign.errors import InputError
 from sgalign.files import hdf5_written_whole, read_json, read_tensors, write_json
 
-CORRUPTED = {1592, 1722, 4616, 4617}  # in image_data.json, but not in the official HDF5 file
+CORRUPTED = {1592, 1722, 4616, 4617}  # ids in image_data.json that the official HDF5 file lacks
 IMAGE_FOLDERS = ("VG_100K", "images")
 REMEDY = "download or write it again"
 
 
 class VG150Dataset(Dataset[SceneGraph]):
-    """Scene graphs of Visual Genome with 150 object and 50 predicate classes, or of files in the same layout.
+    """Scene graphs of Visual Genome with 150 object and 50 predicate classes, or of other files in the same layout.
 
-    The files are `VG-SGG.h5` or `VG-SGG-with-attri.h5`, `VG-SGG-dicts*.json` and `image_data.json`. The rules are those
-    of Scene-Graph-Benchmark:
+    The files are `VG-SGG.h5` or `VG-SGG-with-attri.h5`, `VG-SGG-dicts*.json` and `image_data.json`. The rules follow
+    Scene-Graph-Benchmark, with the differences that are named:
 
     - Images without objects or without relations are left out.
-    - Boxes come from `boxes_1024`, or from `boxes_512` if the file lacks it. They hold center and extent, scaled to an
-      image with a long side of 1024 or 512. They become corners in the file's own dtype, so integers truncate halves.
-    - In the training split, relations between boxes that do not overlap are left out. Boxes are then clipped to the
-      image, and empty boxes are left out with their relations. Images without remaining relations are left out too.
-    - A pair may have several predicates, and all of them are kept. Scene-Graph-Benchmark draws one of them.
+    - Boxes come from `boxes_1024`, or from `boxes_512` if the file lacks it. They are centers and extents, for an image
+      scaled to a long side of 1024 or 512. They are converted to corners in the dtype of the file, so integers truncate
+      halves.
+    - In the training split, relations between boxes that do not overlap are left out. Then boxes are clipped to the
+      image, and empty boxes are left out with their relations. Then images without remaining relations are left out.
+      Scene-Graph-Benchmark counts boxes that touch as overlapping, and it also clips validation and test boxes.
+    - If a pair has several predicates, all of them are kept. Scene-Graph-Benchmark draws one of them.
     - Attributes are not read.
 
-    Files other than the official ones work too. They may have any number of classes and images, boxes of floats, and
-    their own validation split (1). Annotations stay in memory (30 MB for the official files). Images are read on
+    Files other than the official ones work too. They may have any number of classes and images, floating-point boxes,
+    and their own validation split (1). Annotations stay in memory (30 MB for the official files). Images are read on
     demand.
 
     Args:
-        root: folder of these files. Images are optional and lie in `VG_100K/ID.jpg` or `images/ID.jpg`.
+        root: folder of these files. Images are optional. Their paths are `VG_100K/ID.jpg` or `images/ID.jpg`.
         split: "train" (0 in the file), "validation" (1) or "test" (2).
-        validation_images: number of training images, starting with the first, that form the validation split if the
-            file has none. If None, 5000, but at most a fifth of the training images.
+        validation_images: number of images from the start of the training split that form the validation split. If
+            None, 5000, but at most a fifth of the training images. It must be None if the file has a validation split.
 
     Attributes:
         object_names, predicate_names: class names, `__background__` first.
@@ -144,31 +146,37 @@ def read_zero_shot_triplets(path: str | Path) -> Tensor:
         path: a CSV file, with or without a header line, or the public benchmark's `zeroshot_triplet.pytorch`.
 
     Returns:
-        Subject, object and predicate class from 1, int64 `[Z, 3]`.
+        Subject class, object class and predicate, all from 1, int64 `[Z, 3]`. The evaluators expect another order
+        (subject class, predicate, object class), so reorder the columns with `triplets[:, [0, 2, 1]]`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is neither of these.
+        ValueError: if the file has neither of the two formats.
     """
     path, what = Path(path), "file of zero-shot triplets"
     if path.suffix == ".csv":
         if not path.is_file():
-            raise FileNotFoundError(f"no {what} {path}")
+            raise FileNotFoundError(f"{path}: no such {what}")
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 rows = [row for row in csv.reader(file) if row]
             triplets = torch.tensor([[int(v) for v in row] for row in rows[0 if rows[0][0].isdigit() else 1 :]])
         except (IndexError, ValueError) as error:
-            raise InputError(f"{path}: not a {what}, or cut short ({error}); {REMEDY}") from error
+            raise InputError(f"{path}: must be a {what}, but is not one or is cut short ({error}); {REMEDY}") from error
     else:
         triplets = read_tensors(path, what)
     if not isinstance(triplets, Tensor) or triplets.dim() != 2 or triplets.shape[1] != 3 or (triplets < 1).any():
-        raise InputError(f"{path}: must be rows of subject, object and predicate class from 1; {REMEDY}")
+        raise InputError(
+            f"{path}: every row must be a subject class, an object class and a predicate, all from 1; {REMEDY}"
+        )
     return triplets.long()
 
 
 def _read_arrays(path: Path, objects: int, predicates: int) -> dict[str, Any]:
-    """Return the checked arrays of the file with boxes as corners, and the long side of an image in box units."""
+    """Return the checked arrays of the file by name.
+
+    `boxes` contains corners. `long_side` is the length of an image's long side in the unit of the boxes.
+    """
     arrays, boxes, long_side = _load_arrays(path)
     try:
         _check_rows(arrays, boxes, f"boxes_{long_side}", objects, predicates)
@@ -184,7 +192,7 @@ def _read_arrays(path: Path, objects: int, predicates: int) -> dict[str, Any]:
 
 
 def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-    """Return the arrays of the file, its boxes, and the long side of an image in box units."""
+    """Return the arrays of the file, its boxes, and the length of an image's long side in the unit of the boxes."""
     wanted = {"labels", "relationships", "predicates", "split"}
     wanted |= {f"img_to_{end}_{what}" for end in ("first", "last") for what in ("box", "rel")}
     try:
@@ -196,7 +204,7 @@ def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
                 raise InputError(f"{path}: must have the array boxes_1024 or boxes_512; {REMEDY}")
             return {name: file[name][()] for name in wanted}, file[f"boxes_{sides[0]}"][()], sides[0]
     except (OSError, TypeError) as error:  # TypeError if a group is in an array's place
-        raise InputError(f"{path}: not an HDF5 file, or cut short ({error}); {REMEDY}") from error
+        raise InputError(f"{path}: must be an HDF5 file, but is not one or is cut short ({error}); {REMEDY}") from error
 
 
 def _check_rows(
@@ -206,7 +214,7 @@ def _check_rows(
     for name, array in (*arrays.items(), (boxes_name, boxes)):
         if not (isinstance(array, np.ndarray) and array.dtype.kind in "iuf" and np.isfinite(array).all()):
             kind = getattr(array, "dtype", type(array).__name__)
-            raise InputError(f"array {name}: must hold finite numbers, got {kind}")
+            raise InputError(f"array {name}: must be numeric and finite, got {kind}")
     for name in ("labels", "predicates", "split"):  # [N, 1] in the official file
         arrays[name] = arrays[name].reshape(-1)
     count, relations = len(arrays["labels"]), len(arrays["predicates"])
@@ -217,9 +225,12 @@ def _check_rows(
     for name, low, high in (("labels", 1, objects), ("predicates", 1, predicates), ("split", 0, 2)):
         values = arrays[name]
         if (wrong := np.flatnonzero((values < low) | (values > high))).size:
-            raise InputError(f"array {name}: must be in {low} to {high}, got {values[wrong[0]]} in row {wrong[0]}")
+            raise InputError(f"array {name}: must be from {low} to {high}, got {values[wrong[0]]} in row {wrong[0]}")
     if (wrong := np.flatnonzero(~((boxes[:, 2:] > 0).all(1) & np.isfinite(boxes).all(1)))).size:
-        raise InputError(f"array {boxes_name}: must have an extent, got {boxes[wrong[0]].tolist()} in row {wrong[0]}")
+        raise InputError(
+            f"array {boxes_name}: boxes must have a width and a height above 0, got "
+            f"{boxes[wrong[0]].tolist()} in row {wrong[0]}"
+        )
 
 
 def _check_images(arrays: dict[str, np.ndarray], lengths: dict[str, int]) -> None:
@@ -233,7 +244,9 @@ def _check_images(arrays: dict[str, np.ndarray], lengths: dict[str, int]) -> Non
         none = (first == -1) & (last == -1)
         if (wrong := np.flatnonzero(~none & ((first < 0) | (last < first) | (last >= length)))).size:
             got = f"{first[wrong[0]]} and {last[wrong[0]]} in row {wrong[0]}"
-            raise InputError(f"arrays {', '.join(names)}: must be in 0 to {length - 1}, got {got}")
+            raise InputError(
+                f"arrays {', '.join(names)}: must be ascending and from 0 to {length - 1}, or both -1, got {got}"
+            )
         arrays |= zip(names, (first, last))
 
 
@@ -246,13 +259,13 @@ def _check_pairs(arrays: dict[str, np.ndarray]) -> None:
         if not inside.all():
             row = rows.start + int(np.flatnonzero(~inside.all(1))[0])
             got = f"{pairs[row].tolist()} in row {row}"
-            raise InputError(f"array relationships: must refer to boxes of image {image}, got {got}")
+            raise InputError(f"array relationships: must refer to boxes of the image in row {image}, got {got}")
 
 
 def _names(dicts: Any, field: str, root: Path) -> list[str]:
     names = dicts.get(field) if isinstance(dicts, dict) else None
     if not isinstance(names, dict) or not names or set(names) != {str(i + 1) for i in range(len(names))}:
-        raise InputError(f"{root}, dicts: {field} must map '1', '2', ... to names; {REMEDY}")
+        raise InputError(f"{root}, *dicts*.json: {field} must map '1', '2', ... to names; {REMEDY}")
     return [BACKGROUND, *(str(names[str(i + 1)]) for i in range(len(names)))]
 
 
@@ -334,7 +347,7 @@ def _dictionaries(
 
 
 def _write_zero_shot_triplets(parts: Mapping[str, Sequence[SceneGraph]], path: Path) -> None:
-    """Write the class triplets that only test images have, one row of subject, object and predicate class each."""
+    """Write the class triplets that occur only in test images, as rows of subject class, object class and predicate."""
     seen = [graph for split in ("train", "validation") for graph in parts.get(split, [])]
     unseen = zero_shot_triplets(seen, parts.get("test", []))[:, [0, 2, 1]].tolist()
     lines = ["subject,object,predicate", *(",".join(map(str, triplet)) for triplet in sorted(unseen))]

@@ -17,7 +17,7 @@ from sgalign.data.scene_graph import BACKGROUND, SceneGraph, check_split, count_
 from sgalign.errors import InputError
 from sgalign.files import read_json, write_json
 
-LARGEST = 1 << 24  # largest coordinate, because float32 represents every integer only up to here
+LARGEST = 1 << 24  # largest coordinate, up to which float32 represents every integer
 REMEDY = "download the annotations again from https://cs.stanford.edu/people/ranjaykrishna/vrd/"
 _KEYS = {"subject", "predicate", "object"}
 
@@ -26,9 +26,10 @@ class VRDDataset(Dataset[SceneGraph]):
     """VRD's scene graphs with 100 object classes, 70 predicates, 4000 training and 1000 test photographs.
 
     Categories start at 0 in the files and at 1 here. The files' boxes are [ymin, ymax, xmin, xmax] in 0-based pixels.
-    Objects of an image with the same box and class become one object. Nothing is filtered. Images without relations,
-    relations of an object with itself, repeated relations and several predicates per pair load as they are. The size of
-    an image comes from the file `images/NAME`. If that file is missing, it is the extent of the image's boxes.
+    Objects of an image with the same box and class become one object. Nothing is filtered: images without relations,
+    relations of an object with itself, repeated relations and several predicates per pair are all kept. The size of an
+    image comes from the file `images/NAME`. If that file is missing, the size is the smallest one that contains the
+    image's boxes.
 
     Args:
         root: folder with annotations_train.json, annotations_test.json, objects.json and predicates.json. The folder
@@ -59,7 +60,7 @@ class VRDDataset(Dataset[SceneGraph]):
         annotations = read_json(path, REMEDY)
         if not isinstance(annotations, dict):
             raise InputError(
-                f"{path}: must be an object keyed by image name, got {type(annotations).__name__}; {REMEDY}"
+                f"{path}: must be a JSON object with image names as keys, got {type(annotations).__name__}; {REMEDY}"
             )
         if split != "test":
             count = count_validation_images(validation_images, len(annotations), 600, path)
@@ -111,17 +112,22 @@ def _parse_object(where: str, entry: Any, names: list[str]) -> tuple[int, ...]:
         raise InputError(f"{where}: must have category and bbox, got {entry!r}; {REMEDY}")
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or any(type(v) is not int or abs(v) > LARGEST for v in box):
-        raise InputError(f"{where}: bbox must be 4 integers [ymin, ymax, xmin, xmax], got {box!r}; {REMEDY}")
+        raise InputError(
+            f"{where}: bbox must be 4 integers [ymin, ymax, xmin, xmax] of at most {LARGEST}, got {box!r}; {REMEDY}"
+        )
     top, bottom, left, right = box
     if top >= bottom or left >= right:
-        raise InputError(f"{where}: bbox [ymin, ymax, xmin, xmax] must have an extent, got {box}; correct or remove it")
+        raise InputError(
+            f"{where}: bbox [ymin, ymax, xmin, xmax] must have a width and a height above 0, got {box}; "
+            "correct or remove it"
+        )
     return _category(f"{where}, category", entry["category"], names), left, top, right, bottom
 
 
 def _category(where: str, value: Any, names: list[str]) -> int:
-    """Return the class from 1 for a class `value` from 0. `names` has the background first."""
+    """Convert a class that counts from 0 to a class that counts from 1. `names` includes the background."""
     if type(value) is not int or not 0 <= value < len(names) - 1:
-        raise InputError(f"{where}: must be an integer in 0 to {len(names) - 2}, got {value!r}; {REMEDY}")
+        raise InputError(f"{where}: must be an integer from 0 to {len(names) - 2}, got {value!r}; {REMEDY}")
     return value + 1
 
 
@@ -146,7 +152,8 @@ def write_vrd(
 ) -> None:
     """Write scene graphs in VRD's layout.
 
-    The layout has no objects without relations, so these are lost. Validation images join the training images.
+    Objects without relations are lost, because the layout cannot represent them. Validation images are written with the
+    training images.
     """
     root.mkdir(parents=True)
     write_json(root / "objects.json", object_names[1:])

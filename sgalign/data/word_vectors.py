@@ -24,7 +24,7 @@ def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
     No such file contains `__background__`, so its vector is random. Each random vector depends only on its own name.
 
     Args:
-        path: the file. A first line with count and dimension, as word2vec writes it, is skipped.
+        path: the file. If the first line contains only count and dimension, as in word2vec files, it is skipped.
         names: class names.
 
     Returns:
@@ -37,12 +37,12 @@ def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"word vectors {path} not found: give a text file such as glove.6B.200d.txt")
-    # Of equally long words, the first one is used, as in Scene-Graph-Benchmark.
+    # If several words are longest, the first of them is used, as in Scene-Graph-Benchmark.
     candidates = {name: (name.replace(" ", "_"), max(name.split() or [name], key=len)) for name in names}
     wanted = {word for pair in candidates.values() for word in pair}
     rows: dict[str, Tensor] = {}
     dimension = 0
-    # Public files have invalid bytes in words that are not needed here.
+    # Invalid bytes are replaced, because public files have them only in words that are not needed here.
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             # Only needed lines are split into numbers, because GloVe has 400 thousand lines.
@@ -68,9 +68,12 @@ def _vector(numbers: list[str], dimension: int, where: str) -> Tensor:
     try:
         vector = torch.tensor([float(number) for number in numbers])
     except ValueError as error:
-        raise InputError(f"{where}: must be {dimension} numbers, {error}") from None
+        raise InputError(f"{where}: must be {dimension} numbers ({error})") from None
     if len(vector) != dimension or not vector.isfinite().all():
-        raise InputError(f"{where}: must be {dimension} finite numbers, got {len(vector)}; the file may be incomplete")
+        raise InputError(
+            f"{where}: must be {dimension} finite numbers, got {len(vector)} numbers, of which "
+            f"{int(vector.isfinite().sum())} are finite; the file may be incomplete"
+        )
     return vector
 
 

@@ -1,4 +1,4 @@
-"""Tables and figures that compare the runs of a study: the results of each arm, and which differences exceed noise."""
+"""Tables and plots that compare the arms of a study, such as two models, and mark differences that exceed noise."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ SAMPLES = 2000  # number of bootstrap samples
 
 
 def write_csv(path: Path, studies: dict[str, dict[str, list[Run]]]) -> None:
-    """Write the figures of all runs to a CSV file, one figure per line.
+    """Write the results of all runs to a CSV file, one value per line.
 
-    The columns are study, arm, seed, part ("validation" or "test"), epoch, metric, k, of (the subset) and value.
+    The columns are `study`, `arm`, `seed`, `part` ("validation" or "test"), `epoch`, `metric`, `k`, `of` (the subset
+    that the metric covers) and `value`.
 
     Args:
         path: the CSV file. It appears only when it is complete.
@@ -42,19 +43,19 @@ def write_csv(path: Path, studies: dict[str, dict[str, list[Run]]]) -> None:
                         )
                 for name, value in run["test"].items():
                     metric, k, of = split_name(name)
-                    if metric != "R" or not of or k == DEPTH:  # for single predicates, only the K that is drawn
+                    if metric != "R" or not of or k == DEPTH:  # predicates: only the K that is drawn
                         writer.writerow((study, arm, run["seed"], "test", run["epoch"], metric, k, of, value))
 
 
 def table(bases: Mapping[str, str], arms: dict[str, list[Run]]) -> list[str]:
     """Return the lines of two Markdown tables: the results of the arms, and their differences from their bases.
 
-    The first table has means and standard deviations over seeds, in percent. The second has differences and their
-    95 % intervals, in points.
+    The first table has means and standard deviations over seeds, in percent. The second has differences and their 95 %
+    bootstrap intervals, in percentage points.
 
     Args:
-        bases: the name of each arm's base, or "" for an arm without a base.
-        arms: the runs of each arm that has runs.
+        bases: for each arm, the name of its base, which is the arm that it is compared with, or "" for none.
+        arms: the runs of each arm. Arms without runs are left out.
     """
     lines = [
         "| | seeds | validation mR@50 | " + " | ".join(f"test {column}" for column in COLUMNS) + " |",
@@ -96,10 +97,11 @@ def spread(values: Sequence[float]) -> str:
 
 
 def paired_difference(runs: Sequence[Run], base: Sequence[Run], metric: str, k: int) -> tuple[float, float, float]:
-    """Return the mean difference between runs with the same seeds, and both ends of its 95 % bootstrap interval.
+    """Return the mean difference between `runs` and `base`, and the ends of its 95 % bootstrap interval.
 
     The bootstrap draws test images and seeds with replacement, and uses the same draw for `runs` and `base`. With few
-    seeds the interval is somewhat too narrow, because S seeds show only (S - 1) / S of their variance.
+    seeds the interval is somewhat too narrow, because the bootstrap underestimates the variance over S seeds by the
+    factor (S - 1) / S.
 
     Args:
         runs, base: runs from `read_runs`. Only runs whose seed is in both are compared.
@@ -112,7 +114,9 @@ def paired_difference(runs: Sequence[Run], base: Sequence[Run], metric: str, k: 
     by_seed = {run["seed"]: run for run in base}
     pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
     if not pairs:
-        raise InputError(f"base must have a seed of {sorted(run['seed'] for run in runs)}, got {sorted(by_seed)}")
+        raise InputError(
+            f"base must have at least one of the seeds {sorted(run['seed'] for run in runs)}, got {sorted(by_seed)}"
+        )
     if any(run["predicates"] != pairs[0][0]["predicates"] for both in pairs for run in both):
         raise InputError("runs and base must have the same test images, got different ones")
     image, predicate = _units(pairs[0][0], metric)
@@ -129,7 +133,7 @@ def paired_difference(runs: Sequence[Run], base: Sequence[Run], metric: str, k: 
     total = torch.zeros(SAMPLES + 1, predicates + 1, dtype=torch.float64)
     count = total.index_add(1, predicate, weights)
     total.index_add_(1, predicate, weights * sampled)
-    # A predicate that does not occur in the drawn images counts 0, as in the metric.
+    # A predicate that does not occur in the drawn images counts as 0, as in the metric.
     value = (total / count.clamp(min=1)).sum(1)
     if metric == "mR":
         value /= sum(map(len, pairs[0][0]["groups"].values()))
@@ -138,9 +142,9 @@ def paired_difference(runs: Sequence[Run], base: Sequence[Run], metric: str, k: 
 
 
 def _units(run: Run, metric: str) -> tuple[Tensor, Tensor]:
-    """Return the image and the predicate of each unit that a metric averages, int64 `[U]` each.
+    """Return the image index and the predicate of each unit that a metric averages over, int64 `[U]` each.
 
-    A unit of "R" is an image, with predicate 0. A unit of "mR" is an image and one of its predicates.
+    For "R", a unit is an image, and its predicate is 0. For "mR", a unit is an image and one of its predicates.
     """
     units = [
         (image, predicate)
@@ -168,7 +172,7 @@ def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
     For the first arm, the range over seeds is drawn too.
 
     Args:
-        path: the picture file.
+        path: the image file.
         arms: the runs of each arm.
     """
     from matplotlib import colormaps
@@ -190,12 +194,13 @@ def draw_curves(path: Path, arms: dict[str, list[Run]]) -> None:
 
 
 def draw_predicates(path: Path, bases: Mapping[str, str], arms: dict[str, list[Run]]) -> None:
-    """Draw the difference in R@100 between each arm and its base, by predicate, as in Figure 2 of the supplement.
+    """Draw the difference in R@100 between each arm and its base for each predicate.
 
-    Bars are means over seeds. Dots are single seeds.
+    Bars are means over seeds, and dots are single seeds. The plot has the form of Figure 2 in the supplement of Xu,
+    Liao, Sigal (WACV 2024).
 
     Args:
-        path: the picture file.
+        path: the image file.
         bases, arms: as for `table`.
     """
     from matplotlib.figure import Figure

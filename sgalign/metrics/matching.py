@@ -1,4 +1,4 @@
-"""Ranking of an image's predicted triplets, and matching with its annotated relations, for all evaluators."""
+"""Functions and a base class that rank predicted triplets and match them with annotated relations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def rank_triplets(
     """Return the `depth` best triplets of an image, with at most `predicates_per_pair` predicates for each pair.
 
     A triplet's score is subject score x object score x predicate score, in float64. Ties go to the lower row of
-    `pairs`, then to the lower predicate. A prediction with `triplets` is ranked already, and its order is kept.
+    `pairs`, then to the lower predicate. A prediction with `triplets` is already ranked. Its order is kept, and
+    `predicates_per_pair` is ignored.
 
     Args:
         prediction: as for `SceneGraphEvaluator.update`.
@@ -63,20 +64,20 @@ def first(scores: Tensor, count: int) -> Tensor:
     """Return the indices of the `count` highest scores, highest first, int64 `[count]`. Ties go to the lower index."""
     if count == 0:
         return scores.new_zeros(0, dtype=torch.int64)
-    # topk is several times as fast as a sort, but picks arbitrarily among ties. So only its lowest score is used, to
-    # select the elements that are sorted.
+    # topk is several times as fast as a sort, but breaks ties arbitrarily. So only its lowest score is used. The
+    # elements with at least this score are sorted.
     candidates = (scores >= scores.topk(count).values[-1]).nonzero()[:, 0]
     return candidates[scores[candidates].sort(descending=True, stable=True).indices[:count]]
 
 
 def overlaps(boxes: Tensor, others: Tensor, plus_one: bool) -> Tensor:
-    """Return the IoU of each pair of boxes, float64 `[N, M]`.
+    """Return the IoU of each box of `boxes` with each box of `others`, float64 `[N, M]`.
 
-    If coordinates are integers below 2^25, an IoU of one half, the threshold of all metrics, is computed exactly.
+    All metrics use the threshold 0.5. If the coordinates are integers below 2^25, an IoU of 0.5 is computed exactly.
 
     Args:
         boxes, others: `[N, 4]` and `[M, 4]`, x1, y1, x2, y2.
-        plus_one: if True, coordinates are pixel indices and a box is x2 - x1 + 1 wide; otherwise x2 - x1.
+        plus_one: if True, coordinates are pixel indices, and a box is x2 - x1 + 1 wide. If False, it is x2 - x1 wide.
     """
     boxes, others = boxes.double()[:, None], others.double()
     low, high = torch.maximum(boxes[..., :2], others[:, :2]), torch.minimum(boxes[..., 2:], others[:, 2:])
@@ -113,10 +114,10 @@ def relation_overlaps(
     phrase: bool,
     plus_one: bool = True,
 ) -> Tensor:
-    """Return the overlap of each triplet with each relation, float64 `[T, M]`, or -1 if their three classes differ.
+    """Return the overlap of each triplet with each relation, float64 `[T, M]`, or -1 if any of the classes differs.
 
-    The overlap is the lower of the subject's and the object's IoU. With `phrase`, it is the IoU of the boxes around
-    both objects.
+    The overlap is the lower of the subject's and the object's IoU. With `phrase`, it is the IoU of the two boxes that
+    enclose subject and object.
     """
     relations = target["relations"]
     if phrase:
@@ -154,14 +155,14 @@ class ImageMetric(Metric):
                 - `scores` float `[N]`, `pairs` int64 `[R, 2]` (subject and object index) and `predicate_scores` float
                   `[R, num_predicates + 1]`, where column 0 is the background, which is never predicted; or
                 - `triplets` int64 `[T, 3]` (subject index, object index, predicate from 1), best first, and
-                  `triplet_scores` float `[T]`. All metrics use this ranking. SGTR predicts in this form.
+                  `triplet_scores` float `[T]`. All metrics then use this ranking. SGTR's predictions have this form.
             targets: one dict per image, with `boxes`, `labels`, and `relations` int64 `[M, 3]` (subject index, object
-                index, predicate from 1). An `image_id` in the target or the prediction names the image in errors.
+                index, predicate from 1). If the target or the prediction has an `image_id`, error messages use it.
 
         Raises:
             TypeError: if `predictions` or `targets` is not a list of dicts.
-            ValueError: if a field is missing or malformed. The message names the field and the image, and no image
-                has been added.
+            ValueError: if a field is missing or malformed. The message names the field and the image. The metric is
+                then unchanged.
         """
         for name, images in (("predictions", predictions), ("targets", targets)):
             kinds = {type(image) for image in images} if isinstance(images, Sequence) else {type(images)}
@@ -188,7 +189,7 @@ class ImageMetric(Metric):
             if own != other:
                 raise InputError(f"incoming_state must have the same {name}, {own!r}, got {other!r}")
         super().merge_state(incoming_state)
-        self._computed = None  # otherwise compute would return the figures from before the merge
+        self._computed = None  # otherwise compute would return the results from before the merge
         self._update_count += getattr(incoming_state, "_update_count", 1)
 
     def _named(
@@ -196,7 +197,7 @@ class ImageMetric(Metric):
     ) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
         for position, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
             image = target.get("image_id", prediction.get("image_id"))
-            where = f"image number {position} of this update: " if image is None else f"image {image!r}: "
+            where = f"image at index {position}: " if image is None else f"image {image!r}: "
             yield where, prediction, target
 
     def _check(self, where: str, prediction: Mapping[str, Any], target: Mapping[str, Any]) -> None:

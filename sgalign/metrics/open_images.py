@@ -11,26 +11,26 @@ from torch import Tensor
 from sgalign.errors import InputError
 from sgalign.metrics.matching import ImageMetric, rank_triplets, relation_overlaps
 
-_DEPTH = 100  # number of triplets kept per image
+_DEPTH = 100  # number of best triplets per image that count
 
 
 class OpenImagesEvaluator(ImageMetric):
     """The score of Open Images, 0.2 R@50 + 0.4 wmAP_rel + 0.4 wmAP_phr.
 
-    It follows `sgg_oi_evaluation.py` of PySGG and SGTR. The figures are:
+    It follows `sgg_oi_evaluation.py` of PySGG and SGTR. `compute` returns these values:
 
-    - `R@50`, `R@100`: found / relations over the whole data set, with the matching of `SceneGraphEvaluator`.
+    - `R@50`, `R@100`: the share of all relations of the data set that are found, matched as in `SceneGraphEvaluator`.
     - `mAP_rel`, `mAP_phr`: the average precision of each predicate, averaged over all predicates. Average precision is
-      the area under the precision envelope of the 100 best triplets of every image.
+      the area under the precision envelope. It uses the 100 best triplets of every image.
     - `wmAP_rel`, `wmAP_phr`: the same, with each predicate weighted by its share of the relations.
     - `score_wtd`: the score.
 
     A triplet is right or wrong by these rules:
 
-    - The overlap with a relation is the lower IoU of subject and object (rel), or the IoU of the boxes around both
-      objects (phr).
-    - A triplet is compared only with the relation of its classes that it overlaps best. It is right if this overlap is
-      more than 0.5 and no better triplet has claimed the relation before.
+    - The overlap with a relation is the lower of the subject's and the object's IoU (rel), or the IoU of the boxes that
+      enclose both objects (phr).
+    - Among the relations with its three classes, a triplet is compared only with the one that it overlaps most. It is
+      right if this overlap is above 0.5 and no better triplet has claimed the relation before.
     - In images without relations, all triplets are wrong.
     - Among triplets with equal scores the wrong ones come first, so the order of the images has no effect.
 
@@ -71,7 +71,7 @@ class OpenImagesEvaluator(ImageMetric):
         self.right.append(torch.stack([_right(o) for o in overlap], 1))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the figures as fractions, float64. All are 0 before the first image with relations."""
+        """Return the values as fractions, float64. All are 0 before the first image with relations."""
         precisions = self.relations.new_zeros(self.num_predicates, 2)
         if self.scores:
             scores, predicates, right = (torch.cat(_as_list(s)) for s in (self.scores, self.predicates, self.right))
@@ -109,15 +109,16 @@ def average_precision(right: Tensor, relations: Tensor) -> Tensor:
     precision = found / torch.arange(1, len(right) + 1, device=right.device).double().reshape(
         -1, *[1] * (right.dim() - 1)
     )
-    # The best precision at this recall or a higher one. Every right triplet is one step of recall.
+    # The envelope is the best precision at this recall or above. Recall grows by 1 / relations at every right triplet.
     envelope = precision.flip(0).cummax(0).values.flip(0)
     return (envelope * right).sum(0) / relations
 
 
 def _right(overlap: Tensor) -> Tensor:
-    """Return a mask of the right triplets, bool `[T]`, for overlaps `[T, M]` of triplets and relations.
+    """Return bool `[T]`, True for each right triplet, for overlaps `[T, M]` of triplets and relations.
 
-    A triplet is right if it is the first to overlap its best relation by more than one half.
+    A triplet is right if its highest overlap with a relation is above 0.5, and no better triplet has claimed that
+    relation.
     """
     rows = torch.arange(len(overlap), device=overlap.device)
     right = torch.zeros_like(rows, dtype=torch.bool)
@@ -132,5 +133,5 @@ def _right(overlap: Tensor) -> Tensor:
 
 
 def _as_list(state: list[Tensor] | Tensor) -> list[Tensor]:
-    """Return a list state as a list. After an exchange between processes, torchmetrics has joined it to one tensor."""
+    """Return a list state as a list. Synchronization between processes concatenates it into one tensor."""
     return [state] if isinstance(state, Tensor) else state

@@ -48,14 +48,16 @@ def predicate_groups(predicate_names: Sequence[str], counts: Tensor) -> dict[str
 
 
 class SceneGraphEvaluator(ImageMetric):
-    """Recall at K and the metrics derived from it, exactly as Scene-Graph-Benchmark and SGTR compute them.
+    """Recall at K and the metrics derived from it.
 
-    Triplets are ranked and matched by these rules:
+    The metrics follow Scene-Graph-Benchmark and SGTR, with two exceptions. Scores are multiplied in float64, and images
+    without predictions count as 0 (see `missing`). Triplets are ranked and matched by these rules:
 
     - An image's triplets are ranked by subject score x object score x predicate score, multiplied in float64. Ties go
       to the lower row of `pairs`, then to the lower predicate.
     - Under the graph constraint, each row of `pairs` predicts only its best predicate. Metrics with `ng` have no graph
-      constraint: all predicates compete, and the best 100 triplets count (or the largest K, if that is more).
+      constraint, so all predicates of a pair compete. They use the best 100 triplets, or as many as the largest K if it
+      is above 100.
     - A triplet finds a relation if the three classes agree and both boxes overlap with an IoU of at least 0.5. It may
       find several relations. A relation that is found several times counts once.
     - The ground truth is used as it is, including repeated relations and relations of an object with itself.
@@ -64,32 +66,34 @@ class SceneGraphEvaluator(ImageMetric):
 
     - `R@K`, `ngR@K`: the fraction of the image's relations that the first K triplets find, averaged over images.
       Images without relations never count.
-    - `zR@K`, `ng-zR@K`: the same for zero-shot relations only, averaged over images that have some.
-    - `mR@K`, `ng-mR@K` (Chen et al., Tang et al., CVPR 2019): for each predicate the mean of its recall over the images
-      that contain it, then the mean over all predicates. Predicates that never occur count 0.
-    - `mR_pooled@K`: for each predicate found / relations over the whole data set, then the mean over all predicates.
+    - `zR@K`, `ng-zR@K`: the same for zero-shot relations only, averaged over the images that have zero-shot relations.
+    - `mR@K`, `ng-mR@K` (Chen et al., Tang et al., CVPR 2019): the recall of each predicate is averaged over the images
+      that contain the predicate, and then over all predicates. Predicates that never occur count as 0.
+    - `mR_pooled@K`: the share of each predicate's relations in the whole data set that are found, averaged over all
+      predicates.
     - `R@K/NAME`: the recall of one predicate, as `mR@K` averages it.
-    - `mR@K/GROUP`: the mean of these over a group of predicates.
+    - `mR@K/GROUP`: the mean of `R@K/NAME` over a group of predicates.
     - `F@K`: the harmonic mean of R@K and mR@K.
-    - `A@K` (only "predcls" and "sgcls"): found / relations over the whole data set, if only pairs that are related in
-      the ground truth are ranked. Scene-Graph-Benchmark and RelDN call it "accuracy".
+    - `A@K` (only "predcls" and "sgcls"): the share of all relations of the data set that are found if only annotated
+      pairs are ranked. Scene-Graph-Benchmark and RelDN call it "accuracy".
 
-    The state consists of sums in float64. It does not grow with the data set, and it can be added over processes and
-    files.
+    The state consists of sums in float64. Its size does not depend on the data set, and the states of several processes
+    or files can be added.
 
     Args:
-        protocol: what the model was given. "predcls": the boxes and labels of the ground truth. "sgcls": its boxes.
-            "sgdet": nothing. "phrdet": nothing, and the smallest box around both objects is compared.
+        protocol: the task, which determines the ground truth that the model was given. With "predcls" it is boxes and
+            labels, with "sgcls" boxes, and with "sgdet" and "phrdet" nothing. "phrdet" compares the smallest boxes
+            around both objects.
         num_predicates: number of predicates without the background.
         top_k: the values of K.
         zero_shot: int64 `[Z, 3]`, subject class, predicate, object class of the zero-shot triplets. If None, there is
-            no zR.
+            no `zR@K` and no `ng-zR@K`.
         groups: predicates by group name, as `predicate_groups` returns them. If None, there is no `mR@K/GROUP`.
         predicate_names: `num_predicates + 1` different names, background first. If None, there is no `R@K/NAME`.
-        missing: "zero" counts images with relations but without predictions as 0. "skip" ignores them, as the public
-            code does.
-        plus_one: if True, coordinates are pixel indices and a box is x2 - x1 + 1 wide, as in Fast R-CNN's code and all
-            published figures; otherwise x2 - x1.
+        missing: treatment of images that have relations but no predictions. "zero" counts them as 0. "skip" ignores
+            them, as the public code does.
+        plus_one: if True, coordinates are pixel indices, and a box is x2 - x1 + 1 wide, as in Fast R-CNN's code and all
+            published figures. If False, it is x2 - x1 wide.
     """
 
     images: Tensor
@@ -163,7 +167,7 @@ class SceneGraphEvaluator(ImageMetric):
         given = ("boxes", "labels") if self.protocol == "predcls" else ("boxes",)
         for field in given:
             ours, theirs = prediction[field], target[field].to(prediction[field])
-            # Boxes may have been scaled and scaled back.
+            # The tolerance is for boxes that were scaled and scaled back.
             if ours.shape != theirs.shape or not torch.allclose(ours.double(), theirs.double(), rtol=0, atol=0.5):
                 raise InputError(
                     f"{where}prediction {field} must equal the target's, in the same order, for {self.protocol}"
@@ -206,7 +210,7 @@ class SceneGraphEvaluator(ImageMetric):
         return torch.stack([finds[:k].any(0) for k in self.top_k]).double()
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the figures as fractions, float64. All are 0 before the first image with relations."""
+        """Return the metrics as fractions, float64. All are 0 before the first image with relations."""
         recall = self.recalls / self.images.clamp(min=1)
         zero_shot = self.zero_shot_recalls / self.zero_shot_images.clamp(min=1)
         by_predicate = self.predicate_recalls / self.predicate_images.clamp(min=1)

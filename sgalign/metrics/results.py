@@ -1,4 +1,4 @@
-"""A text table of an evaluator's figures, and the parts of a figure's name."""
+"""Functions that format an evaluator's results as a text table and split the names of results."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 
 def table(figures: Mapping[str, float]) -> str:
-    """Return the figures as a table in percent, with one line per metric and one column per K.
+    """Return the results as a table in percent, with one line per metric and one column per K.
 
-    Figures without a K follow, one per line. The recalls of single predicates are left out.
+    Results without a K follow, one per line. The recalls of single predicates are left out.
 
     Args:
         figures: fractions by name, from an evaluator's `compute`.
@@ -30,7 +30,7 @@ def table(figures: Mapping[str, float]) -> str:
 
 
 def split_name(name: str) -> tuple[str, int | None, str]:
-    """Return the metric, K and subset in a figure's name, such as "mR", 50 and "head" for "mR@50/head".
+    """Split a result's name into metric, K and subset, such as "mR", 50 and "head" for "mR@50/head".
 
     K is None if the name has none. The subset is empty if the name has none.
     """

@@ -1,4 +1,4 @@
-"""Files of training runs, as `sgalign ablate` writes them: the results of one arm of a study with one seed."""
+"""The files that `sgalign ablate` writes. Each has the results of one run, which is an arm of a study with a seed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any, TypedDict
 from sgalign.errors import InputError
 from sgalign.files import read_json, write_json
 
-DEPTH = 100  # number of triplets per image whose ranks are kept
+DEPTH = 100  # number of best triplets per image that are searched for relations
 
 
 class Run(TypedDict):
     """The content of one run's file."""
 
     seed: int
-    settings: dict[str, Any]  # including `data` and `epochs`; runs with equal settings differ only in the seed
+    settings: dict[str, Any]  # with `data` and `epochs`; runs with equal settings differ only in the seed
     seconds: int  # duration of training and test
-    curve: list[dict[str, float]]  # validation figures after each epoch
+    curve: list[dict[str, float]]  # validation results after each epoch
     epoch: int  # best epoch, from 1
-    test: dict[str, float]  # test figures of the best epoch
+    test: dict[str, float]  # test results of the best epoch
     groups: dict[str, list[str]]  # names of the predicates in each group
     predicates: list[list[int]]  # predicate of each relation, for each test image
     ranks: list[list[int]]  # rank from 0 of the first triplet that finds each relation; `DEPTH` if none does
@@ -42,7 +42,7 @@ def read_runs(folder: Path) -> list[Run]:
     """Return all runs in a folder.
 
     Raises:
-        ValueError: if a file is not the file of a run. The message names it.
+        ValueError: if `write_run` did not write a file, or if a file was renamed. The message names the file.
     """
     runs = []
     remedy = "delete it and run sgalign ablate again"
@@ -51,6 +51,6 @@ def read_runs(folder: Path) -> list[Run]:
         is_run = isinstance(run, dict) and run.keys() >= Run.__required_keys__
         # The name encodes settings and seed, so copies and edited files are refused.
         if not is_run or path != run_path(folder, run["settings"], run["seed"]):
-            raise InputError(f"{path}: not a file of sgalign ablate, or a renamed one: {remedy}")
+            raise InputError(f"{path}: must be a file that sgalign ablate wrote, under its original name: {remedy}")
         runs.append(run)
     return runs

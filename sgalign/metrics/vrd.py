@@ -16,29 +16,29 @@ from sgalign.metrics.matching import ImageMetric, check_top_k, rank_triplets, re
 class VRDEvaluator(ImageMetric):
     """Recall of relationship, phrase and predicate detection (Lu et al., "Visual Relationship Detection", ECCV 2016).
 
-    It differs from `SceneGraphEvaluator` in two ways. Recall is found / relations over the whole data set. And each
-    triplet, best first, claims at most one relation: the unclaimed relation of its classes that it overlaps best, if
-    the overlap is at least 0.5.
+    It differs from `SceneGraphEvaluator` in two ways. Recall is the share of all relations of the data set that are
+    found. Triplets are processed from best to worst, and each claims at most one relation: the unclaimed relation with
+    the same three classes that it overlaps most, if the overlap is at least 0.5.
 
-    The keys are:
+    `compute` returns these keys:
 
     - `relationship@K`: subject and object boxes are compared.
-    - `phrase@K`: the boxes around both objects are compared.
-    - `predicate@K`: as `relationship@K`, for predictions that were given boxes and labels.
+    - `phrase@K`: the boxes that enclose both objects are compared.
+    - `predicate@K`: the same as `relationship@K`, for a model that was given boxes and labels.
     - `.../zero-shot`: the same, but only zero-shot relations can be claimed.
 
-    Published figures divide by 7775 relations, or 1788 zero-shot ones. The released annotations have 7638, and 1169
-    zero-shot ones by the authors' mask (1170 counted from the annotations). The figures of this class divide by the
-    number in the annotations.
+    The values are divided by the number of relations in the annotations. Published figures divide by 7775 relations, or
+    by 1788 for zero-shot relations. The released annotations have 7638 relations. Of these, 1169 are zero-shot by the
+    authors' mask, or 1170 if counted from the annotations.
 
     Args:
-        task: "relationship", "phrase" or "predicate". "predicate" is compared as "relationship" is.
+        task: "relationship", "phrase" or "predicate". "predicate" uses the same matching as "relationship".
         num_predicates: number of predicates without the background.
-        predicates_per_pair: number of predicates that compete for each pair: 1 in the paper, up to 70 in later work
-            (where it is called "k").
+        predicates_per_pair: number of predicates that compete for each pair. It is 1 in the paper. Later work uses up
+            to 70 and calls it "k".
         top_k: the values of K.
         zero_shot: int64 `[Z, 3]`, subject class, predicate, object class of the zero-shot triplets. If None, there are
-            no zero-shot figures.
+            no zero-shot values.
     """
 
     found: Tensor
@@ -82,7 +82,7 @@ class VRDEvaluator(ImageMetric):
             self.relations[row] += subset.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the figures as fractions, float64. A figure without any relation is 0."""
+        """Return the values as fractions, float64. A value without any relation is 0."""
         recall = self.found / self.relations.clamp(min=1)[:, None]
         names = ("", "/zero-shot")[: len(recall)]
         return {

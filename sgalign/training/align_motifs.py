@@ -19,9 +19,10 @@ from sgalign.training.options import AlignMotifsOptions
 class AlignMotifsModule(MotifsModule):
     """Align-Motifs (Xu, Liao, Sigal, WACV 2024): Motifs trained with a mirrored, masked branch.
 
-    The loss is L = L_supervised + alignment_weight * L_align. The mirror shares every weight except its predicate head,
-    and part of the input of its edge context is randomly set to 0. At evaluation there is no mirror, and `network` is
-    plain Motifs. The defaults are the paper's where the paper states a value. docs/training.md explains the others.
+    The loss is L = L_supervised + alignment_weight * L_align. The mirrored branch (the mirror) shares every weight
+    except the predicate head. With `tied_head` it shares the head, too. A random part of the input of the mirror's edge
+    context is set to 0. At evaluation there is no mirror, and `network` is plain Motifs. Where the paper states a
+    value, it is the default. docs/training.md explains the other defaults.
 
     Args:
         options: the fields of `AlignMotifsOptions`.
@@ -31,14 +32,14 @@ class AlignMotifsModule(MotifsModule):
     options_type = AlignMotifsOptions
 
     def __init__(self, **options: Any) -> None:
-        SavedModule.__init__(self, AlignMotifsOptions(**options))  # MotifsModule.__init__ would make MotifsOptions
+        SavedModule.__init__(self, AlignMotifsOptions(**options))  # MotifsModule.__init__ would build MotifsOptions
 
     def make_network(self, counts: Tensor) -> None:
         super().make_network(counts)
         self.mirrored_head = self.network.predicate if self.options.tied_head else self.network.new_predicate_head()
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to minimize and its parts by name; the part `alignment` is not weighted yet."""
+        """Return the loss to minimize and its parts by name. The part `alignment` is logged without its weight."""
         options = self.options
         seen, prediction, mirrored_logits = self.both_branches(batch, batch_index, self.mirrored_head)
         loss, parts = self.supervised_loss(prediction, seen.graph)
@@ -55,7 +56,7 @@ class AlignMotifsModule(MotifsModule):
     def both_branches(
         self, batch: GraphBatch, batch_index: int, mirrored_head: nn.Linear
     ) -> tuple[SeenBatch, Prediction, Tensor]:
-        """Return the batch as the model sees it, the supervised prediction and the mirror's logits."""
+        """Return the inputs of the model, the supervised prediction and the mirror's logits."""
         seen = self.see(batch, batch_index)
         dropped = self.draw_mask(seen.graph, batch_index)
         return seen, *self.network.dual_branch(seen, mirrored_head, dropped=dropped)
@@ -66,10 +67,10 @@ class AlignMotifsModule(MotifsModule):
         return self.options.mask_ratio
 
     def draw_mask(self, batch: GraphBatch, batch_index: int) -> Tensor:
-        """Draw the entries that the mirror does not see in this step, with the random bits of an attention mask.
+        """Draw this step's mask of the mirror's edge input. It uses `random_attention_mask`.
 
         Returns:
-            bool `[T, 1]` for whole rows, `[T, F]` for single features. True means hidden.
+            bool `[T, 1]` for whole rows, `[T, F]` for single features. True means masked.
         """
         images, objects = len(batch.lengths), int(batch.lengths.max())
         seed, device = self.step_seed(batch_index), batch.boxes.device

@@ -18,12 +18,14 @@ from sgalign.training.sgtr import SGTRModule
 class AlignSGTRModule(SGTRModule):
     """Align-SGTR (Xu, Liao, Sigal, WACV 2024): SGTR trained with a mirrored structural predicate decoder.
 
-    The loss is L = L_supervised + alignment_weight * L_align. The mirror shares every weight except its three class
-    heads. Each cross-attention block of each layer draws its own mask of the attention matrix.
+    The loss is L = L_supervised + alignment_weight * L_align. The mirrored branch (the mirror) shares every weight
+    except the class heads of predicates, subjects and objects. With `tied_heads` it shares the heads, too. In the
+    mirror, each cross-attention block of each layer draws its own mask of the attention matrix.
 
-    L_align is a sum over the outputs of the last layer that the option `aligned` names. Predicates and the classes of
-    subjects and objects use `relation_alignment_loss`. Its kind is "sigmoid" for predicates ("softmax" without the
-    focal loss) and "softmax" for classes. Boxes use the mean absolute difference. At evaluation there is no mirror.
+    L_align is a sum of one loss for each output that the option `aligned` names. The losses compare the outputs of the
+    last layer. Predicates and the classes of subjects and objects use `relation_alignment_loss`. Its argument `kind` is
+    "sigmoid" for predicates with the focal loss, and "softmax" otherwise. Boxes use the mean absolute difference. At
+    evaluation there is no mirror.
 
     Args:
         options: the fields of `AlignSGTROptions`.
@@ -33,20 +35,24 @@ class AlignSGTRModule(SGTRModule):
     options_type = AlignSGTROptions
 
     def __init__(self, **options: Any) -> None:
-        DetrModule.__init__(self, AlignSGTROptions(**options))  # SGTRModule.__init__ would make SGTROptions
+        DetrModule.__init__(self, AlignSGTROptions(**options))  # SGTRModule.__init__ would build SGTROptions
 
     def make_network(self, counts: Tensor) -> None:
         super().make_network(counts)
         tied = self.network.predicate, self.network.entity_class
         self.mirrored_predicate, self.mirrored_class = tied if self.options.tied_heads else self.network.new_heads()
-        if not self.options.tied_heads:  # DDP would wait for the gradients of heads that are not aligned
+        if not self.options.tied_heads:  # DDP would wait for gradients of unaligned heads
             aligned = set(self.options.aligned)
             self.mirrored_predicate.requires_grad_("predicates" in aligned)
             self.mirrored_class.requires_grad_(not aligned.isdisjoint({"subjects", "objects"}))
 
     def decode(self, entities: DetectedEntities, batch_index: int) -> tuple[RelationOutputs, dict[str, Tensor]]:
-        """Return the outputs of the supervised branch, and the weighted alignment losses by name."""
-        # All blocks share one seed tensor, filled on the device. A compiled network would bake in a Python number.
+        """Return the outputs of the supervised branch, and the weighted alignment losses by name.
+
+        Align-Motifs logs its alignment loss without the weight.
+        """
+        # All blocks share one seed tensor, which is filled on the device. If the seed were a Python number, a compiled
+        # network would treat it as a constant.
         seed = torch.full((), self.step_seed(batch_index), dtype=torch.int64, device=self.device)
         mask = MirrorMask(self.options.mask_ratio, seed)
         heads = self.mirrored_predicate, self.mirrored_class
@@ -55,7 +61,7 @@ class AlignSGTRModule(SGTRModule):
         return outputs, {f"alignment {name}": self.options.alignment_weight * part for name, part in parts.items()}
 
     def alignment(self, outputs: RelationOutputs, mirrored: RelationOutputs) -> dict[str, Tensor]:
-        """Return the unweighted alignment loss of each aligned part, by name."""
+        """Return the unweighted alignment loss of each aligned output, by name."""
         options = self.options
         pairs: dict[str, tuple[Tensor, Tensor, Kind]] = {
             "predicates": (outputs.logits, mirrored.logits, "sigmoid" if options.focal else "softmax"),

@@ -15,9 +15,9 @@ from sgalign.models.graph_assembly import Annotations
 
 
 class TrainingImages(NamedTuple):
-    """Images with their annotations, which stay on the host.
+    """Images and their annotations. The annotations stay on the host.
 
-    Boxes are center x, center y, width and height in units of the image.
+    Boxes are center x, center y, width and height relative to the image size.
     """
 
     pixels: list[Tensor]  # float32 [3, H, W]
@@ -34,14 +34,16 @@ def augment(
     long_side: int,
     flip: float,
 ) -> TrainingImages:
-    """Resize the batch's images to a random size, mirror each with probability `flip`, and return the annotations too.
+    """Return the batch's images in a random size, each mirrored with probability `flip`, and matching annotations.
 
     Args:
-        predicate_names: names of all predicates, the background included. In a mirrored image predicates that contain
-            the word "left" are exchanged with those that contain "right".
+        batch: the batch, with pixels.
+        predicate_names: names of all predicates, the background included. In a mirrored image, a predicate with the
+            word "left" is replaced by its counterpart with "right", and the reverse.
         generator: random generator on the CPU.
         short_sides: lengths of the short side in pixels. One is drawn for the whole batch.
         long_side: largest length of the long side in pixels.
+        flip: probability of mirroring an image.
     """
     short_side = short_sides[int(torch.randint(len(short_sides), (), generator=generator))]
     pixels = [resize(image, short_side, long_side) for image in batch.require_pixels()]
@@ -60,7 +62,7 @@ def augment(
 def annotations_of(batch: GraphBatch) -> tuple[list[tuple[Tensor, Tensor]], list[Annotations]]:
     """Return each image's annotated objects and relations, in the format of `TrainingImages`.
 
-    Relations of an object with itself are left out, because no assembled pair can be one.
+    Relations of an object with itself are left out, because no assembled pair joins an entity with itself.
     """
     objects, annotations = [], []
     for truth in batch.truth:
@@ -80,7 +82,8 @@ def mirrored_boxes(boxes: Tensor) -> Tensor:
 def mirrored_predicates(names: Sequence[str]) -> list[int]:
     """Return the index of each predicate's counterpart in a mirrored image.
 
-    The counterpart has "left" in place of "right" in its name, or the reverse. If there is none, the predicate stays.
+    The counterpart has "left" in place of "right" in its name, or the reverse. If no predicate has that name, the
+    predicate is its own counterpart.
     """
     exchange = {"left": "right", "right": "left"}
     places = {name: place for place, name in enumerate(names)}

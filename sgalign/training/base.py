@@ -1,4 +1,4 @@
-"""The base class of all Lightning modules. It makes the network for the data's classes and handles checkpoints."""
+"""The base class of all Lightning modules. It builds the network for the data's classes and handles checkpoints."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ class _Report(NamedTuple):
 
 
 class SavedModule(pl.LightningModule):
-    """A Lightning module with a network for the data's classes, and with class names in its checkpoints.
+    """A Lightning module whose network depends on the data's classes, and whose checkpoints contain their names.
 
-    Subclasses define how the network is made from the training part (`make_network`) and how it is trained.
+    Subclasses build the network from statistics of the training split (`make_network`) and define how it is trained.
 
     Args:
         options: the validated options. They are saved as hyperparameters.
     """
 
-    options_type: type[Options] = Options  # type of `options`; other options in a checkpoint are ignored
+    options_type: type[Options] = Options  # a checkpoint's options that this type lacks are ignored
 
     def __init__(self, options: Options) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class SavedModule(pl.LightningModule):
         self.predicate_names: list[str] = []
         self.run_seed = 0
         self.random_states: list[Tensor] = []  # generator states in the checkpoint that the run resumes from
-        self.options_before: dict[str, Any] | None = None  # `GivenOptions.saved` in the same checkpoint
+        self.options_before: dict[str, Any] | None = None  # result of `GivenOptions.saved` in that checkpoint
         self.given: GivenOptions | None = None
         self.image_ids: Sequence[Any] = []  # ids of the images in this step
         self._report: _Report | None = None
@@ -87,7 +87,7 @@ class SavedModule(pl.LightningModule):
 
     @property
     def part(self) -> str:
-        """The evaluated part of the data, "test" or "val". Logged names begin with it."""
+        """The evaluated split, "test" or "val". Logged names begin with it."""
         return "test" if self.trainer.testing else "val"
 
     @property
@@ -103,17 +103,17 @@ class SavedModule(pl.LightningModule):
         data = self.data
         if stage == "fit" and data.instance_drop and not self.learns_from_targets:
             raise InputError(
-                f"instance_drop must be 0 for {type(self).__name__} with these options, because they do not train on "
-                f"labels of annotated pairs, got {data.instance_drop}"
+                f"instance_drop must be 0 for {type(self).__name__} with these options, got {data.instance_drop}: "
+                "training does not use the labels of annotated pairs, which instance_drop removes"
             )
-        self._set_classes(data.object_names, data.predicate_names, f"the data, {data.name},")
+        self._set_classes(data.object_names, data.predicate_names, data.name)
         if self.network is None:
             self.make_network(predicate_counts(data.train, len(self.object_names) - 1, len(self.predicate_names) - 1))
             if stage == "fit" and not self.trainer.ckpt_path:
                 self.load_initial_weights()
 
     def load_initial_weights(self) -> None:
-        """Load pretrained weights into a new network if the options name a file of them."""
+        """Load pretrained weights into a new network, if the options name a source of weights."""
 
     def on_fit_start(self) -> None:
         self.given = GivenOptions(self.trainer.optimizers, self._schedules)
@@ -135,7 +135,7 @@ class SavedModule(pl.LightningModule):
             restore_random_states(self.random_states)
 
     def step_seed(self, batch_index: int, *, purpose: str = "mask") -> int:
-        """Return this step's seed for random draws; it repeats in a resumed run and differs between ranks."""
+        """Return the seed of this step's random draws. It differs between ranks and is the same in a resumed run."""
         return step_seed(self.run_seed, self.global_step, batch_index, self.global_rank, purpose=purpose)
 
     def on_train_batch_start(self, batch: GraphBatch, batch_index: int) -> None:
@@ -144,9 +144,10 @@ class SavedModule(pl.LightningModule):
     def report(self, loss: Tensor, parts: Mapping[str, Tensor], *, shown: Collection[str]) -> Tensor:
         """Start copying a step's loss and its parts to the host, and return the loss.
 
-        `backward` logs the parts, and raises an error that names them if the loss is not finite. It reads the numbers
-        after the gradients are queued, so a GPU computes meanwhile, and before the optimizer's step. If tensors on the
-        device were logged, the progress bar would make the host wait for all queued work.
+        `backward` then logs the parts. If the loss is not finite, it raises an error that lists them. It reads the
+        numbers after it has queued the gradients and before the optimizer's step, so a GPU computes while the host
+        waits. The logged numbers are on the host. If they were on the device, the progress bar would make the host wait
+        for all queued work.
 
         Args:
             loss: the number to minimize.
@@ -158,7 +159,7 @@ class SavedModule(pl.LightningModule):
         return loss
 
     def over_processes(self, number: Tensor) -> Tensor:
-        """Return the sum of a number over all processes. It is not finite if one process's number is not."""
+        """Return the sum of a number over all processes. It is not finite if any process's number is not finite."""
         if self.processes == 1:
             return number
         total = number.detach().clone()
@@ -166,7 +167,7 @@ class SavedModule(pl.LightningModule):
         return total
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Queue the gradients, then check and log the numbers that `report` has copied to the host meanwhile."""
+        """Queue the gradients, then check and log the numbers that `report` has copied to the host."""
         super().backward(loss, *args, **kwargs)
         if self._report is None:
             return
@@ -178,13 +179,14 @@ class SavedModule(pl.LightningModule):
             self.log(f"train/{name}", part, batch_size=len(self.image_ids), prog_bar=name in shown)
 
     def check_finite(self, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """Raise an error that names the parts of the loss, unless the loss is finite. The numbers are on the host.
+        """Raise InputError unless the loss is finite. The error lists the parts of the loss.
 
-        If weights are not finite, because the gradients of the previous step were not, the error names the weights.
+        If weights are not finite, the error names the weights instead. Gradients of the previous step that were not
+        finite have this effect. All numbers must be on the host.
 
         Args:
-            loss: the sum over all processes, so all of them stop together. If one stopped alone, the others would wait
-                for it.
+            loss: the sum of the loss over all processes. All processes see the same sum, so they stop together. If one
+                stopped alone, the others would wait for it.
             parts: the parts of this process's loss, by name.
         """
         if loss.isfinite():
@@ -196,7 +198,7 @@ class SavedModule(pl.LightningModule):
                 f"the loss must be finite, but the loss of another process was not finite at step {self.global_step}"
             )
         values = ", ".join(f"{name} {part.item():.3g}" for name, part in parts.items())
-        remedy = f"look at the data of images {some_of(self.image_ids) or 'of this step'}"
+        remedy = f"check the data of this step's images ({some_of(self.image_ids) or 'names unknown'})"
         if self.global_step:
             remedy = f"lower learning_rate, or {remedy}"
         raise InputError(
@@ -233,7 +235,7 @@ class SavedModule(pl.LightningModule):
         self.options_before = saved.get("optimization")
         if self.network is None:
             classes, predicates = len(self.object_names), len(self.predicate_names)
-            self.make_network(torch.ones(classes, classes, predicates))  # only the shape counts: weights are loaded
+            self.make_network(torch.ones(classes, classes, predicates))  # only the shape matters here
         self._leave_out_mirror(checkpoint["state_dict"])
         self._check_weights(checkpoint["state_dict"])
 
@@ -246,13 +248,14 @@ class SavedModule(pl.LightningModule):
     ) -> Self:
         """Load a module from a checkpoint.
 
-        A module without a mirror can be loaded from the checkpoint of its aligned version. The mirror's options and
-        weights are then left out. Lightning's own method would pass on options that the module does not know.
+        A module without a mirror can load the checkpoint of the same module with a mirror. For example, Motifs can load
+        a checkpoint of Align-Motifs. The mirror's options and weights are then ignored. This method replaces
+        Lightning's, which would pass options that the module does not have to its `__init__`.
 
         Args:
             checkpoint_path: the file of the checkpoint.
             map_location: the device that the module is moved to.
-            options: options that replace those of the checkpoint.
+            options: options that override the options in the checkpoint.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -262,7 +265,7 @@ class SavedModule(pl.LightningModule):
 
     @classmethod
     def _of_checkpoint(cls, checkpoint: dict[str, Any], **options: Any) -> Self:
-        """Make the module of a checkpoint in memory. If the module has no mirror, the mirror's weights are removed."""
+        """Build a checkpoint's module. If it has no mirror, remove the mirror's weights from `checkpoint`."""
         cls._check_kind(checkpoint)
         known = {field.name for field in dataclasses.fields(cls.options_type)}
         saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
@@ -275,10 +278,10 @@ class SavedModule(pl.LightningModule):
     def _check_kind(cls, checkpoint: dict[str, Any]) -> None:
         check_ours(checkpoint, "checkpoint")
         name = checkpoint["sgalign"]["module"]
-        # Motifs and SGTR may be loaded from the checkpoint of a subclass, which has a mirror.
+        # Motifs and SGTR can also load the checkpoint of a subclass, for example of one with a mirror.
         kind = cls if name == cls.__name__ else module_named(name)
         if kind is None or not issubclass(kind, cls):
-            raise InputError(f"checkpoint must be of {cls.__name__}, as requested, got one of {name}")
+            raise InputError(f"checkpoint must belong to {cls.__name__}, but belongs to {name}")
 
     def _set_classes(self, object_names: Sequence[str], predicate_names: Sequence[str], whose: str) -> None:
         if self.network is None:
@@ -288,10 +291,8 @@ class SavedModule(pl.LightningModule):
             ("predicate", self.predicate_names, predicate_names),
         ):
             if ours != list(theirs):
-                differ = sorted(set(ours) ^ set(theirs))[:3] or "their order"
-                raise InputError(
-                    f"{kind} classes of the model and of {whose} must be the same; they differ in {differ}"
-                )
+                differ = ", ".join(sorted(set(ours) ^ set(theirs))[:3]) or "their order"
+                raise InputError(f"{kind} classes of the model and of {whose} must be the same, but differ in {differ}")
 
     def _leave_out_mirror(self, weights: dict[str, Tensor]) -> None:
         """Remove the mirror's weights from the loaded weights if this module has no mirror."""
@@ -299,7 +300,7 @@ class SavedModule(pl.LightningModule):
         mirror = [name for name in weights if name.startswith("mirrored_") and name not in of_model]
         if mirror and self._trainer is not None and self.trainer.training:
             raise InputError(
-                f"checkpoint has a mirror: {type(self).__name__} can be tested with it, but cannot resume from it"
+                f"checkpoint has a mirror, so {type(self).__name__} can be tested with it, but cannot resume from it"
             )
         for name in mirror:
             del weights[name]
@@ -309,20 +310,20 @@ class SavedModule(pl.LightningModule):
         of_model = self.state_dict()
         for name, own in of_model.items():
             if name in weights and weights[name].shape != own.shape:
-                shapes = f"{name} is {list(weights[name].shape)}, not {list(own.shape)}"
-                raise InputError(f"checkpoint must be of a model with the same options: {shapes}")
+                shapes = f"{name} has shape {list(weights[name].shape)} instead of {list(own.shape)}"
+                raise InputError(f"checkpoint must come from a model with the same options, but its {shapes}")
         if differing := sorted(of_model.keys() ^ weights.keys()):
             what = f"{'lacks' if differing[0] in of_model else 'has'} {differing[0]}"
-            raise InputError(f"checkpoint must be of {type(self).__name__} with the same parts, but it {what}")
+            raise InputError(f"checkpoint must have the same weights as {type(self).__name__}, but it {what}")
         if names := not_finite(weights):
             raise InputError(f"checkpoint must have finite weights, but these are not finite: {some_of(names)}")
 
 
 def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
-    """Raise an error that names the weights that are not finite, if there are any."""
+    """Raise InputError if any weights are not finite. The error names them."""
     if names := not_finite(weights):
         remedy = ". Lower learning_rate and resume from an earlier checkpoint" if step else ""
-        raise InputError(f"weights must be finite; at step {step} these are not: {some_of(names)}{remedy}")
+        raise InputError(f"weights must be finite, but at step {step} these are not finite: {some_of(names)}{remedy}")
 
 
 def module_named(name: str) -> type[SavedModule] | None:
@@ -334,7 +335,7 @@ def module_named(name: str) -> type[SavedModule] | None:
 
 
 def load_module(path: str | Path) -> SavedModule:
-    """Load the module of a checkpoint, in evaluation mode on the CPU.
+    """Return the module that a checkpoint belongs to, on the CPU and in evaluation mode.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -349,7 +350,7 @@ def load_module(path: str | Path) -> SavedModule:
 
 
 def warmup(optimizer: torch.optim.Optimizer, steps: int) -> list[dict[str, Any]]:
-    """Return a warm-up as a list of one scheduler, or an empty list for 0 steps.
+    """Return a list with the scheduler of the warm-up. The list is empty if `steps` is 0.
 
     The learning rate grows linearly from a tenth to its full value over `steps` optimizer steps.
     """

@@ -1,4 +1,4 @@
-"""Safe reading and writing of checkpoints, and the random states that a run resumes from."""
+"""Functions that read and write checkpoints safely, and the states of random generators in them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def random_states() -> list[Tensor]:
 
 
 def restore_random_states(states: Sequence[Tensor]) -> None:
-    """Set the states of torch's generators; states of GPUs that do not exist here are ignored."""
+    """Set the states of torch's generators. States of GPUs that this machine lacks are ignored."""
     for number, state in enumerate(states):
         if number == 0:
             torch.set_rng_state(state)
@@ -36,12 +36,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
     It writes to a temporary file first, so the old checkpoint survives a full disk or a kill.
 
-    Weights that are not finite are never written. `SavedModule` raises an error about them. If another error has
-    stopped the run and Lightning saves its last state, no second error is raised, and the checkpoint is skipped.
+    Weights that are not finite are never written. Normally, `SavedModule` raises an error about them. If another error
+    has already stopped the run and Lightning saves a last checkpoint, the checkpoint is skipped without a second error.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint to a local path, or to an address with `://` as Lightning does."""
+        """Write a checkpoint. Lightning's own writer handles paths that contain `://`."""
         if sys.exc_info()[0] is not None and (names := not_finite(checkpoint.get("state_dict", {}))):
             rank_zero_info(f"{path} is not written, because these weights are not finite: {some_of(names)}")
             return
@@ -53,7 +53,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors that hold infinity or NaN. If all are finite, the host waits only once."""
+    """Return the names of the tensors that hold infinity or NaN.
+
+    If all tensors are finite, the host waits for the device only once.
+    """
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
     if get_total_norm(list(floating.values()), float("inf")).isfinite():
         return []
@@ -61,7 +64,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def some_of(names: Sequence[Any]) -> str:
-    """Return the first four names as text, with the number of the others."""
+    """Return the first four names as text, followed by the number of remaining names."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(map(str, names[:4])) + more
 
@@ -79,7 +82,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def check_ours(checkpoint: Any, what: str) -> None:
-    """Raise InputError unless a checkpoint has the entries that `SavedModule.on_save_checkpoint` writes.
+    """Raise InputError unless a checkpoint has the entries that all checkpoints of this package have.
 
     Args:
         checkpoint: the content of the file.

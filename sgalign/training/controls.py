@@ -1,4 +1,4 @@
-"""Controls for the ablation studies: variants of Align-Motifs that lack or change a part of the method."""
+"""Controls for the ablation studies, which are variants of Align-Motifs that lack or change a part of the method."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sgalign.training.motifs import MotifsModule
 
 
 class PredClsControl(AlignMotifsModule):
-    """The base class of the controls that have losses of relations only.
+    """The base class of the controls that compute only relation losses.
 
     Args:
         options: the fields of `AlignMotifsOptions`.
 
     Raises:
-        ValueError: if the protocol is not predcls. The other protocols decode objects, which have a loss too.
+        ValueError: if the protocol is not predcls. The other protocols decode object classes, which need a loss, too.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -31,16 +31,16 @@ class PredClsControl(AlignMotifsModule):
 
 
 class MaskedMotifsModule(PredClsControl):
-    """Motifs trained on the masked input of a mirror, without the unmasked branch. The mask acts as a kind of dropout.
+    """Motifs trained only on input that is masked as in the mirror of Align-Motifs. The mask acts as a kind of dropout.
 
-    It uses the mirror's options `mask_ratio` and `mask_granularity` and ignores the others.
+    It uses the mirror's options `mask_ratio` and `mask_granularity`, and ignores the mirror's other options.
     """
 
     def make_network(self, counts: Tensor) -> None:
-        MotifsModule.make_network(self, counts)  # without the mirror's head, which would have no gradient
+        MotifsModule.make_network(self, counts)  # skips the mirror's head, which would get no gradient
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the supervised loss of the masked branch, and the same loss by name."""
+        """Return the supervised loss of the masked branch, and a dict with this loss as its only part."""
         seen, _, masked_logits = self.both_branches(batch, batch_index, self.network.predicate)
         loss, labelled = self.relation_loss(masked_logits, seen.graph.targets)
         loss = loss * self.share(labelled)
@@ -48,10 +48,11 @@ class MaskedMotifsModule(PredClsControl):
 
 
 class AveragedTeacherModule(PredClsControl):
-    """Align-Motifs with a mean teacher: an average of earlier weights makes the predictions that the mirror follows.
+    """Align-Motifs with a mean teacher, which is an exponential moving average of the weights (decay 0.99).
 
-    It uses the mirror's options `mask_ratio`, `mask_granularity`, `tied_head` and `alignment_weight` and ignores the
-    others. The alignment loss is always the mean over relations and classes of KL(teacher, mirrored).
+    The mirror is aligned with the predictions of the teacher. It uses the mirror's options `mask_ratio`,
+    `mask_granularity`, `tied_head` and `alignment_weight`, and ignores the mirror's other options. The alignment loss
+    is always the mean over relations and classes of KL(teacher, mirrored).
     """
 
     def make_network(self, counts: Tensor) -> None:
@@ -60,7 +61,7 @@ class AveragedTeacherModule(PredClsControl):
         self.teacher = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss to minimize and its parts by name; the part `alignment` is not weighted yet."""
+        """Return the loss to minimize and its parts by name. The part `alignment` is logged without its weight."""
         seen, prediction, mirrored_logits = self.both_branches(batch, batch_index, self.mirrored_head)
         teacher = self.teacher.eval()(seen).logits
         loss, parts = self.supervised_loss(prediction, seen.graph)

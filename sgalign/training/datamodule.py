@@ -1,4 +1,4 @@
-"""The data module: the parts of a data set as batches of scene graphs."""
+"""The data module, which yields the splits of a data set as batches of scene graphs."""
 
 from __future__ import annotations
 
@@ -34,30 +34,31 @@ Split = Literal["train", "validation", "test"]
 
 
 class SceneGraphData(pl.LightningDataModule):
-    """The training, validation and test parts of a data set.
+    """The training, validation and test splits of a data set.
 
-    Prediction reads the test part. Training images without a related pair are left out, as in the public code. A part's
-    graphs are read when the part is first used and then stay in memory, a few kilobytes per image. Images are read when
-    their batch is made.
+    Prediction reads the test split. Training images that have no relation between two different objects are left out,
+    as in the public code. The graphs of a split are read when the split is first used, and they stay in memory (a few
+    kilobytes per image). Pixels are read when a batch is made.
 
     Args:
         root: folder of a data set in one of the layouts that `sgalign.data.open_dataset` reads. If None, the generated
             scenes are used.
-        batch_size: images per step and process.
+        batch_size: images per batch and process.
         seed: seed of the order of training images. The order depends only on the seed and the epoch, so a resumed run
-            sees the images in the same order as an uninterrupted one.
-        validation_images: number of training images to hold out if the data set has no validation part. If None, the
-            data set's default.
-        images: read the images too, for models that use them.
+            reads the images in the same order as an uninterrupted one.
+        validation_images: number of training images to hold out if the data set has no validation split. If None, the
+            class of the data set chooses the number.
+        images: if True, also read the pixels, for models that use them.
         features: folder of features written by `sgalign cache-features`, for models with vision "cached".
-        detections: file of another detector's objects, in the format of `sgalign.data.read_detections`. They replace
-            the annotated objects in the test part (SGDet with a model of labels and boxes).
+        detections: file of objects from a separate detector, in the format of `sgalign.data.read_detections`. They
+            replace the annotated objects of the test split. A model that uses only labels and boxes is then evaluated
+            on SGDet.
         num_workers: number of processes that read images. With 0 the training process reads them.
         repeat_threshold: threshold t of `sgalign.training.longtail.repeat_factors`, which repeats images with rare
-            predicates. 0 repeats none.
-        instance_drop: rate of `sgalign.training.longtail.drop_repeated`, which drops labels of commoner predicates in
-            repeated images. It must be 0 for SGDet, where training pairs are made of detections, and for SGTR, which
-            has no pairs.
+            predicates. With 0, no image is repeated.
+        instance_drop: rate of `sgalign.training.longtail.drop_repeated`, which drops labels of more common predicates
+            in repeated images. It must be 0 for SGDet, because training pairs come from detections, and for SGTR,
+            because it does not train on pairs.
     """
 
     def __init__(
@@ -88,43 +89,45 @@ class SceneGraphData(pl.LightningDataModule):
         dataset = self._open("validation")
         self.object_names, self.predicate_names = dataset.object_names, dataset.predicate_names
         if features is not None and detections is not None:
-            raise InputError("features and detections exclude each other: the cached features are of annotated boxes")
+            raise InputError(
+                "features and detections must not be given together, because cached features belong to annotated boxes"
+            )
         self.cache = None if features is None else FeatureCache(features)
         if self.cache is not None and not self.cache.paths:
             raise FileNotFoundError(
-                f"{features}: must be a folder that sgalign cache-features has filled, but it has no files of features"
+                f"{features}: must be a folder that sgalign cache-features has filled, but it has no feature files"
             )
         self.detections = None if detections is None else read_detections(detections, len(self.object_names) - 1)
 
     @cached_property
     def train(self) -> list[SceneGraph]:
-        """The training part, without images that have no related pair."""
+        """The training split, without images that have no relation between two different objects."""
         return self._read("train")
 
     @cached_property
     def validation(self) -> list[SceneGraph]:
-        """The validation part."""
+        """The validation split."""
         return self._read("validation")
 
     @cached_property
     def test(self) -> list[SceneGraph]:
-        """The test part."""
+        """The test split."""
         return self._read("test")
 
     @cached_property
     def predicate_groups(self) -> dict[str, list[int]]:
-        """The predicates of head, body and tail, from counts in the training part or from the data set's authors."""
+        """The head, body and tail predicates, as published for VG150, otherwise from counts in the training split."""
         counts = count_predicates(self.train, len(self.predicate_names) - 1)
         return predicate_groups(self.predicate_names, counts[1:])
 
     @cached_property
     def zero_shot_validation(self) -> Tensor:
-        """The class triplets of the validation part that the training part lacks, as in `zero_shot_triplets`."""
+        """The class triplets of the validation split that the training split lacks, as in `zero_shot_triplets`."""
         return zero_shot_triplets(self.train, self.validation)
 
     @cached_property
     def zero_shot_test(self) -> Tensor:
-        """The class triplets of the test part that both other parts lack."""
+        """The class triplets of the test split that both other splits lack."""
         return zero_shot_triplets([*self.train, *self.validation], self.test)
 
     def _open(self, split: Split) -> Any:
@@ -136,25 +139,28 @@ class SceneGraphData(pl.LightningDataModule):
         dataset = self._open(split)
         for kind in ("object_names", "predicate_names"):
             if getattr(dataset, kind) != getattr(self, kind):
-                raise InputError(f"{self.name}: {kind} must be the same in all parts, but those of {split} differ")
+                raise InputError(f"{self.name}: {kind} must be the same in all splits, but {split} has different ones")
         graphs: list[SceneGraph] = list(dataset)
         if split == "train":
             graphs = [graph for graph in graphs if (graph.relations[:, 0] != graph.relations[:, 1]).any()]
         if self.cache is not None and (missing := [g.image_id for g in graphs if g.image_id not in self.cache]):
             raise InputError(
-                f"{self.cache.folder}: has no features of {len(missing)} of the {len(graphs)} images of part {split}, "
-                f"such as {missing[0]!r}: run sgalign cache-features again to add them"
+                f"{self.cache.folder}: must have features of all {len(graphs)} images of the {split} split, but lacks "
+                f"{len(missing)} of them, such as {missing[0]!r}: run sgalign cache-features again to add them"
             )
         return graphs
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
-        """Return batches of the training part, in the order of seed and epoch. A resumed run continues its epoch."""
+        """Return batches of the training split, in an order that depends only on the seed and the epoch.
+
+        A resumed run continues in the middle of its epoch.
+        """
         if not self.train:
             raise InputError(
                 f"{self.name}: no training image has a relation between two objects, so there is nothing to fit"
             )
-        # The distributed sampler serves a single process too. Lightning sets its epoch, but only after workers have
-        # started on the first one, so the epoch is set here as well.
+        # The distributed sampler works for a single process, too. Lightning sets the sampler's epoch only after the
+        # workers have started on the first epoch, so it is also set here.
         assert self.trainer is not None
         world, rank = self.trainer.world_size, self.trainer.global_rank
         sampler = RepeatSampler(self.train, self.repeat_factors, num_replicas=world, rank=rank, seed=self.seed)
@@ -166,11 +172,11 @@ class SceneGraphData(pl.LightningDataModule):
 
     @cached_property
     def repeat_factors(self) -> Tensor:
-        """The repeat factor of each predicate's images, from `repeat_threshold`."""
+        """The repeat factor of images with each predicate, from `repeat_threshold`."""
         return repeat_factors(self.train, len(self.predicate_names) - 1, self.repeat_threshold)
 
     def on_before_batch_transfer(self, batch: GraphBatch, dataloader_idx: int) -> GraphBatch:
-        """Return the batch. In training, the labels that `instance_drop` drops are removed."""
+        """Return the batch. In training, first drop labels at the rate `instance_drop`."""
         if not self.instance_drop or self.trainer is None or not self.trainer.training:
             return batch
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
@@ -179,14 +185,14 @@ class SceneGraphData(pl.LightningDataModule):
         return drop_repeated(batch, self.repeat_factors, self.instance_drop, generator)
 
     def val_dataloader(self) -> DataLoader[GraphBatch]:
-        """Return batches of this process's share of the validation part."""
+        """Return batches of this process's share of the validation split."""
         return self._loader(self.validation, sampler=self._shard(self.validation))
 
     def test_dataloader(self) -> DataLoader[GraphBatch]:
-        """Return batches of this process's share of the test part, with the given detections if there are any."""
+        """Return batches of this process's share of the test split, with the given detections if there are any."""
         ids = [graph.image_id for graph in self.test]
         if self.detections is not None and ids and self.detections.keys().isdisjoint(ids):
-            raise InputError(f"detections must be of images of the test part, such as {ids[0]!r}, but none is")
+            raise InputError(f"detections must contain images of the test split, such as {ids[0]!r}, but contain none")
         return self._loader(self.test, self.detections, sampler=self._shard(self.test))
 
     predict_dataloader = test_dataloader
@@ -203,7 +209,7 @@ class SceneGraphData(pl.LightningDataModule):
 
     @property
     def _feeds_gpu(self) -> bool:
-        """True if the trainer computes on a GPU. This does not initialize a GPU that the trainer leaves unused."""
+        """True if the trainer computes on a GPU. Only the trainer's device is read, so no unused GPU is initialized."""
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _loader(
@@ -217,13 +223,13 @@ class SceneGraphData(pl.LightningDataModule):
             graphs,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            pin_memory=self._feeds_gpu,  # otherwise `send` would pin the memory
-            generator=torch.Generator(),  # draws the workers' seeds; torch's global generator stays as it is
+            pin_memory=self._feeds_gpu,  # the loader's thread pins, so `send` does not
+            generator=torch.Generator(),  # draws the workers' seeds instead of torch's global generator
             **{"collate_fn": self._collate_fn(detections)} | options,
         )
 
     def _collate_fn(self, detections: dict[str, Detections] | None = None) -> Callable[..., GraphBatch]:
-        """Return the function that makes a batch of scene graphs. It can be sent to worker processes."""
+        """Return the function that makes a batch of scene graphs. It can be pickled for worker processes."""
         return partial(
             collate_for,
             num_predicates=len(self.predicate_names) - 1,
@@ -234,13 +240,13 @@ class SceneGraphData(pl.LightningDataModule):
 
 
 class TrainingLoader(DataLoader[GraphBatch]):
-    """A data loader with a position that Lightning saves and restores, to resume in the middle of an epoch."""
+    """A data loader that resumes in the middle of an epoch. Lightning saves and restores its position."""
 
     batch_size: int
-    trainer: pl.Trainer  # counts the batches trained on; workers may have fetched more
+    trainer: pl.Trainer  # counts the batches used for training; workers may have fetched more
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position in the epoch, counted in batches trained on."""
+        """Return the position in the epoch, as the number of batches that were used for training."""
         if not isinstance(self.sampler, RepeatSampler):  # Lightning's own sampler, for overfit_batches
             return {}
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
@@ -249,13 +255,13 @@ class TrainingLoader(DataLoader[GraphBatch]):
         return {"epoch": epoch, "batches": batches, "images": self.batch_size * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from the position in a result of `state_dict`."""
+        """Resume from the position in a result of `state_dict`."""
         if not state or not isinstance(self.sampler, RepeatSampler):
             return
         if state["batches"] and state["images"] != (images := self.batch_size * self.sampler.num_replicas):
             raise InputError(
-                f"batch_size times processes must be {state['images']}, as before, to resume in the middle of an "
-                f"epoch, got {images}"
+                f"batch_size times the number of processes must still be {state['images']} to resume in the "
+                f"middle of an epoch, got {images}"
             )
         self.sampler.done = state["epoch"], state["batches"] * self.batch_size
         self.sampler.set_epoch(state["epoch"])
@@ -269,7 +275,11 @@ def collate_for(
     cache: FeatureCache | None = None,
     detections: dict[str, Detections] | None = None,
 ) -> GraphBatch:
-    """Make a batch of scene graphs, with detections in place of annotated objects or with cached features if given."""
+    """Make a batch of scene graphs.
+
+    If `detections` are given, they replace the annotated objects. Otherwise, if a `cache` is given, the batch gets its
+    features.
+    """
     if detections is not None:
         return collate_detected(graphs, detections, num_predicates, pixels=pixels)
     batch = collate(graphs, num_predicates, pixels=pixels)

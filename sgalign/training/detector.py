@@ -16,7 +16,7 @@ from sgalign.training.options import DetectorOptions
 
 
 class DetectorModule(SavedModule):
-    """Faster R-CNN, the object detector that Motifs uses for protocols sgdet and sgcls. It is trained before Motifs.
+    """Faster R-CNN, the object detector of Motifs with vision "images". Train it before Motifs.
 
     Args:
         options: the fields of `DetectorOptions`.

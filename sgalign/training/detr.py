@@ -25,7 +25,10 @@ from sgalign.training.options import DetrOptions
 
 
 class DetrModule(SavedModule):
-    """The base class of modules that contain DETR. It makes DETR, computes DETR's losses and logs the found objects.
+    """The base class of modules that contain DETR.
+
+    It builds DETR, computes DETR's losses and logs the share of found objects.
+
 
     Args:
         options: the options of DETR and of the subclass.
@@ -36,7 +39,7 @@ class DetrModule(SavedModule):
 
     def __init__(self, options: DetrOptions) -> None:
         super().__init__(options)
-        self._detector_saved: dict[str, Any] = {}  # how to make DETR, from the checkpoint that is being loaded
+        self._detector_saved: dict[str, Any] = {}  # from the checkpoint that is being loaded
 
     def make_network(self, counts: Tensor) -> None:
         num_objects = len(counts) - 1
@@ -50,12 +53,13 @@ class DetrModule(SavedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._detector_saved = checkpoint.get("sgalign", {}).get("detector", {})
-        # An existing network was made from the options. A network that is made now follows the checkpoint.
+        # A network that exists already was built from the options, so they must agree with the checkpoint. A network
+        # that is built now follows the checkpoint.
         trains_norms = self._detector_saved.get("trains_norms")
         if self.network is not None and trains_norms not in (None, self.detector.trains_norms):
             raise InputError(
-                "batch normalization must be trained in both the checkpoint and the model, or in neither: give the "
-                "same detector_weights, or make the model with load_from_checkpoint"
+                "batch normalization must be trained in both the checkpoint and the model, or in neither: set "
+                "detector_weights as in the first run, or load the model with load_from_checkpoint"
             )
         super().on_load_checkpoint(checkpoint)
 
@@ -66,16 +70,18 @@ class DetrModule(SavedModule):
         entities = self.detector(pixels)
         if not torch.stack([entities.logits[-1].isfinite().all(), entities.boxes[-1].isfinite().all()]).all():
             raise InputError(
-                f"DETR's logits and boxes must be finite, got infinity or NaN in images {some_of(batch.image_ids)}"
+                "DETR's logits and boxes must be finite, got infinity or NaN in this batch of images: "
+                f"{some_of(batch.image_ids)}"
             )
         return pixels, entities
 
     def log_found(self, entities: DetectedEntities, batch: GraphBatch) -> None:
-        """Log the share of annotated objects that are found, and the share of relations with both ends found.
+        """Log the share of objects that are found, and the share of relations whose subject and object are both found.
 
-        An object is found if a query predicts its class as the likeliest and overlaps it with an IoU of at least 0.5.
-        The share of relations is the mean over images. SGDet recall can exceed it only because recall counts boxes as
-        one pixel wider.
+        The logged names are `found` and `relations_found`. An annotated object is found if its class is the most
+        probable class of a query and the query's box has an IoU of at least 0.5 with it. The share of relations is the
+        mean over images. It is an upper bound of SGDet recall, apart from boxes near the threshold, because recall
+        treats boxes as one pixel wider.
         """
         labels = entities.logits[-1][..., :-1].argmax(-1) + 1
         hits, both = [], []
@@ -120,9 +126,10 @@ class DetrModule(SavedModule):
         return {name: weight * loss for (name, loss), weight in weights}
 
     def read_costs(self, costs: Sequence[Tensor], others: Mapping[str, Tensor] | None = None) -> list[Tensor]:
-        """Copy the matching costs to the host, which waits once, and return them.
+        """Return the matching costs on the host. One copy transfers all of them, so the host waits only once.
 
-        The costs and `others`, numbers by name, must be finite in all processes. Otherwise an error shows their values.
+        `others` contains further numbers by name. Raise InputError unless the costs and these numbers are finite in all
+        processes. The error shows the sum of the costs and the numbers.
         """
         checked = {**(others or {}), "costs of matching": torch.stack([cost.sum() for cost in costs]).sum()}
         numbers = torch.stack([number.float() for number in checked.values()])
@@ -154,8 +161,8 @@ class DetrModule(SavedModule):
 class EntityDetectorModule(DetrModule):
     """DETR trained alone, as the detector that SGTR starts from.
 
-    SGTR's option `detector_weights` takes the checkpoint. Validation logs the share of annotated objects that are
-    found, and the share of relations with both ends found.
+    To use the trained detector, pass its checkpoint to SGTR as `detector_weights`. Validation logs the share of
+    annotated objects that are found, and the share of relations whose subject and object are both found.
 
     Args:
         options: the fields of `DetrOptions`.
@@ -180,7 +187,7 @@ class EntityDetectorModule(DetrModule):
         self.log_found(self.detect(batch)[1], batch)
 
     def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
-        """Return every query with its best class, as one dict per image for `DetectionWriter`."""
+        """Return one dict per image for `DetectionWriter`, with one object of the best class for each query."""
         entities = self.detect(batch)[1]
         candidates = Entities.detected(entities.logits[-1], entities.boxes[-1])
         return [found_objects(batch, candidates, image) for image in range(len(batch.image_ids))]
@@ -205,10 +212,10 @@ def make_detector(
 
     Args:
         options: the options of DETR.
-        num_objects: number of object classes, without the one for no object.
-        object_names: class names of the data. A checkpoint in `detector_weights` must have the same.
-        saved: `config` and `trains_norms` from a checkpoint of this module, if its weights are loaded next. Otherwise
-            empty.
+        num_objects: number of object classes, without the class for no object.
+        object_names: class names of the data. If `detector_weights` is a checkpoint, its class names must be the same.
+        saved: `config` and `trains_norms` from a checkpoint of this module whose weights are loaded next. If there is
+            no such checkpoint, it is empty.
 
     Raises:
         FileNotFoundError: if `detector_weights` does not exist.
@@ -233,7 +240,7 @@ def make_detector(
     if weights:
         detector.load_state_dict(weights)
     if detector.dim != options.dim:
-        raise InputError(f"dim must be that of detector_weights, {detector.dim}, got {options.dim}")
+        raise InputError(f"dim must be {detector.dim}, as in detector_weights, got {options.dim}")
     if options.detector_weights is not None:
         tell_sizes(options, detector)
     detector.freeze(tuple(options.frozen))
@@ -243,34 +250,35 @@ def make_detector(
 def read_detector(options: DetrOptions, object_names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the config and weights of the checkpoint in `detector_weights`, if it is a checkpoint of this package.
 
-    Both are empty if the option is None or names weights of the library, which `EntityDetector` reads.
+    Both are empty if the option is None, or if it names weights for `transformers`, which `EntityDetector` reads.
     """
     source = options.detector_weights
     if source is None:
         if options.frozen:
-            raise InputError(f"detector_weights must be given if frozen is {list(options.frozen)}, got none")
+            raise InputError(f"detector_weights must be given if frozen is {list(options.frozen)}, got None")
         return {}, {}
     if not Path(source).exists() and (Path(source).suffix == ".ckpt" or len(Path(source).parts) > 2):
-        raise FileNotFoundError(f"detector_weights: no such file or folder, {source}")  # no name in the library either
+        raise FileNotFoundError(f"detector_weights: no such file or folder, {source}")  # nor a name for `transformers`
     if not Path(source).is_file():
         return {}, {}
     checkpoint = read_checkpoint(source)
     if "detector" not in checkpoint["sgalign"]:
         raise InputError(f"{source}: must be a checkpoint of EntityDetectorModule or SGTRModule, but it has no DETR")
     if checkpoint["sgalign"]["object_names"] != object_names:
-        raise InputError(f"{source}: must be a detector of the data's object classes, but its classes are others")
+        raise InputError(f"{source}: must be a detector with the data's object classes, but it has different classes")
     state, prefix = checkpoint["state_dict"], "detector."
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    # Without `trains_norms`, batch normalization stays as the other run left it, as with the library's weights.
+    # `trains_norms` is left out, so batch normalization keeps its trained statistics and stays frozen, as with weights
+    # for `transformers`.
     return {"config": checkpoint["sgalign"]["detector"]["config"]}, weights
 
 
 def tell_sizes(options: DetrOptions, detector: EntityDetector) -> None:
-    """Print the options that `detector_weights` have overridden."""
+    """Print the options that `detector_weights` overrides."""
     config = detector.detr.config
     stages = list(getattr(config.backbone_config, "depths", None) or ())
     if stages != BACKBONES[options.backbone]["depths"][: 4 if options.stride == 32 else 3]:
-        rank_zero_info(f"the detector's backbone is that of detector_weights, with blocks per stage: {stages}")
+        rank_zero_info(f"the backbone comes from detector_weights and has {stages} blocks per stage")
     sizes = {
         "entity_layers": config.decoder_layers,
         "entity_queries": config.num_queries,
@@ -278,5 +286,5 @@ def tell_sizes(options: DetrOptions, detector: EntityDetector) -> None:
         "ffn_dim": config.encoder_ffn_dim,
     }
     differ = [(name, size) for name, size in sizes.items() if size != getattr(options, name)]
-    if told := [f"{name} {size}, not {getattr(options, name)}" for name, size in differ]:
-        rank_zero_info(f"the detector has the sizes of detector_weights: {'; '.join(told)}")
+    if told := [f"{name} is {size} instead of {getattr(options, name)}" for name, size in differ]:
+        rank_zero_info(f"detector_weights overrides these options: {'; '.join(told)}")

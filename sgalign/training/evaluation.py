@@ -1,4 +1,4 @@
-"""The evaluation by recall that all systems with relations share."""
+"""The recall evaluation that all scene graph models share."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sgalign.training.base import SavedModule
 class RelationModule(SavedModule):
     """The base class of modules that predict scene graphs. It evaluates the graphs by recall.
 
-    Subclasses define the predictions for a batch (`predictions`).
+    Subclasses implement `predictions`, which returns the predictions for a batch.
     """
 
     recall: SceneGraphEvaluator
-    compiler: dict[str, Any] = {"dynamic": True}  # for `torch.compile`: numbers of images, objects and pairs vary
+    compiler: dict[str, Any] = {"dynamic": True}  # for `torch.compile`, because batch sizes vary
 
     @property
     def protocol(self) -> str:
-        """The protocol, one of `sgalign.metrics.PROTOCOLS`. It says what the model is given and what it predicts."""
+        """The protocol, one of `sgalign.metrics.PROTOCOLS`. It determines the inputs and outputs of the model."""
         return "predcls"
 
     @property
@@ -33,7 +33,9 @@ class RelationModule(SavedModule):
 
     def setup(self, stage: str) -> None:
         if self.protocol == "sgdet" and self.data.detections is not None:
-            raise InputError("data must have no detections for protocol sgdet: the model finds objects itself")
+            raise InputError(
+                "data.detections must be left out for protocol sgdet, because the model detects objects itself"
+            )
         super().setup(stage)
         if stage == "fit" and getattr(self.options, "compile", False):
             assert self.network is not None

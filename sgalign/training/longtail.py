@@ -23,9 +23,9 @@ class RelationLoss(nn.Module):
     Each pair has a target distribution. The weighted mean divides by the sum of the targets' weights, as
     `torch.nn.functional.cross_entropy` does. A target row of zeros marks a pair without a label, which does not count.
 
-    A predicate's prior is its count divided by the mean count of all predicates. The background is not adjusted, so the
-    adjustment rebalances the predicates and leaves the share of related pairs alone. The weights and priors are
-    buffers, computed from the training part and saved in checkpoints.
+    A predicate's prior is its count divided by the mean count of all predicates. The background's logit is not
+    adjusted, so the adjustment rebalances the predicates but does not change the share of related pairs. The weights
+    and priors are buffers, computed from the training split and saved in checkpoints.
 
     Args:
         counts: number of training pairs of each predicate, `[K + 1]`, with the background in column 0.
@@ -35,8 +35,8 @@ class RelationLoss(nn.Module):
         power: exponent of "inverse_frequency".
         beta: beta of "effective_number".
         adjustment: tau for training. The loss adds tau log(prior) to the logits (Menon et al., ICLR 2021, equation 10).
-        adjustment_test: tau for a trained model. `adjusted` subtracts tau log(prior) from the logits (ibid., equation
-            9).
+        adjustment_test: tau for a trained model. `adjusted` subtracts tau log(prior) from the logits (Menon et al.,
+            equation 9).
     """
 
     weight: Tensor
@@ -68,7 +68,10 @@ class RelationLoss(nn.Module):
         self.register_buffer("log_prior", torch.cat((prior.new_ones(1), prior)).log().float())
 
     def forward(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean loss and its divisor for logits and targets `[R, K + 1]`. Without labels both are 0."""
+        """Return the weighted mean loss and the sum of weights that it was divided by.
+
+        Logits and targets are `[R, K + 1]`. If no pair has a label, both results are 0.
+        """
         total = (targets * self.weight).sum()
         logits = logits + self.adjustment * self.log_prior if self.adjustment else logits
         loss = functional.cross_entropy(logits, targets, weight=self.weight, reduction="sum")
@@ -80,15 +83,15 @@ class RelationLoss(nn.Module):
 
 
 def repeat_factors(graphs: Iterable[SceneGraph], num_predicates: int, threshold: float) -> Tensor:
-    """Return each predicate's repeat factor, as LVIS repeats images (Gupta et al., CVPR 2019).
+    """Return the factor by which images with each predicate are repeated, after LVIS (Gupta et al., CVPR 2019).
 
     The factor is max(1, sqrt(t / f)), where f is the predicate's share of all relations, as in BGNN (Li et al., CVPR
     2021). In LVIS f is a share of all images.
 
     Args:
-        graphs: the training part.
+        graphs: the training split.
         num_predicates: number of predicates without the background.
-        threshold: t. BGNN uses 0.13 for Visual Genome. With 0 every factor is 1.
+        threshold: the threshold t. BGNN uses 0.13 for Visual Genome. With 0, every factor is 1.
 
     Returns:
         float64 `[num_predicates + 1]`, 1 for the background and for predicates that never occur.
@@ -99,11 +102,11 @@ def repeat_factors(graphs: Iterable[SceneGraph], num_predicates: int, threshold:
 
 
 class RepeatSampler(DistributedSampler[int]):
-    """A sampler that repeats each image by the factor of its rarest predicate.
+    """A sampler that draws each image in proportion to the repeat factor of its rarest predicate.
 
-    An image with factor r is drawn floor(r) or ceil(r) times per epoch, r times on average. All epochs have the same
-    length. The order depends only on the seed and the epoch. Shards, shuffling and `set_epoch` work as in
-    `DistributedSampler`.
+    An image with factor r is drawn about r times per epoch on average. The factors are first stretched slightly,
+    because their sum must be a whole number. All epochs have the same length. The order depends only on the seed and
+    the epoch. Shards, shuffling and `set_epoch` work as in `DistributedSampler`.
 
     Args:
         graphs: the images to draw from.
@@ -117,29 +120,30 @@ class RepeatSampler(DistributedSampler[int]):
         ends = torch.stack([factors[graph.relations[:, 2]].amax() for graph in graphs]).cumsum(0)
         draws = math.ceil(ends[-1].item())
         self.ends = ends * (draws / ends[-1])
-        self.done = 0, 0  # an epoch, and the number of its images that an earlier run has used
+        self.done = 0, 0  # epoch to resume, and number of images already used
         super().__init__(range(draws), num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
         epoch, seen = self.done
-        # The images lie end to end on a line, each as long as its factor. Points at unit distance, shifted by one
-        # random number, select the images.
+        # Systematic sampling: the factors are consecutive segments of a line, one per image. Points at distance 1,
+        # shifted by one random number, select the segments that contain them.
         shift = torch.rand((), generator=torch.Generator().manual_seed(self.seed + self.epoch), dtype=torch.float64)
         positions = torch.tensor(list(super().__iter__())[seen if epoch == self.epoch else 0 :]) + shift
         return iter(torch.searchsorted(self.ends, positions, right=True).clamp(max=len(self.ends) - 1).tolist())
 
 
 def drop_repeated(batch: GraphBatch, factors: Tensor, rate: float, generator: torch.Generator) -> GraphBatch:
-    """Drop some labels of commoner predicates in repeated images, as in BGNN's instance dropping.
+    """Drop some labels of more common predicates in repeated images, as in BGNN's instance dropping.
 
-    A pair loses its label with probability rate * (1 - r / R), where r is the factor of its rarest predicate and R the
-    largest factor of a pair in the image. Its target row becomes zeros, which `RelationLoss` does not count.
+    A pair loses its label with probability min(1, rate * (1 - r / R)), where r is the factor of the pair's rarest
+    predicate and R is the largest r in the image. The pair's target row becomes zeros, and `RelationLoss` ignores such
+    rows.
 
     Args:
         batch: the batch, on the host.
         factors: result of `repeat_factors`.
-        rate: 1.6 in BGNN's training on Visual Genome.
-        generator: random generator on the CPU. The draws depend on it alone.
+        rate: drop rate. BGNN uses 1.6 on Visual Genome.
+        generator: random generator on the CPU. It is the only source of randomness.
     """
     factors = factors.to(batch.targets)
     images = batch.images[batch.pairs[:, 0]]

@@ -89,7 +89,7 @@ class MotifsModule(PairModule):
             self.vision.read_from(checkpoint["sgalign"].get("features"))
 
     def see(self, batch: GraphBatch, batch_index: int = 0) -> SeenBatch:
-        """Return the batch as `vision` sees it. In training it has the sampled pairs only."""
+        """Return the objects, pairs and features that `vision` makes from the batch. In training, pairs are sampled."""
         generator = torch.Generator().manual_seed(self.step_seed(batch_index, purpose="samples"))
         return self.vision(batch, generator)
 
@@ -105,7 +105,10 @@ class MotifsModule(PairModule):
         return self.supervised_loss(self.network(seen), seen.graph)
 
     def supervised_loss(self, prediction: Prediction, batch: GraphBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the supervised loss and its parts by name: relations and, if classes are decoded, objects."""
+        """Return the supervised loss and its parts by name.
+
+        The parts are `loss` for relations and, if classes are decoded, `objects`.
+        """
         loss, labelled = self.relation_loss(prediction.logits, batch.targets)
         loss = loss * self.share(labelled)
         parts = {"loss": loss}
@@ -116,10 +119,10 @@ class MotifsModule(PairModule):
         return loss, parts
 
     def share(self, count: float | Tensor) -> float | Tensor:
-        """Return this process's share of the elements of all processes, times the number of processes.
+        """Return the factor that makes DDP's average of per-process means the mean over all elements.
 
-        Multiply a mean over this process's elements by it. DDP's average over processes is then the mean over all
-        elements.
+        Multiply a mean over this process's elements by the factor. For N processes, it is N * count / (sum of `count`
+        over all processes).
         """
         if self.processes == 1:
             return 1.0
@@ -131,7 +134,7 @@ class MotifsModule(PairModule):
         return self.report(loss, parts, shown=parts)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Return the optimizer from the options, with its learning rate scaled to the images per step."""
+        """Return the optimizer from the options. If `learning_rate_images` is given, scale the learning rate."""
         options, rate = self.options, self.options.learning_rate
         if options.learning_rate_images is not None and self._trainer is not None:
             images = self.data.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches

@@ -1,12 +1,14 @@
 """The options of the modules, as dataclasses that validate themselves.
 
-A module takes its options as plain arguments. Its `__init__` makes the dataclass inside a call of a parent's
-`__init__`. The command line follows that call to find the names, types, defaults and help texts of the options. The
-call has one of two forms:
+To add a module, write an options dataclass and build it in the module's `__init__`, as the argument of a call to a
+parent's `__init__`. The call must have one of two forms:
 
 - `super().__init__(XOptions(**options))`, if the parent's `__init__` takes an options object;
-- `Grandparent.__init__(self, XOptions(**options))`, if the parent's `__init__` makes its own options, which have fewer
-  fields. For example, `MotifsModule` is such a parent of `AlignMotifsModule`.
+- `Grandparent.__init__(self, XOptions(**options))`, if the parent's `__init__` would build a smaller options class. For
+  example, `AlignMotifsModule` skips `MotifsModule.__init__`, which would build `MotifsOptions`.
+
+The module then takes its options as plain arguments. The command line follows the call in the source to find the names,
+types, defaults and help texts of the options.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ class DetectorOptions(FasterRCNNOptions):
     """Options of Faster R-CNN and its training.
 
     Args:
-        weights: initial weights, a source that `Detector.load_weights` takes. They are read when training starts. If
-            None, the detector starts from scratch, and batch normalization is trained too.
+        weights: source of the initial weights (see `source` of `sgalign.models.Detector.load_weights`). It is read when
+            training starts. If None, the detector starts from scratch, and batch normalization is trained too.
         learning_rate: learning rate of Adam. Use ``--optimizer`` on the command line to choose another optimizer.
     """
 
@@ -81,31 +83,32 @@ class MotifsOptions(FasterRCNNOptions):
     Args:
         protocol: "predcls" (boxes and classes are given), "sgcls" (boxes are given) or "sgdet" (nothing is given).
         vision: source of visual features. "none" uses only boxes and classes. "cached" reads features that
-            `sgalign cache-features` wrote. "images" uses a detector, which is not trained, and extractors of region
-            features with `relation_dim` channels, which are trained.
+            `sgalign cache-features` wrote. "images" uses a frozen detector and trains extractors of region features
+            with `relation_dim` channels.
         embed_dim: channels of a class embedding.
         hidden_dim: channels of each direction of both LSTMs, and of the contexts.
         relation_dim: channels of a pair's features, and of an object's visual features.
-        word_vectors: text file of word vectors with `embed_dim` numbers each, the initial class embeddings. If None,
-            they are random. The file is read when training starts, not when a checkpoint is loaded.
+        word_vectors: text file of word vectors that initialize the class embeddings. Each vector must have `embed_dim`
+            numbers. If None, the embeddings are initialized at random. The file is read when training starts, not when
+            a checkpoint is loaded.
         detections_per_image: largest number of detected objects per image (SGDet).
-        detector_weights: initial weights of the detector, a source that `sgalign.models.Detector.load_weights` takes.
-            They are read when training starts. If None, the detector is random, which is useful only for tests.
-        relations_per_image: number of pairs sampled per training image. At most a quarter of them are related, as in
-            the public code.
-        optimizer: "adam", or "sgd" as published, with momentum 0.9 and weight decay 1e-4 (none for biases). With "sgd"
-            the learning rate falls to a tenth after three epochs without a better validation R@100.
-        learning_rate: learning rate for `learning_rate_images` images per step. It is scaled in proportion to the
-            images per step over all processes.
-        learning_rate_images: images per step that `learning_rate` is meant for. If None, the learning rate does not
-            depend on the batch size.
+        detector_weights: source of the detector's weights (see `source` of `sgalign.models.Detector.load_weights`). It
+            is read when training starts. If None, the detector is random, which is useful only for tests.
+        relations_per_image: largest number of pairs sampled per training image. Related pairs make up at most a quarter
+            of this number, as in the public code.
+        optimizer: "adam" or "sgd". The published optimizer is "sgd", with momentum 0.9 and weight decay 1e-4 (none for
+            biases). With "sgd" the learning rate falls to a tenth after three epochs without a better validation R@100.
+        learning_rate: learning rate. If `learning_rate_images` is given, it is scaled in proportion to the number of
+            images per step, counted over all processes.
+        learning_rate_images: number of images per step for which `learning_rate` is given. If None, the learning rate
+            does not depend on the batch size.
         warmup_steps: number of steps in which the learning rate grows from a tenth to its full value.
-        predicate_weights: weights of predicates in the loss, as `weights` of `sgalign.training.longtail.RelationLoss`.
-        predicate_weight_power: exponent of "inverse_frequency", as `power` of `RelationLoss`.
-        effective_number_beta: beta of "effective_number", as `beta` of `RelationLoss`.
-        logit_adjustment: tau of the logit adjustment in training, as `adjustment` of `RelationLoss`.
-        logit_adjustment_test: tau of the logit adjustment at evaluation, as `adjustment_test` of `RelationLoss`.
-        compile: compile the relation head with `torch.compile` in training.
+        predicate_weights: weights of predicates in the loss. See `weights` of `sgalign.training.longtail.RelationLoss`.
+        predicate_weight_power: exponent of "inverse_frequency". See `power` of `RelationLoss`.
+        effective_number_beta: beta of "effective_number". See `beta` of `RelationLoss`.
+        logit_adjustment: tau of the logit adjustment in training. See `adjustment` of `RelationLoss`.
+        logit_adjustment_test: tau of the logit adjustment at evaluation. See `adjustment_test` of `RelationLoss`.
+        compile: if true, compile the relation head with `torch.compile` in `sgalign fit`, validation included.
     """
 
     protocol: Literal["predcls", "sgcls", "sgdet"] = "predcls"
@@ -144,7 +147,7 @@ class MotifsOptions(FasterRCNNOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DetrOptions(Options):
-    """Options of DETR and its training. The defaults are those of DETR trained alone.
+    """Options of DETR and its training. The defaults are for DETR trained alone.
 
     Args:
         backbone: backbone of the detector. "resnet10" is a small one for experiments.
@@ -156,21 +159,22 @@ class DetrOptions(Options):
         dropout: dropout probability in DETR and SGTR, also for attention weights.
         entity_layers: number of layers of DETR's encoder, and of its decoder.
         entity_queries: number of DETR's object queries per image.
-        detector_weights: initial weights of the detector, a folder or name that `weights` of `EntityDetector` takes, or
-            a checkpoint of `EntityDetectorModule` or SGTR. They are read when the network is made, because they
-            determine its sizes, but not when a checkpoint of this module is loaded. SGTR's subject and object heads
-            start as copies of the detector's heads.
-        frozen: parts of the detector that are not trained, any of "backbone", "encoder" and "decoder". With a frozen
-            decoder the relation losses do not reach the detector. Its input projection, queries and heads are still
-            trained with its own losses, as in the public code. SGTR also takes "detector", which freezes the whole
+        detector_weights: source of the detector's initial weights. It is a folder or name of weights (see `weights` of
+            `sgalign.models.entity_detector.EntityDetector`), or a checkpoint of `EntityDetectorModule` or SGTR. The
+            weights determine the detector's sizes, so they are read when the network is built. They are not read when a
+            checkpoint of this module is loaded. SGTR's subject and object heads start as copies of the detector's
+            heads.
+        frozen: parts of the detector that are not trained, any of "backbone", "encoder" and "decoder". If the decoder
+            is frozen, the relation losses do not reach the detector. The detector's own losses still train its input
+            projection, queries and heads, as in the public code. SGTR also takes "detector", which freezes the whole
             detector and is the cheapest.
-        entity_loss_weights: weights of the detector's losses of classes, box L1 and box generalized IoU, in all its
-            layers.
-        short_sides: lengths of the short side of training images in pixels. One is drawn for each step. Test images
-            have the last one.
+        entity_loss_weights: weights of the detector's three losses, for classes, L1 distance of boxes and generalized
+            IoU of boxes. They are the same in all decoder layers.
+        short_sides: lengths of the short side of training images in pixels. One is drawn for each batch. Validation and
+            test images are resized to the last one.
         long_side: largest length of the long side of images in pixels.
-        flip: probability of mirroring a training image. Predicates with "left" and "right" in their names are then
-            exchanged.
+        flip: probability of mirroring a training image. In a mirrored image, a predicate with "left" in its name is
+            replaced by its counterpart with "right", and the reverse.
         learning_rate: learning rate of AdamW, with a weight decay of 1e-4.
         backbone_learning_rate: learning rate of the backbone.
         warmup_steps: number of steps in which the learning rate grows from a tenth to its full value.
@@ -212,7 +216,7 @@ class DetrOptions(Options):
             raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
         if len(self.entity_loss_weights) != 3:
             weights = list(self.entity_loss_weights)
-            raise InputError(f"entity_loss_weights must be three, for classes, boxes and overlaps, got {weights}")
+            raise InputError(f"entity_loss_weights must be 3 numbers, for classes, boxes and overlaps, got {weights}")
         if not self.short_sides or min(self.short_sides) < 32 or self.long_side < max(self.short_sides):
             raise InputError(
                 "short_sides must be at least 32 and at most long_side, "
@@ -224,20 +228,21 @@ class DetrOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class SGTROptions(DetrOptions):
-    """Options of SGTR and its training, besides those of DETR.
+    """Options of SGTR and its training, in addition to DETR's options.
 
     Args:
-        protocol: "sgdet" or "predcls". With "predcls" the annotated boxes and classes replace the detected entities
-            when graphs are assembled, in training too.
+        protocol: "sgdet" or "predcls". With "predcls", graphs are assembled from the annotated boxes and classes
+            instead of the detected entities, in training and evaluation.
         encoder_layers: number of layers of the predicate encoder.
         layers: number of layers of the structural decoder.
         queries: number of the decoder's relation queries per image.
-        focal: train predicates with the focal loss, as the public code does for Visual Genome. If false, train them
-            with cross-entropy.
-        distinct_matching: give every annotated relation its own query, as `distinct` of
-            `sgalign.models.graph_assembly.match`. The public code does not.
-        pairs: number of entity pairs, best first, that a query joins with each of its predicates at evaluation.
-        compile: compile everything after the detector, in both branches, with `torch.compile` in training.
+        focal: if true, train predicates with the focal loss, as the public code does for Visual Genome. If false, train
+            them with cross-entropy.
+        distinct_matching: if true, give every annotated relation its own query, unlike the public code. See `distinct`
+            of `sgalign.models.graph_assembly.match`.
+        pairs: number of entity pairs that each query forms for each of its predicates at evaluation.
+        compile: if true, compile everything after the detector, in both branches, with `torch.compile` in
+            `sgalign fit`, validation included.
     """
 
     parts: ClassVar[tuple[str, ...]] = (*DetrOptions.parts, "detector")
@@ -267,10 +272,10 @@ class MirrorOptions(Options):
     Args:
         mask_ratio: masking probability, p in the paper.
         alignment_weight: weight of the alignment loss, lambda in the paper.
-        reduction: reduction of the alignment loss. "element" is the mean over relations and classes, "relation" the
-            mean over relations.
-        direction: direction of the alignment loss. "teacher_to_student" is KL(supervised, mirrored). "symmetric" is
-            its mean with KL(mirrored, supervised).
+        reduction: reduction of the alignment loss. "element" takes the mean over relations and classes. "relation"
+            takes the sum over classes and the mean over relations.
+        direction: direction of the alignment loss. "teacher_to_student" is KL(supervised, mirrored). "symmetric" is the
+            mean of KL(supervised, mirrored) and KL(mirrored, supervised).
     """
 
     mask_ratio: float = 0.1
@@ -290,9 +295,9 @@ class AlignMotifsOptions(MotifsOptions, MirrorOptions):
     """Options of Motifs, its mirror and their alignment.
 
     Args:
-        mask_granularity: unit of the mask. "row" masks whole objects, "feature" single features of them.
-        tied_head: let the mirror share the supervised predicate head. If false, it has its own.
-        supervise_mirror: add the supervised loss of the mirror's logits.
+        mask_granularity: unit of the mask. "row" masks whole objects, and "feature" masks single features of objects.
+        tied_head: if true, the mirror shares the supervised predicate head. If false, it has its own.
+        supervise_mirror: if true, add the supervised loss of the mirror's logits to the training loss.
     """
 
     mask_granularity: Literal["row", "feature"] = "row"
@@ -305,8 +310,9 @@ class AlignSGTROptions(SGTROptions, MirrorOptions):
     """Options of SGTR, its mirror and their alignment.
 
     Args:
-        aligned: outputs to align, one or more of "predicates", "subjects" and "objects" (their classes) and "boxes".
-        tied_heads: let the mirror share the supervised class heads. If false, it has its own.
+        aligned: outputs to align, one or more of "predicates", "subjects", "objects" and "boxes". "subjects" and
+            "objects" are the class predictions.
+        tied_heads: if true, the mirror shares the supervised class heads. If false, it has its own.
     """
 
     aligned: Sequence[str] = ("predicates", "subjects", "objects")
@@ -317,7 +323,7 @@ class AlignSGTROptions(SGTROptions, MirrorOptions):
         for part in self.aligned:
             check_choice("aligned", part, ALIGNED)
         if not self.aligned:
-            raise InputError("aligned must have at least one part, got none")
+            raise InputError("aligned must name at least one output, got none")
 
 
 def check_choice(name: str, choice: Any, choices: tuple[Any, ...]) -> None:

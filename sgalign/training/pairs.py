@@ -12,10 +12,10 @@ from sgalign.training.evaluation import RelationModule
 
 
 class PairModule(RelationModule):
-    """The base class of modules that look at a batch (`see`) and then score all its pairs at once (`forward`)."""
+    """The base class of modules that prepare a batch's inputs (`see`) and then score all pairs at once (`forward`)."""
 
     def see(self, batch: GraphBatch, batch_index: int = 0) -> SeenBatch:
-        """Return the batch as the model sees it: its objects, pairs and features.
+        """Return the inputs of the model, which are the objects, pairs and features of the batch.
 
         Args:
             batch: the batch from the data.
@@ -25,13 +25,16 @@ class PairModule(RelationModule):
 
     def forward(self, seen: SeenBatch) -> Prediction:
         """Return the network's prediction for a result of `see`."""
-        assert self.network is not None, "the network is made when a trainer or a checkpoint tells the classes"
+        assert self.network is not None, (
+            "the network is built only after a trainer or a checkpoint has provided the classes"
+        )
         return self.network(seen)
 
     def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
         """Return one dict per image of the batch, in the format of `SceneGraphEvaluator` and `TripletWriter`.
 
-        The score of a decoded object is the probability of its class. Its box is the detector's box for that class.
+        If object classes are decoded, an object's score is the probability of its decoded class. With protocol "sgdet",
+        its box is the detector's box for that class.
         """
         seen = self.see(batch)
         graph, prediction = seen.graph, self(seen)

@@ -1,7 +1,7 @@
-"""The options of a resumed run. Its optimizers take their states from the checkpoint, but keep the run's own options.
+"""The options of a resumed run. `GivenOptions` restores them after a checkpoint was loaded.
 
-A checkpoint stores options among the optimizers' states, such as learning rates and the steps at which they fall.
-PyTorch loads these too, and so replaces the options that the run was started with. `GivenOptions` restores them.
+A checkpoint stores options together with the states of the optimizers, such as learning rates and the steps at which
+they fall. PyTorch loads both, which overwrites the options that the run was started with.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 from sgalign.errors import InputError
 
-# Attributes of torch's schedules that a resumed run may change. The number of warm-up steps is not among them: each
-# warm-up step multiplies the rate, and the rate would miss its final value if the number changed.
+# Attributes of torch's schedules that a resumed run may change. The number of warm-up steps cannot change. Each warm-up
+# step multiplies the rate, so another number of steps would lead to a wrong final rate.
 SCHEDULE_OPTIONS = {"base_lrs", "milestones", "gamma", "mode", "factor", "patience", "threshold", "threshold_mode"}
 
 
@@ -44,10 +44,10 @@ class GivenOptions:
     def put_back(
         self, optimizers: Sequence[torch.optim.Optimizer], schedules: Sequence[Any], before: dict[str, Any]
     ) -> list[str]:
-        """Restore the options in optimizers and schedules that have loaded a checkpoint's states.
+        """Restore the run's options after the optimizers and schedules have loaded the states of a checkpoint.
 
-        The current learning rate is scaled by the ratio of the new initial rate to the old one, so it keeps its place
-        in the schedule.
+        The current learning rate is multiplied by new initial rate / old initial rate, so the run resumes at the same
+        point of the schedule.
 
         Args:
             optimizers: the optimizers given to `__init__`.
@@ -58,14 +58,14 @@ class GivenOptions:
             One sentence for each learning rate that differs from the checkpoint's.
 
         Raises:
-            ValueError: if the schedules are of other kinds. A schedule without a state would start over from the wrong
-                rate.
+            ValueError: if the schedules differ in type from the schedules in the checkpoint. A schedule that is not in
+                the checkpoint has no state to load and would start from the wrong rate.
         """
         if before["schedules"] != self.kinds:
             old, new = (", ".join(kinds) or "none" for kinds in (before["schedules"], self.kinds))
             raise InputError(
-                f"the learning rate's schedules must be those of the checkpoint, {old}, got {new}: choose the same "
-                "optimizer as before, and a warm-up only if there was one"
+                f"the learning rate schedules must be the same as in the checkpoint, {old}, got {new}: use the same "
+                "optimizer as before, and warmup_steps only if the first run had a warm-up"
             )
         changed, saved = {}, self.saved()["rates"]
         for optimizer, groups, now, then in zip(optimizers, self.groups, saved, before["rates"], strict=True):
@@ -74,7 +74,7 @@ class GivenOptions:
                 group.update(given | states)
                 if rate != old:
                     group["lr"] = group["lr"] * (rate / old) if old else rate
-                    changed[rate, old] = f"learning rate {rate:g}, not {old:g} as before the checkpoint"
+                    changed[rate, old] = f"learning rate {rate:g} instead of {old:g} as in the checkpoint"
         for schedule, given in zip(schedules, self.schedules, strict=True):
             vars(schedule).update(given)
         return list(changed.values())

@@ -19,14 +19,14 @@ def sample_pairs(
 ) -> Tensor:
     """Draw at most `limit` pairs per image.
 
-    At most `positive_fraction * limit` of them are related pairs, or one if that is less than one.
+    At most `positive_fraction * limit` of them are related pairs, but one related pair is always allowed.
 
     Args:
         is_foreground: bool `[R]` on the host, True for related pairs.
         images: int64 `[R]` on the host, the image of each pair.
         limit: largest number of pairs per image.
-        positive_fraction: largest share of related pairs in `limit`.
-        generator: random generator on the CPU. The draws depend on it alone.
+        positive_fraction: largest number of related pairs as a fraction of `limit`.
+        generator: random generator on the CPU. It is the only source of randomness.
 
     Returns:
         The rows of the drawn pairs in ascending order, int64 `[S]`.
@@ -61,25 +61,25 @@ def match_detections(
     """Match one image's detections with its annotations, and draw training pairs with their targets (SGDet).
 
     - A detection takes the class of the annotated object that it overlaps most, if their IoU is above `iou`. Otherwise
-      it is a detection of nothing.
-    - A pair of detections matches a relation if each detection has the class of its annotated object and an IoU above
-      `iou` with it. `per_relation` of these pairs are drawn for each relation, with probabilities proportional to the
-      product of both IoUs.
-    - All pairs of detections with a class that match no relation are background. The other pairs are not used.
+      it gets class 0 (no object).
+    - A pair of detections matches a relation if its detections match the relation's subject and object, with the same
+      class and an IoU above `iou`. At most `per_relation` matching pairs are drawn for each relation, with
+      probabilities proportional to the product of both detections' IoU.
+    - Pairs that match no relation are background if both detections have a class above 0. Other pairs are left out.
 
     Args:
-        boxes: boxes of the detections, `[N, 4]`, on the host like the annotations.
+        boxes: boxes of the detections, `[N, 4]`. All tensors are on the host.
         true_boxes, true_labels: boxes `[G, 4]` and classes int64 `[G]` of the annotated objects.
         relations: annotated relations, int64 `[M, 3]`.
         num_predicates: number of predicates without the background.
         generator: random generator on the CPU.
         per_relation: largest number of pairs drawn per relation.
         limit, positive_fraction: as in `sample_pairs`.
-        iou: smallest IoU of a match, exclusive.
+        iou: IoU that a match must exceed.
 
     Returns:
-        The pairs int64 `[S, 2]`, their targets float32 `[S, num_predicates + 1]` as in `sgalign.data.collate`, and the
-        classes of the detections int64 `[N]`, 0 for a detection of nothing.
+        The pairs, int64 `[S, 2]`. Their targets as in `sgalign.data.collate`, float32 `[S, num_predicates + 1]`. The
+        classes of the detections, int64 `[N]`, with 0 for a detection that matches no object.
     """
     overlap = box_iou(boxes, true_boxes) if len(true_boxes) else boxes.new_zeros(len(boxes), 1)
     best, whose = overlap.max(1)

@@ -1,4 +1,4 @@
-"""Data sets with fewer and worse labels, for the studies of scarce annotations."""
+"""Data sets with training labels that are partly removed or wrong, for the studies of scarce annotations."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from sgalign.training.datamodule import SceneGraphData
 
 
 class ScarceData(SceneGraphData):
-    """A data set with a degraded training part, the same in every run.
+    """A data set with a degraded training split. The degradation is the same in every run.
 
     Args:
         root: as in `SceneGraphData`.
         features: name of a folder in `root` that `sgalign cache-features` has filled.
         labelled: share of the training images that keep their relations.
-        unlabelled: True to train on the other images without labels, False to leave them out.
-        missing: share of the relations to remove, as if they were not annotated.
-        wrong: share of the relations that get the predicate of a randomly chosen relation.
+        unlabelled: if True, also train on the other images, but without their labels. If False, leave them out.
+        missing: share of the relations to remove, as if they were not annotated. Images that lose all relations are
+            left out.
+        wrong: share of the relations whose predicate is replaced by the predicate of a random training relation.
         data: the other arguments of `SceneGraphData`.
 
     Raises:
-        ValueError: if there are features but no root, or if a part has no relations.
+        ValueError: if there are features but no root, or if a split has no relations.
     """
 
     def __init__(
@@ -44,14 +45,14 @@ class ScarceData(SceneGraphData):
         **data: Any,
     ) -> None:
         if features is not None and root is None:
-            raise InputError(f"data must be a folder with cached features in {features}/, got the generated scenes")
+            raise InputError(f"root must be a folder with cached features in {features}/, got none (generated scenes)")
         super().__init__(root, features=features and str(Path(root or "", features)), **data)
         generator = torch.Generator().manual_seed(0)
         for name in ("predicate_groups", "zero_shot_validation", "zero_shot_test"):
-            getattr(self, name)  # computed from the full training part, so all runs are evaluated in the same way
+            getattr(self, name)  # computed from the full training split, so all runs are evaluated in the same way
         for part in ("train", "validation", "test"):
             if not any(len(graph.relations) for graph in getattr(self, part)):
-                raise InputError(f"{self.name}: must have relations in its {part} part, but it has none")
+                raise InputError(f"{self.name}: must have relations in the {part} split, got none")
         graphs = self.train
         order = torch.randperm(len(graphs), generator=generator).tolist()
         cut = round(labelled * len(graphs))
@@ -70,7 +71,7 @@ class ScarceData(SceneGraphData):
                 self.train.append(replace(graphs[index], relations=relations))
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
-        """Return batches of the training part. Images without labels, if there are any, are mixed with the others."""
+        """Return batches of the training split. Images without labels, if there are any, are mixed with the others."""
         if not self.train or not self.unlabelled:
             return super().train_dataloader()
         graphs = [*self.train, *self.unlabelled]
@@ -81,7 +82,7 @@ class ScarceData(SceneGraphData):
 
 
 def _collate_without_labels(collate: Any, ids: set[str], graphs: Sequence[SceneGraph]) -> GraphBatch:
-    """Make a batch without labels for the images in `ids`: target rows of 0, which the supervised loss ignores."""
+    """Return a batch whose images in `ids` have target rows of 0, which the supervised loss ignores."""
     batch = collate(graphs)
     labelled = torch.tensor([image_id not in ids for image_id in batch.image_ids])
     return batch._replace(targets=batch.targets * labelled[batch.images[batch.pairs[:, 0]], None])

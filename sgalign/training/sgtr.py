@@ -68,12 +68,12 @@ class SGTRModule(DetrModule, RelationModule):
         self.recall.update(self._graphs(batch, pixels, entities), batch.truth)
 
     def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
-        """Return one dict per image of the batch for `SceneGraphEvaluator`, with ranked `triplets`."""
+        """Return one dict per image of the batch, with ranked `triplets`, in the format of `SceneGraphEvaluator`."""
         return self._graphs(batch, *self.detect(batch))
 
     def _graphs(self, batch: GraphBatch, pixels: list[Tensor], entities: DetectedEntities) -> list[dict[str, Any]]:
         lengths, options = batch.lengths.tolist(), self.options
-        # The given objects, which are annotated ones or another detector's.
+        # These are the given objects, either annotated or from a separate detector.
         labels, boxes, scores = (field.split(lengths) for field in (batch.labels, batch.boxes, batch.scores))
         in_units = box_convert(batch.boxes / batch.sizes[batch.images].repeat(1, 2), "xyxy", "cxcywh").split(lengths)
         candidates = self._candidates(entities, labels, in_units, scores)
@@ -82,7 +82,7 @@ class SGTRModule(DetrModule, RelationModule):
         predictions = []
         for image, (triplets, triplet_scores) in enumerate(graphs):
             relations = {"triplets": triplets, "triplet_scores": triplet_scores}
-            if self.protocol == "predcls":  # given boxes are returned unchanged, even if one ends beyond its image
+            if self.protocol == "predcls":  # given boxes stay unchanged, even where they exceed the image
                 told = {"boxes": boxes[image], "labels": labels[image], "scores": scores[image]}
                 predictions.append({"image_id": batch.image_ids[image], **told, **relations})
             else:
@@ -115,7 +115,7 @@ class SGTRModule(DetrModule, RelationModule):
         outputs, alignment = self.decode(entities, batch_index)
         candidates, sizes = self._candidates(entities, *zip(*objects, strict=True)), sizes_of(pixels)
         costs = relation_costs(outputs, candidates, sizes, annotations, distinct=options.distinct_matching)
-        if trains_detector:  # one copy to the host serves both kinds of costs
+        if trains_detector:  # `read_costs` copies both kinds of costs together
             costs += self.entity_loss.costs(entities.logits, entities.boxes, objects)
         costs = self.read_costs(costs, {"largest predicate logit": outputs.logits.abs().max()})
         losses: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The visual input of Motifs, with one class for each way to turn a batch into objects, pairs and features."""
+"""The visual input of Motifs. Each class turns a batch into objects, pairs and features in a different way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sgalign.training.sampling import match_detections, sample_pairs
 
 
 class Vision(nn.Module):
-    """The base class of the ways to look at a batch. Subclasses implement `forward`.
+    """The base class of the visual inputs. Subclasses implement `forward`.
 
     Args:
         options: the options of Motifs.
@@ -28,19 +28,19 @@ class Vision(nn.Module):
         self.options = options
 
     def load_initial_weights(self) -> None:
-        """Load the pretrained weights of its networks, if it has any."""
+        """Load pretrained weights into this module's networks, if it has networks."""
 
     def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
-        """Return the batch as the model sees it.
+        """Return the objects, pairs and features of the batch.
 
         Args:
             batch: the batch from the data.
-            generator: random generator on the CPU. The pairs drawn in training depend on it alone.
+            generator: random generator on the CPU. It is the only source of randomness for the pairs drawn in training.
         """
         raise NotImplementedError(f"{type(self).__name__} must override forward")
 
     def sample(self, batch: GraphBatch, generator: torch.Generator) -> GraphBatch:
-        """Return the batch with at most `relations_per_image` pairs per image in training, with all at evaluation."""
+        """Return the batch with at most `relations_per_image` pairs per image in training, and all at evaluation."""
         if not self.training:
             return batch
         rows = sample_pairs(
@@ -68,22 +68,24 @@ class CachedVision(Vision):
         """Set the source of the features. The data and the checkpoint must have the same source."""
         if source is not None and self.source not in (None, source):
             raise InputError(
-                f"data.features must be those that the model was trained on, got {source} and {self.source}: "
-                "sgalign cache-features must have read the same checkpoint for both"
+                "data.features must come from the same detector weights and image sizes as the features that the model "
+                f"was trained on, got {source} and {self.source}: run sgalign cache-features with the same checkpoint"
             )
         self.source = source or self.source
 
     def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
         if batch.features is None:
-            raise InputError("data must have features: FOLDER for a model whose vision is 'cached'")
+            raise InputError(
+                "data.features must be a folder of cached features for a model with vision 'cached', got none"
+            )
         if (dim := batch.features.objects.shape[1]) != self.options.relation_dim:
-            raise InputError(f"relation_dim must be that of the features, {dim}, got {self.options.relation_dim}")
+            raise InputError(f"relation_dim must be {dim}, as in the cached features, got {self.options.relation_dim}")
         batch = self.sample(batch, generator)
         return SeenBatch(batch, batch.features)
 
 
 class ImageVision(Vision):
-    """A frozen detector with trained extractors of region features (`vision: images`).
+    """A frozen detector and trainable extractors of region features (`vision: images`).
 
     Under PredCls only the detector's backbone is used, because boxes and classes are given.
 
@@ -108,7 +110,7 @@ class ImageVision(Vision):
     def load_initial_weights(self) -> None:
         if self.options.detector_weights is None:
             rank_zero_info(
-                "detector_weights is null, so the detector is random and stays random, which is useful only for tests"
+                "detector_weights is null, so the frozen detector has random weights, which is useful only for tests"
             )
         else:
             self.detector.load_weights(self.options.detector_weights)
@@ -137,7 +139,7 @@ class ClassifyingVision(ImageVision):
 
 
 class DetectingVision(ImageVision):
-    """`ImageVision` with a detector that finds the objects (SGDet). Training adds the annotated boxes to them."""
+    """`ImageVision` with a detector that finds the objects (SGDet). In training, annotated boxes are added to them."""
 
     def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
         image = self.detector.features(batch.require_pixels())
@@ -157,7 +159,7 @@ class DetectingVision(ImageVision):
         """Append each image's annotated objects to its detections, with logits from the detector."""
         lengths = batch.lengths.tolist()
         logits = self.detector.classify(image, batch.boxes_by_image())
-        boxes_per_class = batch.boxes[:, None].expand(-1, logits.shape[1], -1)  # each box stands for every class
+        boxes_per_class = batch.boxes[:, None].expand(-1, logits.shape[1], -1)  # the same box for every class
         fields = batch.boxes, batch.labels, batch.scores, logits, boxes_per_class
         annotated = zip(*(field.split(lengths) for field in fields), strict=True)
         return [ObjectDetections(*map(torch.cat, zip(*both))) for both in zip(found, annotated, strict=True)]
@@ -189,9 +191,9 @@ class DetectingVision(ImageVision):
 
 
 def with_detections(batch: GraphBatch, found: Sequence[ObjectDetections]) -> GraphBatch:
-    """Return the batch with the detected objects in place of the annotated ones, and with all pairs of them.
+    """Return the batch with the detected objects in place of the annotated ones.
 
-    No pair has a target, and features of the annotated objects are dropped.
+    It has all ordered pairs of the detected objects, target rows of 0, and no cached features.
     """
     objects = Objects.of(torch.tensor([len(image.boxes) for image in found]), batch.boxes.device)
     return batch._replace(
@@ -206,7 +208,7 @@ def with_detections(batch: GraphBatch, found: Sequence[ObjectDetections]) -> Gra
 
 
 def make_vision(options: MotifsOptions, num_classes: int) -> Vision:
-    """Make the vision that the options choose.
+    """Return the visual input that the options choose.
 
     Args:
         options: the options of Motifs.

@@ -19,7 +19,7 @@ from sgalign.training.evaluation import RelationModule
 
 
 class FileWriter(BasePredictionWriter):
-    """The base class of the writers of predictions for the test part. The file appears when it is complete.
+    """The base class of callbacks that write predictions for the test split. The file appears only when it is complete.
 
     Args:
         path: the file to write. An existing file is replaced.
@@ -34,7 +34,10 @@ class FileWriter(BasePredictionWriter):
         self._stack = ExitStack()
 
     def open(self, module: pl.LightningModule) -> None:
-        """Open the file and register it with `self._stack`, which closes it. Refuse modules without the predictions."""
+        """Prepare the output. Raise InputError if the module does not make the needed predictions.
+
+        A file that is opened here is registered with `self._stack`, which closes it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must override open")
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -50,9 +53,9 @@ class FileWriter(BasePredictionWriter):
 
 
 class TripletWriter(FileWriter):
-    """A writer of triplets, with one line of JSON per image.
+    """A callback that writes triplets as one line of JSON per image.
 
-    A line has these fields, in the format of `describe`:
+    Each line has these fields, which `describe` makes:
 
     - `image_id`
     - `objects`, each with `label`, `box` (x1, y1, x2, y2 in pixels) and `score`
@@ -62,7 +65,7 @@ class TripletWriter(FileWriter):
     Args:
         path: the file to write. An existing file is replaced.
         top_k: largest number of triplets per image.
-        all_predicates: let a pair have several predicates, as in `describe`.
+        all_predicates: if True, a pair may have several triplets with different predicates.
     """
 
     _file: TextIO
@@ -87,7 +90,9 @@ class TripletWriter(FileWriter):
 
 
 class DetectionWriter(FileWriter):
-    """A writer of the objects that a detector finds in the test part, for `sgalign.data.read_detections`.
+    """A callback that writes the objects that a detector finds in the test split.
+
+    `sgalign.data.read_detections` reads the file. Write one with this command:
 
         sgalign predict --config CONFIG --ckpt_path CHECKPOINT --trainer.callbacks+=sgalign.training.DetectionWriter
 
@@ -118,7 +123,7 @@ class DetectionWriter(FileWriter):
 
 
 class PredictionWriter(FileWriter):
-    """A writer of complete predictions for `sgalign evaluate`, in the HDF5 format of `PredictionFile`.
+    """A callback that writes complete predictions for `sgalign evaluate`, in the HDF5 format of `PredictionFile`.
 
     Args:
         path: the file to write. An existing file is replaced.
@@ -143,15 +148,18 @@ class PredictionWriter(FileWriter):
 def check_one_process(trainer: pl.Trainer) -> None:
     """Raise InputError if the trainer has several processes."""
     if trainer.world_size > 1:
-        raise InputError(f"trainer must predict in one process (--trainer.devices 1), got {trainer.world_size}")
+        raise InputError(
+            f"trainer must predict in one process (--trainer.devices 1), got {trainer.world_size} processes"
+        )
 
 
 def check_relates(module: pl.LightningModule) -> None:
     """Raise InputError unless the module predicts scene graphs."""
     if not isinstance(module, RelationModule):
         raise InputError(
-            f"{type(module).__name__} predicts no relations: predict with a model that has it as detector_weights, or "
-            "write its boxes with sgalign.training.DetectionWriter"
+            f"{type(module).__name__} predicts no relations: train a relation model with this checkpoint as "
+            "detector_weights and predict with that model, or write the detected boxes with "
+            "sgalign.training.DetectionWriter"
         )
 
 
@@ -163,11 +171,11 @@ def describe(
     *,
     all_predicates: bool = False,
 ) -> dict[str, Any]:
-    """Return a prediction of `RelationModule.predictions` as names and plain numbers, best triplets first.
+    """Return one image's prediction with class names instead of indices, as plain Python values, best triplets first.
 
-    A triplet's score is the product of the scores of both objects and the predicate. Each pair has only its best
-    predicate (the graph constraint), or all predicates with `all_predicates`. SGTR ranks its triplets itself, and
-    several of them may belong to one pair.
+    A triplet's score is the product of the scores of both objects and the predicate. By default, each pair has only its
+    best predicate (the graph constraint). With `all_predicates`, all predicates of a pair compete. SGTR ranks its
+    triplets itself, and several of them may belong to one pair.
     """
     best = rank_triplets(prediction, top_k, len(predicate_names) - 1 if all_predicates else 1)
     return {
