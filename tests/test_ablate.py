@@ -85,7 +85,7 @@ def test_runs_are_kept_shared_and_reported(folder, tmp_path, chosen, monkeypatch
     monkeypatch.setitem(chosen, "three", studies.Study("Three", [studies.motifs(**SMALL | {"hidden_dim": 9})]))
     before = (tmp_path / "results.csv").read_text()
     assert main(["report", str(tmp_path), "--data", name, "--study", "one", "three"]) == 1
-    assert "has runs, but none of three" in capsys.readouterr().err
+    assert "has runs, but none of the studies three" in capsys.readouterr().err
     assert (tmp_path / "results.csv").read_text() == before
 
     first = next(iter((tmp_path / "runs").glob("*.json")))
@@ -129,7 +129,7 @@ def test_parts_without_relations_are_refused_before_training(folder, part, monke
 
 def test_nothing_to_report(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
-    assert "must be a folder of sgalign ablate" in capsys.readouterr().err
+    assert "must be a folder that sgalign ablate has written" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["ablate", "masking-ratio", "--out", str(tmp_path), "--seeds", "0"])
     capsys.readouterr()

@@ -91,7 +91,7 @@ def test_images_without_prediction_count_0_or_not_at_all(tmp_path, annotations, 
     with_relations = [bool(len(graph.relations)) for graph in graphs]
     missing = sum(with_relations[len(graphs) // 2 :])
     assert evaluate(path, annotations, "--json", str(tmp_path / "a.json")) == 0
-    assert f"{missing} images with relations have no prediction and count 0" in capsys.readouterr().err
+    assert f"{missing} images with relations have no prediction: their recall is 0" in capsys.readouterr().err
     share = 1 - missing / sum(with_relations)
     assert json.loads((tmp_path / "a.json").read_text())["R@100"] == pytest.approx(share)
     assert evaluate(path, annotations, "--skip-missing", "--json", str(tmp_path / "b.json")) == 0
@@ -175,7 +175,7 @@ def test_an_interrupted_prediction_leaves_the_file_as_it_was(tmp_path, annotatio
         (b"", "is not JSON or is cut short .*; use a JSON file of predictions, or an HDF5 file"),
         (b"\x89HDF\r\n\x1a\n cut", "cut short"),
         (b"[1, 2]", "object with image ids as keys, got list"),
-        (b'{"nowhere.jpg": {}}', "image ids must be in the test part .* got 1 others, such as 'nowhere.jpg'"),
+        (b'{"nowhere.jpg": {}}', "image ids must be in the test split .* got 1 others, such as 'nowhere.jpg'"),
         (b'{"IMAGE": 3}', "image 'IMAGE': must have fields such as boxes"),
         (b'{"IMAGE": {"boxes": [[1, 2], [3]]}}', "image 'IMAGE': boxes must be numbers in rows of equal length"),
         (b'{"IMAGE": {"boxes": [[1, 2, 3, 4]], "labels": [1.5]}}', "labels must be whole numbers, got torch.float32"),

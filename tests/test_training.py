@@ -639,7 +639,9 @@ def test_missing_data_is_one_sentence(tmp_path, monkeypatch, capsys):
 def test_missing_extra_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "required", lambda extra: ["torch", "no-such-package"])
     assert cli.main(["compare"]) == 1
-    expected = "sgalign: compare cannot run, missing no-such-package: pip install 'sgalign[train]'\n"
+    expected = (
+        "sgalign: compare needs packages that are not installed: no-such-package. Run pip install 'sgalign[train]'\n"
+    )
     assert capsys.readouterr().err == expected
 
 
@@ -663,7 +665,8 @@ def test_doctor_finds_a_backend_that_does_not_work(capfd, monkeypatch, fails):
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"), [("tf32", "must be tf32x3 or ieee, got 'tf32'"), ("ieee", "with ieee, as the environment asks")]
+    ("asked", "said"),
+    [("tf32", "must be tf32x3 or ieee, got 'tf32'"), ("ieee", "with ieee (SGALIGN_TRITON_DOT_PRECISION)")],
 )
 def test_doctor_says_the_precision_that_triton_is_asked_for(capfd, monkeypatch, asked, said):
     configs = pytest.importorskip("sgalign.kernels.configs")

@@ -30,7 +30,7 @@ from sgalign.training.scarce import ScarceData
 
 
 class _Best(Callback):
-    """The validation figures of each epoch, and the weights of the best one.
+    """A callback that keeps the validation figures of all epochs and the weights of the best epoch.
 
     The best epoch has the highest (R@100 + mR@100) / 2, by which SGTR's public code chooses its model.
     """
@@ -59,7 +59,7 @@ def run(root: str | None, arm: studies.Arm, seed: int, epochs: int, path: Path) 
         arm: arm of a study.
         seed: seed of the weights, the masks and the order of the images.
         epochs: number of training epochs.
-        path: file of the run. It appears when it is complete.
+        path: the file to write. It appears only when the run is complete.
     """
     warnings.filterwarnings("ignore", module="lightning.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -136,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", metavar="FOLDER", help="folder of a data set (default: generated scenes)")
     add("--seeds", type=int, default=4, metavar="N", help="number of seeds per table row (default: %(default)s)")
     add("--epochs", type=int, default=studies.EPOCHS, metavar="N", help="epochs per run (default: %(default)s)")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the results; existing runs are kept")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the results; its runs are not repeated")
     add("--jobs", type=int, default=1, metavar="N", help="number of runs at the same time (default: %(default)s)")
     return parser
 
@@ -170,7 +170,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _results(tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[tuple[studies.Arm, Run]]:
-    """Do the runs and yield each with its arm as it completes. Each of `tasks` has the arguments of `run`."""
+    """Execute the runs, and yield the arm and the result of each run as soon as it completes.
+
+    Args:
+        tasks: arguments of `run` for each run.
+        jobs: number of runs at the same time.
+    """
     if jobs == 1:
         yield from ((task[1], run(*task)) for task in tasks)
         return

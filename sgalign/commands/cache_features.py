@@ -28,9 +28,9 @@ def cache_features(
 ) -> None:
     """Write the features of all annotated boxes and of all their ordered pairs to files.
 
-    Each file holds 64 images and appears whole or not at all. An interrupted run resumes where it stopped: images that
-    the folder already has are skipped. The features depend on the weights of `detector` and of `regions`. A model that
-    reads the files can no longer train `regions`.
+    Each file holds up to 64 images. It appears only when it is complete. An interrupted run resumes where it stopped,
+    because images that the folder already has are skipped. The features depend on the weights of `detector` and of
+    `regions`. A model that reads the files can no longer train `regions`.
 
     Args:
         graphs: scene graphs with images.
@@ -55,7 +55,8 @@ def cache_features(
     for name, value in header.items():
         if cache.paths and cache.header.get(name) != value:
             raise InputError(
-                f"{folder} has features of {name} {cache.header.get(name)}, not {value}: choose another folder"
+                f"{folder}: its features have {name} {cache.header.get(name)}, but the new ones would have {value}: "
+                "choose another folder"
             )
     missing = [graph for graph in {graph.image_id: graph for graph in graphs}.values() if graph.image_id not in cache]
     following = int(cache.paths[-1].stem.removeprefix("features_")) + 1 if cache.paths else 0
@@ -95,10 +96,20 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("sgalign cache-features", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="checkpoint of a Motifs model with vision 'images'")
     parser.add_argument("--data", metavar="FOLDER", help="folder of a data set (default: generated scenes)")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the files; a second run resumes")
-    parts = "parts of the data set (default: train validation test)"
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        help="folder for the files; a repeated command adds the missing images",
+    )
+    parts = "splits of the data set (default: train validation test)"
     parser.add_argument("--parts", nargs="+", default=["train", "validation", "test"], metavar="PART", help=parts)
-    parser.add_argument("--validation-images", type=int, metavar="N", help="as for fit (default: the data set's)")
+    parser.add_argument(
+        "--validation-images",
+        type=int,
+        metavar="N",
+        help="number of training images to hold out for validation (default: depends on the data set)",
+    )
     parser.add_argument("--half", action="store_true", help="store float16, which takes half the space")
     options = parser.parse_args(arguments)
     module = load_module(options.checkpoint)

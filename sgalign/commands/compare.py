@@ -1,4 +1,4 @@
-"""Train and evaluate the frequency baseline, Motifs and Align-Motifs on one data set, and time the mirror's cost."""
+"""Train and evaluate the frequency baseline, Motifs and Align-Motifs on one data set, and measure the mirror's cost."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ def parser() -> argparse.ArgumentParser:
         "--validation-images",
         type=int,
         metavar="N",
-        help="number of training images to hold out if there is no validation part (default: the data set's)",
+        help="number of training images to hold out if there is no validation split (default: depends on the data set)",
     )
     parser.add_argument("--epochs", type=int, default=6, help="number of training epochs (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and image order (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, masks and image order (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for results (default: a new one in runs/)")
     return parser
 
@@ -81,10 +83,16 @@ def main(arguments: Sequence[str]) -> int:
     draw(out / "comparison.png", data, history, results)
 
     print(f"\n{table(results)}\n")
-    print(f"PredCls on the test part of {data.name}, in percent. Each row is one run with seed {options.seed}.")
-    print("Differences of a point or two are within the spread between seeds (docs/training.md).")
-    print(f"A training step takes {1e3 * seconds[0]:.1f} ms, and {1e3 * seconds[1]:.1f} ms with the mirror, ", end="")
-    print(f"which is {seconds[1] / seconds[0]:.2f} times as long.")
+    print(
+        f"PredCls recall on the test split of {data.name}, in percent. "
+        f"Motifs and Align-Motifs were each trained once, with seed {options.seed}."
+    )
+    print("Differences below one point are within the spread between seeds (docs/training.md).")
+    print(
+        f"A training step takes {1e3 * seconds[0]:.1f} ms without the mirror and {1e3 * seconds[1]:.1f} ms with it, ",
+        end="",
+    )
+    print(f"{seconds[1] / seconds[0]:.2f} times as long.")
     print(f"figure      {out / 'comparison.png'}")
     print(f"numbers     {out / 'results.json'}")
     for name in ("Motifs", "Align-Motifs"):
@@ -124,7 +132,7 @@ def _trainer(folder: Path, epochs: int, *, trains: bool) -> tuple[pl.Trainer, li
 def step_seconds(modules: Sequence[MotifsModule], batches: Sequence[GraphBatch]) -> list[float]:
     """Return the median time of a training step of each module, in seconds.
 
-    The modules take turns, because the load of the machine then affects all of them alike.
+    The modules take turns, so other load on the machine affects all of them alike.
     """
     device = modules[0].device
     optimizers = [module.make_optimizer() for module in modules]
@@ -156,7 +164,7 @@ def draw(
     history: dict[str, list[dict[str, float]]],
     results: dict[str, dict[str, float]],
 ) -> None:
-    """Draw the recall by epoch, and the change of each predicate's recall by the mirror."""
+    """Draw the recall by epoch, and by how much the mirror changes each predicate's recall."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
@@ -176,5 +184,7 @@ def draw(
     bars.bar(range(len(names)), change, color="tab:orange")
     bars.set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 30 else 5, parse_math=False)
     bars.axhline(0, color="black", linewidth=0.5)
-    bars.set(ylabel="points of R@50", title="Align-Motifs minus Motifs on the test part, most frequent predicate first")
+    bars.set(
+        ylabel="points of R@50", title="Align-Motifs minus Motifs on the test split, most frequent predicate first"
+    )
     save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""Show what is installed and which backends run on this machine, and say how to fix the others."""
+"""Show which packages are installed and which backends run on this machine, and how to enable other backends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main() -> int:
     print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}")
     for extra in EXTRAS:
         if (packages := required(extra)) is None:
-            print(f"[{extra}] unknown: sgalign is not installed, and only an installation lists the packages of extras")
+            print(f"[{extra}] unknown: sgalign is not installed. Install it to see which packages this extra needs")
             continue
         versions = {package: _installed_version(package) for package in packages}
         found = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
@@ -61,13 +61,12 @@ def required(extra: str) -> list[str] | None:
 
 
 def missing(extra: str) -> list[str]:
-    """Return one sentence that names the missing packages of an extra, as a list.
+    """Return a list with one phrase that names the missing packages of an extra, or an empty list if none is missing.
 
-    The list is empty if all packages are installed. It is also empty if sgalign itself is not installed, because the
-    packages are then unknown.
+    The list is also empty if sgalign itself is not installed, because the packages are then unknown.
     """
     packages = [package for package in required(extra) or [] if _installed_version(package) is None]
-    return [f"missing {', '.join(packages)}: pip install 'sgalign[{extra}]'"] if packages else []
+    return [f"not installed: {', '.join(packages)}. Run pip install 'sgalign[{extra}]'"] if packages else []
 
 
 def _installed_version(package: str) -> str | None:
@@ -84,7 +83,10 @@ def _precision_is_valid() -> bool:
 
         try:
             if configs.ASKED_PRECISION:
-                print(f"  triton multiplies float32 matrices with {configs.dot_precision()}, as the environment asks")
+                print(
+                    f"  triton multiplies float32 matrices with {configs.dot_precision()} "
+                    "(SGALIGN_TRITON_DOT_PRECISION)"
+                )
         except InputError as error:
             print(f"  triton: {error}")
             return False
@@ -99,8 +101,8 @@ def _threads(openmp: bool) -> str:
     if runtimes is None:
         return count
     if len(runtimes) == 1:
-        return f"{count}, shared with torch: one OpenMP runtime, {runtimes[0]}"
-    return f"{count}, separate from torch's threads: {len(runtimes)} OpenMP runtimes, {', '.join(runtimes)}"
+        return f"{count}. The core and torch share one OpenMP runtime, {runtimes[0]}"
+    return f"{count}. The core and torch do not share threads: {len(runtimes)} OpenMP runtimes, {', '.join(runtimes)}"
 
 
 def openmp_runtimes() -> list[str] | None:

@@ -37,30 +37,41 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sgalign evaluate", description=__doc__, epilog=EPILOG)
     parser.add_argument("predictions", type=Path, help="HDF5 or JSON file of predictions")
     parser.add_argument("--annotations", metavar="FOLDER", required=True, help="data set: VRD, VG150 or COCO layout")
-    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="part (default: test)")
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=("train", "validation", "test"),
+        help="split of the data set to evaluate (default: test)",
+    )
     parser.add_argument(
         "--validation-images",
         type=int,
         metavar="N",
-        help="number of training images that are held out (default: the data set's)",
+        help="number of training images to hold out for validation (default: depends on the data set)",
     )
     parser.add_argument(
         "--protocol",
         required=True,
         choices=(*PROTOCOLS, *(f"vrd-{task}" for task in VRD_TASKS), "open-images"),
-        help="task of the model, or protocol of VRD's paper (vrd-*) or of Open Images",
+        help="task of the model (predcls, sgcls, sgdet, phrdet), or protocol of VRD's paper (vrd-*) or of Open Images",
     )
     parser.add_argument(
-        "--zero-shot", metavar="FILE", help="public list of zero-shot triplets (default: those not in earlier parts)"
+        "--zero-shot",
+        metavar="FILE",
+        help="public list of zero-shot triplets (default: the class triplets that no split before --split contains)",
     )
     parser.add_argument(
         "--predicates-per-pair",
         type=int,
         default=1,
         metavar="N",
-        help="ranked predicates per pair, for vrd-* and open-images only (default: %(default)s)",
+        help="number of best predicates that compete per pair; only for vrd-* and open-images (default: %(default)s)",
     )
-    parser.add_argument("--skip-missing", action="store_true", help="do not count images without a prediction")
+    parser.add_argument(
+        "--skip-missing",
+        action="store_true",
+        help="leave images without a prediction out of the mean, instead of giving them a recall of 0",
+    )
     parser.add_argument("--no-plus-one", action="store_true", help="take x2 - x1 as a box's width, not x2 - x1 + 1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures to this file, one per line")
@@ -87,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
     graphs = list(dataset)
     if unknown := predictions.image_ids - {graph.image_id for graph in graphs}:
         raise InputError(
-            f"{options.predictions}: image ids must be in the {options.split} part of {options.annotations}, "
+            f"{options.predictions}: image ids must be in the {options.split} split of {options.annotations}, "
             f"got {len(unknown)} others, such as {min(unknown)!r}"
         )
     metric = make_evaluator(options, dataset, graphs)
@@ -101,8 +112,8 @@ def main(arguments: Sequence[str]) -> int:
             check_range(where, "labels", prediction["labels"], 1, len(dataset.object_names) - 1)
     figures = {name: value.item() for name, value in metric.compute().items()}
     if missing:
-        counted = "do not count" if options.skip_missing else "count 0"
-        print(f"sgalign: {missing} images with relations have no prediction and {counted}", file=sys.stderr)
+        counted = "they are skipped" if options.skip_missing else "their recall is 0"
+        print(f"sgalign: {missing} images with relations have no prediction: {counted}", file=sys.stderr)
     if options.json is not None:
         write_json(options.json, figures, indent=1)
     if options.csv is not None:
@@ -117,13 +128,14 @@ def main(arguments: Sequence[str]) -> int:
 def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[SceneGraph]) -> Any:
     """Return the evaluator that the options select.
 
-    Without --zero-shot, the zero-shot triplets are those that no part before the evaluated one has. The groups of
-    predicates depend on their frequency in the training part.
+    Without --zero-shot, a class triplet is zero-shot if it occurs in no split before the evaluated one. The head, body
+    and tail groups are the published ones for VG150. For other data they depend on the predicates' frequency in the
+    training split.
 
     Args:
         options: options of the command, as `parser` returns them.
-        dataset: part of the data set to evaluate.
-        graphs: scene graphs of this part.
+        dataset: split of the data set to evaluate.
+        graphs: scene graphs of this split.
     """
     predicates = len(dataset.predicate_names) - 1
     if options.protocol == "open-images":
@@ -134,7 +146,10 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
     seen: list[SceneGraph] = sum(map(list, parts), [])
     for kind in ("object_names", "predicate_names"):
         if any(getattr(part, kind) != getattr(dataset, kind) for part in parts):
-            raise InputError(f"{options.annotations}: {kind} must be the same in all parts, got other ones in {others}")
+            raise InputError(
+                f"{options.annotations}: {kind} must be the same in all splits, but those of {options.split} differ "
+                f"from those of {' or '.join(others)}"
+            )
     zero_shot = None
     if options.zero_shot is not None:
         # The columns of the public list are subject, object, predicate.
@@ -147,7 +162,7 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
     if options.protocol.startswith("vrd-"):
         task = options.protocol.removeprefix("vrd-")
         return VRDEvaluator(task, predicates, predicates_per_pair=options.predicates_per_pair, zero_shot=zero_shot)
-    # Count the training part alone, as in training.
+    # `seen` may include the validation split. The groups use the training split only, as in training.
     counts = count_predicates(seen[: len(parts[0])] if parts else graphs, predicates)
     return SceneGraphEvaluator(
         options.protocol,

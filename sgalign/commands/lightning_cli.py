@@ -15,13 +15,13 @@ from sgalign.training import FrequencyModule, SavedModule, SceneGraphData, read_
 
 EXPECTED_WARNINGS = (
     "LightningCLI's args parameter",  # our `args` are the command line without the name of the program
-    "Found .* module.* in eval mode",  # the module is a detector that is not trained
+    "Found .* module.* in eval mode",  # a frozen detector stays in evaluation mode
     r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's use of torch is deprecated
 )
 
 
 class CLI(LightningCLI):
-    """Lightning's command line. Options come from the config and the arguments, and only weights from a checkpoint."""
+    """Lightning's command line. Options come from the config and the arguments, never from a checkpoint."""
 
     checkpoint: dict[str, Any] | None = None
 
@@ -41,7 +41,8 @@ class CLI(LightningCLI):
 
     def _make_from_checkpoint(self) -> None:
         if self.checkpoint is not None:
-            # This makes the network from the checkpoint. The files of initial values are then not needed again.
+            # This makes the network from the checkpoint, so the files with initial weights (`detector_weights`,
+            # `word_vectors`) are not read.
             self.model.on_load_checkpoint(self.checkpoint)
             self.checkpoint = None
 
@@ -51,9 +52,9 @@ class CLI(LightningCLI):
         self._make_from_checkpoint()
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing, because Lightning's method would silently replace the model and the given options.
+        """Do nothing.
 
-        It would take both from the checkpoint.
+        Lightning's method would silently take the model and its options from the checkpoint, not the command line.
         """
 
     def after_fit(self) -> None:

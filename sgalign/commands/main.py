@@ -1,6 +1,6 @@
 """The entry point of the command line.
 
-It imports only the modules that the chosen command needs, and prints errors of the user's input as one sentence.
+It imports only the modules that the chosen command needs, and prints an error in the user's input as one sentence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sgalign.errors import InputError
 USAGE = """\
 usage: sgalign COMMAND ...
 
-  doctor    show what is installed and which backends run, and how to fix the others
+  doctor    show which packages are installed and which backends run, and how to enable the other backends
   compare   train and evaluate the frequency baseline, Motifs and Align-Motifs
   ablate    train variants of Motifs with several seeds each, for the paper's tables
   report    make tables and figures from the runs of ablate
@@ -35,13 +35,15 @@ sgalign COMMAND --help shows the options of a command."""
 
 COMMANDS = ("ablate", "cache-features", "compare", "evaluate", "make-dataset", "report")
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-LIGHTNING_OPTIONS = {"-c", "--config", "--model", "--data", "--trainer", "--ckpt_path"}  # not for predict on images
+# `predict` with one of these options is Lightning's. Without them it is `predict` on image files.
+LIGHTNING_OPTIONS = {"-c", "--config", "--model", "--data", "--trainer", "--ckpt_path"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    The code is 1 if an error was printed as a sentence on stderr, and 2 if there is no such command.
+    The code is 1 if the command failed, 2 if there is no such command, and 143 if SIGTERM ended a training command.
+    Wrong options end the program with the code 2.
     """
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         argparse.ArgumentParser("sgalign doctor", description=doctor.__doc__).parse_args(rest)
         return doctor.main()
     if missing := doctor.missing("train"):
-        print(f"sgalign: {command} cannot run, {missing[0]}", file=sys.stderr)
+        print(f"sgalign: {command} needs packages that are {missing[0]}", file=sys.stderr)
         return 1
     try:
         photographs = LIGHTNING_OPTIONS.isdisjoint(re.split("[.+=]", option)[0] for option in rest)
@@ -84,7 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: BaseException) -> str | None:
-    """Return the message of an error from our own checks, the file system or Lightning, or None if it is a defect."""
+    """Return the message of an error that the user can fix, or None for a bug.
+
+    Errors that the user can fix come from our checks, the file system or Lightning.
+    """
     if isinstance(error, OSError | InputError) and "in DataLoader worker" in str(error):
         # torch raises a worker's error again, with the worker's traceback as its message.
         return str(error).strip().splitlines()[-1].partition(": ")[2]

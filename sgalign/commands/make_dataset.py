@@ -24,19 +24,44 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign make-dataset", description=__doc__)
     parser.add_argument("out", type=Path, help="new or empty folder to write")
-    parser.add_argument("--format", choices=["vg150", "vrd", "coco"], default="vg150", help="(default: %(default)s)")
+    parser.add_argument(
+        "--format",
+        choices=["vg150", "vrd", "coco"],
+        default="vg150",
+        help="layout of the files (default: %(default)s)",
+    )
     sizes = parser.add_argument
-    sizes("--sizes", type=int, nargs=3, metavar="N", help="training, validation, test scenes (default: 300 50 80)")
-    parser.add_argument("--source", metavar="FOLDER", help="convert this data set to COCO's format instead")
+    sizes(
+        "--sizes",
+        type=int,
+        nargs=3,
+        metavar="N",
+        help="number of training, validation and test scenes (default: 300 50 80)",
+    )
+    parser.add_argument(
+        "--source",
+        metavar="FOLDER",
+        help="with --format coco: convert this data set instead of generating scenes",
+    )
     parser.add_argument(
         "--few",
         type=int,
         metavar="N",
-        help="with --source: use the first N photographs of its test part, by name, as training, validation and test "
-        "part, to check that a model can memorize them",
+        help="with --source: use only N photographs, the first by name that have relations in the test split. They "
+        "form all three splits, to check that a model can memorize them",
     )
-    parser.add_argument("--long-side", type=int, metavar="PIXELS", help="with --few: longest side after shrinking")
-    parser.add_argument("--validation-images", type=int, metavar="N", help="with --source: as for fit")
+    parser.add_argument(
+        "--long-side",
+        type=int,
+        metavar="PIXELS",
+        help="with --few: shrink larger images to this length of the long side",
+    )
+    parser.add_argument(
+        "--validation-images",
+        type=int,
+        metavar="N",
+        help="with --source: number of training images to hold out for validation (default: depends on the data set)",
+    )
     parser.add_argument("--no-images", action="store_true", help="write annotations without images")
     return parser
 
@@ -91,7 +116,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def few_photographs(source: str, count: int, long_side: int | None) -> list[SceneGraph]:
-    """Return the first images of the test part, by name, that have relations and an image file.
+    """Return the first scene graphs of the test split, sorted by image name, that have relations and an image.
 
     Args:
         source: folder of a data set.
@@ -104,7 +129,7 @@ def few_photographs(source: str, count: int, long_side: int | None) -> list[Scen
     dataset = open_dataset(source, "test")
     graphs = [graph for graph in dataset if graph.image is not None and len(graph.relations)]
     if len(graphs) < count:
-        raise InputError(f"{source}: the test part must have {count} photographs with relations, got {len(graphs)}")
+        raise InputError(f"{source}: the test split must have {count} photographs with relations, got {len(graphs)}")
     graphs = sorted(graphs, key=lambda graph: graph.image_id)[:count]
     return graphs if long_side is None else [smaller(graph, long_side) for graph in graphs]
 

@@ -26,19 +26,19 @@ ROLES = ("predicate", "subject", "object")
 
 
 class _Mirror(NamedTuple):
-    """The attention of both branches in a photograph, at the last layer and for one query."""
+    """The attention of one query in the last layer, for both branches, in one photograph."""
 
     predicate: int  # class of the predicate, from 0
     likelihood: float  # probability of the predicate
-    supervised: list[Tensor]  # for each role, weights of the positions or entities, mean over heads
+    supervised: list[Tensor]  # one tensor per role: weight of each position or entity, averaged over heads
     mirrored: list[Tensor]  # the same for the mirrored branch
-    seen: list[Tensor]  # for each role, the share of heads in which the mask keeps a position or entity
+    seen: list[Tensor]  # one tensor per role: share of heads in which the mask keeps each position or entity
     boxes: Tensor  # [N, 4] boxes of the entities, corners in pixels
 
 
 @torch.no_grad()
 def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -> None:
-    """Draw the last layer's cross-attention of the query with the most probable predicate, mean over heads.
+    """Draw the last layer's cross-attention for the query with the most probable predicate, averaged over heads.
 
     The columns are predicate, subject and object. The rows are the supervised branch, the mirrored branch, and the
     share of heads in which the mirror's mask keeps each position or entity. Predicates attend to positions of the
@@ -48,7 +48,7 @@ def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -
         checkpoint: file of an Align-SGTR checkpoint.
         image: file of the photograph.
         out: file of the picture to write.
-        seed: seed of the masks. Their ratio is that of the model's training.
+        seed: seed of the masks. The mask ratio is the one that the model was trained with.
 
     Raises:
         FileNotFoundError: if a file does not exist.
@@ -122,7 +122,8 @@ def _draw_heat(axes: Axes, strength: Tensor, pixels: Tensor, top: float | None) 
         top: weight of the brightest color. If None, the largest weight.
     """
     height, width = pixels.shape[1:]
-    # Find the stride from the number of positions. The option may differ, because loaded weights have their own stride.
+    # Find the stride from the number of positions. `options.stride` may be wrong, because loaded detector weights have
+    # their own stride.
     shapes = ((-(-height // stride), -(-width // stride)) for stride in (16, 32))
     shape = next(shape for shape in shapes if shape[0] * shape[1] == len(strength))
     heat = functional.interpolate(strength.view(1, 1, *shape), (height, width))[0, 0]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DRAWN = 12  # triplets per picture, because more would be hard to tell apart
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 EPILOG = """\
-A model of protocol sgdet finds the objects itself. Any other model needs --detections, a file of boxes and classes.
+A model with protocol sgdet finds the objects itself. Any other model needs --detections, a file of boxes and classes.
 docs/data.md describes its format."""
 
 
@@ -51,7 +51,10 @@ def main(arguments: Sequence[str]) -> int:
         parser().error(f"--top-k must be at least 1, got {options.top_k}")
     folder = options.out.with_suffix("")
     if options.draw and not options.out.suffix:
-        parser().error(f"--out must end in .json, because --draw uses the rest as folder name, got {options.out}")
+        parser().error(
+            "--out must have a suffix such as .json, because --draw writes to a folder without the suffix, "
+            f"got {options.out}"
+        )
     read = options.images if options.images.is_dir() else options.images.parent
     if options.draw and folder.resolve() == read.resolve():
         parser().error(f"--out must not name the folder of the images, because --draw writes to it, got {options.out}")
@@ -59,11 +62,13 @@ def main(arguments: Sequence[str]) -> int:
     if not isinstance(module, MotifsModule | SGTRModule):
         raise InputError(f"{options.checkpoint} must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
     if isinstance(module, MotifsModule) and module.options.vision == "cached":
-        raise InputError(f"{options.checkpoint} must be of a model that reads images, but it reads cached features")
+        raise InputError(f"{options.checkpoint}: the model must read images, but it was trained on cached features")
     if options.detections is None and module.protocol != "sgdet":
-        raise InputError(f"{options.checkpoint} is of protocol {module.protocol}: it needs --detections FILE")
+        raise InputError(f"{options.checkpoint}: a model with protocol {module.protocol} needs --detections FILE")
     if options.detections is not None and module.protocol == "sgdet":
-        raise InputError(f"{options.checkpoint} is of protocol sgdet: it finds objects itself, leave out --detections")
+        raise InputError(
+            f"{options.checkpoint}: a model with protocol sgdet finds objects itself, so leave out --detections"
+        )
     detections = None
     if options.detections is not None:
         detections = read_detections(options.detections, len(module.object_names) - 1)
@@ -88,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
                 print(f"sgalign: not drawn: {path}: {error}", file=sys.stderr)
                 failed += 1
     if not graphs:
-        print(f"sgalign: {options.out} was not written, because no image could be read", file=sys.stderr)
+        print(f"sgalign: {options.out} was not written, because there is no result for any image", file=sys.stderr)
         return 1
     write_json(options.out, graphs, indent=1)
     print(
@@ -101,7 +106,7 @@ def image_files(path: Path) -> list[Path]:
     """Return the image file, or the image files of a folder sorted by name.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if `path` is neither an image nor a folder with images.
     """
     if path.is_file():
         return [path]
@@ -170,7 +175,7 @@ def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
 def _draw_graph(axes: Axes, graph: dict[str, Any], triplets: list[dict[str, Any]], colors: dict[int, Any]) -> None:
     """Draw the objects on a ring and the relations as arrows.
 
-    The objects have the angular order of their boxes' centers around the mean center.
+    Around the ring, the objects are sorted by the direction of their box centers, seen from the mean of all centers.
     """
     middles = {i: [sum(graph["objects"][i]["box"][axis::2]) / 2 for axis in (0, 1)] for i in colors}
     centre = [sum(middle[axis] for middle in middles.values()) / max(len(middles), 1) for axis in (0, 1)]

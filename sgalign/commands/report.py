@@ -1,4 +1,4 @@
-"""Make tables and figures from the runs of `sgalign ablate`, with an interval for each difference."""
+"""Make tables and figures from the runs of `sgalign ablate`. Each difference in the tables has an interval."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run `sgalign report FOLDER` and return the exit code."""
     parser = argparse.ArgumentParser("sgalign report", description=__doc__)
     add = parser.add_argument
-    add("folder", type=Path, help="folder written by sgalign ablate; with --checkpoint, folder for the figure")
-    every = "(default: all studies with a run for every row)"
+    add("folder", type=Path, help="folder that sgalign ablate has written (with --checkpoint: folder for the figure)")
+    every = "(default: all studies that have at least one run for each row of their table)"
     add(
         "--study",
         nargs="+",
@@ -23,9 +23,13 @@ def main(arguments: Sequence[str]) -> int:
         metavar="STUDY",
         help=f"studies to report {every}",
     )
-    add("--data", metavar="NAME", help="name of the data, needed if the runs used several")
+    add("--data", metavar="NAME", help="name of the data set in the runs, needed if they used several")
     add("--epochs", type=int, metavar="N", help="number of epochs, needed if it differs between runs")
-    add("--checkpoint", metavar="FILE", help="draw the attention of this Align-SGTR in --image instead")
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="checkpoint of Align-SGTR: draw its attention in the photograph --image, and make no tables",
+    )
     add("--image", type=Path, metavar="FILE", help="photograph for --checkpoint")
     options = parser.parse_args(arguments)
     if (options.checkpoint is None) != (options.image is None):

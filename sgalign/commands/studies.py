@@ -28,7 +28,7 @@ ANNOTATIONS = (  # files of VRD, of VG150 and of COCO with relations
 
 
 class Arm(NamedTuple):
-    """A row of a table.
+    """An arm of a study, which is one row of its table.
 
     Attributes:
         name: name of the row.
@@ -53,7 +53,7 @@ class Study(NamedTuple):
 
 
 EPOCHS = 5
-# The paper's baseline has far more mean recall than plain Motifs, so it must be rebalanced in some way.
+# The mean recall of the paper's baseline is far above that of plain Motifs, so its training must be rebalanced somehow.
 BALANCED: dict[str, Any] = {"predicate_weights": "inverse_frequency"}
 SEEN: dict[str, Any] = BALANCED | {"vision": "cached", "relation_dim": 256}
 
@@ -69,12 +69,12 @@ def align(name: str = "Align-Motifs", base: str = "Motifs", **options: Any) -> A
 
 
 def _pairs(kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> list[Arm]:
-    """Return an arm of Motifs and one of Align-Motifs for each kind of data and options.
+    """Return two arms, Motifs and Align-Motifs, for each combination of data and options.
 
-    Align-Motifs is compared with Motifs of the same kind, and Motifs with Motifs of the first kind.
+    Align-Motifs is compared with Motifs of the same combination, and Motifs with Motifs of the first combination.
 
     Args:
-        kinds: data and options of each kind, by name.
+        kinds: data and options of each combination, by name.
     """
     arms: list[Arm] = []
     for kind, (data, options) in kinds.items():
@@ -101,7 +101,7 @@ STUDIES = {
         ],
     ),
     "controls": Study(
-        "Controls: the method without one of its parts",
+        "Controls: the method with one part removed or changed",
         [
             motifs(**BALANCED),
             align(**BALANCED),
@@ -178,7 +178,7 @@ MODULES = {
 
 
 def settings(data: str, arm: Arm, epochs: int) -> dict[str, Any]:
-    """Return the settings that identify a run together with its seed.
+    """Return the settings that, together with the seed, identify a run.
 
     Arms of different studies that have equal settings share their runs.
 
@@ -228,16 +228,18 @@ def tabulate(folder: Path, names: Sequence[str] | None, data: str | None, epochs
     """
     runs = read_runs(folder)
     if not runs:
-        raise FileNotFoundError(f"{folder} must be a folder of sgalign ablate, with runs in {folder / 'runs'}")
+        raise FileNotFoundError(
+            f"{folder}: must be a folder that sgalign ablate has written, but {folder / 'runs'} has no runs"
+        )
     data = _only(runs, "data", data)
     epochs = _only([run for run in runs if run["settings"]["data"] == data], "epochs", epochs)
     found = {name: runs_by_arm(runs, STUDIES[name], data, epochs) for name in names or STUDIES}
     studies = {name: arms for name, arms in found.items() if names or len(arms) == len(STUDIES[name].arms)}
     if names and (missing := [name for name in names if not found[name]]):
-        raise FileNotFoundError(f"{folder} has runs, but none of {', '.join(missing)}")
+        raise FileNotFoundError(f"{folder} has runs, but none of the studies {', '.join(missing)}")
     if not studies:
         begun = ", ".join(name for name, arms in found.items() if arms) or "none"
-        raise FileNotFoundError(f"{folder}: no study has a run for every row; --study selects a begun one: {begun}")
+        raise FileNotFoundError(f"{folder}: no study is complete. --study can select an incomplete one, from: {begun}")
     comparison.write_csv(folder / "results.csv", studies)
     lines = []
     for name, arms in studies.items():
@@ -266,7 +268,8 @@ def _only(runs: Sequence[Run], name: str, wanted: Any) -> Any:
     if wanted in there or (wanted is None and len(there) == 1):
         return wanted if wanted in there else there.pop()
     of = ", ".join(sorted(map(repr, there)))
-    raise InputError(f"--{name} must be one of {of} to match the runs, got {wanted!r}")
+    got = "none" if wanted is None else repr(wanted)
+    raise InputError(f"--{name} must be one of {of}, which the runs have, got {got}")
 
 
 def runs_by_arm(runs: Sequence[Run], study: Study, data: str, epochs: int) -> dict[str, list[Run]]:
