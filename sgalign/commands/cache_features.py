@@ -102,8 +102,8 @@ def main(arguments: Sequence[str]) -> int:
         metavar="FOLDER",
         help="folder for the files; a repeated command adds the missing images",
     )
-    parts = "splits of the data set (default: train validation test)"
-    parser.add_argument("--parts", nargs="+", default=["train", "validation", "test"], metavar="PART", help=parts)
+    splits = "splits of the data set (default: train validation test)"
+    parser.add_argument("--splits", nargs="+", default=["train", "validation", "test"], metavar="SPLIT", help=splits)
     parser.add_argument(
         "--validation-images",
         type=int,
@@ -116,9 +116,9 @@ def main(arguments: Sequence[str]) -> int:
     if not isinstance(module, MotifsModule) or not isinstance(module.vision, ImageVision):
         raise InputError(f"{options.checkpoint} must be the checkpoint of a Motifs model with vision 'images'")
     data = SceneGraphData(options.data, validation_images=options.validation_images)
-    if unknown := set(options.parts) - {"train", "validation", "test"}:
-        parser.error(f"--parts must be train, validation or test, got {', '.join(sorted(unknown))}")
-    graphs = [graph for part in options.parts for graph in getattr(data, part)]
+    if unknown := set(options.splits) - {"train", "validation", "test"}:
+        parser.error(f"--splits must be train, validation or test, got {', '.join(sorted(unknown))}")
+    graphs = [graph for split in options.splits for graph in getattr(data, split)]
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     cache_features(graphs, module.vision.detector, module.vision.regions, options.out, half=options.half)
     return 0

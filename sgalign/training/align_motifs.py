@@ -50,7 +50,8 @@ class AlignMotifsModule(MotifsModule):
         loss = loss + options.alignment_weight * parts["alignment"]
         if options.supervise_mirror:
             mirrored_loss, labelled = self.relation_loss(mirrored_logits, seen.graph.targets)
-            loss = loss + mirrored_loss * self.share(labelled)
+            parts["mirror"] = mirrored_loss * self.share(labelled)
+            loss = loss + parts["mirror"]
         return loss, parts
 
     def both_branches(
