@@ -369,7 +369,7 @@ BREAKS = {
         "tests/test_evaluate.py",
     ),
     "half-written files": Break(
-        "sgalign/files.py", "partial = _beside(path)", "partial = path", "tests/test_evaluate.py -k whole"
+        "sgalign/files.py", "partial = _beside(path)", "partial = path", "tests/test_evaluate.py -k interrupted"
     ),
     # ---- samplers and long-tail remedies
     "one related pair of few": Break(
