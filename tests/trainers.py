@@ -1,5 +1,6 @@
 """Small trainers and model sizes that several test files share."""
 
+import functools
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -18,3 +19,6 @@ def trainer(**options) -> pl.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     defaults = {"accelerator": "cpu", "max_epochs": 1, "enable_checkpointing": False}
     return pl.Trainer(**(defaults | quiet | options))
+
+
+trainer_without_sanity_check = functools.partial(trainer, num_sanity_val_steps=0)
