@@ -325,7 +325,7 @@ def test_training_scenes_lack_30_percent_of_the_relations_and_5_percent_are_wron
 
 
 def test_the_classes_of_a_pair_do_not_determine_its_predicate():
-    """The most frequent predicate of two classes, even if counted on the test scenes, is wrong in a fifth of cases."""
+    """The most frequent predicate of two classes, counted on the same scenes, is wrong for a fifth of the relations."""
     counts = torch.zeros(17, 17, 21)
     for g in ScenesDataset("test"):
         s, o, p = g.relations.unbind(1)

@@ -67,7 +67,7 @@ def evaluate(path, annotations, *options, protocol="predcls"):
 
 @pytest.mark.parametrize("name", ["p.h5", "p.json"])
 @pytest.mark.parametrize("protocol", ["predcls", "phrdet", "vrd-relationship", "open-images"])
-def test_the_ground_truth_as_prediction_gets_full_marks(tmp_path, annotations, graphs, name, protocol, capsys):
+def test_the_ground_truth_as_prediction_has_perfect_figures(tmp_path, annotations, graphs, name, protocol, capsys):
     path = write(tmp_path / name, graphs)
     figures, rows = tmp_path / "figures.json", tmp_path / "figures.csv"
     assert evaluate(path, annotations, "--json", str(figures), "--csv", str(rows), protocol=protocol) == 0

@@ -1,4 +1,4 @@
-"""Tests that data sets in the layouts of VG150, VRD and COCO are written, read and checked correctly."""
+"""Tests of the writers and readers of the layouts of VG150, VRD and COCO with relations."""
 
 import json
 import shutil
@@ -180,7 +180,7 @@ def small(tmp_path):
     return small_vg150(tmp_path / "vg")
 
 
-def test_test_boxes_are_not_clipped_to_the_image(small):
+def test_boxes_of_the_test_part_are_not_clipped_to_the_image(small):
     # The first corner is (900 - 150, 100 - 50). The image is 1024 pixels wide, but the box ends at 1050.
     assert VG150Dataset(small, "test")[0].boxes.tolist() == [[750, 50, 1050, 150], [0, 0, 100, 100]]
 
@@ -330,7 +330,7 @@ def test_the_zero_shot_file_has_the_class_triplets_that_only_the_test_part_has(f
     assert sorted(map(tuple, triplets.tolist())) == sorted(expected)
 
 
-def test_zero_shot_triplets_are_read_from_files_of_torch(folders, tmp_path):
+def test_zero_shot_triplets_are_read_from_files_saved_by_torch(folders, tmp_path):
     triplets = read_zero_shot_triplets(folders / "vg150" / "zeroshot_triplets.csv")
     torch.save(triplets, tmp_path / "z.pytorch", _use_new_zipfile_serialization=False)
     assert torch.equal(read_zero_shot_triplets(tmp_path / "z.pytorch"), triplets)

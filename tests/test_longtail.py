@@ -13,7 +13,7 @@ from sgalign.training import AlignMotifsModule, MotifsModule  # noqa: E402
 from sgalign.training.datamodule import SceneGraphData  # noqa: E402
 from sgalign.training.longtail import RelationLoss, RepeatSampler, drop_repeated, repeat_factors  # noqa: E402
 
-COUNTS = torch.tensor([900.0, 64, 32, 4, 0])  # pairs of background, of three predicates, and of one that never occurs
+COUNTS = torch.tensor([900.0, 64, 32, 4, 0])  # pairs with the background and with each of four predicates
 
 
 def graph(*relations, objects=4):

@@ -566,8 +566,7 @@ def vrd(task, predictions, targets, **options):
     return {name: value.item() for name, value in metric.compute().items()}
 
 
-# A triplet that matches both relations of the image.
-ONE_TRIPLET = predict([(0, 1)], [0.0, 0, 0, 1], of=objects_at((0, 0, 9, 8), (20, 0, 29, 9)))
+ONE_TRIPLET = predict([(0, 1)], [0.0, 0, 0, 1], of=objects_at((0, 0, 9, 8), (20, 0, 29, 9)))  # matches both relations
 TWO_RELATIONS = truth((0, 2, 3), (1, 2, 3), of=objects_at((0, 0, 9, 9), (0, 0, 9, 7), (20, 0, 29, 9), labels=[1, 1, 2]))
 
 
