@@ -369,7 +369,7 @@ BREAKS = {
         "tests/test_evaluate.py",
     ),
     "half-written files": Break(
-        "sgalign/files.py", "partial = _beside(path)", "partial = path", "tests/test_evaluate.py -k whole"
+        "sgalign/files.py", "partial = _beside(path)", "partial = path", "tests/test_evaluate.py -k interrupted"
     ),
     # ---- samplers and long-tail remedies
     "one related pair of few": Break(
@@ -443,25 +443,25 @@ BREAKS = {
         "sgalign/training/longtail.py",
         "[seen if epoch == self.epoch else 0 :]",
         "[0:]",
-        "tests/test_training.py -k goes_on",
+        "tests/test_training.py -k uninterrupted",
     ),
     "state of the generators": Break(
         "sgalign/training/base.py",
         "restore_random_states(self.random_states)",
         "pass",
-        "tests/test_training.py -k goes_on",
+        "tests/test_training.py -k uninterrupted",
     ),
     "options of a resumed run": Break(
         "sgalign/training/resuming.py",
         "group.update(given | states)",
         "pass",
-        "tests/test_training.py -k options_that_it_is_given",
+        "tests/test_training.py -k new_learning or new_options",
     ),
     "seed of a resumed run": Break(
         "sgalign/training/base.py",
         'self.run_seed, self.random_states = saved["run_seed"], saved["random_states"]',
         'self.random_states = saved["random_states"]',
-        "tests/test_training.py -k goes_on",
+        "tests/test_training.py -k uninterrupted",
     ),
     "weights that are not finite": Break(
         "sgalign/training/checkpoints.py",

@@ -22,7 +22,7 @@ Image = tuple[Arrays, Arrays]
 Box = tuple[float, float, float, float]
 
 PROTOCOLS = ("predcls", "sgcls", "sgdet", "phrdet")
-IOU_THRESHOLD = 0.5  # inclusive: an overlap of exactly one half is enough
+IOU_THRESHOLD = 0.5  # inclusive, so an IoU of exactly one half is enough
 
 
 class Triplet(NamedTuple):
@@ -138,7 +138,7 @@ def ranked_triplets(prediction: Arrays, num_predicates: int, predicates_per_pair
             raise ValueError(f"predicate_scores has {len(predicate_scores)} columns, not {num_predicates + 1}")
         foreground = sorted(range(1, num_predicates + 1), key=lambda p, values=predicate_scores: (-values[p], p))
         for predicate in foreground[:predicates_per_pair]:
-            # Python floats are float64; the product is taken from left to right.
+            # Python floats are float64. The product is taken from left to right.
             score = subject_score * object_score * predicate_scores[predicate]
             triplet = make_triplet(prediction, subject_index, object_index, predicate, score)
             keyed.append((-score, row, predicate, triplet))
@@ -331,7 +331,7 @@ def evaluate(
 # Open Images
 # ----------------------------------------------------------------------------------------------------------------------
 
-OPEN_IMAGES_OFFSET = 1.0  # the usual +1 pixel IoU
+OPEN_IMAGES_OFFSET = 1.0  # pixels added to the width and the height of a box, as usual
 OPEN_IMAGES_DETECTIONS = 100  # triplets kept per image
 OPEN_IMAGES_RECALL = 50
 
@@ -371,7 +371,7 @@ def predicate_ap(
         for rank, triplet in enumerate(ranking):
             if triplet.predicate == predicate:
                 detections.append(Detection(image, rank, triplet))
-    # The order in which detections claim relations: by score, then by rank in the image.
+    # Detections claim relations in the order of their scores, then of their ranks in the image.
     detections.sort(key=lambda detection: (-detection.triplet.score, detection.rank))
 
     claimed: set[tuple[int, int]] = set()
@@ -387,12 +387,12 @@ def predicate_ap(
             overlap = relation_overlap(detection.triplet, truth, phrase, OPEN_IMAGES_OFFSET)
             if overlap > best_overlap:
                 best_index, best_overlap = index, overlap
-        # More than one half, unlike recall, where exactly one half is enough.
+        # The overlap must exceed one half, unlike in recall, where exactly one half is enough.
         correct = best_overlap > IOU_THRESHOLD and (detection.image, best_index) not in claimed
         if correct:
             claimed.add((detection.image, best_index))
         judged.append((-detection.triplet.score, correct))
-    # Detections of all images together, ranked by score. Among equal scores the wrong ones come first.
+    # The detections of all images are ranked together by score. Among equal scores, the wrong ones come first.
     is_correct = [correct for _, correct in sorted(judged)]
     num_truths = sum(truth.predicate == predicate for truths in all_truths for truth in truths)
     return interpolated_ap(is_correct, num_truths)
@@ -443,7 +443,7 @@ def open_images(images: Sequence[Image], num_predicates: int) -> dict[str, float
 # VRD
 # ----------------------------------------------------------------------------------------------------------------------
 
-VRD_OFFSET = 1.0
+VRD_OFFSET = 1.0  # pixels added to the width and the height of a box
 
 
 def num_claimed(ranking: Sequence[Triplet], truths: Sequence[Triplet], phrase: bool) -> int:
@@ -459,7 +459,7 @@ def num_claimed(ranking: Sequence[Triplet], truths: Sequence[Triplet], phrase: b
             if index in claimed or truth.classes != triplet.classes:
                 continue
             overlap = relation_overlap(triplet, truth, phrase, VRD_OFFSET)
-            if overlap >= IOU_THRESHOLD and overlap > best_overlap:  # strictly better: ties go to the lower row
+            if overlap >= IOU_THRESHOLD and overlap > best_overlap:  # strictly better, so ties go to the lower row
                 best_index, best_overlap = index, overlap
         if best_index >= 0:
             claimed.add(best_index)

@@ -1,3 +1,5 @@
+"""Tests of files of detections and of batches made from them."""
+
 import json
 
 import pytest
@@ -14,13 +16,13 @@ def write(path, content):
     return path
 
 
-def test_reads(tmp_path):
+def test_detections_are_read_with_labels_that_start_at_1(tmp_path):
     found = read_detections(write(tmp_path / "d.json", GOOD), 5)
     assert found["a.jpg"].boxes.tolist() == [[1, 2, 30.5, 40]] and found["a.jpg"].labels.tolist() == [5]
     assert found["a.jpg"].scores.tolist() == [0.5] and found["b.jpg"].boxes.shape == (0, 4)
 
 
-def test_reads_vrd(vrd_root):
+def test_vrd_detections_are_read_completely(vrd_root):
     found = read_detections(vrd_root / "detections_test.json", 100)
     assert len(found) == 1000 and sum(len(image.labels) for image in found.values()) == 7221
 
@@ -41,19 +43,19 @@ def test_reads_vrd(vrd_root):
         ({"a.jpg": GOOD["a.jpg"] | {"boxes_xyxy": [[9, 2, 3, 4]]}}, "x1 <= x2"),
     ],
 )
-def test_bad_files_are_named(tmp_path, content, message):
+def test_bad_files_are_refused_by_name(tmp_path, content, message):
     path = write(tmp_path / "d.json", content)
     with pytest.raises(ValueError, match=message) as error:
         read_detections(path, 5)
     assert str(path) in str(error.value)
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.json not found: write the file as"):
+def test_a_missing_file_is_reported(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.json not found: give a file of detections"):
         read_detections(tmp_path / "none.json", 5)
 
 
-def test_detected_objects_take_the_place_of_annotated_ones(tmp_path):
+def test_detected_objects_replace_the_annotated_ones(tmp_path):
     found = read_detections(write(tmp_path / "d.json", GOOD), 5)
     boxes, labels = torch.tensor([[0.0, 0, 9, 9], [5, 5, 20, 20]]), torch.tensor([1, 2])
     graphs = [SceneGraph(name, 100, 50, boxes, labels, torch.tensor([[0, 1, 2]])) for name in ("a.jpg", "c.jpg")]

@@ -1,4 +1,4 @@
-"""`sgalign evaluate`: files of predictions, and the whole command on generated annotations."""
+"""Tests of files of predictions and of `sgalign evaluate` on generated annotations."""
 
 import csv
 import json
@@ -11,17 +11,14 @@ import torch
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("lightning")
-import lightning.pytorch as pl  # noqa: E402
+from trainers import trainer  # noqa: E402
 
 from sgalign.commands.main import main  # noqa: E402
 from sgalign.data import open_dataset  # noqa: E402
 from sgalign.data.predictions import PredictionFile, Predictions  # noqa: E402
 from sgalign.metrics import zero_shot_triplets  # noqa: E402
 from sgalign.metrics.results import split_name, table  # noqa: E402
-from sgalign.training import (
-    FrequencyModule,  # noqa: E402
-    PredictionWriter,  # noqa: E402
-)
+from sgalign.training import FrequencyModule, PredictionWriter  # noqa: E402
 from sgalign.training.datamodule import SceneGraphData  # noqa: E402
 
 
@@ -39,7 +36,7 @@ def graphs(annotations):
 
 
 def perfect(graph, predicates=20):
-    """The ground truth as a prediction; of a pair's predicates the first is the surest."""
+    """Return the ground truth as a prediction. The first relation of a pair has its highest predicate score."""
     pairs, row = graph.relations[:, :2], torch.arange(len(graph.relations))
     scores = torch.zeros(len(pairs), predicates + 1)
     scores[row, graph.relations[:, 2]] = 1 - 0.01 * row
@@ -70,7 +67,7 @@ def evaluate(path, annotations, *options, protocol="predcls"):
 
 @pytest.mark.parametrize("name", ["p.h5", "p.json"])
 @pytest.mark.parametrize("protocol", ["predcls", "phrdet", "vrd-relationship", "open-images"])
-def test_the_ground_truth_is_perfect(tmp_path, annotations, graphs, name, protocol, capsys):
+def test_the_ground_truth_as_prediction_has_perfect_figures(tmp_path, annotations, graphs, name, protocol, capsys):
     path = write(tmp_path / name, graphs)
     figures, rows = tmp_path / "figures.json", tmp_path / "figures.csv"
     assert evaluate(path, annotations, "--json", str(figures), "--csv", str(rows), protocol=protocol) == 0
@@ -86,7 +83,7 @@ def test_the_ground_truth_is_perfect(tmp_path, annotations, graphs, name, protoc
     assert "100.00" in capsys.readouterr().out
 
 
-def test_images_without_prediction_count_0_or_not_at_all(tmp_path, annotations, graphs, capsys):
+def test_images_without_prediction_count_0_unless_they_are_skipped(tmp_path, annotations, graphs, capsys):
     path = write(tmp_path / "half.h5", graphs[: len(graphs) // 2])
     with_relations = [bool(len(graph.relations)) for graph in graphs]
     missing = sum(with_relations[len(graphs) // 2 :])
@@ -98,11 +95,11 @@ def test_images_without_prediction_count_0_or_not_at_all(tmp_path, annotations, 
     assert json.loads((tmp_path / "b.json").read_text())["R@100"] == pytest.approx(1)
 
 
-def test_zero_shot_of_a_file_has_the_public_order_of_columns(tmp_path, annotations, graphs):
-    """The file's subject, object, predicate and what the data set's parts tell are the same triplets."""
+def test_a_zero_shot_file_gives_the_same_result_as_the_training_part(tmp_path, annotations, graphs):
+    """Its columns are subject, object and predicate, as in the public file."""
     train = open_dataset(annotations, "train", validation_images=0)
     unseen = zero_shot_triplets([train[i] for i in range(len(train))], graphs)
-    assert len(unseen), "the generated test part has no unseen triplet: the test says nothing"
+    assert len(unseen), "the generated test part needs unseen triplets"
     listed = tmp_path / "zero_shot.csv"
     listed.write_text("subject,object,predicate\n" + "".join(f"{s},{o},{p}\n" for s, p, o in unseen.tolist()))
     path = write(tmp_path / "p.h5", graphs)
@@ -113,35 +110,36 @@ def test_zero_shot_of_a_file_has_the_public_order_of_columns(tmp_path, annotatio
     assert results[0] == results[1] and results[0]["zR@100"] == pytest.approx(1)
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path, graphs):
+def test_an_interrupted_file_of_predictions_does_not_appear(tmp_path, graphs):
     path = tmp_path / "p.h5"
     with pytest.raises(KeyboardInterrupt), PredictionFile(path) as file:
         file.write("a", perfect(graphs[0]))
         raise KeyboardInterrupt
-    assert not path.exists()
-    with pytest.raises(ValueError, match="image_id must be new, but 'a'"), PredictionFile(path) as file:
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_repeated_image_id_is_refused_and_no_file_appears(tmp_path, graphs):
+    with pytest.raises(ValueError, match="image_id must be new, 'a'"), PredictionFile(tmp_path / "p.h5") as file:
         file.write("a", perfect(graphs[0]))
         file.write("a", perfect(graphs[0]))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_writer_that_never_began_does_not_hide_why(tmp_path, annotations):
+def test_an_error_before_the_first_prediction_is_not_hidden_by_the_writer(tmp_path, annotations):
     data = SceneGraphData(str(annotations), validation_images=5)
-    writer = PredictionWriter(str(tmp_path / "p.h5"))
-    module, trainer = FrequencyModule(), pl.Trainer(accelerator="cpu", logger=False, callbacks=[writer])
+    module = FrequencyModule()
     module.setup = lambda stage: int("nothing to predict with")
     with pytest.raises(ValueError, match="nothing to predict with"):
-        trainer.predict(module, datamodule=data)
+        trainer(callbacks=[PredictionWriter(str(tmp_path / "p.h5"))]).predict(module, datamodule=data)
 
 
 def test_a_model_and_its_file_of_predictions_score_the_same(tmp_path, annotations):
-    held_out = 20  # as many as move predicates between head, body and tail where they count
+    held_out = 20  # enough to move predicates between head, body and tail if the command ignored the number
     data = SceneGraphData(str(annotations), validation_images=held_out)
     module, path = FrequencyModule(), tmp_path / "p.h5"
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(accelerator="cpu", callbacks=[PredictionWriter(str(path))], **quiet)
-    trainer.test(module, datamodule=data, verbose=False)
-    trainer.predict(module, datamodule=data)
+    run = trainer(callbacks=[PredictionWriter(str(path))])
+    run.test(module, datamodule=data, verbose=False)
+    run.predict(module, datamodule=data)
     options = "--validation-images", str(held_out), "--json", str(tmp_path / "r.json")
     assert evaluate(path, annotations, *options) == 0
     expected = {name: value.item() for name, value in module.recall.compute().items()}
@@ -153,8 +151,6 @@ def test_an_interrupted_prediction_leaves_the_file_as_it_was(tmp_path, annotatio
     data = SceneGraphData(str(annotations), validation_images=5, batch_size=4)
     path = tmp_path / "p.h5"
     path.write_text("before")
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(accelerator="cpu", callbacks=[PredictionWriter(str(path))], **quiet)
     module, seen = FrequencyModule(), []
 
     def interrupt(batch):
@@ -165,7 +161,7 @@ def test_an_interrupted_prediction_leaves_the_file_as_it_was(tmp_path, annotatio
 
     monkeypatch.setattr(module, "predictions", interrupt)
     with pytest.raises(RuntimeError, match="interrupted"):
-        trainer.predict(module, datamodule=data)
+        trainer(callbacks=[PredictionWriter(str(path))]).predict(module, datamodule=data)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
@@ -182,7 +178,7 @@ def test_an_interrupted_prediction_leaves_the_file_as_it_was(tmp_path, annotatio
         (b'{"IMAGE": {"boxes": [[1, 2, 3, 4]], "labels": [1]}}', "image 'IMAGE': prediction must have scores"),
     ],
 )
-def test_bad_files_are_one_sentence(tmp_path, annotations, graphs, content, message, capsys):
+def test_bad_files_are_refused_in_one_sentence(tmp_path, annotations, graphs, content, message, capsys):
     path = tmp_path / "bad"
     image = next(graph.image_id for graph in graphs if len(graph.relations))
     path.write_bytes(content.replace(b"IMAGE", image.encode()))
@@ -192,30 +188,40 @@ def test_bad_files_are_one_sentence(tmp_path, annotations, graphs, content, mess
     assert re.search(message.replace("IMAGE", image), error), error
 
 
-def test_numbers_are_as_exact_as_they_stand(tmp_path, graphs):
-    """Fractions of JSON are float64; HDF5's may have any order of bytes."""
-    scores = [0.5 + 1e-9, 0.5]
-    (tmp_path / "p.json").write_text(json.dumps({"a": {"scores": scores, "labels": [1, 2]}}))
+SCORES = [0.5 + 1e-9, 0.5]  # equal in float32
+
+
+@pytest.fixture
+def exact(tmp_path):
+    """A JSON and an HDF5 file with scores in float64. HDF5 stores them with the highest byte first."""
+    (tmp_path / "p.json").write_text(json.dumps({"a": {"scores": SCORES, "labels": [1, 2]}}))
     with h5py.File(tmp_path / "p.h5", "w") as file:
-        file["a/scores"], file["a/labels"] = np.array(scores, ">f8"), np.array([1, 2], ">i4")
-        file["b/scores"] = np.array(scores, np.complex64)
-    for name in ("p.json", "p.h5"):
-        fields = Predictions(tmp_path / name, 20)["a"]
-        assert fields["scores"].tolist() == scores and fields["labels"].tolist() == [1, 2]
+        file["a/scores"], file["a/labels"] = np.array(SCORES, ">f8"), np.array([1, 2], ">i4")
+        file["b/scores"] = np.array(SCORES, np.complex64)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.h5"])
+def test_numbers_are_read_without_rounding(exact, name):
+    fields = Predictions(exact / name, 20)["a"]
+    assert fields["scores"].tolist() == SCORES and fields["labels"].tolist() == [1, 2]
+
+
+def test_complex_numbers_are_refused_by_name(exact):
     with pytest.raises(ValueError, match="image 'b': scores must be real numbers, got torch.complex64"):
-        Predictions(tmp_path / "p.h5", 20)["b"]
+        Predictions(exact / "p.h5", 20)["b"]
 
 
 @pytest.mark.parametrize(
     "ids", [["a//b"], ["./a"], [""], ["a\0b"], ["a", "a/b"], ["a/b", "a"], ["a/b/c", "a/b"]], ids=str
 )
-def test_ids_that_hdf5_does_not_keep_apart_are_refused(tmp_path, graphs, ids):
+def test_image_ids_that_hdf5_cannot_tell_apart_are_refused(tmp_path, graphs, ids):
     with pytest.raises(ValueError, match="image_id must "), PredictionFile(tmp_path / "p.h5") as file:
         for image_id in ids:
             file.write(image_id, perfect(graphs[0]))
 
 
-def test_files_must_differ(tmp_path, annotations, capsys):
+def test_results_do_not_overwrite_the_file_of_predictions(tmp_path, annotations, capsys):
     with pytest.raises(SystemExit):
         evaluate(tmp_path / "p.json", annotations, "--json", str(tmp_path / "p.json"))
     assert "must be two files" in capsys.readouterr().err
@@ -229,7 +235,7 @@ def test_labels_beyond_the_classes_are_refused(tmp_path, annotations, graphs, ca
     assert f"image {graph.image_id!r}: labels must be from 1 to 16, got 1" in capsys.readouterr().err
 
 
-def test_a_file_takes_what_a_model_gives(tmp_path, graphs):
+def test_a_file_accepts_tensors_with_gradients_and_in_bfloat16(tmp_path, graphs):
     given = perfect(graphs[0])
     given |= {"scores": torch.rand(len(given["scores"]), requires_grad=True)}
     given |= {"predicate_scores": given["predicate_scores"].bfloat16()}
@@ -240,7 +246,7 @@ def test_a_file_takes_what_a_model_gives(tmp_path, graphs):
     assert torch.equal(fields["predicate_scores"], given["predicate_scores"].float())
 
 
-def test_ids_with_slashes(tmp_path, graphs):
+def test_image_ids_may_have_slashes(tmp_path, graphs):
     path = tmp_path / "p.h5"
     ids = ["a/b/1.jpg", "a/b/2.jpg", "a/3.jpg", "4.jpg"]
     with PredictionFile(path) as file:
@@ -251,24 +257,24 @@ def test_ids_with_slashes(tmp_path, graphs):
     assert torch.equal(predictions["a/b/2.jpg"]["boxes"], graphs[0].boxes)
 
 
-def test_truncated_hdf5_is_refused(tmp_path, annotations, graphs, capsys):
+def test_an_incomplete_hdf5_file_is_refused(tmp_path, annotations, graphs, capsys):
     path = write(tmp_path / "p.h5", graphs)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert evaluate(path, annotations) == 1 and "cut short" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["dangling link", "links in a circle", "flipped bytes", "a group for a field"])
-def test_damaged_hdf5_is_one_sentence(tmp_path, annotations, graphs, damage, capsys):
+@pytest.mark.parametrize("damage", ["dangling link", "circular links", "flipped bytes", "group instead of field"])
+def test_a_damaged_hdf5_file_is_refused_in_one_sentence(tmp_path, annotations, graphs, damage, capsys):
     path = write(tmp_path / "p.h5", graphs)
     image = next(graph.image_id for graph in graphs if len(graph.relations))
     with h5py.File(path, "r+") as file:
         if damage == "dangling link":
             del file[image]
             file[image] = h5py.SoftLink("/nowhere")
-        elif damage == "links in a circle":
+        elif damage == "circular links":
             group = file.create_group("circle").create_group("a")
             group["b"] = group
-        elif damage == "a group for a field":
+        elif damage == "group instead of field":
             del file[image]["boxes"]
             file[image].create_group("boxes")
         place = file.get(image)["labels"].id.get_offset() if damage == "flipped bytes" else 0
@@ -283,18 +289,18 @@ def test_damaged_hdf5_is_one_sentence(tmp_path, annotations, graphs, damage, cap
     assert error.count("\n") == 1 and str(path) in error, error
 
 
-def test_lines_of_triplets_are_told_what_writes_predictions(tmp_path, annotations, capsys):
+def test_a_file_of_triplet_lines_is_refused_with_the_name_of_the_right_writer(tmp_path, annotations, capsys):
     path = tmp_path / "p.jsonl"
     path.write_text('{"image_id": "a"}\n{"image_id": "b"}\n')
     assert evaluate(path, annotations) == 1 and "sgalign.training.PredictionWriter" in capsys.readouterr().err
 
 
-def test_files_that_cannot_be_written_are_known_before_scoring(tmp_path, annotations, capsys):
+def test_results_that_cannot_be_written_are_refused_before_reading_predictions(tmp_path, annotations, capsys):
     assert evaluate(tmp_path / "nowhere.h5", annotations, "--csv", str(tmp_path)) == 1
     assert "must be a file, but is a folder" in capsys.readouterr().err
 
 
-def test_json_without_objects(tmp_path, graphs):
+def test_json_of_an_image_without_objects_keeps_shapes_and_dtypes(tmp_path):
     path = tmp_path / "p.json"
     path.write_text('{"a": {"boxes": [], "labels": [], "triplets": [], "triplet_scores": []}}')
     fields = Predictions(path, 20)["a"]
@@ -302,8 +308,8 @@ def test_json_without_objects(tmp_path, graphs):
     assert fields["labels"].dtype == torch.int64
 
 
-def test_json_of_an_image_without_pairs(tmp_path, annotations, graphs):
-    """One object has no other to be related with."""
+def test_json_of_an_image_without_pairs_is_evaluated(tmp_path, annotations, graphs):
+    """The image has a single detected object."""
     graph = next(graph for graph in graphs if len(graph.relations))
     prediction = {"boxes": graph.boxes[:1].tolist(), "labels": graph.labels[:1].tolist(), "scores": [1.0]}
     path = tmp_path / "p.json"
@@ -319,19 +325,25 @@ def test_an_image_without_fields_is_refused(annotations, tmp_path, capsys):
     assert "prediction must have boxes" in capsys.readouterr().err
 
 
-def test_options_that_do_not_go_together(annotations, capsys):
-    for options, protocol in (
+@pytest.mark.parametrize(
+    "options, protocol",
+    [
         (["--skip-missing"], "open-images"),
         (["--predicates-per-pair", "2"], "sgdet"),
         (["--zero-shot", "f"], "open-images"),
-    ):
-        with pytest.raises(SystemExit):
-            evaluate("p.h5", annotations, *options, protocol=protocol)
-        assert f"with --protocol {protocol}" in capsys.readouterr().err
+    ],
+)
+def test_options_that_a_protocol_does_not_have_are_refused(annotations, capsys, options, protocol):
+    with pytest.raises(SystemExit):
+        evaluate("p.h5", annotations, *options, protocol=protocol)
+    assert f"cannot be used with --protocol {protocol}" in capsys.readouterr().err
 
 
-def test_table_and_names():
+def test_names_of_metrics_have_a_k_and_a_group():
     assert split_name("mR@50/head") == ("mR", 50, "head") and split_name("score_wtd") == ("score_wtd", None, "")
+
+
+def test_the_table_has_a_row_per_metric_and_a_column_per_k():
     lines = table({"R@20": 0.5, "R@50": 0.75, "R@50/on": 1, "mR@50/head": 0.25, "score_wtd": 0.1}).splitlines()
     assert [line.split() for line in lines] == [
         ["@20", "@50"],
@@ -341,8 +353,8 @@ def test_table_and_names():
     ]
 
 
-def test_vrd_zero_shot_relations_are_as_many_as_published_annotations_have(vrd_root):
-    """1170 of 7638, as counted from the released files."""
+def test_vrd_has_1170_zero_shot_relations_in_7638(vrd_root):
+    """The numbers are counted from the released files."""
     parts = {part: open_dataset(vrd_root, part) for part in ("train", "validation", "test")}
     graphs = {part: [data[index] for index in range(len(data))] for part, data in parts.items()}
     unseen = {tuple(t) for t in zero_shot_triplets(graphs["train"] + graphs["validation"], graphs["test"]).tolist()}

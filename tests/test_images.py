@@ -1,4 +1,7 @@
-"""What is seen of images: detector, region and union features, their cache, and prediction. All of it untrained."""
+"""Tests of the detector, of region and union features, of their cache, and of models that read images.
+
+No network here was trained on more than a few images.
+"""
 
 import copy
 import json
@@ -10,19 +13,25 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("h5py")
 pytest.importorskip("lightning")
+import lightning.pytorch as pl  # noqa: E402
 from PIL import Image  # noqa: E402
 from torchvision.models import WeightsEnum  # noqa: E402
 from torchvision.models.detection import fasterrcnn_resnet50_fpn  # noqa: E402
 from torchvision.ops import box_iou, roi_align  # noqa: E402
+from trainers import trainer_without_sanity_check  # noqa: E402
 
 from sgalign.commands import main as cli  # noqa: E402
 from sgalign.commands.cache_features import cache_features  # noqa: E402
-from sgalign.data import SceneGraph, ScenesDataset, VisualFeatures, collate  # noqa: E402
+from sgalign.data import SceneGraph, ScenesDataset, VisualFeatures, collate, read_detections  # noqa: E402
 from sgalign.data.features import FeatureCache  # noqa: E402
 from sgalign.data.images import image_size, load_image, read_pixels  # noqa: E402
 from sgalign.models import Detector, RegionFeatures  # noqa: E402
 from sgalign.models.detector import ObjectDetections  # noqa: E402
 from sgalign.models.regions import rectangle_masks  # noqa: E402
+from sgalign.training import AlignMotifsModule, DetectionWriter, DetectorModule, MotifsModule  # noqa: E402
+from sgalign.training.datamodule import SceneGraphData, collate_for  # noqa: E402
+from sgalign.training.vision import with_detections  # noqa: E402
+from sgalign.training.writers import describe  # noqa: E402
 
 CLASSES = 17
 SIZES = {"backbone": "resnet18", "min_size": 64, "max_size": 96}
@@ -37,7 +46,7 @@ def scenes():
 def detector():
     torch.manual_seed(0)
     detector = Detector(CLASSES, **SIZES)
-    # Untrained scores are all alike; wide ones make some classes likely.
+    # The scores of an untrained detector are nearly equal. Large weights make some classes likely.
     torch.nn.init.normal_(detector.model.roi_heads.box_predictor.cls_score.weight, std=0.1)
     detector.freeze()
     return detector
@@ -54,24 +63,29 @@ def features(detector, scenes):
     return detector.features([read_pixels(graph) for graph in scenes])
 
 
-def test_pixels(scenes):
+def test_pixels_are_between_0_and_1(scenes):
     pixels = read_pixels(scenes[0])
     assert pixels.shape == (3, scenes[0].height, scenes[0].width) and 0 <= pixels.min() < pixels.max() <= 1
+
+
+def test_pixels_are_resized_to_the_size_of_the_graph(scenes):
     scene = scenes[0]
     smaller = SceneGraph("x", 40, 30, scene.boxes[:0], scene.labels[:0], scene.relations[:0], scene.image)
-    assert read_pixels(smaller).shape == (3, 30, 40), "pixels must be resized to fit the boxes"
-    with pytest.raises(ValueError, match="must have an image file for a model that reads images"):
-        collate(
-            [SceneGraph("x", 9, 9, torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0, 3).long())], 3, pixels=True
-        )
+    assert read_pixels(smaller).shape == (3, 30, 40)
+
+
+def test_a_graph_without_an_image_is_refused_if_pixels_are_needed():
+    graph = SceneGraph("x", 9, 9, torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0, 3).long())
+    with pytest.raises(ValueError, match="must be there for a model that reads images"):
+        collate([graph], 3, pixels=True)
 
 
 # ---- detector
 
 
-def test_detections_by_hand(detector, features, scenes):
-    """Threshold, suppression by class, best class of a proposal, limit: in loops."""
-    detector.detections_per_image = 15
+def test_detections_are_those_of_loops(detector, features, scenes, monkeypatch):
+    """Loops apply the threshold, suppression within each class, the best class of each proposal, and the limit."""
+    monkeypatch.setattr(detector, "detections_per_image", 15)
     proposals, _ = detector.model.rpn(features.images, features.levels)
     logits, boxes = detector._box_head(features, proposals)
     counts = [len(p) for p in proposals]
@@ -101,37 +115,38 @@ def test_detections_by_hand(detector, features, scenes):
         torch.testing.assert_close(found.boxes, image_boxes[rows, found.labels] * scale)
         assert torch.equal(found.logits, image_logits[rows])
         torch.testing.assert_close(found.boxes_per_class, image_boxes[rows] * scale)
-    detector.detections_per_image = 80
 
 
-def test_nothing_detected(detector, features):
-    detector.box_score_threshold = 1.1
+def test_images_without_detections_give_empty_tensors(detector, features, monkeypatch):
+    monkeypatch.setattr(detector, "box_score_threshold", 1.1)
     for image in detector.detect(features):
         assert image.boxes.shape == (0, 4) and image.boxes_per_class.shape == (0, CLASSES, 4)
-    detector.box_score_threshold = 0.01
 
 
-def test_numbers_that_are_not_finite_are_not_taken_for_an_empty_image(detector, features):
+def test_feature_maps_that_are_not_finite_are_refused(detector, features):
     level = features.levels["1"].clone()
     level[0, 5, 2, 1] = float("nan")
     with pytest.raises(ValueError, match="outputs of the detector must be finite"):
         detector.detect(features._replace(levels=features.levels | {"1": level}))
-    of_regions, of_boxes = "rpn.head", "roi_heads.box_predictor"
-    for layer in (
-        f"{of_regions}.cls_logits",
-        f"{of_regions}.bbox_pred",
-        f"{of_boxes}.cls_score",
-        f"{of_boxes}.bbox_pred",
-    ):
-        broken = copy.deepcopy(detector)
-        torch.nn.init.constant_(broken.model.get_submodule(layer).bias, float("nan"))
-        with pytest.raises(ValueError, match="outputs of the detector must be finite"):
-            broken.detect(features)
 
 
-def test_detections_take_the_place_of_annotated_objects_and_their_features(detector, features, scenes):
-    from sgalign.training.vision import with_detections
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "rpn.head.cls_logits",
+        "rpn.head.bbox_pred",
+        "roi_heads.box_predictor.cls_score",
+        "roi_heads.box_predictor.bbox_pred",
+    ],
+)
+def test_outputs_that_are_not_finite_are_refused(detector, features, layer):
+    broken = copy.deepcopy(detector)
+    torch.nn.init.constant_(broken.model.get_submodule(layer).bias, float("nan"))
+    with pytest.raises(ValueError, match="outputs of the detector must be finite"):
+        broken.detect(features)
 
+
+def test_detections_replace_the_annotated_objects_and_their_features(detector, features, scenes):
     batch = collate(scenes, 20)
     seen = VisualFeatures(torch.zeros(len(batch.labels), 16), torch.zeros(len(batch.pairs), 16))
     found = detector.detect(features)
@@ -140,7 +155,7 @@ def test_detections_take_the_place_of_annotated_objects_and_their_features(detec
     assert graph.lengths.tolist() == [len(image.boxes) for image in found] and len(graph.boxes) == len(graph.scores)
 
 
-def test_given_boxes_are_classified(detector, features, scenes):
+def test_given_boxes_are_classified_in_their_order(detector, features, scenes):
     boxes = [graph.boxes for graph in scenes]
     logits = detector.classify(features, boxes)
     assert logits.shape == (sum(map(len, boxes)), CLASSES)
@@ -156,38 +171,49 @@ def test_a_frozen_detector_stays_in_evaluation_mode(detector):
     assert not any(p.requires_grad for p in detector.parameters())
 
 
-def test_losses_train_every_layer(scenes):
+def test_the_losses_of_the_detector_reach_every_layer_of_its_heads(scenes):
     detector = Detector(CLASSES, **SIZES).train()
     losses = detector.losses([read_pixels(g) for g in scenes[:2]], *zip(*((g.boxes, g.labels) for g in scenes[:2])))
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in detector.model.roi_heads.parameters())
 
 
-def test_weights(detector, tmp_path):
-    path = tmp_path / "weights.pt"
-    for state in (
-        detector.state_dict(),
-        {
-            "state_dict": {f"vision.detector.{k}": v for k, v in detector.state_dict().items()}
-            | {"network.x": torch.zeros(1)}
-        },
-    ):
-        torch.save(state, path)
-        other = Detector(CLASSES, **SIZES)
-        other.load_weights(str(path))
-        assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), detector.state_dict().values()))
+@pytest.mark.parametrize("kind", ["state of a detector", "checkpoint of a model"])
+def test_weights_of_a_detector_are_loaded(detector, tmp_path, kind):
+    state = detector.state_dict()
+    if kind == "checkpoint of a model":
+        state = {f"vision.detector.{name}": tensor for name, tensor in state.items()} | {"network.x": torch.zeros(1)}
+        state = {"state_dict": state}
+    torch.save(state, tmp_path / "weights.pt")
+    other = Detector(CLASSES, **SIZES)
+    other.load_weights(str(tmp_path / "weights.pt"))
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), detector.state_dict().values()))
+
+
+def test_weights_of_another_size_are_refused_with_the_sizes_of_the_detector(detector, tmp_path):
+    torch.save(detector.state_dict(), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="backbone 'resnet18', head_dim 1024 and 5 classes"):
-        Detector(5, **SIZES).load_weights(str(path))
+        Detector(5, **SIZES).load_weights(str(tmp_path / "weights.pt"))
+
+
+def test_a_file_without_weights_is_refused(detector, tmp_path):
+    path = tmp_path / "weights.pt"
     path.write_bytes(b"junk")
-    with pytest.raises(ValueError, match="must be a file of detector weights, but is not one or is cut short"):
-        other.load_weights(str(path))
-    with pytest.raises(FileNotFoundError, match="no such file of detector weights"):
-        other.load_weights("nowhere.pt")
+    with pytest.raises(ValueError, match="not a file of detector weights, or cut short"):
+        detector.load_weights(str(path))
+
+
+def test_a_missing_file_of_weights_is_reported(detector):
+    with pytest.raises(FileNotFoundError, match="no file of detector weights"):
+        detector.load_weights("nowhere.pt")
+
+
+def test_an_unknown_backbone_is_refused():
     with pytest.raises(ValueError, match="backbone must be one of"):
         Detector(5, backbone="vgg16")
 
 
-def test_norms_are_trained_from_nothing_and_then_stay(scenes, tmp_path):
+def test_trained_batch_norms_give_the_same_features_when_they_are_frozen(scenes, tmp_path):
     trained = Detector(CLASSES, **SIZES, head_dim=64, trains_norms=True).train()
     before = trained.model.backbone.body.bn1.running_var.clone()
     trained.losses([read_pixels(g) for g in scenes[:2]], *zip(*((g.boxes, g.labels) for g in scenes[:2])))
@@ -195,24 +221,20 @@ def test_norms_are_trained_from_nothing_and_then_stay(scenes, tmp_path):
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
     frozen = Detector(CLASSES, **SIZES, head_dim=64)
     frozen.load_weights(str(tmp_path / "weights.pt"))
-    # In float64: the two kinds of normalisation round differently.
+    # In float64, because the two kinds of normalization round differently.
     images = [read_pixels(g).double() for g in scenes[:2]]
     frozen, trained = frozen.double().eval(), trained.double().eval()
     with torch.no_grad():
         torch.testing.assert_close(frozen.features(images).levels, trained.features(images).levels)
-    regions = RegionFeatures(dim=64)
-    regions.load_box_head(frozen.float())
-    for head in (regions.object_head, regions.union_head):
-        torch.testing.assert_close(head.state_dict(), frozen.model.roi_heads.box_head.state_dict())
 
 
-def test_torchvision_weights_were_trained_with_an_epsilon_of_0(monkeypatch):
-    """Of torchvision's own builder, whose weights are random here, the same image gives the same pyramid."""
+def test_torchvision_weights_are_used_with_an_epsilon_of_0(monkeypatch):
+    """The reference is torchvision's own detector, here with random weights and small variances."""
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
     norms = [module for module in theirs.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for module in norms:
         module.eps = 0.0
-        module.running_var.uniform_(1e-6, 2e-5)  # where the epsilon matters
+        module.running_var.uniform_(1e-6, 2e-5)  # so small that an epsilon would matter
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, *args, **options: theirs.state_dict())
     ours = Detector(91, backbone="resnet50", min_size=64, max_size=64)
     ours.load_weights("torchvision")
@@ -225,7 +247,7 @@ def test_torchvision_weights_were_trained_with_an_epsilon_of_0(monkeypatch):
     torch.testing.assert_close(ours.model.rpn.state_dict(), theirs.rpn.state_dict())
 
 
-def test_slivers_are_refused(detector):
+def test_images_more_than_96_times_as_long_as_wide_are_refused(detector):
     assert detector.features([torch.zeros(3, 2, 192)]).levels
     with pytest.raises(ValueError, match="at most 96 times the short side, got 193 x 2 pixels"):
         detector.features([torch.zeros(3, 2, 193)])
@@ -234,30 +256,30 @@ def test_slivers_are_refused(detector):
 # ---- image files
 
 
-def test_images_of_any_mode_are_rgb(tmp_path):
+def test_images_of_any_mode_are_read_as_rgb(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    grey = torch.randint(256, (20, 30), generator=generator, dtype=torch.uint8).numpy()
-    image = Image.fromarray(grey)
-    deep = Image.fromarray(grey.astype("uint16") * 256)
+    gray = torch.randint(256, (20, 30), generator=generator, dtype=torch.uint8).numpy()
+    image = Image.fromarray(gray)
+    deep = Image.fromarray(gray.astype("uint16") * 256)
     files = {f"{mode}.png": image.convert(mode) for mode in ("L", "RGB", "RGBA", "P")} | {"deep.png": deep}
     for name, content in files.items():
         content.save(tmp_path / name)
         loaded = torch.tensor(list(load_image(tmp_path / name).getdata())).reshape(20, 30, 3)
-        assert torch.equal(loaded, torch.tensor(grey).long()[..., None].expand(20, 30, 3)), name
+        assert torch.equal(loaded, torch.tensor(gray).long()[..., None].expand(20, 30, 3)), name
     image.convert("CMYK").save(tmp_path / "cmyk.jpg")
     assert load_image(tmp_path / "cmyk.jpg").mode == "RGB"
 
 
-def test_photographs_are_turned_upright_and_data_sets_images_are_not(tmp_path):
+def test_images_are_turned_upright_only_on_request(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
     Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == image_size(tmp_path / "turned.jpg") == (30, 20)
     assert load_image(tmp_path / "turned.jpg", upright=True).size == (20, 30)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", None])
-def test_broken_images_are_named(tmp_path, content):
+def test_unreadable_images_are_refused_by_name(tmp_path, content):
     path = tmp_path / "broken.png"
     Image.effect_noise((60, 60), 50).save(path)
     path.write_bytes(path.read_bytes()[:600] if content is None else content)
@@ -285,7 +307,7 @@ def test_union_features_are_pooled_from_every_level(regions, features, scenes):
     torch.testing.assert_close(ours[3:4], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_pairs_in_parts_are_pairs_at_once(regions, features, scenes, monkeypatch):
+def test_pairs_in_parts_give_the_same_features_as_all_at_once(regions, features, scenes, monkeypatch):
     boxes, pairs = [g.boxes for g in scenes], [torch.tensor([[0, 1], [2, 0], [1, 2]])] * 4
     at_once = regions.pairs(features, boxes, pairs)
     monkeypatch.setattr("sgalign.models.regions.PAIRS_AT_ONCE", 5)
@@ -293,7 +315,7 @@ def test_pairs_in_parts_are_pairs_at_once(regions, features, scenes, monkeypatch
 
 
 def test_scales_do_not_depend_on_the_first_images(detector, regions, scenes):
-    """A thin image first: its levels are a pixel or two wide, from which no scale can be told."""
+    """A thin image comes first. Its feature maps are a pixel or two wide, too little to infer their scales."""
     torch.manual_seed(1)
     fresh = RegionFeatures(dim=24).eval()
     fresh.load_state_dict(regions.state_dict())
@@ -304,7 +326,7 @@ def test_scales_do_not_depend_on_the_first_images(detector, regions, scenes):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_rectangles():
+def test_rectangle_masks_mark_every_cell_that_a_box_touches():
     masks = rectangle_masks(torch.tensor([[0.0, 0, 1, 1], [0.5, 0, 0.51, 1], [0.1, 0.2, 0.3, 0.9], [1, 1, 1, 1]]))
     assert masks.shape == (4, 27, 27) and masks[0].all() and masks[1].sum() == 27 and masks[3].sum() == 1
     for y in range(27):
@@ -313,14 +335,14 @@ def test_rectangles():
             assert masks[2, y, x] == touches
 
 
-def test_no_objects_and_no_pairs(regions, features, scenes):
+def test_images_without_objects_or_pairs_have_no_features(regions, features, scenes):
     boxes = [scenes[0].boxes, torch.zeros(0, 4), scenes[2].boxes[:1], torch.zeros(0, 4)]
     none = torch.zeros(0, 2, dtype=torch.int64)
     assert regions.objects(features, boxes).shape == (len(scenes[0].boxes) + 1, 24)
     assert regions.pairs(features, boxes, [none] * 4).shape == (0, 24)
 
 
-def test_heads_start_as_the_detectors(detector):
+def test_region_heads_start_with_the_weights_of_the_detector(detector):
     regions = RegionFeatures(dim=1024)
     regions.load_box_head(detector)
     theirs = detector.model.roi_heads.box_head
@@ -328,11 +350,18 @@ def test_heads_start_as_the_detectors(detector):
     assert torch.equal(regions.union_head.fc7.bias, theirs.fc7.bias)
 
 
+def test_small_region_heads_start_with_all_weights_of_the_detector():
+    detector, regions = Detector(CLASSES, **SIZES, head_dim=64), RegionFeatures(dim=64)
+    regions.load_box_head(detector)
+    for head in (regions.object_head, regions.union_head):
+        torch.testing.assert_close(head.state_dict(), detector.model.roi_heads.box_head.state_dict())
+
+
 # ---- cache
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
-def test_cached_features_are_those_seen(detector, regions, scenes, tmp_path, half):
+def test_cached_features_equal_those_computed_from_the_images(detector, regions, scenes, tmp_path, half):
     cache_features(scenes, detector, regions, tmp_path, half=half)
     cache = pickle.loads(pickle.dumps(FeatureCache(tmp_path)))
     batch = cache.add_to(collate(scenes, 20))
@@ -351,7 +380,9 @@ def test_cached_features_are_those_seen(detector, regions, scenes, tmp_path, hal
         torch.testing.assert_close(batch.features.unions[: len(pairs)], union, **tolerance)
 
 
-def test_an_interrupted_cache_goes_on(detector, regions, scenes, tmp_path, monkeypatch):
+def test_an_interrupted_cache_is_completed_without_rewriting_its_files(
+    detector, regions, scenes, tmp_path, monkeypatch
+):
     monkeypatch.setattr("sgalign.commands.cache_features.IMAGES_A_FILE", 1)
 
     def fails():
@@ -364,12 +395,12 @@ def test_an_interrupted_cache_goes_on(detector, regions, scenes, tmp_path, monke
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.h5")}
     cache_features(scenes[:2], detector, regions, tmp_path)
     assert scenes[1].image_id in FeatureCache(tmp_path)
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "what was there is left alone"
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
-def test_a_deleted_file_of_a_cache_is_made_again(detector, regions, scenes, tmp_path, monkeypatch):
+def test_a_deleted_file_of_a_cache_is_written_again(detector, regions, scenes, tmp_path, monkeypatch):
     monkeypatch.setattr("sgalign.commands.cache_features.IMAGES_A_FILE", 1)
-    cache_features([*scenes[:3], scenes[0]], detector, regions, tmp_path)  # one image twice
+    cache_features([*scenes[:3], scenes[0]], detector, regions, tmp_path)  # has an image twice
     sorted(tmp_path.glob("*.h5"))[1].unlink()
     cache_features(scenes[:4], detector, regions, tmp_path)
     cache = FeatureCache(tmp_path)
@@ -377,56 +408,70 @@ def test_a_deleted_file_of_a_cache_is_made_again(detector, regions, scenes, tmp_
 
 
 def test_an_incomplete_cache_is_refused_when_the_data_are_read(detector, regions, scenes, tmp_path):
-    from sgalign.training.datamodule import SceneGraphData
-
     cache_features(scenes[:2], detector, regions, tmp_path)
     with pytest.raises(ValueError, match="must have features of all 500 images of the validation split, but lacks 498"):
         _ = SceneGraphData(features=str(tmp_path)).validation
+
+
+def test_a_missing_cache_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="must be a folder that sgalign cache-features has filled"):
         SceneGraphData(features=str(tmp_path / "nowhere"))
 
 
-def test_caches_of_other_weights_boxes_or_images_are_refused(detector, regions, scenes, tmp_path, monkeypatch):
-    torn = tmp_path / "torn"
-    cache_features(scenes[:1], detector, regions, torn)
-    path = next(torn.glob("*.h5"))
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"{path.name}: must be a feature file, but is not one or is cut short"):
-        FeatureCache(torn)["x"]
+def test_an_incomplete_file_of_a_cache_is_refused_by_name(detector, regions, scenes, tmp_path):
     cache_features(scenes[:1], detector, regions, tmp_path)
-    with pytest.raises(ValueError, match="its features have weights .* choose another folder"):
-        cache_features(scenes[:1], detector, RegionFeatures(dim=24), tmp_path)
+    path = next(tmp_path.glob("*.h5"))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{path.name}: not a file of features, or cut short"):
+        FeatureCache(tmp_path)["x"]
+
+
+@pytest.fixture(scope="module")
+def cache_of_one(detector, regions, scenes, tmp_path_factory):
+    """The folder of a cache of the first image, which no test changes."""
+    folder = tmp_path_factory.mktemp("cache")
+    cache_features(scenes[:1], detector, regions, folder)
+    return folder
+
+
+def test_a_cache_of_other_weights_is_not_extended(cache_of_one, detector, scenes):
+    with pytest.raises(ValueError, match="has features of weights .* choose another folder"):
+        cache_features(scenes[:1], detector, RegionFeatures(dim=24), cache_of_one)
+
+
+def test_a_cache_of_images_of_other_sizes_is_not_extended(cache_of_one, detector, regions, scenes, monkeypatch):
     monkeypatch.setattr(detector.model.transform, "max_size", 128)
-    with pytest.raises(ValueError, match=r"have sizes \(64,\), 96, but the new ones would have \(64,\), 128"):
-        cache_features(scenes[:1], detector, regions, tmp_path)
-    monkeypatch.undo()
-    cache = FeatureCache(tmp_path)
+    with pytest.raises(ValueError, match=r"has features of sizes \(64,\), 96, not \(64,\), 128"):
+        cache_features(scenes[:1], detector, regions, cache_of_one)
+
+
+def test_an_image_that_is_not_cached_is_refused(cache_of_one, scenes):
     with pytest.raises(ValueError, match="has no features of image"):
-        cache.add_to(collate(scenes[1:2], 20))
+        FeatureCache(cache_of_one).add_to(collate(scenes[1:2], 20))
+
+
+def test_cached_features_of_other_boxes_are_refused(cache_of_one, scenes):
     batch = collate(scenes[:1], 20)
-    with pytest.raises(ValueError, match="the cached boxes of image"):
-        cache.add_to(batch._replace(boxes=batch.boxes + 1))
+    with pytest.raises(ValueError, match="cached with other boxes"):
+        FeatureCache(cache_of_one).add_to(batch._replace(boxes=batch.boxes + 1))
 
 
-# ---- training and prediction, of every protocol
+# ---- training and prediction
 
 
 @pytest.fixture(scope="module")
 def data():
-    from sgalign.training.datamodule import SceneGraphData
-
     data = SceneGraphData(images=True, batch_size=2)
     data.train, data.validation, data.test = data.train[:4], data.validation[:2], data.test[:2]
     return data
 
 
 def fitted(kind, data, tmp_path=None, **options):
-    import lightning.pytorch as pl
-
+    """Train a model for an epoch and save its checkpoint, if there is a folder. Return the model and the trainer."""
     sizes = SIZES | {"detections_per_image": 6, "embed_dim": 8, "hidden_dim": 8, "relation_dim": 16, "vision": "images"}
     pl.seed_everything(0, verbose=False)
     module = kind(**(sizes | options))
-    trainer = small_trainer()
+    trainer = trainer_without_sanity_check()
     trainer.fit(module, datamodule=data)
     if tmp_path is not None:
         trainer.save_checkpoint(tmp_path / "model.ckpt")
@@ -434,16 +479,14 @@ def fitted(kind, data, tmp_path=None, **options):
 
 
 @pytest.mark.parametrize("protocol", ["predcls", "sgcls", "sgdet"])
-def test_protocols_train_from_images(data, protocol):
-    from sgalign.training import AlignMotifsModule
-
+def test_each_protocol_trains_all_but_the_detector_from_images(data, protocol):
     module, trainer = fitted(AlignMotifsModule, data, protocol=protocol)
     metrics = trainer.callback_metrics
     assert ("train/objects" in metrics) == (protocol != "predcls") and metrics["train/alignment"] >= 0
     assert 0 <= metrics["val/R@100"] <= 1
     graph = module.see(collate(data.train[:2], 20, pixels=True)).graph
     if protocol == "sgdet":
-        assert len(graph.boxes) != len(collate(data.train[:2], 20).boxes), "objects are detections"
+        assert len(graph.boxes) != len(collate(data.train[:2], 20).boxes), "in sgdet, the objects must be detections"
     module.train()
     loss, _ = module.losses(collate(data.train[:2], 20, pixels=True), 0)
     module.zero_grad()
@@ -452,49 +495,55 @@ def test_protocols_train_from_images(data, protocol):
     assert not missing and all(p.grad is None for p in module.vision.detector.parameters())
 
 
-def test_decoded_labels_are_not_told_at_evaluation(data):
-    from sgalign.training import MotifsModule
-
+def test_annotated_labels_do_not_influence_predictions_in_sgcls(data):
     module, _ = fitted(MotifsModule, data, protocol="sgcls")
     batch = collate(data.test, 20, pixels=True)
-    told = batch._replace(labels=torch.ones_like(batch.labels))
+    others = batch._replace(labels=torch.ones_like(batch.labels))
     module.eval()
-    for ours, theirs in zip(module.predictions(batch), module.predictions(told)):
+    for ours, theirs in zip(module.predictions(batch), module.predictions(others)):
         assert torch.equal(ours["labels"], theirs["labels"])
         torch.testing.assert_close(ours["predicate_scores"], theirs["predicate_scores"])
 
 
-def test_training_from_the_cache_equals_training_from_images(data, tmp_path):
-    """With what is before the cache not trained: logits of the same network."""
-    from sgalign.training import MotifsModule
-    from sgalign.training.datamodule import SceneGraphData, collate_for
+def cached_motifs(relation_dim=16):
+    """Return a model of cached features that was not trained."""
+    sizes = {"embed_dim": 8, "hidden_dim": 8, "relation_dim": relation_dim}
+    module = MotifsModule(protocol="sgcls", vision="cached", **sizes)
+    module.make_network(torch.ones(17, 17, 21))
+    return module
 
+
+def test_a_model_gives_the_same_logits_from_cached_features_and_from_images(data, tmp_path):
     module, _ = fitted(MotifsModule, data, protocol="sgcls")
     cache_features(data.test, module.vision.detector, module.vision.regions, tmp_path)
-    sizes = {"embed_dim": 8, "hidden_dim": 8, "relation_dim": 16}
-    cached, wrong = (MotifsModule(protocol="sgcls", vision="cached", **sizes | s) for s in ({}, {"relation_dim": 8}))
-    for made in (cached, wrong):
-        made.make_network(torch.ones(17, 17, 21))
+    cached = cached_motifs()
     cached.network, cached.relation_loss = module.network.eval(), module.relation_loss
     batch = collate_for(data.test[:1], 20, cache=FeatureCache(tmp_path))
     module.eval()
     expected = module(module.see(collate(data.test[:1], 20, pixels=True)))
     ours = cached.eval()(cached.see(batch))
     torch.testing.assert_close(ours.logits, expected.logits, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="data.features must be a folder of cached features"):
-        cached.see(collate(data.test[:1], 20))
-    with pytest.raises(ValueError, match="relation_dim must be 16, as in the cached features, got 8"):
-        wrong.see(batch)
-    with pytest.raises(ValueError, match="vision must be images for sgdet, got 'cached'"):
-        MotifsModule(protocol="sgdet", vision="cached")
     assert SceneGraphData(features=str(tmp_path)).cache is not None
 
 
-def test_a_model_is_not_tested_on_features_of_other_weights(data, detector, tmp_path):
-    from sgalign.training import MotifsModule
-    from sgalign.training.datamodule import SceneGraphData
+def test_a_model_of_cached_features_needs_data_with_features(data):
+    with pytest.raises(ValueError, match="data must have features: FOLDER"):
+        cached_motifs().see(collate(data.test[:1], 20))
 
-    def seen(folder, seed):
+
+def test_a_model_of_another_size_than_the_cached_features_is_refused(data, detector, tmp_path):
+    cache_features(data.test[:1], detector, RegionFeatures(dim=16), tmp_path)
+    with pytest.raises(ValueError, match="relation_dim must be that of the features, 16, got 8"):
+        cached_motifs(relation_dim=8).see(collate_for(data.test[:1], 20, cache=FeatureCache(tmp_path)))
+
+
+def test_sgdet_cannot_use_cached_features():
+    with pytest.raises(ValueError, match="vision must be images for sgdet, got 'cached'"):
+        MotifsModule(protocol="sgdet", vision="cached")
+
+
+def test_a_model_is_not_evaluated_on_features_of_other_weights(data, detector, tmp_path):
+    def with_features(folder, seed):
         torch.manual_seed(seed)
         cache_features([*data.train, *data.validation, *data.test], detector, RegionFeatures(dim=16), folder)
         cached = SceneGraphData(batch_size=2)
@@ -502,7 +551,7 @@ def test_a_model_is_not_tested_on_features_of_other_weights(data, detector, tmp_
         cached.cache = FeatureCache(folder)
         return cached
 
-    own, others = seen(tmp_path / "own", 1), seen(tmp_path / "others", 2)
+    own, others = with_features(tmp_path / "own", 1), with_features(tmp_path / "others", 2)
     module, trainer = fitted(MotifsModule, own, tmp_path, vision="cached")
     with pytest.raises(ValueError, match="data.features must come from the same detector weights"):
         trainer.test(module, datamodule=others, verbose=False)
@@ -514,44 +563,33 @@ def test_a_model_is_not_tested_on_features_of_other_weights(data, detector, tmp_
             evaluate(fresh, datamodule=others, ckpt_path=str(tmp_path / "model.ckpt"), weights_only=True)
 
 
-def small_trainer():
-    from trainers import trainer
-
-    return trainer(num_sanity_val_steps=0)
-
-
-def test_detector_trains(data):
-    from sgalign.training import DetectorModule
-
-    module, trainer, start = DetectorModule(**SIZES), small_trainer(), {}
+def test_training_changes_every_weight_of_the_detector(data):
+    module, trainer, start = DetectorModule(**SIZES), trainer_without_sanity_check(), {}
     module.on_train_start = lambda: start.update({name: p.detach().clone() for name, p in module.named_parameters()})
     trainer.fit(module, datamodule=data)
     assert start and not [name for name, p in module.named_parameters() if torch.equal(start[name], p)]
     assert {"train/classifier", "train/box_reg", "train/objectness"} <= trainer.callback_metrics.keys()
 
 
-def test_found_are_annotated_objects_with_a_detection_of_their_class(data, monkeypatch):
-    from sgalign.training import DetectorModule
-
+def test_the_found_share_counts_annotated_objects_with_a_detection_of_their_class(data, monkeypatch):
     def detect(self, features):
-        """Of the first image all but the last object, of the second all, with the right class for the first alone."""
+        """Return a detection of each object, some of them wrong.
+
+        In the first image, the last box is wrong. In the second image, all classes but the first are wrong.
+        """
         first, second = ((graph.boxes.clone(), graph.labels.clone()) for graph in data.validation)
         first[0][-1] += 10000
         second[1][1:] = min(set(range(1, CLASSES)) - set(second[1].tolist()))
         return [ObjectDetections(*image, *torch.ones(3, len(image[0]), 1)) for image in (first, second)]
 
     monkeypatch.setattr(Detector, "detect", detect)
-    (figures,) = small_trainer().validate(DetectorModule(**SIZES), datamodule=data, verbose=False)
+    (figures,) = trainer_without_sanity_check().validate(DetectorModule(**SIZES), datamodule=data, verbose=False)
     counts = [len(graph.boxes) for graph in data.validation]
     assert figures["val/found"] == pytest.approx((counts[0] - 1 + 1) / sum(counts))
 
 
-def test_found_objects_are_written_for_other_models(data, tmp_path):
-    from sgalign.data import read_detections
-    from sgalign.training import DetectionWriter, DetectorModule
-
-    trainer = small_trainer()
-    trainer.callbacks.append(DetectionWriter(tmp_path / "found.json"))
+def test_the_detection_writer_writes_a_file_that_can_be_read_back(data, tmp_path):
+    trainer = trainer_without_sanity_check(callbacks=[DetectionWriter(tmp_path / "found.json")])
     (batch,) = trainer.predict(DetectorModule(**SIZES), datamodule=data)
     found = read_detections(tmp_path / "found.json", CLASSES - 1)
     assert list(found) == [image["image_id"] for image in batch] == [graph.image_id for graph in data.test]
@@ -560,53 +598,53 @@ def test_found_objects_are_written_for_other_models(data, tmp_path):
             torch.testing.assert_close(written, expected)
 
 
-def test_a_model_that_looks_needs_images(data):
-    from sgalign.training import MotifsModule
-
+def test_a_model_that_reads_images_needs_data_with_images(data):
     module, _ = fitted(MotifsModule, data, protocol="predcls")
     with pytest.raises(ValueError, match="data.images must be true"):
         module.see(collate(data.test, 20))
 
 
-@pytest.mark.parametrize("protocol", ["predcls", "sgdet"])
-def test_predict_images(data, tmp_path, capsys, protocol):
-    from sgalign.training import MotifsModule
+@pytest.fixture(scope="module", params=["predcls", "sgdet"])
+def protocol(request):
+    return request.param
 
-    fitted(MotifsModule, data, tmp_path, protocol=protocol)
+
+@pytest.fixture(scope="module")
+def checkpoint(protocol, data, tmp_path_factory):
+    """The checkpoint of a model of the protocol."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    fitted(MotifsModule, data, folder, protocol=protocol)
+    return folder / "model.ckpt"
+
+
+@pytest.fixture
+def photographs(data, tmp_path):
+    """A folder with two images, one unreadable image and another file."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     for number, graph in enumerate(data.test):
         graph.image().save(folder / f"{number}.jpg")
     (folder / "notes.txt").write_text("not an image")
     (folder / "torn.png").write_bytes(b"\x89PNG torn")
-    arguments = [
-        "predict",
-        str(folder),
-        "--checkpoint",
-        str(tmp_path / "model.ckpt"),
-        "--out",
-        str(tmp_path / "g.json"),
-    ]
+    return folder
+
+
+@pytest.fixture
+def command(protocol, checkpoint, photographs, data, tmp_path):
+    """The command that predicts the photographs. PredCls needs detections."""
+    command = ["predict", str(photographs), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "g.json")]
     if protocol == "predcls":
-        assert cli.main(arguments) == 1
-        assert "a model with protocol predcls needs --detections FILE" in capsys.readouterr().err
         boxes = [graph.boxes.tolist() for graph in data.test]
         found = {
             f"{i}.jpg": {"boxes_xyxy": b, "labels": [1] * len(b), "scores": [0.5] * len(b)} for i, b in enumerate(boxes)
         }
         (tmp_path / "d.json").write_text(json.dumps(found))
-        arguments += ["--detections", str(tmp_path / "d.json")]
-    before = sorted((p.name, p.read_bytes()) for p in folder.iterdir())
-    over = ["predict", str(folder), "--checkpoint", str(tmp_path / "model.ckpt"), "--draw", "--out"]
-    for out, message in (
-        (f"{folder}.json", "must not name the folder of the images"),
-        ("graphs", "must have a suffix"),
-    ):
-        with pytest.raises(SystemExit):
-            cli.main([*over, out])
-        assert message in capsys.readouterr().err
-    assert sorted((p.name, p.read_bytes()) for p in folder.iterdir()) == before
-    assert cli.main([*arguments, "--draw", "--top-k", "5"]) == 1  # for the torn one
+        command += ["--detections", str(tmp_path / "d.json")]
+    return command
+
+
+def test_predict_writes_and_draws_graphs_and_skips_unreadable_images(command, tmp_path, capsys):
+    assert cli.main([*command, "--draw", "--top-k", "5"]) == 1  # because of the unreadable image
     assert "skipped: " in (error := capsys.readouterr().err) and "torn.png" in error
     graphs = json.loads((tmp_path / "g.json").read_text())
     assert [graph["image_id"] for graph in graphs] == ["0.jpg", "1.jpg"]
@@ -615,39 +653,66 @@ def test_predict_images(data, tmp_path, capsys, protocol):
         for triplet in graph["triplets"]:
             assert 0 <= triplet["subject"] < len(graph["objects"]) and 0 <= triplet["score"] <= 1
     assert sorted(p.name for p in (tmp_path / "g").iterdir()) == ["0.jpg.png", "1.jpg.png"]
-    (folder / "torn.png").unlink()
-    assert cli.main(arguments) == 0
 
 
-def test_triplets_by_pair_or_by_predicate():
-    from sgalign.training.writers import describe
-
-    prediction = {
-        "image_id": "x", "boxes": torch.zeros(3, 4), "labels": torch.tensor([1, 2, 1]),
-        "scores": torch.tensor([1.0, 0.5, 0.1]), "pairs": torch.tensor([[0, 1], [1, 2]]),
-        "predicate_scores": torch.tensor([[0.1, 0.5, 0.4], [0.0, 0.3, 0.7]]),
-    }  # fmt: skip
-    names = ["bg", "cat", "mat"], ["bg", "on", "by"]
-
-    def triplets(**options):
-        found = describe(prediction, *names, **options)["triplets"]
-        return [(t["subject"], t["predicate"], t["object"], t["score"]) for t in found]
-
-    best = [(0, "on", 1, 0.25), (1, "by", 2, 0.035)]
-    assert triplets(top_k=9) == best and triplets(top_k=1) == best[:1]
-    every = [(0, "on", 1, 0.25), (0, "by", 1, 0.2), (1, "by", 2, 0.035), (1, "on", 2, 0.015)]
-    assert triplets(top_k=9, all_predicates=True) == every
-    none = {"pairs": torch.zeros(0, 2).long(), "predicate_scores": torch.zeros(0, 3)}
-    assert describe(prediction | none, *names, 5)["triplets"] == []
+def test_predict_succeeds_if_all_images_can_be_read(command, photographs):
+    (photographs / "torn.png").unlink()
+    assert cli.main(command) == 0
 
 
-def test_predict_says_what_is_wrong(tmp_path, capsys):
-    for arguments, message in (
-        (["nowhere", "--checkpoint", "none.ckpt"], "none.ckpt: no such checkpoint"),
-        (["nowhere"], None),
+def test_predict_does_not_write_into_the_folder_of_the_images(checkpoint, photographs, capsys):
+    before = sorted((p.name, p.read_bytes()) for p in photographs.iterdir())
+    over = ["predict", str(photographs), "--checkpoint", str(checkpoint), "--draw", "--out"]
+    for out, message in (
+        (f"{photographs}.json", "must not name the folder of the images"),
+        ("graphs", "must end in .json"),
     ):
-        if message is None:
-            with pytest.raises(SystemExit):
-                cli.main(["predict", *arguments])
-        else:
-            assert cli.main(["predict", *arguments]) == 1 and message in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            cli.main([*over, out])
+        assert message in capsys.readouterr().err
+    assert sorted((p.name, p.read_bytes()) for p in photographs.iterdir()) == before
+
+
+@pytest.mark.parametrize("protocol", ["predcls"], indirect=True)
+def test_predict_needs_detections_for_predcls(checkpoint, photographs, tmp_path, capsys):
+    arguments = ["predict", str(photographs), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "g.json")]
+    assert cli.main(arguments) == 1
+    assert "is of protocol predcls: it needs --detections FILE" in capsys.readouterr().err
+
+
+def test_predict_reports_a_missing_checkpoint(capsys):
+    assert cli.main(["predict", "nowhere", "--checkpoint", "none.ckpt"]) == 1
+    assert "no checkpoint none.ckpt" in capsys.readouterr().err
+
+
+def test_predict_needs_a_checkpoint():
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "nowhere"])
+
+
+PREDICTION = {
+    "image_id": "x", "boxes": torch.zeros(3, 4), "labels": torch.tensor([1, 2, 1]),
+    "scores": torch.tensor([1.0, 0.5, 0.1]), "pairs": torch.tensor([[0, 1], [1, 2]]),
+    "predicate_scores": torch.tensor([[0.1, 0.5, 0.4], [0.0, 0.3, 0.7]]),
+}  # fmt: skip
+NAMES = ["bg", "cat", "mat"], ["bg", "on", "by"]
+
+
+def described_triplets(**options):
+    found = describe(PREDICTION, *NAMES, **options)["triplets"]
+    return [(t["subject"], t["predicate"], t["object"], t["score"]) for t in found]
+
+
+def test_a_described_graph_has_the_best_triplet_of_each_pair():
+    best = [(0, "on", 1, 0.25), (1, "by", 2, 0.035)]
+    assert described_triplets(top_k=9) == best and described_triplets(top_k=1) == best[:1]
+
+
+def test_a_described_graph_can_have_all_predicates_of_each_pair():
+    every = [(0, "on", 1, 0.25), (0, "by", 1, 0.2), (1, "by", 2, 0.035), (1, "on", 2, 0.015)]
+    assert described_triplets(top_k=9, all_predicates=True) == every
+
+
+def test_a_described_graph_without_pairs_has_no_triplets():
+    none = {"pairs": torch.zeros(0, 2).long(), "predicate_scores": torch.zeros(0, 3)}
+    assert describe(PREDICTION | none, *NAMES, 5)["triplets"] == []

@@ -1,4 +1,4 @@
-"""Files in the layouts of VG150, VRD and COCO with relations: what is written is read back, and bad files are named."""
+"""Tests of the writers and readers of the layouts of VG150, VRD and COCO with relations."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def vg150(folders, tmp_path):
 
 
 def edit(root, name, change):
-    """Replaces an array of the HDF5 file; None removes it."""
+    """Replace an array of the HDF5 file by `change(array)`, or remove it if that is None."""
     with h5py.File(root / "VG-SGG.h5", "a") as file:
         value = file[name][()]
         del file[name]
@@ -49,15 +49,15 @@ def edit(root, name, change):
             file[name] = value
 
 
-def triples(graph):
+def class_triplets(graph):
     return sorted((int(graph.labels[s]), int(graph.labels[o]), p) for s, o, p in graph.relations.tolist())
 
 
-# ---- what is written is read back
+# ---- written files give back the same scenes
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_vg150_round_trip(scenes, folders, split):
+def test_scenes_in_the_layout_of_vg150_are_read_back(scenes, folders, split):
     dataset = open_dataset(folders / "vg150", split)
     assert isinstance(dataset, VG150Dataset) and dataset.object_names == ScenesDataset("train").object_names
     expected = [g for g in scenes[split] if len(g.relations)]
@@ -65,14 +65,14 @@ def test_vg150_round_trip(scenes, folders, split):
     for graph, scene in zip((dataset[i] for i in range(len(dataset))), expected):
         assert (graph.width, graph.height) == (scene.width, scene.height)
         assert graph.image().size == (scene.width, scene.height)
-        if split != "train":  # training images lose relations of boxes apart
+        if split != "train":  # training images lose relations between boxes that do not overlap
             assert torch.equal(graph.labels, scene.labels) and torch.equal(graph.relations, scene.relations)
             unit = max(scene.width, scene.height) / 1024
             assert (graph.boxes - scene.boxes).abs().max() <= 2 * unit + 1e-3
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_coco_round_trip(scenes, folders, split):
+def test_scenes_in_the_layout_of_coco_are_read_back(scenes, folders, split):
     dataset = open_dataset(folders / "coco", split)
     assert isinstance(dataset, CocoDataset) and dataset.predicate_names == ScenesDataset("train").predicate_names
     for graph, scene in zip((dataset[i] for i in range(len(dataset))), scenes[split], strict=True):
@@ -80,48 +80,50 @@ def test_coco_round_trip(scenes, folders, split):
         assert torch.equal(graph.labels, scene.labels) and torch.equal(graph.relations, scene.relations)
 
 
-def test_vrd_round_trip(scenes, folders):
+def test_scenes_in_the_layout_of_vrd_are_read_back(scenes, folders):
     parts = [open_dataset(folders / "vrd", split, validation_images=4) for split in ("train", "validation")]
     assert all(isinstance(part, VRDDataset) for part in parts)
-    read = sorted(triples(part[i]) for part in parts for i in range(len(part)))
-    assert read == sorted(triples(scene) for split in ("train", "validation") for scene in scenes[split])
+    read = sorted(class_triplets(part[i]) for part in parts for i in range(len(part)))
+    assert read == sorted(class_triplets(scene) for split in ("train", "validation") for scene in scenes[split])
 
 
-def test_conversion(folders, tmp_path, capsys):
-    out = tmp_path / "converted"
-    assert (
-        cli.main(["make-dataset", str(out), "--format", "coco", "--source", str(folders / "vg150"), "--no-images"]) == 0
-    )
+def test_vg150_is_converted_to_coco_without_loss(folders, tmp_path):
+    out, source = tmp_path / "converted", folders / "vg150"
+    assert cli.main(["make-dataset", str(out), "--format", "coco", "--source", str(source), "--no-images"]) == 0
     before, after = VG150Dataset(folders / "vg150", "test"), CocoDataset(out, "test")
     for i in range(len(before)):
-        assert triples(before[i]) == triples(after[i]) and before[i].image_id == after[i].image_id
+        assert class_triplets(before[i]) == class_triplets(after[i]) and before[i].image_id == after[i].image_id
         torch.testing.assert_close(before[i].boxes, after[i].boxes)
 
 
-def test_few_photographs(folders, tmp_path):
+def test_a_few_photographs_are_shrunk_with_their_boxes(folders, tmp_path):
     out, command = tmp_path / "few", ["--format", "coco", "--source", str(folders / "vg150"), "--few", "2"]
     assert cli.main(["make-dataset", str(out), *command, "--long-side", "100"]) == 0
     whole = VG150Dataset(folders / "vg150", "test")
     whole = {graph.image_id: graph for graph in map(whole.__getitem__, range(len(whole)))}
     parts = [CocoDataset(out, split) for split in ("train", "validation", "test")]
+    chosen = sorted(n for n, g in whole.items() if len(g.relations))[:2]
     for part in parts:
-        assert [part[i].image_id for i in range(len(part))] == sorted(n for n, g in whole.items() if len(g.relations))[
-            :2
-        ]
+        assert [part[i].image_id for i in range(len(part))] == chosen
         for graph in map(part.__getitem__, range(2)):
             before = whole[graph.image_id]
             assert max(graph.width, graph.height) == 100 and graph.image().size == (graph.width, graph.height)
             scale = torch.tensor([graph.width / before.width, graph.height / before.height] * 2)
             torch.testing.assert_close(graph.boxes, before.boxes * scale, rtol=1e-3, atol=0.01)
             assert torch.equal(graph.relations, before.relations)
+
+
+def test_a_few_photographs_need_a_source(tmp_path):
     with pytest.raises(SystemExit):
         cli.main(["make-dataset", str(tmp_path / "no"), "--few", "2"])
-    assert (
-        cli.main(["make-dataset", str(tmp_path / "no"), *command[:-1], "999"]) == 1 and not (tmp_path / "no").exists()
-    )
 
 
-def test_make_dataset(tmp_path, capsys, monkeypatch):
+def test_more_photographs_than_the_source_has_are_refused(folders, tmp_path):
+    command = ["--format", "coco", "--source", str(folders / "vg150"), "--few", "999"]
+    assert cli.main(["make-dataset", str(tmp_path / "no"), *command]) == 1 and not (tmp_path / "no").exists()
+
+
+def test_make_dataset_writes_images_into_a_new_folder_only(tmp_path, capsys):
     out = tmp_path / "new"
     assert cli.main(["make-dataset", str(out), "--sizes", "3", "2", "2", "--format", "vrd"]) == 0
     assert "wrote" in capsys.readouterr().out and len(list((out / "images").iterdir())) == 7
@@ -129,16 +131,18 @@ def test_make_dataset(tmp_path, capsys, monkeypatch):
         cli.main(["make-dataset", str(out)])
     assert "must be a new or an empty folder" in capsys.readouterr().err
 
+
+def test_make_dataset_leaves_nothing_behind_if_the_disk_is_full(tmp_path, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("sgalign.data.vg150.save_image", full)
     assert cli.main(["make-dataset", str(tmp_path / "full"), "--sizes", "1", "1", "1"]) == 1
     assert "No space left" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["new"], "nothing half made"
+    assert not list(tmp_path.iterdir())
 
 
-def test_no_layout(tmp_path):
+def test_a_folder_without_a_known_layout_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"annotations_train.json \(VRD\), a .h5 file \(VG150\) or rel.json"):
         open_dataset(tmp_path, "train")
 
@@ -147,7 +151,7 @@ def test_no_layout(tmp_path):
 
 
 def small_vg150(root, **arrays):
-    """Two training images, one test image: by hand."""
+    """Write a folder with two training images and one test image. `arrays` replace these, None removes one."""
     content = {
         "boxes_1024": np.array([[101, 51, 101, 51], [300, 300, 200, 200], [512, 512, 64, 65], [600, 512, 200, 64],
                                 [900, 100, 300, 100], [50, 50, 100, 100]], np.int32),
@@ -171,42 +175,66 @@ def small_vg150(root, **arrays):
     return root
 
 
-def test_boxes_are_cut_off_in_integers(tmp_path):
-    dataset = VG150Dataset(small_vg150(tmp_path / "vg"), "test")
-    # 900 - 150, 100 - 50; the third dimension is not clipped in the test part: 1050
-    assert dataset[0].boxes.tolist() == [[750, 50, 1050, 150], [0, 0, 100, 100]]
-    train = VG150Dataset(tmp_path / "vg", "train", validation_images=0)
-    # the boxes of the first image do not overlap: it has no relation left
-    assert [train[i].image_id for i in range(len(train))] == ["8.jpg"]
-    # 512 - 32.5 = 479.5 becomes 479
+@pytest.fixture
+def small(tmp_path):
+    return small_vg150(tmp_path / "vg")
+
+
+def test_boxes_of_the_test_part_are_not_clipped_to_the_image(small):
+    # The first corner is (900 - 150, 100 - 50). The image is 1024 pixels wide, but the box ends at 1050.
+    assert VG150Dataset(small, "test")[0].boxes.tolist() == [[750, 50, 1050, 150], [0, 0, 100, 100]]
+
+
+def test_corners_of_boxes_are_truncated_to_integers(small):
+    train = VG150Dataset(small, "train", validation_images=0)
+    # 512 - 32.5 = 479.5 becomes 479.
     assert train[0].boxes.tolist() == [[480, 479, 544, 544], [500, 480, 700, 544]]
-    assert train[0].relations.tolist() == [[0, 1, 1], [0, 1, 2]], "several predicates of a pair are kept"
+
+
+def test_training_images_lose_relations_between_boxes_that_do_not_overlap(small):
+    train = VG150Dataset(small, "train", validation_images=0)
+    # The boxes of the first image do not overlap, so it has no relation left.
+    assert [train[i].image_id for i in range(len(train))] == ["8.jpg"]
+
+
+def test_several_predicates_of_a_pair_are_kept(small):
+    train = VG150Dataset(small, "train", validation_images=0)
+    assert train[0].relations.tolist() == [[0, 1, 1], [0, 1, 2]]
+
+
+def test_class_names_may_have_any_letters(small):
+    train = VG150Dataset(small, "train", validation_images=0)
     assert train.object_names == ["__background__", "α", "b", "c"]
 
 
-def test_validation_images_are_the_first(tmp_path):
-    root = small_vg150(tmp_path / "vg")
-    assert VG150Dataset(root, "validation", validation_images=1)[0].image_id == "7.jpg"
-    assert len(VG150Dataset(root, "validation")) == 0, "a fifth of two"
-    with pytest.raises(ValueError, match="validation_images must be from 0 to 2"):
-        VG150Dataset(root, "train", validation_images=3)
+def test_the_first_training_images_are_the_validation_part(small):
+    assert VG150Dataset(small, "validation", validation_images=1)[0].image_id == "7.jpg"
+    assert len(VG150Dataset(small, "validation")) == 0, "the default is a fifth of the two images, rounded down"
+
+
+def test_more_validation_images_than_training_images_are_refused(small):
+    with pytest.raises(ValueError, match="validation_images must be in 0 to 2"):
+        VG150Dataset(small, "train", validation_images=3)
+
+
+def test_files_with_a_validation_split_need_no_validation_images(tmp_path):
     own = small_vg150(tmp_path / "own", split=np.array([0, 1, 2]))
     assert VG150Dataset(own, "validation")[0].image_id == "8.jpg"
     with pytest.raises(ValueError, match="has its own validation split, so validation_images must be left out"):
         open_dataset(own, "train", validation_images=1)
 
 
-def test_training_boxes_are_clipped_and_the_empty_removed(tmp_path):
+def test_training_boxes_are_clipped_to_the_image(tmp_path):
     boxes = np.array([[10, 10, 40, 40], [600, 900, 100, 100], [512, 512, 64, 64], [600, 512, 200, 64],
                       [900, 100, 300, 100], [50, 50, 100, 100]], np.int32)  # fmt: skip
-    boxes[1] = [20, 20, 60, 2000]  # beyond the lower edge
+    boxes[1] = [20, 20, 60, 2000]  # reaches beyond the lower edge
     root = small_vg150(tmp_path / "vg", boxes_1024=boxes)
     first = VG150Dataset(root, "train", validation_images=0)[0]
     assert first.boxes.tolist() == [[0, 0, 30, 30], [0, 0, 50, 767]]
 
 
 @pytest.mark.parametrize("variant", ["floats", "flat", "int8", "only 512"])
-def test_variants_of_the_layout(tmp_path, variant):
+def test_variants_of_the_files_give_the_same_graphs(tmp_path, variant):
     plain = VG150Dataset(small_vg150(tmp_path / "plain"), "test")[0]
     with h5py.File(tmp_path / "plain" / "VG-SGG-with-attri.h5") as file:
         content = {name: file[name][()] for name in file}
@@ -221,14 +249,19 @@ def test_variants_of_the_layout(tmp_path, variant):
     assert torch.equal(graph.relations, plain.relations) and torch.equal(graph.labels, plain.labels)
 
 
-def test_images_known_to_be_corrupt_are_left_out_of_image_data(tmp_path):
-    root = small_vg150(tmp_path / "vg")
-    rows = [{"image_id": i, "width": 1024, "height": 768} for i in (7, 1592, 8, 1722, 4616, 4617, 9)]
-    (root / "image_data.json").write_text(json.dumps(rows))
-    assert VG150Dataset(root, "test")[0].image_id == "9.jpg"
-    (root / "image_data.json").write_text(json.dumps(rows[:-1]))
+# Visual Genome lists four corrupt images that the HDF5 file leaves out.
+LISTED = [{"image_id": i, "width": 1024, "height": 768} for i in (7, 1592, 8, 1722, 4616, 4617, 9)]
+
+
+def test_image_data_may_list_the_known_corrupt_images(small):
+    (small / "image_data.json").write_text(json.dumps(LISTED))
+    assert VG150Dataset(small, "test")[0].image_id == "9.jpg"
+
+
+def test_image_data_with_another_number_of_images_is_refused(small):
+    (small / "image_data.json").write_text(json.dumps(LISTED[:-1]))
     with pytest.raises(ValueError, match="image_data.json: must have the 3 images of .*, got 6"):
-        VG150Dataset(root, "test")
+        VG150Dataset(small, "test")
 
 
 @pytest.mark.parametrize(
@@ -248,70 +281,86 @@ def test_images_known_to_be_corrupt_are_left_out_of_image_data(tmp_path):
         ("img_to_first_rel", lambda a: a[:-1], "img_to_last_rel: must have 21 rows to match split"),
     ],
 )
-def test_bad_arrays_are_named(vg150, name, change, message):
+def test_bad_arrays_are_refused_by_name(vg150, name, change, message):
     edit(vg150, name, change)
     with pytest.raises(ValueError, match=message) as error:
         VG150Dataset(vg150, "train")
     assert str(vg150) in str(error.value)
 
 
-def test_truncated_and_missing_files(vg150):
+def test_an_incomplete_hdf5_file_is_refused_by_name(vg150):
     path = vg150 / "VG-SGG.h5"
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(ValueError, match="VG-SGG.h5: must be an HDF5 file, but is not one or is cut short"):
         VG150Dataset(vg150, "train")
-    path.unlink()
+
+
+def test_a_missing_hdf5_file_is_reported(vg150):
+    (vg150 / "VG-SGG.h5").unlink()
     with pytest.raises(FileNotFoundError, match="must have VG-SGG-with-attri.h5 or VG-SGG.h5"):
         VG150Dataset(vg150, "train")
 
 
-def test_missing_and_torn_images(vg150):
-    dataset = VG150Dataset(vg150, "test")
-    graph = dataset[0]
+def test_an_unreadable_image_is_refused_by_name(vg150):
+    graph = VG150Dataset(vg150, "test")[0]
     (vg150 / "VG_100K" / graph.image_id).write_bytes(b"torn")
     with pytest.raises(ValueError, match=f"{graph.image_id}: must be an image that can be read"):
         graph.image()
+
+
+def test_images_may_be_missing(vg150):
     shutil.rmtree(vg150 / "VG_100K")
     assert VG150Dataset(vg150, "test")[0].image is None
 
 
-def test_workers_share_the_data(vg150):
+def test_worker_processes_read_the_same_images(vg150):
     dataset = VG150Dataset(vg150, "test")
     loader = DataLoader(dataset, num_workers=2, collate_fn=lambda graphs: graphs[0].image_id)
     assert list(loader) == [dataset[i].image_id for i in range(len(dataset))]
 
 
-def test_zero_shot_triplets(folders, scenes, tmp_path):
-    """The file has the class triplets of the test part that no other part has, each once."""
+def test_the_zero_shot_file_has_the_class_triplets_that_only_the_test_part_has(folders, scenes):
     in_part = {
         split: {(int(g.labels[s]), int(g.labels[o]), p) for g in scenes[split] for s, o, p in g.relations.tolist()}
         for split in SPLITS
     }
     triplets = read_zero_shot_triplets(folders / "vg150" / "zeroshot_triplets.csv")
     expected = in_part["test"] - in_part["train"] - in_part["validation"]
-    assert 0 < len(expected) < len(in_part["test"]), "both kinds must be there for this to say something"
+    assert 0 < len(expected) < len(in_part["test"]), "the test part must have both kinds of triplets"
     assert sorted(map(tuple, triplets.tolist())) == sorted(expected)
+
+
+def test_zero_shot_triplets_are_read_from_files_saved_by_torch(folders, tmp_path):
+    triplets = read_zero_shot_triplets(folders / "vg150" / "zeroshot_triplets.csv")
     torch.save(triplets, tmp_path / "z.pytorch", _use_new_zipfile_serialization=False)
     assert torch.equal(read_zero_shot_triplets(tmp_path / "z.pytorch"), triplets)
+
+
+def test_zero_shot_files_need_no_header(tmp_path):
     (tmp_path / "bare.csv").write_text("1,2,3\n")
     assert read_zero_shot_triplets(tmp_path / "bare.csv").tolist() == [[1, 2, 3]]
-    for content, message in (("1,2\n", "every row"), ("", "cut short"), ("a,b,c\n0,1,2\n", "every row")):
-        (tmp_path / "bad.csv").write_text(content)
-        with pytest.raises(ValueError, match=f"bad.csv: .*{message}"):
-            read_zero_shot_triplets(tmp_path / "bad.csv")
+
+
+@pytest.mark.parametrize(
+    "content, message", [("1,2\n", "must be rows"), ("", "cut short"), ("a,b,c\n0,1,2\n", "must be rows")]
+)
+def test_bad_zero_shot_files_are_refused_by_name(tmp_path, content, message):
+    (tmp_path / "bad.csv").write_text(content)
+    with pytest.raises(ValueError, match=f"bad.csv: .*{message}"):
+        read_zero_shot_triplets(tmp_path / "bad.csv")
 
 
 # ---- COCO in detail
 
 
-def test_coco_ids_names_and_predicates_without_background(tmp_path):
+def test_coco_files_may_have_gaps_in_ids_any_letters_and_no_background(tmp_path):
     boxes, labels = torch.tensor([[1.0, 2, 11.5, 22], [5, 5, 6, 6]]), torch.tensor([2, 1])
     graph = SceneGraph("späti.png", 40, 30, boxes, labels, torch.tensor([[0, 1, 2]]))
     write_coco({"test": [graph]}, ["__background__", "猫", "hut"], ["__background__", "auf", "über"], tmp_path)
     content = json.loads((tmp_path / "test.json").read_text())
     for entry in (*content["categories"], *content["annotations"]):
         key = "category_id" if "category_id" in entry else "id"
-        entry[key] = 10 * entry[key]  # ids with gaps
+        entry[key] = 10 * entry[key]  # leaves gaps between the ids
     (tmp_path / "test.json").write_text(json.dumps(content))
     rel = {"rel_categories": ["auf", "über"], "test": {"0": [[0, 1, 1]]}}
     for relations in (rel, json.loads((tmp_path / "rel.json").read_text())):
@@ -323,7 +372,7 @@ def test_coco_ids_names_and_predicates_without_background(tmp_path):
         assert read.relations.tolist() == [[0, 1, 2]] and read.image is None
 
 
-def test_parts_with_other_classes_are_refused(folders, tmp_path):
+def test_parts_with_different_classes_are_refused(folders, tmp_path):
     from sgalign.training.datamodule import SceneGraphData
 
     root = shutil.copytree(folders / "coco", tmp_path / "coco")
@@ -363,7 +412,7 @@ def test_parts_with_other_classes_are_refused(folders, tmp_path):
         (lambda c, r: r["test"].update({"0": None}), "must be in COCO.s format with relations"),
     ],
 )
-def test_bad_coco_files_are_named(folders, tmp_path, change, message):
+def test_bad_coco_files_are_refused_by_name(folders, tmp_path, change, message):
     root = shutil.copytree(folders / "coco", tmp_path / "coco")
     content, relations = (json.loads((root / name).read_text()) for name in ("test.json", "rel.json"))
     change(content, relations)

@@ -1,4 +1,4 @@
-"""What is done against the long tail: the loss by hand, how often images come, what is dropped."""
+"""Tests of the remedies for the long tail: weighted losses, repeated images and dropped labels."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from sgalign.training import AlignMotifsModule, MotifsModule  # noqa: E402
 from sgalign.training.datamodule import SceneGraphData  # noqa: E402
 from sgalign.training.longtail import RelationLoss, RepeatSampler, drop_repeated, repeat_factors  # noqa: E402
 
-COUNTS = torch.tensor([900.0, 64, 32, 4, 0])  # the background, three predicates, one that never occurs
+COUNTS = torch.tensor([900.0, 64, 32, 4, 0])  # pairs with the background and with each of four predicates
 
 
 def graph(*relations, objects=4):
@@ -29,7 +29,7 @@ def pairs():
     return torch.randn(6, 5, generator=generator), functional.one_hot(classes, 5).float(), classes
 
 
-def test_loss_without_options_is_cross_entropy(pairs):
+def test_the_loss_without_options_is_cross_entropy(pairs):
     logits, targets, classes = pairs
     loss, total = RelationLoss(COUNTS)(logits, targets)
     torch.testing.assert_close(loss, functional.cross_entropy(logits, classes))
@@ -44,7 +44,7 @@ def test_loss_without_options_is_cross_entropy(pairs):
         ({"weights": "effective_number", "beta": 0.9}, lambda n: 0.1 / (1 - 0.9**n)),
     ],
 )
-def test_weighted_loss_is_that_of_torch(pairs, options, weight):
+def test_the_weighted_loss_is_weighted_cross_entropy(pairs, options, weight):
     logits, targets, classes = pairs
     module = RelationLoss(COUNTS, **options)
     expected = weight(COUNTS.double().clamp(min=1)).float()
@@ -57,7 +57,7 @@ def test_weighted_loss_is_that_of_torch(pairs, options, weight):
     torch.testing.assert_close(total, module.weight[classes].sum())
 
 
-def test_rows_of_zeros_do_not_count(pairs):
+def test_pairs_without_a_target_do_not_count(pairs):
     logits, targets, _ = pairs
     module = RelationLoss(COUNTS, weights="inverse_frequency")
     loss, total = module(logits, targets * torch.tensor([1.0, 1, 0, 1, 0, 1])[:, None])
@@ -73,11 +73,14 @@ def test_logit_adjustment_is_relative_to_uniform_predicates(pairs):
     loss, _ = RelationLoss(COUNTS, adjustment=0.5)(logits, targets)
     torch.testing.assert_close(loss, functional.cross_entropy(logits + 0.5 * shift, classes))
     torch.testing.assert_close(RelationLoss(COUNTS, adjustment_test=2.0).adjusted(logits), logits - 2 * shift)
+
+
+def test_equally_frequent_predicates_need_no_logit_adjustment():
     uniform = RelationLoss(torch.tensor([900.0, 7, 7]), adjustment=1.0, adjustment_test=1.0)
-    assert not uniform.log_prior.any(), "equally frequent predicates need no adjustment"
+    assert not uniform.log_prior.any()
 
 
-def test_repeat_factors_by_hand():
+def test_repeat_factors_are_square_roots_of_threshold_by_share():
     graphs = [graph((0, 1, 1), (1, 2, 1), (2, 3, 1)), graph((0, 1, 2))]
     torch.testing.assert_close(repeat_factors(graphs, 3, 1.0), torch.tensor([1, (4 / 3) ** 0.5, 2, 1]).double())
     assert (repeat_factors(graphs, 3, 0.0) == 1).all()
@@ -89,17 +92,17 @@ def drawn(sampler, epoch):
     return list(sampler)
 
 
-def test_images_come_as_often_as_their_rarest_predicate_wants():
+def test_an_image_is_repeated_by_the_factor_of_its_rarest_predicate():
     graphs = [graph((0, 1, 1)), graph((0, 1, 1), (1, 2, 2)), graph((0, 1, 3))]
     sampler = RepeatSampler(graphs, torch.tensor([1.0, 1, 2.5, 4], dtype=torch.float64), num_replicas=1, rank=0, seed=0)
     counts = torch.stack([torch.bincount(torch.tensor(drawn(sampler, epoch)), minlength=3) for epoch in range(400)])
-    assert (counts.sum(1) == 8).all() and len(sampler) == 8  # 7.5 rounded
+    assert (counts.sum(1) == 8).all() and len(sampler) == 8  # 1 + 2.5 + 4 = 7.5, rounded
     expected = torch.tensor([1, 2.5, 4]) * 8 / 7.5
     assert ((counts >= expected.floor()) & (counts <= expected.ceil())).all()
     torch.testing.assert_close(counts.double().mean(0), expected.double(), atol=0.1, rtol=0)
 
 
-def test_without_repeats_every_image_comes_once_in_an_order_of_seed_and_epoch():
+def test_without_repeats_each_image_comes_once_in_an_order_that_depends_on_seed_and_epoch():
     graphs = [graph((0, 1, 1))] * 50
     ones = torch.ones(4, dtype=torch.float64)
     sampler, other = (RepeatSampler(graphs, ones, num_replicas=1, rank=0, seed=seed) for seed in (0, 7))
@@ -108,7 +111,7 @@ def test_without_repeats_every_image_comes_once_in_an_order_of_seed_and_epoch():
     assert len({tuple(order) for order in orders}) == 3 and drawn(sampler, 0) == orders[0]
 
 
-def test_processes_share_one_draw():
+def test_two_processes_take_turns_in_the_order_of_one():
     graphs = [graph((0, 1, 1 + i % 3)) for i in range(40)]
     factors = torch.tensor([1, 1.5, 2.25, 1], dtype=torch.float64)
     whole = RepeatSampler(graphs, factors, num_replicas=1, rank=0, seed=3)
@@ -117,21 +120,22 @@ def test_processes_share_one_draw():
     assert [index for pair in zip(*parts) for index in pair][: len(whole)] == drawn(whole, 5)
 
 
-def test_instances_are_dropped_by_how_much_more_often_their_image_comes():
-    """Of factors 1, 2 and 4 in one image at rate 1: with probability 3/4, 1/2 and never."""
+def test_labels_are_dropped_as_often_as_a_rarer_label_repeats_their_image():
+    """Relations with factors 1, 2 and 4 in one image are dropped with probabilities 3/4, 1/2 and 0 at rate 1."""
     batch = collate([graph((0, 1, 1), (1, 2, 2), (2, 3, 3), (3, 0, 1), (3, 0, 3)), graph((0, 1, 1))], 3)
     factors = torch.tensor([1.0, 1, 2, 4], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     kept = torch.stack([drop_repeated(batch, factors, 1.0, generator).targets for _ in range(2000)]).sum(2).mean(0)
     rows = {tuple(pair): row for row, pair in enumerate(batch.pairs.tolist())}
     shares = [kept[rows[pair]].item() for pair in ((0, 1), (1, 2), (2, 3), (3, 0), (1, 0), (4, 5))]
-    # A pair keeps the label that its rarest predicate earns; background and images that come once keep theirs.
+    # The rarest predicate of a pair decides. Background and images that come once keep their labels.
     assert shares == pytest.approx([0.25, 0.5, 1, 1, 1, 1], abs=0.05)
     assert shares[2:] == [1] * 4
+    # Rate 0 drops nothing.
     assert torch.equal(drop_repeated(batch, factors, 0.0, generator).targets, batch.targets)
 
 
-def test_weights_travel_in_checkpoints(tmp_path):
+def test_weights_and_adjustments_are_saved_in_checkpoints(tmp_path):
     data = SceneGraphData()
     data.train, data.validation = data.train[:32], data.validation[:8]
     module = AlignMotifsModule(**SMALL_MOTIFS, predicate_weights="inverse_frequency", logit_adjustment_test=0.5)
@@ -146,7 +150,7 @@ def test_weights_travel_in_checkpoints(tmp_path):
     torch.testing.assert_close(loaded.eval()(SeenBatch(batch)).logits, plain - 0.5 * module.relation_loss.log_prior)
 
 
-def test_training_with_repeats_and_drops_is_repeatable(tmp_path):
+def test_training_with_repeats_and_drops_repeats_exactly():
     weights = []
     for _ in range(2):
         data = SceneGraphData(repeat_threshold=0.3, instance_drop=1.6)
@@ -155,7 +159,7 @@ def test_training_with_repeats_and_drops_is_repeatable(tmp_path):
         module = MotifsModule(**SMALL_MOTIFS)
         fitting = trainer()
         fitting.fit(module, datamodule=data)
-        assert fitting.global_step > 2, "images of rare predicates come several times"
+        assert fitting.global_step > 2, "images of rare predicates must come several times"
         weights.append(module.network.state_dict())
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
@@ -171,11 +175,11 @@ def test_training_with_repeats_and_drops_is_repeatable(tmp_path):
         (SceneGraphData, {"instance_drop": float("inf")}, "instance_drop must be at least 0 and finite"),
     ],
 )
-def test_options_are_checked(kind, options, message):
+def test_bad_options_are_refused_by_name(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind(**options)
 
 
-def test_unknown_weights_are_refused():
+def test_unknown_weights_are_refused_by_name():
     with pytest.raises(ValueError, match="weights must be none, inverse_frequency or effective_number, got 'inverse'"):
         RelationLoss(torch.ones(3), weights="inverse")

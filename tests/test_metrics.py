@@ -1,4 +1,4 @@
-"""The evaluator against an oracle of plain loops, and each of its rules by hand."""
+"""Tests of the evaluators against an oracle of plain loops, and of each rule with small examples."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def evaluate(predictions, targets, top_k=TOP_K, num_predicates=PREDICATES, predi
     return {name: value.item() for name, value in metric.compute().items()}
 
 
-# ---- scenes made by hypothesis: coarse boxes, few classes and coarse scores make ties and borderline IoUs common
+# ---- images drawn by hypothesis. Coarse boxes, few classes and coarse scores make ties and borderline IoUs common
 
 
 @st.composite
@@ -90,7 +90,7 @@ def arrays(fields):
 
 
 def as_triplets(prediction):
-    """The prediction as a ready-made ranking with one predicate each, in an order that no rule would give."""
+    """Return the prediction as a given ranking, with one predicate per pair and in an order that no rule would give."""
     triplets = torch.cat((prediction["pairs"], torch.arange(len(prediction["pairs"]))[:, None] % PREDICATES + 1), 1)
     fields = {name: prediction[name] for name in ("boxes", "labels")}
     return fields | {"triplets": triplets, "triplet_scores": prediction["predicate_scores"][:, 1]}
@@ -102,7 +102,7 @@ GROUPS = {"head": [2], "tail": [3, 1]}
 
 @settings(max_examples=300, deadline=None)
 @given(batches, st.sampled_from(["sgdet", "phrdet"]), st.sampled_from(["zero", "skip"]), st.booleans(), st.booleans())
-def test_agrees_with_the_oracle(batch, protocol, missing, plus_one, ranked):
+def test_recall_agrees_with_the_oracle(batch, protocol, missing, plus_one, ranked):
     if ranked:
         batch = [(as_triplets(prediction), target) for prediction, target in batch]
     metric = SceneGraphEvaluator(
@@ -131,8 +131,8 @@ def test_agrees_with_the_oracle(batch, protocol, missing, plus_one, ranked):
 
 @settings(max_examples=150, deadline=None)
 @given(batches)
-def test_given_objects_agree_with_the_oracle(batch):
-    """PredCls, where related pairs are told by their indices."""
+def test_recall_of_given_objects_agrees_with_the_oracle(batch):
+    """PredCls identifies the objects of a pair by their indices."""
     given = []
     for prediction, target in batch:
         inside = (prediction["pairs"] < len(target["labels"])).all(1)
@@ -153,7 +153,7 @@ def test_given_objects_agree_with_the_oracle(batch):
 
 @settings(max_examples=150, deadline=None)
 @given(batches, st.sampled_from(["relationship", "phrase"]), st.sampled_from([1, 2, 3]))
-def test_vrd_agrees_with_the_oracle(batch, task, predicates_per_pair):
+def test_vrd_recall_agrees_with_the_oracle(batch, task, predicates_per_pair):
     options = {"top_k": TOP_K, "predicates_per_pair": predicates_per_pair}
     metric = VRDEvaluator(task, PREDICATES, zero_shot=ZERO_SHOT, **options)
     metric.update(*split(batch))
@@ -169,7 +169,7 @@ def test_vrd_agrees_with_the_oracle(batch, task, predicates_per_pair):
 
 @settings(max_examples=150, deadline=None)
 @given(batches)
-def test_open_images_agrees_with_the_oracle(batch):
+def test_open_images_score_agrees_with_the_oracle(batch):
     metric = OpenImagesEvaluator(PREDICATES)
     metric.update(*split(batch))
     expected = evaluation_oracle.open_images(
@@ -198,8 +198,8 @@ def test_merged_and_streamed_states_equal_one_update(first, second):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(images(), min_size=1, max_size=3), st.randoms(use_true_random=False))
-def test_order_of_images_objects_and_relations_is_free(batch, random):
-    """Only the order of `pairs` decides, among equal scores."""
+def test_the_order_of_images_objects_and_relations_does_not_matter(batch, random):
+    """Only the order of `pairs` matters, because it decides between equal scores. The test does not change it."""
 
     def shuffled(count):
         return torch.tensor(random.sample(range(count), count), dtype=torch.int64)
@@ -225,7 +225,7 @@ def test_order_of_images_objects_and_relations_is_free(batch, random):
     assert evaluate(*split(moved)) == pytest.approx(evaluate(*split(batch)), abs=1e-12)
 
 
-# ---- the rules by hand
+# ---- single rules
 
 
 def objects_at(*boxes, labels=None):
@@ -250,26 +250,26 @@ def truth(*relations, of=TWO):
     return of | {"relations": torch.tensor(relations, dtype=torch.int64).reshape(-1, 3)}
 
 
-def test_background_is_never_predicted_and_a_pair_predicts_once():
+def test_a_pair_predicts_its_best_predicate_other_than_the_background():
     prediction = predict([(0, 1)], [0.9, 0.02, 0.05, 0.03])
     result = evaluate([prediction], [truth((0, 1, 2), (0, 1, 3))])
     assert result["R@5"] == 0.5 and result["R@5/near"] == 1 and result["R@5/has"] == 0
 
 
-def test_equal_predicates_favour_the_lower():
+def test_ties_between_predicates_go_to_the_lower_number():
     prediction = predict([(0, 1)], [0.0, 0.1, 0.4, 0.4])
     assert evaluate([prediction], [truth((0, 1, 2))])["R@1"] == 1
     assert evaluate([prediction], [truth((0, 1, 3))])["R@1"] == 0
 
 
-def test_equal_triplets_keep_the_order_of_pairs():
-    # Many, since a sort that is not stable may be so by chance for few.
+def test_ties_between_triplets_go_to_the_earlier_pair():
+    # An unstable sort may keep the order of a few triplets by chance, so there are many.
     pairs = [(0, 1)] * 40 + [(1, 0)] + [(0, 1)] * 100
     result = evaluate([predict(pairs, [[0.0, 0.0, 0.5, 0.5]] * 141)], [truth((1, 0, 2))], top_k=(40, 41))
     assert result["R@40"] == 0 and result["R@41"] == 1
 
 
-def test_score_is_the_product_of_three():
+def test_a_score_is_the_product_of_subject_object_and_predicate_score():
     three = objects_at((0, 0, 9, 9), (20, 0, 29, 9), (40, 0, 49, 9))
     prediction = predict([(0, 1), (0, 2)], [[0, 0.9, 0, 0], [0, 0.5, 0, 0]], scores=[1.0, 0.5, 1.0], of=three)
     result = evaluate([prediction], [truth((0, 2, 1), of=three)])
@@ -277,7 +277,7 @@ def test_score_is_the_product_of_three():
 
 
 def test_scores_are_multiplied_in_float64():
-    # Both products are 1 - 2^-23 in float32; exactly, the second is larger by 2^-48.
+    # In float32 both products are 1 - 2^-23. Without rounding, the second one is larger by 2^-48.
     below = 1 - 2**-24
     assert torch.tensor(below) * torch.tensor(below) == torch.tensor(1 - 2**-23)
     three = objects_at((0, 0, 9, 9), (20, 0, 29, 9), (40, 0, 49, 9))
@@ -286,14 +286,14 @@ def test_scores_are_multiplied_in_float64():
 
 
 @pytest.mark.parametrize("other, finds", [((0, 0, 9, 4), True), ((0, 0, 9, 3), False), ((0, 0, 9, 3.99), False)])
-def test_iou_of_one_half_with_whole_pixels_is_enough(other, finds):
-    """Ten pixels by ten against ten by five: one half; without the pixel it would be 4 / 9."""
+def test_an_iou_of_one_half_is_enough_if_boxes_include_their_last_pixels(other, finds):
+    """Boxes of 10 x 10 and 10 x 5 pixels have an IoU of 1 / 2. Without the added pixel it would be 4 / 9."""
     prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=objects_at(other, (20, 0, 29, 9)))
     assert evaluate([prediction], [truth((0, 1, 1))])["R@1"] == finds
     assert evaluate([predict([(1, 0)], [0.0, 1, 0, 0], of=prediction)], [truth((1, 0, 1))])["R@1"] == finds
 
 
-def test_classes_must_agree():
+def test_the_classes_of_subject_and_object_must_be_right():
     for labels in ([1, 1], [2, 2]):
         prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=TWO | {"labels": torch.tensor(labels)})
         assert evaluate([prediction], [truth((0, 1, 1))])["R@1"] == 0
@@ -306,13 +306,13 @@ def test_a_triplet_finds_several_relations_and_a_relation_counts_once():
     assert result["R@1"] == 0.75 and result["R@2"] == 0.75 and result["R@2/on"] == 1
 
 
-def test_relations_with_oneself_count():
+def test_a_relation_of_an_object_with_itself_counts():
     assert evaluate([predict([(0, 0)], [0.0, 1, 0, 0])], [truth((0, 0, 1))])["R@1"] == 1
     assert evaluate([predict([(0, 1)], [0.0, 1, 0, 0])], [truth((0, 0, 1))])["R@1"] == 0
 
 
-def test_means():
-    """Two images: 1 of 1 `on` found; 1 of 3 `on` and 0 of 1 `near`; `has` never seen."""
+def test_recall_is_averaged_over_images_and_mean_recall_also_over_predicates():
+    """The first image has 1 `on`, which is found. The second has 1 of 3 `on` and 0 of 1 `near`. No image has `has`."""
     boxes = objects_at(*((20 * i, 0, 20 * i + 9, 9) for i in range(4)))
     first = predict([(0, 1)], [0.0, 1, 0, 0], of=boxes), truth((0, 1, 1), of=boxes)
     second = first[0], truth((0, 1, 1), (0, 2, 1), (0, 3, 1), (2, 3, 2), of=boxes)
@@ -322,26 +322,41 @@ def test_means():
     assert result["mR_pooled@5"] == pytest.approx((2 / 4 + 0 + 0) / 3)
 
 
-def test_images_without_relations_never_count_and_those_without_pairs_count_0():
-    good = predict([(0, 1)], [0.0, 1, 0, 0]), truth((0, 1, 1))
-    assert evaluate([good[0]] * 2, [good[1], truth()])["R@1"] == 1
-    nothing = predict([], []) | {name: good[0][name][:0] for name in ("boxes", "labels", "scores")}
+FOUND = predict([(0, 1)], [0.0, 1, 0, 0]), truth((0, 1, 1))
+
+
+def test_images_without_relations_do_not_count():
+    assert evaluate([FOUND[0]] * 2, [FOUND[1], truth()])["R@1"] == 1
+
+
+def test_images_without_predicted_pairs_count_0():
+    nothing = predict([], []) | {name: FOUND[0][name][:0] for name in ("boxes", "labels", "scores")}
     for empty in (predict([], []), nothing):
-        assert evaluate([good[0], empty], [good[1]] * 2)["R@1"] == 0.5
+        assert evaluate([FOUND[0], empty], [FOUND[1]] * 2)["R@1"] == 0.5
 
 
-def test_nothing_seen_is_0():
+def test_without_images_every_metric_is_0():
     assert set(evaluate([], []).values()) == {0.0}
 
 
-def test_names_are_optional_and_state_does_not_grow():
+def test_the_state_has_a_fixed_size_and_float64():
     metric = SceneGraphEvaluator("predcls", PREDICATES)
     before = {name: value.shape for name, value in metric.metric_state.items()}
-    metric.update([predict([(0, 1)], [0.0, 1, 0, 0])], [truth((0, 1, 1))])
+    metric.update([FOUND[0]], [FOUND[1]])
     assert {name: value.shape for name, value in metric.metric_state.items()} == before
     assert all(value.dtype == torch.float64 for value in metric.metric_state.values())
+
+
+def test_without_predicate_names_there_are_no_metrics_of_single_predicates():
+    metric = SceneGraphEvaluator("predcls", PREDICATES)
+    metric.update([FOUND[0]], [FOUND[1]])
     names = "R", "ngR", "mR", "ng-mR", "mR_pooled", "F", "A"
     assert set(metric.compute()) == {f"{name}@{k}" for name in names for k in (20, 50, 100)}
+
+
+def test_reset_forgets_the_images():
+    metric = SceneGraphEvaluator("predcls", PREDICATES)
+    metric.update([FOUND[0]], [FOUND[1]])
     metric.reset()
     assert metric.compute()["R@20"] == 0
 
@@ -350,12 +365,12 @@ def test_names_are_optional_and_state_does_not_grow():
 
 
 @pytest.mark.parametrize("labels, recall", [([1, 2], 1), ([1, 1], 0), ([2, 1], 0), ([3, 2], 0)])
-def test_sgcls_a_wrong_label_misses_every_relation_of_the_object(labels, recall):
+def test_in_sgcls_a_wrong_label_misses_every_relation_of_the_object(labels, recall):
     prediction = predict([(0, 1), (1, 0)], [[0.0, 1, 0, 0]] * 2, [0.9, 0.8], of=TWO | {"labels": torch.tensor(labels)})
     assert evaluate([prediction], [truth((0, 1, 1), (1, 0, 1))], protocol="sgcls")["R@2"] == recall
 
 
-def test_sgcls_sure_labels_rank_before_sure_predicates():
+def test_in_sgcls_label_scores_can_outweigh_predicate_scores():
     three = objects_at((0, 0, 9, 9), (20, 0, 29, 9), (40, 0, 49, 9))
     prediction = predict([(0, 1), (0, 2)], [[0.1, 0.9, 0, 0], [0.4, 0.6, 0, 0]], [0.9, 0.5, 0.9], of=three)
     assert evaluate([prediction], [truth((0, 2, 1), of=three)], protocol="sgcls")["R@1"] == 1
@@ -365,59 +380,58 @@ def test_sgcls_sure_labels_rank_before_sure_predicates():
 @pytest.mark.parametrize("end", ["subject", "object"])
 @pytest.mark.parametrize("bottom, finds", [(4, True), (3, False)])
 def test_both_detected_boxes_must_overlap_by_one_half(end, bottom, finds):
-    """Ten rows of pixels against the first five: exactly one half, which is enough."""
+    """A box of the first 5 of 10 rows of pixels has an IoU of exactly one half, which is enough. 4 rows are not."""
     boxes = {"subject": (0, 0, 9, 9), "object": (20, 0, 29, 9)}
     boxes[end] = (boxes[end][0], 0, boxes[end][2], bottom)
     prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=objects_at(*boxes.values()))
     assert evaluate([prediction], [truth((0, 1, 1))], protocol="sgdet")["R@1"] == finds
 
 
-def test_sgdet_several_detections_of_an_object():
-    """The second-best detection finds the relation as well; doing so again neither counts nor is forgiven its rank."""
+def test_in_sgdet_a_second_detection_finds_no_relation_twice_but_takes_a_rank():
+    """Two detections of the same object find the same relation."""
     boxes = (0, 0, 9, 9), (1, 0, 9, 9), (0, 0, 9, 8), (20, 0, 29, 9), (60, 0, 69, 9)
     found = objects_at(*boxes, labels=[3, 1, 1, 2, 2])
     pairs = [(0, 3), (1, 3), (2, 3), (1, 4)]
     prediction = predict(pairs, [[0.0, 1, 0, 0]] * 4, [0.9, 0.8, 0.7, 0.9, 0.3], of=found)
     target = truth((0, 1, 1), (0, 2, 1), of=objects_at((0, 0, 9, 9), (20, 0, 29, 9), (60, 0, 69, 9), labels=[1, 2, 2]))
     result = evaluate([prediction], [target], top_k=(1, 2, 3, 4), protocol="sgdet")
-    # In turn: a wrong label, the first relation, the same again, the second relation.
+    # The triplets, in this order, have a wrong label, find the first relation, find it again, find the second one.
     assert [result[f"R@{k}"] for k in (1, 2, 3, 4)] == [0, 0.5, 0.5, 1]
     assert result["mR_pooled@3"] == pytest.approx(0.5 / PREDICATES)
 
 
-def test_sgdet_one_detection_of_two_objects():
-    """Two annotated objects of a class that overlap by more than one half are both found by one box."""
+def test_in_sgdet_one_detection_can_find_two_objects():
+    """Two annotated objects of a class overlap so much that one box finds both."""
     doubled = objects_at((0, 0, 9, 9), (0, 0, 9, 7), (20, 0, 29, 9), labels=[1, 1, 2])
     prediction = predict([(0, 1)], [0.0, 0, 0, 1], of=objects_at((0, 0, 9, 8), (20, 0, 29, 9)))
     target = truth((0, 2, 3), (1, 2, 3), (1, 2, 1), of=doubled)
     assert evaluate([prediction], [target], protocol="sgdet")["R@1"] == pytest.approx(2 / 3)
 
 
-def test_sgdet_without_detections_counts_0():
+def test_in_sgdet_an_image_without_detections_counts_0():
     nothing = predict([], []) | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}
-    good = predict([(0, 1)], [0.0, 1, 0, 0]), truth((0, 1, 1))
-    assert evaluate([nothing, good[0]], [good[1]] * 2, protocol="sgdet")["R@1"] == 0.5
+    assert evaluate([nothing, FOUND[0]], [FOUND[1]] * 2, protocol="sgdet")["R@1"] == 0.5
 
 
-# ---- beyond the graph constraint
+# ---- other metrics and options
 
 
-def test_ng_lets_a_pair_predict_several_times():
+def test_without_the_graph_constraint_a_pair_predicts_several_predicates():
     prediction = predict([(0, 1), (1, 0)], [[0.9, 0.02, 0.05, 0.03], [0.0, 0.04, 0, 0]])
     result = evaluate([prediction], [truth((0, 1, 3), (0, 1, 2), (1, 0, 1))])
-    assert result["R@2"] == pytest.approx(2 / 3)  # 0.05 and 0.04
-    assert result["ngR@2"] == pytest.approx(2 / 3) and result["ngR@5"] == 1  # 0.05, 0.04, 0.03
+    assert result["R@2"] == pytest.approx(2 / 3)  # scores 0.05 and 0.04
+    assert result["ngR@2"] == pytest.approx(2 / 3) and result["ngR@5"] == 1  # scores 0.05, 0.04 and 0.03
     assert result["ng-mR@2"] == pytest.approx(2 / 3)
 
 
-def test_ng_equal_scores_are_in_order_of_pairs_then_predicates():
+def test_without_the_graph_constraint_ties_go_to_the_earlier_pair_then_the_lower_predicate():
     prediction = predict([(1, 0), (0, 1)], [[0.0, 0.5, 0.5, 0.5]] * 2)
     for k, relation in enumerate([(1, 0, 1), (1, 0, 2), (1, 0, 3), (0, 1, 1)], 1):
         result = evaluate([prediction], [truth(relation)], top_k=tuple(range(1, 6)))
         assert [result[f"ngR@{i}"] for i in range(1, 6)] == [float(i >= k) for i in range(1, 6)]
 
 
-def test_zero_shot_counts_only_unseen_triplets_and_the_images_that_have_some():
+def test_zero_shot_recall_counts_only_unseen_triplets_and_images_that_have_some():
     zero_shot = torch.tensor([[1, 2, 2]])  # class 1, "near", class 2
     metric = SceneGraphEvaluator("sgdet", PREDICATES, top_k=(1, 2), zero_shot=zero_shot)
     good = predict([(0, 1), (1, 0)], [[0.0, 0, 0.4, 0], [0.0, 0.9, 0, 0]])
@@ -427,29 +441,44 @@ def test_zero_shot_counts_only_unseen_triplets_and_the_images_that_have_some():
     assert result["zR@1"] == 0 and result["zR@2"] == 1 and result["ng-zR@2"] == 1
 
 
-def test_zero_shot_triplets_are_those_that_training_lacks():
+def test_zero_shot_triplets_occur_in_test_graphs_but_not_in_training_graphs():
     def graph(*relations):
         return SceneGraph("a", 10, 10, torch.zeros(2, 4), torch.tensor([1, 2]), torch.tensor(relations).reshape(-1, 3))
 
     unseen = zero_shot_triplets([graph((0, 1, 1))], [graph((0, 1, 1), (1, 0, 1), (1, 0, 1), (0, 1, 3))])
     assert unseen.tolist() == [[1, 3, 2], [2, 1, 1]]
+
+
+def test_no_graphs_have_no_zero_shot_triplets():
     assert zero_shot_triplets([], []).shape == (0, 3)
 
 
-def test_groups_and_harmonic_mean():
+@pytest.fixture
+def grouped():
+    """The metrics of predictions that find `on`, 1 of 2 `near` and no `has`, which is alone in its group."""
     boxes = objects_at(*((20 * i, 0, 20 * i + 9, 9) for i in range(4)))
     prediction = predict([(0, 1), (1, 2)], [[0.0, 1, 0, 0], [0.0, 0, 1, 0]], of=boxes)
     metric = SceneGraphEvaluator("sgdet", PREDICATES, top_k=(5,), groups={"common": [1, 2], "rare": [3]})
     metric.update([prediction], [truth((0, 1, 1), (1, 2, 2), (2, 3, 2), (0, 2, 3), of=boxes)])
-    result = metric.compute()
-    assert result["mR@5/common"] == 0.75 and result["mR@5/rare"] == 0
-    assert result["F@5"] == pytest.approx(0.5)  # of R = mR = 1 / 2
+    return metric.compute()
 
 
-def test_predicate_groups():
+def test_the_recall_of_a_group_is_the_mean_over_its_predicates(grouped):
+    assert grouped["mR@5/common"] == 0.75 and grouped["mR@5/rare"] == 0
+
+
+def test_f_is_the_harmonic_mean_of_recall_and_mean_recall(grouped):
+    """Both are 1 / 2 here."""
+    assert grouped["F@5"] == pytest.approx(0.5)
+
+
+def test_predicates_are_grouped_into_head_body_and_tail_by_frequency():
     names = [BACKGROUND, *"abcdefghij"]
     groups = predicate_groups(names, torch.tensor([1, 9, 1, 8, 7, 7, 2, 3, 4, 5]))
     assert groups == {"head": [2], "body": [4, 5, 6, 10, 9], "tail": [8, 7, 1, 3]}
+
+
+def test_a_single_predicate_belongs_to_the_body():
     assert predicate_groups([BACKGROUND, "on"], torch.tensor([3])) == {"body": [1]}
 
 
@@ -461,7 +490,7 @@ def test_vg150_groups_are_the_published_ones(vg_root):
     assert [len(group) for group in groups.values()] == [7, 21, 22] and sum(map(sum, groups.values())) == 50 * 51 // 2
 
 
-def test_accuracy_ranks_related_pairs_alone():
+def test_pair_accuracy_ranks_only_the_annotated_pairs():
     boxes = objects_at(*((20 * i, 0, 20 * i + 9, 9) for i in range(3)))
     scores = [[0.0, 0.9, 0, 0], [0.0, 0.8, 0, 0], [0.0, 0, 0.1, 0]]
     prediction = predict([(0, 1), (1, 2), (2, 0)], scores, of=boxes)
@@ -472,26 +501,31 @@ def test_accuracy_ranks_related_pairs_alone():
 
 
 @pytest.mark.parametrize("protocol", ["predcls", "sgcls"])
-def test_given_objects_must_be_the_targets(protocol):
+def test_given_boxes_must_equal_the_annotated_ones(protocol):
     prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=TWO | {"boxes": TWO["boxes"].flip(0)})
     with pytest.raises(ValueError, match=f"prediction boxes must equal .*, in the same order, for {protocol}"):
         evaluate([prediction], [truth((0, 1, 1))], protocol=protocol)
-    prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=TWO | {"labels": TWO["labels"].flip(0)})
-    if protocol == "predcls":
-        with pytest.raises(ValueError, match="prediction labels must equal the target's"):
-            evaluate([prediction], [truth((0, 1, 1))], protocol=protocol)
-    else:
-        assert evaluate([prediction], [truth((0, 1, 1))], protocol=protocol)["R@1"] == 0
+
+
+MISLABELED = predict([(0, 1)], [0.0, 1, 0, 0], of=TWO | {"labels": TWO["labels"].flip(0)})
+
+
+def test_in_predcls_labels_must_equal_the_annotated_ones():
+    with pytest.raises(ValueError, match="prediction labels must equal the target's"):
+        evaluate([MISLABELED], [truth((0, 1, 1))], protocol="predcls")
+
+
+def test_in_sgcls_labels_may_differ_from_the_annotated_ones():
+    assert evaluate([MISLABELED], [truth((0, 1, 1))], protocol="sgcls")["R@1"] == 0
 
 
 def test_images_without_prediction_can_be_skipped():
-    good = predict([(0, 1)], [0.0, 1, 0, 0]), truth((0, 1, 1))
     metric = SceneGraphEvaluator("sgdet", PREDICATES, top_k=(1,), missing="skip")
-    metric.update([good[0], predict([], [])], [good[1]] * 2)
+    metric.update([FOUND[0], predict([], [])], [FOUND[1]] * 2)
     assert metric.compute()["R@1"] == 1 and metric.images == 1
 
 
-def test_without_the_pixel_more():
+def test_the_added_pixel_can_be_left_out():
     prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=objects_at((0, 0, 10, 4.9), (20, 0, 29, 9)))
     target = truth((0, 1, 1), of=objects_at((0, 0, 10, 10), (20, 0, 29, 9)))
     for plus_one, finds in ((True, True), (False, False)):
@@ -500,8 +534,8 @@ def test_without_the_pixel_more():
         assert metric.compute()["R@1"] == finds
 
 
-def test_phrases_compare_the_box_around_both():
-    """A small subject is far off, and the box around both nearly the same."""
+def test_phrase_detection_compares_enclosing_boxes_and_classes():
+    """The subjects are far apart, but the boxes that enclose subject and object are nearly the same."""
     target = truth((0, 1, 1), of=objects_at((0, 0, 9, 9), (0, 0, 99, 99)))
     prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=objects_at((50, 50, 59, 59), (0, 0, 99, 89)))
     assert evaluate([prediction], [target], protocol="sgdet")["R@1"] == 0
@@ -510,15 +544,20 @@ def test_phrases_compare_the_box_around_both():
     assert evaluate([other], [target], protocol="phrdet")["R@1"] == 0
 
 
-def test_ready_made_triplets_keep_their_order():
-    ranked = TWO | {"triplets": torch.tensor([[1, 0, 1], [0, 1, 2], [0, 1, 1]]), "triplet_scores": torch.ones(3)}
-    result = evaluate([ranked], [truth((0, 1, 1), (0, 1, 2))], top_k=(1, 2, 3))
+RANKED = TWO | {"triplets": torch.tensor([[1, 0, 1], [0, 1, 2], [0, 1, 1]]), "triplet_scores": torch.ones(3)}
+
+
+def test_given_triplets_keep_their_order():
+    result = evaluate([RANKED], [truth((0, 1, 1), (0, 1, 2))], top_k=(1, 2, 3))
     assert [result[f"{name}@{k}"] for name in ("R", "ngR") for k in (1, 2, 3)] == [0, 0.5, 1] * 2
-    with pytest.raises(ValueError, match=r"triplets\[:, 2\] must be from 1 to 3, got 0"):
-        evaluate([ranked | {"triplets": torch.tensor([[0, 1, 0]])}], [truth((0, 1, 1))])
 
 
-# ---- the protocol of VRD's paper
+def test_given_triplets_of_the_background_are_refused():
+    with pytest.raises(ValueError, match=r"triplets\[:, 2\] must be in 1 to 3, got 0"):
+        evaluate([RANKED | {"triplets": torch.tensor([[0, 1, 0]])}], [truth((0, 1, 1))])
+
+
+# ---- the protocol of the VRD paper
 
 
 def vrd(task, predictions, targets, **options):
@@ -527,33 +566,46 @@ def vrd(task, predictions, targets, **options):
     return {name: value.item() for name, value in metric.compute().items()}
 
 
-def test_vrd_recall_is_pooled_and_a_triplet_claims_one_relation():
-    doubled = objects_at((0, 0, 9, 9), (0, 0, 9, 7), (20, 0, 29, 9), labels=[1, 1, 2])
-    prediction = predict([(0, 1)], [0.0, 0, 0, 1], of=objects_at((0, 0, 9, 8), (20, 0, 29, 9)))
-    first = truth((0, 2, 3), (1, 2, 3), of=doubled)
-    assert vrd("relationship", [prediction], [first])["relationship@1"] == 0.5
-    # Doubled, the second triplet claims the other; and images weigh as many relations as they have.
-    twice = prediction | {"pairs": torch.tensor([[0, 1]] * 2), "predicate_scores": torch.tensor([[0.0, 0, 0, 1]] * 2)}
-    result = vrd("relationship", [twice, prediction], [first, truth((0, 1, 1))])
+ONE_TRIPLET = predict([(0, 1)], [0.0, 0, 0, 1], of=objects_at((0, 0, 9, 8), (20, 0, 29, 9)))  # matches both relations
+TWO_RELATIONS = truth((0, 2, 3), (1, 2, 3), of=objects_at((0, 0, 9, 9), (0, 0, 9, 7), (20, 0, 29, 9), labels=[1, 1, 2]))
+
+
+def test_vrd_triplets_claim_one_relation_each():
+    assert vrd("relationship", [ONE_TRIPLET], [TWO_RELATIONS])["relationship@1"] == 0.5
+
+
+def test_vrd_recall_is_pooled_over_all_relations():
+    """The second of two equal triplets claims the other relation. The second image has one relation, not found."""
+    twice = ONE_TRIPLET | {"pairs": torch.tensor([[0, 1]] * 2), "predicate_scores": torch.tensor([[0.0, 0, 0, 1]] * 2)}
+    result = vrd("relationship", [twice, ONE_TRIPLET], [TWO_RELATIONS, truth((0, 1, 1))])
     assert result["relationship@1"] == pytest.approx(1 / 3) and result["relationship@2"] == pytest.approx(2 / 3)
 
 
-def test_vrd_claims_the_best_unclaimed_overlap():
-    """The first triplet fits both relations and takes the better, so that the second still finds the other."""
+def test_vrd_triplets_claim_the_unclaimed_relation_that_they_overlap_best():
+    """The first triplet matches both relations. It claims the better one, so the second triplet finds the other."""
     true = objects_at((0, 0, 9, 9), (0, 0, 9, 5), (20, 0, 29, 9), labels=[1, 1, 2])
     found = objects_at((0, 0, 9, 8), (0, 0, 9, 4), (20, 0, 29, 9), labels=[1, 1, 2])
     prediction = predict([(0, 2), (1, 2)], [[0.0, 0.9, 0, 0], [0.0, 0.8, 0, 0]], of=found)
     assert vrd("relationship", [prediction], [truth((1, 2, 1), (0, 2, 1), of=true)])["relationship@2"] == 1
 
 
-def test_vrd_predicates_per_pair_phrases_and_zero_shot():
-    prediction = predict([(0, 1)], [0.0, 0.5, 0.3, 0.2])
-    target = truth((0, 1, 2))
+SECOND_BEST = predict([(0, 1)], [0.0, 0.5, 0.3, 0.2]), truth((0, 1, 2))
+
+
+def test_vrd_pairs_can_predict_several_predicates():
+    prediction, target = SECOND_BEST
     assert vrd("predicate", [prediction], [target])["predicate@5"] == 0
     assert vrd("predicate", [prediction], [target], predicates_per_pair=2)["predicate@2"] == 1
-    # The wrong triplet before it keeps its rank when only zero-shot relations can be claimed.
+
+
+def test_vrd_zero_shot_recall_keeps_the_ranks_of_all_triplets():
+    """A wrong triplet has the first rank, although only zero-shot relations can be claimed."""
+    prediction, target = SECOND_BEST
     zero_shot = vrd("phrase", [prediction], [target], predicates_per_pair=2, zero_shot=torch.tensor([[1, 2, 2]]))
     assert zero_shot["phrase@1/zero-shot"] == 0 and zero_shot["phrase@2/zero-shot"] == 1
+
+
+def test_vrd_refuses_an_unknown_task():
     with pytest.raises(ValueError, match="task must be relationship, phrase or predicate, got 'sgdet'"):
         VRDEvaluator("sgdet", 3)
 
@@ -561,22 +613,34 @@ def test_vrd_predicates_per_pair_phrases_and_zero_shot():
 # ---- Open Images
 
 
-def test_average_precision_by_hand():
-    # Right, wrong, right of 4: steps of 1/4 at precisions 1 and 2/3.
-    right = torch.tensor([True, False, True])
-    assert average_precision(right, torch.tensor(4.0)).item() == pytest.approx((1 + 2 / 3) / 4)
-    # A later better precision lifts the earlier one: wrong, right, right.
-    assert average_precision(~right, torch.tensor(1.0)).item() == pytest.approx(1 / 2)
-    assert average_precision(right[:0], torch.tensor(4.0)).item() == 0
+RIGHT = torch.tensor([True, False, True])
 
 
-def test_open_images_score():
+def test_average_precision_adds_the_precision_at_each_right_triplet():
+    # Each right triplet is worth 1 / 4 of the recall. The precisions are 1 and 2 / 3.
+    assert average_precision(RIGHT, torch.tensor(4.0)).item() == pytest.approx((1 + 2 / 3) / 4)
+
+
+def test_wrong_triplets_lower_the_average_precision_of_later_ones():
+    assert average_precision(~RIGHT, torch.tensor(1.0)).item() == pytest.approx(1 / 2)
+
+
+def test_average_precision_uses_the_best_precision_at_this_or_a_later_triplet():
+    # The precisions are 0, 1 / 2 and 2 / 3.
+    assert average_precision(torch.tensor([False, True, True]), torch.tensor(2.0)).item() == pytest.approx(2 / 3)
+
+
+def test_average_precision_without_triplets_is_0():
+    assert average_precision(RIGHT[:0], torch.tensor(4.0)).item() == 0
+
+
+def test_open_images_score_weighs_recall_and_both_precisions():
     metric = OpenImagesEvaluator(PREDICATES)
-    first = predict([(0, 1), (0, 1)], [[0.0, 0.9, 0, 0], [0.0, 0.8, 0, 0]])  # the second is a repetition
+    first = predict([(0, 1), (0, 1)], [[0.0, 0.9, 0, 0], [0.0, 0.8, 0, 0]])  # the second repeats the first
     second = predict([(1, 0)], [0.0, 0.85, 0, 0])  # wrong
     metric.update([first, second], [truth((0, 1, 1)), truth((0, 1, 1), (0, 1, 2))])
     result = metric.compute()
-    # Right, wrong, wrong of 2 "on", none of 1 "near".
+    # For the 2 relations with "on", the triplets are right, wrong and wrong. The relation with "near" is not found.
     assert result["R@50"] == pytest.approx(1 / 3)
     for kind in ("rel", "phr"):
         assert result[f"mAP_{kind}"] == pytest.approx(0.5 / 3)
@@ -584,7 +648,7 @@ def test_open_images_score():
     assert result["score_wtd"] == pytest.approx(0.2 / 3 + 0.8 * 0.5 * 2 / 3)
 
 
-def test_open_images_overlap_must_be_above_one_half_for_precision_and_at_least_for_recall():
+def test_open_images_need_an_iou_above_one_half_for_precision_but_exactly_one_half_for_recall():
     prediction = predict([(0, 1)], [0.0, 1, 0, 0], of=objects_at((0, 0, 9, 4), (20, 0, 29, 9)))
     metric = OpenImagesEvaluator(PREDICATES)
     metric.update([prediction], [truth((0, 1, 1))])
@@ -593,7 +657,7 @@ def test_open_images_overlap_must_be_above_one_half_for_precision_and_at_least_f
 
 @settings(max_examples=60, deadline=None)
 @given(batches, batches)
-def test_open_images_do_not_depend_on_the_order_of_images_or_files(first, second):
+def test_open_images_score_does_not_depend_on_the_order_of_images_and_merges(first, second):
     whole, merged, other = (OpenImagesEvaluator(PREDICATES) for _ in range(3))
     whole.update(*split(first + second))
     merged.update(*split(second[::-1]))
@@ -605,18 +669,19 @@ def test_open_images_do_not_depend_on_the_order_of_images_or_files(first, second
     )
 
 
-def test_open_images_score_equal_triplets_by_the_wrong_one_first():
+def test_open_images_rank_the_wrong_one_of_equal_triplets_first():
     metric = OpenImagesEvaluator(PREDICATES)
     images = [(predict([(0, 1)], [0.0, 0.5, 0, 0]), truth((0, 1, p))) for p in (1, 2)]
     metric.update(*split(images))
-    assert metric.compute()["wmAP_rel"] == 0.5 * 0.5  # "on": wrong, right of 1
+    # The right triplet of "on" comes second, so its precision is 1 / 2. "on" has half of the weight.
+    assert metric.compute()["wmAP_rel"] == 0.5 * 0.5
 
 
-def test_open_images_are_0_before_the_first_image():
+def test_open_images_score_is_0_before_the_first_image():
     assert OpenImagesEvaluator(PREDICATES).compute()["score_wtd"] == 0
 
 
-def test_files_are_merged_into_an_empty_evaluator(recwarn):
+def test_merging_into_an_empty_evaluator_gives_no_warning(recwarn):
     images = [(predict([(0, 1)], [0.0, 0.9, 0, 0]), truth((0, 1, 1)))]
     whole, part = (SceneGraphEvaluator("sgdet", PREDICATES) for _ in range(2))
     part.update(*split(images))
@@ -628,7 +693,7 @@ def test_files_are_merged_into_an_empty_evaluator(recwarn):
 
 
 @pytest.mark.parametrize("bad", [None, {"boxes": torch.zeros(0, 4)}, [torch.zeros(2)], iter([])])
-def test_what_is_no_list_of_images_is_refused(bad):
+def test_arguments_that_are_not_lists_of_dicts_are_refused(bad):
     metric = SceneGraphEvaluator("sgdet", PREDICATES)
     with pytest.raises(TypeError, match="predictions must be a list with a dict for each image, got"):
         metric.update(bad, [truth((0, 1, 1))])
@@ -649,7 +714,7 @@ TRIPLETS = torch.tensor([[1, 1, 2], [2, 1, 1]])
         (OpenImagesEvaluator(3), OpenImagesEvaluator(3, predicates_per_pair=2), "predicates_per_pair"),
     ],
 )
-def test_evaluators_of_other_settings_are_not_merged(own, other, name):
+def test_evaluators_with_different_settings_are_not_merged(own, other, name):
     with pytest.raises(ValueError, match=f"incoming_state must have the same {name}, "):
         own.merge_state(other)
 
@@ -689,7 +754,7 @@ def test_malformed_predictions_are_refused_by_name(field, value):
     metric = SceneGraphEvaluator("predcls", PREDICATES)
     with pytest.raises(ValueError, match=rf"image at index 1: prediction {field}"):
         metric.update([GOOD[0], GOOD[0] | {field: value}], [GOOD[1]] * 2)
-    assert metric.images == 0, "the good image of a refused update was added"
+    assert metric.images == 0, "a refused update must not count its good image"
 
 
 @pytest.mark.parametrize("field, value", [(field, v) for field, values in BAD_TARGETS.items() for v in values])
@@ -698,9 +763,12 @@ def test_malformed_targets_are_refused_by_name(field, value):
         evaluate([GOOD[0]], [GOOD[1] | {"image_id": "a.jpg", field: value}])
 
 
-def test_missing_fields_and_images_are_refused():
+def test_a_missing_field_is_refused_by_name():
     with pytest.raises(ValueError, match="prediction must have pairs"):
         evaluate([{k: v for k, v in GOOD[0].items() if k != "pairs"}], [GOOD[1]])
+
+
+def test_predictions_and_targets_of_different_length_are_refused():
     with pytest.raises(ValueError, match="predictions and targets must have the same length, got 1 and 0"):
         evaluate([GOOD[0]], [])
 
@@ -720,15 +788,26 @@ def test_missing_fields_and_images_are_refused():
         ({"zero_shot": torch.zeros(1, 3, dtype=torch.int64)}, "zero_shot must be from 1 to 1048575, got 0"),
     ],
 )
-def test_arguments_are_checked(arguments, message):
+def test_bad_arguments_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         SceneGraphEvaluator(**({"protocol": "predcls", "num_predicates": PREDICATES} | arguments))
 
 
-def test_objects_are_found_by_a_box_of_their_class():
-    true_boxes = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
-    boxes = torch.tensor([[0.0, 0, 10, 5], [20, 0, 30, 4], [40, 0, 50, 10]])  # IoU of 0.5, 0.4 and 1
-    found = find_objects(boxes, torch.tensor([1, 2, 3]), true_boxes, torch.tensor([1, 2, 4]))
+# ---- objects
+
+
+TRUE_BOXES = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]])
+BOXES = torch.tensor([[0.0, 0, 10, 5], [20, 0, 30, 4], [40, 0, 50, 10]])  # IoU of 0.5, 0.4 and 1
+
+
+def test_an_object_is_found_by_a_box_of_its_class_with_an_iou_of_one_half():
+    found = find_objects(BOXES, torch.tensor([1, 2, 3]), TRUE_BOXES, torch.tensor([1, 2, 4]))
     assert found.tolist() == [True, False, False]
-    assert find_objects(boxes[:0], torch.zeros(0).long(), true_boxes, torch.tensor([1, 2, 4])).tolist() == [False] * 3
-    assert find_objects(boxes, torch.tensor([1, 2, 3]), true_boxes[:0], torch.zeros(0).long()).shape == (0,)
+
+
+def test_no_boxes_find_no_objects():
+    assert find_objects(BOXES[:0], torch.zeros(0).long(), TRUE_BOXES, torch.tensor([1, 2, 4])).tolist() == [False] * 3
+
+
+def test_images_without_objects_have_nothing_to_find():
+    assert find_objects(BOXES, torch.tensor([1, 2, 3]), TRUE_BOXES[:0], torch.zeros(0).long()).shape == (0,)

@@ -1,9 +1,8 @@
-"""SGTR and its mirror, against plain loops over roles, queries and candidates."""
+"""Tests of SGTR and its mirror against plain loops over roles, queries and candidates."""
 
-import functools
 import itertools
 import math
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -18,8 +17,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("scipy")
 pl = pytest.importorskip("lightning.pytorch")
 
-import trainers  # noqa: E402
 from torchvision.ops import box_convert, box_iou, generalized_box_iou  # noqa: E402
+from trainers import CONFIGS, SMALL_DETR, trainer_without_sanity_check  # noqa: E402
+from trainers import SMALL_SGTR as SMALL  # noqa: E402
 
 from sgalign.commands.main import main  # noqa: E402
 from sgalign.data import Detections, ScenesDataset, collate, read_detections  # noqa: E402
@@ -47,10 +47,6 @@ from sgalign.training import (  # noqa: E402
 from sgalign.training.augmentation import annotations_of, mirrored_boxes, mirrored_predicates  # noqa: E402
 
 OBJECTS, PREDICATES, QUERIES, DIM, HEADS = 5, 4, 7, 16, 2
-SMALL = dict(
-    backbone="resnet10", stride=16, dim=32, heads=4, ffn_dim=32, entity_layers=2, entity_queries=12, encoder_layers=1,
-    layers=2, queries=9, short_sides=[48, 64], long_side=96, learning_rate=1e-3,
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +94,7 @@ def annotation(relations):
 
 
 def attend(query, key, value, dropped, heads):
-    """[L, dim] of one image and role."""
+    """Return the attention's output `[L, dim]` of one image and role."""
     outs = []
     for head, (q, k, v) in enumerate(zip(*(t.chunk(heads, -1) for t in (query, key, value)))):
         scores = q @ k.T / math.sqrt(q.shape[-1])
@@ -107,7 +103,10 @@ def attend(query, key, value, dropped, heads):
 
 
 def plain_decoder(net, found, contents, mask=None):
-    """The structural decoder for each image, layer and role by itself; with `mask` the mirrored branch."""
+    """Return the states of the decoder, computed for each image, layer and role in loops.
+
+    With a mask, they are the states of the mirrored branch.
+    """
     memory = found.memory[None]
     for layer in net.encoder:
         memory = layer(memory, found.position, found.padding)
@@ -158,13 +157,13 @@ def plain_decoder(net, found, contents, mask=None):
             hidden = linear(block.inner, role, norm(block.norm, role, state)).relu()
             x[role, image] = norm(net.decoder_norm, role, state + linear(block.outer, role, hidden))
         for image in range(images):
-            told = linear(net.fusion, 0, x[1, image]) + linear(net.fusion, 1, x[2, image])
-            x[0, image] = x[0, image] + told.relu()
+            fused = linear(net.fusion, 0, x[1, image]) + linear(net.fusion, 1, x[2, image])
+            x[0, image] = x[0, image] + fused.relu()
         states.append(torch.stack([torch.stack([x[role, i] for i in range(images)]) for role in range(3)]))
     return torch.stack(states, dim=1)
 
 
-def test_roles_are_layers_of_their_own():
+def test_each_role_has_its_own_linear_layer_and_subject_and_object_may_share_a_norm():
     layer, norm = RoleLinear(3, 4, 6), RoleNorm(3, 6, shared=(0, 1, 1))
     torch.nn.init.normal_(layer.bias)
     torch.nn.init.normal_(norm.weight)
@@ -180,7 +179,7 @@ def test_roles_are_layers_of_their_own():
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3])
-def test_both_branches_are_plain_decoders(ratio):
+def test_both_branches_equal_plain_decoders(ratio):
     net, found, mask = network(), entities(), MirrorMask(ratio, 1234)
     heads = net.predicate, net.entity_class
     contents = net._contents(found)
@@ -196,7 +195,7 @@ def test_both_branches_are_plain_decoders(ratio):
         assert not torch.allclose(supervised.at(-1).logits, mirrored.logits)
 
 
-def test_the_supervised_branch_does_not_know_of_the_mirror():
+def test_the_mirror_does_not_change_the_supervised_branch():
     net, found = network(), entities()
     alone = net(found)
     together, _ = net.dual_branch(found, mirrored_heads(net), MirrorMask(0.5, 3))
@@ -204,7 +203,7 @@ def test_the_supervised_branch_does_not_know_of_the_mirror():
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_branches_are_equal_without_masks():
+def test_the_branches_are_equal_without_a_mask():
     net, found = network(), entities()
     supervised, mirrored = net.dual_branch(found, (net.predicate, net.entity_class), MirrorMask(0.0, 3))
     for one, other in zip(supervised.at(-1), mirrored):
@@ -222,6 +221,8 @@ def test_padding_is_never_attended_to():
 
 
 class CountedCalls(TorchDispatchMode):
+    """A mode that counts the operator calls. A GPU launches a kernel for most of them."""
+
     calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -229,8 +230,8 @@ class CountedCalls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_mirror_needs_few_more_operator_calls():
-    """A kernel launch each on a GPU. As published: six layers, three of the predicate encoder, matching and losses."""
+def test_the_mirror_needs_at_most_35_percent_more_operator_calls():
+    """The network has six layers and a predicate encoder of three, as published. Matching and losses count too."""
     net, found = network(layers=6, encoder_layers=3), entities()
     heads, truths = mirrored_heads(net), [annotation(3), annotation(2)]
     candidates = Entities.detected(found.logits[-1], found.boxes[-1])
@@ -238,14 +239,14 @@ def test_the_mirror_needs_few_more_operator_calls():
     def calls(mirror):
         with CountedCalls() as counter:
             if mirror:
-                said, mirrored = net.dual_branch(found, heads, MirrorMask(0.1, 3))
+                predicted, mirrored = net.dual_branch(found, heads, MirrorMask(0.1, 3))
             else:
-                said = net(found)
-            matches = match(said, candidates, torch.ones(2, 2), truths)
-            losses = relation_losses(said, truths, matches, focal=True, relations=5.0)
+                predicted = net(found)
+            matches = match(predicted, candidates, torch.ones(2, 2), truths)
+            losses = relation_losses(predicted, truths, matches, focal=True, relations=5.0)
             loss = torch.stack(list(losses.values())).sum()
             if mirror:
-                last = said.at(-1)
+                last = predicted.at(-1)
                 loss = loss + relation_alignment_loss(
                     last.logits.flatten(0, -2), mirrored.logits.flatten(0, -2), kind="sigmoid"
                 )
@@ -258,8 +259,8 @@ def test_the_mirror_needs_few_more_operator_calls():
     assert calls(mirror=True) < 1.35 * calls(mirror=False)
 
 
-@pytest.mark.parametrize("branches", [1, 2])  # one where they are still equal, as in the first layer
-def test_weights_of_figures_are_those_of_the_kernel(branches):
+@pytest.mark.parametrize("branches", [1, 2])  # In the first layer the branches are equal, so there is one input.
+def test_attention_weights_for_figures_give_the_output_of_the_kernel(branches):
     net, found, mask = network(), entities(), MirrorMask(0.4, 7)
     memories = net._memories(found)[1]
     x = torch.randn(3, 2 * branches, QUERIES, DIM, dtype=torch.float64)
@@ -274,7 +275,7 @@ def test_weights_of_figures_are_those_of_the_kernel(branches):
     torch.testing.assert_close(weights[1][1].sum(-1), torch.ones(2, 2, HEADS, QUERIES, dtype=torch.float64))
 
 
-def test_every_weight_learns():
+def test_every_weight_gets_a_gradient():
     net, found = network(), entities()
     heads = mirrored_heads(net)
     supervised, mirrored = net.dual_branch(found, heads, MirrorMask(0.3, 3))
@@ -285,35 +286,39 @@ def test_every_weight_learns():
 # ---- assembling, matching, losses
 
 
-def test_pairwise_giou_is_torchvisions():
+def test_pairwise_giou_equals_that_of_torchvision():
     boxes, others = torch.rand(3, 5, 4), torch.rand(4, 4)
     expected = [generalized_box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in (image, others))) for image in boxes]
     torch.testing.assert_close(pairwise_giou(boxes, others), torch.stack(expected))
+
+
+def test_the_giou_of_empty_boxes_is_finite():
     assert pairwise_giou(torch.zeros(1, 4), torch.zeros(1, 4)).isfinite().all()
 
 
-def test_assembling_scores():
-    said, found = outputs(), Entities(torch.rand(2, 6, OBJECTS), torch.rand(2, 6, 4) * 0.4 + 0.1)
+def test_assembling_scores_follow_their_definition():
+    predicted, found = outputs(), Entities(torch.rand(2, 6, OBJECTS), torch.rand(2, 6, 4) * 0.4 + 0.1)
     sizes = torch.tensor([[100.0, 50.0], [40.0, 80.0]])
-    scores = assembling_scores(said, found, sizes)
+    scores = assembling_scores(predicted, found, sizes)
     assert scores.shape == (2, 2, 2, QUERIES, 6)
     for role, layer, image, query, entity in itertools.product(range(2), range(2), range(2), range(QUERIES), range(6)):
-        p = said.class_logits[role, layer, image, query].softmax(0)[:-1]
+        p = predicted.class_logits[role, layer, image, query].softmax(0)[:-1]
         q, box = found.probabilities[image, entity], found.boxes[image, entity]
         similarity = functional.cosine_similarity(p, q, dim=0)
         overlap = generalized_box_iou(
-            *(box_convert(b[None], "cxcywh", "xyxy") for b in (said.boxes[role, layer, image, query], box))
+            *(box_convert(b[None], "cxcywh", "xyxy") for b in (predicted.boxes[role, layer, image, query], box))
         )
-        away = said.vectors[layer, image, query, 2 * role : 2 * role + 2] - box[:2]
+        away = predicted.vectors[layer, image, query, 2 * role : 2 * role + 2] - box[:2]
         distance = (away * sizes[image]).abs().sum()
         expected = similarity**0.6 * overlap.clamp(min=0)[0, 0] * q.max() ** 0.6 / (distance + 1)
         torch.testing.assert_close(scores[role, layer, image, query, entity], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_matching_is_the_cheapest():
-    said, sizes = outputs(layers=1, images=1, queries=3), torch.tensor([[100.0, 50.0]])
+def test_the_matching_has_the_lowest_cost():
+    """The cost is computed in loops over queries, candidate pairs and relations."""
+    predicted, sizes = outputs(layers=1, images=1, queries=3), torch.tensor([[100.0, 50.0]])
     found, truth = Entities(torch.rand(1, 4, OBJECTS), torch.rand(1, 4, 4) * 0.4 + 0.1), annotation(2)
-    scores = assembling_scores(said, found, sizes)[:, 0, 0]
+    scores = assembling_scores(predicted, found, sizes)[:, 0, 0]
     ranked = scores.sort(dim=-1, descending=True)
     costs = torch.zeros(3, 4, 2)
     for query, rank, relation in itertools.product(range(3), range(4), range(2)):
@@ -327,8 +332,8 @@ def test_matching_is_the_cheapest():
         likely = found.probabilities[0, subject, ends[0]] + found.probabilities[0, object_, ends[1]]
         away = (found.boxes[0, subject] - boxes[0]).abs().sum() + (found.boxes[0, object_] - boxes[1]).abs().sum()
         costs[query, rank, relation] = (
-            0.6 * (said.vectors[0, 0, query] - vector).abs().sum()
-            + 32 ** -said.logits[0, 0, query].softmax(0)[truth.predicates[relation]]
+            0.6 * (predicted.vectors[0, 0, query] - vector).abs().sum()
+            + 32 ** -predicted.logits[0, 0, query].softmax(0)[truth.predicates[relation]]
             + 0.5 * 32**-likely
             + 0.6 * away / 2
             + 32 ** -(giou[0] + giou[1])
@@ -336,7 +341,7 @@ def test_matching_is_the_cheapest():
         )
     flat = costs.flatten(0, 1)
     first, second = min(itertools.permutations(range(12), 2), key=lambda c: (flat[c[0], 0] + flat[c[1], 1]).item())
-    ((query, relation),) = match(said, found, sizes, [truth])[0]
+    ((query, relation),) = match(predicted, found, sizes, [truth])[0]
     expected = {0: first // 4, 1: second // 4}
     if expected[0] == expected[1]:
         cheaper = 0 if flat[first, 0] <= flat[second, 1] else 1
@@ -344,44 +349,57 @@ def test_matching_is_the_cheapest():
     assert dict(zip(relation.tolist(), query.tolist())) == expected
 
 
-def test_matching_can_give_every_relation_its_query():
-    """Two relations that agree about the best query: the public code leaves one without, and it teaches nothing."""
-    said, sizes = outputs(layers=1, images=1), torch.tensor([[100.0, 50.0]])
+@pytest.fixture
+def contested():
+    """Arguments of `match` in which two relations have the same best query, number 3."""
+    predicted, sizes = outputs(layers=1, images=1), torch.tensor([[100.0, 50.0]])
     found, truth = Entities(torch.rand(1, 6, OBJECTS), torch.rand(1, 6, 4) * 0.4 + 0.1), annotation(1)
     twice = Annotations(*(torch.cat([t, t], dim=min(t.dim() - 1, 1)) for t in truth))
-    said.vectors[0, 0, 3] = truth.vectors[0]
-    said.logits[0, 0, 3, truth.predicates[0]] = 20
-    ((query, _),) = match(said, found, sizes, [twice])[0]
+    predicted.vectors[0, 0, 3] = truth.vectors[0]
+    predicted.logits[0, 0, 3, truth.predicates[0]] = 20
+    return predicted, found, sizes, [twice]
+
+
+def test_matching_leaves_a_relation_out_if_another_one_takes_its_query(contested):
+    """The public code does so too. The relation without a query has no effect on the losses."""
+    ((query, _),) = match(*contested)[0]
     assert query.tolist() == [3]
-    ((query, relation),) = match(said, found, sizes, [twice], distinct=True)[0]
+
+
+def test_distinct_matching_gives_each_relation_a_query(contested):
+    ((query, relation),) = match(*contested, distinct=True)[0]
     assert sorted(relation.tolist()) == [0, 1] and 3 in query.tolist() and len(set(query.tolist())) == 2
-    ((query, relation),) = match(said, found, sizes, [annotation(30)], distinct=True)[0]
+
+
+def test_distinct_matching_uses_every_query_if_there_are_more_relations(contested):
+    predicted, found, sizes, _ = contested
+    ((query, relation),) = match(predicted, found, sizes, [annotation(30)], distinct=True)[0]
     assert len(query) == len(set(relation.tolist())) == QUERIES
 
 
 @pytest.mark.parametrize("distinct", [False, True])
-def test_matching_without_entities_finds_none(distinct):
-    said, none = outputs(images=2), Entities(torch.rand(2, 0, OBJECTS), torch.rand(2, 0, 4))
-    matches = match(said, none, torch.ones(2, 2), [annotation(2), annotation(0)], distinct=distinct)
-    assert len(matches) == len(said.logits)
+def test_matching_without_entities_is_empty(distinct):
+    predicted, none = outputs(images=2), Entities(torch.rand(2, 0, OBJECTS), torch.rand(2, 0, 4))
+    matches = match(predicted, none, torch.ones(2, 2), [annotation(2), annotation(0)], distinct=distinct)
+    assert len(matches) == len(predicted.logits)
     assert all(len(query) == len(relation) == 0 for layer in matches for query, relation in layer)
 
 
 @pytest.mark.parametrize("relations", [0, 1, 30])
-def test_no_query_serves_twice(relations):
-    said, found = outputs(images=1), Entities(torch.rand(1, 6, OBJECTS), torch.rand(1, 6, 4) * 0.4 + 0.1)
-    for ((query, relation),) in match(said, found, torch.ones(1, 2), [annotation(relations)]):
+def test_no_query_serves_two_relations(relations):
+    predicted, found = outputs(images=1), Entities(torch.rand(1, 6, OBJECTS), torch.rand(1, 6, 4) * 0.4 + 0.1)
+    for ((query, relation),) in match(predicted, found, torch.ones(1, 2), [annotation(relations)]):
         assert len(query) == len(relation) <= min(relations, QUERIES)
         assert len(set(query.tolist())) == len(query) and len(set(relation.tolist())) == len(relation)
         assert (len(query) > 0) == (relations > 0)
 
 
 @pytest.mark.parametrize("focal", [True, False])
-def test_losses(focal):
-    said = outputs(classes=PREDICATES + (not focal))
+def test_losses_are_those_of_loops(focal):
+    predicted = outputs(classes=PREDICATES + (not focal))
     truths = [annotation(3), annotation(0)]
     matches = [[(torch.tensor([4, 1]), torch.tensor([0, 2])), (torch.tensor([], dtype=torch.int64),) * 2]] * 2
-    got = relation_losses(said, truths, matches, focal=focal, relations=3.0)
+    got = relation_losses(predicted, truths, matches, focal=focal, relations=3.0)
     expected = dict.fromkeys(got, 0.0)
     for layer, factor in ((0, 0.5), (1, 1.0)):
         labels = torch.full((2, 2, QUERIES), OBJECTS)
@@ -390,47 +408,47 @@ def test_losses(focal):
             truth = truths[0]
             target[0, query], labels[:, 0, query] = truth.predicates[relation], truth.labels[:, relation]
             vector = torch.cat([truth.boxes[0, relation, :2], truth.boxes[1, relation, :2]])
-            expected["vectors"] += factor * (said.vectors[layer, 0, query] - vector).abs().sum() / 3
+            expected["vectors"] += factor * (predicted.vectors[layer, 0, query] - vector).abs().sum() / 3
             for role in (0, 1):
-                box, true = said.boxes[role, layer, 0, query], truth.boxes[role, relation]
+                box, true = predicted.boxes[role, layer, 0, query], truth.boxes[role, relation]
                 giou = pairwise_giou(box[None], true[None])[0, 0]
                 expected["boxes"] += factor * 0.5 * ((box - true).abs().sum() + 1 - giou) / 3
         no_object = torch.tensor([1.0] * OBJECTS + [0.1])
         for role in (0, 1):
             loss = functional.cross_entropy(
-                said.class_logits[role, layer].flatten(0, 1), labels[role].flatten(), no_object
+                predicted.class_logits[role, layer].flatten(0, 1), labels[role].flatten(), no_object
             )
             expected["classes"] += factor * 0.3 * loss
         if focal:
             one_hot = functional.one_hot(target, PREDICATES + 1)[..., :-1].float()
-            p = said.logits[layer].sigmoid()
+            p = predicted.logits[layer].sigmoid()
             positive = -0.25 * one_hot * (1 - p) ** 2 * p.log()
             negative = -0.75 * (1 - one_hot) * p**2 * (1 - p).log()
             expected["predicates"] += (positive + negative).sum() / 3
         else:
             weight = torch.tensor([1.0] * PREDICATES + [0.1])
             expected["predicates"] += factor * functional.cross_entropy(
-                said.logits[layer].flatten(0, 1), target.flatten(), weight
+                predicted.logits[layer].flatten(0, 1), target.flatten(), weight
             )
     for name in got:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(("focal", "pairs"), [(True, 3), (False, 3), (True, 1)])
-def test_assembled_graphs(focal, pairs):
-    """By loops: three pairs by rank for each of the best predicates, then greedy suppression."""
+def test_assembled_graphs_are_those_of_loops(focal, pairs):
+    """Loops take the best pairs of entities for each of the best predicates and then suppress repetitions."""
     suppressed = 0
     for _ in range(20):
-        said = outputs(layers=1, images=1, classes=PREDICATES + (not focal)).at(0)
+        predicted = outputs(layers=1, images=1, classes=PREDICATES + (not focal)).at(0)
         boxes = torch.rand(1, 3, 4) * 0.2 + 0.3
-        boxes = torch.cat([boxes, boxes + 0.002], 1)  # every entity has a double
+        boxes = torch.cat([boxes, boxes + 0.002], 1)  # each entity has a near copy
         one_hot = functional.one_hot(torch.tensor([0, 1, 2, 0, 1, 2]), OBJECTS).float()
         found = Entities(one_hot[None] * torch.rand(1, 6, 1), boxes)
         sizes = torch.tensor([[100.0, 50.0]])
-        ((triplets, scores),) = assemble(said, found, sizes, focal=focal, pairs=pairs)
-        by_layer = RelationOutputs(*(t[None] for t in said[:2]), *(t[:, None] for t in said[2:]))
+        ((triplets, scores),) = assemble(predicted, found, sizes, focal=focal, pairs=pairs)
+        by_layer = RelationOutputs(*(t[None] for t in predicted[:2]), *(t[:, None] for t in predicted[2:]))
         rank = assembling_scores(by_layer, found, sizes)[:, 0, 0].sort(dim=-1, descending=True, stable=True).indices
-        p = said.logits[0].sigmoid() if focal else said.logits[0].softmax(-1)[:, :-1]
+        p = predicted.logits[0].sigmoid() if focal else predicted.logits[0].softmax(-1)[:, :-1]
         corners = box_convert(boxes[0], "cxcywh", "xyxy")
         iou, giou = box_iou(corners, corners), generalized_box_iou(corners, corners)
         candidates = []
@@ -454,18 +472,23 @@ def test_assembled_graphs(focal, pairs):
     assert suppressed > (20 if pairs > 1 else 0)
 
 
-def test_given_entities_of_shorter_images_are_never_related():
-    said = outputs(layers=1).at(0)
+def test_the_padding_of_given_entities_is_never_related():
+    predicted = outputs(layers=1).at(0)
     labels, boxes = [torch.tensor([1, 2, 3]), torch.tensor([4])], [torch.rand(3, 4) + 0.1, torch.rand(1, 4) + 0.1]
-    graphs = assemble(said, Entities.given(labels, boxes, OBJECTS), torch.ones(2, 2), focal=True)
+    graphs = assemble(predicted, Entities.given(labels, boxes, OBJECTS), torch.ones(2, 2), focal=True)
     assert len(graphs[0][0]) and not len(graphs[1][0])
 
 
 # ---- the detector, images, training
 
 
-def test_detector_reads_images_of_any_size():
-    detector = EntityDetector(OBJECTS, backbone="resnet10", stride=16, dim=32, heads=4, ffn_dim=32, layers=2).eval()
+def small_detector(num_queries=9):
+    sizes = {"backbone": "resnet10", "stride": 16, "dim": 32, "heads": 4, "ffn_dim": 32, "layers": 2}
+    return EntityDetector(OBJECTS, num_queries=num_queries, **sizes)
+
+
+def test_the_detector_reads_images_of_any_size_together():
+    detector = small_detector(num_queries=100).eval()
     wide, high = torch.rand(3, 48, 80), torch.rand(3, 96, 33)
     both = detector([wide, high])
     assert both.memory.shape == (2, 6 * 5, 32) and both.logits.shape == (2, 2, 100, OBJECTS + 1)
@@ -475,8 +498,8 @@ def test_detector_reads_images_of_any_size():
     torch.testing.assert_close(both.boxes[-1], library.pred_boxes, rtol=1e-4, atol=1e-5)
 
 
-def test_detector_weights_and_sizes_survive(tmp_path):
-    first = EntityDetector(OBJECTS, backbone="resnet10", stride=16, dim=32, heads=4, ffn_dim=32, layers=2)
+def test_a_detector_is_made_from_the_weights_or_the_config_of_another(tmp_path):
+    first = small_detector(num_queries=100)
     first.detr.save_pretrained(tmp_path / "detr")
     second = EntityDetector(OBJECTS + 2, weights=tmp_path / "detr")
     assert second.dim == 32 and second.detr.class_labels_classifier.out_features == OBJECTS + 3
@@ -486,22 +509,18 @@ def test_detector_weights_and_sizes_survive(tmp_path):
     third.load_state_dict(second.state_dict())
 
 
-def small_detector():
-    return EntityDetector(OBJECTS, backbone="resnet10", stride=16, dim=32, heads=4, ffn_dim=32, layers=2, num_queries=9)
-
-
-def test_no_gradient_of_a_new_detector_drowns_the_others():
-    """Queries start as zeros, whose normalisation multiplies a gradient by 300."""
+def test_no_gradient_of_a_new_detector_dominates_the_others():
+    """The queries' contents start as zeros. With a bias of zero, their norm would multiply its gradient by 300."""
     detector = small_detector()
     found = detector([torch.rand(3, 64, 64) for _ in range(2)])
     (found.logits.square().mean() + found.boxes.square().mean()).backward()
     norms = {name: p.grad.norm().item() for name, p in detector.named_parameters() if p.grad is not None}
     assert norms["detr.model.decoder.layers.0.self_attn.o_proj.bias"] < 0.5 * math.hypot(*norms.values())
-    assert found.features.std(1).mean() > 0.05  # queries are not all alike
+    assert found.features.std(1).mean() > 0.05, "the queries are nearly equal"
 
 
-def test_what_is_under_the_padding_changes_nothing():
-    """Of the feature map; images are padded with zeros, which is what the backbone sees beyond an edge anyway."""
+def test_the_feature_map_under_the_padding_has_no_effect():
+    """Images are padded with zeros, as convolutions pad them, so only the feature map is disturbed."""
     detector, net = small_detector().eval(), SGTR(OBJECTS, PREDICATES, dim=32, heads=4, ffn_dim=32, layers=2).eval()
     images = [torch.rand(3, 48, 80), torch.rand(3, 96, 33)]
     found = detector(images)
@@ -523,24 +542,42 @@ def test_what_is_under_the_padding_changes_nothing():
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
-def test_resize():
+def test_resizing_respects_the_limits_of_both_sides():
     assert resize(torch.rand(3, 100, 200), 50, 1000).shape == (3, 50, 100)
     assert resize(torch.rand(3, 100, 200), 80, 120).shape == (3, 60, 120)
 
 
-def test_mirrored_images():
+def test_mirrored_images_swap_left_and_right_in_predicates():
     names = ["__background__", "left of", "on", "on the right of", "right of", "on the left of", "left"]
     assert mirrored_predicates(names) == [0, 4, 2, 5, 1, 3, 6]
+
+
+def test_mirrored_images_mirror_the_centers_of_boxes():
     assert mirrored_boxes(torch.tensor([0.2, 0.3, 0.1, 0.4])).tolist() == pytest.approx([0.8, 0.3, 0.1, 0.4])
 
 
-def test_annotations():
+@pytest.fixture
+def annotated():
+    """A graph with a relation of an object with itself, and its objects and relations as SGTR trains on them."""
     graph = next(g for g in map(ScenesDataset("train").__getitem__, range(9)) if len(g.relations) > 1)
     object.__setattr__(graph, "relations", torch.cat([graph.relations, torch.tensor([[1, 1, 2]])]))
     ((objects,), (truth,)) = annotations_of(collate([graph], 20))
+    return graph, objects, truth
+
+
+def test_annotated_boxes_are_centered_and_relative_to_the_image(annotated):
+    graph, objects, _ = annotated
     back = box_convert(objects[1], "cxcywh", "xyxy") * torch.tensor([graph.width, graph.height] * 2)
     torch.testing.assert_close(back, graph.boxes)
+
+
+def test_relations_of_an_object_with_itself_are_not_annotated(annotated):
+    graph, _, truth = annotated
     assert len(truth.predicates) == len(graph.relations) - 1
+
+
+def test_annotated_relations_have_classes_from_0(annotated):
+    graph, objects, truth = annotated
     subject, object_, predicate = graph.relations[0].tolist()
     assert truth.predicates[0] == predicate - 1
     assert truth.labels[:, 0].tolist() == [graph.labels[subject] - 1, graph.labels[object_] - 1]
@@ -548,172 +585,305 @@ def test_annotations():
 
 
 class FewScenes(SceneGraphData):
+    """The generated scenes, but at most six per part, all with relations."""
+
     def _read(self, split):
         return [g for g in map(self._open(split).__getitem__, range(6)) if len(g.relations)]
 
 
-trainer = functools.partial(trainers.trainer, num_sanity_val_steps=0)
-
-
 def fit(module, ckpt_path=None):
+    """Train a module for two steps and return the trainer."""
     pl.seed_everything(0)
-    run = trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=1)
+    run = trainer_without_sanity_check(max_epochs=1, limit_train_batches=2, limit_val_batches=1)
     run.fit(module, FewScenes(None, batch_size=2, images=True), ckpt_path=ckpt_path)
     return run
 
 
-@pytest.mark.parametrize("protocol", ["sgdet", "predcls"])
-def test_trains_saves_and_predicts(protocol, tmp_path):
+@pytest.fixture(scope="module", params=["sgdet", "predcls"])
+def protocol(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def trained(protocol, tmp_path_factory):
+    """A trained Align-SGTR, its trainer and its checkpoint."""
     module = AlignSGTRModule(protocol=protocol, aligned=["predicates", "subjects", "objects", "boxes"], **SMALL)
     run = fit(module)
+    path = tmp_path_factory.mktemp("trained") / "align.ckpt"
+    run.save_checkpoint(path)
+    return module, run, path
+
+
+@pytest.fixture(scope="module")
+def data():
+    return FewScenes(None, batch_size=3, images=True)
+
+
+@pytest.fixture(scope="module")
+def predictions(trained, data):
+    """The predictions of the checkpoint, read as Align-SGTR and as SGTR."""
+    *_, path = trained
+    whole = load_module(path)
+    assert isinstance(whole, AlignSGTRModule)
+    plain = SGTRModule.load_from_checkpoint(path, map_location="cpu")
+    return [sum(trainer_without_sanity_check().predict(module, data), []) for module in (whole, plain)]
+
+
+def test_training_logs_the_losses_of_both_branches_and_recall(trained):
+    _, run, _ = trained
     logged = set(run.callback_metrics)
     assert {"train/predicates", "train/entity classes", "train/alignment boxes", "val/R@50"} <= logged
-    run.save_checkpoint(tmp_path / "align.ckpt")
-    module.detector.register_forward_hook(lambda _, __, found: found._replace(logits=torch.nan * found.logits))
-    with pytest.raises(ValueError, match="must be finite, got infinity or NaN in this batch of images: .*, "):
-        run.validate(module, FewScenes(None, batch_size=3, images=True))
-    data = FewScenes(None, batch_size=3, images=True)
-    whole = load_module(tmp_path / "align.ckpt")
+
+
+def test_outputs_of_the_detector_that_are_not_finite_are_refused_with_their_images(trained, data):
+    module, run, _ = trained
+    hook = module.detector.register_forward_hook(lambda _, __, found: found._replace(logits=torch.nan * found.logits))
+    with (
+        hook,
+        pytest.raises(ValueError, match="DETR's logits and boxes must be finite, got infinity or NaN in images .*, "),
+    ):
+        run.validate(module, data)
+
+
+def test_report_draws_the_attention_of_a_checkpoint(trained, data, tmp_path):
+    *_, path = trained
     data.test[0].image().save(tmp_path / "scene.png")
-    command = [str(tmp_path), "--checkpoint", str(tmp_path / "align.ckpt"), "--image", str(tmp_path / "scene.png")]
+    command = [str(tmp_path), "--checkpoint", str(path), "--image", str(tmp_path / "scene.png")]
     assert main(["report", *command]) == 0 and (tmp_path / "mirror_scene.png").stat().st_size > 10_000
-    saved = torch.load(tmp_path / "align.ckpt", weights_only=True)
-    saved["hyper_parameters"]["stride"] = 32  # an option that a detector's weights overrule
+    saved = torch.load(path, weights_only=True)
+    saved["hyper_parameters"]["stride"] = 32  # The weights of the detector overrule this option.
     torch.save(saved, tmp_path / "overruled.ckpt")
     command[2] = str(tmp_path / "overruled.ckpt")
     assert main(["report", *command]) == 0
-    assert isinstance(whole, AlignSGTRModule)
-    plain = SGTRModule.load_from_checkpoint(tmp_path / "align.ckpt", map_location="cpu")
-    predicted = [trainer().predict(m, data) for m in (whole, plain)]
-    for one, other in zip(*(sum(batches, []) for batches in predicted)):
+
+
+def test_a_checkpoint_predicts_the_same_with_and_without_its_mirror(predictions):
+    for one, other in zip(*predictions):
         assert torch.equal(one["triplets"], other["triplets"]) and torch.equal(one["boxes"], other["boxes"])
+
+
+def test_predicted_triplets_are_sorted_by_score(predictions):
+    for one in predictions[0]:
         assert one["triplets"].shape[1] == 3 and (one["triplet_scores"].diff() <= 0).all()
-    if protocol == "predcls":
-        graphs = {g.image_id: g for g in data.test}
-        for one in sum(predicted[0], []):
-            assert torch.equal(one["labels"], graphs[one["image_id"]].labels)
-            torch.testing.assert_close(one["boxes"], graphs[one["image_id"]].boxes, rtol=0, atol=1e-3)
 
 
-def test_sgtr_starts_from_a_trained_detector(tmp_path, monkeypatch):
-    options = {n: v for n, v in SMALL.items() if n not in ("encoder_layers", "layers", "queries")}
-    first = EntityDetectorModule(**options)
-    run = fit(first)
-    assert {"train/boxes", "val/found", "val/relations_found"} <= set(run.callback_metrics)
-    path = tmp_path / "detector.ckpt"
+@pytest.mark.parametrize("protocol", ["predcls"], indirect=True)
+def test_predcls_predicts_for_the_annotated_objects(predictions, data):
+    graphs = {g.image_id: g for g in data.test}
+    for one in predictions[0]:
+        assert torch.equal(one["labels"], graphs[one["image_id"]].labels)
+        torch.testing.assert_close(one["boxes"], graphs[one["image_id"]].boxes, rtol=0, atol=1e-3)
+
+
+# ---- training from a trained detector
+
+
+PIXELS = [torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(0))]
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A trained detector, its trainer and its checkpoint."""
+    module = EntityDetectorModule(**SMALL_DETR)
+    run = fit(module)
+    path = tmp_path_factory.mktemp("detector") / "detector.ckpt"
     run.save_checkpoint(path)
-    again = load_module(path)
-    data = FewScenes(None, batch_size=3, images=True)
-    trainer(callbacks=[DetectionWriter(tmp_path / "found.json")]).predict(again, data)
-    found = read_detections(tmp_path / "found.json", len(again.object_names) - 1)
+    return module.eval(), run, path
+
+
+@torch.no_grad()
+def found_boxes(module):
+    return module.detector(PIXELS).boxes
+
+
+def test_the_training_of_a_detector_logs_losses_and_found_shares(detector):
+    _, run, _ = detector
+    assert {"train/boxes", "val/found", "val/relations_found"} <= set(run.callback_metrics)
+
+
+def test_a_loaded_detector_finds_the_same_boxes(detector):
+    module, _, path = detector
+    torch.testing.assert_close(found_boxes(load_module(path)), found_boxes(module))
+
+
+def test_a_detector_writes_as_many_detections_as_it_has_queries(detector, data, tmp_path):
+    *_, path = detector
+    module = load_module(path)
+    trainer_without_sanity_check(callbacks=[DetectionWriter(tmp_path / "found.json")]).predict(module, data)
+    found = read_detections(tmp_path / "found.json", len(module.object_names) - 1)
     for graph in data.test:
         boxes, labels, scores = found[graph.image_id]
         assert len(boxes) == len(labels) == len(scores) == SMALL["entity_queries"]
         assert (boxes >= 0).all() and (boxes[:, 2:] <= torch.tensor([graph.width, graph.height])).all()
+
+
+def test_a_detector_predicts_no_relations(detector, data, tmp_path):
+    *_, path = detector
     with pytest.raises(ValueError, match="EntityDetectorModule predicts no relations"):
-        trainer(callbacks=[TripletWriter(tmp_path / "none.jsonl")]).predict(again, data)
-    pixels = [torch.rand(3, 48, 64)]
-    with torch.no_grad():
-        expected = first.eval().detector(pixels)
-        torch.testing.assert_close(again.detector(pixels).boxes, expected.boxes)
-    told = []
-    monkeypatch.setattr("sgalign.training.detr.rank_zero_info", told.append)
+        run = trainer_without_sanity_check(callbacks=[TripletWriter(tmp_path / "none.jsonl")])
+        run.predict(load_module(path), data)
+
+
+def test_the_sizes_of_detector_weights_overrule_the_options_and_this_is_printed(detector, monkeypatch):
+    *_, path = detector
+    printed = []
+    monkeypatch.setattr("sgalign.training.detr.rank_zero_info", printed.append)
     fit(SGTRModule(detector_weights=str(path), **SMALL | {"entity_queries": 5}))
     queries = SMALL["entity_queries"]
-    assert told == [f"detector_weights overrides these options: entity_queries is {queries} instead of 5"]
-    second = AlignSGTRModule(detector_weights=str(path), frozen=["detector"], **SMALL)
+    assert printed == [f"the detector has the sizes of detector_weights: entity_queries {queries}, not 5"]
+
+
+@pytest.fixture(scope="module")
+def frozen(detector, tmp_path_factory):
+    """An Align-SGTR trained with a frozen detector, its state at the start, its trainer, and its checkpoint.
+
+    The file of the detector is deleted after the training.
+    """
+    folder = tmp_path_factory.mktemp("frozen")
+    weights = shutil.copy(detector[2], folder / "detector.ckpt")
+    module = AlignSGTRModule(detector_weights=str(weights), frozen=["detector"], **SMALL)
     started = {}
-    second.on_train_start = lambda: started.update({n: p.clone() for n, p in second.state_dict().items()})
-    run = fit(second)
-    head = first.detector.detr.class_labels_classifier.weight
-    assert all(torch.equal(weight, head) for weight in started["network.entity_class.weight"])
-    layer = first.detector.detr.bbox_predictor.layers[2]
-    assert all(torch.equal(bias, layer.bias) for bias in started["network.entity_box.2.bias"])
-    changed = [
-        n for n, t in second.state_dict().items() if n.startswith("detector.") and not torch.equal(t, started[n])
-    ]
-    assert changed == []  # nor batch statistics
+    module.on_train_start = lambda: started.update({n: p.clone() for n, p in module.state_dict().items()})
+    run = fit(module)
+    run.save_checkpoint(folder / "sgtr.ckpt")
+    weights.unlink()
+    return module, started, run, folder / "sgtr.ckpt"
+
+
+def test_sgtr_starts_with_the_heads_of_its_detector(detector, frozen):
+    detr, (_, started, *_) = detector[0].detector.detr, frozen
+    assert all(
+        torch.equal(weight, detr.class_labels_classifier.weight) for weight in started["network.entity_class.weight"]
+    )
+    assert all(torch.equal(bias, detr.bbox_predictor.layers[2].bias) for bias in started["network.entity_box.2.bias"])
+
+
+def test_a_frozen_detector_changes_neither_weights_nor_batch_statistics(detector, frozen):
+    module, started, *_ = frozen
+    state = {n: t for n, t in module.state_dict().items() if n.startswith("detector.")}
+    assert [name for name, tensor in state.items() if not torch.equal(tensor, started[name])] == []
+    torch.testing.assert_close(found_boxes(module.eval()), found_boxes(detector[0]))
+
+
+def test_a_frozen_detector_has_no_losses(frozen):
+    _, _, run, _ = frozen
     assert not any(name.startswith("train/entity") for name in run.callback_metrics)
-    with torch.no_grad():
-        torch.testing.assert_close(second.eval().detector(pixels).boxes, expected.boxes)
-    run.save_checkpoint(tmp_path / "sgtr.ckpt")
-    broken = SGTRModule(detector_weights=str(path), frozen=["detector"], **SMALL)
+
+
+def test_a_checkpoint_of_sgtr_needs_no_file_of_its_detector(detector, frozen):
+    *_, path = frozen
+    torch.testing.assert_close(found_boxes(load_module(path)), found_boxes(detector[0]))
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(detector):
+    broken = SGTRModule(detector_weights=str(detector[2]), frozen=["detector"], **SMALL)
     broken.on_train_start = lambda: torch.nn.init.constant_(broken.network.predicate.weight, torch.nan)
     with pytest.raises(ValueError, match="at step 0 these are not finite: network.predicate.weight"):
         fit(broken)
-    path.unlink()  # the checkpoint of SGTR has what it needs
-    third = load_module(tmp_path / "sgtr.ckpt")
-    with torch.no_grad():
-        torch.testing.assert_close(third.detector(pixels).boxes, expected.boxes)
 
 
-def test_predcls_takes_the_objects_that_it_is_told(tmp_path):
-    """Annotated ones, or those of a file of detections, with their scores."""
+# ---- given objects
+
+
+@pytest.fixture(scope="module")
+def predcls():
+    """An SGTR of protocol predcls, and its trainer."""
     module = SGTRModule(protocol="predcls", **SMALL)
-    run = fit(module)
+    return module, fit(module)
+
+
+def given_detections():
+    """Return data with two detections per image that are annotated objects with other scores, and these detections."""
     data = FewScenes(None, batch_size=3, images=True)
-    told = {g.image_id: Detections(g.boxes[:2], g.labels[:2], torch.tensor([0.5, 0.25])) for g in data.test}
-    data.detections = told
+    given = {g.image_id: Detections(g.boxes[:2], g.labels[:2], torch.tensor([0.5, 0.25])) for g in data.test}
+    data.detections = given
+    return data, given
+
+
+def test_predcls_predicts_for_the_objects_of_a_file_of_detections(predcls):
+    module, run = predcls
+    data, given = given_detections()
     for image in sum(run.predict(module, data), []):
-        boxes, labels, scores = told[image["image_id"]]
+        boxes, labels, scores = given[image["image_id"]]
         torch.testing.assert_close(image["boxes"], boxes, rtol=0, atol=1e-3)
         assert torch.equal(image["labels"], labels) and torch.equal(image["scores"], scores)
         assert (image["triplets"][:, :2] < 2).all()
-    with pytest.raises(ValueError, match="data.detections must be left out for protocol sgdet"):
-        trainer().predict(SGTRModule(**SMALL), data)
-    data.detections = None
+
+
+def test_sgdet_refuses_detections():
+    with pytest.raises(ValueError, match="no detections for protocol sgdet"):
+        trainer_without_sanity_check().predict(SGTRModule(**SMALL), given_detections()[0])
+
+
+def test_predcls_accepts_boxes_beyond_the_edge_of_the_image(predcls):
+    """VRD has such boxes."""
+    module, run = predcls
+    data = FewScenes(None, batch_size=3, images=True)
     for graph in data.test:
-        graph.boxes[0, :2] -= graph.boxes[0, :2] + 3  # beyond the image's edge, as some of VRD's are
+        graph.boxes[0, :2] -= graph.boxes[0, :2] + 3
     run.test(module, data, verbose=False)
 
 
-def test_labels_that_nothing_learns_from_cannot_be_dropped():
+# ---- options, resuming and other runs
+
+
+def test_instance_drop_is_refused_for_modules_that_do_not_train_on_labels_of_pairs():
     data = FewScenes(None, batch_size=2, images=True, instance_drop=1.6)
-    with pytest.raises(ValueError, match="instance_drop must be 0 for SGTRModule with these options, got 1.6"):
-        trainer(max_epochs=1).fit(SGTRModule(**SMALL), data)
-    options = {n: v for n, v in SMALL.items() if n not in ("encoder_layers", "layers", "queries")}
+    with pytest.raises(ValueError, match="instance_drop must be 0 for SGTRModule with these options, .* got 1.6"):
+        trainer_without_sanity_check().fit(SGTRModule(**SMALL), data)
     with pytest.raises(ValueError, match="instance_drop must be 0 for EntityDetectorModule with these"):
-        trainer(max_epochs=1).fit(EntityDetectorModule(**options), data)
+        trainer_without_sanity_check().fit(EntityDetectorModule(**SMALL_DETR), data)
 
 
-def test_stride_16_has_no_last_stage():
+def test_a_backbone_of_stride_16_has_no_last_stage():
     names = [n for n, _ in EntityDetector(5, backbone="resnet10", stride=16, dim=32, heads=4).named_parameters()]
     assert any("stages.2" in name for name in names) and not any("stages.3" in name for name in names)
 
 
-def test_a_resumed_run_needs_no_initial_weights(tmp_path, monkeypatch):
-    """On the command line; a model made otherwise is told so."""
-    options = {n: v for n, v in SMALL.items() if n not in ("encoder_layers", "layers", "queries")}
-    fit(EntityDetectorModule(**options)).save_checkpoint(tmp_path / "detector.ckpt")
-    fit(SGTRModule(detector_weights=str(tmp_path / "detector.ckpt"), **SMALL)).save_checkpoint(tmp_path / "sgtr.ckpt")
+@pytest.fixture(scope="module")
+def sgtr_checkpoint(detector, tmp_path_factory):
+    """The checkpoint of an SGTR that started from a detector. The file `detector.ckpt` beside it was deleted."""
+    folder = tmp_path_factory.mktemp("sgtr")
+    weights = shutil.copy(detector[2], folder / "detector.ckpt")
+    fit(SGTRModule(detector_weights=str(weights), **SMALL)).save_checkpoint(folder / "sgtr.ckpt")
+    weights.unlink()
+    return folder / "sgtr.ckpt"
+
+
+def test_a_new_module_without_the_weights_of_the_detector_cannot_resume(sgtr_checkpoint):
     with pytest.raises(ValueError, match="batch normalization"):
-        fit(SGTRModule(**SMALL), ckpt_path=tmp_path / "sgtr.ckpt")
-    (tmp_path / "detector.ckpt").rename(tmp_path / "moved.ckpt")
+        fit(SGTRModule(**SMALL), ckpt_path=sgtr_checkpoint)
+
+
+def test_a_missing_file_of_detector_weights_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="detector.ckpt"):
         fit(SGTRModule(detector_weights=str(tmp_path / "detector.ckpt"), **SMALL))
-    command = ["test", "--model", "sgalign.training.SGTRModule", "--ckpt_path", str(tmp_path / "sgtr.ckpt")]
-    for name, value in (SMALL | {"detector_weights": str(tmp_path / "detector.ckpt")}).items():
+
+
+def test_the_command_line_does_not_read_detector_weights_if_it_has_a_checkpoint(sgtr_checkpoint, tmp_path, monkeypatch):
+    command = ["test", "--model", "sgalign.training.SGTRModule", "--ckpt_path", str(sgtr_checkpoint)]
+    for name, value in (SMALL | {"detector_weights": str(sgtr_checkpoint.parent / "detector.ckpt")}).items():
         command += [f"--model.{name}", str(value)]
     command += ["--data.images", "true", "--trainer.limit_test_batches", "1", "--trainer.logger", "false"]
-    monkeypatch.chdir(tmp_path)  # for what Lightning writes
+    monkeypatch.chdir(tmp_path)  # Lightning writes files into the current folder.
     assert main(command) == 0
 
 
-def test_weights_of_something_else_are_refused(tmp_path):
+def test_detector_weights_of_another_module_are_refused(tmp_path):
     saved = {"module": "MotifsModule", "object_names": [], "predicate_names": [], "run_seed": 0, "random_states": []}
     torch.save({"sgalign": saved, "state_dict": {}, "hyper_parameters": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="EntityDetectorModule"):
         fit(SGTRModule(detector_weights=str(tmp_path / "other.ckpt"), **SMALL))
 
 
-def test_what_is_found():
-    """Half of the objects, and of the relations the one between them."""
+def test_found_shares_count_objects_and_the_relations_between_them():
+    """Only the first half of the objects have detections of their class."""
     graph = next(g for g in map(ScenesDataset("test").__getitem__, range(9)) if len(g.relations) > 2)
     batch = collate([graph], 20)
     ((labels, boxes),), _ = annotations_of(batch)
     half = len(labels) // 2
     logits = functional.one_hot(labels - 1, 17).float()[None, None] * 9
-    logits[..., half:, :] = logits[..., half:, :].roll(1, -1)  # another class
+    logits[..., half:, :] = logits[..., half:, :].roll(1, -1)  # a wrong class
     found = DetectedEntities(*(torch.zeros(1),) * 4, logits, boxes[None, None] * torch.tensor([1, 1, 1.1, 1.1]))
     module, logged = SGTRModule(**SMALL), {}
     module.log = lambda name, value, **options: logged.update({name: float(value)})
@@ -725,8 +895,8 @@ def test_what_is_found():
 
 
 @pytest.mark.parametrize("aligned", [["predicates"], ["subjects"], ["boxes"]])
-def test_all_that_is_trained_has_a_gradient(aligned):
-    """For what has none DDP would wait."""
+def test_every_trained_weight_gets_a_gradient(aligned):
+    """DDP would wait for a gradient that is missing."""
     module = AlignSGTRModule(aligned=aligned, **SMALL)
     idle = []
     module.on_after_backward = lambda: idle.extend(
@@ -738,7 +908,7 @@ def test_all_that_is_trained_has_a_gradient(aligned):
 
 @pytest.mark.parametrize("focal", [True, False])
 def test_tied_heads_without_a_mask_leave_nothing_to_align(focal):
-    """Predicates are independent or exclude one another."""
+    """Predicates are independent of each other (focal) or exclusive. The branches always share their box heads."""
     aligned = ["predicates", "subjects", "objects", "boxes"]
     for tied in (True, False):
         options = SMALL | {"mask_ratio": 0.0, "dropout": 0.0, "aligned": aligned, "focal": focal, "tied_heads": tied}
@@ -746,7 +916,7 @@ def test_tied_heads_without_a_mask_leave_nothing_to_align(focal):
         assert all((metrics[f"train/alignment {part}"] < 1e-5) == (tied or part == "boxes") for part in aligned)
 
 
-def test_runs_repeat():
+def test_runs_with_the_same_seed_are_equal():
     states = []
     for _ in range(2):
         pl.seed_everything(1)
@@ -756,10 +926,13 @@ def test_runs_repeat():
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_frozen_parts_do_not_learn(tmp_path):
-    pl.seed_everything(0)
+def test_frozen_parts_need_weights_of_a_detector():
     with pytest.raises(ValueError, match="detector_weights"):
         fit(SGTRModule(frozen=["backbone"], **SMALL))
+
+
+def test_frozen_parts_do_not_change(tmp_path):
+    pl.seed_everything(0)
     fit(SGTRModule(**SMALL)).save_checkpoint(tmp_path / "whole.ckpt")
     frozen = "backbone", "encoder", "decoder"
     module = SGTRModule.load_from_checkpoint(tmp_path / "whole.ckpt", frozen=frozen)
@@ -796,32 +969,41 @@ def test_frozen_parts_do_not_learn(tmp_path):
         ({"alignment_weight": math.nan}, "alignment_weight"),
     ],
 )
-def test_wrong_options_are_named(options, message):
+def test_bad_options_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         AlignSGTRModule(**options)
 
 
-def test_configs_hold_the_published_sizes():
+KINDS = {"detr": EntityDetectorModule, "sgtr": SGTRModule, "align_sgtr": AlignSGTRModule}
+
+
+def config_of_model(name):
     yaml = pytest.importorskip("yaml")
-    folder = Path(__file__).resolve().parent.parent / "configs"
-    kinds = {"detr": EntityDetectorModule, "sgtr": SGTRModule, "align_sgtr": AlignSGTRModule}
-    for name, kind in kinds.items():
-        for suffix in ("", "_small"):
-            config = yaml.safe_load((folder / f"{name}{suffix}.yaml").read_text())["model"]
-            assert config["class_path"] == f"sgalign.training.{kind.__name__}"
-            kind(**config["init_args"])
-        published = yaml.safe_load((folder / f"{name}.yaml").read_text())["model"]["init_args"]
-        sizes = {"dim": 256, "heads": 8, "ffn_dim": 2048, "entity_layers": 6, "entity_queries": 100}
-        if name != "detr":
-            sizes |= {"layers": 6, "encoder_layers": 3, "queries": 180}
-        assert {key: published[key] for key in sizes} == sizes
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["model"]
+
+
+@pytest.mark.parametrize("suffix", ["", "_small"])
+@pytest.mark.parametrize("name", KINDS)
+def test_configs_make_their_modules(name, suffix):
+    config = config_of_model(name + suffix)
+    assert config["class_path"] == f"sgalign.training.{KINDS[name].__name__}"
+    KINDS[name](**config["init_args"])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_configs_have_the_published_sizes(name):
+    options = config_of_model(name)["init_args"]
+    sizes = {"dim": 256, "heads": 8, "ffn_dim": 2048, "entity_layers": 6, "entity_queries": 100}
+    if name != "detr":
+        sizes |= {"layers": 6, "encoder_layers": 3, "queries": 180}
+    assert {key: options[key] for key in sizes} == sizes
 
 
 # ---- published weights
 
 
 def published_state(dim, ffn_dim, layers, encoder_layers):
-    """Random weights with the names and shapes of the public code's checkpoints; no query has a position."""
+    """Return random weights with the names and shapes of the public code's checkpoints. Query positions are zero."""
     nn, state = torch.nn, {}
 
     def add(prefix, module):
@@ -874,8 +1056,8 @@ def published_state(dim, ffn_dim, layers, encoder_layers):
     return state
 
 
-def test_published_weights(tmp_path):
-    """Torch's own layers, whose weights have the public names, say the same."""
+def test_published_weights_give_the_outputs_of_torchs_own_layers(tmp_path):
+    """The public names of the weights are those of torch's layers."""
     dim, ffn_dim, layers, encoder_layers = 16, 24, 2, 2
     state = published_state(dim, ffn_dim, layers, encoder_layers)
     torch.save({"model": state}, tmp_path / "sgtr.pth")
@@ -884,7 +1066,7 @@ def test_published_weights(tmp_path):
     detector.eval(), net.eval()
     found = entities()
     found = DetectedEntities(*(t if t.dtype == torch.bool else t.float() for t in found))
-    found = found._replace(position=torch.zeros_like(found.position))  # torch's layers know no positions
+    found = found._replace(position=torch.zeros_like(found.position))  # torch's layers have no positions
 
     def layer(kind, prefix, number, **options):
         module = kind(dim, 8, ffn_dim, batch_first=True, norm_first=True, **options).eval()
@@ -925,21 +1107,21 @@ def test_published_weights(tmp_path):
             norm(f"{decoder}rel_ent_crs_decoder_norm", role(x, found.features))
             for role, x in zip(read[1:], (subject, object_))
         )
-        told = linear(f"{decoder}ent_rel_fuse_fc_sub.0", subject) + linear(f"{decoder}ent_rel_fuse_fc_obj.0", object_)
-        predicate = predicate + told.relu()
-    said = net(found).at(-1)
+        fused = linear(f"{decoder}ent_rel_fuse_fc_sub.0", subject) + linear(f"{decoder}ent_rel_fuse_fc_obj.0", object_)
+        predicate = predicate + fused.relu()
+    predicted = net(found).at(-1)
     close = {"rtol": 1e-3, "atol": 1e-4}
-    torch.testing.assert_close(said.logits, linear("rel_class_embed", predicate), **close)
-    torch.testing.assert_close(said.vectors, linear("rel_vector_embed", predicate).sigmoid(), **close)
+    torch.testing.assert_close(predicted.logits, linear("rel_class_embed", predicate), **close)
+    torch.testing.assert_close(predicted.vectors, linear("rel_vector_embed", predicate).sigmoid(), **close)
     for role, (name, x) in enumerate((("sub", subject), ("obj", object_))):
-        torch.testing.assert_close(said.class_logits[role], linear(f"{name}_class_embed.0", x), **close)
+        torch.testing.assert_close(predicted.class_logits[role], linear(f"{name}_class_embed.0", x), **close)
         for number in range(3):
             x = linear(f"{name}_bbox_embed.0.layers.{number}", x.relu() if number else x)
-        torch.testing.assert_close(said.boxes[role], x.sigmoid(), **close)
+        torch.testing.assert_close(predicted.boxes[role], x.sigmoid(), **close)
 
 
-def test_published_pixels_are_converted(tmp_path):
-    """The first layer makes of normalised RGB what the public one makes of BGR in 0 to 255 less its mean."""
+def test_the_first_published_layer_is_converted_to_normalized_rgb(tmp_path):
+    """The public layer reads BGR in 0 to 255 minus its mean. Ours has the same output for normalized RGB."""
     state = published_state(16, 24, 1, 1)
     torch.save(state, tmp_path / "sgtr.pth")
     detector, _ = load_published(tmp_path / "sgtr.pth")
@@ -950,12 +1132,18 @@ def test_published_pixels_are_converted(tmp_path):
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-2)
 
 
-def test_other_checkpoints_are_refused(tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     torch.save({"weight": torch.ones(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="class_embed"):
         load_published(tmp_path / "other.pth")
+
+
+def test_a_missing_checkpoint_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         load_published(tmp_path / "nothing.pth")
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "text.pth").write_text("text")
     with pytest.raises(ValueError, match="text.pth: must be a checkpoint"):
         load_published(tmp_path / "text.pth")

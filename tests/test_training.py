@@ -1,9 +1,8 @@
-"""Training, evaluation and the command line, on a few images for a step or two unless marked slow."""
+"""Tests of training, evaluation and the command line, most with a few images and steps."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -14,9 +13,10 @@ pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
+from trainers import CONFIGS, trainer  # noqa: E402
 from trainers import SMALL_MOTIFS as SMALL  # noqa: E402
-from trainers import trainer  # noqa: E402
 
+from sgalign import random_attention_mask  # noqa: E402
 from sgalign.commands import compare, doctor  # noqa: E402
 from sgalign.commands import main as cli  # noqa: E402
 from sgalign.data import Detections, SeenBatch, collate  # noqa: E402
@@ -34,8 +34,7 @@ from sgalign.training.checkpoints import WholeCheckpointIO  # noqa: E402
 from sgalign.training.resuming import GivenOptions  # noqa: E402
 from sgalign.training.seeds import step_seed  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIG_FILES = sorted(CONFIGS.glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +45,7 @@ def scenes():
 
 
 def fit(module, data, *, seed=0, **options) -> pl.Trainer:
+    """Train a module, by default for an epoch, and return the trainer."""
     pl.seed_everything(seed, verbose=False)
     run = trainer(**options)
     run.fit(module, datamodule=data)
@@ -53,7 +53,7 @@ def fit(module, data, *, seed=0, **options) -> pl.Trainer:
 
 
 def made(module, data):
-    """The module with its network, without any training."""
+    """Return the module with its network, without training it."""
     fit(module, data, max_epochs=0)
     return module
 
@@ -71,14 +71,14 @@ def test_training_lowers_the_loss(scenes):
     assert module.relation_loss(module(SeenBatch(batch)).logits, batch.targets)[0] < 0.9 * before
 
 
-def test_runs_repeat_and_seeds_differ(scenes):
+def test_runs_repeat_exactly_and_depend_on_the_seed(scenes):
     first, again, other = (AlignMotifsModule(**SMALL) for _ in range(3))
     for module, seed in ((first, 0), (again, 0), (other, 1)):
         fit(module, scenes, seed=seed)
     assert same_weights(first, again) and not same_weights(first, other)
 
 
-def test_a_resumed_run_goes_on_as_the_first_would_have(scenes, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(scenes, tmp_path):
     whole, halves = AlignMotifsModule(**SMALL), AlignMotifsModule(**SMALL)
     fit(whole, scenes, max_epochs=2)
     fit(halves, scenes, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
@@ -88,29 +88,49 @@ def test_a_resumed_run_goes_on_as_the_first_would_have(scenes, tmp_path):
     assert resumed.run_seed == whole.run_seed and same_weights(whole, resumed)
 
 
-def test_a_resumed_run_has_the_options_that_it_is_given(scenes, tmp_path, monkeypatch):
-    """Not the checkpoint's, which torch puts into the optimizer; a warm-up goes on where it was."""
-    options, said = {"optimizer": "sgd", "warmup_steps": 8}, []
-    monkeypatch.setattr(base, "rank_zero_info", said.append)
-    fit(MotifsModule(**SMALL, **options), scenes, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+WARM_UP = {"optimizer": "sgd", "warmup_steps": 8}
 
-    def resumed(path="half.ckpt", epochs=2, **changed):
-        run = trainer(max_epochs=epochs)
-        run.fit(MotifsModule(**SMALL, **options | changed), scenes, ckpt_path=tmp_path / path)
-        return run
 
-    same = resumed()
-    assert not said
-    lower = resumed(learning_rate=2e-4)
-    assert said == ["learning rate 0.0002 instead of 0.001 as in the checkpoint"]
+@pytest.fixture(scope="module")
+def half(scenes, tmp_path_factory):
+    """The checkpoint after one of two epochs. The warm-up is not over yet."""
+    path = tmp_path_factory.mktemp("half") / "half.ckpt"
+    fit(MotifsModule(**SMALL, **WARM_UP), scenes, max_epochs=1).save_checkpoint(path)
+    return path
+
+
+def resume(path, data, max_epochs=2, **changed):
+    """Resume a run from a checkpoint with changed options and return the trainer."""
+    run = trainer(max_epochs=max_epochs)
+    run.fit(MotifsModule(**SMALL, **WARM_UP | changed), data, ckpt_path=path)
+    return run
+
+
+def test_a_resumed_run_uses_a_new_learning_rate_and_says_so(scenes, half, tmp_path, monkeypatch):
+    """Torch restores the options of the checkpoint, so the module must put back its own. The warm-up continues."""
+    printed = []
+    monkeypatch.setattr(base, "rank_zero_info", printed.append)
+    same = resume(half, scenes)
+    assert not printed
+    lower = resume(half, scenes, learning_rate=2e-4)
+    assert printed == ["learning rate 0.0002, not 0.001 as before the checkpoint"]
     assert lower.optimizers[0].param_groups[0]["lr"] == pytest.approx(same.optimizers[0].param_groups[0]["lr"] / 5)
     lower.save_checkpoint(tmp_path / "lower.ckpt")
-    again = resumed("lower.ckpt", 3)
-    assert said[1:] == ["learning rate 0.001 instead of 0.0002 as in the checkpoint"]
+    again = resume(tmp_path / "lower.ckpt", scenes, max_epochs=3)
+    assert printed[1:] == ["learning rate 0.001, not 0.0002 as before the checkpoint"]
     assert again.optimizers[0].param_groups[1]["lr"] == pytest.approx(1e-3)
     schedules = [config.scheduler for config in again.lr_scheduler_configs]
     assert schedules[0].base_lrs == [1e-3, 1e-3] and schedules[1].factor == 0.1
 
+
+def test_a_resumed_run_needs_the_same_kinds_of_schedules(scenes, half):
+    with pytest.raises(
+        ValueError, match="must be those of the checkpoint, LinearLR, ReduceLROnPlateau, got ReduceLROnPlateau"
+    ):
+        resume(half, scenes, warmup_steps=0)
+
+
+def test_a_resumed_run_uses_new_options_of_the_optimizer(scenes, half, monkeypatch):
     make = MotifsModule.make_optimizer
 
     def heavier(module):
@@ -118,17 +138,13 @@ def test_a_resumed_run_has_the_options_that_it_is_given(scenes, tmp_path, monkey
         optimizer.param_groups[0].update(weight_decay=0.5, momentum=0.1)
         return optimizer
 
-    with pytest.raises(
-        ValueError, match="must be the same as in the checkpoint, LinearLR, ReduceLROnPlateau, got ReduceLROnPlateau"
-    ):
-        resumed(warmup_steps=0)
     monkeypatch.setattr(MotifsModule, "make_optimizer", heavier)
-    run = resumed()
+    run = resume(half, scenes)
     assert [run.optimizers[0].param_groups[0][name] for name in ("weight_decay", "momentum")] == [0.5, 0.1]
 
 
-def test_schedules_have_the_steps_that_they_are_given():
-    """A rate falls at the new steps, as far as they are to come, and by as much as before."""
+def test_a_resumed_schedule_uses_its_new_steps():
+    """The rates fall at the new steps that are still to come, by the same factor as before."""
 
     def made(rate, drops, step=0, backbone=0.5):
         groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": backbone}]
@@ -153,6 +169,7 @@ def test_schedules_have_the_steps_that_they_are_given():
         optimizer.step()
         schedule.step()
     assert rates == [pytest.approx([0.2, 0.05])] * 4 + [pytest.approx([0.02, 0.005])]
+    # The current rate cannot be scaled if the rate before the checkpoint was 0. Then the new initial rate is used.
     given.groups[0][0]["initial_lr"] = 3.0
     given.put_back(*now, {"rates": [[0.0, 0.5]], "schedules": ["MultiStepLR"]})
     assert optimizer.param_groups[0]["lr"] == 3.0
@@ -168,7 +185,7 @@ def test_schedules_have_the_steps_that_they_are_given():
     ],
     ids=str,
 )
-def test_a_run_goes_on_from_any_step(tmp_path, when, workers):
+def test_a_run_resumed_at_any_step_equals_an_uninterrupted_one(tmp_path, when, workers):
     data = SceneGraphData(num_workers=workers, repeat_threshold=0.05, instance_drop=0.5)
     data.train, data.validation = data.train[:40], data.validation[:8]
     save = ModelCheckpoint(tmp_path, save_top_k=-1, **when)
@@ -187,8 +204,8 @@ def test_a_run_goes_on_from_any_step(tmp_path, when, workers):
         assert again.global_step == 2 * steps and same_weights(whole, resumed), path.name
 
 
-def test_dropout_goes_on_where_it_was(scenes, tmp_path):
-    """Draws from torch's own generator, in the middle of an epoch and after it."""
+def test_dropout_of_a_resumed_run_equals_that_of_an_uninterrupted_one(scenes, tmp_path):
+    """Dropout draws from torch's generator. The run is resumed within an epoch and between epochs."""
 
     class Noisy(MotifsModule):
         def supervised_loss(self, prediction, batch):
@@ -204,10 +221,16 @@ def test_dropout_goes_on_where_it_was(scenes, tmp_path):
         assert same_weights(whole, resumed), name
 
 
-def test_an_error_leaves_a_checkpoint_to_go_on_from(scenes, tmp_path):
-    of_configs = [callback["init_args"] for path in CONFIGS for callback in callbacks(path)]
-    options = [options for options in of_configs if options.get("filename") == "interrupted"]
-    assert len(options) == len(CONFIGS) and all(one == options[0] for one in options)
+def callbacks(path):
+    """Return the options of the callbacks in a config."""
+    return [callback["init_args"] for callback in yaml.safe_load(path.read_text())["trainer"]["callbacks"]]
+
+
+def test_an_error_leaves_a_checkpoint_from_which_the_run_can_be_resumed(scenes, tmp_path):
+    """All configs have the callback that writes it."""
+    every = [options for path in CONFIG_FILES for options in callbacks(path)]
+    options = [options for options in every if options.get("filename") == "interrupted"]
+    assert len(options) == len(CONFIG_FILES) and all(one == options[0] for one in options)
     whole, stopped, resumed = (AlignMotifsModule(**SMALL) for _ in range(3))
     fit(whole, scenes)
     step, save = stopped.training_step, ModelCheckpoint(tmp_path, **options[0])
@@ -225,11 +248,7 @@ def test_an_error_leaves_a_checkpoint_to_go_on_from(scenes, tmp_path):
     assert same_weights(whole, resumed)
 
 
-def callbacks(path):
-    return yaml.safe_load(path.read_text())["trainer"]["callbacks"]
-
-
-def test_the_middle_of_an_epoch_needs_the_same_batches(scenes, tmp_path):
+def test_a_run_resumed_within_an_epoch_needs_the_same_batch_size(scenes, tmp_path):
     save = ModelCheckpoint(tmp_path, filename="middle", every_n_train_steps=2)
     fit(MotifsModule(**SMALL), scenes, limit_train_batches=3, callbacks=[save], enable_checkpointing=True)
     data = SceneGraphData(batch_size=8)
@@ -238,13 +257,13 @@ def test_the_middle_of_an_epoch_needs_the_same_batches(scenes, tmp_path):
         trainer().fit(MotifsModule(**SMALL), data, ckpt_path=tmp_path / "middle.ckpt")
 
 
-def test_overfitting_saves_checkpoints_too(scenes, tmp_path):
+def test_a_run_with_overfit_batches_saves_checkpoints(scenes, tmp_path):
     save = ModelCheckpoint(tmp_path, every_n_train_steps=1)
     fit(MotifsModule(**SMALL), scenes, overfit_batches=2, callbacks=[save], enable_checkpointing=True)
     assert list(tmp_path.glob("*.ckpt"))
 
 
-def test_a_checkpoint_needs_neither_data_nor_word_vectors(scenes, tmp_path):
+def test_a_checkpoint_is_loaded_without_data_and_without_word_vectors(scenes, tmp_path):
     vectors = tmp_path / "vectors.txt"
     vectors.write_text("dog " + "1 " * 12 + "\ncat " + "2 " * 12 + "\n")
     module = AlignMotifsModule(**SMALL, word_vectors=str(vectors), mask_ratio=0.3)
@@ -258,7 +277,7 @@ def test_a_checkpoint_needs_neither_data_nor_word_vectors(scenes, tmp_path):
     assert torch.equal(loaded.eval()(SeenBatch(batch)).logits, module.eval()(SeenBatch(batch)).logits)
 
 
-def test_the_mirror_is_gone_at_evaluation(scenes):
+def test_the_mirror_has_no_effect_on_evaluation(scenes):
     aligned, plain = made(AlignMotifsModule(**SMALL), scenes), made(MotifsModule(**SMALL), scenes)
     plain.network.load_state_dict(aligned.network.state_dict())
     batch = collate(scenes.test[:5], 20)
@@ -266,7 +285,10 @@ def test_the_mirror_is_gone_at_evaluation(scenes):
 
 
 def test_given_detections_are_evaluated_as_sgdet(scenes):
-    """Annotated objects as detections, one of them twice, so that boxes are not the target's: recall is PredCls's."""
+    """The detections are the annotated objects, one of them twice, so recall is that of PredCls.
+
+    PredCls itself would refuse them, because their boxes are not those of the target.
+    """
     given = SceneGraphData()
     given.train, given.test = scenes.train, scenes.test
     given.detections = {}
@@ -280,7 +302,7 @@ def test_given_detections_are_evaluated_as_sgdet(scenes):
     assert sgdet["test/R@50"] == pytest.approx(predcls["test/R@50"])
 
 
-def test_a_checkpoint_of_other_classes_is_refused(scenes, tmp_path):
+def test_a_checkpoint_with_other_classes_than_the_data_is_refused(scenes, tmp_path):
     module = MotifsModule(**SMALL)
     fit(module, scenes, max_epochs=0).save_checkpoint(tmp_path / "model.ckpt")
     loaded = MotifsModule.load_from_checkpoint(tmp_path / "model.ckpt")
@@ -290,14 +312,22 @@ def test_a_checkpoint_of_other_classes_is_refused(scenes, tmp_path):
         trainer().test(loaded, datamodule=other, verbose=False)
 
 
-def test_published_optimizer(scenes):
-    """SGD whose weight decay spares every bias, those of the LSTMs too, with a warm-up from a tenth."""
-    module = made(MotifsModule(**SMALL, optimizer="sgd", learning_rate=0.5, warmup_steps=10), scenes)
-    (optimizer,), (warmup, plateau) = module.configure_optimizers()
+@pytest.fixture
+def sgd(scenes):
+    """A module that is trained by SGD with a warm-up, as published."""
+    return made(MotifsModule(**SMALL, optimizer="sgd", learning_rate=0.5, warmup_steps=10), scenes)
+
+
+def test_weight_decay_spares_every_bias_including_those_of_lstms(sgd):
+    (optimizer,), _ = sgd.configure_optimizers()
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    names = dict(module.named_parameters())
+    names = dict(sgd.named_parameters())
     assert {name for name, p in names.items() if decay[id(p)] == 0} == {name for name in names if "bias" in name}
     assert any("bias_hh" in name for name in names) and {group["momentum"] for group in optimizer.param_groups} == {0.9}
+
+
+def test_the_learning_rate_warms_up_from_a_tenth_and_falls_to_a_tenth_on_a_plateau(sgd):
+    (optimizer,), (warmup, plateau) = sgd.configure_optimizers()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
     for _ in range(10):
         optimizer.step()
@@ -307,10 +337,12 @@ def test_published_optimizer(scenes):
     for _ in range(5):
         plateau["scheduler"].step(0.3)
         rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.5, 0.5, 0.5, 0.05, 0.05]), "a tenth after the third epoch that is not better"
+    assert rates == pytest.approx([0.5, 0.5, 0.5, 0.05, 0.05]), (
+        "the rate must fall after the third epoch without progress"
+    )
 
 
-def test_a_checkpoint_of_another_model_or_size_is_refused(scenes, tmp_path):
+def test_a_checkpoint_of_another_model_or_of_other_sizes_is_refused(scenes, tmp_path):
     trainer_of_motifs = fit(MotifsModule(**SMALL), scenes, max_epochs=0)
     trainer_of_motifs.save_checkpoint(tmp_path / "motifs.ckpt")
     for module, message in (
@@ -327,6 +359,10 @@ def test_a_checkpoint_with_other_parts_is_refused(scenes, tmp_path):
     for name, part in (("average", "has teacher."), ("masked", "lacks mirrored_head.")):
         with pytest.raises(ValueError, match=f"must have the same weights as AlignMotifsModule, but it {part}"):
             AlignMotifsModule.load_from_checkpoint(tmp_path / f"{name}.ckpt")
+
+
+def test_an_incomplete_checkpoint_is_refused_with_the_missing_parts(scenes, tmp_path):
+    fit(MaskedMotifsModule(**SMALL), scenes, max_epochs=0).save_checkpoint(tmp_path / "masked.ckpt")
     content = torch.load(tmp_path / "masked.ckpt", weights_only=True)
     del content["state_dict"], content["sgalign"]["run_seed"]
     torch.save(content, tmp_path / "part.ckpt")
@@ -334,7 +370,7 @@ def test_a_checkpoint_with_other_parts_is_refused(scenes, tmp_path):
         MaskedMotifsModule.load_from_checkpoint(tmp_path / "part.ckpt")
 
 
-def test_motifs_of_an_aligned_model_leaves_the_mirror_out(scenes, tmp_path):
+def test_motifs_can_be_tested_with_a_checkpoint_of_align_motifs_but_not_trained(scenes, tmp_path):
     aligned, plain = AlignMotifsModule(**SMALL), MotifsModule(**SMALL)
     fit(aligned, scenes, max_epochs=0).save_checkpoint(tmp_path / "aligned.ckpt")
     trainer().test(plain, datamodule=scenes, ckpt_path=tmp_path / "aligned.ckpt", verbose=False)
@@ -351,7 +387,7 @@ def test_motifs_of_an_aligned_model_leaves_the_mirror_out(scenes, tmp_path):
         ({"backbone": "resnet19"}, "backbone must be one of 'resnet18', .* got 'resnet19'"),
     ],
 )
-def test_options_of_a_detector(options, message):
+def test_bad_options_of_a_detector_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         DetectorModule(**options)
 
@@ -365,15 +401,15 @@ def test_options_of_a_detector(options, message):
         (["--model", "FrequencyModule"], "FrequencyModule has nothing to fit: sgalign test --model FrequencyModule"),
     ],
 )
-def test_wrong_options_are_one_sentence(options, message, tmp_path, monkeypatch, capsys):
+def test_the_command_line_refuses_bad_options_in_one_sentence(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "configs").symlink_to(CONFIGS)
     assert cli.main(["fit", "--trainer.accelerator", "cpu", *options]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("sgalign: ") and message in error, error
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_does_not_replace_the_previous_one(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     WholeCheckpointIO().save_checkpoint({"step": 1}, path)
     before = path.read_bytes()
@@ -388,18 +424,18 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_mask_seeds_differ_in_every_argument_and_repeat():
+def test_seeds_of_masks_depend_on_every_argument_and_repeat():
     seeds = {step_seed(*arguments) for arguments in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0)]}
     seeds |= {step_seed(0, 0, 0, 1), step_seed(2**63, 0, 0, 0), step_seed(-1, 0, 0, 0)}
     assert len(seeds) == 7 and all(-(2**63) <= seed < 2**63 for seed in seeds)
     assert step_seed(3, 4, 5, 6) == step_seed(3, 4, 5, 6)
 
 
-# ---- each option of the mirror changes what it says and nothing else
+# ---- options of the mirror
 
 
 def mirror(scenes, **options):
-    """Loss, parts, and the gradients that reach network and head."""
+    """Return an Align-Motifs with these options, a batch, its loss, and the parts of the loss."""
     module = made(AlignMotifsModule(**SMALL, **options), scenes).eval()
     module.run_seed = 0
     batch = collate(scenes.train[:8], 20)
@@ -407,27 +443,27 @@ def mirror(scenes, **options):
     return module, batch, loss, parts
 
 
-def test_loss_is_the_weighted_sum_of_its_parts(scenes):
+def test_the_loss_is_the_weighted_sum_of_its_parts(scenes):
     _, _, loss, parts = mirror(scenes, alignment_weight=3.0)
     torch.testing.assert_close(loss, parts["loss"] + 3 * parts["alignment"])
     _, _, silent, parts = mirror(scenes, alignment_weight=0.0)
     assert torch.equal(silent, parts["loss"])
 
 
-def test_the_supervised_loss_is_that_of_motifs_whatever_the_mirror(scenes):
+def test_the_supervised_loss_is_that_of_motifs_with_any_options_of_the_mirror(scenes):
     plain = made(MotifsModule(**SMALL), scenes).eval()
     expected, _ = plain.losses(collate(scenes.train[:8], 20), 0)
     for options in ({}, {"mask_ratio": 1.0}, {"mask_granularity": "feature"}, {"tied_head": True}):
         torch.testing.assert_close(mirror(scenes, **options)[3]["loss"], expected)
 
 
-def test_tied_head_and_no_mask_leave_nothing_to_align(scenes):
+def test_a_tied_head_without_a_mask_leaves_nothing_to_align(scenes):
     assert mirror(scenes, tied_head=True, mask_ratio=0.0)[3]["alignment"].abs() < 1e-6
     assert mirror(scenes, tied_head=False, mask_ratio=0.0)[3]["alignment"] > 1e-4
     assert mirror(scenes, tied_head=True, mask_ratio=0.5)[3]["alignment"] > 1e-6
 
 
-def test_untied_head_learns_from_the_alignment_alone(scenes):
+def test_the_head_of_the_mirror_learns_only_from_the_alignment(scenes):
     module, _, loss, _ = mirror(scenes)
     loss.backward()
     assert module.mirrored_head.weight.grad.any() and module.mirrored_head is not module.network.predicate
@@ -436,20 +472,21 @@ def test_untied_head_learns_from_the_alignment_alone(scenes):
     assert not module.mirrored_head.weight.grad.any()
 
 
-def test_mask_granularity(scenes):
+def test_a_row_mask_drops_whole_objects_and_differs_between_micro_batches(scenes):
     module, batch, *_ = mirror(scenes, mask_ratio=0.5)
     rows = module.draw_mask(batch, 0)
     assert rows.shape == (len(batch.labels), 1) and 0.2 < rows.float().mean() < 0.8
     assert not torch.equal(rows, module.draw_mask(batch, 1))
+
+
+def test_a_feature_mask_drops_single_features(scenes):
     module, batch, *_ = mirror(scenes, mask_ratio=0.5, mask_granularity="feature")
     features = module.draw_mask(batch, 0)
     assert features.shape == (len(batch.labels), module.network.edge_input_dim)
     assert 0.45 < features.float().mean() < 0.55
 
 
-def test_row_mask_is_that_of_attention_with_one_head_and_query(scenes):
-    from sgalign import random_attention_mask
-
+def test_a_row_mask_is_an_attention_mask_of_one_head_and_one_query(scenes):
     module, batch, *_ = mirror(scenes, mask_ratio=0.5)
     seed = step_seed(0, module.global_step, 0, 0)
     whole = random_attention_mask(8, 1, 1, int(batch.lengths.max()), ratio=0.5, seed=seed)
@@ -457,14 +494,17 @@ def test_row_mask_is_that_of_attention_with_one_head_and_query(scenes):
     assert torch.equal(module.draw_mask(batch, 0)[:, 0], torch.stack(expected))
 
 
-def test_reduction_and_direction(scenes):
+def test_a_reduction_over_relations_multiplies_the_alignment_by_the_classes(scenes):
     element = mirror(scenes)[3]["alignment"]
     relation = mirror(scenes, reduction="relation")[3]["alignment"]
     torch.testing.assert_close(relation, 21 * element)
-    assert mirror(scenes, direction="symmetric")[3]["alignment"] != element
 
 
-def test_supervised_mirror(scenes):
+def test_the_symmetric_alignment_differs_from_that_of_one_direction(scenes):
+    assert mirror(scenes, direction="symmetric")[3]["alignment"] != mirror(scenes)[3]["alignment"]
+
+
+def test_a_supervised_mirror_adds_its_own_loss(scenes):
     _, _, loss, parts = mirror(scenes, supervise_mirror=True, alignment_weight=0.0)
     assert parts["mirror"] > parts["loss"] * 0.5
     torch.testing.assert_close(loss, parts["loss"] + parts["mirror"])
@@ -494,7 +534,7 @@ def test_images_without_objects_or_pairs_are_evaluated(scenes):
         assert [len(p["labels"]) for p in predictions[-2:]] == [0, 1] and len(predictions[-1]["pairs"]) == 0
 
 
-# ---- the first main job, on real data
+# ---- real data
 
 
 def test_motifs_beats_the_frequency_baseline_on_vrd(vrd_root):
@@ -510,6 +550,7 @@ def test_motifs_beats_the_frequency_baseline_on_vrd(vrd_root):
 
 
 def run(*arguments, cwd, **options):
+    """Run `sgalign` in a new process and return the completed process."""
     command = [
         sys.executable,
         "-c",
@@ -519,7 +560,7 @@ def run(*arguments, cwd, **options):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)
 
 
-def test_compare_writes_what_it_says(tmp_path, capfd, monkeypatch):
+def test_compare_prints_its_table_and_writes_results_checkpoints_and_a_figure(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "COST_STEPS", 2)
     monkeypatch.setattr("sgalign.data.scenes.SIZES", {"train": 48, "validation": 16, "test": 16})
@@ -532,13 +573,19 @@ def test_compare_writes_what_it_says(tmp_path, capfd, monkeypatch):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["validation"]["Motifs"]) == 2 and 0 < results["test"]["Motifs"]["R@50"] < 1
     assert "times as long" in printed and results["step_seconds"]["Motifs"] > 0
+
+
+def test_compare_needs_a_new_or_empty_folder(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("{}")
     with pytest.raises(SystemExit):
         cli.main(["compare", "--out", "out"])
     assert "must be a new or an empty folder" in capfd.readouterr().err
 
 
-def test_fit_test_predict(tmp_path, monkeypatch, capsys):
-    config = str(ROOT / "configs" / "align_motifs_small.yaml")
+def test_a_model_is_fitted_tested_and_used_for_prediction_on_the_command_line(tmp_path, monkeypatch, capsys):
+    config = str(CONFIGS / "align_motifs_small.yaml")
     short = ["--config", config, "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
     fitted = run("fit", *short, "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", cwd=tmp_path)
     assert fitted.returncode == 0, fitted.stderr
@@ -558,39 +605,37 @@ def test_fit_test_predict(tmp_path, monkeypatch, capsys):
     assert scores == sorted(scores, reverse=True) and graph["triplets"][0]["predicate"] != "__background__"
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
-def test_configs_are_valid(config, capsys):
+@pytest.mark.parametrize("config", CONFIG_FILES, ids=lambda path: path.name)
+def test_configs_are_accepted_by_fit(config, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(["fit", "--config", str(config), "--print_config"])
     assert exit.value.code == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
-def test_configs_keep_the_last_epoch_to_go_on_from(config):
-    """Lightning's `save_last` beside a monitor keeps the last epoch that was among the best."""
-    yaml = pytest.importorskip("yaml")
-    callbacks = [callback["init_args"] for callback in yaml.safe_load(config.read_text())["trainer"]["callbacks"]]
-    assert [options for options in callbacks if options.get("filename") == "last" and "monitor" not in options]
+@pytest.mark.parametrize("config", CONFIG_FILES, ids=lambda path: path.name)
+def test_configs_save_the_last_epoch_from_which_a_run_can_be_resumed(config):
+    """Lightning's `save_last` with a monitor would save the last epoch that was among the best."""
+    options = callbacks(config)
+    assert [one for one in options if one.get("filename") == "last" and "monitor" not in one]
 
 
-def test_a_test_needs_a_checkpoint(tmp_path, monkeypatch, capsys):
+def test_the_command_test_needs_a_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["test", "--config", str(ROOT / "configs" / "motifs_small.yaml")]) == 1
+    assert cli.main(["test", "--config", str(CONFIGS / "motifs_small.yaml")]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("sgalign: test needs --ckpt_path")
 
 
-def test_predict_is_lightnings_with_any_of_its_options(tmp_path, monkeypatch, capsys):
+def test_predict_with_a_config_or_a_model_is_the_command_of_lightning(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for option in (("-c", str(ROOT / "configs" / "motifs_small.yaml")), ("--model=MotifsModule",)):
+    for option in (("-c", str(CONFIGS / "motifs_small.yaml")), ("--model=MotifsModule",)):
         assert cli.main(["predict", *option]) == 1
         assert capsys.readouterr().err.splitlines()[-1].startswith("sgalign: predict needs --ckpt_path")
 
 
-def test_configs_spell_out_the_defaults():
-    """So that `sgalign compare`, which takes the defaults, and the configs are the same systems."""
-    yaml = pytest.importorskip("yaml")
+def test_configs_have_the_default_values_of_the_options():
+    """`sgalign compare` uses the defaults, so it trains the same systems as the configs."""
     for name, module in (("motifs_small", MotifsModule), ("align_motifs_small", AlignMotifsModule)):
-        config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+        config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
         assert config["model"]["class_path"] == f"sgalign.training.{module.__name__}"
         spelled, defaults = config["model"]["init_args"], module().hparams
         assert spelled.items() <= defaults.items()
@@ -605,23 +650,26 @@ def test_configs_spell_out_the_defaults():
 @pytest.mark.parametrize(
     ("content", "message"), [(None, "no such"), (b"PK\x03\x04 cut", "cut short"), ({"a": 1}, "no class names")]
 )
-def test_bad_checkpoints_are_one_sentence(tmp_path, capsys, content, message):
+def test_bad_checkpoints_are_refused_in_one_sentence(tmp_path, capsys, content, message):
     path = tmp_path / "bad.ckpt"
     if isinstance(content, dict):
         torch.save(content, path)
     elif content is not None:
         path.write_bytes(content)
     for command in ("fit", "test"):
-        assert cli.main([command, "--config", str(CONFIGS[0]), "--ckpt_path", str(path)]) == 1
+        assert cli.main([command, "--config", str(CONFIG_FILES[0]), "--ckpt_path", str(path)]) == 1
         error = capsys.readouterr().err
         assert message in error and str(path) in error and "Traceback" not in error
 
 
-def test_training_without_relations_or_with_a_diverging_loss_says_so(scenes):
+def test_training_without_relations_is_refused(scenes):
     data = SceneGraphData()
     data.train, data.validation, data.test = [], scenes.validation, scenes.test
     with pytest.raises(ValueError, match="no training image has a relation"):
         fit(MotifsModule(**SMALL), data)
+
+
+def test_a_diverging_loss_stops_the_training_with_advice(scenes):
     with pytest.raises(
         ValueError,
         match=r"loss must be finite, got nan \(loss nan\) at step 1: lower learning_rate, or check .* images",
@@ -629,7 +677,7 @@ def test_training_without_relations_or_with_a_diverging_loss_says_so(scenes):
         fit(MotifsModule(**SMALL, learning_rate=1e30), scenes)
 
 
-def test_missing_data_is_one_sentence(tmp_path, monkeypatch, capsys):
+def test_missing_data_are_reported_in_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["compare", "--data", str(tmp_path / "nowhere")]) == 1
     error = capsys.readouterr().err
@@ -637,7 +685,7 @@ def test_missing_data_is_one_sentence(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_missing_extra_is_one_sentence(monkeypatch, capsys):
+def test_a_missing_extra_is_reported_in_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "required", lambda extra: ["torch", "no-such-package"])
     assert cli.main(["compare"]) == 1
     expected = (
@@ -646,14 +694,18 @@ def test_missing_extra_is_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err == expected
 
 
-def test_usage(capsys):
-    assert cli.main(["--help"]) == 0 and cli.main(["train"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out.startswith("usage: sgalign") and "no command 'train'" in captured.err
+def test_help_is_printed(capsys):
+    assert cli.main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: sgalign")
+
+
+def test_an_unknown_command_is_refused_by_name(capsys):
+    assert cli.main(["train"]) == 2
+    assert "no command 'train'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_doctor_finds_a_backend_that_does_not_work(capfd, monkeypatch, fails):
+def test_doctor_reports_a_backend_that_fails_or_is_wrong(capfd, monkeypatch, fails):
     def broken(*tensors, backend, **options):
         if fails and backend == "cpu":
             raise RuntimeError("no such kernel")
@@ -661,23 +713,26 @@ def test_doctor_finds_a_backend_that_does_not_work(capfd, monkeypatch, fails):
 
     monkeypatch.setattr(doctor, "dual_branch_attention", broken)
     assert doctor.main() == 1
-    said = "fails: RuntimeError: no such kernel" if fails else "differs from the reference by 1.0e+00: WRONG"
-    assert f"cpu: dual-branch attention {said}" in capfd.readouterr().out
+    verdict = "fails: RuntimeError: no such kernel" if fails else "differs from the reference by 1.0e+00: WRONG"
+    assert f"cpu: dual-branch attention {verdict}" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
-    [("tf32", "must be tf32x3 or ieee, got 'tf32'"), ("ieee", "with ieee (SGALIGN_TRITON_DOT_PRECISION)")],
+    ("asked", "printed"),
+    [("tf32", "must be tf32x3 or ieee, got 'tf32'"), ("ieee", "with ieee, as the environment asks")],
 )
-def test_doctor_says_the_precision_that_triton_is_asked_for(capfd, monkeypatch, asked, said):
+def test_doctor_prints_the_precision_that_is_requested_of_triton(capfd, monkeypatch, asked, printed):
     configs = pytest.importorskip("sgalign.kernels.configs")
     monkeypatch.setattr(configs, "ASKED_PRECISION", asked)
     assert doctor.main() == int(asked == "tf32")
-    assert said in capfd.readouterr().out
+    assert printed in capfd.readouterr().out
 
 
 def test_doctor_finds_the_package_working(capfd):
     assert cli.main(["doctor"]) == 0
     assert "cpu: available" in capfd.readouterr().out
+
+
+def test_doctor_refuses_unknown_options():
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--fix"])
