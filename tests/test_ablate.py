@@ -119,7 +119,7 @@ def test_runs_on_other_data_of_the_same_name_are_kept_apart(folder, out, chosen,
     monkeypatch.setitem(chosen, "three", studies.Study("Three", [studies.motifs(**SMALL | {"hidden_dim": 9})]))
     before = (out / "results.csv").read_text()
     assert main(["report", str(out), "--data", name, "--study", "one", "three"]) == 1
-    assert "has runs, but none of three" in capsys.readouterr().err
+    assert "has runs, but none of the studies three" in capsys.readouterr().err
     assert (out / "results.csv").read_text() == before
 
 
@@ -177,7 +177,7 @@ def test_parts_without_relations_are_refused_before_training(folder, part, monke
 
 def test_a_folder_without_runs_cannot_be_reported(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
-    assert "must be a folder of sgalign ablate" in capsys.readouterr().err
+    assert "must be a folder that sgalign ablate has written" in capsys.readouterr().err
 
 
 def test_ablate_needs_at_least_one_seed(tmp_path):
@@ -257,7 +257,7 @@ def test_cached_features_are_read_from_the_folder_of_the_data(tmp_path, study_of
 
 def test_an_arm_with_cached_features_needs_a_folder_of_data(tmp_path, study_of_features, capsys):
     assert main(["ablate", "seen", "--seeds", "1", "--epochs", "1", "--out", str(tmp_path)]) == 1
-    assert "data must be a folder with cached features in features/, got the generated" in capsys.readouterr().err
+    assert "root must be a folder with cached features in features/, got none (generated" in capsys.readouterr().err
 
 
 # ---- scarce labels
@@ -343,7 +343,7 @@ def test_the_difference_of_mean_recall_is_averaged_over_images_and_predicates():
 
 def test_only_runs_with_the_same_seed_are_compared():
     assert paired_difference([SOME, ALL], [NONE], "R", 50) == paired_difference([SOME], [NONE], "R", 50)
-    with pytest.raises(ValueError, match=r"base must have a seed of \[1\], got \[0\]"):
+    with pytest.raises(ValueError, match=r"base must have at least one of the seeds \[1\], got \[0\]"):
         paired_difference([ALL], [NONE], "R", 50)
 
 

@@ -132,7 +132,7 @@ def test_vrd_validation_images_are_taken_from_the_training_part(vrd_root):
 
 
 def test_vrd_refuses_more_validation_images_than_it_has(vrd_root):
-    with pytest.raises(ValueError, match="validation_images must be in 0 to 3780.* got 3781"):
+    with pytest.raises(ValueError, match="validation_images must be from 0 to 3780.* got 3781"):
         VRDDataset(vrd_root, "train", validation_images=3781)
 
 
@@ -213,7 +213,7 @@ def test_an_unreadable_vrd_image_is_refused_by_name(tmp_path):
     root = write_vrd(tmp_path, {"a.jpg": [ROW]})
     (root / "images").mkdir()
     (root / "images" / "a.jpg").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match=r"a\.jpg: not an image .* replace or remove it"):
+    with pytest.raises(ValueError, match=r"a\.jpg: must be an image .* replace or remove it"):
         VRDDataset(root, "train", validation_images=0)[0]
 
 

@@ -51,7 +51,7 @@ def test_bad_files_are_refused_by_name(tmp_path, content, message):
 
 
 def test_a_missing_file_is_reported(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.json not found: give a file of detections"):
+    with pytest.raises(FileNotFoundError, match="none.json not found: write the file as"):
         read_detections(tmp_path / "none.json", 5)
 
 

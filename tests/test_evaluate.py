@@ -119,7 +119,7 @@ def test_an_interrupted_file_of_predictions_does_not_appear(tmp_path, graphs):
 
 
 def test_a_repeated_image_id_is_refused_and_no_file_appears(tmp_path, graphs):
-    with pytest.raises(ValueError, match="image_id must be new, 'a'"), PredictionFile(tmp_path / "p.h5") as file:
+    with pytest.raises(ValueError, match="image_id must be new, but 'a'"), PredictionFile(tmp_path / "p.h5") as file:
         file.write("a", perfect(graphs[0]))
         file.write("a", perfect(graphs[0]))
     assert not list(tmp_path.iterdir())

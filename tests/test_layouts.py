@@ -213,7 +213,7 @@ def test_the_first_training_images_are_the_validation_part(small):
 
 
 def test_more_validation_images_than_training_images_are_refused(small):
-    with pytest.raises(ValueError, match="validation_images must be in 0 to 2"):
+    with pytest.raises(ValueError, match="validation_images must be from 0 to 2"):
         VG150Dataset(small, "train", validation_images=3)
 
 
@@ -342,7 +342,7 @@ def test_zero_shot_files_need_no_header(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message", [("1,2\n", "must be rows"), ("", "cut short"), ("a,b,c\n0,1,2\n", "must be rows")]
+    "content, message", [("1,2\n", "every row"), ("", "cut short"), ("a,b,c\n0,1,2\n", "every row")]
 )
 def test_bad_zero_shot_files_are_refused_by_name(tmp_path, content, message):
     (tmp_path / "bad.csv").write_text(content)

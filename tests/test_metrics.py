@@ -553,7 +553,7 @@ def test_given_triplets_keep_their_order():
 
 
 def test_given_triplets_of_the_background_are_refused():
-    with pytest.raises(ValueError, match=r"triplets\[:, 2\] must be in 1 to 3, got 0"):
+    with pytest.raises(ValueError, match=r"triplets\[:, 2\] must be from 1 to 3, got 0"):
         evaluate([RANKED | {"triplets": torch.tensor([[0, 1, 0]])}], [truth((0, 1, 1))])
 
 

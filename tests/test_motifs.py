@@ -82,7 +82,7 @@ def test_a_batch_may_have_no_pairs():
 
 
 def test_a_predicate_beyond_the_classes_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"image 'a\.jpg': relations\[:, 2\] must be in 1 to 4, got 5"):
+    with pytest.raises(ValueError, match=r"image 'a\.jpg': relations\[:, 2\] must be from 1 to 4, got 5"):
         collate([graph([[0, 0, 9, 9]] * 2, [1, 1], [[0, 1, 5]])], 4)
 
 

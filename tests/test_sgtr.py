@@ -640,7 +640,7 @@ def test_outputs_of_the_detector_that_are_not_finite_are_refused_with_their_imag
     hook = module.detector.register_forward_hook(lambda _, __, found: found._replace(logits=torch.nan * found.logits))
     with (
         hook,
-        pytest.raises(ValueError, match="DETR's logits and boxes must be finite, got infinity or NaN in images .*, "),
+        pytest.raises(ValueError, match="must be finite, got infinity or NaN in this batch of images: .*, "),
     ):
         run.validate(module, data)
 
@@ -730,7 +730,7 @@ def test_the_sizes_of_detector_weights_overrule_the_options_and_this_is_printed(
     monkeypatch.setattr("sgalign.training.detr.rank_zero_info", printed.append)
     fit(SGTRModule(detector_weights=str(path), **SMALL | {"entity_queries": 5}))
     queries = SMALL["entity_queries"]
-    assert printed == [f"the detector has the sizes of detector_weights: entity_queries {queries}, not 5"]
+    assert printed == [f"detector_weights overrides these options: entity_queries is {queries} instead of 5"]
 
 
 @pytest.fixture(scope="module")
@@ -811,7 +811,7 @@ def test_predcls_predicts_for_the_objects_of_a_file_of_detections(predcls):
 
 
 def test_sgdet_refuses_detections():
-    with pytest.raises(ValueError, match="no detections for protocol sgdet"):
+    with pytest.raises(ValueError, match="data.detections must be left out for protocol sgdet"):
         trainer_without_sanity_check().predict(SGTRModule(**SMALL), given_detections()[0])
 
 
@@ -829,7 +829,7 @@ def test_predcls_accepts_boxes_beyond_the_edge_of_the_image(predcls):
 
 def test_instance_drop_is_refused_for_modules_that_do_not_train_on_labels_of_pairs():
     data = FewScenes(None, batch_size=2, images=True, instance_drop=1.6)
-    with pytest.raises(ValueError, match="instance_drop must be 0 for SGTRModule with these options, .* got 1.6"):
+    with pytest.raises(ValueError, match="instance_drop must be 0 for SGTRModule with these options, got 1.6"):
         trainer_without_sanity_check().fit(SGTRModule(**SMALL), data)
     with pytest.raises(ValueError, match="instance_drop must be 0 for EntityDetectorModule with these"):
         trainer_without_sanity_check().fit(EntityDetectorModule(**SMALL_DETR), data)

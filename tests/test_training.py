@@ -113,11 +113,11 @@ def test_a_resumed_run_uses_a_new_learning_rate_and_says_so(scenes, half, tmp_pa
     same = resume(half, scenes)
     assert not printed
     lower = resume(half, scenes, learning_rate=2e-4)
-    assert printed == ["learning rate 0.0002, not 0.001 as before the checkpoint"]
+    assert printed == ["learning rate 0.0002 instead of 0.001 as in the checkpoint"]
     assert lower.optimizers[0].param_groups[0]["lr"] == pytest.approx(same.optimizers[0].param_groups[0]["lr"] / 5)
     lower.save_checkpoint(tmp_path / "lower.ckpt")
     again = resume(tmp_path / "lower.ckpt", scenes, max_epochs=3)
-    assert printed[1:] == ["learning rate 0.001, not 0.0002 as before the checkpoint"]
+    assert printed[1:] == ["learning rate 0.001 instead of 0.0002 as in the checkpoint"]
     assert again.optimizers[0].param_groups[1]["lr"] == pytest.approx(1e-3)
     schedules = [config.scheduler for config in again.lr_scheduler_configs]
     assert schedules[0].base_lrs == [1e-3, 1e-3] and schedules[1].factor == 0.1
@@ -125,7 +125,7 @@ def test_a_resumed_run_uses_a_new_learning_rate_and_says_so(scenes, half, tmp_pa
 
 def test_a_resumed_run_needs_the_same_kinds_of_schedules(scenes, half):
     with pytest.raises(
-        ValueError, match="must be those of the checkpoint, LinearLR, ReduceLROnPlateau, got ReduceLROnPlateau"
+        ValueError, match="must be the same as in the checkpoint, LinearLR, ReduceLROnPlateau, got ReduceLROnPlateau"
     ):
         resume(half, scenes, warmup_steps=0)
 
@@ -719,7 +719,7 @@ def test_doctor_reports_a_backend_that_fails_or_is_wrong(capfd, monkeypatch, fai
 
 @pytest.mark.parametrize(
     ("asked", "printed"),
-    [("tf32", "must be tf32x3 or ieee, got 'tf32'"), ("ieee", "with ieee, as the environment asks")],
+    [("tf32", "must be tf32x3 or ieee, got 'tf32'"), ("ieee", "with ieee (SGALIGN_TRITON_DOT_PRECISION)")],
 )
 def test_doctor_prints_the_precision_that_is_requested_of_triton(capfd, monkeypatch, asked, printed):
     configs = pytest.importorskip("sgalign.kernels.configs")

@@ -106,7 +106,7 @@ class SavedModule(pl.LightningModule):
                 f"instance_drop must be 0 for {type(self).__name__} with these options, got {data.instance_drop}: "
                 "training does not use the labels of annotated pairs, which instance_drop removes"
             )
-        self._set_classes(data.object_names, data.predicate_names, data.name)
+        self._set_classes(data.object_names, data.predicate_names, str(data.name))
         if self.network is None:
             self.make_network(predicate_counts(data.train, len(self.object_names) - 1, len(self.predicate_names) - 1))
             if stage == "fit" and not self.trainer.ckpt_path:
