@@ -34,7 +34,7 @@ ON_BOTH = {*INDEXING, aten._to_copy, aten.copy_, aten._pack_padded_sequence, ate
 
 @functools.cache
 def device() -> torch.device:
-    """Return the device; the first call registers it with torch."""
+    """Return the device, which the first call registers with torch."""
     backend_registration._setup_privateuseone_for_python_backend("pretend")
     # `torch.tensor(numbers, device=...)` and an index that is a list create a tensor where no dispatch mode sees it.
     library.impl("empty_strided", _empty_strided, "PrivateUse1")

@@ -30,7 +30,7 @@ from sgalign.ops import _core, _cuda, backends, reference
 from sgalign.ops._attention_backends import Call, Options, _description
 from sgalign.ops._source_digest import source_digest
 
-pytestmark = pytest.mark.xdist_group("emulated CUDA")  # one worker, so that the core is built once
+pytestmark = pytest.mark.xdist_group("emulated CUDA")  # one worker, so the core is built once
 TYPES = {"attention_forward": ["Half", "BFloat16", "float"], "attention_backward": ["Half", "BFloat16", "float"]}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
