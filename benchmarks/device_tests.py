@@ -27,7 +27,7 @@ SANITIZER_EXIT = 9  # exit status of compute-sanitizer if it has found an error
 SANITIZER_MARK = "========= "
 SANITIZER_FINDS = SANITIZER_MARK + r"(Invalid|Misaligned|Uninitialized|Race|Barrier|Program hit|.*SUMMARY: [1-9])"
 DEVICE_LOST = 7  # exit status of pytest after an illegal access, set by tests/conftest.py
-SANITIZED = "test_each_branch_is_the_single_one or test_rows_with_nothing_kept"
+SANITIZED = "test_each_branch_equals_a_single_branch or test_rows_without_a_kept_entry"
 CHOSEN: tuple[str, ...] = ()  # options of pytest that select tests
 CODE = (
     "benchmarks/device_tests.py",

@@ -100,7 +100,7 @@ def install_for_report() -> None:
     shapes = [(1, 2, 20, 40, 16), (1, 1, 8, 300, 32)]
     measuring.available = lambda: ["cpu"]
     environment_part.COPIED, environment_part.SIZES = 2**10, dict.fromkeys(measuring.DTYPES, 16)
-    device_tests.TEST_FILES, device_tests.CHOSEN = ("tests/test_alignment.py",), ("-k", "test_element or test_teacher")
+    device_tests.TEST_FILES, device_tests.CHOSEN = ("tests/test_alignment.py",), ("-k", "mean_over or test_teacher")
     attention_part.SHAPES = dict.fromkeys(measuring.DTYPES, shapes)
     attention_part.FLEX_SHAPES, attention_part.CHECKED_SHAPES = shapes[:1], shapes
     relation_part.SHAPES, relation_part.LOGITS = [(30, 9, 64, 11)], (30, 11)

@@ -1,22 +1,24 @@
-"""How exact a kernel must be: the rule that the tests of all operations and backends share."""
+"""The accuracy that a kernel must reach, a rule that the tests of all operations and backends share."""
 
 import torch
 
 
 def assert_accurate(exact, plain, ours, standard=None, *, floor=0.0):
-    """Assert that results are off by no more than rounding explains.
+    """Assert that rounding explains the errors of the results.
 
-    The yardstick is the larger of two errors: that of plain PyTorch in the same dtype, which depends on the machine's
-    BLAS, and the standard error expected for these inputs. The error may be at most twice as large for outputs and
-    three times as large for gradients, plus a few units in the last place.
+    The yardstick is the larger of two errors: the error of plain PyTorch in the same dtype, which depends on the
+    machine's BLAS, and the standard error expected for these inputs. An output's error may be at most twice the
+    yardstick, and a gradient's error at most three times, plus a few units in the last place.
 
     Args:
-        exact: outputs and gradients of the reference in float64, a list of each; None for what has no gradient.
-        plain: those of the reference in the dtype under test.
-        ours: those of the kernels in that dtype.
-        standard: the standard error expected for each element of `ours`; None where a few units in the last place
-            are more than that.
-        floor: the least magnitude whose units in the last place are added, for results that cancel to nothing.
+        exact: list of outputs and list of gradients of the reference in float64. A gradient that does not exist is
+            None.
+        plain: the same lists of the reference in the dtype under test.
+        ours: the same lists of the kernels in this dtype.
+        standard: the standard error expected for each element of `ours`, in the same lists. If None, a few units in
+            the last place are more than the standard error.
+        floor: the smallest magnitude from which the units in the last place are computed. It allows for results that
+            cancel to nearly 0.
     """
     standard = standard or [[torch.zeros(())] * len(results) for results in exact]
     for kind, factor, *results in zip(("output", "gradient"), (2, 3), exact, plain, ours, standard, strict=True):

@@ -55,7 +55,7 @@ class Resources(NamedTuple):
     spilled: int  # bytes of registers that are spilled to memory
     shared: int  # bytes of shared memory per program
     instructions: int
-    loop: int  # instructions of the longest loop, a step of the walk over keys, pairs or queries; 0 without a loop
+    loop: int  # instructions of the longest loop, a step of the walk over keys, pairs or queries, or 0 without a loop
 
 
 def sources(target: str) -> dict[str, Compiled]:

@@ -1,3 +1,5 @@
+"""Hooks and fixtures that the tests share."""
+
 import hashlib
 import os
 from pathlib import Path
@@ -5,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from target import BACKEND, CASES_INTERPRETED, DEVICE, INTERPRETED
+from target import BACKEND, CASES_INTERPRETED, DEVICE, INTERPRETED, ROOT
 
 from sgalign.ops import _core
 
-ROOT = Path(__file__).resolve().parent.parent
 ONE_WORKER = {"test_cuda.py", "test_distributed.py"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep a few cases of each test under Triton's interpreter: the same on every machine."""
+    """Keep only a few cases of each test under Triton's interpreter, the same ones on every machine."""
     if not INTERPRETED:
         return
     by_test: dict[str, list[pytest.Item]] = {}
@@ -43,7 +44,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_runtest_logfinish() -> None:
-    """After an illegal access this process never gets its device back: no test that follows is to blame."""
+    """End the run if the device was lost.
+
+    A process cannot use its device again after an illegal access, so all later tests would fail.
+    """
     if DEVICE == "cuda":
         try:
             torch.cuda.synchronize()
@@ -53,7 +57,7 @@ def pytest_runtest_logfinish() -> None:
 
 @pytest.fixture(scope="session")
 def vrd_root() -> Path:
-    """The folder with the VRD annotations: SGALIGN_VRD, or shared data beside the source tree."""
+    """The folder with the VRD annotations, which is SGALIGN_VRD or shared data beside the source tree."""
     root = Path(os.environ.get("SGALIGN_VRD", ROOT.parent / "shared" / "data" / "vrd"))
     if not (root / "annotations_train.json").is_file():
         pytest.skip(f"no VRD annotations in {root}; set SGALIGN_VRD to the folder that has annotations_train.json")
@@ -63,7 +67,7 @@ def vrd_root() -> Path:
 
 @pytest.fixture(scope="session")
 def vg_root() -> Path:
-    """The folder with Visual Genome's vocabularies: SGALIGN_VG, or shared data beside the source tree."""
+    """The folder with Visual Genome's vocabularies, which is SGALIGN_VG or shared data beside the source tree."""
     root = Path(os.environ.get("SGALIGN_VG", ROOT.parent / "shared" / "data" / "vg"))
     if not (root / "VG-SGG-dicts-with-attri.json").is_file():
         pytest.skip(f"no VG-SGG-dicts-with-attri.json in {root}; set SGALIGN_VG to the folder that has it")
@@ -72,7 +76,7 @@ def vg_root() -> Path:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that is allocated without being filled starts as NaN, so that an unwritten element shows."""
+    """Fill newly allocated tensors with NaN, which shows elements that a kernel does not write."""
 
     def poison(allocate):
         def allocate_poisoned(*args, **kwargs):
@@ -87,7 +91,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=_core.load().instruction_sets() if BACKEND == "cpu" else ["any"])
 def instruction_set(request):
-    """Run the core on each instruction set of this processor; other backends run once, by a name no machine changes."""
+    """Run the core with each instruction set of this processor.
+
+    Other backends run once, and the test's id is then the same on every machine.
+    """
     core = _core.load()
     before = core.instruction_set()
     if BACKEND == "cpu":
@@ -98,6 +105,7 @@ def instruction_set(request):
 
 @pytest.fixture
 def threads():
+    """The function that sets torch's number of threads. The fixture restores the number afterwards."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 import torchvision  # noqa: F401  registers its operators
+from target import ROOT
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-ROOT = Path(__file__).resolve().parent.parent
 aten = torch.ops.aten
-# Operators that read the size of their result, or a check of their inputs, from the device.
+# operators that read the size of their result, or the outcome of a check of their inputs, from the device
 DATA_DEPENDENT = {
     aten.nonzero, aten.masked_select, aten.bincount, aten.multinomial, aten.equal, aten.is_nonzero, aten._unique2,
     aten.unique_dim, aten.unique_consecutive, aten._local_scalar_dense, torch.ops.torchvision.nms,
@@ -34,7 +34,7 @@ ON_BOTH = {*INDEXING, aten._to_copy, aten.copy_, aten._pack_padded_sequence, ate
 
 @functools.cache
 def device() -> torch.device:
-    """Return the device; the first call registers it with torch."""
+    """Return the device, which the first call registers with torch."""
     backend_registration._setup_privateuseone_for_python_backend("pretend")
     # `torch.tensor(numbers, device=...)` and an index that is a list create a tensor where no dispatch mode sees it.
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
@@ -196,7 +196,7 @@ class PretendGPU(TorchDispatchMode):
             source = args[1] if packet is aten.copy_ else args[0]
             crosses = (target.type == "pretend") != isinstance(source, PretendTensor)
             is_async = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
-            # A number is not copied, because it becomes an argument of a kernel.
+            # A number becomes an argument of a kernel, so it is not copied.
             is_number = packet is aten.copy_ and target.type == "pretend" and not source.dim()
             return f"copy to {target.type}" if crosses and not is_async and not is_number else ""
         if not ours:

@@ -1,9 +1,12 @@
-"""What the tests of the operations run: the compiled core, or, where SGALIGN_TEST_BACKEND says so, other kernels.
+"""The backend, device and dtypes for the operations' tests, and constants that several test files share.
 
-`SGALIGN_TEST_BACKEND=triton pytest tests/test_attention.py` runs Triton's on a GPU, with TRITON_INTERPRET=1 on the CPU.
+The operations' tests run the compiled core unless SGALIGN_TEST_BACKEND names another backend. For example,
+`SGALIGN_TEST_BACKEND=triton pytest tests/test_attention.py` runs Triton's kernels on a GPU, or on the CPU if
+TRITON_INTERPRET=1 is set.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +14,9 @@ import torch
 
 from sgalign.ops import backends
 
+ROOT = Path(__file__).resolve().parent.parent
 BACKEND = os.environ.get("SGALIGN_TEST_BACKEND", "cpu")
-CASES_INTERPRETED = 3  # of a test: what takes others milliseconds takes Triton's interpreter seconds
+CASES_INTERPRETED = 3  # cases per test under Triton's interpreter, which takes seconds instead of milliseconds
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if BACKEND == "cpu" or INTERPRETED else "cuda"
 EXACT = torch.float64 if BACKEND == "cpu" else torch.float32  # the dtype with the smallest error
@@ -20,15 +24,17 @@ DTYPES = [torch.float32, torch.float16]
 if BACKEND == "cpu":
     DTYPES += [torch.bfloat16, torch.float64]
 elif DEVICE == "cuda":
-    DTYPES += [torch.bfloat16]  # Triton's interpreter multiplies the bits of bfloat16 matrices
+    DTYPES += [torch.bfloat16]  # not for Triton's interpreter, which multiplies the bit patterns of bfloat16 matrices
 
-core_only = pytest.mark.skipif(BACKEND != "cpu", reason="of the compiled core alone")
+core_only = pytest.mark.skipif(BACKEND != "cpu", reason="tests the compiled core alone")
+# flags of g++ for a core that reports accesses out of bounds and undefined behavior
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
 
 
 def _quicken_interpreter() -> None:
-    """Patches Triton's language once for the functions of a module in a launch.
+    """Make Triton's interpreter patch Triton's language once per launch for the functions of a module.
 
-    Its interpreter does so at every call of a device function, which is nine tenths of its time.
+    Otherwise it does so at every call of a device function, which takes nine tenths of its time.
     """
     from triton.runtime import interpreter
 
@@ -50,7 +56,7 @@ def _quicken_interpreter() -> None:
 
 
 if DEVICE == "cuda" and not torch.cuda.is_available():
-    raise pytest.UsageError(f"SGALIGN_TEST_BACKEND={BACKEND} needs a GPU, torch finds none")
+    raise pytest.UsageError(f"SGALIGN_TEST_BACKEND={BACKEND} needs a GPU, but torch finds none")
 if INTERPRETED:
     if problem := backends.interpreter_problem():
         raise pytest.UsageError(problem)

@@ -1,3 +1,5 @@
+"""The alignment loss, compared with torch's own functions, and its gradients, edge cases and errors."""
+
 import math
 
 import pytest
@@ -19,13 +21,13 @@ def logits(relations=7, classes=5, *, seed=0, dtype=EXACT):
 
 @pytest.fixture(params=[BACKEND, "reference"], autouse=True)
 def backend(request, monkeypatch):
-    """Every test with both, by what None stands for."""
+    """Run each test with both backends, by changing the default that None stands for."""
     monkeypatch.setattr("sgalign.ops.backends.choose", lambda backend, *_: backend or request.param)
     return request.param
 
 
 def kl(p, q, kind):
-    """KL(p || q) of each relation by torch's own function, given logits."""
+    """Return KL(p || q) of each relation by torch's own function, from logits."""
     if kind == "softmax":
         p, q = p.log_softmax(1), q.log_softmax(1)
         return functional.kl_div(q, p, reduction="none", log_target=True).sum(1)
@@ -35,7 +37,7 @@ def kl(p, q, kind):
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
-def test_equals_torch(kind, direction):
+def test_loss_and_gradient_equal_those_of_torchs_functions(kind, direction):
     teacher, student = logits()
     fixed = teacher.detach()
     forth, back = kl(fixed, student, kind), kl(student, fixed, kind)
@@ -52,7 +54,7 @@ def test_equals_torch(kind, direction):
             torch.testing.assert_close(ours, theirs)
 
 
-def test_element_is_the_mean_over_elements():
+def test_default_reduction_is_the_mean_over_elements():
     teacher, student = logits()
     expected = functional.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="none").mean()
     torch.testing.assert_close(relation_alignment_loss(teacher, student), expected)
@@ -65,28 +67,37 @@ def test_teacher_gets_no_gradient():
         assert teacher.grad is None and student.grad.abs().sum() > 0
 
 
-@core_only  # in float64
+@core_only  # needs float64
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-def test_gradcheck(kind):
+def test_gradients_equal_finite_differences(kind):
     teacher, student = logits()
     assert torch.autograd.gradcheck(lambda s: relation_alignment_loss(teacher, s, kind=kind), student)
 
 
+EXTREME = [[1000.0, -1000, 0], [-1000, -1000, -1000], [1000, 1000, 1000]]
+
+
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
-def test_zero_where_equal_and_stable_at_extreme_logits(kind, direction):
-    extreme = torch.tensor([[1000.0, -1000, 0], [-1000, -1000, -1000], [1000, 1000, 1000]], device=DEVICE)
-    student = extreme.clone().requires_grad_()
-    loss = relation_alignment_loss(extreme, student, kind=kind, direction=direction)
+def test_equal_extreme_logits_give_no_loss_and_no_gradient(kind, direction):
+    teacher = torch.tensor(EXTREME, device=DEVICE)
+    student = teacher.clone().requires_grad_()
+    loss = relation_alignment_loss(teacher, student, kind=kind, direction=direction)
     loss.backward()
     assert loss == 0 and student.grad.abs().max() < 1e-8
-    loss = relation_alignment_loss(extreme, -student, kind=kind, direction=direction)
-    student.grad = None
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
+def test_opposite_extreme_logits_give_a_large_loss_and_finite_gradients(kind, direction):
+    teacher = torch.tensor(EXTREME, device=DEVICE)
+    student = teacher.clone().requires_grad_()
+    loss = relation_alignment_loss(teacher, -student, kind=kind, direction=direction)
     loss.backward()
     assert loss > 100 and student.grad.isfinite().all()
 
 
-def test_classes_the_teacher_excludes_contribute_nothing():
+def test_class_that_the_teacher_excludes_adds_nothing():
     teacher = torch.tensor([[0.0, 0, -math.inf]], device=DEVICE)
     student = torch.tensor([[0.0, 0, -math.inf]], device=DEVICE, requires_grad=True)
     loss = relation_alignment_loss(teacher, student)
@@ -94,11 +105,14 @@ def test_classes_the_teacher_excludes_contribute_nothing():
     assert loss == 0 and not student.grad.any()
 
 
-def test_no_relations_and_no_weight_give_zero_with_zero_gradients():
+def test_no_relations_give_a_loss_of_zero():
     empty = torch.zeros(0, 5, device=DEVICE, requires_grad=True)
     loss = relation_alignment_loss(empty.detach(), empty)
     loss.backward()
     assert loss == 0 and empty.grad.shape == (0, 5)
+
+
+def test_weights_of_zero_give_no_loss_and_no_gradient():
     teacher, student = logits()
     loss = relation_alignment_loss(teacher, student, weight=torch.zeros(7, device=DEVICE))
     loss.backward()
@@ -106,7 +120,7 @@ def test_no_relations_and_no_weight_give_zero_with_zero_gradients():
 
 
 @pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
-def test_a_relation_without_weight_adds_nothing(value):
+def test_relation_of_weight_zero_adds_nothing_even_if_not_finite(value):
     teacher, student = (x.detach() for x in logits())
     expected = relation_alignment_loss(teacher[1:], student[1:])
     student[0, 2] = value
@@ -126,8 +140,8 @@ def test_half_precision_is_summed_in_float32():
 
 
 @pytest.mark.parametrize("relations", [64, 8192])
-def test_half_gradients_survive_small_shares(relations):
-    """A relation's share of the mean is below float16's smallest number; a scale of the loss brings it back."""
+def test_float16_gradients_of_a_scaled_loss_do_not_underflow(relations):
+    """A relation's share of the mean is below float16's smallest number, but its product with the scale is not."""
     teacher, student = (x.detach() for x in logits(relations, 51, dtype=torch.float16))
     student = (teacher + student / 30).requires_grad_()
     (65536 * relation_alignment_loss(teacher, student)).backward()
@@ -138,7 +152,7 @@ def test_half_gradients_survive_small_shares(relations):
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
-def test_nan_is_not_hidden(kind, direction):
+def test_nan_reaches_the_loss_and_the_gradient_of_its_relation(kind, direction):
     for branch in (0, 1):
         pair = [x.detach() for x in logits()]
         pair[branch][3, 2] = math.nan
@@ -148,7 +162,7 @@ def test_nan_is_not_hidden(kind, direction):
         assert loss.isnan() and student.grad[3, 2].isnan() and student.grad[:3].isfinite().all()
 
 
-def test_weights_of_any_size():
+def test_magnitude_of_equal_weights_does_not_matter():
     teacher, student = logits(dtype=torch.float32)
     for size in (1e-300, 1e300):
         weight = torch.full((7,), size, dtype=torch.float64, device=DEVICE)
@@ -184,7 +198,7 @@ def test_bad_input_is_refused_by_name(change, error, message):
         relation_alignment_loss(first, second, **arguments)
 
 
-# ---- the compiled loss
+# ---- the kernels
 
 
 @pytest.mark.parametrize(
@@ -192,7 +206,7 @@ def test_bad_input_is_refused_by_name(change, error, message):
     cover([1e-3, 1, 30], DTYPES, ["softmax", "sigmoid"], ["teacher_to_student", "symmetric"], strength=3),
     ids=str,
 )
-def test_compiled_is_as_good_as_plain(kind, direction, dtype, spread, instruction_set, poisoned):
+def test_loss_and_gradient_are_as_accurate_as_plain_pytorch(kind, direction, dtype, spread, instruction_set, poisoned):
     for shape in ((1, 1), (9, 51), (3, 64), (40, 130)):
         teacher, student = (
             torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(DEVICE) * spread
@@ -206,7 +220,7 @@ def test_compiled_is_as_good_as_plain(kind, direction, dtype, spread, instructio
             loss.backward()
             results.append((loss.detach().double(), s.grad.double()))
         for factor, exact, plain, ours in zip((2, 3), *results):
-            # Probabilities and their logarithms are rounded, so that what nearly cancels keeps an absolute error.
+            # Probabilities and their logarithms are rounded, so differences that nearly cancel keep an absolute error.
             floor = 1 / shape[1] if factor == 2 else 1 / (shape[0] * shape[1])
             eps = torch.finfo(dtype if factor == 3 else {torch.float64: dtype}.get(dtype, torch.float32)).eps
             allowed = factor * (plain - exact).abs().max().item()
@@ -231,12 +245,16 @@ def test_strides_and_threads_change_no_bit(threads):
         assert all(torch.equal(a, b) for a, b in zip(run(count, teacher, student), expected))
 
 
-def test_opcheck_and_compile():
+def test_operator_passes_opcheck():
     teacher, student = torch.randn(2, 6, 5, device=DEVICE)
     for weight in (None, torch.rand(6, device=DEVICE)):
         torch.library.opcheck(
             torch.ops.sgalign.alignment_loss.default, (BACKEND, student, teacher, weight, 0.5, False, True)
         )
+
+
+def test_compiled_equals_eager():
+    teacher, student = torch.randn(2, 6, 5, device=DEVICE)
 
     def grad(function):
         leaf = student.clone().requires_grad_()
@@ -245,10 +263,10 @@ def test_opcheck_and_compile():
 
     compiled = torch.compile(relation_alignment_loss, fullgraph=True, backend="aot_eager")
     assert torch.equal(grad(compiled), grad(relation_alignment_loss))
-    assert torch.equal(compiled(teacher, student), relation_alignment_loss(teacher, student)), "nothing has a gradient"
+    assert torch.equal(compiled(teacher, student), relation_alignment_loss(teacher, student)), "without gradients"
 
 
-def test_second_order_is_refused(backend):
+def test_only_the_reference_has_second_order_gradients(backend):
     teacher, student = logits()
     (grad,) = torch.autograd.grad(relation_alignment_loss(teacher, student).square(), student, create_graph=True)
     if backend != "reference":
@@ -261,7 +279,7 @@ def test_second_order_is_refused(backend):
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
 def test_one_tensor_is_kept_for_the_backward(kind, direction):
-    """The gradient, of the logits' size, beside the logits themselves."""
+    """This tensor is the gradient, which has the size of the logits. The logits themselves do not count."""
     logits, mirrored = torch.randn(40, 7, device=DEVICE), torch.randn(40, 7, device=DEVICE, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

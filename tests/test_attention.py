@@ -1,4 +1,4 @@
-"""Attention by the kernels (the core, or what target.py names) beside `sgalign.ops.reference` in float64."""
+"""Attention by the kernels of the tested backend, compared with `sgalign.ops.reference` in float64."""
 
 import math
 from unittest import mock
@@ -15,9 +15,9 @@ from sgalign import dual_branch_attention, fused_masked_attention, random_attent
 from sgalign.ops import attention, reference
 
 SEED, STREAM = 5, 3
-TOLERANCE = 1e-12 if EXACT == torch.float64 else 1e-5  # between two ways to the same numbers
+TOLERANCE = 1e-12 if EXACT == torch.float64 else 1e-5  # largest difference between two computations of a number
 BRANCHES = ("single", "dual", "same query")
-# B, H, Lq, Lk, D: keys around the chunk of 256, rows and channels that fill no tile
+# B, H, Lq, Lk, D, with keys around the chunk of 256, and with rows and channels that do not fill a tile
 SHAPES = [(2, 3, 17, 33, 8), (1, 2, 5, 7, 3), (2, 2, 40, 300, 32), (1, 1, 70, 513, 64), (1, 2, 9, 260, 20)]
 SHAPES += [(1, 1, 3, 65, 256)]
 if INTERPRETED:
@@ -32,7 +32,7 @@ def fitting(shape):
 
 
 def make(shape, dtype=torch.float32, seed=0):
-    """query, mirrored query, key, value and a gradient for each branch's output."""
+    """Return query, mirrored query, key and value, and a gradient for each branch's output."""
     batch, heads, queries, keys, dim = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -45,7 +45,7 @@ def make(shape, dtype=torch.float32, seed=0):
 
 
 def draw(*size, seed=0):
-    """True in 3 of 10 places."""
+    """Return a random mask that is True in about 3 of 10 places."""
     return (torch.rand(size, generator=torch.Generator().manual_seed(seed), device="cpu") < 0.3).to(DEVICE)
 
 
@@ -62,7 +62,7 @@ def make_options(name, shape):
 
 
 def attend(branches, tensors, backend=BACKEND, **options):
-    """The outputs of one branch or of both."""
+    """Return the outputs of one branch or of both."""
     options["backend"] = backend
     query, mirrored_query, key, value = tensors
     if branches == "single":
@@ -71,7 +71,7 @@ def attend(branches, tensors, backend=BACKEND, **options):
 
 
 def run(branches, tensors, grad_outs, **options):
-    """Outputs and the gradients of query, mirrored query (None unless it is used), key and value."""
+    """Return the outputs, and the gradients of query, mirrored query (None if it is not used), key and value."""
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     outs = attend(branches, tensors, **options)
     torch.autograd.backward(outs, grad_outs[: len(outs)])
@@ -81,9 +81,9 @@ def run(branches, tensors, grad_outs, **options):
 def standard_errors(branches, tensors, grad_outs, **options):
     """Return the standard error that float32 gives each element of the outputs and gradients of `run`.
 
-    Scores, exponentials, outputs and the weights' gradients are taken to be rounded independently, each by one unit in
-    the last place. A sum over n keys in blocks of sqrt(n) rounds 2 sqrt(n) partial sums as well, each by half a unit.
-    Forward and backward may round the same score differently, as BLAS libraries do from one shape to the next. The
+    The model is that scores, exponentials, outputs and the weights' gradients are rounded independently, each by one
+    unit in the last place. A sum over n keys in blocks of sqrt(n) also rounds 2 sqrt(n) partial sums, each by half a
+    unit. Forward and backward may round the same score differently, as BLAS libraries do for different shapes. The
     rows of a softmax's gradient then no longer sum to zero, which large keys make visible.
     """
     unit = torch.finfo(torch.float32).eps
@@ -101,7 +101,7 @@ def standard_errors(branches, tensors, grad_outs, **options):
     outs, grads = [], [torch.zeros((), dtype=torch.float64)] * 4  # variances
     for i, (query, grad_out) in enumerate(zip(queries, grad_outs)):
         if i == len(queries) - 1 and options.get("mask_ratio"):
-            # Not `random_attention_mask`: where CUDA is emulated, the core has none for the CPU.
+            # `random_attention_mask` cannot draw it, because the emulated CUDA core has no mask for the CPU.
             drawn = reference.random_mask(
                 size[0] * size[1],
                 *size[2:],
@@ -114,7 +114,7 @@ def standard_errors(branches, tensors, grad_outs, **options):
         grad_out = grad_out.double()
         weights = (scale * query @ key.mT).masked_fill(dropped, -math.inf).softmax(-1).nan_to_num(0)
         weight_errors = weights.square() * unit**2 * (1 + scale**2 * query.square() @ key.square().mT)
-        total_errors = weight_errors.sum(-1, keepdim=True)  # relative: the weights' total is one
+        total_errors = weight_errors.sum(-1, keepdim=True)  # relative errors, because the weights sum to one
         weights, kept = weights / (1 - dropout_p), (1 - dropout_p) ** -2
         out = weights @ value
         out_errors = kept * weight_errors @ value.square() + (sum_errors + total_errors) * out.square()
@@ -133,12 +133,11 @@ def standard_errors(branches, tensors, grad_outs, **options):
 
 
 def assert_accurate(branches, tensors, grad_outs, *, floor=0.0, backend=BACKEND, **options):
-    """Assert that a backend's results are off by no more than rounding explains; `floor` is that of accuracy.py."""
+    """Assert that rounding explains the errors of a backend's results. accuracy.py explains `floor`."""
     doubles = [[tensor.double() for tensor in group] for group in (tensors, grad_outs)]
     exact = run(branches, *doubles, backend="reference", **options)
-    with mock.patch.object(
-        attention, "accumulated_dtype", lambda dtype: dtype
-    ):  # the yardstick: PyTorch in the operands' dtype
+    # The yardstick is PyTorch in the operands' dtype.
+    with mock.patch.object(attention, "accumulated_dtype", lambda dtype: dtype):
         plain = run(branches, tensors, grad_outs, backend="reference", **options)
     ours = run(branches, tensors, grad_outs, backend=backend, **options)
     accuracy.assert_accurate(exact, plain, ours, standard_errors(branches, tensors, grad_outs, **options), floor=floor)
@@ -156,15 +155,15 @@ def assert_same(result, expected):
 @pytest.mark.parametrize(
     "shape, branches, options, dtype", cover(SHAPES, BRANCHES, OPTIONS, DTYPES, strength=3), ids=str
 )
-def test_accuracy(shape, branches, options, dtype, instruction_set, poisoned):
+def test_outputs_and_gradients_are_accurate(shape, branches, options, dtype, instruction_set, poisoned):
     assert_accurate(branches, *make(shape, dtype), **make_options(options, shape))
 
 
 @core_only
 @pytest.mark.parametrize("keys", [4096, 30_000])
 @pytest.mark.parametrize("positive", [False, True])
-def test_long_rows(keys, positive):
-    """Nearly uniform weights, which a sum of one key after the other would round worst."""
+def test_long_rows_are_accurate(keys, positive):
+    """The weights are nearly uniform, which would round worst if one key were added after the other."""
     tensors, grad_outs = make((1, 2, 12, keys, 24))
     tensors = [0.3 * tensor for tensor in tensors]
     if positive:
@@ -197,7 +196,7 @@ LAYOUTS = {
     # Scores in the hundreds lose digits with a log sum of float32.
     scale=st.sampled_from([None, 0.0, -0.7, 3.0 if EXACT == torch.float64 else 0.9]),
 )
-def test_any_shape_layout_and_option(shape, layouts, branches, options, scale):
+def test_any_shape_layout_and_option_is_accurate(shape, layouts, branches, options, scale):
     tensors, grad_outs = make(shape, EXACT)
     strided = [LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, tensors + grad_outs)]
     assert_accurate(branches, strided[:4], strided[4:], floor=1.0, scale=scale, **make_options(options, shape))
@@ -208,14 +207,14 @@ def test_any_shape_layout_and_option(shape, layouts, branches, options, scale):
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_layout_changes_no_bit(layout, branches, options):
     if layout == "one row" and BACKEND == "triton" and DEVICE == "cuda":
-        pytest.skip("where a row's stride is known to be aligned, Triton adds up its channels in another order")
+        pytest.skip("Triton adds up channels in another order if it knows that the stride of rows is aligned")
     shape = (2, 3, 20, 70, 12)
     tensors, grad_outs = ([LAYOUTS[layout](tensor) for tensor in group] for group in make(shape))
     options = make_options(options, shape)
     contiguous = ([tensor.contiguous() for tensor in group] for group in (tensors, grad_outs))
     found, expected = run(branches, tensors, grad_outs, **options), run(branches, *contiguous, **options)
     if layout == "slice" and BACKEND == "cuda" and DEVICE == "cuda":
-        # Rows that are not aligned take another kernel, for which the compiler joins other products and sums.
+        # Rows that are not aligned use another kernel, in which the compiler fuses other products with sums.
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     else:
         assert_same(found, expected)
@@ -223,8 +222,8 @@ def test_layout_changes_no_bit(layout, branches, options):
 
 @pytest.mark.parametrize("rows", [5, 20])
 @pytest.mark.parametrize("branches", BRANCHES)
-def test_overlapping_windows(branches, rows):
-    """Rows and channels both have stride 1, which leaves it open which of them is the inner one of a new tensor."""
+def test_overlapping_windows_change_no_bit(branches, rows):
+    """Rows and channels both have stride 1, so the strides do not tell which dimension of a new tensor is inner."""
     tensors = [make((1, 1, 1, 1, rows + 7), seed=i)[0][0].flatten().unfold(0, 8, 1) for i in range(6)]
     tensors = [tensor.expand(2, 3, rows, 8) for tensor in tensors]
     contiguous = [tensor.contiguous() for tensor in tensors]
@@ -238,7 +237,7 @@ def test_output_keeps_the_memory_order_of_a_projection():
     assert out.stride() == query.stride()
 
 
-def test_mask_and_padding_of_any_strides():
+def test_strides_of_mask_and_padding_change_no_bit():
     batch, heads, queries, keys, _ = shape = fitting((2, 3, 6, 290, 4))
     tensors, grad_outs = make(shape)
     mask = draw(keys, queries, batch, heads).permute(2, 3, 1, 0)
@@ -264,7 +263,7 @@ def test_mask_broadcasts(size):
 @core_only
 @pytest.mark.parametrize("options", ["none", "random", "padding", "dropout", "all"])
 @pytest.mark.parametrize("branches", BRANCHES)
-def test_gradcheck(branches, options):
+def test_gradients_equal_finite_differences(branches, options):
     shape = (1, 2, 4, 6, 3)
     tensors, _ = make(shape, torch.float64)
     options = make_options(options, shape)
@@ -280,7 +279,7 @@ def test_gradcheck(branches, options):
         assert torch.autograd.gradcheck(lambda *t: dual_branch_attention(*t, **options), used)
 
 
-def test_one_query_for_both_branches_adds_their_gradients():
+def test_query_of_both_branches_gets_the_sum_of_their_gradients():
     shape = fitting((2, 2, 20, 270, 8))
     tensors, grad_outs = make(shape, EXACT)
     options = make_options("all", shape)
@@ -293,7 +292,7 @@ def test_one_query_for_both_branches_adds_their_gradients():
 
 @pytest.mark.parametrize("branches", ["dual", "same query"])
 @pytest.mark.parametrize("used", [0, 1])
-def test_loss_on_one_of_two_outputs(branches, used):
+def test_loss_on_one_of_two_outputs_ignores_the_other(branches, used):
     shape = (1, 2, 9, 40, 8)
     tensors, grad_outs = make(shape)
     options = make_options("random", shape)
@@ -311,7 +310,7 @@ def test_loss_on_one_of_two_outputs(branches, used):
 
 
 @pytest.mark.parametrize("needed", range(4))
-def test_gradient_of_one_input_alone(needed):
+def test_one_input_alone_can_require_a_gradient(needed):
     tensors, grad_outs = make((1, 2, 9, 40, 8))
     _, grads = run("dual", tensors, grad_outs)
     tensors[needed].requires_grad_()
@@ -323,7 +322,7 @@ def test_gradient_of_one_input_alone(needed):
 # --------------------------------------------------------------------------------------------------- two branches
 
 
-def test_equal_branches_are_equal_to_the_bit():
+def test_branches_of_equal_queries_are_equal_to_the_bit():
     tensors, _ = make((2, 2, 40, 300, 16))
     tensors[1] = tensors[0].clone()
     for branches in ("dual", "same query"):
@@ -332,7 +331,7 @@ def test_equal_branches_are_equal_to_the_bit():
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_same_query_is_as_good_as_its_clone(options):
+def test_same_query_gives_the_outputs_of_its_clone(options):
     shape = fitting((2, 2, 40, 300, 16))
     tensors, _ = make(shape)
     tensors[1] = tensors[0].clone()
@@ -341,7 +340,7 @@ def test_same_query_is_as_good_as_its_clone(options):
 
 
 @pytest.mark.parametrize("branches", ["dual", "same query"])
-def test_each_branch_is_the_single_one(branches):
+def test_each_branch_equals_a_single_branch(branches):
     shape = fitting((2, 2, 40, 300, 16))
     tensors, _ = make(shape)
     options = make_options("all", shape)
@@ -372,13 +371,13 @@ def test_explicit_mask_is_added_to_the_random_one(branches):
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
-def test_everything_dropped_gives_zeros(branches, instruction_set, poisoned):
+def test_mask_ratio_1_gives_zeros_in_the_masked_branch_alone(branches, instruction_set, poisoned):
     tensors, grad_outs = make(fitting((2, 2, 20, 270, 8)))
     outs, grads = run(branches, tensors, grad_outs, mask_ratio=1, mask_seed=SEED)
     assert not outs[-1].any()
     if branches == "single":
         assert not any(grad.any() for grad in grads if grad is not None)
-    else:  # the supervised branch is as if it were alone
+    else:  # the supervised branch equals a single one
         alone_outs, alone_grads = run("single", tensors, grad_outs)
         torch.testing.assert_close(outs[0], alone_outs[0])
         torch.testing.assert_close([grads[0], *grads[2:]], [alone_grads[0], *alone_grads[2:]])
@@ -387,8 +386,8 @@ def test_everything_dropped_gives_zeros(branches, instruction_set, poisoned):
 
 @pytest.mark.parametrize("dtype", sorted({torch.float32, EXACT}, key=str), ids=str)
 @pytest.mark.parametrize("branches", BRANCHES)
-def test_rows_with_nothing_kept(branches, dtype, instruction_set, poisoned):
-    """Rows 0 to 4 lose everything, row 2 by the mask alone and the others by mask and padding together."""
+def test_rows_without_a_kept_entry_give_zeros(branches, dtype, instruction_set, poisoned):
+    """Rows 0 to 4 lose all entries, row 2 by the mask alone and the others by mask and padding together."""
     batch, _, queries, keys, _ = shape = fitting((2, 2, 14, 300, 8))
     tensors, grad_outs = make(shape, dtype)
     padding = torch.zeros(batch, keys, dtype=torch.bool, device=DEVICE)
@@ -423,8 +422,8 @@ def test_padded_keys_and_values_leak_nowhere(branches, junk, backend, instructio
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
-def test_infinite_scores_that_the_mask_drops(branches):
-    """An entry dropped by itself meets its value in the product, so that values are finite; its score need not be."""
+def test_score_that_the_mask_drops_may_be_infinite(branches):
+    """The value of this entry must be finite, because a product with the weight 0 still reads it."""
     tensors, _ = make((1, 1, 6, 40, 4))
     tensors[2][0, 0, 7] = math.inf
     mask = torch.zeros(40, dtype=torch.bool, device=DEVICE)
@@ -435,7 +434,7 @@ def test_infinite_scores_that_the_mask_drops(branches):
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
-def test_nan_that_is_kept_is_not_hidden(branches):
+def test_nan_in_a_kept_key_reaches_the_outputs(branches):
     tensors, _ = make((1, 1, 3, 300, 4))
     tensors[2][0, 0, 270, 1] = math.nan
     assert all(out.isnan().all() for out in attend(branches, tensors))
@@ -447,8 +446,8 @@ GAPS = [(dtype, gap) for dtype, gap in GAPS if dtype in DTYPES]
 
 
 @pytest.mark.parametrize("peak, branches, kind", cover([0, 30, 280, 511], BRANCHES, GAPS), ids=str)
-def test_dropped_key_far_above_the_kept_ones(peak, branches, kind, instruction_set):
-    """The supervised maximum is `gap` above all that the mirror keeps, in an early or a late chunk of keys."""
+def test_dropped_score_far_above_the_kept_ones_costs_no_accuracy(peak, branches, kind, instruction_set):
+    """The supervised maximum is `gap` above all scores that the mirror keeps, in an early or a late chunk of keys."""
     dtype, gap = kind
     tensors, grad_outs = make((1, 1, 30, 512, 8), dtype)
     random = random_attention_mask(1, 1, 30, 512, ratio=0.3, seed=11, device=DEVICE)
@@ -458,18 +457,19 @@ def test_dropped_key_far_above_the_kept_ones(peak, branches, kind, instruction_s
     tensors[2][..., 0] = 0
     tensors[2][..., peak, :] = 0
     tensors[2][..., peak, 0] = gap
-    # Where the peak is kept, gradients are nothing but differences of equal numbers.
+    # Rows that keep the peak are left out, because their gradients are only differences of equal numbers.
     grad_outs = [grad_outs[0] * 0, grad_outs[1] * peak_is_dropped][branches == "single" :]
     assert_accurate(branches, tensors, grad_outs, mask_ratio=0.3, mask_seed=11, scale=1.0)
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scores_that_rise_by_chunks(branches, dtype, instruction_set):
-    """The running maximum, and with it every earlier sum, changes in each chunk; the last keys are padded away."""
+def test_rising_scores_cost_no_accuracy(branches, dtype, instruction_set):
+    """Each chunk changes the running maximum and with it all earlier sums. The last keys are padding."""
     tensors, grad_outs = make((1, 2, 30, 1100, 8), dtype)
     tensors[0][..., 0] = tensors[1][..., 0] = 1
-    # Scores up to 27; under Triton's interpreter, which rounds a product that a GPU adds to unrounded, half as much.
+    # Scores go up to 27. They are half as large under Triton's interpreter, which rounds products before adding them,
+    # while a GPU does not.
     tensors[2][..., 0] = torch.arange(1100, device=DEVICE) / (80 if INTERPRETED else 40)
     padding = torch.arange(1100, device=DEVICE)[None] >= 1000
     options = {"mask_ratio": 0.9, "mask_seed": SEED, "key_padding_mask": padding, "scale": 1.0}
@@ -486,7 +486,7 @@ def test_large_scores_do_not_overflow(instruction_set):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", [BACKEND, "reference"])
-def test_scores_above_the_largest_float16(backend, autocast):
+def test_scores_may_exceed_the_largest_float16(backend, autocast):
     """Scores are computed in float32, under autocast too."""
     tensors, _ = make((1, 2, 6, 40, 16), torch.float16)
     tensors = [400 * tensor for tensor in tensors[:3]] + tensors[3:]
@@ -503,7 +503,7 @@ def test_scores_above_the_largest_float16(backend, autocast):
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
-def test_dropout_is_that_of_its_own_stream(branches):
+def test_dropout_draws_from_a_separate_stream(branches):
     batch, heads, queries, keys, dim = shape = fitting((2, 3, 17, 300, 8))
     tensors, grad_outs = make(shape, EXACT)
     threshold = round(0.3 * 65536)
@@ -522,7 +522,7 @@ def test_dropout_is_that_of_its_own_stream(branches):
 
 
 def test_dropout_keeps_the_mean():
-    """All weights are 1 / Lk and all values 1, so that a row is its fraction of kept keys, rescaled."""
+    """All weights are 1 / Lk and all values are 1, so each output is the rescaled fraction of kept keys."""
     heads, queries, keys = (1, 128, 300) if INTERPRETED else (4, 200, 1000)
     zeros, ones = torch.zeros(1, heads, queries, 1, device=DEVICE), torch.ones(1, heads, keys, 1, device=DEVICE)
     for p in (0.1, 0.5, 0.9):
@@ -567,12 +567,12 @@ def test_number_of_threads_changes_no_bit(shape, branches, dtype, threads, instr
 @pytest.mark.parametrize("options", ["none", "all"])
 @pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 2, 0, 4, 5), (2, 2, 3, 0, 5), (2, 2, 3, 4, 0)])
-def test_empty(shape, branches, options, poisoned):
+def test_empty_tensors_give_zeros_of_the_right_shapes(shape, branches, options, poisoned):
     tensors, grad_outs = make(shape)
     options = make_options(options, shape)
     result = run(branches, tensors, grad_outs, **options)
     for tensor in (*result[0], *result[1]):
-        assert tensor is None or not tensor.any()  # what has elements at all is zero, not NaN
+        assert tensor is None or not tensor.any()  # the elements, if there are any, are zero and not NaN
     expected = run(branches, tensors, grad_outs, backend="reference", **options)
     assert_same(result[:1], expected[:1])
     for out, query in zip(result[0], tensors):
@@ -584,20 +584,27 @@ def test_empty(shape, branches, options, poisoned):
         assert theirs is None or torch.equal(grad, theirs)
 
 
-def test_scale():
+def test_default_scale_is_one_over_the_root_of_the_channels():
     tensors, _ = make((1, 2, 9, 40, 16))
-    default = attend("dual", tensors)
-    assert_same([attend("dual", tensors, scale=0.25)], [default])
+    assert_same([attend("dual", tensors, scale=0.25)], [attend("dual", tensors)])
+
+
+def test_scale_multiplies_the_scores():
+    tensors, _ = make((1, 2, 9, 40, 16))
     query, mirrored_query, *others = tensors
     torch.testing.assert_close(
         attend("dual", tensors, scale=0.5), attend("dual", [2 * query, 2 * mirrored_query, *others])
     )
-    means = others[1].mean(2, keepdim=True).expand_as(query)
+
+
+def test_scale_0_gives_the_mean_of_the_values():
+    tensors, _ = make((1, 2, 9, 40, 16))
+    means = tensors[3].mean(2, keepdim=True).expand_as(tensors[0])
     torch.testing.assert_close(attend("dual", tensors, scale=0), (means, means))
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
-def test_what_is_kept_for_the_backward_grows_with_rows_alone(branches):
+def test_memory_kept_for_the_backward_does_not_grow_with_keys(branches):
     batch, heads, queries, keys, dim = shape = fitting((1, 2, 200, 1000, 8))
     tensors, _ = make(shape)
     padding = torch.zeros(batch, keys, dtype=torch.bool, device=DEVICE)
@@ -613,14 +620,16 @@ def test_what_is_kept_for_the_backward_grows_with_rows_alone(branches):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         tensors = [tensor.requires_grad_() for tensor in tensors]
         outs = attend(branches, tensors, mask_ratio=0.4, mask_seed=SEED, dropout_p=0.1, key_padding_mask=padding)
-    assert sum(kept.values()) == len(outs) * batch * heads * queries * (dim + 1) * 4 + 8  # out, logsumexp and the seed
+    assert (
+        sum(kept.values()) == len(outs) * batch * heads * queries * (dim + 1) * 4 + 8
+    )  # outputs, log-sum-exps and the seed
 
 
 # ------------------------------------------------------------------------------------------------------- the seed
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
-def test_no_seed_is_drawn_in_vain(branches):
+def test_seed_is_drawn_only_if_it_is_needed(branches):
     tensors, _ = make((1, 1, 3, 5, 4))
     state = torch.get_rng_state if DEVICE == "cpu" else torch.cuda.get_rng_state
     before = state()
@@ -634,7 +643,7 @@ def test_no_seed_is_drawn_in_vain(branches):
 
 @pytest.mark.parametrize("option", ["mask_ratio", "dropout_p"])
 @pytest.mark.parametrize("backend", [BACKEND, "reference"])
-def test_seed_comes_from_torch(option, backend):
+def test_torchs_manual_seed_repeats_masks_and_dropout(option, backend):
     tensors, _ = make((1, 1, 9, 50, 4))
     options = {option: 0.5, "backend": backend}
     torch.manual_seed(0)
@@ -644,13 +653,23 @@ def test_seed_comes_from_torch(option, backend):
     assert_same([attend("single", tensors, **options), attend("single", tensors, **options)], [first, second])
 
 
-@pytest.mark.parametrize("seed", [0, -1, 7, 2**63 - 1, -(2**63)])
-def test_seeds(seed):
+SEEDS = [0, -1, 7, 2**63 - 1, -(2**63)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_seed_may_be_an_int_or_a_tensor(seed):
     tensors, _ = make((1, 2, 9, 50, 4))
     options = {"mask_ratio": 0.5, "dropout_p": 0.1}
     (out,) = attend("single", tensors, mask_seed=seed, **options)
     for same in (torch.tensor(seed, device=DEVICE), torch.tensor([[seed]], device=DEVICE)):
         assert_same([attend("single", tensors, mask_seed=same, **options)], [[out]])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_seed_determines_mask_and_dropout(seed):
+    tensors, _ = make((1, 2, 9, 50, 4))
+    options = {"mask_ratio": 0.5, "dropout_p": 0.1}
+    (out,) = attend("single", tensors, mask_seed=seed, **options)
     (expected,) = attend("single", tensors, mask_seed=seed, backend="reference", **options)
     torch.testing.assert_close(out, expected)
     assert not torch.allclose(out, attend("single", tensors, mask_seed=seed ^ 1, **options)[0])
@@ -664,7 +683,7 @@ def test_streams_have_different_masks_and_dropout():
 
 
 @core_only
-def test_half_subnormals_survive_a_thread_that_flushes_them():
+def test_float16_subnormals_survive_a_thread_that_flushes_subnormals():
     values = torch.tensor([3e-6, 6e-8, -5e-5, 6.1e-5], dtype=torch.float16).reshape(1, 1, 1, 4)
     zero = torch.zeros(1, 1, 1, 4, dtype=torch.float16)
     torch.set_flush_denormal(True)

@@ -1,4 +1,4 @@
-"""The attention functions as citizens of torch: operator checks, compile, export, autocast, checkpointing, errors."""
+"""Attention with torch's features: operator checks, compilation, export, autocast, checkpointing and errors."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ OPTIONS = {"mask_ratio": 0.4, "dropout_p": 0.2}
 
 
 def make(dtype=torch.float32, requires_grad=False):
-    """query, mirrored query, key, value."""
+    """Return query, mirrored query, key and value."""
     batch, heads, queries, keys, dim = SHAPE
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(batch, heads, n, dim, generator=generator).to(dtype) for n in (queries, queries, keys, keys)]
@@ -41,7 +41,7 @@ def arguments(queries, options):
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize("kind", ["single", "dual", "same query"])
 @pytest.mark.parametrize("strided", [False, True])
-def test_opcheck(kind, options, strided):
+def test_attention_operators_pass_opcheck(kind, options, strided):
     first, second, key, value = (tensor.mT.contiguous().mT if strided else tensor for tensor in make())
     branches = 1 if kind == "single" else 2
     queries = [first, second] if kind == "dual" else [first]
@@ -56,7 +56,7 @@ def test_opcheck(kind, options, strided):
 
 
 @pytest.mark.parametrize("sizes", [(2, 3, 4, 300), (1, 1, 0, 5)])
-def test_opcheck_random_mask(sizes):
+def test_random_mask_operator_passes_opcheck(sizes):
     torch.library.opcheck(torch.ops.sgalign.random_mask, ("cpu", torch.tensor(3), *sizes, 20000, 1))
 
 
@@ -79,7 +79,7 @@ def attend_same_query(query, mirrored_query, key, value, seed, padding):
 
 
 def attend_repeated(query, mirrored_query, key, value, seed, padding):
-    """The same tensor in several places, as in self-attention."""
+    """Attend with one tensor in several roles, as in self-attention."""
     outs = fused_masked_attention(key, key, key, mask_seed=seed, key_padding_mask=padding, **OPTIONS)
     return outs, *dual_branch_attention(query, mirrored_query, value, value, mask_seed=seed, **OPTIONS)
 
@@ -101,12 +101,12 @@ def test_compiled_equals_eager(attend, seed):
 
 
 @pytest.mark.slow
-def test_inductor_equals_eager():
+def test_compiled_by_inductor_equals_eager():
     compare_compiled(attend_dual, "inductor", torch.tensor(11))
 
 
 @pytest.mark.parametrize("attend", [attend_single, attend_dual, attend_same_query])
-def test_compiled_without_gradients(attend):
+def test_compiled_equals_eager_without_gradients(attend):
     torch.compiler.reset()
     padding = torch.arange(40).expand(2, 40) > 30
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
@@ -117,7 +117,7 @@ def test_compiled_without_gradients(attend):
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_compiled_with_dynamic_shapes(requires_grad):
+def test_compiled_equals_eager_for_dynamic_shapes(requires_grad):
     torch.compiler.reset()
     compiled = torch.compile(dual_branch_attention, backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (4, 9, 300):
@@ -127,7 +127,7 @@ def test_compiled_with_dynamic_shapes(requires_grad):
 
 
 @pytest.mark.parametrize("attend", [attend_single, attend_same_query])
-def test_compiled_draws_a_fresh_mask_per_call(attend):
+def test_compiled_draws_a_new_mask_in_each_call(attend):
     torch.compiler.reset()
     padding = torch.zeros(2, 40, dtype=torch.bool)
     tensors = make(requires_grad=True)
@@ -159,7 +159,7 @@ class Block(torch.nn.Module):
         return out + 2 * mirrored_out
 
 
-def test_export():
+def test_exported_module_equals_the_module():
     query, _, key, _ = make()
     block = Block(seed=5)
     exported = torch.export.export(block, (query, key))
@@ -167,7 +167,7 @@ def test_export():
     torch.testing.assert_close(exported.module()(query, key), block(query, key))
 
 
-def test_export_with_dynamic_lengths_and_a_fresh_seed():
+def test_exported_module_takes_other_lengths_and_draws_new_seeds():
     query, _, key, _ = make()
     keys = torch.export.Dim("keys", min=2, max=4096)
     block = Block(seed=None)
@@ -184,7 +184,7 @@ def test_export_with_dynamic_lengths_and_a_fresh_seed():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
+def test_autocast_computes_in_its_dtype_with_gradients_in_float32(dtype):
     tensors = make(requires_grad=True)
     with torch.autocast("cpu", dtype):
         outs = dual_branch_attention(*tensors, mask_ratio=0.4, mask_seed=3)
@@ -196,7 +196,7 @@ def test_autocast(dtype):
     assert all(map(torch.equal, grads, gradients(expected, tensors)))
 
 
-def test_autocast_recognises_one_query_for_both_branches():
+def test_autocast_recognizes_one_query_for_both_branches():
     query, _, key, value = make(requires_grad=True)
     seen = []
 
@@ -210,21 +210,27 @@ def test_autocast_recognises_one_query_for_both_branches():
         outs = dual_branch_attention(query, query, key, value)
     with Spy():
         grads = gradients(outs, (query, key, value))
-    # one query; and for the backward two gradients of outputs, one query, two outputs, two logsumexps
+    # The forward takes one query. The backward takes two gradients of outputs, one query, two outputs and two
+    # log-sum-exps.
     assert seen == [("sgalign::attention", [1]), ("sgalign::attention_backward", [2, 1, 2, 2])]
     assert all(grad.dtype == torch.float32 for grad in grads)
 
 
-def test_autocast_casts_mixed_inputs_and_leaves_float64_alone():
+def test_autocast_casts_inputs_of_different_dtypes():
     query, _, key, value = make()
     with torch.autocast("cpu", torch.bfloat16):
         assert fused_masked_attention(query.bfloat16(), key, value.half()).dtype == torch.bfloat16
+
+
+def test_autocast_leaves_float64_alone():
+    query, _, key, value = make()
+    with torch.autocast("cpu", torch.bfloat16):
         out = fused_masked_attention(query.double(), key.double(), value.double())
     assert out.dtype == torch.float64
     torch.testing.assert_close(out.float(), fused_masked_attention(query, key, value))
 
 
-def test_autocast_does_not_hide_a_float64_query_with_other_keys():
+def test_autocast_refuses_a_float64_query_with_float32_keys():
     query, _, key, value = make()
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="key must have the query's dtype"):
         fused_masked_attention(query.double(), key, value)
@@ -252,7 +258,7 @@ def test_checkpointing_replays_the_mask(use_reentrant):
 # ------------------------------------------------------------------------------------------------------ transforms
 
 
-def test_func_grad():
+def test_torch_func_grad_equals_autograd():
     query, _, key, value = make()
     grad = torch.func.grad(lambda query: fused_masked_attention(query, key, value).square().sum())(query)
     query.requires_grad_()
@@ -273,7 +279,7 @@ def test_forward_mode_is_refused():
 
 
 @pytest.mark.parametrize("dual", [False, True])
-def test_second_order_is_refused(dual):
+def test_second_order_gradients_are_refused(dual):
     query, mirrored_query, key, value = make(requires_grad=True)
     out = (
         dual_branch_attention(query, mirrored_query, key, value)
@@ -285,7 +291,7 @@ def test_second_order_is_refused(dual):
         grad.sum().backward()
 
 
-def test_reference_has_second_order():
+def test_reference_has_second_order_gradients():
     query, _, key, value = make(torch.float64, requires_grad=True)
     query, key, value = (tensor[:1, :1, :2, :3].detach().requires_grad_() for tensor in (query, key, value))
     assert torch.autograd.gradgradcheck(
@@ -338,7 +344,7 @@ BAD_OPTIONS = [
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("options, error, message", BAD_OPTIONS)
-def test_bad_option(options, error, message, backend):
+def test_bad_options_are_refused_by_name(options, error, message, backend):
     query, mirrored_query, key, value = make()
     options = {"mask_ratio": 0.5, "backend": backend} | options
     for call in (
@@ -350,15 +356,15 @@ def test_bad_option(options, error, message, backend):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_scale_is_any_real_number(backend):
+def test_scale_may_be_any_real_number(backend):
     query, _, key, value = make()
     attend = functools.partial(fused_masked_attention, query, key, value, backend=backend)
     assert torch.equal(attend(scale=Fraction(1, 4)), attend(scale=0.25))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_no_keys(backend):
-    """Zeros with zero gradients, whatever the query holds."""
+def test_no_keys_give_zeros_and_zero_gradients(backend):
+    """This holds even if the query is NaN."""
     query = torch.full((1, 2, 3, 4), math.nan, requires_grad=True)
     key, value = torch.ones(2, 1, 2, 0, 4, requires_grad=True)
     out = fused_masked_attention(query, key, value, backend=backend)
@@ -366,8 +372,8 @@ def test_no_keys(backend):
     assert not out.any() and not any(grad.any() for grad in grads)
 
 
-def test_compiled_cuda_without_a_gpu():
-    """What eager calls ask first, compiled ones ask when they run."""
+def test_compiled_call_of_cuda_without_a_gpu_is_refused():
+    """A compiled call checks the backend when it runs, while an eager call checks it first."""
     query, _, key, value = make()
     compiled = torch.compile(functools.partial(fused_masked_attention, backend="cuda"), backend="aot_eager")
     with pytest.raises((ImportError, ValueError), match="backend 'cuda' (cannot be used|needs tensors on a GPU)"):
@@ -410,20 +416,20 @@ BAD_TENSORS = [
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("name, change, error, message", BAD_TENSORS)
-def test_bad_tensor(name, change, error, message, backend):
+def test_bad_tensors_are_refused_by_name(name, change, error, message, backend):
     tensors = dict(zip(("query", "mirrored_query", "key", "value"), make()))
     tensors[name] = change(tensors[name])
     with pytest.raises(error, match=f"^{message}"):
         dual_branch_attention(**tensors, backend=backend)
 
 
-def test_too_many_channels():
+def test_more_than_256_channels_are_refused():
     tensor = torch.zeros(1, 1, 2, 257)
     with pytest.raises(ValueError, match=r"query must have at most 256 channels per head \(D\), got 257"):
         fused_masked_attention(tensor, tensor, tensor)
 
 
-def test_gpus_that_are_too_old_get_the_reference(monkeypatch):
+def test_gpus_older_than_8_0_get_the_reference(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -436,7 +442,7 @@ def test_gpus_that_are_too_old_get_the_reference(monkeypatch):
     assert backends.choose(None, gpu, torch.float16) == "triton" and backends.unavailable("triton") is None
 
 
-def test_cpu_backend_for_another_device():
+def test_cpu_backend_refuses_tensors_of_another_device():
     tensor = torch.zeros(1, 1, 2, 4, device="meta")
     with pytest.raises(ValueError, match="backend 'cpu' needs tensors on the CPU, got meta"):
         fused_masked_attention(tensor, tensor, tensor, backend="cpu")

@@ -1,4 +1,4 @@
-"""The option `compile`: the same results from few graphs, and masks that are drawn anew in each step."""
+"""The option `compile`: the results of eager mode from few graphs, and a new mask in each step."""
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ from sgalign.models import Motifs  # noqa: E402
 from sgalign.models.sgtr import MirrorMask  # noqa: E402
 from sgalign.training import AlignMotifsModule, AlignSGTRModule  # noqa: E402
 
-# As many entities as no feature map has positions: compiled, equal sizes are taken for one.
+# No feature map has as many positions as there are entities, because compilation takes equal sizes for the same size.
 SMALL = test_sgtr.SMALL | {"layers": 1, "encoder_layers": 0, "entity_queries": 11}
 
 
 @pytest.fixture(autouse=True)
-def forgotten():
+def fresh_compiler():
     torch.manual_seed(0)
     torch._dynamo.reset()
 
@@ -32,7 +32,7 @@ def graphs(counter):
 
 
 def sgtr_step(net, heads, found, seed):
-    """Return what both branches say, and the gradients of all weights."""
+    """Return the outputs of both branches and the gradients of all weights."""
     mask = MirrorMask(0.3, torch.tensor(seed))
     said, mirrored = net.dual_branch(found.last(), heads, mask)
     parameters = [*net.parameters(), *(p for head in heads for p in head.parameters())]
@@ -68,7 +68,7 @@ def test_sgtr_is_one_graph_for_all_seeds_and_sizes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_sgtr_compiled_forward_and_backward(backend):
+def test_compiled_sgtr_equals_eager(backend):
     check_sgtr(backend, rtol=1e-6, atol=1e-8)
 
 
@@ -99,7 +99,7 @@ def test_motifs_relation_head_is_one_graph_for_all_sizes():
 
 
 @pytest.mark.slow
-def test_motifs_by_inductor():
+def test_motifs_compiled_by_inductor_equals_eager():
     check_motifs("inductor", rtol=1e-4, atol=1e-5)
 
 
@@ -109,7 +109,7 @@ def test_motifs_by_inductor():
     ids=["Motifs, eager first", "SGTR, compiled first"],
 )
 def test_a_run_resumes_with_and_without_compilation(kind, first, monkeypatch, tmp_path):
-    """Weights after two epochs are those of a run that was never compiled; the last epoch compiles nothing more."""
+    """The weights after two epochs equal those of a run that is never compiled, and few graphs are compiled."""
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(kind, "compiler", {"backend": counter, "dynamic": True})
     options = trainers.SMALL_MOTIFS if kind is AlignMotifsModule else SMALL

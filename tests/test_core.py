@@ -1,4 +1,4 @@
-"""The compiled core as a thing that is built, loaded and run: memory, import, stale builds, sanitizers."""
+"""The build, the import and the memory of the compiled core, and its tests under sanitizers."""
 
 import os
 import shutil
@@ -8,17 +8,17 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from target import ROOT, SANITIZE
 
 import sgalign
 from sgalign.ops import _core
 from sgalign.ops._source_digest import source_digest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = Path(sgalign.__file__).resolve().parent.parent  # where the tested package lies, installed or not
+PACKAGE = Path(sgalign.__file__).resolve().parent.parent  # folder of the tested package, installed or not
 
 
 def run_python(code, folder=PACKAGE, **environment):
-    """The output of `code`, run where `import sgalign` takes the package in `folder`."""
+    """Return the output of `code` in a new process, where `import sgalign` imports the package in `folder`."""
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -45,16 +45,16 @@ def attend(length):
     for mirror in (query, mirrored_query):
         sum(out.sum() for out in dual_branch_attention(query, mirror, key, value, **options)).backward()
 
-torch.set_num_threads(2)  # every thread has a share of working memory
-attend(300)  # libraries and threads have started
+torch.set_num_threads(2)  # each thread has working memory
+attend(300)  # starts the libraries and the threads
 before = peak()
 attend(16384)
 print(peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
-def test_memory_has_no_square():
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, which has the peak memory")
+def test_memory_does_not_grow_with_the_square_of_the_length():
     """One byte for each of 16384 x 16384 pairs would be 256 MiB."""
     assert int(run_python(MEMORY)) < 128 * 1024
 
@@ -70,8 +70,8 @@ print(*(name for name in set(sys.modules) - before if "." not in name))
 """
 
 
-def test_import_is_light():
-    for _ in range(3):  # a busy machine may be slow once
+def test_import_is_fast_and_loads_no_heavy_package():
+    for _ in range(3):  # because a busy machine may be slow once
         seconds, modules = run_python(IMPORT).split("\n")
         if float(seconds) < 0.6:
             break
@@ -86,7 +86,7 @@ def test_core_is_loaded_at_first_use():
 
 @pytest.fixture
 def copy(tmp_path):
-    """A source tree of its own, with the built core."""
+    """A copy of the sources with the built core."""
     for folder in ("sgalign", "kernels", "csrc"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "_C.*"))
     shutil.copy2(_core.load().__file__, tmp_path / "sgalign")
@@ -109,11 +109,11 @@ fused_masked_attention(x, x, x, mask_ratio=0.5, backend="reference")  # needs no
 """
 
 
-def test_the_copy_works(copy):
+def test_copied_package_works(copy):
     assert run_python(USE, copy) == "fine\nfine"
 
 
-def test_missing_core(copy):
+def test_error_of_a_missing_core_says_how_to_build_it(copy):
     for core in (copy / "sgalign").glob("_C.*"):
         core.unlink()
     message = f"sgalign's compiled core is not built in {copy}: {_core.BUILD}"
@@ -121,7 +121,7 @@ def test_missing_core(copy):
 
 
 @pytest.mark.parametrize("source", ["kernels.h", "cpu/attention.cpp"])
-def test_stale_core(copy, source):
+def test_error_of_a_stale_core_says_how_to_build_it(copy, source):
     with (copy / "csrc" / source).open("a") as file:
         file.write("// changed\n")
     message = f"sgalign's compiled core was built from other sources than those in {copy}: {_core.BUILD}"
@@ -129,12 +129,12 @@ def test_stale_core(copy, source):
 
 
 def test_core_without_sources_is_not_stale(copy):
-    """As installed: no csrc beside the package."""
+    """An installed package has no csrc beside it."""
     shutil.rmtree(copy / "csrc")
     assert run_python(USE, copy) == "fine\nfine"
 
 
-def test_source_digest_sees_names_contents_and_nothing_else(tmp_path):
+def test_source_digest_depends_on_names_and_contents_of_sources_alone(tmp_path):
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "a.cpp").write_text("1")
     digests = [source_digest(tmp_path)]
@@ -149,8 +149,8 @@ def test_source_digest_sees_names_contents_and_nothing_else(tmp_path):
     assert len(set(digests)) == 4
 
 
-def test_kernels_do_not_pass_for_another_package():
-    """transformers looks for one of that name, imports what it finds, and wants a version of it."""
+def test_folder_kernels_has_no_version():
+    """transformers looks for a package named kernels. It must not take this folder for that package."""
     code = """
 import kernels, sgalign.kernels
 print(hasattr(kernels, "__version__"))
@@ -159,7 +159,7 @@ print(hasattr(kernels, "__version__"))
 
 
 def test_only_kernels_can_be_imported_beside_the_package():
-    """In a source tree the root's other files, setup.py first of all, are not modules of the package."""
+    """In a source tree, the root's other files and folders, such as setup.py, are not modules of the package."""
     code = """
 import sgalign.kernels
 from importlib.util import find_spec
@@ -168,30 +168,34 @@ print(sgalign.kernels.__file__, [find_spec(f"sgalign.{name}") for name in ("setu
     assert run_python(code, ROOT) == f"{ROOT / 'kernels' / '__init__.py'} [None, None, None]"
 
 
-def test_instruction_sets():
+def test_baseline_is_the_last_instruction_set():
     core = _core.load()
     sets = core.instruction_sets()
     assert sets[-1] == "baseline" and core.instruction_set() in sets
+
+
+def test_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="the instruction set must be one that this processor supports, got 'abacus'"):
-        core.use_instruction_set("abacus")
+        _core.load().use_instruction_set("abacus")
 
 
 # ------------------------------------------------------------------------------------------------------ sanitizers
 
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-# Name of the kernels, bytes of a vector and flags. Wide vectors on AVX2, which the compiler splits, stand in for the
-# AVX-512 code where no processor has that.
+# Instruction set, bytes per vector and flags. The compiler splits vectors of 64 bytes for AVX2. They stand in for the
+# AVX-512 code on processors without AVX-512.
 SANITIZED = [("baseline", 16, []), ("avx2", 32, AVX2), ("avx2", 64, AVX2)]
-# Every dtype, and what walks along the edges of memory; sanitized code takes seconds where it took milliseconds.
+# Tests of every dtype and of accesses at the edges of memory. Other tests are left out, because sanitized code takes
+# seconds instead of milliseconds.
 SANITIZED_TESTS = (
-    "test_accuracy and (all or none) or layout_changes or overlapping or any_strides or broadcasts or nothing_kept"
-    " or leak or rise or empty or number_of_threads or compiled_mask or shape_and_stride or compiled_is_as_good"
+    "gradients_are_accurate and (all or none) or layout_changes or overlapping or strides_of_mask or broadcasts"
+    " or without_a_kept_entry or leak or rising or empty or number_of_threads or compiled_mask or shape_and_stride"
+    " or as_accurate_as_plain"
 )
 
 
 def build_sanitized(folder, width, flags):
-    """Replaces the core in `folder` by one with these kernels alone, under the name of the baseline."""
+    """Replace the core in `folder` by a sanitized one that has these kernels alone and calls them the baseline."""
     import pybind11
 
     module = next((folder / "sgalign").glob("_C.*"))
@@ -212,10 +216,10 @@ def build_sanitized(folder, width, flags):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++ and its sanitizers")
 @pytest.mark.parametrize("name, width, flags", SANITIZED, ids=lambda value: str(value) if value != AVX2 else "")
-def test_sanitizers_and_poisoned_memory(copy, name, width, flags):
-    """No access out of bounds, no undefined behaviour, and no result that depends on memory never written."""
+def test_operations_pass_the_sanitizers(copy, name, width, flags):
+    """No access is out of bounds, no behavior is undefined, and no result depends on memory that was never written."""
     if name not in _core.load().instruction_sets():
-        pytest.skip(f"this processor does not run {name}")
+        pytest.skip(f"this processor cannot run {name}")
     pytest.importorskip("pybind11")
     build_sanitized(copy, width, flags)
     (copy / "tests").mkdir()
@@ -262,7 +266,7 @@ CPU_ALONE = "built for the CPU alone, without CUDA C++ kernels: "
         (OFFERED, "120", "SGALIGN_CUDA_ARCHS must only contain 80, 90, got 120"),
     ],
 )
-def test_nvcc_and_architectures(tmp_path, answer, archs, expected):
+def test_setup_checks_nvcc_and_the_architectures(tmp_path, answer, archs, expected):
     compiler = tmp_path / "bin" / "nvcc"
     compiler.parent.mkdir()
     compiler.write_text(answer + "\n")

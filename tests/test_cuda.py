@@ -17,10 +17,12 @@ from pathlib import Path
 
 import cuda_resources as resources
 import pytest
+import test_alignment as alignment
 import test_attention as attention
 import test_relation as relation
 import torch
 from covers import cover
+from target import ROOT, SANITIZE
 from torch.nn import functional
 
 from sgalign import random_attention_mask, relation_alignment_loss
@@ -28,7 +30,6 @@ from sgalign.ops import _core, _cuda, backends, reference
 from sgalign.ops._attention_backends import Call, Options, _description
 from sgalign.ops._source_digest import source_digest
 
-ROOT = Path(__file__).resolve().parent.parent
 TYPES = {"attention_forward": ["Half", "BFloat16", "float"], "attention_backward": ["Half", "BFloat16", "float"]}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -157,53 +158,60 @@ def test_ldmatrix_follows_the_ptx_manual(transposed, primitives):
             assert torch.equal(out[lane, m], matrix[lane // 4, 2 * (lane % 4) : 2 * (lane % 4) + 2])
 
 
-def test_conversions_and_exchanges(primitives):
+@pytest.fixture(scope="session")
+def converted(primitives):
+    """Rows of 32 numbers, one for each lane, each with the seven words that `run_convert` gives each lane."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(64, 32, generator=generator) * 10.0 ** torch.randint(-9, 6, (64, 32), generator=generator)
-    special = [
-        0.0,
-        -0.0,
-        math.inf,
-        -math.inf,
-        math.nan,
-        65504,
-        65519.9,
-        65520,
-        6e-8,
-        2.9e-8,
-        2.98e-8,
-        6.1e-5,
-        2049,
-        2051,
-    ]
+    special = [0.0, -0.0, math.inf, -math.inf, math.nan, 65504, 65519.9, 65520]
+    special += [6e-8, 2.9e-8, 2.98e-8, 6.1e-5, 2049, 2051]
     values[0, : len(special)] = torch.tensor(special)
-    for row in values:
-        out = primitives("run_convert", row.contiguous(), size=7)
+    return [(row, primitives("run_convert", row.contiguous(), size=7)) for row in values]
+
+
+def as_floats(words):
+    return words.contiguous().view(torch.float32)
+
+
+def test_pairs_of_16_bits_are_rounded_as_by_torch(converted):
+    for row, out in converted:
         for word, dtype in ((0, torch.float16), (1, torch.bfloat16)):
             pairs = out[:, word].contiguous().view(dtype).view(32, 2)
             torch.testing.assert_close(pairs, torch.stack([row, -row], 1).to(dtype), rtol=0, atol=0, equal_nan=True)
-        back = out[:, 2].contiguous().view(torch.float32)
-        torch.testing.assert_close(back, row.half().float(), rtol=0, atol=0, equal_nan=True)
-        tf32 = out[:, 3].contiguous().view(torch.float32)
+        torch.testing.assert_close(as_floats(out[:, 2]), row.half().float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_tf32_is_rounded_to_ten_bits(converted):
+    for row, out in converted:
         finite = row.isfinite()
-        assert ((tf32 - row).abs() <= row.abs() * 2.0**-11)[finite].all()
+        assert ((as_floats(out[:, 3]) - row).abs() <= row.abs() * 2.0**-11)[finite].all()
         assert not (out[:, 3] & 0x1FFF)[finite].any()
-        exchanged = out[:, 4].contiguous().view(torch.float32)
-        torch.testing.assert_close(exchanged, row[torch.arange(32) ^ 5], rtol=0, atol=0, equal_nan=True)
+
+
+def test_shuffle_exchanges_the_numbers_of_lanes(converted):
+    for row, out in converted:
+        exchanged = row[torch.arange(32) ^ 5]
+        torch.testing.assert_close(as_floats(out[:, 4]), exchanged, rtol=0, atol=0, equal_nan=True)
+
+
+def test_ballot_gives_all_lanes_the_votes_of_all_lanes(converted):
+    for row, out in converted:
         votes = sum(int(value > 0) << i for i, value in enumerate(row))
         assert {int(word) & 0xFFFFFFFF for word in out[:, 5]} == {votes}
+
+
+def test_exp2_is_exact_to_21_bits_and_flushes_subnormals(converted):
+    for row, out in converted:
         powers = row.double().exp2().float()
         powers[powers < 2.0**-126] = 0
-        torch.testing.assert_close(
-            out[:, 6].contiguous().view(torch.float32), powers, rtol=2.0**-21, atol=0, equal_nan=True
-        )
+        torch.testing.assert_close(as_floats(out[:, 6]), powers, rtol=2.0**-21, atol=0, equal_nan=True)
 
 
 MISTAKES = ["", "race", "race", "race", "diverge", "diverge", "NaN", "not waited for", "not a multiple of 16", "race"]
 
 
 @pytest.mark.parametrize("mistake", range(len(MISTAKES)))
-def test_the_emulation_finds_mistakes(mistake, primitives):
+def test_emulation_reports_mistakes(mistake, primitives):
     expected = MISTAKES[mistake]
     if expected == "race" and not os.environ.get("SGALIGN_EMULATED_CORE", "").endswith("race/_C.so"):
         pytest.skip("only the slow tests look for races")
@@ -227,7 +235,7 @@ assert_accurate = functools.partial(attention.assert_accurate, backend="cuda")
 
 
 @pytest.mark.parametrize("shape, branches, dtype", cover(SHAPES, attention.BRANCHES, DTYPES), ids=str)
-def test_attention(shape, branches, dtype, core):
+def test_attention_is_accurate(shape, branches, dtype, core):
     assert_accurate(branches, *attention.make(shape, dtype), **attention.make_options("all", shape))
 
 
@@ -236,14 +244,14 @@ def test_attention(shape, branches, dtype, core):
     cover(attention.BRANCHES, ["none", "random", "mask", "padding", "dropout"], [torch.float32, torch.float16]),
     ids=str,
 )
-def test_options_of_attention(branches, options, dtype, core):
+def test_attention_is_accurate_with_each_option(branches, options, dtype, core):
     shape = (2, 2, 19, 70, 16)
     assert_accurate(branches, *attention.make(shape, dtype), **attention.make_options(options, shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("multiprocessors", [1, 6, 1000])
-def test_parts_of_the_keys(multiprocessors, dtype, core, monkeypatch):
+def test_keys_in_parts_are_accurate(multiprocessors, dtype, core, monkeypatch):
     """The keys are split into parts if there are too few rows to keep a GPU busy."""
     monkeypatch.setattr(_cuda, "multiprocessors", lambda device: multiprocessors)
     shape = (1, 1, 5, 1100, 16)
@@ -255,7 +263,7 @@ def test_parts_of_the_keys(multiprocessors, dtype, core, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["projection", "slice", "every other channel", "one batch", "one number"])
-def test_layouts_of_attention(layout, core):
+def test_layout_of_attention_changes_no_bit(layout, core):
     """Rows are copied element by element if their distance is not a multiple of 16 bytes."""
     shape = (2, 3, 20, 70, 12)
     for dtype in (torch.float32, torch.float16):
@@ -267,8 +275,8 @@ def test_layouts_of_attention(layout, core):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_rows_that_are_no_whole_pieces(dtype, core):
-    """Rows are multiples of 16 bytes apart, but the bytes after their channels must not be read."""
+def test_bytes_after_the_channels_are_not_read(dtype, core):
+    """Rows are a multiple of 16 bytes apart, but their channels are not a multiple of 16 bytes."""
     tensors, grad_outs = attention.make((1, 2, 20, 70, 18), dtype)
     wide = [[functional.pad(t, (0, 6), value=math.nan)[..., :18] for t in ts] for ts in (tensors, grad_outs)]
     options = {"mask_ratio": 0.3, "mask_seed": 5, "backend": "cuda"}
@@ -276,7 +284,7 @@ def test_rows_that_are_no_whole_pieces(dtype, core):
 
 
 @pytest.mark.parametrize("branches", attention.BRANCHES)
-def test_nothing_kept(branches, core):
+def test_rows_without_a_kept_entry_give_zeros(branches, core):
     """Mask and padding drop all entries of rows 0 to 4, and a mask ratio of 1 drops all entries of the mirror."""
     shape = (2, 2, 14, 300, 8)
     tensors, grad_outs = attention.make(shape)
@@ -293,7 +301,7 @@ def test_nothing_kept(branches, core):
 @pytest.mark.parametrize("options", ["all", "random"])
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_scales_that_are_not_positive(dtype, scale, options, core):
+def test_negative_scales_and_scale_0_are_accurate(dtype, scale, options, core):
     shape = (1, 2, 19, 70, 16)
     tensors, grad_outs = attention.make(shape, dtype)
     for branches in attention.BRANCHES:
@@ -302,7 +310,7 @@ def test_scales_that_are_not_positive(dtype, scale, options, core):
 
 
 @pytest.mark.parametrize("branches", attention.BRANCHES)
-def test_padded_keys_far_above_the_kept_ones(branches, core):
+def test_padded_scores_far_above_the_kept_ones_cost_no_accuracy(branches, core):
     """The score of a padded key is 0 here, and the scores of the kept keys are far below."""
     shape = (1, 1, 30, 70, 16)
     tensors, grad_outs = attention.make(shape, torch.float16)
@@ -328,7 +336,7 @@ def test_padded_keys_and_values_leak_nowhere(dtype, junk, core):
         assert not grad[padding[:, None].expand(grad.shape[:3])].any()
 
 
-def test_nan_that_is_kept_is_not_hidden(core, monkeypatch):
+def test_nan_in_a_kept_key_reaches_the_outputs(core, monkeypatch):
     tensors, _ = attention.make((1, 1, 3, 600, 4))
     tensors[2][0, 0, 570, 1] = math.nan
     for multiprocessors in (1, 8):
@@ -338,7 +346,7 @@ def test_nan_that_is_kept_is_not_hidden(core, monkeypatch):
 
 @pytest.mark.parametrize("gap", [20, 60, 200])
 @pytest.mark.parametrize("branches", attention.BRANCHES)
-def test_dropped_key_far_above_the_kept_ones(branches, gap, core):
+def test_dropped_score_far_above_the_kept_ones_costs_no_accuracy(branches, gap, core):
     """The supervised maximum is `gap` above all scores that the mirror keeps."""
     tensors, grad_outs = attention.make((1, 1, 30, 70, 8))
     dropped = reference.random_mask(
@@ -354,20 +362,24 @@ def test_dropped_key_far_above_the_kept_ones(branches, gap, core):
 
 @pytest.mark.parametrize("branches", attention.BRANCHES)
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4, 5), (2, 2, 0, 4, 5), (2, 2, 3, 0, 5), (2, 2, 3, 4, 0)])
-def test_empty_attention(shape, branches, core):
+def test_empty_attention_gives_zeros(shape, branches, core):
     tensors, grad_outs = attention.make(shape)
     result = attention.run(branches, tensors, grad_outs, backend="cuda", **attention.make_options("all", shape))
     for tensor in (*result[0], *result[1]):
         assert tensor is None or not tensor.any()
 
 
-def test_attention_is_the_same_on_each_run_and_in_both_branches(core):
+def test_attention_is_the_same_on_each_run(core):
     shape = (1, 2, 33, 100, 16)
     tensors, grad_outs = attention.make(shape)
     options = attention.make_options("all", shape) | {"backend": "cuda"}
     attention.assert_same(
         attention.run("dual", tensors, grad_outs, **options), attention.run("dual", tensors, grad_outs, **options)
     )
+
+
+def test_attention_is_the_same_in_branches_of_equal_queries(core):
+    tensors, _ = attention.make((1, 2, 33, 100, 16))
     tensors[1] = tensors[0].clone()
     for branches in ("dual", "same query"):
         out, mirrored_out = attention.attend(branches, tensors, backend="cuda", dropout_p=0.5, mask_seed=3)
@@ -375,7 +387,7 @@ def test_attention_is_the_same_on_each_run_and_in_both_branches(core):
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 3, 5, 257), (1, 2, 3, 600), (2, 2, 0, 4), (2, 2, 4, 0)])
-def test_random_mask_is_the_definition(size, core, monkeypatch):
+def test_random_mask_equals_the_definition(size, core, monkeypatch):
     choose = backends.choose
     for seed in (0x123456789ABCDEF, -1, -(2**63)):
         for stream, ratio in ((0, 0), (2**31 - 1, 0.3), (5, 65535 / 65536), (3, 1)):
@@ -398,7 +410,7 @@ def test_random_mask_is_the_definition(size, core, monkeypatch):
     cover([*relation.SHAPES, (6, 70, 40, 70), (3, 0, 40, 5), (70, 30, 64, 3)], (1, 2), DTYPES),
     ids=str,
 )
-def test_relation(shape, branches, dtype, core):
+def test_relation_is_accurate_and_the_same_on_each_run(shape, branches, dtype, core):
     union, pairs, operands, grads = relation.make(shape, dtype, bias=shape[0] != 5)
     operands, grads = operands[:branches], grads[:branches]
     ours = relation.assert_accurate(union, pairs, operands, grads, "cuda")
@@ -408,11 +420,8 @@ def test_relation(shape, branches, dtype, core):
 
 @pytest.mark.parametrize("shape", [(9, 60, 128, 51), (4, 7, 18, 2)], ids=str)
 @pytest.mark.parametrize("around", [(1, 2), (0, 6)])
-def test_strides_of_relation(around, shape, core):
-    """Strides do not change the result.
-
-    With `around` (0, 6), rows of 18 channels are a multiple of 16 bytes apart, but their length is not.
-    """
+def test_strides_of_relation_change_no_bit(around, shape, core):
+    """With `around` (0, 6), rows of 18 channels are a multiple of 16 bytes apart, but their length is not."""
     union, pairs, operands, grads = relation.make(shape)
     before, behind = around
 
@@ -427,7 +436,7 @@ def test_strides_of_relation(around, shape, core):
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
-def test_alignment(kind, direction, core):
+def test_alignment_equals_the_reference(kind, direction, core):
     generator = torch.Generator().manual_seed(0)
     for relations, classes in ((7, 5), (9, 51), (1, 200), (0, 3)):
         for dtype in DTYPES:
@@ -450,16 +459,26 @@ def test_alignment(kind, direction, core):
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
-def test_alignment_of_extreme_logits(kind, direction, core):
-    extreme = torch.tensor([[1000.0, -1000, 0], [-1000, -1000, -1000], [1000, 1000, 1000]])
-    student = extreme.clone().requires_grad_()
-    loss = relation_alignment_loss(extreme, student, kind=kind, direction=direction, backend="cuda")
+def test_alignment_of_equal_extreme_logits_is_zero(kind, direction, core):
+    teacher = torch.tensor(alignment.EXTREME)
+    student = teacher.clone().requires_grad_()
+    loss = relation_alignment_loss(teacher, student, kind=kind, direction=direction, backend="cuda")
     loss.backward()
     assert loss == 0 and student.grad.abs().max() < 1e-8
-    student = (-extreme).requires_grad_()
-    loss = relation_alignment_loss(extreme, student, kind=kind, direction=direction, backend="cuda")
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("direction", ["teacher_to_student", "symmetric"])
+def test_alignment_of_opposite_extreme_logits_is_finite(kind, direction, core):
+    teacher = torch.tensor(alignment.EXTREME)
+    student = (-teacher).requires_grad_()
+    loss = relation_alignment_loss(teacher, student, kind=kind, direction=direction, backend="cuda")
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_alignment_has_finite_gradients_if_the_teacher_excludes_a_class(kind, core):
     infinite = torch.tensor([[0.0, -math.inf, 1]])
     student = torch.tensor([[0.0, 1, 2]], requires_grad=True)
     relation_alignment_loss(infinite, student, kind=kind, backend="cuda").backward()
@@ -469,7 +488,7 @@ def test_alignment_of_extreme_logits(kind, direction, core):
 # ----------------------------------------------------------------------------------------------------------- errors
 
 
-def test_errors_name_kernel_and_shape(emulated, core):
+def test_error_of_a_launch_names_kernel_and_shape(emulated, core):
     rows = torch.ones(1, 1, 1, 8).expand(2**31, 1, 1, 8)
     options = Options(None, None, None, 0, 0, 0, 1.0)
     call = _description(emulated, Call([rows], rows, rows, [rows], [rows], options))
@@ -479,14 +498,14 @@ def test_errors_name_kernel_and_shape(emulated, core):
         emulated.cuda_attention_forward(call, 0, 1, 0, (0, 0))
 
 
-def test_no_float64(core):
+def test_float64_is_refused(core):
     tensors, _ = attention.make((1, 1, 3, 4, 5), torch.float64)
     with pytest.raises(ValueError, match="backend 'cuda' does not support float64"):
         attention.attend("dual", tensors, backend="cuda")
 
 
-def test_choice_on_a_gpu(core, monkeypatch):
-    """On a GPU the default is Triton if it is installed, otherwise these kernels. Neither supports float64."""
+def test_default_on_a_gpu_is_triton_or_these_kernels(core, monkeypatch):
+    """The default is Triton if it is installed, otherwise these kernels. Neither supports float64."""
     gpu = torch.device("cuda")
     assert backends.choose("cuda", gpu, torch.float16) == "cuda"
     monkeypatch.setattr(backends, "HAS_TRITON", True)
@@ -496,7 +515,7 @@ def test_choice_on_a_gpu(core, monkeypatch):
     assert backends.choose(None, gpu, torch.float64) == "reference"
 
 
-def test_core_without_cuda(monkeypatch):
+def test_error_of_a_core_without_cuda_says_how_to_build_it(monkeypatch):
     class Core:
         pass
 
@@ -513,7 +532,7 @@ def test_core_without_cuda(monkeypatch):
 SPILLS = "attention_forward_kernel<float, 256,", "attention_grad_query_kernel<float, 256,"
 
 
-def test_registers_and_no_spills():
+def test_registers_and_stack_match_the_table():
     """In the built core, only the kernels of SPILLS use the stack, and all kernels match csrc/cuda/resources.csv."""
     built = Path(_core.load().__file__)
     if not hasattr(_core.load(), "cuda_archs"):
@@ -535,12 +554,10 @@ def test_registers_and_no_spills():
 
 # ------------------------------------------------------------------------------------------------------- sanitizers
 
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checks", ["sanitizers", "race"])
-def test_memory(checks, tmp_path):
+def test_kernels_pass_the_sanitizers_and_the_race_check(checks, tmp_path):
     """The kernels have no access out of bounds, no undefined behavior and no race for shared memory."""
     flags = SANITIZE if checks == "sanitizers" else ["-DSGALIGN_RACE_CHECK"]
     module = build(tmp_path / checks, "-O1", *flags)

@@ -1,4 +1,4 @@
-"""Eager calls on ordinary tensors go past torch's dispatcher; whatever listens there still hears of every operation."""
+"""Eager calls on ordinary tensors, which bypass torch's dispatcher unless something listens there."""
 
 from unittest import mock
 
@@ -67,7 +67,7 @@ class Silent(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_plain_call_does_without_the_dispatcher(name):
+def test_plain_call_bypasses_the_dispatcher(name):
     call, tensors = OPERATIONS[name]
     absent = {operation: None for operation in (name, f"{name}_backward")}
     with mock.patch.multiple(torch.ops.sgalign, create=True, **absent):
@@ -78,20 +78,20 @@ def test_a_plain_call_does_without_the_dispatcher(name):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_listener_hears_of_the_operation_and_changes_nothing(name):
+def test_dispatch_mode_sees_the_operation_and_changes_nothing(name):
     call, tensors = OPERATIONS[name]
     expected = call(*tensors)
     with Recording() as recording:
         outputs = call(*tensors)
         grads = gradients(outputs, tensors)
     assert f"sgalign.{name}.default" in recording.seen
-    if name != "alignment_loss":  # whose forward computes the gradient
+    if name != "alignment_loss":  # its forward computes the gradient
         assert f"sgalign.{name}_backward.default" in recording.seen
     torch.testing.assert_close((outputs, grads), (expected, gradients(expected, tensors)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_the_profiler_shows_the_operation(name):
+def test_profiler_shows_the_operation(name):
     call, tensors = OPERATIONS[name]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         call(*tensors)
@@ -99,7 +99,7 @@ def test_the_profiler_shows_the_operation(name):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_traced_graph_has_the_operation(name):
+def test_traced_graph_has_the_operation(name):
     call, tensors = OPERATIONS[name]
     detached = [tensor.detach() for tensor in tensors]
     graph = make_fx(call)(*detached)
@@ -112,7 +112,7 @@ def test_a_traced_graph_has_the_operation(name):
     [Recording, Silent, forward_ad.dual_level, torch.autograd.profiler.profile, lambda: torch.device("cpu")],
     ids=["dispatch mode", "function mode", "forward mode", "profiler", "default device"],
 )
-def test_calls_are_not_plain_where_something_listens(listener):
+def test_calls_are_not_plain_while_something_listens(listener):
     tensor = torch.randn(2)
     assert is_plain(tensor, None, 3)
     with listener():
@@ -146,7 +146,7 @@ class Subclass(torch.Tensor):
     ],
     ids=["subclass", "sparse", "nested"],
 )
-def test_other_tensors_are_not_plain(tensor):
+def test_subclasses_and_sparse_or_nested_tensors_are_not_plain(tensor):
     assert not is_plain(tensor)
     assert not is_plain(torch.randn(2), tensor)
     assert is_plain(torch.nn.Parameter(torch.randn(2)))
@@ -155,7 +155,7 @@ def test_other_tensors_are_not_plain(tensor):
 # ---------------------------------------------------------------------------------------------- remembered checks
 
 
-def test_a_shape_that_passed_hides_no_other_error():
+def test_accepted_shapes_of_attention_hide_no_later_error():
     query, key = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 3, 8)
     fused_masked_attention(query, key, key)
     for _ in range(2):
@@ -167,14 +167,17 @@ def test_a_shape_that_passed_hides_no_other_error():
             fused_masked_attention(query, key, key, mask_ratio=True)
         with pytest.raises(TypeError, match="mask must be a bool tensor"):
             fused_masked_attention(query, key, key, mask=torch.zeros(2, 3))
+
+
+def test_values_of_pairs_are_checked_at_every_call():
     union = torch.randn(3, 4)
     ends = torch.randn(2, 4)
     fused_relation_logits(ends, ends, union, PAIRS, union)
-    with pytest.raises(IndexError, match="got 5 in row 0"):  # values are checked at every call
+    with pytest.raises(IndexError, match="got 5 in row 0"):
         fused_relation_logits(ends, ends, union, PAIRS + torch.tensor([[5, 0], [0, 0], [0, 0]]), union)
 
 
-def test_what_autocast_accepts_is_not_remembered():
+def test_dtypes_accepted_under_autocast_are_not_remembered():
     query, key = torch.randn(1, 1, 2, 8).bfloat16(), torch.randn(1, 1, 3, 8)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
@@ -183,7 +186,7 @@ def test_what_autocast_accepts_is_not_remembered():
             fused_masked_attention(query, key, key)
 
 
-def test_remembered_shapes_are_bounded(monkeypatch):
+def test_number_of_remembered_shapes_is_bounded(monkeypatch):
     monkeypatch.setattr(_operands, "REMEMBERED", 3)
     checked = []
     check = _operands.once_a_signature(lambda tensor: checked.append(len(tensor)))

@@ -1,17 +1,16 @@
-"""README and docs do what they say: marked Python blocks run, links lead somewhere, commands and extras exist."""
+"""Checks that README and docs are right: marked Python blocks run, and links, commands and extras exist."""
 
 import ast
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
-from pathlib import Path
 
 import pytest
+from target import ROOT
 
 from sgalign.commands import doctor
 from sgalign.commands import main as cli
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
@@ -30,7 +29,7 @@ def test_marked_blocks_run(block):
         pytest.skip(f"needs {error.name}")
 
 
-def test_blocks_are_found():
+def test_marked_blocks_are_found():
     assert len(BLOCKS) >= 3
 
 
@@ -43,13 +42,13 @@ def test_links_and_configs_exist(page):
         assert (ROOT / config).exists(), config
 
 
-def test_commands_exist():
+def test_mentioned_commands_exist():
     commands = {"doctor", *cli.COMMANDS, *cli.TRAINER_COMMANDS}
     for page in PAGES:
         assert set(re.findall(r"(?:^ {4}|`|bin/)sgalign ([a-z][\w-]*)", page.read_text(), re.M)) <= commands, page
 
 
-def test_doctor_looks_for_what_the_extras_install(monkeypatch):
+def test_doctor_looks_for_the_packages_of_the_extras(monkeypatch):
     metadata = ["torch>=2.11", 'h5py>=3.10; extra == "train"', 'jsonargparse[signatures]>=4.40; extra == "train"']
     metadata += ["pytest-xdist>=3.6 ; extra == 'test'", 'ruff==1; python_version < "4" and extra == "lint"']
     monkeypatch.setattr("importlib.metadata.requires", lambda name: metadata)
@@ -57,7 +56,7 @@ def test_doctor_looks_for_what_the_extras_install(monkeypatch):
     assert doctor.required("lint") == ["ruff"]
 
 
-def test_doctor_says_that_nothing_is_installed(monkeypatch, capsys):
+def test_doctor_says_that_sgalign_is_not_installed(monkeypatch, capsys):
     def requires(name):
         raise PackageNotFoundError(name)
 
@@ -66,7 +65,7 @@ def test_doctor_says_that_nothing_is_installed(monkeypatch, capsys):
     assert "[train] unknown: sgalign is not installed" in capsys.readouterr().out
 
 
-def test_every_package_is_installed():
+def test_pyproject_lists_every_package():
     listed = re.search(r"^packages = \[([^]]*)\]", (ROOT / "pyproject.toml").read_text(), re.M).group(1)
     found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "sgalign").rglob("__init__.py")}
     assert set(re.findall(r'"([\w.]+)"', listed)) == found | {"sgalign.kernels"}
@@ -81,7 +80,10 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
 
 
 def imported_layers() -> set[tuple[str, str]]:
-    """Return which layer (the second part of a module's name) imports from which other."""
+    """Return pairs of layers, the first of which imports from the second.
+
+    The layer of a module is the second part of its name.
+    """
     layers = {name.split(".")[1] for name, _ in modules() if "." in name}
     found = set()
     for name, tree in modules():
@@ -93,7 +95,7 @@ def imported_layers() -> set[tuple[str, str]]:
     return {(above, below) for above, below in found if above != below and below in layers}
 
 
-def test_the_drawing_of_layers_is_that_of_the_imports():
+def test_drawing_of_layers_matches_the_imports():
     drawing = re.search(r"```mermaid\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S).group(1)
     drawn = set(re.findall(r"(\w+) --> (\w+)", drawing))
     imported = {edge for edge in imported_layers() if not {"__main__", "_version"} & set(edge)}

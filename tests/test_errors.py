@@ -1,4 +1,4 @@
-"""The command line prints the errors of our own checks as one sentence, and leaves defects their traceback."""
+"""Errors on the command line: one sentence for errors of our own checks, and a traceback for defects."""
 
 import pickle
 import sys
@@ -22,13 +22,13 @@ def raise_input_error(arguments):
     raise InputError(MESSAGE)
 
 
-def test_an_error_of_our_checks_is_one_sentence(monkeypatch, capsys):
+def test_error_of_our_checks_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "main", raise_input_error)
     assert main.main(["evaluate"]) == 1
     assert capsys.readouterr().err == f"sgalign: {MESSAGE}\n"
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch):
+def test_defect_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(evaluate, "main", raise_defect)
     with pytest.raises(ValueError, match="zip"):
         main.main(["evaluate"])
@@ -41,25 +41,35 @@ def raise_not_found(name):
     return raises
 
 
-def test_a_package_that_is_not_installed_is_one_sentence(monkeypatch, capsys):
-    """Also where no installation tells what the extra needs, and Lightning is what is missing."""
+@pytest.fixture
+def without_lightning(monkeypatch):
+    """An environment without Lightning, in which no installation says what the extra needs."""
     monkeypatch.setattr(doctor, "required", lambda extra: None)
     for name in [name for name in sys.modules if name.partition(".")[0] == "lightning"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lightning", None)
     monkeypatch.delitem(sys.modules, "sgalign.commands.lightning_cli", raising=False)
     monkeypatch.delattr(commands, "lightning_cli", raising=False)
+
+
+def test_missing_lightning_is_one_sentence(without_lightning, capsys):
     assert main.main(["fit"]) == 1
     assert capsys.readouterr().err == "sgalign: fit needs lightning: pip install 'sgalign[train]'\n"
+
+
+def test_error_of_our_checks_is_one_sentence_without_lightning(without_lightning, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "main", raise_input_error)
     assert main.main(["evaluate"]) == 1
     assert capsys.readouterr().err == f"sgalign: {MESSAGE}\n"
+
+
+def test_missing_package_is_one_sentence(without_lightning, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "main", raise_not_found("torchvision.ops"))
     assert main.main(["evaluate"]) == 1
     assert capsys.readouterr().err == "sgalign: evaluate needs torchvision: pip install 'sgalign[train]'\n"
 
 
-def test_a_module_of_ours_that_is_missing_is_a_defect(monkeypatch):
+def test_missing_module_of_ours_is_a_defect(monkeypatch):
     monkeypatch.setattr(evaluate, "main", raise_not_found("sgalign.no_such_module"))
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         main.main(["evaluate"])
@@ -73,12 +83,12 @@ class Unreadable(Dataset):
         raise InputError(MESSAGE)
 
 
-def test_a_worker_process_says_the_same(monkeypatch, capsys):
+def test_error_in_a_worker_process_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "main", lambda arguments: list(DataLoader(Unreadable(), num_workers=1)))
     assert main.main(["evaluate"]) == 1
     assert capsys.readouterr().err == f"sgalign: {MESSAGE}\n"
 
 
-def test_it_is_a_value_error_and_survives_pickling():
+def test_input_error_is_a_value_error_and_can_be_pickled():
     error = pickle.loads(pickle.dumps(InputError(MESSAGE)))
     assert isinstance(error, ValueError) and isinstance(error, InputError) and str(error) == MESSAGE

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: errors, disks that are full, folders that cannot be written to."""
+"""Files that appear whole or not at all, despite errors, full disks and places that cannot be written."""
 
 import os
 import resource
@@ -14,20 +14,26 @@ LIMIT = 1 << 20
 
 @pytest.fixture
 def full_disk():
-    """Files do not grow beyond a limit, as on a full disk or with a quota."""
+    """Limit the size of files, as a full disk or a quota does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_file_takes_its_place_at_the_end(tmp_path):
+def test_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "new" / "file.txt"
     for content in ("first", "second"):
         with written_whole(path) as partial:
             partial.write_text(content)
             assert path.exists() == (content == "second")
         assert path.read_text() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_errors_and_interrupts_leave_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("second")
     for error in (ValueError, KeyboardInterrupt):
         with pytest.raises(error), written_whole(path) as partial:
             partial.write_text("third")
@@ -35,11 +41,14 @@ def test_a_file_takes_its_place_at_the_end(tmp_path):
     assert path.read_text() == "second" and list(path.parent.iterdir()) == [path]
 
 
-def test_links_and_devices_stay_what_they_are(tmp_path):
+def test_writing_through_a_link_keeps_the_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "target.json")
     for content in ("first", "second"):
         write_json(tmp_path / "link", content)
         assert (tmp_path / "link").is_symlink() and read_json(tmp_path / "target.json") == content
+
+
+def test_writing_to_a_pipe_keeps_the_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     write_json(tmp_path / "pipe", "through")
@@ -47,24 +56,27 @@ def test_links_and_devices_stay_what_they_are(tmp_path):
     os.close(reader)
 
 
-def test_what_does_not_fit_leaves_what_was_there(tmp_path, full_disk):
-    json_path, hdf5_path = tmp_path / "a.json", tmp_path / "a.h5"
-    write_json(json_path, "before")
+def test_json_that_does_not_fit_leaves_the_old_file(tmp_path, full_disk):
+    path = tmp_path / "a.json"
+    write_json(path, "before")
     with pytest.raises(OSError, match="too large"):
-        write_json(json_path, "x" * (2 * LIMIT))
-    assert read_json(json_path) == "before"
-    with hdf5_written_whole(hdf5_path) as file:
+        write_json(path, "x" * (2 * LIMIT))
+    assert read_json(path) == "before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("size", [LIMIT // 50, 3 * LIMIT])  # bytes of each of 100 data sets
+def test_hdf5_that_does_not_fit_leaves_the_old_file(size, tmp_path, full_disk):
+    path = tmp_path / "a.h5"
+    with hdf5_written_whole(path) as file:
         file["x"] = np.zeros(10)
-    before = hdf5_path.read_bytes()
-    for size in (LIMIT // 50, 3 * LIMIT):  # bytes of each of 100 data sets
-        with pytest.raises(OSError, match="too large"), hdf5_written_whole(hdf5_path) as file:
-            for number in range(100):
-                file[str(number)] = np.zeros(size, np.uint8)
-    assert hdf5_path.read_bytes() == before
-    assert sorted(tmp_path.iterdir()) == [hdf5_path, json_path]
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="too large"), hdf5_written_whole(path) as file:
+        for number in range(100):
+            file[str(number)] = np.zeros(size, np.uint8)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_what_cannot_be_written_is_known_at_once(tmp_path):
+def test_places_that_cannot_be_written_are_known_at_once(tmp_path):
     with pytest.raises(IsADirectoryError, match="must be a file, but is a folder"):
         check_writable(tmp_path)
     (tmp_path / "file").touch()
@@ -72,9 +84,12 @@ def test_what_cannot_be_written_is_known_at_once(tmp_path):
         check_writable(tmp_path / "file" / "below.json")
 
 
-def test_tensors_of_no_file(tmp_path):
+def test_error_of_a_missing_checkpoint_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.ckpt: no such checkpoint"):
         read_tensors(tmp_path / "none.ckpt", "checkpoint")
+
+
+def test_error_of_a_checkpoint_that_is_cut_short_names_it(tmp_path):
     (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(ValueError, match="cut.ckpt: must be a checkpoint, but is not one or is cut short"):
         read_tensors(tmp_path / "cut.ckpt", "checkpoint")

@@ -1,6 +1,6 @@
-"""What only a device shows: captured graphs, streams, several devices, more elements than 32 bits count.
+"""Tests that need a device: captured graphs, streams, several devices, and more elements than 32 bits can count.
 
-`python -m benchmarks.gpu_report` runs these and the operations' own tests; without a GPU they are skipped.
+`python -m benchmarks.gpu_report` runs these tests and the operations' tests. Without a GPU, these tests are skipped.
 """
 
 import functools
@@ -22,7 +22,7 @@ SHAPE = (2, 3, 40, 300, 32)  # B, H, Lq, Lk, D
 
 
 def make(device=DEVICE, dtype=torch.float32):
-    """query, mirrored query, key, value."""
+    """Return query, mirrored query, key and value."""
     batch, heads, queries, keys, dim = SHAPE
     generator = torch.Generator().manual_seed(0)
     lengths = (queries, queries, keys, keys)
@@ -31,13 +31,13 @@ def make(device=DEVICE, dtype=torch.float32):
 
 
 def step(tensors, **options):
-    """Outputs of both branches and all gradients."""
+    """Return the outputs of both branches and all gradients."""
     outs = dual_branch_attention(*tensors, mask_ratio=0.4, dropout_p=0.1, backend=BACKEND, **options)
     return [*outs, *torch.autograd.grad(outs, tensors, [torch.ones_like(out) for out in outs])]
 
 
 def relation_step():
-    """Logits of both branches, the alignment loss, and gradients."""
+    """Return a function that returns the logits of both branches, the alignment loss, and all gradients."""
     generator = torch.Generator().manual_seed(1)
     normal = functools.partial(torch.randn, generator=generator)
     union, ends, weights = normal(60, 64), [normal(9, 64) for _ in range(4)], [normal(11, 64) for _ in range(2)]
@@ -57,7 +57,7 @@ def relation_step():
 
 
 def captured(run):
-    """A graph of `run` and what it writes."""
+    """Return a CUDA graph of `run` and the tensors that it writes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -70,7 +70,8 @@ def captured(run):
 
 
 def copies(results):
-    return [None if result is None else result.detach().clone() for result in results]  # a graph would keep its stream
+    """Return copies without autograd's graph, which would keep its stream."""
+    return [None if result is None else result.detach().clone() for result in results]
 
 
 def assert_equal(results, expected):
@@ -78,7 +79,7 @@ def assert_equal(results, expected):
         assert ours is theirs is None or torch.equal(ours, theirs)
 
 
-def test_a_replayed_graph_draws_a_new_mask():
+def test_replayed_graph_draws_a_new_mask():
     tensors = make()
     graph, results = captured(lambda: step(tensors))
     graph.replay()
@@ -88,7 +89,7 @@ def test_a_replayed_graph_draws_a_new_mask():
     assert not any(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_a_replayed_graph_reads_its_seed_from_the_device():
+def test_replayed_graph_reads_its_seed_from_the_device():
     tensors, seed = make(), torch.tensor(3, device=DEVICE)
     graph, results = captured(lambda: step(tensors, mask_seed=seed))
     for value in (3, 4):
@@ -97,7 +98,7 @@ def test_a_replayed_graph_reads_its_seed_from_the_device():
         assert_equal(copies(results), step(make(), mask_seed=value))
 
 
-def test_the_relation_branch_can_be_captured():
+def test_relation_head_and_alignment_can_be_captured():
     run = relation_step()
     expected = copies(run())
     graph, results = captured(run)
@@ -111,14 +112,14 @@ def test_work_goes_into_the_current_stream():
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        torch.cuda._sleep(50_000_000)  # what is put into another stream would come before
+        torch.cuda._sleep(50_000_000)  # work in another stream would run before this ends
         moved = [tensor.detach().mul(1).requires_grad_() for tensor in tensors]
         results = step(moved, mask_seed=1)
     side.synchronize()
     assert_equal(results, expected)
 
 
-def test_another_device_than_the_current_one():
+def test_tensors_may_be_on_another_device_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     expected = [tensor.cpu() for tensor in step(make(), mask_seed=1)]
@@ -127,13 +128,13 @@ def test_another_device_than_the_current_one():
     assert_equal([result.cpu() for result in results], expected)
 
 
-def test_the_mask_of_a_device_is_that_of_the_cpu():
+def test_mask_of_the_device_equals_the_mask_of_the_cpu():
     mask = torch.ops.sgalign.random_mask(BACKEND, torch.tensor(7, device=DEVICE), *SHAPE[:4], round(0.3 * 65536), 2)
     assert torch.equal(mask.cpu(), random_attention_mask(*SHAPE[:4], ratio=0.3, seed=7, stream=2, device="cpu"))
 
 
-def test_more_elements_than_32_bits_count():
-    """Batches that lie 2^31 elements apart, in both directions of the computation."""
+def test_distances_of_2_to_the_31_elements_change_no_bit():
+    """Images of a batch are this far apart, in the forward and the backward."""
     apart = 2**31
     free, _ = torch.cuda.mem_get_info()
     if free < 20 * 2**30:
@@ -149,7 +150,7 @@ def test_more_elements_than_32_bits_count():
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled(mode):
+def test_compiled_equals_eager(mode):
     tensors = make()
 
     @torch.compile(fullgraph=True, mode=mode)
@@ -166,7 +167,7 @@ def test_compiled(mode):
         torch.testing.assert_close(results, copies([*outs, *grads]))
 
 
-def test_autocast_computes_in_its_type():
+def test_autocast_computes_in_its_dtype():
     query, _, key, value = make()
     with torch.autocast("cuda", torch.bfloat16):
         out = fused_masked_attention(query, key, value, mask_ratio=0.4, mask_seed=1, backend=BACKEND)

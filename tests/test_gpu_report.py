@@ -1,4 +1,4 @@
-"""What benchmarks/gpu_report.py and tune.py do around the measuring, which takes a GPU."""
+"""The GPU report, the tuner and the profile, without the measurements, which need a GPU."""
 
 import itertools
 import json
@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from target import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # the installed package comes first
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # two wait for each other for minutes on a busy machine
+sys.path.append(str(ROOT))  # after the installed package
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # two threads wait for each other for minutes on a busy machine
 pytest.importorskip("triton", reason="the tuner reads the table of Triton's kernels")
 from benchmarks import (  # noqa: E402
     attention_part,
@@ -32,14 +31,14 @@ from sgalign.ops import backends  # noqa: E402
 
 
 @pytest.mark.parametrize("command", [gpu_report, tune, profile])
-def test_without_a_gpu_it_says_so(monkeypatch, command):
+def test_commands_refuse_to_run_without_a_gpu(monkeypatch, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch finds no GPU here"):
         command.main([])
 
 
 @pytest.mark.parametrize("command", [gpu_report, tune])
-def test_a_wrong_precision_is_said_first(monkeypatch, tmp_path, command):
+def test_unknown_precision_is_refused_before_anything_is_written(monkeypatch, tmp_path, command):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends, "unavailable", lambda name: None)
     monkeypatch.setattr(configs, "ASKED_PRECISION", "tf32")
@@ -64,10 +63,10 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_end_with_the_one_that_started_them(tmp_path):
+def test_worker_processes_end_with_their_parent(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(root=str(ROOT)))
-    # The worker writes to the same pipe, which is read until all have closed it.
+    # The worker has the same pipe as its standard output, so this returns only when the worker has ended, too.
     run = subprocess.run([sys.executable, script], env=ONE_THREAD, stdout=subprocess.PIPE, timeout=120)
     assert run.returncode == -signal.SIGKILL
 
@@ -82,7 +81,7 @@ def in_this_process(parts, known, limits):
         yield name, figures | {"seconds": 1.0}
 
 
-def test_a_report_of_another_card_is_not_gone_on_with(tmp_path, monkeypatch):
+def test_report_of_another_card_is_not_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Made Up")
     content = json.dumps({"environment": {"installed": {"card": "another"}}})
     (tmp_path / "report.json").write_text(content)
@@ -91,7 +90,7 @@ def test_a_report_of_another_card_is_not_gone_on_with(tmp_path, monkeypatch):
     assert (tmp_path / "report.json").read_text() == content
 
 
-def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch):
+def test_figures_are_measured_again_only_on_request_or_for_new_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "usable", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     digests, runs = {"ours": "1", "theirs": "1"}, []
@@ -135,7 +134,7 @@ def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch):
         '{"steps": {"a": {"contenders": {}}}}',
     ],
 )
-def test_what_is_no_report_is_not_written_over(tmp_path, content):
+def test_file_that_is_no_report_is_not_overwritten(tmp_path, content):
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(ValueError, match=r"report\.json.* remove it, or give another --out"):
         gpu_report.write_report(tmp_path, {"loss": lambda record: None})
@@ -143,7 +142,7 @@ def test_what_is_no_report_is_not_written_over(tmp_path, content):
 
 
 def dies(found):
-    """Measure four cases of which the second ends the process, and the third is interrupted at first."""
+    """Measure four cases. The second ends the process, and the third is interrupted in the first run."""
     if found.deadline > 0:
         measuring.usable = lambda: True  # in the process that measures
     for name in ("before", "dies", "interrupted", "after"):
@@ -159,15 +158,15 @@ def case(name):
     return {"process": os.getpid()}
 
 
-def is_misspelt(found):
+def is_misspelled(found):
     found.figures["case"] = {"failure": report_markdown.NOT_REACHED}
     if found.deadline > 0:
         found.atempt()
 
 
-def test_nothing_is_lost_where_the_process_dies_or_is_interrupted(tmp_path, monkeypatch):
+def test_figures_survive_if_the_process_dies_or_is_interrupted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    parts = {"loss": dies, "steps": is_misspelt}
+    parts = {"loss": dies, "steps": is_misspelled}
     with pytest.raises(KeyboardInterrupt):
         gpu_report.write_report(tmp_path, parts)
     first = json.loads((tmp_path / "report.json").read_text())["loss"]["cases"]
@@ -181,7 +180,7 @@ def test_nothing_is_lost_where_the_process_dies_or_is_interrupted(tmp_path, monk
     assert "has no attribute 'atempt'" in report["steps"]["failure"]
 
 
-def test_a_failure_is_a_sentence():
+def test_failure_is_recorded_as_one_line():
     def fails():
         raise ValueError("no such shape\ntraceback")
 
@@ -192,8 +191,8 @@ def test_a_failure_is_a_sentence():
     assert record.attempted(skips) == {"failure": "Skipped: not installed"}
 
 
-def test_figures_depend_on_what_the_table_has_for_them(monkeypatch):
-    """A tuned entry makes those figures of Triton's attention stale that look it up, and no others."""
+def test_figures_depend_on_the_entries_of_the_table_that_they_use(monkeypatch):
+    """A tuned entry makes only the figures stale for which Triton's attention looks it up."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Made Up")
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
     names = ["triton dual", "triton single", "triton single, masked", "cuda dual", "flex", "sdpa twice"]
@@ -246,15 +245,15 @@ MARK = device_tests.SANITIZER_MARK
         ),
     ],
 )
-def test_outcomes_of_a_run(log, status, counts, failed, left):
+def test_outcomes_of_tests_are_read_from_the_log(log, status, counts, failed, left):
     assert device_tests.outcomes(log, status, IDS) == (counts, failed, left)
 
 
-def test_ctrl_c_before_a_first_outcome_is_no_failure():
+def test_ctrl_c_before_the_first_outcome_is_no_failure():
     assert device_tests.outcomes("", None, IDS, interrupted=True) == ({}, [], IDS)
 
 
-def test_tests_go_on_where_time_was_up(tmp_path, monkeypatch):
+def test_tests_resume_where_time_was_up(tmp_path, monkeypatch):
     file = tmp_path / "test_made_up.py"
     file.write_text(
         "import os, time, pytest\n"
@@ -285,7 +284,7 @@ def test_tests_go_on_where_time_was_up(tmp_path, monkeypatch):
     assert second == first | {"counts": {"passed": 3, "failed": 1}, "not run": []}
 
 
-def test_after_the_device_is_lost_nothing_is_measured_or_blamed(monkeypatch):
+def test_run_ends_with_the_case_that_loses_the_device(monkeypatch):
     lost = []
 
     def synchronize():
@@ -306,9 +305,9 @@ def test_after_the_device_is_lost_nothing_is_measured_or_blamed(monkeypatch):
     assert "illegal memory access" in found["checks"]["flex"]["failure"] and not report_markdown.unfinished(found)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory on the CPU is read from /proc")
-def test_rehearsal(tmp_path):
-    """All of the report runs through without a GPU, and again without measuring anything."""
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, which has the memory of the process")
+def test_rehearsal_of_the_report(tmp_path):
+    """The whole report runs through without a GPU, and a second run measures nothing."""
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--rehearse", "--out", tmp_path]
     first = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -325,7 +324,7 @@ def test_rehearsal(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
-def test_check_finds_what_is_wrong_or_not_written():
+def test_check_finds_results_that_are_wrong_or_not_written():
     right = [torch.ones(3, dtype=torch.float64)]
     for got, is_right in ((1.0, True), (1.001, False), (math.nan, False)):
         found = measuring.checked(lambda got=got: [torch.full((3,), got)], lambda: right, "float32")
@@ -372,7 +371,7 @@ REPORT = {
 }
 
 
-def test_markdown():
+def test_markdown_has_the_figures_and_the_failures():
     text = report_markdown.markdown(REPORT)
     assert "# sgalign on Made Up" in text
     assert "| FlexAttention / dual, SGTR's shapes, forward and backward | at least 2 | 1.90 | 0 of 1 |" in text
@@ -396,7 +395,7 @@ def test_markdown():
             assert line.count("|") == text.splitlines()[text.splitlines().index(line) - 2].count("|")
 
 
-def test_markdown_of_nothing_has_no_figures():
+def test_markdown_of_an_empty_report_has_no_figures():
     text = report_markdown.markdown({})
     assert text.count("not measured") == 4 and "##" in text
 
@@ -404,32 +403,32 @@ def test_markdown_of_nothing_has_no_figures():
 # ------------------------------------------------------------------------------------------------------ the tuner
 
 
-def test_table_is_written_as_it_is_read(tmp_path):
+def test_table_is_written_as_it_was_read(tmp_path):
     file = tmp_path / "configs.json"
     tune.write_table(file)
     assert file.read_text() == configs.TABLE.read_text()
 
 
-def test_climb_finds_the_fastest_that_can_be_used():
+def test_climb_finds_the_fastest_plan_that_fits():
     asked = []
 
     def time(plans):
         asked.extend(plans)
-        # best at 128, 32, 8, 1; what has more than 4 stages' worth of block does not fit
+        # The fastest plan is 128, 32, 8, 1. A plan fits if its first block times its stages is at most 256.
         return {p: abs(p[0] - 128) + abs(p[1] - 32) + abs(p[2] - 8) + p[3] for p in plans if p[0] * p[3] <= 256}
 
     best, known = tune.climb((64, 64, 4, 2, 0), time)
     assert best == (128, 32, 8, 1, 0) and known[best] == 1
     assert len(asked) == len(set(asked))
-    assert tune.climb((256, 64, 4, 2, 0), time)[0] == (128, 32, 8, 1, 0)  # one that does not fit is no dead end
+    assert tune.climb((256, 64, 4, 2, 0), time)[0] == (128, 32, 8, 1, 0)  # from a plan that does not fit
     assert set(tune.climb((64, 64, 4, 2, 0), lambda plans: {})[1].values()) == {math.inf}
 
 
 def test_warps_have_no_more_rows_than_their_blocks():
-    """Triton's products read past a block otherwise, which some kernels survive by chance."""
+    """Otherwise Triton's products read past a block. Some kernels still give right results, by chance."""
     assert tune.overhangs("forward", (64, 16, 8, 1, 0), "sm_90")
     assert not tune.overhangs("forward", (64, 16, 8, 1, 0), "sm_80")
-    assert not tune.overhangs("forward", (128, 64, 8, 1, 0), "sm_90")  # its keys are columns
+    assert not tune.overhangs("forward", (128, 64, 8, 1, 0), "sm_90")  # because its keys are columns
     assert tune.overhangs("key_value_gradient", (128, 64, 8, 1, 0), "sm_90")
     for kernel, bits, branches, channels, dropout in itertools.product(
         tune.KERNELS, tune.DTYPES, (1, 2), tune.CHANNELS, (False, True)
@@ -438,7 +437,7 @@ def test_warps_have_no_more_rows_than_their_blocks():
         assert not tune.overhangs(kernel, plan, "sm_90"), (kernel, bits, branches, channels, plan)
 
 
-def test_a_plan_is_used_and_ordered(monkeypatch):
+def test_tuned_plans_are_used_and_kept_in_order(monkeypatch):
     monkeypatch.setattr(configs, "architecture", lambda device: "sm_0")
     entry = tune.Entry("forward", 16, 2, 32, False)
     try:
@@ -459,7 +458,7 @@ def test_a_plan_is_used_and_ordered(monkeypatch):
 
 @pytest.mark.skipif(bool(backends.interpreter_problem()), reason=str(backends.interpreter_problem()))
 def test_rehearsal_of_the_tuner(tmp_path):
-    """It runs through without a GPU, and tunes again what is asked for alone."""
+    """The tuner runs through without a GPU, and a second run tunes only the entries that are missing."""
     command = [sys.executable, "-m", "benchmarks.tune", "--rehearse", "--out", tmp_path]
     command += ["--bits", "16", "--channels", "32", "--kernels", "forward"]
 
@@ -504,7 +503,7 @@ RECORDED |= {"plan": [64, 64, 4, 2], "ms": {}}
         ),
     ],
 )
-def test_a_record_of_another_card_is_not_gone_on_with(tmp_path, monkeypatch, content, message):
+def test_record_that_does_not_fit_is_not_resumed(tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Made Up")
     (tmp_path / "tuned.json").write_text(content)
     with pytest.raises(ValueError, match=message):

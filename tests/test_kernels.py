@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: their results under Triton's interpreter, and what they compile to."""
+"""Triton's kernels without a GPU: results under its interpreter, and resources of the compiled kernels."""
 
 import functools
 import itertools
@@ -8,19 +8,17 @@ import subprocess
 import sys
 import types
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from target import ROOT
 
 pytest.importorskip("triton")
 import compiled_kernels  # noqa: E402
 
 from sgalign.ops import backends  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-
-INTERPRETED = """
+RANDOM_MASKS = """
 import torch
 from sgalign import kernels
 from sgalign.ops import reference
@@ -70,20 +68,20 @@ def run_interpreted(*arguments):
     )
 
 
-def test_interpreted_mask_is_the_definition():
-    result = run_interpreted("-c", INTERPRETED)
+def test_interpreted_mask_equals_the_definition():
+    result = run_interpreted("-c", RANDOM_MASKS)
     assert result.returncode == 0 and result.stdout.strip() == "equal", result.stderr
 
 
-def test_whole_tiles_interpreted():
-    """Without a mask, and with keys that fill their tiles, kernels ask for no bounds."""
+def test_interpreted_whole_tiles_give_the_results_of_the_reference():
+    """Kernels check no bounds if there is no mask and the keys fill their tiles."""
     result = run_interpreted("-c", WHOLE_TILES)
     assert result.returncode == 0 and result.stdout.strip() == "close", result.stderr
 
 
 @pytest.mark.parametrize("name", ["attention", "relation", "alignment"])
-def test_operations_interpreted(name):
-    """The operations' own tests, with Triton's kernels under its interpreter, which needs processes of its own."""
+def test_interpreted_operations_pass_their_tests(name):
+    """Triton's interpreter needs a separate process."""
     result = run_interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py")
     assert result.returncode == 0, result.stdout[-5000:]
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 20
@@ -116,9 +114,10 @@ def test_kernels_compile_and_fit_a_gpu(name, tmp_path, monkeypatch):
     [key[1:] for key in compiled_kernels.read_table() if key[0] == compiled_kernels.TRITON],
 )
 def test_compiled_kernels_take_no_more_than_the_table_says(target, name, tmp_path, monkeypatch):
-    """Ahead of time, which needs no GPU: no registers spill, and nothing takes a tenth more than it did.
+    """The kernels are compiled ahead of time, which needs no GPU.
 
-    By the installed version of Triton, where the table has its rows.
+    They spill no more registers than in the table, and no figure is more than a tenth larger. There are cases only if
+    the table has rows for the installed version of Triton.
     """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     expected = compiled_kernels.read_table()[compiled_kernels.TRITON, target, name]
@@ -130,19 +129,19 @@ def test_compiled_kernels_take_no_more_than_the_table_says(target, name, tmp_pat
         assert re.search("MMA|mfma", assembly), "no instruction of the matrix units"
 
 
-def test_shared_memory_is_there():
+def test_kernels_of_the_table_fit_the_shared_memory():
     from sgalign.kernels import configs
 
     limits = dict(compiled_kernels.LARGEST_SHARED)
     if "sm_80" not in configs.read_table():
-        limits["sm_80"] = limits["sm_120"]  # the default, which 8.6 and 8.9 run too, and have less
+        limits["sm_80"] = limits["sm_120"]  # 8.6 and 8.9 use this default, too, and have less shared memory
     for (version, target, name), taken in compiled_kernels.read_table().items():
         assert taken.shared <= limits[target], (version, target, name)
 
 
 @pytest.fixture
 def compiled_for(monkeypatch):
-    """What Triton would compile for a GPU: the kernel's name for each call of its compiler. Nothing is launched."""
+    """The kernel names for which Triton called its compiler for a GPU. Nothing is compiled or launched."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -154,7 +153,7 @@ def compiled_for(monkeypatch):
             launch_metadata=lambda *arguments: None, run=lambda *arguments: None, function=None, packed_metadata=None
         )
 
-    device = object()  # whose cache of compiled kernels is empty
+    device = object()  # a new device, for which Triton has no compiled kernels
     driver = types.SimpleNamespace(
         get_current_device=lambda: device,
         get_current_stream=lambda device: 0,
@@ -166,7 +165,7 @@ def compiled_for(monkeypatch):
 
 
 def attend(queries, keys, dim=32, dtype=torch.float16, **options):
-    """Both branches forward and backward through the kernels' launchers; returns nothing of worth."""
+    """Launch the kernels of both branches, forward and backward. The results do not matter."""
     from sgalign.kernels import attention
     from sgalign.ops.attention import Options
 
@@ -180,7 +179,7 @@ def attend(queries, keys, dim=32, dtype=torch.float16, **options):
     attention.backward(rows[:2], rows, *call, multiprocessors=4)
 
 
-def test_seeds_streams_and_ratios_compile_nothing_anew(compiled_for):
+def test_seeds_streams_and_ratios_compile_nothing_again(compiled_for):
     attend(100, 608)
     first = list(compiled_for)
     assert set(first) >= {"forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel"}
@@ -189,8 +188,8 @@ def test_seeds_streams_and_ratios_compile_nothing_anew(compiled_for):
     assert compiled_for == first
 
 
-def test_lengths_compile_a_handful_of_variants(compiled_for):
-    """Strips of a tile, split keys or not, strides of a padding mask that are multiples of 16 or not."""
+def test_lengths_compile_at_most_ten_variants_of_a_kernel(compiled_for):
+    """Variants differ in strips of a tile, split keys, and strides of a padding mask that are multiples of 16."""
     lengths = (1, 2, 15, 16, 17, 31, 64, 100, 180, 255, 256, 257, 600, 608, 1000, 1024, 2049, 4096)
     for queries, keys in itertools.product(lengths, lengths):
         attend(queries, keys)
@@ -198,8 +197,8 @@ def test_lengths_compile_a_handful_of_variants(compiled_for):
     assert "merge_kernel" in counts and max(counts.values()) <= 10, counts
 
 
-def test_programs_share_keys_where_that_fills_the_device():
-    """On 132 multiprocessors: SGTR's queries of 8 images are 192 blocks, which fill it; those of 4 are 96."""
+def test_keys_are_split_if_there_are_too_few_programs():
+    """SGTR's queries are 192 blocks for 8 images, which fill 132 multiprocessors, and 96 blocks for 4 images."""
     from sgalign.kernels.attention import key_splits
     from sgalign.kernels.configs import Config
 
@@ -207,26 +206,44 @@ def test_programs_share_keys_where_that_fills_the_device():
     assert key_splits(plan, 2, 8 * 8 * 3, 8, 132) == (8, 1)
     assert key_splits(plan, 2, 4 * 8 * 3, 8, 132) == (4, 2)
     assert key_splits(plan, 2, 8 * 256, 256, 132) == (256, 1)
-    assert key_splits(plan, 2, 4 * 8 * 3, 2, 132) == (2, 1)  # 100 keys: merging would take longer
-    assert key_splits(Config(64, 64, 4, 3), 2, 2 * 8 * 2, 8, 132) == (2, 4)  # but not eight programs of one tile
+    assert key_splits(plan, 2, 4 * 8 * 3, 2, 132) == (2, 1)  # 100 keys, for which merging would take longer
+    assert key_splits(Config(64, 64, 4, 3), 2, 2 * 8 * 2, 8, 132) == (2, 4)  # rather than eight programs of one tile
     assert key_splits(plan, 2, 8 * 3, 0, 132) == (0, 1)
     for tiles in range(1, 40):
         span, splits = key_splits(plan, 1, 8 * 3, tiles, 132)
         assert (splits - 1) * span < tiles <= splits * span, "a split without a tile, or a tile without a split"
 
 
-def test_float32_products_can_be_exact(monkeypatch):
-    from sgalign.errors import InputError
-    from sgalign.kernels import configs
-
+def test_environment_sets_the_precision_of_float32_products():
     asked = "from sgalign.kernels import configs; print(configs.dot_precision())"
     for environment, expected in (({}, "tf32x3"), ({"SGALIGN_TRITON_DOT_PRECISION": "ieee"}, "ieee")):
         command = [sys.executable, "-c", asked]
         result = subprocess.run(command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True)
         assert result.stdout.strip() == expected, result.stderr
+
+
+def test_unknown_precision_is_refused(monkeypatch):
+    from sgalign.errors import InputError
+    from sgalign.kernels import configs
+
     monkeypatch.setattr(configs, "ASKED_PRECISION", "tf32")
     with pytest.raises(InputError, match="must be tf32x3 or ieee, got 'tf32'"):
         configs.dot_precision()
+
+
+@pytest.fixture
+def looked_up(tmp_path, monkeypatch):
+    """A function that returns the plan for 32 channels from a table in a file."""
+    from sgalign.kernels import configs
+
+    monkeypatch.setattr(configs, "TABLE", tmp_path / "configs.json")
+    monkeypatch.setattr(configs, "read_table", functools.cache(configs.read_table.__wrapped__))
+
+    def look_up(table):
+        configs.TABLE.write_text(table)
+        return configs.lookup.__wrapped__("forward", "sm_90", 16, 32, 1, False)
+
+    return look_up
 
 
 GOOD_TABLE = '{"default": {"forward": {"16 bits, 1 branch": {"64": [64, 64, 4, 2]}}}}'
@@ -244,27 +261,21 @@ GOOD_TABLE = '{"default": {"forward": {"16 bits, 1 branch": {"64": [64, 64, 4, 2
         (GOOD_TABLE.replace('"64"', '"064"'), "channels must be an int, got '064'"),
         (GOOD_TABLE.replace(", 4, 2", ""), "is not a table of configurations"),
         (GOOD_TABLE.replace("4, 2", "4, 0"), "stages must be at least 1"),
-        (GOOD_TABLE, None),
     ],
 )
-def test_bad_tables_are_named(tmp_path, monkeypatch, table, message):
-    from sgalign.kernels import configs
+def test_bad_tables_are_refused_by_the_name_of_their_file(looked_up, table, message):
+    with pytest.raises(ValueError, match=rf"configs\.json.*{message}"):
+        looked_up(table)
 
-    monkeypatch.setattr(configs, "TABLE", tmp_path / "configs.json")
-    monkeypatch.setattr(configs, "read_table", functools.cache(configs.read_table.__wrapped__))
-    configs.TABLE.write_text(table)
-    lookup = functools.partial(configs.lookup.__wrapped__, "forward", "sm_90", 16, 32, 1, False)
-    if message is None:
-        assert lookup() == (64, 64, 4, 2, 0)
-    else:
-        with pytest.raises(ValueError, match=rf"configs\.json.*{message}"):
-            lookup()
+
+def test_good_table_gives_the_plan_of_the_next_size(looked_up):
+    assert looked_up(GOOD_TABLE) == (64, 64, 4, 2, 0)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("size", ["i32", "i64"])
-def test_compiles_for_cuda(capability, size, tmp_path, monkeypatch):
-    """Ahead of time, which needs no GPU; sizes of 2**31 and more arrive as 64-bit numbers."""
+def test_random_mask_compiles_for_cuda(capability, size, tmp_path, monkeypatch):
+    """The kernel is compiled ahead of time, which needs no GPU. Sizes of 2**31 and more are 64-bit numbers."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,3 +1,5 @@
+"""`MaskedMultiheadAttention`, compared with torch's `MultiheadAttention`, and its mirrored branch."""
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ E, H = 24, 4
 
 
 def pair(**options):
-    """torch's module and ours with its weights."""
+    """Return torch's module, and ours with the same weights."""
     theirs = nn.MultiheadAttention(E, H, **options)
     ours = MaskedMultiheadAttention(E, H, **options)
     nn.init.normal_(theirs.in_proj_bias) if theirs.in_proj_bias is not None else None
@@ -19,7 +21,7 @@ def pair(**options):
 
 @pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}, {"kdim": 10, "vdim": 6}])
 @pytest.mark.parametrize("batched", [True, False])
-def test_equals_torch(options, batched):
+def test_outputs_equal_those_of_torchs_module(options, batched):
     theirs, ours = pair(**options)
     kdim, vdim = options.get("kdim", E), options.get("vdim", E)
     shape = (lambda length: (3, length)) if options.get("batch_first") else (lambda length: (length, 3))
@@ -27,7 +29,7 @@ def test_equals_torch(options, batched):
     query, key, value = torch.randn(*shape(5), E), torch.randn(*shape(7), kdim), torch.randn(*shape(7), vdim)
     padding = torch.tensor([[0, 0, 0, 1, 0, 0, 1]] * 3, dtype=torch.bool)[slice(None) if batched else 0]
     mask = torch.rand(3 * H if batched else H, 5, 7) < 0.3
-    mask[..., 0] = False  # a row with nothing kept is NaN there
+    mask[..., 0] = False  # because torch gives NaN for a row without any kept entry
     expected, _ = theirs(query, key, value, key_padding_mask=padding, attn_mask=mask)
     out, weights = ours(query, key, value, key_padding_mask=padding, attn_mask=mask)
     assert weights is None and out.shape == expected.shape
@@ -36,22 +38,30 @@ def test_equals_torch(options, batched):
     torch.testing.assert_close(out, theirs(query, key, value, attn_mask=mask[0])[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"kdim": E + 2, "vdim": E + 4}, {"bias": False}])
-def test_same_initial_values_and_state_dict_both_ways(sizes):
+SIZES = [{}, {"kdim": E + 2, "vdim": E + 4}, {"bias": False}]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_initial_values_equal_those_of_torchs_module(sizes):
     torch.manual_seed(0)
-    theirs = nn.MultiheadAttention(E, H, **sizes)
+    theirs = nn.MultiheadAttention(E, H, **sizes).state_dict()
     torch.manual_seed(0)
-    ours = MaskedMultiheadAttention(E, H, **sizes)
+    ours = MaskedMultiheadAttention(E, H, **sizes).state_dict()
+    assert list(theirs) == list(ours)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_state_dict_loads_into_torchs_module_and_back(sizes):
+    theirs, ours = nn.MultiheadAttention(E, H, **sizes), MaskedMultiheadAttention(E, H, **sizes)
     theirs_state, ours_state = theirs.state_dict(), ours.state_dict()
-    assert list(theirs_state) == list(ours_state)
-    for name, tensor in theirs_state.items():
-        assert torch.equal(ours_state[name], tensor), name
     theirs.load_state_dict(ours_state)
     ours.load_state_dict(theirs_state)
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_dual_branch(same):
+def test_dual_branch_masks_the_mirror_alone(same):
     module = MaskedMultiheadAttention(E, H, mask_ratio=0.4, batch_first=True).double()
     query, other, memory = (torch.randn(2, length, E, dtype=torch.float64) for length in (5, 5, 300))
     mirrored_query = query if same else other
@@ -62,26 +72,39 @@ def test_dual_branch(same):
     module.eval()
     expected, _ = module(query, memory, memory)
     torch.testing.assert_close(out, expected)
-    out, mirrored = module.dual_branch(query, query, memory, memory)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(mirrored, expected)
 
 
-def test_gradients_reach_every_parameter():
+def test_dual_branch_masks_nothing_in_evaluation():
+    module = MaskedMultiheadAttention(E, H, mask_ratio=0.4, batch_first=True).double().eval()
+    query, memory = (torch.randn(2, length, E, dtype=torch.float64) for length in (5, 300))
+    expected, _ = module(query, memory, memory)
+    for out in module.dual_branch(query, query, memory, memory):
+        torch.testing.assert_close(out, expected)
+
+
+def test_gradients_reach_every_weight():
     module = MaskedMultiheadAttention(E, H, dropout=0.1, mask_ratio=0.1)
     query, memory = torch.randn(5, 2, E), torch.randn(9, 2, E)
     sum(out.square().sum() for out in module.dual_branch(query, query, memory, memory)).backward()
     assert all(parameter.grad.abs().sum() > 0 for name, parameter in module.named_parameters() if "bias" not in name)
 
 
-def test_head_layout_needs_no_copy():
+def test_merging_the_heads_needs_no_copy():
     module = MaskedMultiheadAttention(E, H, batch_first=True)
     heads = module._split_heads(torch.randn(2, 5, E))
     out = sgalign.fused_masked_attention(heads, heads, heads)
     assert out.transpose(1, 2).is_contiguous()
 
 
-def test_errors():
+def test_bad_arguments_of_the_module_are_refused_by_name():
+    with pytest.raises(ValueError, match="num_heads must divide embed_dim"):
+        MaskedMultiheadAttention(10, 3)
+    for name, value in (("num_heads", 2.0), ("kdim", 0), ("vdim", -1), ("backend", "cudnn")):
+        with pytest.raises(ValueError, match=f"{name} must be .* got {value!r}"):
+            MaskedMultiheadAttention(**{"embed_dim": E, "num_heads": H} | {name: value})
+
+
+def test_bad_input_with_batch_in_the_middle_is_refused_by_name():
     module = MaskedMultiheadAttention(E, H)
     tensor = torch.randn(5, 2, E)
     with pytest.raises(ValueError, match="need_weights must be False"):
@@ -90,11 +113,6 @@ def test_errors():
         module(tensor, tensor[0], tensor)
     with pytest.raises(TypeError, match="mask must be a bool tensor"):
         module(tensor, tensor, tensor, attn_mask=torch.zeros(5, 5))
-    with pytest.raises(ValueError, match="num_heads must divide embed_dim"):
-        MaskedMultiheadAttention(10, 3)
-    for name, value in (("num_heads", 2.0), ("kdim", 0), ("vdim", -1), ("backend", "cudnn")):
-        with pytest.raises(ValueError, match=f"{name} must be .* got {value!r}"):
-            MaskedMultiheadAttention(**{"embed_dim": E, "num_heads": H} | {name: value})
     with pytest.raises(TypeError, match="query must be a tensor, got list"):
         module([1.0], tensor, tensor)
 
@@ -111,7 +129,7 @@ def test_errors():
         ({"is_causal": True}, ValueError, "attn_mask must be given if is_causal is True"),
     ],
 )
-def test_bad_input_is_refused_by_name(change, error, message):
+def test_bad_input_with_batch_first_is_refused_by_name(change, error, message):
     arguments = {"query": torch.zeros(3, 5, E), "key": torch.zeros(3, 7, E), "value": torch.zeros(3, 7, E)} | change
     with pytest.raises(error, match=message):
         MaskedMultiheadAttention(E, H, batch_first=True)(**arguments)
@@ -124,7 +142,7 @@ def test_bad_ratios_are_refused_when_the_module_is_made():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_works_as_the_attention_of_a_transformer_layer(training):
+def test_module_can_replace_the_attention_of_a_transformer_layer(training):
     theirs = torch.nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True)
     ours = torch.nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True)
     ours.load_state_dict(theirs.state_dict())

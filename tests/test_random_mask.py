@@ -1,4 +1,4 @@
-"""The random mask: its generator's published answers, the compiled mask against the definition, and its statistics."""
+"""The random mask: published answers of its generator, the compiled mask and the definition, and statistics."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_philox_gives_the_known_answers(counter, key, answer):
 
 
 def test_mask_reads_the_words_in_the_documented_order():
-    """From the first known answer: counter 0 is lane 0 of row 0, and bit 16 * i starts the number of key 32 * i."""
+    """The first known answer belongs to lane 0 of row 0. The number of key 32 * i starts at its bit 16 * i."""
     words = [int(word, 16) for word in KNOWN_ANSWERS[0][2].split()]
     numbers = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     for i, number in enumerate(numbers):
@@ -45,7 +45,7 @@ def test_mask_reads_the_words_in_the_documented_order():
     ),
     ids=str,
 )
-def test_compiled_mask_is_the_definition(shape, stream, seed, instruction_set):
+def test_compiled_mask_equals_the_definition(shape, stream, seed, instruction_set):
     batch, heads, queries, keys = shape
     for threshold in (0, 1, 13107, 32768, 65535, 65536):
         expected = reference.random_mask(
@@ -72,42 +72,43 @@ def test_an_entry_depends_on_its_own_indices_alone():
     assert torch.equal(draw(1, 6, 40, 700), whole.view(1, 6, 40, 700))  # batch and head count as one
 
 
-def test_number_of_threads_changes_nothing():
-    before = torch.get_num_threads()
-    try:
-        masks = []
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            masks.append(random_attention_mask(2, 2, 11, 300, ratio=0.5, seed=1))
-    finally:
-        torch.set_num_threads(before)
+def test_number_of_threads_changes_nothing(threads):
+    masks = []
+    for count in (1, 3):
+        threads(count)
+        masks.append(random_attention_mask(2, 2, 11, 300, ratio=0.5, seed=1))
     assert torch.equal(*masks)
 
 
-def test_a_larger_ratio_drops_more():
+def test_larger_ratio_drops_the_same_entries_and_more():
     masks = [random_attention_mask(1, 1, 50, 300, ratio=ratio, seed=2) for ratio in (0, 0.2, 0.5, 0.9, 1)]
     for fewer, more in zip(masks, masks[1:]):
         assert not (fewer & ~more).any() and (more & ~fewer).any()
     assert not masks[0].any() and masks[-1].all()
 
 
-def test_default_seed_device_and_stream():
+def test_stream_and_device_default_to_0_and_the_cpu():
     shape = (1, 2, 3, 50)
     mask = random_attention_mask(*shape, ratio=0.5, seed=3)
     assert torch.equal(mask, random_attention_mask(*shape, ratio=0.5, seed=torch.tensor([3]), stream=0, device="cpu"))
+
+
+def test_seed_and_stream_change_the_mask():
+    shape = (1, 2, 3, 50)
+    mask = random_attention_mask(*shape, ratio=0.5, seed=3)
     assert not torch.equal(mask, random_attention_mask(*shape, ratio=0.5, seed=4))
     assert not torch.equal(mask, random_attention_mask(*shape, ratio=0.5, seed=3, stream=1))
 
 
 @pytest.mark.parametrize("empty", range(4))
-def test_empty(empty):
+def test_empty_sizes_give_an_empty_mask(empty):
     shape = [2, 3, 4, 5]
     shape[empty] = 0
     assert random_attention_mask(*shape, ratio=0.5, seed=0).shape == tuple(shape)
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
-# Seeds are fixed, so that these pass always or never.
+# The seeds are fixed, so each of these tests always passes or always fails.
 
 
 def deviations(count, n, p):
@@ -126,7 +127,7 @@ def test_every_slice_has_the_ratio(ratio):
     )
     total = deviations(masks.sum(), masks.numel(), p)
     assert abs(total) < 4
-    # by draw (seed and stream), batch, head, query, key, lane, group of 32 keys and chunk
+    # slices by draw (seed and stream), batch, head, query, key, chunk, group of 32 keys and lane
     views = [masks.movedim(dim, 0).flatten(1) for dim in range(5)]
     chunked = masks.unflatten(-1, (2, 8, 32))
     views += [chunked.movedim(dim, 0).flatten(1) for dim in (4, 5, 6)]
@@ -134,13 +135,13 @@ def test_every_slice_has_the_ratio(ratio):
         z = deviations(view.sum(1), view.shape[1], p)
         assert z.abs().max() < 5
         assert z.square().mean() < 1 + 5 * math.sqrt(2 / len(z))
-    # position by position, over the draws, batches and heads
+    # each position, over the draws, batches and heads
     position = masks.flatten(0, 2).sum(0)
     z = deviations(position, masks.flatten(0, 2).shape[0], p)
     assert abs(z.square().mean() - 1) < 5 * math.sqrt(2 / z.numel()) * 1.2 / math.sqrt(min(p, 1 - p))
 
 
-def test_neighbours_are_independent():
+def test_neighbors_and_other_draws_are_independent():
     shape, p = (2, 4, 128, 512), 0.5
     mask = random_attention_mask(*shape, ratio=p, seed=7)
     others = {
@@ -180,12 +181,12 @@ def test_neighbours_are_independent():
         ({"seed": torch.tensor(1), "device": "meta"}, ValueError, "seed must be on meta, got cpu"),
     ],
 )
-def test_errors(change, error, message):
+def test_bad_arguments_are_refused_by_name(change, error, message):
     arguments = {"batch": 1, "heads": 1, "queries": 2, "keys": 3, "ratio": 0.5, "seed": 0} | change
     with pytest.raises(error, match=message):
         random_attention_mask(**arguments)
 
 
-def test_a_device_may_have_an_index():
+def test_device_may_have_an_index():
     mask = random_attention_mask(1, 2, 3, 40, ratio=0.5, seed=torch.tensor(5), device="cpu:0")
     assert torch.equal(mask, random_attention_mask(1, 2, 3, 40, ratio=0.5, seed=5))

@@ -1,4 +1,4 @@
-"""The fused relation head, against plain PyTorch in float64."""
+"""The fused relation head, compared with plain PyTorch in float64."""
 
 import accuracy
 import pytest
@@ -12,15 +12,16 @@ from sgalign import dual_branch_relation_logits, fused_relation_logits
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12} if EXACT == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
 
-# N, R, C, K: rows, channels and classes that fill no tile, several backward tasks, one object alone, many classes
+# N, R, C, K, with rows, channels and classes that do not fill a tile, several backward tasks, a single object, and many
+# classes
 SHAPES = [(5, 7, 3, 2), (9, 60, 300, 51), (20, 130, 129, 33), (1, 4, 64, 16), (40, 49, 520, 5), (6, 30, 70, 310)]
-if BACKEND != "cpu" and DEVICE == "cpu":  # Triton's interpreter is slow; these split, and take two and three blocks
+if BACKEND != "cpu" and DEVICE == "cpu":  # fewer for Triton's slow interpreter, still with splits and 2 or 3 blocks
     SHAPES = [(5, 7, 3, 2), (4, 70, 520, 51), (1, 4, 64, 140)]
 NAMES = ("subject", "object", "weight", "bias")
 
 
 def make(shape, dtype=torch.float32, *, bias=True, seed=0):
-    """union, pairs, the two branches' operands and a gradient for each branch's logits."""
+    """Return union, pairs, the operands of both branches, and a gradient for each branch's logits."""
     objects, relations, channels, classes = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -48,7 +49,7 @@ def apply(union, pairs, branches, backend=BACKEND):
 
 
 def run(union, pairs, branches, grads, backend):
-    """Logits of each branch, then the gradients of union and of every operand."""
+    """Return the logits of each branch, and the gradients of union and of every operand."""
     leaf = lambda t: None if t is None else t.detach().requires_grad_()  # noqa: E731
     union, branches = leaf(union), [[leaf(t) for t in branch] for branch in branches]
     logits = apply(union, pairs, branches, backend)
@@ -57,7 +58,7 @@ def run(union, pairs, branches, grads, backend):
 
 
 def assert_accurate(union, pairs, branches, grads, backend=BACKEND):
-    """Assert that a backend's results are off by no more than rounding explains; return them."""
+    """Assert that rounding explains the errors of a backend's results, and return the results."""
     double = lambda t: None if t is None else t.double()  # noqa: E731
     doubles = union.double(), pairs, [[double(t) for t in branch] for branch in branches], [g.double() for g in grads]
     exact, plain = run(*doubles, "reference"), run(union, pairs, branches, grads, "reference")
@@ -67,7 +68,7 @@ def assert_accurate(union, pairs, branches, grads, backend=BACKEND):
 
 
 @pytest.mark.parametrize("shape, branches, bias, dtype", cover(SHAPES, (1, 2), (True, False), DTYPES), ids=str)
-def test_accuracy(shape, branches, bias, dtype, instruction_set, poisoned):
+def test_logits_and_gradients_are_accurate(shape, branches, bias, dtype, instruction_set, poisoned):
     union, pairs, operands, grads = make(shape, dtype, bias=bias)
     assert_accurate(union, pairs, operands[:branches], grads)
 
@@ -80,7 +81,7 @@ def test_accuracy(shape, branches, bias, dtype, instruction_set, poisoned):
     strided=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_shape_and_stride(shape, branches, bias, strided, seed):
+def test_any_shape_and_stride_is_accurate(shape, branches, bias, strided, seed):
     union, pairs, operands, grads = make(shape, bias=bias, seed=seed)
     if strided:
         every_other = lambda t: None if t is None else t.repeat_interleave(2, -1)[..., ::2]  # noqa: E731
@@ -90,9 +91,9 @@ def test_any_shape_and_stride(shape, branches, bias, strided, seed):
     assert_accurate(union, pairs, operands[:branches], grads)
 
 
-@core_only  # in float64
-def test_it_is_the_usual_form_of_motifs():
-    """Concatenate, linear layer, product with the union features, linear layer: post_cat and rel_compress."""
+@core_only  # needs float64
+def test_fused_head_equals_the_layers_of_motifs():
+    """Motifs concatenates, applies the layer post_cat, multiplies by the union features and applies rel_compress."""
     union, pairs, _, _ = make((9, 60, 64, 11), torch.float64)
     head, tail = torch.randn(2, 9, 16, dtype=torch.float64)
     post_cat, rel_compress = torch.nn.Linear(32, 64).double(), torch.nn.Linear(64, 11).double()
@@ -104,14 +105,14 @@ def test_it_is_the_usual_form_of_motifs():
 
 
 @pytest.mark.parametrize("branches", [1, 2])
-def test_each_branch_is_the_single_one_to_the_bit(branches):
+def test_each_branch_equals_a_single_branch_to_the_bit(branches):
     union, pairs, operands, grads = make((9, 60, 300, 51))
     dual, _ = run(union, pairs, operands, grads, BACKEND)
     for logits, branch, grad in zip(dual, operands, grads):
         assert torch.equal(run(union, pairs, [branch], [grad], BACKEND)[0][0], logits)
 
 
-def test_equal_branches_are_equal_to_the_bit():
+def test_branches_of_equal_operands_are_equal_to_the_bit():
     union, pairs, (branch, _), (grad, _) = make((9, 60, 300, 51))
     (logits, mirrored), grads = run(union, pairs, [branch, branch], [grad, grad], BACKEND)
     assert torch.equal(logits, mirrored)
@@ -130,23 +131,23 @@ def test_number_of_threads_changes_no_bit(dtype, threads, instruction_set):
         assert all(torch.equal(a, b) for ours, theirs in zip(results[0], other) for a, b in zip(ours, theirs))
 
 
-def test_repeated_pairs_and_objects_with_themselves():
+def test_repeated_pairs_and_pairs_of_one_object_are_accurate():
     union, _, operands, grads = make((4, 50, 40, 6))
     for pairs in (torch.full((50, 2), 3, device=DEVICE), torch.tensor([[1, 2]], device=DEVICE).expand(50, 2)):
         assert_accurate(union, pairs, operands, grads)
 
 
 @pytest.mark.parametrize("shape", [(3, 0, 8, 4), (0, 0, 8, 4), (3, 5, 0, 4), (3, 5, 8, 0), (1, 1, 1, 1)], ids=str)
-def test_empty(shape, poisoned):
+def test_empty_and_smallest_tensors_give_the_results_of_the_reference(shape, poisoned):
     union, pairs, operands, grads = make(shape)
     ours, theirs = (run(union, pairs, operands, grads, backend) for backend in (BACKEND, "reference"))
     for a, b in zip([*ours[0], *ours[1]], [*theirs[0], *theirs[1]], strict=True):
         torch.testing.assert_close(a, b)
 
 
-@core_only  # in float64
+@core_only  # needs float64
 @pytest.mark.parametrize("branches", [1, 2])
-def test_gradcheck(branches):
+def test_gradients_equal_finite_differences(branches):
     union, pairs, operands, _ = make((4, 6, 5, 3), torch.float64)
     tensors = [union, *(t for branch in operands[:branches] for t in branch)]
 
@@ -157,7 +158,7 @@ def test_gradcheck(branches):
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_loss_on_one_of_two_branches(used):
+def test_loss_on_one_of_two_branches_ignores_the_other(used):
     union, pairs, operands, grads = make((9, 60, 70, 11), EXACT)
     leaves = [union.requires_grad_(), *(t.requires_grad_() for branch in operands for t in branch)]
     apply(union, pairs, operands)[used].backward(grads[used])
@@ -170,7 +171,7 @@ def test_loss_on_one_of_two_branches(used):
 
 
 @pytest.mark.parametrize("needed", ["union", *NAMES])
-def test_gradient_of_one_input_alone(needed):
+def test_one_input_alone_can_require_a_gradient(needed):
     union, pairs, operands, grads = make((9, 60, 70, 11))
     tensors = dict(zip(("union", *NAMES), (union, *operands[0])))
     tensors[needed].requires_grad_()
@@ -179,7 +180,7 @@ def test_gradient_of_one_input_alone(needed):
     assert torch.equal(tensors[needed].grad, expected[list(tensors).index(needed)])
 
 
-def test_a_tied_head_collects_both_gradients():
+def test_weight_of_both_branches_gets_the_sum_of_their_gradients():
     union, pairs, (branch, mirrored), grads = make((9, 60, 70, 11), EXACT)
     mirrored[2:] = branch[2:]
     _, separate = run(union, pairs, [branch, mirrored], grads, "reference")
@@ -190,7 +191,7 @@ def test_a_tied_head_collects_both_gradients():
 
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_opcheck(branches, bias):
+def test_operators_pass_opcheck(branches, bias):
     union, pairs, operands, grads = make((4, 6, 5, 3), bias=bias)
     subjects, objects, weights, biases = (list(role) for role in zip(*operands[:branches]))
     inputs = union, pairs, subjects, objects, weights
@@ -213,8 +214,8 @@ def test_compiled_equals_eager():
     assert all(torch.equal(a, b) for a, b in zip(results(compiled), results(apply), strict=True))
 
 
-def test_compiled_with_a_tied_head():
-    """And subjects that are the objects."""
+def test_compiled_equals_eager_if_branches_share_a_head():
+    """The supervised branch also has its subjects as its objects."""
     union, pairs, (branch, mirrored), grads = make((9, 60, 70, 11))
     tied = lambda union: apply(union, pairs, [[branch[0], branch[0], *branch[2:]], [*mirrored[:2], *branch[2:]]])  # noqa: E731
     for tensor in branch:
@@ -227,7 +228,7 @@ def test_compiled_with_a_tied_head():
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize == 2], ids=str)
-def test_autocast(dtype):
+def test_autocast_computes_in_its_dtype(dtype):
     union, pairs, operands, _ = make((9, 60, 70, 11))
     with torch.autocast(DEVICE, dtype=dtype):
         logits = apply(union, pairs, operands)
@@ -235,7 +236,7 @@ def test_autocast(dtype):
     assert all(torch.equal(a, b) for a, b in zip(logits, apply(union.to(dtype), pairs, cast), strict=True))
 
 
-def test_second_order_is_refused():
+def test_second_order_gradients_are_refused():
     union, pairs, operands, _ = make((4, 6, 5, 3))
     (logits,) = apply(union.requires_grad_(), pairs, operands[:1])
     (grad,) = torch.autograd.grad(logits.square().sum(), union, create_graph=True)
@@ -246,10 +247,10 @@ def test_second_order_is_refused():
 # ---------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="an assertion on the device, after which it cannot be used")
+@pytest.mark.skipif(DEVICE != "cpu", reason="fails an assertion on the device, which then cannot be used")
 @pytest.mark.parametrize("backend", [BACKEND, "reference"])
 @pytest.mark.parametrize("bad", [-1, 4, 1 << 40])
-def test_pairs_out_of_range(bad, backend):
+def test_pairs_out_of_range_are_refused(bad, backend):
     union, pairs, operands, _ = make((4, 6, 5, 3))
     pairs[2, 1] = bad
     with pytest.raises(IndexError, match=rf"pairs must hold indices in \[0, 4\), got {bad} in row 2"):
@@ -271,18 +272,18 @@ BAD = {
 
 
 @pytest.mark.parametrize("name, index", [(name, i) for name, changes in BAD.items() for i in range(len(changes))])
-def test_bad_tensors_are_named(name, index):
+def test_bad_tensors_are_refused_by_name(name, index):
     union, pairs, (branch, mirrored), _ = make((4, 6, 5, 3))
     arguments = {"union": union, "pairs": pairs} | dict(zip(NAMES, branch))
     arguments |= {f"mirrored_{key}": tensor for key, tensor in zip(NAMES, mirrored)}
     change, error = BAD[name][index]
     arguments[name] = change(arguments[name])
-    # A bad union shows first in what must go with it.
+    # The message about a bad union may name a tensor that no longer matches it.
     with pytest.raises(error, match=r"must" if name == "union" else rf"^{name} must"):
         dual_branch_relation_logits(**arguments)
 
 
-def test_bad_backend():
+def test_unknown_backend_is_refused():
     union, pairs, operands, _ = make((4, 6, 5, 3))
     with pytest.raises(ValueError, match="backend must be one of"):
         apply(union, pairs, operands, "gpu")

@@ -1,4 +1,4 @@
-"""Count what makes the host wait for a GPU in a training step, on a pretended one."""
+"""The number of times that the host waits for a GPU in a training step, counted on a pretend GPU."""
 
 import math
 
@@ -51,7 +51,7 @@ class Accelerator(CPUAccelerator):
 
 
 class Counted(pl.Callback):
-    """Counts each training step but the last, with the batch that is fetched for the next one."""
+    """A callback that counts in each training step except the last, including the fetch of the next batch."""
 
     def __init__(self, gpu):
         self.gpu, self.steps, self.calls, self.step = gpu, [], 0, None
@@ -96,14 +96,14 @@ def count(monkeypatch, module, batch_size=6, **options):
     return counted.steps
 
 
-# One wait is for the losses, which are checked before the optimizer's step; gradients are queued by then, so that the
-# device computes meanwhile. The other is for the costs of matching, of all layers and images, SGTR's and DETR's: the
-# Hungarian method runs on the host, and says which losses there are.
+# The host waits once for the losses, which are checked before the optimizer's step. The gradients are queued by then,
+# so the device computes meanwhile. SGTR also waits once for the matching costs of all layers and images, including
+# DETR's, because the Hungarian method runs on the host and decides which losses there are.
 LOSSES, COSTS = 1, 1
 
 
 @pytest.mark.parametrize(
-    ("make", "expected", "operators"),  # the latter at most: torch's own composition of operators changes
+    ("make", "expected", "operators"),  # operators is an upper limit, because torch's composition of operators changes
     [
         (lambda: MotifsModule(**MOTIFS), LOSSES, 650),
         (lambda: AlignMotifsModule(**MOTIFS), LOSSES, 720),
@@ -113,33 +113,33 @@ LOSSES, COSTS = 1, 1
     ],
     ids=["Motifs", "Align-Motifs", "Align-Motifs, features", "Align-SGTR", "SGTR, PredCls"],
 )
-def test_waits_of_a_training_step(monkeypatch, make, expected, operators):
+def test_training_step_waits_for_losses_and_matching_alone(monkeypatch, make, expected, operators):
     for waits, calls in count(monkeypatch, make()):
         print(f"{waits.total()} waits, {calls} operators")
         assert waits.total() == expected, waits
         assert calls < operators
 
 
-def test_waits_grow_with_neither_images_nor_layers(monkeypatch):
+def test_number_of_waits_depends_on_neither_images_nor_layers(monkeypatch):
     few = count(monkeypatch, SGTRModule(**SMALL), batch_size=1)
     assert [waits.total() for waits, _ in few] == [COSTS + LOSSES] * 2
 
 
-def test_images_of_one_size_need_no_mask(monkeypatch):
-    """Nor a look at whether they do."""
+def test_images_of_one_size_add_no_wait(monkeypatch):
+    """They need no padding mask, and the host does not have to wait to know that."""
     steps = count(monkeypatch, SGTRModule(**SMALL | {"short_sides": [64], "long_side": 64}), batch_size=1)
     assert [waits.total() for waits, _ in steps] == [COSTS + LOSSES] * 2
 
 
-def test_waits_of_looking_at_images(monkeypatch):
-    """Torchvision's: two numbers' tensors an image for normalising, and a look for the boxes of each of four levels."""
+def test_image_features_add_only_the_waits_of_torchvision(monkeypatch):
+    """Torchvision copies two small tensors per image to normalize it, and finds the boxes of each of four levels."""
     sizes = {"backbone": "resnet18", "min_size": 64, "max_size": 96}
     module = MotifsModule(vision="images", **sizes, **MOTIFS)
     for waits, _ in count(monkeypatch, module, batch_size=3):
         assert waits.total() == LOSSES + 2 * 3 + 4, waits
 
 
-def test_resized_boxes_are_torchvisions():
+def test_resized_boxes_equal_those_of_torchvision():
     original, now = [(480, 641), (333, 500)], [(600, 801), (601, 900)]
     features = ImageFeatures({}, ImageList(torch.zeros(2, 3, 8, 8), now), original)
     boxes = [torch.rand(50, 4) * 400, torch.rand(0, 4)]
@@ -147,8 +147,8 @@ def test_resized_boxes_are_torchvisions():
         assert torch.equal(ours, resize_boxes(*theirs))
 
 
-def test_a_progress_bar_waits_for_nothing_else(monkeypatch):
-    """Lightning reads what it shows in each step; the losses are on the host by then."""
+def test_progress_bar_adds_no_wait(monkeypatch):
+    """Lightning reads the losses that it shows in each step. They are on the host by then."""
     for waits, _ in count(monkeypatch, AlignMotifsModule(**MOTIFS), enable_progress_bar=True):
         assert waits.total() == LOSSES, waits
 
@@ -156,38 +156,54 @@ def test_a_progress_bar_waits_for_nothing_else(monkeypatch):
 # ---- the counter
 
 
-def test_what_is_counted():
+@pytest.fixture
+def waits():
+    """A pretend GPU's device, and a function that counts the waits of a function."""
     gpu, device = pretend_gpu.PretendGPU(), pretend_gpu.device()
+
+    def count_waits(function):
+        with gpu.count():
+            function()
+        return gpu.waits.total()
+
     with gpu:
-        x, host = torch.rand(3, 4, device=device), torch.arange(3)
-
-        def waits(function):
-            with gpu.count():
-                function()
-            return gpu.waits.total()
-
-        for function in (
-            lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.tolist(), lambda: x.cpu().numpy(),
-            lambda: torch.tensor([1, 2], device=device), lambda: x.new_tensor([1.0]), lambda: x[[0, 2]],
-            lambda: x[:, [0, 2]], lambda: x[host], lambda: x[x[:, 0] > 0], lambda: x.nonzero(), lambda: host.to(device),
-            lambda: torch.equal(x, x), lambda: x.masked_select(x > 0), lambda: x.unique(), lambda: to_host([x, x]),
-            lambda: x[0].long().bincount(), lambda: x.repeat_interleave(torch.ones_like(x[:, 0]).long(), dim=0),
-            lambda: HostCopy(x).read(), lambda: host.float().copy_(x[:, 0]),
-        ):  # fmt: skip
-            assert waits(function) == 1
-        for function in (
-            lambda: x + 1, lambda: x[0], lambda: x[:, ::2], lambda: x[send(host, device)], lambda: HostCopy(x),
-            lambda: torch.full((), 3, device=device), lambda: x.where(x > 0, 0), lambda: x[0].fill_(1),
-            lambda: x.repeat_interleave(x[:, 0].long(), dim=0, output_size=int(x.held[:, 0].long().sum())),
-            lambda: to_host([host, host]), lambda: host.tolist(),
-        ):  # fmt: skip
-            assert waits(function) == 0
-        with pytest.raises(RuntimeError, match="tensors on the host and on the device"):
-            x[:, 0] + host
+        yield device, count_waits
 
 
-def test_the_pretended_device_computes_what_the_cpu_does(monkeypatch):
-    """Compare what three steps log last."""
+def test_operations_that_wait_are_counted(waits):
+    device, count_waits = waits
+    x, host = torch.rand(3, 4, device=device), torch.arange(3)
+    for function in (
+        lambda: x.sum().item(), lambda: bool(x.any()), lambda: x.tolist(), lambda: x.cpu().numpy(),
+        lambda: torch.tensor([1, 2], device=device), lambda: x.new_tensor([1.0]), lambda: x[[0, 2]],
+        lambda: x[:, [0, 2]], lambda: x[host], lambda: x[x[:, 0] > 0], lambda: x.nonzero(), lambda: host.to(device),
+        lambda: torch.equal(x, x), lambda: x.masked_select(x > 0), lambda: x.unique(), lambda: to_host([x, x]),
+        lambda: x[0].long().bincount(), lambda: x.repeat_interleave(torch.ones_like(x[:, 0]).long(), dim=0),
+        lambda: HostCopy(x).read(), lambda: host.float().copy_(x[:, 0]),
+    ):  # fmt: skip
+        assert count_waits(function) == 1
+
+
+def test_operations_that_do_not_wait_are_not_counted(waits):
+    device, count_waits = waits
+    x, host = torch.rand(3, 4, device=device), torch.arange(3)
+    for function in (
+        lambda: x + 1, lambda: x[0], lambda: x[:, ::2], lambda: x[send(host, device)], lambda: HostCopy(x),
+        lambda: torch.full((), 3, device=device), lambda: x.where(x > 0, 0), lambda: x[0].fill_(1),
+        lambda: x.repeat_interleave(x[:, 0].long(), dim=0, output_size=int(x.held[:, 0].long().sum())),
+        lambda: to_host([host, host]), lambda: host.tolist(),
+    ):  # fmt: skip
+        assert count_waits(function) == 0
+
+
+def test_tensors_on_the_host_and_on_the_device_do_not_mix(waits):
+    device, _ = waits
+    with pytest.raises(RuntimeError, match="tensors on the host and on the device"):
+        torch.rand(3, 4, device=device)[:, 0] + torch.arange(3)
+
+
+def test_pretend_gpu_gives_the_results_of_the_cpu(monkeypatch):
+    """The last logged metrics of three training steps are compared."""
     logged = []
     for on_device in (True, False):
         pl.seed_everything(0)
@@ -203,10 +219,10 @@ def test_the_pretended_device_computes_what_the_cpu_does(monkeypatch):
         torch.testing.assert_close(value, logged[1][name], msg=name)
 
 
-# ---- what replaces loops that waited
+# ---- replacements of loops that waited
 
 
-def test_pairs_are_those_of_a_loop():
+def test_pairs_equal_those_of_a_loop():
     lengths = [3, 0, 1, 4]
     objects = Objects.of(torch.tensor(lengths))
     expected, start = [], 0
@@ -214,20 +230,12 @@ def test_pairs_are_those_of_a_loop():
         expected += [[start + s, start + o] for s in range(length) for o in range(length) if s != o]
         start += length
     assert objects.pairs.tolist() == expected and objects.pair_counts.tolist() == [6, 0, 0, 12]
-    assert objects.images.tolist() == [0, 0, 0, 2, 3, 3, 3, 3] and objects.positions.tolist() == [
-        0,
-        1,
-        2,
-        0,
-        0,
-        1,
-        2,
-        3,
-    ]
+    assert objects.images.tolist() == [0, 0, 0, 2, 3, 3, 3, 3]
+    assert objects.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
     assert Objects.of(torch.tensor([0])).pairs.shape == (0, 2)
 
 
-def test_what_stays_on_the_host(monkeypatch):
+def test_batch_keeps_its_counts_on_the_host():
     batch = collate([ScenesDataset("train")[index] for index in range(3)], 20)
     with pretend_gpu.PretendGPU():
         moved = batch.to(pretend_gpu.device())
@@ -241,8 +249,8 @@ def test_what_stays_on_the_host(monkeypatch):
     assert kept.pair_counts.sum() == len(rows) and torch.equal(batch.related, batch.targets[:, 0] == 0)
 
 
-def test_costs_of_a_batch_are_those_of_its_images():
-    """Shorter images are padded, which changes nothing."""
+def test_costs_of_a_batch_equal_those_of_its_images():
+    """Padding of images with fewer relations changes nothing."""
     torch.manual_seed(0)
     said, sizes = outputs(images=3), torch.tensor([[100.0, 50], [60, 80], [90, 90]])
     found = Entities(torch.rand(3, 6, 5), torch.rand(3, 6, 4) * 0.4 + 0.1)
@@ -258,8 +266,8 @@ def test_costs_of_a_batch_are_those_of_its_images():
         assert torch.equal(together[image], alone[0]) and together[image].shape[-1] == len(truth.predicates)
 
 
-def test_losses_of_entities_are_the_librarys():
-    """Layer by layer, with its own matching; and their gradients."""
+def test_losses_of_entities_and_their_gradients_equal_those_of_transformers():
+    """transformers computes the losses layer by layer, with its own matching."""
     torch.manual_seed(0)
     logits = torch.randn(3, 2, 7, 6, requires_grad=True)
     boxes = (torch.rand(3, 2, 7, 4) * 0.4 + 0.1).requires_grad_()
@@ -284,7 +292,7 @@ def test_losses_of_entities_are_the_librarys():
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_costs_that_are_not_finite_are_named():
+def test_costs_that_are_not_finite_are_refused_by_name():
     module = EntityDetectorModule(**DETR)
     with pytest.raises(ValueError, match=r"must be finite, got inf \(costs of matching inf\) at step"):
         module.read_costs([torch.full((1, 2, 2), float("inf"))])
@@ -292,8 +300,8 @@ def test_costs_that_are_not_finite_are_named():
         module.read_costs([torch.zeros(1, 2, 2)], {"largest logit": torch.tensor(float("nan"))})
 
 
-def test_a_loss_that_is_not_finite_changes_no_weight():
-    """It is found when gradients are there, and before the optimizer's step."""
+def test_loss_that_is_not_finite_changes_no_weight():
+    """It is found after the backward and before the optimizer's step."""
     pl.seed_everything(0)
     module, before = MotifsModule(**MOTIFS), {}
 
@@ -311,7 +319,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight():
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_infinite_gradients_under_a_finite_loss(steps, tmp_path):
+def test_infinite_gradients_of_a_finite_loss_end_the_run(steps, tmp_path):
     """They are found with the next step's loss, or before weights are evaluated or saved."""
     pl.seed_everything(0)
     module = MotifsModule(**MOTIFS)
@@ -330,8 +338,8 @@ def test_infinite_gradients_under_a_finite_loss(steps, tmp_path):
         run.test(module, FewScenes(None, batch_size=2))
 
 
-def test_an_image_that_is_not_finite_is_named():
-    """Not the means that batch normalisation took of it."""
+def test_image_that_is_not_finite_is_named():
+    """The error does not name the means of batch normalization, which the image makes infinite or NaN as well."""
     pl.seed_everything(0)
     module = DetectorModule(backbone="resnet18", min_size=64, max_size=96)
     data = FewScenes(None, batch_size=2, images=True)
@@ -341,7 +349,7 @@ def test_an_image_that_is_not_finite_is_named():
 
         def of_a_bad_image(images, *annotations):
             if module.global_step == 1:
-                images[0][0, :9, :9] = math.nan  # resizing leaves out single pixels
+                images[0][0, :9, :9] = math.nan  # 9 x 9 pixels, because resizing leaves out single pixels
             return losses(images, *annotations)
 
         module.network.losses = of_a_bad_image
