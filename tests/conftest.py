@@ -24,7 +24,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = {
         item
         for cases in by_test.values()
-        for item in sorted(cases, key=lambda item: hashlib.sha256(item.name.encode()).digest())[:CASES_INTERPRETED]
+        for item in sorted(cases, key=lambda item: hashlib.sha256(item.name.partition("[")[2].encode()).digest())[
+            :CASES_INTERPRETED
+        ]
     }
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]

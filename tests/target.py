@@ -16,7 +16,7 @@ from sgalign.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKEND = os.environ.get("SGALIGN_TEST_BACKEND", "cpu")
-CASES_INTERPRETED = 3  # cases per test under Triton's interpreter, which takes seconds instead of milliseconds
+CASES_INTERPRETED = 2  # cases per test under Triton's interpreter, which takes seconds instead of milliseconds
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if BACKEND == "cpu" or INTERPRETED else "cuda"
 EXACT = torch.float64 if BACKEND == "cpu" else torch.float32  # the dtype with the smallest error

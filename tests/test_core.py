@@ -48,15 +48,15 @@ def attend(length):
 torch.set_num_threads(2)  # each thread has working memory
 attend(300)  # starts the libraries and the threads
 before = peak()
-attend(16384)
+attend(8192)
 print(peak() - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, which has the peak memory")
 def test_memory_does_not_grow_with_the_square_of_the_length():
-    """One byte for each of 16384 x 16384 pairs would be 256 MiB."""
-    assert int(run_python(MEMORY)) < 128 * 1024
+    """One byte for each of 8192 x 8192 pairs would add 64 MiB to about 70."""
+    assert int(run_python(MEMORY)) < 110 * 1024
 
 
 IMPORT = """
@@ -120,9 +120,8 @@ def test_error_of_a_missing_core_says_how_to_build_it(copy):
     assert run_python(USE, copy) == f"{message}\n{message}"
 
 
-@pytest.mark.parametrize("source", ["kernels.h", "cpu/attention.cpp"])
-def test_error_of_a_stale_core_says_how_to_build_it(copy, source):
-    with (copy / "csrc" / source).open("a") as file:
+def test_error_of_a_stale_core_says_how_to_build_it(copy):
+    with (copy / "csrc" / "cpu" / "attention.cpp").open("a") as file:
         file.write("// changed\n")
     message = f"sgalign's compiled core was built from other sources than those in {copy}: {_core.BUILD}"
     assert run_python(USE, copy) == f"{message}\n{message}"
@@ -188,8 +187,8 @@ SANITIZED = [("baseline", 16, []), ("avx2", 32, AVX2), ("avx2", 64, AVX2)]
 # Tests of every dtype and of accesses at the edges of memory. Other tests are left out, because sanitized code takes
 # seconds instead of milliseconds.
 SANITIZED_TESTS = (
-    "gradients_are_accurate and (all or none) or layout_changes or overlapping or strides_of_mask or broadcasts"
-    " or without_a_kept_entry or leak or rising or empty or number_of_threads or compiled_mask or shape_and_stride"
+    "gradients_are_accurate and (all or none or True or False) or layout_changes or overlapping or strides_of_mask"
+    " or broadcasts or without_a_kept_entry or leak or rising or empty or number_of_threads or compiled_mask or shape_and_stride"
     " or as_accurate_as_plain"
 )
 

@@ -69,7 +69,7 @@ def digest():
 def library():
     """The path of the emulated core, which is built once for these sources."""
     path = os.environ.get("SGALIGN_EMULATED_CORE")
-    return Path(path) if path else build(ROOT / "build" / f"emulated-{digest()}", "-O1")
+    return Path(path) if path else build(ROOT / "build" / f"emulated-{digest()}", "-Og")
 
 
 @pytest.fixture(scope="session")

@@ -272,7 +272,7 @@ def test_tests_resume_where_time_was_up(tmp_path, monkeypatch):
         device_tests.run_suites(record.Record(found, found, time.monotonic() + seconds), suites)
         return found["triton"]
 
-    first = run({}, 15)
+    first = run({}, 10)
     assert first == {
         "counts": {"passed": 2, "failed": 1},
         "failed": ["FAILED test_made_up.py::test_wrong"],
@@ -306,14 +306,19 @@ def test_run_ends_with_the_case_that_loses_the_device(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, which has the memory of the process")
-def test_rehearsal_of_the_report(tmp_path):
-    """The whole report runs through without a GPU, and a second run measures nothing."""
+@pytest.mark.parametrize(
+    "only", [("environment", "attention", "relation", "loss"), pytest.param((), marks=pytest.mark.slow)], ids=str
+)
+def test_rehearsal_of_the_report(tmp_path, only):
+    """The report, or some of its parts, runs through without a GPU. A second run measures nothing."""
     command = [sys.executable, "-m", "benchmarks.gpu_report", "--rehearse", "--out", tmp_path]
+    command += ["--only", *only] if only else []
     first = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
     report = json.loads((tmp_path / "report.json").read_text())
     assert first.returncode == 0, [*report_markdown.failures(report), first.stderr]
-    assert set(report) == set(gpu_report.PARTS) and not report_markdown.unfinished(report)
-    assert report["tests"]["cpu"]["counts"] == {"passed": 4}
+    if not only:
+        assert set(report) == set(gpu_report.PARTS) and not report_markdown.unfinished(report)
+        assert report["tests"]["cpu"]["counts"] == {"passed": 4}
     assert all(check["right"] for part in report.values() for check in part.get("checks", {}).values())
     rows = [row for part in report for row in report_markdown.rows_of(report, part)]
     assert len(rows) == 3 * 4 + 4 + 1
@@ -456,6 +461,7 @@ def test_tuned_plans_are_used_and_kept_in_order(monkeypatch):
         configs.lookup.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(backends.interpreter_problem()), reason=str(backends.interpreter_problem()))
 def test_rehearsal_of_the_tuner(tmp_path):
     """The tuner runs through without a GPU, and a second run tunes only the entries that are missing."""

@@ -179,7 +179,6 @@ def test_a_resumed_schedule_uses_its_new_steps():
     "when, workers",
     [
         ({"every_n_train_steps": 1}, 2),
-        ({"every_n_train_steps": 1}, 0),
         ({"save_on_train_epoch_end": False}, 2),
         ({}, 0),
     ],
@@ -537,6 +536,7 @@ def test_images_without_objects_or_pairs_are_evaluated(scenes):
 # ---- real data
 
 
+@pytest.mark.slow
 def test_motifs_beats_the_frequency_baseline_on_vrd(vrd_root):
     data = SceneGraphData(str(vrd_root))
     frequency = trainer().test(FrequencyModule(), datamodule=data, verbose=False)[0]
