@@ -21,13 +21,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     by_test: dict[str, list[pytest.Item]] = {}
     for item in items:
         by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    chosen = {
-        item
-        for cases in by_test.values()
-        for item in sorted(cases, key=lambda item: hashlib.sha256(item.name.partition("[")[2].encode()).digest())[
-            :CASES_INTERPRETED
-        ]
-    }
+
+    def draw(item: pytest.Item) -> bytes:
+        return hashlib.sha256(item.name.partition("[")[2].encode()).digest()
+
+    chosen = {item for cases in by_test.values() for item in sorted(cases, key=draw)[:CASES_INTERPRETED]}
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
 
