@@ -189,7 +189,7 @@ def test_a_run_resumed_at_any_step_equals_an_uninterrupted_one(tmp_path, when, w
     data.train, data.validation = data.train[:40], data.validation[:8]
     save = ModelCheckpoint(tmp_path, save_top_k=-1, **when)
     whole = AlignMotifsModule(**SMALL)
-    run = fit(whole, data, max_epochs=2, callbacks=[save], enable_checkpointing=True)
+    run = fit(whole, data, seed=3, max_epochs=2, callbacks=[save], enable_checkpointing=True)
     steps = run.num_training_batches
     assert run.global_step == 2 * steps and steps > 3
     for step in {2, steps, steps + 2}:
