@@ -22,8 +22,8 @@ class MaskedMultiheadAttention(nn.Module):
     dicts can be loaded in both directions. The module does not support
 
     - ``add_bias_kv`` and ``add_zero_attn``,
-    - additive (floating point) masks. `torch.nn.TransformerEncoderLayer` converts every mask into one, so with a mask
-      it cannot use this module,
+    - additive (floating point) masks. `torch.nn.TransformerEncoderLayer` converts every mask, even a bool mask, into an
+      additive one. It can therefore use this module only if it gets no mask,
     - returning attention weights, because no tensor of size Lq x Lk is ever formed.
 
     Args:

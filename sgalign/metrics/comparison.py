@@ -77,8 +77,8 @@ def table(bases: Mapping[str, str], arms: dict[str, list[Run]]) -> list[str]:
         lines.append(f"| {name} | {base} | " + " | ".join(cells) + " |")
     without = ", ".join(name for name in bases if name not in arms)
     one = all(len(runs) == 1 for runs in arms.values())
-    of = "images (one seed says nothing about the spread over seeds)" if one else "seeds and images"
-    lines += ["", f"\\* beyond the 95 % interval of {of}"]
+    over = "images (one seed says nothing about the spread over seeds)" if one else "seeds and images"
+    lines += ["", f"\\* the 95 % interval over {over} excludes 0"]
     return [*lines, *(["", f"no run yet: {without}"] if without else [])]
 
 

@@ -55,11 +55,12 @@ class SceneGraphEvaluator(ImageMetric):
 
     - An image's triplets are ranked by subject score x object score x predicate score, multiplied in float64. Ties go
       to the lower row of `pairs`, then to the lower predicate.
-    - Under the graph constraint, each row of `pairs` predicts only its best predicate. Metrics with `ng` have no graph
-      constraint, so all predicates of a pair compete. They use the best 100 triplets, or as many as the largest K if it
-      is above 100.
-    - A triplet finds a relation if the three classes agree and both boxes overlap with an IoU of at least 0.5. It may
-      find several relations. A relation that is found several times counts once.
+    - Under the graph constraint, each row of `pairs` predicts only its best predicate. Predictions with `triplets`
+      are not limited in this way. Metrics with `ng` have no graph constraint, so all predicates of a pair compete. They
+      use the best 100 triplets, or as many as the largest K if it is above 100.
+    - A triplet finds a relation if the three classes agree and both boxes overlap with an IoU of at least 0.5. (With
+      "phrdet", the box around both objects must do so.) It may find several relations. A relation that is found several
+      times counts once.
     - The ground truth is used as it is, including repeated relations and relations of an object with itself.
 
     The metrics are:
@@ -81,9 +82,9 @@ class SceneGraphEvaluator(ImageMetric):
     or files can be added.
 
     Args:
-        protocol: the task, which determines the ground truth that the model was given. With "predcls" it is boxes and
-            labels, with "sgcls" boxes, and with "sgdet" and "phrdet" nothing. "phrdet" compares the smallest boxes
-            around both objects.
+        protocol: the task. It determines what the model was given of the ground truth: boxes and labels with "predcls",
+            boxes with "sgcls", nothing with "sgdet" and "phrdet". "phrdet" compares the smallest boxes around both
+            objects.
         num_predicates: number of predicates without the background.
         top_k: the values of K.
         zero_shot: int64 `[Z, 3]`, subject class, predicate, object class of the zero-shot triplets. If None, there is

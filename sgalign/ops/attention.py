@@ -89,9 +89,9 @@ def fused_masked_attention(
             only if `mask_ratio` or `dropout_p` is positive.
         mask_stream: a number in [0, 2**31). Attention blocks that share a seed need different streams.
         key_padding_mask: the padding among the keys, bool ``[B, Lk]``. True means ignored, as in
-            `torch.nn.MultiheadAttention`. The contents of ignored keys and values have no effect, even if they are NaN.
-        dropout_p: the probability of ordinary dropout after the softmax, in [0, 1]. The kept weights are scaled by
-            ``1 / (1 - dropout_p)``. The dropout noise comes from the same seed.
+            `torch.nn.MultiheadAttention`. Ignored keys and values, even NaN, have no effect on finite queries.
+        dropout_p: the probability of ordinary dropout after the softmax, in [0, 1], rounded as `mask_ratio` is. The
+            kept weights are scaled by ``1 / (1 - dropout_p)``. The dropout noise comes from the same seed.
         scale: the factor of the scores. If None, ``1 / sqrt(D)``.
         backend: "cpu" (the compiled core), "triton" or "cuda" (GPUs), or "reference" (plain PyTorch). If None, the
             default for the device and dtype (`sgalign.ops.backends.choose`).

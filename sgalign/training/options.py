@@ -1,14 +1,14 @@
 """The options of the modules, as dataclasses that validate themselves.
 
-To add a module, write an options dataclass and build it in the module's `__init__`, as the argument of a call to a
-parent's `__init__`. The call must have one of two forms:
+To add a module, write an options dataclass. In the module's `__init__`, pass an instance of it to the `__init__` of a
+parent class, in one of two forms:
 
 - `super().__init__(XOptions(**options))`, if the parent's `__init__` takes an options object;
-- `Grandparent.__init__(self, XOptions(**options))`, if the parent's `__init__` would build a smaller options class. For
-  example, `AlignMotifsModule` skips `MotifsModule.__init__`, which would build `MotifsOptions`.
+- `Grandparent.__init__(self, XOptions(**options))`, if the parent's `__init__` would build its own options, which lack
+  the new fields. For example, `AlignMotifsModule` skips `MotifsModule.__init__`, which would build `MotifsOptions`.
 
-The module then takes its options as plain arguments. The command line follows the call in the source to find the names,
-types, defaults and help texts of the options.
+The module then takes its options as plain arguments. The command line parses the source code of `__init__` and follows
+this call to the dataclass. There it finds the names, types, defaults and help texts of the options.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ class DetrOptions(Options):
         short_sides: lengths of the short side of training images in pixels. One is drawn for each batch. Validation and
             test images are resized to the last one.
         long_side: largest length of the long side of images in pixels.
-        flip: probability of mirroring a training image. In a mirrored image, a predicate with "left" in its name is
-            replaced by its counterpart with "right", and the reverse.
+        flip: probability of flipping a training image horizontally. In a flipped image, a predicate with "left" in its
+            name is replaced by its counterpart with "right", and the reverse.
         learning_rate: learning rate of AdamW, with a weight decay of 1e-4.
         backbone_learning_rate: learning rate of the backbone.
         warmup_steps: number of steps in which the learning rate grows from a tenth to its full value.
