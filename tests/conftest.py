@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 from target import BACKEND, CASES_INTERPRETED, DEVICE, INTERPRETED, ROOT
 
 from sgalign.ops import _core
 
 ONE_WORKER = {"test_cuda.py", "test_distributed.py"}
+
+# tests/test_breaks.py needs no smallest example of a failure, and looking for one takes minutes.
+settings.register_profile("no shrinking", phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

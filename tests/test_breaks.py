@@ -10,6 +10,7 @@ import pytest
 from breaks import BREAKS
 
 ROOT = Path(__file__).resolve().parent.parent
+QUICK = "--hypothesis-profile", "no shrinking"
 
 
 def test_every_break_stands_once_in_its_file():
@@ -58,7 +59,7 @@ def test_a_break_is_found(name, project):
             build(project)
         tests, *chosen = tests.split(" -k ")
         keywords = ["-k", chosen[0]] if chosen else []
-        result = run(project, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests, *keywords)
+        result = run(project, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *QUICK, tests, *keywords)
     finally:
         path.write_text(whole)
         for core, content in cores.items():
