@@ -285,6 +285,14 @@ def test_scores_are_multiplied_in_float64():
     assert evaluate([prediction], [truth((1, 2, 1), of=three)])["R@1"] == 1
 
 
+def test_scores_of_subject_and_object_are_multiplied_in_float64():
+    # The same two products, now of the objects' scores.
+    four = objects_at((0, 0, 9, 9), (20, 0, 29, 9), (40, 0, 49, 9), (60, 0, 69, 9))
+    scores = [1 - 2**-24, 1 - 2**-24, 1 - 2**-23, 1.0]
+    prediction = predict([(2, 3), (0, 1)], [[0.0, 1, 0, 0], [0, 1, 0, 0]], scores, of=four)
+    assert evaluate([prediction], [truth((0, 1, 1), of=four)])["R@1"] == 1
+
+
 @pytest.mark.parametrize("other, finds", [((0, 0, 9, 4), True), ((0, 0, 9, 3), False), ((0, 0, 9, 3.99), False)])
 def test_an_iou_of_one_half_is_enough_if_boxes_include_their_last_pixels(other, finds):
     """Boxes of 10 x 10 and 10 x 5 pixels have an IoU of 1 / 2. Without the added pixel it would be 4 / 9."""

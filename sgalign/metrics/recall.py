@@ -56,8 +56,7 @@ class SceneGraphEvaluator(ImageMetric):
     - An image's triplets are ranked by subject score x object score x predicate score, multiplied in float64. Ties go
       to the lower row of `pairs`, then to the lower predicate.
     - Under the graph constraint, each row of `pairs` predicts only its best predicate. Predictions with `triplets`
-      are not limited in this way. Metrics with `ng` have no graph constraint, so all predicates of a pair compete. They
-      use the best 100 triplets, or as many as the largest K if it is above 100.
+      are not limited in this way. Metrics with `ng` have no graph constraint, so all predicates of a pair compete.
     - A triplet finds a relation if the three classes agree and both boxes overlap with an IoU of at least 0.5. (With
       "phrdet", the box around both objects must do so.) It may find several relations. A relation that is found several
       times counts once.
@@ -202,8 +201,7 @@ class SceneGraphEvaluator(ImageMetric):
         self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], at_most: int, among: Tensor | None = None
     ) -> Tensor:
         """Return 1 for each relation that the first K triplets find and 0 for the others, float64 `[len(top_k), M]`."""
-        depth = max(self.top_k) if at_most == 1 else max(100, *self.top_k)
-        triplets = rank_triplets(prediction, depth, at_most, among)
+        triplets = rank_triplets(prediction, max(self.top_k), at_most, among)
         finds = (
             relation_overlaps(triplets, prediction, target, phrase=self.protocol == "phrdet", plus_one=self.plus_one)
             >= 0.5
