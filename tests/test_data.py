@@ -1,5 +1,6 @@
 """Tests of scene graphs, of the VRD reader on real and broken files, of generated scenes and of word vectors."""
 
+import hashlib
 import json
 import pickle
 import subprocess
@@ -129,6 +130,14 @@ def test_vrd_validation_images_are_taken_from_the_training_part(vrd_root):
     train, validation, smaller = parts.values()
     assert (len(train), len(validation), len(smaller)) == (3180, 600, 50)
     assert not train & validation and smaller < validation
+
+
+def test_vrd_validation_images_have_the_lowest_hashes_of_their_names(tmp_path):
+    names = [f"{number}.jpg" for number in range(20)]
+    root = write_vrd(tmp_path, {name: [ROW] for name in names})
+    data = VRDDataset(root, "validation", validation_images=4)
+    lowest = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:4]
+    assert {data[index].image_id for index in range(4)} == set(lowest)
 
 
 def test_vrd_refuses_more_validation_images_than_it_has(vrd_root):
