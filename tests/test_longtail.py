@@ -131,6 +131,8 @@ def test_labels_are_dropped_as_often_as_a_rarer_label_repeats_their_image():
     # The rarest predicate of a pair decides. Background and images that come once keep their labels.
     assert shares == pytest.approx([0.25, 0.5, 1, 1, 1, 1], abs=0.05)
     assert shares[2:] == [1] * 4
+    dropped = drop_repeated(batch, factors, 1.0, generator)
+    assert torch.equal(dropped.related, dropped.targets[:, 1:].any(1))
     # Rate 0 drops nothing.
     assert torch.equal(drop_repeated(batch, factors, 0.0, generator).targets, batch.targets)
 
