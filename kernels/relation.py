@@ -134,7 +134,7 @@ def forward_kernel(
 @triton.jit
 def add_bias_and_store(logits, bias, total, split, row, k, classes, inside):
     if bias is not None:  # only the first split adds the bias
-        total += tl.load(bias + k, mask=(k < classes) & (split == 0), other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias + k, mask=tl.where(split == 0, k < classes, False), other=0.0).to(tl.float32)[None, :]
     store_tile(logits, classes, row, k, inside, total)
 
 
@@ -185,7 +185,7 @@ def grad_weight_kernel(
                     mirrored_grad_logits, mirrored, row, present, classes, channel, channels,
                     CLASS_BLOCKS, UNROLLED, BLOCK_K, PRECISION,
                 )  # fmt: skip
-            store_tile(grad_union, channels, row, channel, inside & (class_block == 0), to_union)
+            store_tile(grad_union, channels, row, channel, tl.where(class_block == 0, inside, False), to_union)
     inside = (k < classes)[:, None] & (channel < channels)[None, :]
     k += split * classes
     store_tile(grad_weight, channels, k, channel, inside, total)

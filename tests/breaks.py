@@ -184,7 +184,10 @@ BREAKS = {
         "kernels/relation.py", "total += tl.load(partial", "total = tl.load(partial", INTERPRETED_RELATION
     ),
     "Triton: block that stores the union gradient": Break(
-        "kernels/relation.py", "inside & (class_block == 0)", "inside & (class_block == 1)", INTERPRETED_RELATION
+        "kernels/relation.py",
+        "tl.where(class_block == 0, inside, False)",
+        "tl.where(class_block == 1, inside, False)",
+        INTERPRETED_RELATION,
     ),
     "Triton: subject and object": Break("kernels/relation.py", "if end == 0:", "if end == 1:", INTERPRETED_RELATION),
     "Triton: half of the symmetric loss": Break(
