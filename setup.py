@@ -1,10 +1,6 @@
 """Build script of the compiled core sgalign._C.
 
-The build uses ninja. It does not need torch, because the core takes addresses, not tensors.
-
-The CUDA C++ kernels are built if nvcc is found in CUDA_HOME or on PATH. The machine does not need a GPU.
-With SGALIGN_CUDA=0 they are left out. With SGALIGN_CUDA=1 the build fails if they cannot be built. SGALIGN_CUDA_ARCHS
-names the architectures, for example "80,90". See docs/cuda.md.
+The build needs ninja, but not torch. docs/cuda.md describes SGALIGN_CUDA and SGALIGN_CUDA_ARCHS.
 """
 
 import os
@@ -40,10 +36,7 @@ CUDA_TYPES = ("Half", "BFloat16", "float")  # each file csrc/cuda/*_*.cu is comp
 
 
 def find_nvcc(compiler: str) -> tuple[str, list[str]]:
-    """Return the nvcc command with its host compiler, and the architectures to compile for.
-
-    If the core is built for the CPU alone, there are no architectures, and a line on stderr says why.
-    """
+    """Return the nvcc command and the architectures. For a core without CUDA there are none, and stderr says why."""
     wanted, home = os.environ.get("SGALIGN_CUDA") or "auto", os.environ.get("CUDA_HOME")
     if wanted not in ("0", "1", "auto"):
         sys.exit(f"sgalign: SGALIGN_CUDA must be 0, 1 or auto, got {wanted}")
@@ -61,10 +54,7 @@ def find_nvcc(compiler: str) -> tuple[str, list[str]]:
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     offered = [code[3:] for code in known if code[3:].isdigit() and int(code[3:]) >= 80]
     if not offered:
-        sys.exit(
-            f"sgalign: {nvcc} --list-gpu-code lists no architecture from 80 on. Install a newer CUDA toolkit, or set"
-            " SGALIGN_CUDA=0"
-        )
+        sys.exit(f"sgalign: {nvcc} --list-gpu-code lists no architecture from 80 on: update CUDA or set SGALIGN_CUDA=0")
     archs = list(dict.fromkeys(os.environ.get("SGALIGN_CUDA_ARCHS", "").replace(",", " ").split()))
     if not set(archs) <= set(offered):
         sys.exit(f"sgalign: SGALIGN_CUDA_ARCHS must only contain {', '.join(offered)}, got {', '.join(archs)}")
@@ -77,10 +67,7 @@ def find_compiler() -> str:
     for compiler in candidates:
         if not refusal(compiler, []):
             return compiler
-    sys.exit(
-        f"sgalign: found no C++20 compiler, tried {', '.join(candidates)}. Install g++ 11 or clang 14 or later, or set"
-        " CXX"
-    )
+    sys.exit(f"sgalign: no C++20 compiler in {', '.join(candidates)}: install g++ 11 or clang 14, or set CXX")
 
 
 def refusal(compiler: str, flags: list[str]) -> str:
@@ -98,10 +85,7 @@ def refusal(compiler: str, flags: list[str]) -> str:
 
 
 class NinjaBuild(build_ext):
-    """The build command, which compiles changed files in parallel.
-
-    It also leaves the module in the source folder, for programs that run from the root.
-    """
+    """The build command. It compiles changed files, and also leaves the module in the source folder."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -147,8 +131,7 @@ class NinjaBuild(build_ext):
             writer.rule("compile", f"{command} -MMD -MF $out.d $flags -c $in -o $out", depfile="$out.d", deps="gcc")
             linker = " ".join([compiler, "-shared", *openmp])
             if archs:
-                # All targets are compiled from the same PTX code. This takes half the time of separate code for each
-                # target. The module also contains the PTX code, for later GPUs.
+                # All targets share one PTX code, which halves the build time and serves later GPUs.
                 targets = "compute_80", *(f"sm_{arch}" for arch in archs)
                 codes = " ".join(f"-gencode=arch=compute_80,code={target}" for target in targets)
                 compile_cuda = f"{nvcc} -std=c++20 -O3 {codes} -MMD -MF $out.d $flags -c $in -o $out"
