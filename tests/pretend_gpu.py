@@ -20,7 +20,7 @@ from target import ROOT
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 aten = torch.ops.aten
 # operators that read the size of their result, or the outcome of a check of their inputs, from the device
@@ -87,11 +87,26 @@ class PretendTensor(Tensor):
         return run(function, args, kwargs or {})
 
 
+def map_tensors(function: Any, value: Any) -> Any:
+    """Apply the function to the tensors in an operator's argument or result. torch's pytree is far slower."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([map_tensors(function, each) for each in value])
+    return value
+
+
+def tensors_of(args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors among an operator's arguments."""
+    found: list[Tensor] = []
+    map_tensors(found.append, (*args, *kwargs.values()))
+    return found
+
+
 def run(function: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator on the CPU, and return its result as a device would."""
     kwargs = dict(kwargs)
-    flat, _ = tree_flatten((args, kwargs))
-    ours = [tensor for tensor in flat if isinstance(tensor, PretendTensor)]
+    ours = [tensor for tensor in tensors_of(args, kwargs) if isinstance(tensor, PretendTensor)]
     target = kwargs.get("device")
     onto = torch.device(target).type == "pretend" if target is not None else bool(ours)
     if not ours and not onto:
@@ -99,8 +114,11 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     if target is not None:
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
-    out = function(*tree_map_only(PretendTensor, lambda t: t.held, args),
-                   **tree_map_only(PretendTensor, lambda t: t.held, kwargs))  # fmt: skip
+
+    def held(value: Any) -> Any:
+        return map_tensors(lambda t: t.held if isinstance(t, PretendTensor) else t, value)
+
+    out = function(*held(args), **{name: held(value) for name, value in kwargs.items()})
     if not onto:
         return out
     if function.overloadpacket is aten.copy_ and not isinstance(args[0], PretendTensor):
@@ -108,7 +126,7 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     if function.overloadpacket in (aten._pack_padded_sequence, aten._pad_packed_sequence):
         return PretendTensor(out[0]), out[1]  # batch sizes and lengths stay on the host
     wrappers = {id(tensor.held): tensor for tensor in ours}  # in-place operators return one of their arguments
-    return tree_map_only(Tensor, lambda t: wrappers[id(t)] if id(t) in wrappers else PretendTensor(t), out)
+    return map_tensors(lambda t: wrappers[id(t)] if id(t) in wrappers else PretendTensor(t), out)
 
 
 class _LSTM(torch.autograd.Function):
@@ -172,8 +190,7 @@ class PretendGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        flat, _ = tree_flatten((args, kwargs))
-        tensors = [tensor for tensor in flat if isinstance(tensor, Tensor)]
+        tensors = tensors_of(args, kwargs)
         ours = [tensor for tensor in tensors if isinstance(tensor, PretendTensor)]
         others = [tensor for tensor in tensors if not isinstance(tensor, PretendTensor) and tensor.dim()]
         packet = function.overloadpacket

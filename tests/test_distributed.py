@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("lightning")
+from trainers import trainer_without_sanity_check  # noqa: E402
 
 from sgalign.data import collate  # noqa: E402
 from sgalign.training import AlignMotifsModule, MotifsModule, SGTRModule  # noqa: E402
@@ -46,11 +47,8 @@ def fit(out, name, **options):
         data.train, sampler=DistributedSampler(range(16), world, data.trainer.global_rank, shuffle=False)
     )
     module = FrozenStatistics(**SMALL, **options)
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_epochs=2, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, enable_checkpointing=False,
-        use_distributed_sampler=True,
-    )  # fmt: skip
+    strategy = "ddp" if world > 1 else "auto"
+    trainer = trainer_without_sanity_check(devices=world, strategy=strategy, max_epochs=2, use_distributed_sampler=True)
     trainer.validate(module, datamodule=data, verbose=False)
     report = {"metrics": {k: float(v) for k, v in module.recall.compute().items() if "/" not in k}}
     report["images"] = int(module.images_evaluated)
@@ -76,10 +74,10 @@ def stop(out, name, *, of_images):
 
     module.on_train_start = lambda: module.network.register_forward_hook(infinite)
     interrupted = pl.callbacks.ModelCheckpoint(out, filename=name, save_top_k=0, save_on_exception=True)
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_find_unused_parameters_true", max_epochs=1, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, callbacks=[interrupted],
-    )  # fmt: skip
+    strategy = "ddp_find_unused_parameters_true"
+    trainer = trainer_without_sanity_check(
+        devices=2, strategy=strategy, callbacks=[interrupted], enable_checkpointing=True
+    )
     with pytest.raises(ValueError) as caught:
         trainer.fit(module, datamodule=data)
     return str(caught.value)

@@ -4,6 +4,7 @@ No network here was trained on more than a few images.
 """
 
 import copy
+import itertools
 import json
 import pickle
 
@@ -37,9 +38,14 @@ CLASSES = 17
 SIZES = {"backbone": "resnet18", "min_size": 64, "max_size": 96}
 
 
+def small(graphs, count):
+    """Return the first graphs of few objects, because most of the time is spent on their pairs."""
+    return list(itertools.islice((graph for graph in graphs if len(graph.labels) <= 6), count))
+
+
 @pytest.fixture(scope="module")
 def scenes():
-    return [ScenesDataset("validation", size=4)[index] for index in range(4)]
+    return small(ScenesDataset("validation", size=40), 4)
 
 
 @pytest.fixture(scope="module")
@@ -462,7 +468,7 @@ def test_cached_features_of_other_boxes_are_refused(cache_of_one, scenes):
 @pytest.fixture(scope="module")
 def data():
     data = SceneGraphData(images=True, batch_size=2)
-    data.train, data.validation, data.test = data.train[:4], data.validation[:2], data.test[:2]
+    data.train, data.validation, data.test = small(data.train, 4), small(data.validation, 2), small(data.test, 2)
     return data
 
 

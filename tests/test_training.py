@@ -549,17 +549,6 @@ def test_motifs_beats_the_frequency_baseline_on_vrd(vrd_root):
 # ---- command line
 
 
-def run(*arguments, cwd, **options):
-    """Run `sgalign` in a new process and return the completed process."""
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from sgalign.commands.main import main; sys.exit(main())",
-        *map(str, arguments),
-    ]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)
-
-
 def test_compare_prints_its_table_and_writes_results_checkpoints_and_a_figure(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "COST_STEPS", 2)
@@ -587,9 +576,8 @@ def test_compare_needs_a_new_or_empty_folder(tmp_path, capfd, monkeypatch):
 def test_a_model_is_fitted_tested_and_used_for_prediction_on_the_command_line(tmp_path, monkeypatch, capsys):
     config = str(CONFIGS / "align_motifs_small.yaml")
     short = ["--config", config, "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
-    fitted = run("fit", *short, "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", cwd=tmp_path)
-    assert fitted.returncode == 0, fitted.stderr
     monkeypatch.chdir(tmp_path)
+    assert cli.main(["fit", *short, "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2"]) == 0
     checkpoints = tmp_path / "runs/align_motifs_small/version_0/checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {"best.ckpt", "last.ckpt"}
     assert (tmp_path / "runs/align_motifs_small/version_0/metrics.csv").exists()
@@ -603,6 +591,12 @@ def test_a_model_is_fitted_tested_and_used_for_prediction_on_the_command_line(tm
     assert len(lines) == 32 and graph["objects"][0].keys() == {"label", "box", "score"}
     scores = [triplet["score"] for triplet in graph["triplets"]]
     assert scores == sorted(scores, reverse=True) and graph["triplets"][0]["predicate"] != "__background__"
+
+
+@pytest.mark.slow  # importing all libraries again takes most of the time
+def test_a_new_process_can_fit(tmp_path):
+    command = [sys.executable, "-m", "sgalign", "fit", "--config", str(CONFIGS / "align_motifs_small.yaml")]
+    subprocess.run([*command, "--trainer.fast_dev_run=1"], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize("config", CONFIG_FILES, ids=lambda path: path.name)

@@ -1,9 +1,13 @@
-"""Small trainers and model sizes that several test files share."""
+"""Small trainers, model sizes and scenes that several test files share."""
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
+
+from sgalign.data import SceneGraph, ScenesDataset
+from sgalign.training import datamodule
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SMALL_MOTIFS = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
@@ -22,3 +26,18 @@ def trainer(**options) -> pl.Trainer:
 
 
 trainer_without_sanity_check = functools.partial(trainer, num_sanity_val_steps=0)
+
+
+@functools.cache
+def scenes(split, size) -> list[SceneGraph]:
+    return list(ScenesDataset(split, size=size))
+
+
+class GeneratedOnce(ScenesDataset):
+    """Generated scenes that all tests of a process share, because a whole split takes up to two seconds."""
+
+    def __iter__(self) -> Iterator[SceneGraph]:
+        return iter(scenes(self.split, self.size))
+
+
+datamodule.ScenesDataset = GeneratedOnce
