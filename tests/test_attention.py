@@ -443,9 +443,12 @@ def test_nan_in_a_kept_key_reaches_the_outputs(branches):
 GAPS = [(torch.float32, gap) for gap in (20, 50, 54, 60, 90, 200)]
 GAPS += [(torch.float64, gap) for gap in (200, 600, 650, 1000)] + [(torch.bfloat16, gap) for gap in (50, 200)]
 GAPS = [(dtype, gap) for dtype, gap in GAPS if dtype in DTYPES]
+PEAKS = cover([0, 30, 280, 511], BRANCHES, GAPS)
+if INTERPRETED:  # the kernel computes a branch with the same query again if the gap is large
+    PEAKS = [(280, "same query", (torch.float32, 200)), (0, "dual", (torch.float32, 50))]
 
 
-@pytest.mark.parametrize("peak, branches, kind", cover([0, 30, 280, 511], BRANCHES, GAPS), ids=str)
+@pytest.mark.parametrize("peak, branches, kind", PEAKS, ids=str)
 def test_dropped_score_far_above_the_kept_ones_costs_no_accuracy(peak, branches, kind, instruction_set):
     """The supervised maximum is `gap` above all scores that the mirror keeps, in an early or a late chunk of keys."""
     dtype, gap = kind
