@@ -263,7 +263,8 @@ def test_costs_of_a_batch_equal_those_of_its_images():
         one = slice(image, image + 1)
         parts = said.logits[:, one], said.vectors[:, one], said.class_logits[:, :, one], said.boxes[:, :, one]
         alone = relation_costs(type(said)(*parts), Entities(*(t[one] for t in found)), sizes[one], [truth])
-        assert torch.equal(together[image], alone[0]) and together[image].shape[-1] == len(truth.predicates)
+        torch.testing.assert_close(together[image], alone[0])
+        assert together[image].shape[-1] == len(truth.predicates)
 
 
 def test_losses_of_entities_and_their_gradients_equal_those_of_transformers():
