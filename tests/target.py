@@ -32,14 +32,16 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 
 def _quicken_interpreter() -> None:
-    """Make Triton's interpreter patch Triton's language once per launch for the functions of a module.
+    """Make Triton's interpreter do two things only once, which otherwise take most of its time.
 
-    Otherwise it does so at every call of a device function, which takes nine tenths of its time.
+    It patches Triton's language at every call of a device function. Once per launch is enough for the functions of a
+    module. It also looks up numpy's dtype of every number in a table that it makes anew each time.
     """
     from triton.runtime import interpreter
 
+    launch, find_dtype = interpreter.GridExecutor.__call__, interpreter._get_np_dtype
     patched: set[str] = set()
-    launch = interpreter.GridExecutor.__call__
+    dtypes: dict[str, Any] = {}
 
     def launch_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()
@@ -51,8 +53,14 @@ def _quicken_interpreter() -> None:
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    def known_dtype(triton_dtype: Any) -> Any:
+        if triton_dtype.name not in dtypes:
+            dtypes[triton_dtype.name] = find_dtype(triton_dtype)
+        return dtypes[triton_dtype.name]
+
     interpreter.GridExecutor.__call__ = launch_afresh
     interpreter.InterpretedFunction.__call__ = call
+    interpreter._get_np_dtype = known_dtype
 
 
 if DEVICE == "cuda" and not torch.cuda.is_available():
