@@ -187,8 +187,9 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Define the CUDA counterparts of the functions for the CPU. Functions that launch kernels also take a queue. Some take
-// the address of the seed in device memory and a workspace (csrc/cuda/kernels.h).
+// Define the CUDA counterparts of the functions for the CPU. Functions that launch kernels also take a queue, which
+// is a device and one of its streams. Some also take the address of the seed in device memory and a workspace
+// (csrc/cuda/kernels.h).
 void define_cuda(py::module_& m) {
     m.def("cuda_attention_splits", &cuda::attention_splits);
     m.def("cuda_attention_forward",

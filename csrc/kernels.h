@@ -16,7 +16,7 @@ struct Matrix {
 // One softmax over the keys. A query may have two branches: a supervised one, and a mirrored one with the random mask.
 struct Branch {
     Matrix out;
-    // [B, H, Lq], float32 (float64 for float64): log2 of the sum of 2^score, +inf if all keys are dropped
+    // [B, H, Lq], float32, or float64 for float64 inputs: log2 of the sum of 2^score, +inf if all keys are dropped
     void* log_sum = nullptr;
     Matrix grad_out;
     bool random = false;  // true if the random mask drops entries of this branch
@@ -82,19 +82,20 @@ struct RelationLogits {
     int threads = 1;
 };
 
-// The divergence between the two predictions of each relation, times `scale` and the relation's weight, and the
-// gradient of this product with respect to the mirrored logits.
+// The alignment loss. `losses` receives the divergence between the two predictions of each relation, times `scale` and
+// the relation's weight. `grad` receives the gradient of `losses` with respect to the mirrored logits.
 struct AlignmentLoss {
     DType dtype = DType::float32;
     int64_t relations = 0, classes = 0;
     const void *logits = nullptr, *mirrored = nullptr;  // [R, K], unit stride along K
     int64_t logits_row = 0, mirrored_row = 0;
-    const void* weight = nullptr;  // [R], float32 (float64 for float64); null if all weights are 1
+    const void* weight = nullptr;  // [R], float32, or float64 for float64 inputs; null if all weights are 1
     double scale = 1;
     bool sigmoid = false;
-    bool symmetric = false;  // the mean of KL(teacher || student) and KL(student || teacher), otherwise only the first
-    void* losses = nullptr;  // [R], float32 (float64 for float64)
-    // [R, K], contiguous, float32 (float64 for float64), because its factor 1 / (R K) can be too small for float16
+    bool symmetric = false;  // the mean of KL(supervised || mirrored) and KL(mirrored || supervised), else the first
+    void* losses = nullptr;  // [R], float32, or float64 for float64 inputs
+    // [R, K], contiguous, float32, or float64 for float64 inputs, because its factor 1 / (R K) can be too small for
+    // float16
     void* grad = nullptr;
     int threads = 1;
 };

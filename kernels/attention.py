@@ -2,12 +2,12 @@
 
 The kernels are in attention_forward.py and attention_backward.py. They share the functions of attention_tiles.py. If
 there are two outputs, the second belongs to the mirrored branch (the mirror), and only this branch has the random mask.
-Both branches may share one query. A program iterates over the keys, or over the queries for the gradients of keys and
-values.
+Both branches may share one query. A program iterates over the keys. To compute the gradients of keys and values, it
+iterates over the queries instead.
 
-Scores and log-sum-exps are in units of log2, so the kernels receive `scale` times log2(e). They need a positive scale.
-If it is negative, the scale and the queries are multiplied by -1 before the launch. If it is 0, the queries are
-multiplied by 0 and the scale is 1.
+Scores and log-sum-exps are for powers of 2 instead of e, so the kernels receive `scale` times log2(e). They need a
+positive scale. If it is negative, the scale and the queries are multiplied by -1 before the launch. If it is 0, the
+queries are multiplied by 0 and the scale is 1.
 """
 
 import functools
@@ -26,7 +26,7 @@ Matrix = tuple[Tensor, int, int, int, int] | None  # a tensor and its batch, hea
 TINY = torch.finfo(torch.float32).tiny
 LN_2 = math.log(2)
 # These two numbers agree with the times measured on an H200 for different splits (benchmarks/results/nvidia-h200).
-MERGE_SCORES = 53000  # the time of the launch that merges the splits, in scores that a multiprocessor computes
+MERGE_SCORES = 53000  # the number of scores that a multiprocessor computes in the time of the merging launch
 RESIDENT_WARPS = 8  # warps that a multiprocessor holds at once, with up to 255 registers per thread
 
 
@@ -43,7 +43,7 @@ def forward(
 
     Args:
         queries, key, value, outs: the tensors of one or two branches, with last strides of 1.
-        logsumexps: the log-sum-exps of one or two branches, float32, in units of log2.
+        logsumexps: the log-sum-exps of one or two branches, float32, with logarithms to base 2.
         options: the masks, seed, thresholds, stream and scale (`sgalign.ops._attention_backends.Options`).
         multiprocessors: the number of multiprocessors of the GPU, which decides how many programs are launched.
     """
@@ -202,10 +202,10 @@ def launch_for(
 def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiprocessors: int) -> tuple[int, int]:
     """Return the tiles per program and the number of programs per block of queries, chosen for the least time.
 
-    A program takes one step per tile and about one more for its queries. A multiprocessor runs several programs at
-    once. A round with fewer programs takes just as long, because part of the multiprocessor is then idle. The time is
-    therefore counted in whole rounds. Every program gets at least two tiles, because a program with a single tile would
-    spend most of its time on setup and output.
+    A program takes one step per tile and about one more for its queries. The programs that the GPU runs at the same
+    time form a round. A round with fewer programs takes just as long, so the time is counted in whole
+    rounds. Every program gets at least two tiles, because a program with a single tile would spend most of its time on
+    setup and output.
     """
     resident = max(RESIDENT_WARPS // plan.warps, 1)
     merging = MERGE_SCORES / (plan.block_q * plan.block_k * branches)
@@ -214,7 +214,7 @@ def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiproces
         rounds = _ceil(blocks * splits, multiprocessors * resident)
         return rounds * resident * (_ceil(tiles, splits) + 1) + (merging if splits > 1 else 0)
 
-    most = min(tiles // 2, multiprocessors * resident)  # no more programs than can run at once
+    most = min(tiles // 2, multiprocessors * resident)  # one block gets no more programs than the GPU runs at once
     splits = min(range(1, max(most, 1) + 1), key=steps)
     if steps(splits) > 0.95 * steps(1):  # saves too little time for the memory that it needs
         splits = 1
@@ -251,9 +251,9 @@ def constants(
 def _positive_scale(queries: list[Tensor], scale: float) -> tuple[list[Tensor], float, float]:
     """Move the sign of the scale into the queries, and return the queries, the positive scale and the sign.
 
-    The kernels need a positive scale because they find the largest score by the largest product. The sign is -1, 0 or
-    1. If the absolute value of the scale is below the smallest normal float32 number, the sign is 0 and the positive
-    scale is 1.
+    The kernels need a positive scale because they take the score of the largest product as the largest score. The sign
+    is -1, 0 or 1. If the absolute value of the scale is below the smallest normal float32 number, the sign is 0 and the
+    positive scale is 1.
     """
     if scale >= TINY:
         return queries, scale, 1.0
@@ -262,7 +262,7 @@ def _positive_scale(queries: list[Tensor], scale: float) -> tuple[list[Tensor], 
 
 
 def _parts(tensors: list[Tensor], splits: int) -> list[Tensor]:
-    """Return an uninitialized float32 tensor `[splits, B, H, Lq, ...]` for the splits' results of each tensor."""
+    """Return one uninitialized float32 tensor `[splits, B, H, Lq, ...]` per tensor, for the results of all splits."""
     return [tensor.new_empty(splits, *tensor.shape, dtype=torch.float32) for tensor in tensors]
 
 

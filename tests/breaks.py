@@ -1,6 +1,6 @@
 """Deliberate defects of one line each, which tests/test_breaks.py puts into a copy of the project one at a time.
 
-A break replaces `old`, which stands exactly once in its file, by `new`. The tests named beside it must then fail.
+A break replaces `old` with `new`. `old` occurs exactly once in the file. The tests named beside it must then fail.
 """
 
 from typing import NamedTuple

@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item in chosen]
 
 
-@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist has this hook
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give the tests of a file in ONE_WORKER to one worker, so that their costly fixture is made once."""
     from xdist.scheduler import LoadScopeScheduling
@@ -61,7 +61,7 @@ def pytest_runtest_logfinish() -> None:
 
 @pytest.fixture(scope="session")
 def vrd_root() -> Path:
-    """The folder with the VRD annotations, which is SGALIGN_VRD or shared data beside the source tree."""
+    """The folder with the VRD annotations: SGALIGN_VRD if it is set, or shared data beside the source tree."""
     root = Path(os.environ.get("SGALIGN_VRD", ROOT.parent / "shared" / "data" / "vrd"))
     if not (root / "annotations_train.json").is_file():
         pytest.skip(f"no VRD annotations in {root}; set SGALIGN_VRD to the folder that has annotations_train.json")
@@ -71,7 +71,7 @@ def vrd_root() -> Path:
 
 @pytest.fixture(scope="session")
 def vg_root() -> Path:
-    """The folder with Visual Genome's vocabularies, which is SGALIGN_VG or shared data beside the source tree."""
+    """The folder with Visual Genome's vocabularies: SGALIGN_VG if it is set, or shared data beside the source tree."""
     root = Path(os.environ.get("SGALIGN_VG", ROOT.parent / "shared" / "data" / "vg"))
     if not (root / "VG-SGG-dicts-with-attri.json").is_file():
         pytest.skip(f"no VG-SGG-dicts-with-attri.json in {root}; set SGALIGN_VG to the folder that has it")
@@ -97,7 +97,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def instruction_set(request):
     """Run the core with each instruction set of this processor.
 
-    Other backends run once, and the test's id is then the same on every machine.
+    Other backends run each test once, with the parameter "any", so its id is the same on every machine.
     """
     core = _core.load()
     before = core.instruction_set()

@@ -1,4 +1,4 @@
-"""Small sets of cases in which all values of a few parameters still meet."""
+"""Small sets of test cases that still combine the values of any few parameters in every way."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def cover(*parameters: Sequence[Any], strength: int = 2) -> list[tuple[Any, ...]]:
-    """Return cases in which any values of any `strength` parameters occur together at least once.
+    """Return cases that contain every combination of values of any `strength` parameters at least once.
 
     Most defects depend on one or two parameters, so a cover finds them with far fewer cases than the whole grid. Cases
     are chosen greedily, in an order that is the same on every machine.

@@ -1,7 +1,8 @@
 """A pretend GPU that counts the operations for which the host would wait. Its tensors live on the CPU.
 
-The host waits for a copy between host and device that is not asynchronous, and for an operator whose result's size
-depends on values on the device. On a GPU, such an operation blocks the host until all queued work is done.
+The host waits for an event, for a copy between host and device that is not asynchronous, for a value that it reads
+from the device, and for an operator whose result's size depends on values on the device. On a GPU, such an operation
+blocks the host until the queued work is done.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ ON_BOTH = {*INDEXING, aten._to_copy, aten.copy_, aten._pack_padded_sequence, ate
 def device() -> torch.device:
     """Return the device, which the first call registers with torch."""
     backend_registration._setup_privateuseone_for_python_backend("pretend")
-    # `torch.tensor(numbers, device=...)` and an index that is a list create a tensor where no dispatch mode sees it.
+    # Afterwards torch saves and restores the device's random state in this process, also in other tests.
+    module: Any = torch.get_device_module("pretend")
+    module.get_rng_state, module.set_rng_state = lambda *_: torch.get_rng_state(), lambda *_: None
+    # Two calls create tensors that no dispatch mode sees: `torch.tensor(numbers, device=...)` and indexing by a list.
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
     library.impl("copy_", _copy, "PrivateUse1")
     return torch.device("pretend", 0)
@@ -58,7 +62,7 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 
 class PretendTensor(Tensor):
-    """A tensor that claims to be on the device. The tensor `held`, on the CPU, has its numbers."""
+    """A tensor that claims to be on the device. Its numbers are in `held`, a tensor on the CPU."""
 
     held: Tensor
 
@@ -150,7 +154,7 @@ class _LSTM(torch.autograd.Function):
 
 
 class PretendEvent:
-    """An event of the device that counts when the host waits for it."""
+    """A device event. Each time the host waits for it, a wait is counted."""
 
     def __init__(self, device: torch.device) -> None:
         assert device.type == "pretend"
@@ -164,7 +168,7 @@ class PretendEvent:
 
 
 class PretendGPU(TorchDispatchMode):
-    """A dispatch mode that puts tensors on the device, and counts operators and waits while `counting`.
+    """A dispatch mode that puts tensors on the device. While `counting` is true, it counts the operators and the waits.
 
     Attributes:
         calls: number of operators that ran on the device.
@@ -180,7 +184,7 @@ class PretendGPU(TorchDispatchMode):
     def __enter__(self) -> PretendGPU:
         self.before = torch.Event, torch.autograd.is_multithreading_enabled()
         torch.Event = PretendEvent
-        torch.autograd.set_multithreading_enabled(False)  # the mode is not active in autograd's thread of a device
+        torch.autograd.set_multithreading_enabled(False)  # autograd's thread of a device would not have this mode
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
@@ -242,8 +246,11 @@ class PretendGPU(TorchDispatchMode):
 def _place() -> str:
     """Return the line of code for which a wait is counted.
 
-    This is the innermost line in transformers or torchvision if one of the four innermost frames is there. Otherwise it
-    is the innermost line of this package, or of any other code if no frame is in this package.
+    It is the first of these lines that exists:
+
+    1. the innermost line in transformers or torchvision, among the four innermost lines;
+    2. the innermost line in this package;
+    3. the innermost line.
     """
     frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
     frames = [f for f in frames if "torch/" not in f.filename and "contextlib" not in f.filename]

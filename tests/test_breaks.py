@@ -12,14 +12,14 @@ from target import ROOT
 QUICK = "--hypothesis-profile", "no shrinking"
 
 
-def test_every_break_stands_once_in_its_file():
+def test_the_old_text_of_every_break_occurs_once_in_its_file():
     times = {name: (ROOT / file).read_text().count(old) for name, (file, old, *_) in BREAKS.items()}
     assert set(times.values()) == {1}, times
 
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory):
-    """A copy of the project, which breaks are put into and taken out of.
+    """A copy of the project. Each test puts a break into it, and takes it out again.
 
     Its core is built for one instruction set and with little optimization, because it is built again for many breaks.
     """
@@ -49,7 +49,7 @@ def run(project, *arguments):
 
 
 def run_tests(project, tests):
-    """Run what a break names as its tests, until the first failure."""
+    """Run the tests that a break names, and stop at the first failure."""
     file, *keywords = tests.split(" -k ")
     chosen = ["-k", *keywords] if keywords else []
     return run(project, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *QUICK, file, *chosen)
@@ -58,7 +58,7 @@ def run_tests(project, tests):
 @pytest.mark.slow
 @pytest.mark.parametrize("tests", sorted({made.tests for made in BREAKS.values()}))
 def test_the_tests_of_the_breaks_pass_without_a_break(tests, project):
-    """Otherwise any break would seem to be found."""
+    """If they failed without a break, they would seem to find every break."""
     result = run_tests(project, tests)
     assert result.returncode == 0, result.stdout[-2000:]
 

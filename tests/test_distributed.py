@@ -22,7 +22,10 @@ SMALL = {"embed_dim": 8, "hidden_dim": 8, "relation_dim": 16}
 
 
 class FrozenStatistics(AlignMotifsModule):
-    """BatchNorm would see half of the images in each of two processes. Also notes how many images were evaluated."""
+    """Align-Motifs that counts the evaluated images and keeps the statistics of batch normalization.
+
+    Otherwise each of two processes would normalize by half of the images.
+    """
 
     def on_train_epoch_start(self):
         self.network.position[1].eval()
@@ -41,7 +44,7 @@ def fit(out, name, **options):
     world = int(os.environ.get("WORLD_SIZE", "1"))
     pl.seed_everything(0, verbose=False)
     data = SceneGraphData(batch_size=8 // world)
-    data.train, data.validation = data.train[:16], data.validation[:11]  # 6 and 5
+    data.train, data.validation = data.train[:16], data.validation[:11]  # one process gets 6 of the 11, the other 5
     # In order, so that both runs see the same global batches.
     data.train_dataloader = lambda: data._loader(  # type: ignore[method-assign]
         data.train, sampler=DistributedSampler(range(16), world, data.trainer.global_rank, shuffle=False)
@@ -162,12 +165,12 @@ def test_metrics_are_merged(folder):
 
 
 def test_the_learning_rate_is_for_the_images_of_all_processes(folder):
-    assert both(folder, "masked")[0]["rate"] == pytest.approx(2e-3), "twice the images that the learning rate is for"
+    assert both(folder, "masked")[0]["rate"] == pytest.approx(2e-3), "the step has twice the images"
 
 
 @pytest.mark.parametrize("kind", ["Motifs", "SGTR"])
 def test_processes_stop_together_if_the_loss_of_one_is_not_finite(folder, kind):
-    """If one stopped alone, it would wait for the others before its checkpoint, and they for it in the next step."""
+    """If one stopped alone, all would wait: it for the others at its checkpoint, the others for it in the next step."""
     first, second = both(folder, f"{kind} stops")
     assert first == "the loss must be finite, but the loss of another process was not finite at step 1"
     assert second.startswith("the loss must be finite, got ") and " or check the data of this step's images " in second

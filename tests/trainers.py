@@ -34,7 +34,7 @@ def scenes(split, size) -> list[SceneGraph]:
 
 
 class GeneratedOnce(ScenesDataset):
-    """Generated scenes that all tests of a process share, because a whole split takes up to two seconds."""
+    """Generated scenes that all tests of a process share, because generating a whole split takes up to two seconds."""
 
     def __iter__(self) -> Iterator[SceneGraph]:
         return iter(scenes(self.split, self.size))

@@ -90,7 +90,7 @@ inline void last_tile(int64_t rows, int64_t depth, const R* a, int64_t a_row, in
     }
 }
 
-// A with a row stride and a step along the depth. Exchanging the two transposes the operand.
+// The left operand A. `row` is its stride along the rows, and `step` along the depth. Exchanging the two transposes A.
 template <class R>
 struct Left {
     const R* data;

@@ -89,8 +89,8 @@ struct KeyTiles {
     }
 };
 
-// Products skip strips without keys. The exception is short rows of 16-bit numbers, where a product costs less than the
-// branch.
+// Products skip strips without keys. The exception is short rows of 16-bit numbers, where a product costs less than a
+// conditional jump.
 template <class T, int D>
 __device__ __forceinline__ bool is_multiplied(int strip, int strips) {
     return (sizeof(T) == 2 && D <= 64) || strip < strips;
@@ -108,10 +108,11 @@ struct PaddedKeys {
     __device__ bool has(uint32_t key) const { return key >= keys || (first && first[int64_t(int(key)) * stride]); }
 };
 
-// The padding of a tile as bits: bit 8 * s + c is set if the c-th key of strip s is padded. Each thread loads the
-// padding of one key two tiles before the key is multiplied, so nothing waits for the load. One tile later, before the
-// barrier, the bits are stored in shared memory. After the barrier, they are read when the key's tile is copied, and
-// again when it is multiplied.
+// The padding of a tile as bits: bit 8 * s + c is set if the c-th key of strip s is padded. A key's padding moves as
+// follows:
+//   1. Two tiles ahead, a thread loads it from device memory, so nothing waits for the load.
+//   2. One tile ahead, before the barrier, the bits are stored in shared memory.
+//   3. After the barrier, they are read when the key's tile is copied, and again when it is multiplied.
 template <int kStrips>
 struct Padding {
     using Keys = KeyTiles<kStrips>;

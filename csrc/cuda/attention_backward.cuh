@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kSumThreads) attention_sum_kernel(const __grid
 
 // -------------------------------------------------------------------------------------------------- keys and values
 
-// The numbers of a query that the gradients of its scores depend on. TwoTerms holds them for two neighboring queries.
+// The numbers that the score gradients of one query need. TwoTerms holds them for two neighboring queries.
 struct Terms {
     float log_sum, delta;
 };
@@ -427,7 +427,7 @@ __global__ void __launch_bounds__(GradKeyTiles<T, D>::kThreads, kPlain ? GradKey
     for (int half = 0; half < 2; ++half) {
         const uint32_t key = Keys::key(tile, kRows * warp + lane / 4 + 8 * half);
         if (key >= a.keys) continue;
-        // The weights of padding are not 0 here, but only the padding's own gradients use them, which are stored as 0.
+        // The weights of padded keys are not 0 here. Only their own gradients use them, and these are stored as 0.
         const bool kept = !padded.has(key);
         T* const to_key = row_of<T>(a.grad_key, head.b, head.h, key);
         T* const to_value = row_of<T>(a.grad_value, head.b, head.h, key);

@@ -1,9 +1,9 @@
 // Matrix products of a warp: tiles in shared memory, and the operands that a warp loads from them into registers.
 //
 // float16 and bfloat16 use m16n8k16. float32 uses three m16n8k8 products on tf32: each number is split into the sum of
-// two tf32 numbers, and all products of parts are added except that of the two smaller parts. This leaves a relative
-// error of about 2^-22 per product. Tensor cores truncate sums instead of rounding them, so they add only these three
-// products. All further float32 sums are ordinary additions.
+// two tf32 numbers. Of the four products of parts, only that of the two smaller parts is left out. This leaves a
+// relative error of about 2^-22 per product. Tensor cores truncate sums instead of rounding them, so they add only
+// these three products. All further float32 sums are ordinary additions.
 //
 // Accumulators have one layout for all types: element e of lane 4 * i + j is row i + e / 2 * 8, column 2 * j + e % 2 of
 // a 16 x 8 tile. For float32, the summation index is permuted in the same way in both operands. Neighboring columns of

@@ -44,7 +44,7 @@ from sgalign.ops._operands import (
 from sgalign.ops.random_mask import check_seed, check_stream, ratio_threshold, seed_tensor
 
 MAX_DIM = 256  # channels per head
-MAX_SCALE = torch.finfo(torch.float32).max / 2  # half of it, because the kernels multiply the scale by log2(e)
+MAX_SCALE = torch.finfo(torch.float32).max / 2  # half the largest number, because the kernels multiply it by log2(e)
 
 
 # ------------------------------------------------------------------------------------------------------ public
@@ -89,7 +89,7 @@ def fused_masked_attention(
             only if `mask_ratio` or `dropout_p` is positive.
         mask_stream: a number in [0, 2**31). Attention blocks that share a seed need different streams.
         key_padding_mask: the padding among the keys, bool ``[B, Lk]``. True means ignored, as in
-            `torch.nn.MultiheadAttention`. Ignored keys and values, even NaN, have no effect on finite queries.
+            `torch.nn.MultiheadAttention`. Ignored keys and values may be NaN if the queries are finite.
         dropout_p: the probability of ordinary dropout after the softmax, in [0, 1], rounded as `mask_ratio` is. The
             kept weights are scaled by ``1 / (1 - dropout_p)``. The dropout noise comes from the same seed.
         scale: the factor of the scores. If None, ``1 / sqrt(D)``.
