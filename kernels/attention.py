@@ -203,9 +203,9 @@ def key_splits(plan: Config, branches: int, blocks: int, tiles: int, multiproces
     """Return the tiles per program and the number of programs per block of queries, chosen for the least time.
 
     A program takes one step per tile and about one more for its queries. The programs that the GPU runs at the same
-    time form a round. A round with fewer programs takes just as long, so the time is counted in whole
-    rounds. Every program gets at least two tiles, because a program with a single tile would spend most of its time on
-    setup and output.
+    time form a round. A round with fewer programs takes just as long, so the time is counted in whole rounds.
+    Every program gets at least two tiles, because a program with a single tile would spend most of its time on setup
+    and output.
     """
     resident = max(RESIDENT_WARPS // plan.warps, 1)
     merging = MERGE_SCORES / (plan.block_q * plan.block_k * branches)

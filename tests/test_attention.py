@@ -444,7 +444,7 @@ GAPS = [(torch.float32, gap) for gap in (20, 50, 54, 60, 90, 200)]
 GAPS += [(torch.float64, gap) for gap in (200, 600, 650, 1000)] + [(torch.bfloat16, gap) for gap in (50, 200)]
 GAPS = [(dtype, gap) for dtype, gap in GAPS if dtype in DTYPES]
 PEAKS = cover([0, 30, 280, 511], BRANCHES, GAPS)
-if INTERPRETED:  # the kernel computes a branch with the same query again if the gap is large
+if INTERPRETED:  # one case in which the kernel computes the mirror again, which needs one query and a large gap
     PEAKS = [(280, "same query", (torch.float32, 200)), (0, "dual", (torch.float32, 50))]
 
 

@@ -29,15 +29,15 @@ trainer_without_sanity_check = functools.partial(trainer, num_sanity_val_steps=0
 
 
 @functools.cache
-def scenes(split, size) -> list[SceneGraph]:
-    return list(ScenesDataset(split, size=size))
+def scenes(split, size, seed) -> list[SceneGraph]:
+    return list(ScenesDataset(split, size=size, seed=seed))
 
 
 class GeneratedOnce(ScenesDataset):
     """Generated scenes that all tests of a process share, because generating a whole split takes up to two seconds."""
 
     def __iter__(self) -> Iterator[SceneGraph]:
-        return iter(scenes(self.split, self.size))
+        return iter(scenes(self.split, self.size, self.seed))
 
 
-datamodule.ScenesDataset = GeneratedOnce
+datamodule.ScenesDataset = GeneratedOnce  # for all test files, because pytest imports them before it runs any test

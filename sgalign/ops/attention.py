@@ -89,7 +89,7 @@ def fused_masked_attention(
             only if `mask_ratio` or `dropout_p` is positive.
         mask_stream: a number in [0, 2**31). Attention blocks that share a seed need different streams.
         key_padding_mask: the padding among the keys, bool ``[B, Lk]``. True means ignored, as in
-            `torch.nn.MultiheadAttention`. Ignored keys and values may be NaN if the queries are finite.
+            `torch.nn.MultiheadAttention`. Ignored keys and values, even NaN, affect nothing if the queries are finite.
         dropout_p: the probability of ordinary dropout after the softmax, in [0, 1], rounded as `mask_ratio` is. The
             kept weights are scaled by ``1 / (1 - dropout_p)``. The dropout noise comes from the same seed.
         scale: the factor of the scores. If None, ``1 / sqrt(D)``.
