@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
 KERNELS = ("forward", "query_gradient", "key_value_gradient")
 CHANNELS = (32, 64, 128, 256)
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
-THRESHOLD = 6554  # threshold of the random mask and of dropout, a tenth of 65536
+RATIO = 6554 / 65536  # ratio of the random mask and of dropout, about a tenth
 SHAPES = [(8, 8, 180, 608), (2, 8, 2048, 2048)]  # B, H, Lq, Lk: SGTR's image memory, and a shape that fills the card
 GAIN = 0.98  # largest ratio of times that counts as faster, because smaller gains are noise
 TOLERANCE = {16: 3e-2, 32: 1e-4}  # bits -> largest ||out - reference|| / ||reference||
@@ -150,11 +150,11 @@ def calls(entry: Entry, shape: tuple[int, ...]) -> tuple[Callable[[], object], l
     """Return a function that runs the kernel, and the tensors that it writes. A backward runs both of its kernels."""
     from sgalign.kernels import attention
     from sgalign.ops import _cuda
-    from sgalign.ops.attention import Options
+    from sgalign.ops._attention_arguments import Options
 
     queries, (key, value), grad_outs = operands(entry, shape)
     seed = torch.tensor(1, device=measuring.DEVICE)
-    options = Options(None, None, seed, THRESHOLD, THRESHOLD * entry.dropout, 0, entry.channels**-0.5)
+    options = Options(None, None, seed, RATIO, RATIO * entry.dropout, 0, entry.channels**-0.5)
     nan = functools.partial(torch.full_like, fill_value=float("nan"))  # exposes elements that are not written
     outs = [nan(query) for query in queries]
     logsumexps = [nan(query[..., 0], dtype=torch.float32).contiguous() for query in queries]
@@ -234,8 +234,8 @@ def reference_result(entry: Entry) -> list[Tensor]:
     queries, memory, grad_outs = operands(entry, SHAPES[0])
     tensors = [tensor.double().requires_grad_() for tensor in (*queries, *memory)]
     attend: Callable[..., Any] = fused_masked_attention if entry.branches == 1 else dual_branch_attention
-    ratio = THRESHOLD / 65536
-    outs = attend(*tensors, mask_ratio=ratio, mask_seed=1, dropout_p=ratio * entry.dropout, backend="reference")
+
+    outs = attend(*tensors, mask_ratio=RATIO, mask_seed=1, dropout_p=RATIO * entry.dropout, backend="reference")
     outs = [outs] if entry.branches == 1 else list(outs)
     if entry.kernel == "forward":
         return [out.detach() for out in outs]

@@ -10,7 +10,7 @@ from pathlib import Path
 from sgalign import nn
 from sgalign._version import __version__
 from sgalign.ops.alignment import relation_alignment_loss
-from sgalign.ops.attention import dual_branch_attention, fused_masked_attention
+from sgalign.ops.attention import attention_weights, dual_branch_attention, fused_masked_attention
 from sgalign.ops.random_mask import random_attention_mask
 from sgalign.ops.relation import dual_branch_relation_logits, fused_relation_logits
 
@@ -24,6 +24,7 @@ if not Path(__file__).with_name("kernels").exists() and _kernels.exists():
 
 __all__ = [
     "__version__",
+    "attention_weights",
     "dual_branch_attention",
     "dual_branch_relation_logits",
     "fused_masked_attention",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from typing import Any
 
 import torch
@@ -11,20 +13,31 @@ from torch.nn import functional
 from sgalign.errors import InputError
 from sgalign.ops import backends
 from sgalign.ops._operands import check_bool, check_tensor
-from sgalign.ops.attention import dual_branch_attention, fused_masked_attention
-from sgalign.ops.random_mask import ratio_threshold
+from sgalign.ops.attention import attention_weights, dual_branch_attention, fused_masked_attention
+from sgalign.ops.random_mask import checked_ratio
+
+
+class _OutputProjection(nn.Linear):
+    """A linear layer whose bias is initialized to zero, as that of `torch.nn.MultiheadAttention`."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class MaskedMultiheadAttention(nn.Module):
     """Multi-head attention on the fused kernels, with a random mask, for one branch or for both branches in one call.
 
     Use it in place of `torch.nn.MultiheadAttention`. The parameters have the same names and initial values, so state
-    dicts can be loaded in both directions. The module does not support
+    dicts can be loaded in both directions. There are these differences:
 
-    - ``add_bias_kv`` and ``add_zero_attn``,
-    - additive (floating point) masks. `torch.nn.TransformerEncoderLayer` converts every mask, even a bool mask, into an
-      additive one. It can therefore use this module only if it gets no mask,
-    - returning attention weights, because no tensor of size Lq x Lk is ever formed.
+    - ``add_bias_kv`` and ``add_zero_attn`` are not supported.
+    - A floating-point mask may hold only 0 (kept) and -inf (dropped). `torch.nn.TransformerEncoderLayer` and
+      `torch.nn.TransformerDecoderLayer` convert bool masks into such masks.
+    - The attention weights are not returned, because no tensor of size Lq x Lk is ever formed. `attention_weights`
+      computes them in plain PyTorch.
+    - A row without any kept entry gives zeros instead of NaN.
 
     Args:
         embed_dim: the number of channels of the query and the output.
@@ -59,14 +72,12 @@ class MaskedMultiheadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kdim, vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
-        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kdim", kdim), ("vdim", vdim)):
-            if not isinstance(size, int) or size < 1:
-                raise InputError(f"{name} must be an int of at least 1, got {size!r}")
+        embed_dim, num_heads = _size(embed_dim, "embed_dim"), _size(num_heads, "num_heads")
+        kdim = embed_dim if kdim is None else _size(kdim, "kdim")
+        vdim = embed_dim if vdim is None else _size(vdim, "vdim")
         if embed_dim % num_heads:
             raise InputError(f"num_heads must divide embed_dim ({embed_dim}), got {num_heads}")
-        ratio_threshold(dropout, "dropout")
-        ratio_threshold(mask_ratio, "mask_ratio")
+        dropout, mask_ratio = checked_ratio(dropout, "dropout"), checked_ratio(mask_ratio, "mask_ratio")
         backends.check_name(backend)
         self.embed_dim, self.num_heads, self.batch_first = embed_dim, num_heads, batch_first
         self.dropout, self.mask_ratio, self.backend = dropout, mask_ratio, backend
@@ -88,12 +99,24 @@ class MaskedMultiheadAttention(nn.Module):
             self.in_proj_bias = parameter(3 * embed_dim)
         else:
             self.register_parameter("in_proj_bias", None)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        # reset_parameters initializes the projection once, so that torch's random numbers give torch's initial values.
+        self.out_proj = nn.utils.skip_init(
+            _OutputProjection, embed_dim, embed_dim, bias=bias, device=device or torch.get_default_device(), dtype=dtype
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize all parameters, as torch's module does when it is made.
+
+        FSDP and code that moves a module from the meta device with ``to_empty`` call this function.
+        """
+        self.out_proj.reset_parameters()
         for weight in self._projection_weights() if self.in_proj_weight is None else (self.in_proj_weight,):
             nn.init.xavier_uniform_(weight)
-        if bias:
+        if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
+
+    _reset_parameters = reset_parameters  # the name in torch.nn.MultiheadAttention
 
     def forward(
         self,
@@ -115,10 +138,11 @@ class MaskedMultiheadAttention(nn.Module):
             query: the queries, ``[Lq, B, E]``, or ``[B, Lq, E]`` if `batch_first`, or ``[Lq, E]`` without a batch.
             key, value: the keys, with `kdim` channels, and the values, with `vdim` channels. Both have length Lk and
                 the layout of `query`.
-            key_padding_mask: the padding among the keys, bool ``[B, Lk]``, or ``[Lk]`` without a batch. True means
-                ignored.
-            need_weights: must be False.
-            attn_mask: an explicit mask, bool ``[Lq, Lk]`` or ``[B * num_heads, Lq, Lk]``. True means dropped.
+            key_padding_mask: the padding among the keys, ``[B, Lk]``, or ``[Lk]`` without a batch. It is bool (True
+                means ignored), or floating point with only 0 and -inf (-inf means ignored).
+            need_weights: must be False. `attention_weights` computes the weights.
+            attn_mask: an explicit mask, ``[Lq, Lk]`` or ``[B * num_heads, Lq, Lk]``, bool (True means dropped) or
+                floating point with only 0 and -inf (-inf means dropped).
             average_attn_weights: has no effect, because no attention weights are returned.
             is_causal: states that `attn_mask` is causal. If True, `attn_mask` must be given. It has no other effect.
             mask_seed, mask_stream: as in `fused_masked_attention`.
@@ -127,18 +151,54 @@ class MaskedMultiheadAttention(nn.Module):
             The output in the query's layout, and None in place of the attention weights.
 
         Raises:
-            TypeError, ValueError: if `need_weights` is True, or an argument has the wrong type, shape, dtype or device.
+            TypeError, ValueError: if `need_weights` is True, or an argument has the wrong type, shape, dtype or device,
+                or a floating-point mask has another value. On a GPU, a device-side assertion fails for such a mask.
             ImportError, RuntimeError: as in `fused_masked_attention`.
         """
         if need_weights:
             raise InputError(
                 "need_weights must be False, got True: the fused kernels never form the [Lq, Lk] attention weights; "
-                "sgalign.random_attention_mask returns the random mask"
+                "the module's method attention_weights(query, key) computes them in plain PyTorch"
             )
-        if is_causal and attn_mask is None:
+        # The order of the conditions matters to torch.compile, because torch's decoder computes is_causal from values.
+        if attn_mask is None and is_causal:
             raise InputError("attn_mask must be given if is_causal is True, as in torch.nn.MultiheadAttention")
         (out,) = self._attend([query], key, value, key_padding_mask, attn_mask, mask_seed, mask_stream, dual=False)
         return out, None
+
+    def attention_weights(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        *,
+        mask_seed: int | Tensor | None = None,
+        mask_stream: int = 0,
+    ) -> Tensor:
+        """Return the weights that `torch.nn.MultiheadAttention` returns as its second output, in plain PyTorch.
+
+        They are the weights of `forward` with the same arguments and the same `mask_seed`. In training mode, they have
+        the random mask and dropout.
+
+        Args:
+            query, key, key_padding_mask, attn_mask, mask_seed, mask_stream: as in `forward`.
+            average_attn_weights: if True, return the mean over the heads.
+
+        Returns:
+            The weights, ``[B, Lq, Lk]`` if `average_attn_weights` is True, otherwise ``[B, num_heads, Lq, Lk]``. There
+            is no B if the tensors have no batch dimension.
+
+        Raises:
+            TypeError, ValueError: as in `forward`.
+        """
+        batched, (queries,), keys, _ = self._project([query], key, None)
+        options = self._options(queries, keys, key_padding_mask, attn_mask, mask_seed, mask_stream, batched)
+        weights = attention_weights(queries, keys, **options)
+        if average_attn_weights:
+            weights = weights.mean(1)
+        return weights if batched else weights[0]
 
     def dual_branch(
         self,
@@ -187,35 +247,9 @@ class MaskedMultiheadAttention(nn.Module):
         *,
         dual: bool,
     ) -> list[Tensor]:
-        names = ["query", "mirrored_query"][: len(queries)] + ["key", "value"]
-        channels = [self.embed_dim] * len(queries) + [self.kdim, self.vdim]
-        batched = isinstance(queries[0], Tensor) and queries[0].dim() == 3
-        for name, tensor, width in zip(names, [*queries, key, value], channels, strict=True):
-            check_tensor(name, tensor)
-            if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched or tensor.shape[-1] != width:
-                layout = f"[B, L, {width}]" if self.batch_first else f"[L, B, {width}]"
-                raise InputError(
-                    f"{name} must be {layout}, or [L, {width}] if no tensor has a batch dimension,"
-                    f" got {list(tensor.shape)}"
-                )
-        if key_padding_mask is not None and not batched:
-            key_padding_mask = key_padding_mask[None]
-        weights = self._projection_weights()
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        heads = [self._split_heads(functional.linear(query, weights[0], biases[0])) for query in queries]
-        keys = self._split_heads(functional.linear(key, weights[1], biases[1]))
-        values = self._split_heads(functional.linear(value, weights[2], biases[2]))
-        if attn_mask is not None:
-            attn_mask = self._mask_by_head(attn_mask, len(keys), heads[0].shape[2], keys.shape[2])
-        options: dict[str, Any] = {
-            "mask": attn_mask,
-            "mask_ratio": self.mask_ratio if self.training else 0.0,
-            "mask_seed": mask_seed,
-            "mask_stream": mask_stream,
-            "key_padding_mask": key_padding_mask,
-            "dropout_p": self.dropout if self.training else 0.0,
-            "backend": self.backend,
-        }
+        batched, heads, keys, values = self._project(queries, key, value)
+        options = self._options(heads[0], keys, key_padding_mask, attn_mask, mask_seed, mask_stream, batched)
+        options["backend"] = self.backend
         outs = (
             dual_branch_attention(heads[0], heads[-1], keys, values, **options)
             if dual
@@ -223,8 +257,61 @@ class MaskedMultiheadAttention(nn.Module):
         )
         return [self.out_proj(self._merge_heads(out, batched)) for out in outs]
 
+    def _project(
+        self, queries: list[Tensor], key: Tensor, value: Tensor | None
+    ) -> tuple[bool, list[Tensor], Tensor, Tensor]:
+        """Return whether there is a batch dimension, and the projected queries, keys and values, ``[B, H, L, D]``.
+
+        If `value` is None, the keys are returned in place of the values.
+        """
+        named = {"query": queries[0], "mirrored_query": queries[-1], "key": key} | (
+            {} if value is None else {"value": value}
+        )
+        batched = isinstance(queries[0], Tensor) and queries[0].dim() == 3
+        for name, tensor in named.items():
+            check_tensor(name, tensor)
+            width = {"key": self.kdim, "value": self.vdim}.get(name, self.embed_dim)
+            if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched or tensor.shape[-1] != width:
+                layout = f"[B, L, {width}]" if self.batch_first else f"[L, B, {width}]"
+                raise InputError(
+                    f"{name} must be {layout}, or [L, {width}] if no tensor has a batch dimension,"
+                    f" got {list(tensor.shape)}"
+                )
+        weights = self._projection_weights()
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        heads = [self._split_heads(functional.linear(query, weights[0], biases[0])) for query in queries]
+        keys = self._split_heads(functional.linear(key, weights[1], biases[1]))
+        values = keys if value is None else self._split_heads(functional.linear(value, weights[2], biases[2]))
+        return batched, heads, keys, values
+
+    def _options(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        mask_seed: int | Tensor | None,
+        mask_stream: int,
+        batched: bool,
+    ) -> dict[str, Any]:
+        """Return the options of `fused_masked_attention` for projected queries and keys."""
+        if key_padding_mask is not None:
+            key_padding_mask = _bool_mask("key_padding_mask", key_padding_mask)
+            key_padding_mask = key_padding_mask if batched else key_padding_mask[None]
+        if attn_mask is not None:
+            attn_mask = self._mask_by_head(
+                _bool_mask("attn_mask", attn_mask), keys.shape[0], queries.shape[2], keys.shape[2]
+            )
+        return {
+            "mask": attn_mask,
+            "mask_ratio": self.mask_ratio if self.training else 0.0,
+            "mask_seed": mask_seed,
+            "mask_stream": mask_stream,
+            "key_padding_mask": key_padding_mask,
+            "dropout_p": self.dropout if self.training else 0.0,
+        }
+
     def _mask_by_head(self, attn_mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
-        check_bool("attn_mask", attn_mask)
         if attn_mask.shape == (queries, keys):
             return attn_mask
         by_head = (batch * self.num_heads, queries, keys)
@@ -256,3 +343,29 @@ class MaskedMultiheadAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, {self.num_heads}, dropout={self.dropout}, mask_ratio={self.mask_ratio}"
+
+
+def _size(size: int, name: str) -> int:
+    """Return a size as an int. It may be any integer type, such as numpy's."""
+    try:
+        found = operator.index(size)
+    except TypeError:
+        found = 0
+    if isinstance(size, bool) or found < 1:
+        raise InputError(f"{name} must be an integer of at least 1, got {size!r}")
+    return found
+
+
+def _bool_mask(name: str, mask: Tensor) -> Tensor:
+    """Return a mask as bool, True = dropped. A floating-point mask must hold only 0 (kept) and -inf (dropped)."""
+    if not isinstance(mask, Tensor) or not mask.is_floating_point():
+        check_bool(name, mask)
+        return mask
+    dropped = mask == -math.inf
+    allowed = dropped | (mask == 0)
+    rule = f"{name} must be bool (True = dropped), or hold only 0 (kept) and -inf (dropped)"
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(allowed.all(), rule)  # fails on the device, because the host does not wait for it
+    elif not allowed.all():
+        raise InputError(f"{rule}, got {mask[~allowed][0].item()}")
+    return dropped

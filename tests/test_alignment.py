@@ -249,7 +249,7 @@ def test_operator_passes_opcheck():
     teacher, student = torch.randn(2, 6, 5, device=DEVICE)
     for weight in (None, torch.rand(6, device=DEVICE)):
         torch.library.opcheck(
-            torch.ops.sgalign.alignment_loss.default, (BACKEND, student, teacher, weight, 0.5, False, True)
+            torch.ops.sgalign.alignment_loss.default, (BACKEND, student, teacher, weight, False, False, True)
         )
 
 
@@ -270,7 +270,7 @@ def test_only_the_reference_has_second_order_gradients(backend):
     teacher, student = logits()
     (grad,) = torch.autograd.grad(relation_alignment_loss(teacher, student).square(), student, create_graph=True)
     if backend != "reference":
-        with pytest.raises(RuntimeError, match="second-order gradients of the alignment loss are not supported"):
+        with pytest.raises(RuntimeError, match="second-order gradients of the alignment loss.*backend='reference'"):
             (student.square().sum() + grad.sum()).backward()
     else:
         grad.sum().backward()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from target import BACKEND, DEVICE, DTYPES, EXACT, INTERPRETED, core_only
 
 from sgalign import dual_branch_attention, fused_masked_attention, random_attention_mask
-from sgalign.ops import attention, reference
+from sgalign.ops import _attention_backends, reference
 
 SEED, STREAM = 5, 3
 TOLERANCE = 1e-12 if EXACT == torch.float64 else 1e-5  # largest difference between two computations of a number
@@ -137,7 +137,7 @@ def assert_accurate(branches, tensors, grad_outs, *, floor=0.0, backend=BACKEND,
     doubles = [[tensor.double() for tensor in group] for group in (tensors, grad_outs)]
     exact = run(branches, *doubles, backend="reference", **options)
     # The yardstick is PyTorch in the operands' dtype.
-    with mock.patch.object(attention, "accumulated_dtype", lambda dtype: dtype):
+    with mock.patch.object(_attention_backends, "accumulated_dtype", lambda dtype: dtype):
         plain = run(branches, tensors, grad_outs, backend="reference", **options)
     ours = run(branches, tensors, grad_outs, backend=backend, **options)
     accuracy.assert_accurate(exact, plain, ours, standard_errors(branches, tensors, grad_outs, **options), floor=floor)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sgalign import dual_branch_attention, fused_masked_attention
+from sgalign import attention_weights, dual_branch_attention, fused_masked_attention
 from sgalign.ops import backends
 
 SHAPE = (2, 2, 5, 40, 8)  # B, H, Lq, Lk, D
@@ -35,7 +35,7 @@ def arguments(queries, options):
     mask = torch.arange(40).expand(2, 2, 5, 40) % 7 == 0
     padding = torch.arange(40).expand(2, 40) > 30
     seed = torch.tensor(3)
-    return (mask, padding, seed, 20000, 10000, 1, 0.3) if options else (None, None, None, 0, 0, 0, 0.3)
+    return (mask, padding, seed, 0.3, 0.2, 1, 0.3) if options else (None, None, None, 0.0, 0.0, 0, 0.3)
 
 
 @pytest.mark.parametrize("options", [False, True])
@@ -57,7 +57,7 @@ def test_attention_operators_pass_opcheck(kind, options, strided):
 
 @pytest.mark.parametrize("sizes", [(2, 3, 4, 300), (1, 1, 0, 5)])
 def test_random_mask_operator_passes_opcheck(sizes):
-    torch.library.opcheck(torch.ops.sgalign.random_mask, ("cpu", torch.tensor(3), *sizes, 20000, 1))
+    torch.library.opcheck(torch.ops.sgalign.random_mask, ("cpu", torch.tensor(3), *sizes, 0.3, 1))
 
 
 # ------------------------------------------------------------------------------------------------ compile and export
@@ -255,6 +255,50 @@ def test_checkpointing_replays_the_mask(use_reentrant):
     assert all(torch.equal(tensor.grad, grad) for tensor, grad in zip(tensors, expected))
 
 
+# ------------------------------------------------------------------------------------------------ memory and masks
+
+
+@pytest.mark.parametrize("shape", [(40,), (5, 1), (1, 1, 1, 40), (2, 1, 5, 40)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_mask_is_saved_for_the_backward_in_the_size_it_was_given(shape, compiled):
+    torch.compiler.reset()
+    mask = torch.rand(shape) < 0.3
+    attend = (
+        torch.compile(dual_branch_attention, backend="aot_eager", fullgraph=True) if compiled else dual_branch_attention
+    )
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        attend(*make(requires_grad=True), mask=mask)
+    assert sum(tensor.numel() for tensor in saved if tensor.dtype == torch.bool) == mask.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("options", [{}, OPTIONS | {"mask_seed": 4, "mask_stream": 3, "scale": -0.7}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_weights_times_values_are_the_output(dtype, options, masked):
+    query, _, key, value = make(dtype)
+    if masked:
+        mask = torch.rand(5, 40) < 0.2
+        mask[2] = True
+        options = options | {"mask": mask, "key_padding_mask": torch.arange(40).expand(2, 40) > 33}
+    weights = attention_weights(query, key, **options)
+    assert weights.shape == (2, 2, 5, 40) and weights.dtype == dtype
+    close = {"rtol": 0, "atol": 2e-3} if dtype == torch.float16 else {}
+    torch.testing.assert_close(weights @ value, fused_masked_attention(query, key, value, **options), **close)
+    if masked:
+        assert not weights[:, :, 2].any() and not weights[..., 34:].any()
+
+
+def test_attention_weights_are_differentiable_and_checked():
+    query, _, key, _ = make(torch.float64, requires_grad=True)
+    query, key = query[:1, :1, :2, :3], key[:1, :1, :4, :3]
+    assert torch.autograd.gradcheck(lambda *x: attention_weights(*x, mask_ratio=0.5, mask_seed=1), (query, key))
+    with pytest.raises(ValueError, match=r"key must be \[1, 1, 4, 3\]"):
+        attention_weights(query, key[..., :2])
+    with pytest.raises(ValueError, match="mask_stream must be in"):
+        attention_weights(query, key, mask_stream=-1)
+
+
 # ------------------------------------------------------------------------------------------------------ transforms
 
 
@@ -266,15 +310,9 @@ def test_torch_func_grad_equals_autograd():
     torch.testing.assert_close(grad, expected)
 
 
-def test_vmap_is_refused():
-    query, _, key, value = make()
-    with pytest.raises(RuntimeError, match="does not have vmap support"):
-        torch.func.vmap(fused_masked_attention)(query[None], key[None], value[None])
-
-
 def test_forward_mode_is_refused():
     query, _, key, value = make()
-    with pytest.raises(NotImplementedError, match="jvp"):
+    with pytest.raises(NotImplementedError, match="jvp"):  # torch.compile does not accept a clearer error
         torch.func.jvp(lambda query: fused_masked_attention(query, key, value), (query,), (query,))
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sgalign import (
     dual_branch_attention,
@@ -27,16 +29,19 @@ def operands(*shapes):
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
-def attend(query, mirrored_query, key, value):
-    return dual_branch_attention(query, mirrored_query, key, value, mask_ratio=0.3, mask_seed=1)
+def attend(query, mirrored_query, key, value, *, backend=None):
+    return dual_branch_attention(query, mirrored_query, key, value, mask_ratio=0.3, mask_seed=1, backend=backend)
 
 
-def relate(subject, object_, union, weight, bias):
-    return dual_branch_relation_logits(subject, object_, object_, subject, union, PAIRS, weight, bias, weight, bias)
+def relate(subject, object_, union, weight, bias, *, backend=None):
+    mirrored = object_, subject
+    return dual_branch_relation_logits(
+        subject, object_, *mirrored, union, PAIRS, weight, bias, weight, bias, backend=backend
+    )
 
 
-def align(logits, mirrored):
-    return (relation_alignment_loss(logits.detach(), mirrored),)
+def align(logits, mirrored, *, backend=None):
+    return (relation_alignment_loss(logits.detach(), mirrored, backend=backend),)
 
 
 OPERATIONS = {
@@ -102,9 +107,9 @@ def test_profiler_shows_the_operation(name):
 def test_traced_graph_has_the_operation(name):
     call, tensors = OPERATIONS[name]
     detached = [tensor.detach() for tensor in tensors]
-    graph = make_fx(call)(*detached)
+    graph = make_fx(lambda tensors: call(*tensors))(detached)
     assert any(str(node.target) == f"sgalign.{name}.default" for node in graph.graph.nodes)
-    torch.testing.assert_close(graph(*detached), call(*detached), rtol=0, atol=0)
+    torch.testing.assert_close(graph(detached), call(*detached), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +155,106 @@ def test_subclasses_and_sparse_or_nested_tensors_are_not_plain(tensor):
     assert not is_plain(tensor)
     assert not is_plain(torch.randn(2), tensor)
     assert is_plain(torch.nn.Parameter(torch.randn(2)))
+
+
+# ------------------------------------------------------------------------------- counters, transforms and subclasses
+
+
+def by_torch(operation):
+    """Return the products of an operation, for a counter: attention as torch's, the head as its linear layer."""
+
+    def attend(query, mirrored_query, key, value):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return [functional.scaled_dot_product_attention(x, key, value) for x in (query, mirrored_query)]
+
+    def relate(subject, object_, union, weight, bias):
+        pair = subject[PAIRS[:, 0]] + object_[PAIRS[:, 1]]
+        return [functional.linear(pair * union, weight, bias) for _ in range(2)]
+
+    return {"attention": attend, "relation_logits": relate, "alignment_loss": align}[operation]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_flop_counter_counts_the_matrix_products(name):
+    call, tensors = OPERATIONS[name]
+
+    def counted(call, tensors):
+        with FlopCounterMode(display=False) as counter:
+            outputs = call(*tensors)
+            forward = counter.get_total_flops()
+            gradients(outputs, tensors)
+        return forward, counter.get_total_flops() - forward
+
+    forward, backward = counted(call, tensors)
+    expected_forward, expected_backward = counted(by_torch(name), tensors)
+    assert forward == expected_forward and (forward > 0) == (name != "alignment_loss")
+    if name == "attention":  # the kernels compute the scores again
+        expected_backward += expected_forward // 2
+    assert backward == expected_backward
+
+
+def test_flop_counter_counts_a_shared_query_once():
+    query, _, key, value = operands(*[(1, 2, 3, 8)] * 4)
+    counts = []
+    for second in (query, query.clone()):
+        with FlopCounterMode(display=False) as counter:
+            attend(query, second, key, value)
+        counts.append(counter.get_total_flops())
+    assert 4 * counts[0] == 3 * counts[1] > 0
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_vmap_needs_the_reference(name):
+    call, tensors = OPERATIONS[name]
+    batched = [tensor.detach().expand(2, *tensor.shape) for tensor in tensors]
+    last = len(tensors) - 1
+    outputs = call(*tensors)
+    direction = torch.ones(2, *outputs[0].shape)
+    transforms = {
+        "vmap": lambda call: torch.func.vmap(call)(*batched),
+        "vmap of grad": lambda call: torch.func.vmap(torch.func.grad(lambda *x: call(*x)[0].sum(), last))(*batched),
+        "jacrev": lambda call: torch.func.jacrev(lambda *x: call(*x)[0], last)(*tensors),
+        "batched gradients": lambda call: torch.autograd.grad(
+            call(*tensors)[0], tensors, direction, is_grads_batched=True, allow_unused=True
+        ),
+    }
+    for transformed, run in transforms.items():
+        run(lambda *x: call(*x, backend="reference"))
+        if name == "alignment_loss" and transformed == "batched gradients":
+            run(call)  # the backward is a multiplication
+            continue
+        with pytest.raises(RuntimeError, match="the kernels do not support vmap.* backend='reference' supports it"):
+            run(call)
+
+
+def test_pairs_are_checked_in_vmap():
+    union, ends, weight = torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 4)
+    pairs = torch.stack([PAIRS, PAIRS - 1])
+    with pytest.raises(IndexError, match="got -1 in row 0"):
+        torch.func.vmap(lambda p: fused_relation_logits(ends, ends, union, p, weight, backend="reference"))(pairs)
+
+
+def test_distributed_tensors_are_refused_by_name():
+    distributed = pytest.importorskip("torch.distributed.tensor")
+    experimental = pytest.importorskip("torch.distributed.tensor.experimental")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        (query,) = operands((1, 2, 3, 8))
+        sharded = distributed.distribute_tensor(query, mesh, [distributed.Shard(1)])
+        for arguments in ((sharded, sharded, sharded), (query, query, sharded)):
+            name = "query" if arguments[0] is sharded else "value"
+            with pytest.raises(TypeError, match=f"{name} must be a local tensor, got a DTensor: use .*local_map"):
+                fused_masked_attention(*arguments)
+        with pytest.raises(TypeError, match="logits must be a local tensor"):
+            relation_alignment_loss(sharded[0, 0], sharded[0, 0])
+        by_head = [[distributed.Shard(1)]] * 3
+        local = experimental.local_map(fused_masked_attention, [distributed.Shard(1)], tuple(by_head))
+        out = local(sharded, sharded, sharded)
+        torch.testing.assert_close(out.full_tensor(), fused_masked_attention(query, query, query))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------- remembered checks

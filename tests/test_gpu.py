@@ -129,7 +129,7 @@ def test_tensors_may_be_on_another_device_than_the_current_one():
 
 
 def test_mask_of_the_device_equals_the_mask_of_the_cpu():
-    mask = torch.ops.sgalign.random_mask(BACKEND, torch.tensor(7, device=DEVICE), *SHAPE[:4], round(0.3 * 65536), 2)
+    mask = torch.ops.sgalign.random_mask(BACKEND, torch.tensor(7, device=DEVICE), *SHAPE[:4], 0.3, 2)
     assert torch.equal(mask.cpu(), random_attention_mask(*SHAPE[:4], ratio=0.3, seed=7, stream=2, device="cpu"))
 
 

@@ -165,13 +165,13 @@ def compiled_for(monkeypatch):
 def attend(queries, keys, dim=32, dtype=torch.float16, **options):
     """Launch the kernels of both branches, forward and backward. The results do not matter."""
     from sgalign.kernels import attention
-    from sgalign.ops.attention import Options
+    from sgalign.ops._attention_arguments import Options
 
     rows = [torch.empty(1, 2, length, dim, dtype=dtype) for length in (queries, queries, keys, keys)]
     sums = [torch.empty(1, 2, queries) for _ in range(2)]
     padding = torch.zeros(1, keys, dtype=torch.bool)
     seed = torch.tensor(options.pop("seed", 0))
-    drawn = {"mask_threshold": 6554, "dropout_threshold": 0, "stream": 0, "scale": 0.25} | options
+    drawn = {"mask_ratio": 0.1, "dropout_p": 0.0, "stream": 0, "scale": 0.25} | options
     call = rows[:2], *rows[2:], rows[:2], sums, Options(None, padding, seed, **drawn)
     attention.forward(*call, multiprocessors=4)
     attention.backward(rows[:2], rows, *call, multiprocessors=4)
@@ -182,7 +182,7 @@ def test_seeds_streams_and_ratios_compile_nothing_again(compiled_for):
     first = list(compiled_for)
     assert set(first) >= {"forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel"}
     for seed, stream, threshold, scale in ((1, 1, 1, 1.0), (-(2**63), 2**31 - 1, 65536, 1e-6), (16, 16, 16, 16.0)):
-        attend(100, 608, seed=seed, stream=stream, mask_threshold=threshold, scale=scale)
+        attend(100, 608, seed=seed, stream=stream, mask_ratio=threshold / 65536, scale=scale)
     assert compiled_for == first
 
 

@@ -1,5 +1,9 @@
 """`MaskedMultiheadAttention`, compared with torch's `MultiheadAttention`, and its mirrored branch."""
 
+import copy
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -99,7 +103,7 @@ def test_merging_the_heads_needs_no_copy():
 def test_bad_arguments_of_the_module_are_refused_by_name():
     with pytest.raises(ValueError, match="num_heads must divide embed_dim"):
         MaskedMultiheadAttention(10, 3)
-    for name, value in (("num_heads", 2.0), ("kdim", 0), ("vdim", -1), ("backend", "cudnn")):
+    for name, value in (("num_heads", 2.0), ("num_heads", True), ("kdim", 0), ("vdim", -1), ("backend", "cudnn")):
         with pytest.raises(ValueError, match=f"{name} must be .* got {value!r}"):
             MaskedMultiheadAttention(**{"embed_dim": E, "num_heads": H} | {name: value})
 
@@ -107,12 +111,12 @@ def test_bad_arguments_of_the_module_are_refused_by_name():
 def test_bad_input_with_batch_in_the_middle_is_refused_by_name():
     module = MaskedMultiheadAttention(E, H)
     tensor = torch.randn(5, 2, E)
-    with pytest.raises(ValueError, match="need_weights must be False"):
+    with pytest.raises(ValueError, match="need_weights must be False, got True.*method attention_weights"):
         module(tensor, tensor, tensor, need_weights=True)
     with pytest.raises(ValueError, match=rf"key must be \[L, B, {E}\]"):
         module(tensor, tensor[0], tensor)
     with pytest.raises(TypeError, match="mask must be a bool tensor"):
-        module(tensor, tensor, tensor, attn_mask=torch.zeros(5, 5))
+        module(tensor, tensor, tensor, attn_mask=torch.zeros(5, 5, dtype=torch.uint8))
     with pytest.raises(TypeError, match="query must be a tensor, got list"):
         module([1.0], tensor, tensor)
 
@@ -122,7 +126,15 @@ def test_bad_input_with_batch_in_the_middle_is_refused_by_name():
     [
         ({"query": torch.zeros(3, 5, E + 1)}, ValueError, rf"query must be \[B, L, {E}\].* got \[3, 5, {E + 1}\]"),
         ({"value": torch.zeros(7, E)}, ValueError, rf"value must be \[B, L, {E}\].* got \[7, {E}\]"),
-        ({"attn_mask": torch.zeros(3, 5, 7)}, TypeError, "attn_mask must be a bool tensor.* got torch.float32"),
+        ({"attn_mask": torch.zeros(3, 5, 7).int()}, TypeError, "attn_mask must be a bool tensor.* got torch.int32"),
+        (
+            {"attn_mask": torch.full((5, 7), -1e9)},
+            ValueError,
+            r"attn_mask must be bool .*, got -1000000000",
+        ),
+        ({"attn_mask": torch.full((5, 7), math.nan)}, ValueError, "attn_mask must be bool .* got nan"),
+        ({"key_padding_mask": torch.ones(3, 7)}, ValueError, "key_padding_mask must be bool .* got 1.0"),
+        ({"key_padding_mask": torch.zeros(3, 6)}, ValueError, r"key_padding_mask must be of shape \[3, 7\]"),
         ({"attn_mask": torch.zeros(H + 1, 5, 7) > 0}, ValueError, rf"attn_mask must be .* got \[{H + 1}, 5, 7\]"),
         ({"attn_mask": torch.zeros(H, 5, 7) > 0}, ValueError, rf"or \[{3 * H}, 5, 7\] .* got \[{H}, 5, 7\]"),
         ({"attn_mask": torch.zeros(1, 7) > 0}, ValueError, r"attn_mask must be \[5, 7\] or .* got \[1, 7\]"),
@@ -141,16 +153,119 @@ def test_bad_ratios_are_refused_when_the_module_is_made():
             MaskedMultiheadAttention(E, H, **{name: 2})
 
 
+def replaced(layer):
+    """Return a copy of a transformer layer of torch whose attention is ours, with the same weights."""
+    ours = copy.deepcopy(layer)
+    for name in ("self_attn", "multihead_attn"):
+        if hasattr(layer, name):
+            setattr(ours, name, MaskedMultiheadAttention(E, H, batch_first=True))
+            getattr(ours, name).load_state_dict(getattr(layer, name).state_dict())
+    return ours
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_module_can_replace_the_attention_of_a_transformer_layer(training):
-    theirs = torch.nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True)
-    ours = torch.nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True)
-    ours.load_state_dict(theirs.state_dict())
-    ours.self_attn = MaskedMultiheadAttention(E, H, batch_first=True)
-    ours.self_attn.load_state_dict(theirs.self_attn.state_dict())
+@pytest.mark.parametrize("masked", [True, False])
+def test_module_can_replace_the_attention_of_a_transformer_encoder(training, masked):
+    theirs = nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True)
+    ours = replaced(theirs)
     x = torch.randn(3, 5, E)
-    theirs, ours = theirs.train(training), ours.train(training)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
-    stacks = [torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False) for layer in (ours, theirs)]
-    ours, theirs = (stack.train(training) for stack in stacks)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+    masks = {}
+    if masked:
+        masks = {"mask": torch.ones(5, 5).triu(1) > 0, "src_key_padding_mask": torch.arange(5).expand(3, 5) > 3}
+    for make in (lambda layer: layer, lambda layer: nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)):
+        by_ours, by_theirs = make(ours).train(training), make(theirs).train(training)
+        given = {"src_mask" if name == "mask" and by_ours is ours else name: mask for name, mask in masks.items()}
+        torch.testing.assert_close(by_ours(x, **given), by_theirs(x, **given), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_module_can_replace_the_attention_of_a_transformer_decoder(training):
+    theirs = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 16, dropout=0.0, batch_first=True), 2)
+    ours = copy.deepcopy(theirs)
+    ours.layers = nn.ModuleList(replaced(layer) for layer in theirs.layers)
+    x, memory = torch.randn(3, 5, E), torch.randn(3, 7, E)
+    masks = {
+        "tgt_mask": nn.Transformer.generate_square_subsequent_mask(5),  # holds floats
+        "memory_mask": torch.rand(5, 7) < 0.2,
+        "tgt_key_padding_mask": torch.where(torch.arange(5).expand(3, 5) > 3, -math.inf, 0.0),
+        "memory_key_padding_mask": torch.arange(7).expand(3, 7) > 5,
+    }
+    masks["memory_mask"][:, 0] = False
+    by_ours, by_theirs = ours.train(training), theirs.train(training)
+    torch.testing.assert_close(by_ours(x, memory, **masks), by_theirs(x, memory, **masks), atol=1e-5, rtol=1e-4)
+    compiled = torch.compile(by_ours, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, memory, **masks), by_theirs(x, memory, **masks), atol=1e-5, rtol=1e-4)
+    masks["memory_mask"] = torch.zeros(5, 7).normal_()
+    with pytest.raises(RuntimeError, match="attn_mask must be bool .*, or hold only 0"):
+        compiled(x, memory, **masks)
+
+
+# --------------------------------------------------------------------------------- weights, sizes and initialization
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("average", [True, False])
+def test_attention_weights_equal_those_of_torchs_module(batch_first, batched, average):
+    theirs, ours = pair(batch_first=batch_first, kdim=10, vdim=6)
+    shape = (lambda length: (3, length)) if batch_first else (lambda length: (length, 3))
+    shape = shape if batched else (lambda length: (length,))
+    query, key, value = torch.randn(*shape(5), E), torch.randn(*shape(7), 10), torch.randn(*shape(7), 6)
+    padding = torch.tensor([[0, 0, 0, 1, 0, 0, 1]] * 3, dtype=torch.bool)[slice(None) if batched else 0]
+    mask = torch.rand(5, 7) < 0.3
+    mask[:, 0] = False
+    masks = {"key_padding_mask": padding, "attn_mask": mask, "average_attn_weights": average}
+    _, expected = theirs(query, key, value, **masks)
+    weights = ours.attention_weights(query, key, **masks)
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_attention_weights_are_those_of_the_same_call():
+    module = MaskedMultiheadAttention(E, H, batch_first=True, mask_ratio=0.4, dropout=0.2).double()
+    query, memory = (torch.randn(2, length, E, dtype=torch.float64) for length in (5, 40))
+    seeds = {"mask_seed": 3, "mask_stream": 2}
+    weights = module.attention_weights(query, memory, average_attn_weights=False, **seeds)
+    assert 0.4 < (weights == 0).double().mean() < 0.64
+    values = module._split_heads(
+        nn.functional.linear(memory, *(x.chunk(3)[2] for x in (module.in_proj_weight, module.in_proj_bias)))
+    )
+    expected, _ = module(query, memory, memory, **seeds)
+    torch.testing.assert_close(module.out_proj(module._merge_heads(weights @ values, True)), expected)
+
+
+def test_any_integer_is_a_size():
+    module = MaskedMultiheadAttention(np.int64(E), np.int32(H), kdim=np.uint8(10), vdim=torch.tensor(6))
+    assert [type(size) for size in (module.embed_dim, module.num_heads, module.kdim, module.vdim)] == [int] * 4
+    assert module(torch.randn(5, E), torch.randn(7, 10), torch.randn(7, 6))[0].shape == (5, E)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", ["reset_parameters", "_reset_parameters"])
+def test_module_from_the_meta_device_gets_the_initial_values(sizes, name):
+    torch.manual_seed(0)
+    expected = nn.MultiheadAttention(E, H, **sizes).state_dict()
+    module = MaskedMultiheadAttention(E, H, **sizes, device="meta")
+    assert all(parameter.is_meta for parameter in module.parameters())
+    module.to_empty(device="cpu")
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, math.nan)
+    torch.manual_seed(0)
+    getattr(module, name)()
+    for key, tensor in expected.items():
+        assert torch.equal(module.state_dict()[key], tensor), key
+
+
+def test_every_order_of_initialization_gives_zero_biases():
+    """FSDP initializes each module by itself, and parents before their children."""
+    module = MaskedMultiheadAttention(E, H)
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, math.nan)
+    for part in module.modules():
+        part.reset_parameters()
+    assert not module.in_proj_bias.any() and not module.out_proj.bias.any()
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_default_device_holds_the_parameters():
+    with torch.device("meta"):
+        assert all(parameter.is_meta for parameter in MaskedMultiheadAttention(E, H).parameters())

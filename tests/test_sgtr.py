@@ -147,7 +147,7 @@ def plain_decoder(net, found, contents, mask=None):
                 place, stream, batch, keys = (role - 1) * images + image, 2 * number + 1, 2 * images, count
             if mask is not None:
                 random = reference.random_mask(
-                    batch * HEADS, QUERIES, keys, threshold=ratio_threshold(mask.ratio, "ratio"),
+                    batch * HEADS, QUERIES, keys, threshold=ratio_threshold(mask.ratio),
                     seed=torch.tensor(mask.seed), stream=stream, device=torch.device("cpu"),
                 )  # fmt: skip
                 dropped = dropped | random.view(batch, HEADS, QUERIES, keys)[place]

@@ -1,7 +1,7 @@
-"""The functions that launch attention, forward and backward, on each backend, and the arguments that they take.
+"""The functions that compute attention, forward and backward, on each backend, and the arguments that they take.
 
 To add a backend, write a file of kernels and add an entry to `FORWARD` and to `BACKWARD`. backends.py lists the other
-tables that need an entry.
+tables that need an entry. The backend "reference" launches no kernels. Its functions are at the end of this file.
 """
 
 from __future__ import annotations
@@ -13,43 +13,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgalign.ops import _core, _cuda
-from sgalign.ops._operands import DTYPES, Tensors
-from sgalign.ops.random_mask import STEPS
+from sgalign.ops import _core, _cuda, reference
+from sgalign.ops._attention_arguments import Options
+from sgalign.ops._operands import DTYPES, Tensors, accumulated_dtype, cast, without_autocast
 
 NO_MASK, NO_PADDING = (0,) * 5, (0,) * 3  # passed in place of the address and the strides of a missing mask
-
-
-class Options(NamedTuple):
-    """The options of a call in the order of `OPTIONS_SCHEMA`: all arguments except queries, keys and values."""
-
-    mask: Tensor | None  # bool [B, H, Lq, Lk], with stride 0 along broadcast dimensions
-    key_padding_mask: Tensor | None
-    seed: Tensor | None  # None if nothing is drawn
-    mask_threshold: int  # drop probability of the random mask times 65536
-    dropout_threshold: int  # drop probability of dropout times 65536
-    stream: int  # stream of the random mask
-    scale: float  # factor of the scores
-
-    @property
-    def dropout_scale(self) -> float:
-        """The factor of the weights that dropout keeps."""
-        return STEPS / (STEPS - self.dropout_threshold) if self.dropout_threshold < STEPS else 0.0
-
-
-# part of the schemas of the registered operations
-OPTIONS_SCHEMA = (
-    "Tensor? mask, Tensor? key_padding_mask, Tensor? seed, int mask_threshold, int dropout_threshold, int stream,"
-    " float scale"
-)
 
 
 class Call(NamedTuple):
     """The tensors and options of a forward pass, which its backward pass reads again.
 
-    All last strides are 1. With one output there is one branch, which has the random mask. With two outputs, the first
-    belongs to the supervised branch and the second to the mirrored branch, and only the mirrored branch has the random
-    mask. Both branches may share one query.
+    All last strides are 1. `options.mask` is [B, H, Lq, Lk], with stride 0 along broadcast dimensions. With one output
+    there is one branch, which has the random mask. With two outputs, the first belongs to the supervised branch and the
+    second to the mirrored branch, and only the mirrored branch has the random mask. Both branches may share one query.
     """
 
     queries: Tensors
@@ -146,7 +122,10 @@ def _description(core: ModuleType, call: Call, grad_outs: Sequence[Tensor] = (),
         *(NO_MASK if options.mask is None else _matrix(options.mask)),
         *(NO_PADDING if options.key_padding_mask is None else _matrix(options.key_padding_mask)),
         seed.item() if seed is not None and seed.is_cpu else 0,  # kernels on a GPU read the seed from its memory
-        *options[3:],
+        options.mask_threshold,
+        options.dropout_threshold,
+        options.stream,
+        options.scale,
         torch.get_num_threads(),
         len(outs),
         len(queries),
@@ -168,3 +147,59 @@ def _matrix(tensor: Tensor) -> tuple[int, ...]:
 
 def _seed_address(call: Call) -> int:
     return 0 if call.options.seed is None else call.options.seed.data_ptr()
+
+
+# ------------------------------------------------------------------------------------------------------ reference
+# Autograd can differentiate these functions any number of times. Like the kernels, they compute in float32 or float64,
+# because scores may exceed 65504, the largest float16 number.
+
+
+def reference_attention(
+    queries: Tensors, branches: int, key: Tensor, value: Tensor, options: Options
+) -> tuple[Tensor, ...]:
+    """Return the outputs of one or two branches, with the random mask in the last branch."""
+    outs = []
+    for branch in range(branches):
+        query = queries[min(branch, len(queries) - 1)]
+        arguments = _definition_arguments(query, key, options, masked=branch == branches - 1)
+        with without_autocast(key.device):
+            out = reference.attention(value=cast(value, accumulated_dtype(value.dtype)), **arguments)
+        outs.append(cast(out, value.dtype))
+    return tuple(outs)
+
+
+def reference_weights(query: Tensor, key: Tensor, options: Options) -> Tensor:
+    """Return the weights of one branch with the random mask."""
+    with without_autocast(key.device):
+        weights = reference.attention_weights(**_definition_arguments(query, key, options, masked=True))
+    return cast(weights, key.dtype)
+
+
+def _definition_arguments(query: Tensor, key: Tensor, options: Options, *, masked: bool) -> dict[str, Any]:
+    """Return the arguments of `reference.attention_weights`. The random mask is drawn if `masked` is True."""
+    batch, heads, length, _ = query.shape
+    accumulated = accumulated_dtype(key.dtype)
+
+    def draw(threshold: int, stream: int) -> Tensor:
+        assert options.seed is not None
+        random = reference.random_mask(
+            batch * heads, length, key.shape[2], threshold=threshold, seed=options.seed, stream=stream,
+            device=key.device,
+        )  # fmt: skip
+        return random.view(batch, heads, length, key.shape[2])
+
+    dropped, dropout_keep = options.mask, None
+    if masked and options.mask_threshold:
+        random = draw(options.mask_threshold, options.stream)
+        dropped = random if dropped is None else dropped | random
+    if options.dropout_threshold:
+        dropout_keep = ~draw(options.dropout_threshold, options.stream | reference.DROPOUT_STREAM_BIT)
+    return {
+        "query": cast(query, accumulated),
+        "key": cast(key, accumulated),
+        "dropped": dropped,
+        "key_padding_mask": options.key_padding_mask,
+        "dropout_keep": dropout_keep,
+        "dropout_scale": options.dropout_scale,
+        "scale": options.scale,
+    }

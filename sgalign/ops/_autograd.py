@@ -83,30 +83,47 @@ def differentiable_once(what: str, gradients: Callable[..., Any]) -> Callable[..
     """Wrap a function that computes gradients in a backward pass. Differentiating its result raises an error.
 
     Args:
-        what: the name of the operation in the error message.
+        what: the name of the operation in the error messages.
         gradients: the function, which is called with positional arguments.
     """
-    message = (
-        f"sgalign: second-order gradients of {what} are not supported (create_graph=True, or a gradient of a gradient);"
-        " backend='reference' supports them"
-    )
 
     class Gradients(torch.autograd.Function):
         forward = staticmethod(gradients)
+        backward = reference_only(f"second-order gradients of {what} (create_graph=True, or a gradient of a gradient)")
+        vmap = no_vmap(what)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             pass
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            raise RuntimeError(message)
-
     @functools.wraps(gradients)
     def once(*arguments: Any) -> Any:
-        return Gradients.apply(*arguments) if torch.is_grad_enabled() else gradients(*arguments)
+        if torch.is_grad_enabled():
+            return Gradients.apply(*arguments)
+        try:
+            return gradients(*arguments)
+        except RuntimeError:
+            # With is_grads_batched=True, torch runs the backward on tensors that a kernel cannot read. A check at each
+            # call would take longer than this one.
+            if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in arguments if isinstance(x, Tensor)):
+                Gradients.vmap()
+            raise
 
     return once
+
+
+def no_vmap(what: str) -> staticmethod[..., None]:
+    """Return the vmap rule of an autograd function that has none. `what` names the operation in the error message."""
+    return reference_only(f"vmap of {what} or of its gradients (jacrev, is_grads_batched=True)")
+
+
+def reference_only(what: str) -> staticmethod[..., None]:
+    """Return a static method that raises an error, which says that only backend="reference" supports `what`."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(f"sgalign: the kernels do not support {what}; backend='reference' supports it")
+
+    return staticmethod(refuse)
 
 
 def distinct(tensors: list[Any]) -> list[Any]:

@@ -5,6 +5,7 @@ The checks of ratios, seeds and streams are in random_mask.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -29,7 +30,13 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Raise TypeError if `tensor` is sparse or nested, because the kernels cannot read its memory."""
+    """Raise TypeError if `tensor` is sparse, nested or distributed, because the kernels cannot read its memory."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # not imported here, because the import takes long
+    if distributed is not None and isinstance(tensor, distributed.DTensor):
+        # The random mask depends on the global indices of heads and batch, which a local kernel does not know.
+        raise TypeError(
+            f"{name} must be a local tensor, got a DTensor: use torch.distributed.tensor.experimental.local_map"
+        )
     if tensor.layout != torch.strided or tensor.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got {'nested' if tensor.is_nested else tensor.layout}")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda, backends, reference
-from sgalign.ops._autograd import call, differentiable_once, is_plain
+from sgalign.ops._autograd import call, differentiable_once, is_plain, no_vmap
 from sgalign.ops._operands import (
     DTYPES,
     accumulated_dtype,
@@ -27,6 +27,7 @@ from sgalign.ops._operands import (
     once_a_signature,
     unit_stride,
 )
+from sgalign.ops._registration import operation, register
 
 Kind = Literal["softmax", "sigmoid"]
 Reduction = Literal["element", "relation"]
@@ -89,35 +90,38 @@ def relation_alignment_loss(
     dtype = torch.promote_types(logits.dtype, mirrored_logits.dtype)
     backend = backends.choose(backend, logits.device, dtype)
     logits, mirrored_logits = cast(logits.detach(), dtype), cast(mirrored_logits, dtype)
-    scale, weight = _shares(logits, weight, reduction)
+    if weight is not None:
+        weight = _shares(weight).to(accumulated_dtype(dtype))
+    per_element = reduction == "element"
     if backend == "reference":
-        return _reference(mirrored_logits, logits, weight, scale, kind, direction)
-    options = scale, kind == "sigmoid", direction == "symmetric"
+        return _reference(mirrored_logits, logits, weight, per_element, kind, direction)
+    options = per_element, kind == "sigmoid", direction == "symmetric"
     return call(_AlignmentLoss, plain, backend, mirrored_logits, logits, weight, *options)[0]
 
 
-def _shares(logits: Tensor, weight: Tensor | None, reduction: str) -> tuple[float, Tensor | None]:
-    """Return the common factor of all relations and the weight of each relation.
-
-    The weight is None if all relations have the same weight.
-    """
-    relations, classes = logits.shape
-    scale = 1 / classes if reduction == "element" else 1.0
-    if weight is None:
-        return scale / max(relations, 1), None
+def _shares(weight: Tensor) -> Tensor:
+    """Return the weights divided by their sum, in float64."""
     weight = weight.detach().double()
     total = weight.sum()
-    return scale, (weight / total.where(total > 0, 1)).to(accumulated_dtype(logits.dtype))
+    return weight / total.where(total > 0, 1)
+
+
+def _divisor(logits: Tensor, weight: Tensor | None, per_element: bool) -> int:
+    """Return the number by which the weighted sum of the divergences is divided."""
+    relations, classes = logits.shape
+    equal_shares: int = torch.sym_max(relations, 1) if weight is None else 1  # type: ignore[assignment]
+    return equal_shares * (classes if per_element else 1)
 
 
 def _reference(
-    mirrored: Tensor, logits: Tensor, weight: Tensor | None, scale: float, kind: str, direction: str
+    mirrored: Tensor, logits: Tensor, weight: Tensor | None, per_element: bool, kind: str, direction: str
 ) -> Tensor:
+    divisor = _divisor(logits, weight, per_element)
     if weight is None:
-        return reference.alignment_divergence(logits, mirrored, kind, direction).sum() * scale
+        return reference.alignment_divergence(logits, mirrored, kind, direction).sum() / divisor
     without = (weight == 0)[:, None]  # 0 times an infinite divergence would be NaN
     logits, mirrored = logits.masked_fill(without, 0), mirrored.masked_fill(without, 0)
-    return (reference.alignment_divergence(logits, mirrored, kind, direction) * weight).sum() * scale
+    return (reference.alignment_divergence(logits, mirrored, kind, direction) * weight).sum() / divisor
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -159,6 +163,8 @@ def _check_logits(logits: Tensor, mirrored_logits: Tensor, weight: Tensor | None
 
 
 class _AlignmentLoss(torch.autograd.Function):
+    vmap = no_vmap("the alignment loss")
+
     @staticmethod
     def forward(
         plain: bool,
@@ -166,13 +172,13 @@ class _AlignmentLoss(torch.autograd.Function):
         mirrored: Tensor,
         logits: Tensor,
         weight: Tensor | None,
-        scale: float,
+        per_element: bool,
         sigmoid: bool,
         symmetric: bool,
     ) -> tuple[Tensor, Tensor]:
         # Every argument is named, because torch.compile rejects `*arguments` if no tensor needs a gradient.
-        run = _loss if plain else torch.ops.sgalign.alignment_loss
-        losses, grad = run(backend, mirrored, logits, weight, scale, sigmoid, symmetric)
+        run = operation("alignment_loss", plain)
+        losses, grad = run(backend, mirrored, logits, weight, per_element, sigmoid, symmetric)
         return losses.sum(), grad
 
     @staticmethod
@@ -199,34 +205,36 @@ _loss_gradient = differentiable_once("the alignment loss", _gradient)
 
 # ------------------------------------------------------------------------------------------------------ operation
 
-_library = torch.library.Library("sgalign", "FRAGMENT")
-# Returns each relation's share of the loss, and the gradient of the sum of the shares with respect to `mirrored`.
-_library.define(
-    "alignment_loss(str backend, Tensor mirrored, Tensor logits, Tensor? weight, float scale, bool sigmoid,"
-    " bool symmetric) -> (Tensor, Tensor)"
-)
 
-
-@torch.library.register_fake("sgalign::alignment_loss")
 def _loss_fake(backend: str, mirrored: Tensor, logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulated_dtype(mirrored.dtype)
     return mirrored.new_empty(mirrored.shape[0], dtype=dtype), mirrored.new_empty(mirrored.shape, dtype=dtype)
 
 
-@torch.library.impl(_library, "alignment_loss", "CompositeExplicitAutograd")
 def _loss(
     backend: str,
     mirrored: Tensor,
     logits: Tensor,
     weight: Tensor | None,
-    scale: float,
+    per_element: bool,
     sigmoid: bool,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor]:
     losses, grad = _loss_fake(backend, mirrored, logits)
+    # The scale is computed here, because torch.compile would compile again for every float that depends on a size.
+    scale = 1 / _divisor(logits, weight, per_element)
     weight = None if weight is None else weight.contiguous()
     _LAUNCH[backend](Call(unit_stride(mirrored), unit_stride(logits), weight, scale, sigmoid, symmetric, losses, grad))
     return losses, grad
+
+
+# Returns each relation's share of the loss, and the gradient of the sum of the shares with respect to `mirrored`.
+register(
+    "alignment_loss(str backend, Tensor mirrored, Tensor logits, Tensor? weight, bool per_element, bool sigmoid,"
+    " bool symmetric) -> (Tensor, Tensor)",
+    _loss,
+    _loss_fake,
+)
 
 
 # ------------------------------------------------------------------------------------------------------ backends
@@ -241,7 +249,7 @@ class Call(NamedTuple):
     mirrored: Tensor
     logits: Tensor
     weight: Tensor | None  # contiguous, like `losses` and `grad`
-    scale: float
+    scale: float  # factor of all relations
     sigmoid: bool
     symmetric: bool
     losses: Tensor

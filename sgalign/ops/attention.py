@@ -1,51 +1,30 @@
 """Masked attention for one branch, or for a supervised and a mirrored branch in one pass over the keys.
 
-Both public functions run the same operation, on one or two branches. A call goes through these steps:
+`fused_masked_attention` and `dual_branch_attention` run the same operation, on one or two branches. A call goes through
+these steps:
 
-1. `fused_masked_attention` or `dual_branch_attention` checks the arguments and calls `_Attention` (autograd).
-2. `_Attention` calls the registered operation ``sgalign::attention``. If torch's dispatcher has nothing to add
-   (_autograd.py), it calls the implementation `_forward` directly.
+1. The public function checks its arguments with `prepare` (_attention_arguments.py) and calls `_attend`.
+2. `_attend` calls `_Attention` (autograd), which calls the registered operation ``sgalign::attention``. If torch's
+   dispatcher has nothing to add (_autograd.py), it calls the implementation `_forward` directly.
 3. `_forward` allocates the outputs and calls the backend's launch function from the table `FORWARD` in
    _attention_backends.py.
 
 The gradients take the same steps: `_Attention.backward`, then ``sgalign::attention_backward`` or `_backward`, then the
-table `BACKWARD`.
+table `BACKWARD`. `attention_weights` and the backend "reference" use plain PyTorch (the end of _attention_backends.py).
 """
 
 from __future__ import annotations
 
-import math
-import numbers
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgalign.errors import InputError
-from sgalign.ops import backends, reference
-from sgalign.ops._attention_backends import BACKWARD, FORWARD, OPTIONS_SCHEMA, Call, Options
-from sgalign.ops._autograd import call, differentiable_once, distinct, is_plain
-from sgalign.ops._operands import (
-    Tensors,
-    accumulated_dtype,
-    cast,
-    check_bool,
-    check_device,
-    check_dtype,
-    check_floating,
-    check_tensor,
-    computed_dtype,
-    empty_like,
-    once_a_signature,
-    unit_stride,
-    without_autocast,
-)
-from sgalign.ops.random_mask import check_seed, check_stream, ratio_threshold, seed_tensor
-
-MAX_DIM = 256  # channels per head
-MAX_SCALE = torch.finfo(torch.float32).max / 2  # half the largest number, because the kernels multiply it by log2(e)
-
+from sgalign.ops._attention_arguments import OPTIONS_SCHEMA, Options, prepare
+from sgalign.ops._attention_backends import BACKWARD, FORWARD, Call, reference_attention, reference_weights
+from sgalign.ops._autograd import call, differentiable_once, distinct, is_plain, no_vmap
+from sgalign.ops._operands import Tensors, accumulated_dtype, empty_like, unit_stride
+from sgalign.ops._registration import operation, register
 
 # ------------------------------------------------------------------------------------------------------ public
 
@@ -105,10 +84,10 @@ def fused_masked_attention(
         ImportError: if the compiled core is not built or was built from other sources, or the backend is not installed.
         RuntimeError: in the backward pass, if second-order gradients are requested and the backend is not "reference".
     """
-    (out,) = _attention(
-        [query], 1, key, value, mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend
+    prepared = prepare(
+        [query], key, value, mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend
     )
-    return out
+    return _attend(1, *prepared)[0]
 
 
 def dual_branch_attention(
@@ -150,159 +129,62 @@ def dual_branch_attention(
         TypeError, ValueError, ImportError, RuntimeError: as in `fused_masked_attention`.
     """
     queries = [query] if mirrored_query is query else [query, mirrored_query]
-    out, mirrored_out = _attention(
-        queries, 2, key, value, mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend
+    prepared = prepare(
+        queries, key, value, mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend
     )
+    out, mirrored_out = _attend(2, *prepared)
     return out, mirrored_out
 
 
-def _attention(
-    queries: Tensors,
-    branches: int,
+def attention_weights(
+    query: Tensor,
     key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    mask_ratio: float,
-    mask_seed: int | Tensor | None,
-    mask_stream: int,
-    key_padding_mask: Tensor | None,
-    dropout_p: float,
-    scale: float | None,
-    backend: str | None,
+    *,
+    mask: Tensor | None = None,
+    mask_ratio: float = 0.0,
+    mask_seed: int | Tensor | None = None,
+    mask_stream: int = 0,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Return the weights that `fused_masked_attention` multiplies with the values, as a tensor.
+
+    The fused kernels never store these weights. This function computes them in plain PyTorch, for figures and for code
+    that reads them. To get the weights of a call of `fused_masked_attention`, pass the same arguments and the same
+    `mask_seed`. The output of that call is ``weights @ value``, up to rounding. This function is differentiable any
+    number of times.
+
+    Args:
+        query: the queries, ``[B, H, Lq, D]``.
+        key: the keys, ``[B, H, Lk, D]``.
+        mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale: as in `fused_masked_attention`.
+
+    Returns:
+        The weights, ``[B, H, Lq, Lk]``, in the query's dtype or autocast's. They are 0 for dropped entries. Without
+        dropout, each row with a kept entry sums to 1.
+
+    Raises:
+        TypeError, ValueError: as in `fused_masked_attention`.
+    """
+    prepared = prepare(
+        [query], key, key, mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, "reference"
+    )
+    return reference_weights(prepared.queries[0], prepared.key, prepared.options)
+
+
+def _attend(
+    branches: int, plain: bool, backend: str, queries: Tensors, key: Tensor, value: Tensor, options: Options
 ) -> tuple[Tensor, ...]:
     """Return the outputs of one or two branches.
 
     Two branches may share one query. The random mask applies to the last branch.
     """
-    query, mirrored_query = queries[0], queries[1] if len(queries) == 2 else None
-    plain = is_plain(query, mirrored_query, key, value, mask, key_padding_mask, mask_seed)
-    _check(plain, query, mirrored_query, key, value, mask, key_padding_mask)
-    thresholds = ratio_threshold(mask_ratio, "mask_ratio"), ratio_threshold(dropout_p, "dropout_p")
-    check_stream(mask_stream, "mask_stream")
-    check_seed(mask_seed, query.device, "mask_seed")
-    scale = _checked_scale(scale, query.shape[3])
-    dtype = computed_dtype(query)
-    backend = backends.choose(backend, query.device, dtype)
-    queries, key, value = [cast(query, dtype) for query in queries], cast(key, dtype), cast(value, dtype)
-    if mask is not None:
-        mask = mask.expand(*query.shape[:3], key.shape[2])
-    seed = seed_tensor(mask_seed, query.device) if any(thresholds) else None
-    options = Options(mask, key_padding_mask, seed, *thresholds, mask_stream, scale)
     if backend == "reference":
-        return _reference(queries, branches, key, value, options)
+        return reference_attention(queries, branches, key, value, options)
     query, key, value, *others = distinct([queries[0], key, value, *queries[1:]])
     outputs = call(_Attention, plain, backend, query, *(others or [None]), branches, key, value, options)
     return outputs[:branches]
-
-
-def _reference(queries: Tensors, branches: int, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, ...]:
-    """Return the outputs of one or two branches, computed in plain PyTorch, with the random mask in the last branch.
-
-    This function takes the place of the registered operation, so autograd can differentiate it any number of times.
-    Like the kernels, it computes in float32 or float64, because scores may exceed 65504, the largest float16 number.
-    """
-    dtype, accumulated = key.dtype, accumulated_dtype(key.dtype)
-    queries = [cast(query, accumulated) for query in queries]
-    key, value = cast(key, accumulated), cast(value, accumulated)
-    batch, heads, length, _ = queries[0].shape
-
-    def draw(threshold: int, stream: int) -> Tensor:
-        assert options.seed is not None
-        random = reference.random_mask(
-            batch * heads, length, key.shape[2], threshold=threshold, seed=options.seed, stream=stream,
-            device=key.device,
-        )  # fmt: skip
-        return random.view(batch, heads, length, key.shape[2])
-
-    dropout_keep = None
-    if options.dropout_threshold:
-        dropout_keep = ~draw(options.dropout_threshold, options.stream | reference.DROPOUT_STREAM_BIT)
-    outs = []
-    for branch in range(branches):
-        dropped = options.mask
-        if branch == branches - 1 and options.mask_threshold:
-            random = draw(options.mask_threshold, options.stream)
-            dropped = random if dropped is None else dropped | random
-        with without_autocast(key.device):
-            out = reference.attention(
-                queries[min(branch, len(queries) - 1)],
-                key,
-                value,
-                dropped=dropped,
-                key_padding_mask=options.key_padding_mask,
-                dropout_keep=dropout_keep,
-                dropout_scale=options.dropout_scale,
-                scale=options.scale,
-            )
-        outs.append(cast(out, dtype))
-    return tuple(outs)
-
-
-# ------------------------------------------------------------------------------------------------------ checks
-
-
-@once_a_signature
-def _check(
-    query: Tensor,
-    mirrored_query: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-) -> None:
-    rows = {"query": query, "mirrored_query": mirrored_query, "key": key, "value": value}
-    _check_rows({name: tensor for name, tensor in rows.items() if tensor is not None or name != "mirrored_query"})
-    _check_masks(mask, key_padding_mask, query, key.shape[2])
-
-
-def _check_rows(rows: dict[str, Any]) -> None:
-    for name, tensor in rows.items():
-        check_tensor(name, tensor)
-        if tensor.dim() != 4:
-            raise InputError(f"{name} must be [B, H, L, D], got {tensor.dim()} dimensions: {list(tensor.shape)}")
-        check_floating(name, tensor)
-    query, key = rows["query"], rows["key"]
-    batch, heads, _, dim = query.shape
-    for name, tensor in list(rows.items())[1:]:
-        expected = query.shape if name == "mirrored_query" else (batch, heads, key.shape[2], dim)
-        if tensor.shape != expected:
-            raise InputError(
-                f"{name} must be {list(expected)} to match query {list(query.shape)}"
-                f"{' and key ' + str(list(key.shape)) if name == 'value' else ''}, got {list(tensor.shape)}"
-            )
-        check_device(name, tensor, query.device, "the query's device")
-        check_dtype(name, tensor, query, "the query's dtype")
-    if dim > MAX_DIM:
-        raise InputError(f"query must have at most {MAX_DIM} channels per head (D), got {dim}")
-
-
-def _check_masks(mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor, keys: int) -> None:
-    batch, heads, length, _ = query.shape
-    for name, boolean, shape in (
-        ("mask", mask, (batch, heads, length, keys)),
-        ("key_padding_mask", key_padding_mask, (batch, keys)),
-    ):
-        if boolean is None:
-            continue
-        check_bool(name, boolean)
-        check_device(name, boolean, query.device, "the query's device")
-        if name == "mask":
-            fits = boolean.dim() <= 4 and all(size in (1, full) for size, full in zip(boolean.shape[::-1], shape[::-1]))
-        else:
-            fits = boolean.shape == shape
-        if not fits:
-            how = "broadcastable to" if name == "mask" else "of shape"
-            raise InputError(f"{name} must be {how} {list(shape)}, got {list(boolean.shape)}")
-
-
-def _checked_scale(scale: float | None, dim: int) -> float:
-    if scale is None:
-        return 1 / math.sqrt(dim) if dim else 1.0
-    if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
-    if not -MAX_SCALE <= scale <= MAX_SCALE:  # also catches NaN
-        raise InputError(f"scale must be finite and at most {MAX_SCALE:.2g} in absolute value, got {scale}")
-    return float(scale) if isinstance(scale, numbers.Real) else scale
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
@@ -313,6 +195,8 @@ class _Attention(torch.autograd.Function):
 
     A call through it takes far less time than one through `torch.library.register_autograd`.
     """
+
+    vmap = no_vmap("fused attention")
 
     @staticmethod
     def forward(
@@ -326,7 +210,7 @@ class _Attention(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, ...]:
         queries = [query] if mirrored_query is None else [query, mirrored_query]
-        run = _forward if plain else torch.ops.sgalign.attention
+        run = operation("attention", plain)
         return tuple(run(backend, queries, branches, key, value, *options))
 
     @staticmethod
@@ -375,7 +259,7 @@ def _gradients(
     pairs = (grad_out, mirrored_grad_out), (query, mirrored_query), (out, mirrored_out), (logsumexp, mirrored_logsumexp)
     branches = [[tensor for tensor in pair if tensor is not None] for pair in pairs]
     plain = is_plain(grad_out, mirrored_grad_out, query, mirrored_query, key, value, *options[:3])
-    run: Callable[..., Tensors] = _backward if plain else torch.ops.sgalign.attention_backward
+    run = operation("attention_backward", plain)
     return tuple(run(backend, *branches, key, value, *options))
 
 
@@ -383,17 +267,6 @@ _attention_gradients = differentiable_once("fused attention", _gradients)
 
 
 # ------------------------------------------------------------------------------------------------------ operations
-
-_library = torch.library.Library("sgalign", "FRAGMENT")
-# Returns the outputs of the branches, then their log-sum-exps.
-_library.define(
-    f"attention(str backend, Tensor[] queries, int branches, Tensor key, Tensor value, {OPTIONS_SCHEMA}) -> Tensor[]"
-)
-# Returns the gradients of the queries, of the key and of the value.
-_library.define(
-    "attention_backward(str backend, Tensor[] grad_outs, Tensor[] queries, Tensor[] outs, Tensor[] logsumexps,"
-    f" Tensor key, Tensor value, {OPTIONS_SCHEMA}) -> Tensor[]"
-)
 
 
 def _empty_outputs(queries: Tensors, branches: int) -> tuple[Tensors, Tensors]:
@@ -404,13 +277,11 @@ def _empty_outputs(queries: Tensors, branches: int) -> tuple[Tensors, Tensors]:
     return outs, [query.new_empty((batch, heads, length), dtype=dtype) for _ in range(branches)]
 
 
-@torch.library.register_fake("sgalign::attention")
 def _forward_fake(backend: str, queries: Tensors, branches: int, key: Tensor, value: Tensor, *options: Any) -> Tensors:
     outs, logsumexps = _empty_outputs([unit_stride(query) for query in queries], branches)
     return [*outs, *logsumexps]
 
 
-@torch.library.register_fake("sgalign::attention_backward")
 def _backward_fake(
     backend: str,
     grad_outs: Tensors,
@@ -424,15 +295,13 @@ def _backward_fake(
     return [empty_like(unit_stride(tensor)) for tensor in (*queries, key, value)]
 
 
-@torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
 def _forward(backend: str, queries: Tensors, branches: int, key: Tensor, value: Tensor, *options: Any) -> Tensors:
-    queries, key, value = [unit_stride(query) for query in queries], unit_stride(key), unit_stride(value)
+    queries = [unit_stride(query) for query in queries]
     outs, logsumexps = _empty_outputs(queries, branches)
-    FORWARD[backend](Call(queries, key, value, outs, logsumexps, Options(*options)))
+    FORWARD[backend](_call(queries, key, value, outs, logsumexps, Options(*options)))
     return [*outs, *logsumexps]
 
 
-@torch.library.impl(_library, "attention_backward", "CompositeExplicitAutograd")
 def _backward(
     backend: str,
     grad_outs: Tensors,
@@ -443,8 +312,46 @@ def _backward(
     value: Tensor,
     *options: Any,
 ) -> Tensors:
-    queries, grad_outs = [unit_stride(query) for query in queries], [unit_stride(grad) for grad in grad_outs]
-    key, value = unit_stride(key), unit_stride(value)
-    grads = [empty_like(tensor) for tensor in (*queries, key, value)]
-    BACKWARD[backend](Call(queries, key, value, outs, logsumexps, Options(*options)), grad_outs, grads)
+    queries = [unit_stride(query) for query in queries]
+    call = _call(queries, key, value, outs, logsumexps, Options(*options))
+    grads = [empty_like(tensor) for tensor in (*queries, call.key, call.value)]
+    BACKWARD[backend](call, [unit_stride(grad) for grad in grad_outs], grads)
     return grads
+
+
+def _call(queries: Tensors, key: Tensor, value: Tensor, outs: Tensors, logsumexps: Tensors, options: Options) -> Call:
+    if options.mask is not None:
+        # The mask is broadcast here, not before autograd. The backward therefore saves it in the size it was given.
+        options = options._replace(mask=options.mask.expand(*queries[0].shape[:3], key.shape[2]))
+    return Call(queries, unit_stride(key), unit_stride(value), outs, logsumexps, options)
+
+
+def _flops(backend: str, queries: Any, branches: int, key: Any, value: Any, *options: Any, out_shape: Any) -> int:
+    """Return the operations of the scores of each query and of the outputs of each branch."""
+    batch, heads, length, dim = queries[0]
+    return (len(queries) + branches) * 2 * batch * heads * length * key[2] * dim
+
+
+def _backward_flops(
+    backend: str, grad_outs: Any, queries: Any, outs: Any, logsumexps: Any, key: Any, *others: Any, out_shape: Any
+) -> int:
+    """Return the operations of five matrix products a branch, as torch counts them for its own attention."""
+    batch, heads, length, dim = queries[0]
+    return 5 * len(grad_outs) * 2 * batch * heads * length * key[2] * dim
+
+
+# Returns the outputs of the branches, then their log-sum-exps.
+register(
+    f"attention(str backend, Tensor[] queries, int branches, Tensor key, Tensor value, {OPTIONS_SCHEMA}) -> Tensor[]",
+    _forward,
+    _forward_fake,
+    _flops,
+)
+# Returns the gradients of the queries, of the key and of the value.
+register(
+    "attention_backward(str backend, Tensor[] grad_outs, Tensor[] queries, Tensor[] outs, Tensor[] logsumexps,"
+    f" Tensor key, Tensor value, {OPTIONS_SCHEMA}) -> Tensor[]",
+    _backward,
+    _backward_fake,
+    _backward_flops,
+)

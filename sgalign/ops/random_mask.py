@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda, backends, reference
+from sgalign.ops._registration import register
 
 STEPS = 1 << 16  # a ratio is a multiple of 1/65536
 
@@ -49,7 +50,7 @@ def random_attention_mask(
         if size < 0:
             raise InputError(f"{name} must be at least 0, got {size}")
     check_stream(stream, "stream")
-    threshold = ratio_threshold(ratio, "ratio")
+    ratio = checked_ratio(ratio, "ratio")
     if device is None:
         device = seed.device if isinstance(seed, Tensor) else "cpu"
     if seed is None:
@@ -58,19 +59,24 @@ def random_attention_mask(
     check_seed(seed, device, "seed")
     seed = seed_tensor(seed, device)
     backend = backends.choose(None, seed.device, torch.bool)
-    return torch.ops.sgalign.random_mask(backend, seed, batch, heads, queries, keys, threshold, stream)
+    return torch.ops.sgalign.random_mask(backend, seed, batch, heads, queries, keys, ratio, stream)
 
 
-def ratio_threshold(ratio: float, name: str) -> int:
+def checked_ratio(ratio: float, name: str) -> float:
+    """Return `ratio` as a float, or raise TypeError or InputError unless it is a number in [0, 1]."""
+    if type(ratio) is not float and (isinstance(ratio, bool) or not isinstance(ratio, (numbers.Real, torch.SymFloat))):
+        raise TypeError(f"{name} must be a number, got {type(ratio).__name__}")
+    if not 0 <= ratio <= 1:  # also catches NaN
+        raise InputError(f"{name} must be in [0, 1], got {ratio}")
+    return float(ratio) if isinstance(ratio, numbers.Real) else ratio
+
+
+def ratio_threshold(ratio: float) -> int:
     """Return ``round(65536 * ratio)``.
 
     An entry is dropped if its 16-bit random number is below this threshold.
     """
-    if type(ratio) is not float and (isinstance(ratio, bool) or not isinstance(ratio, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {type(ratio).__name__}")
-    if not 0 <= ratio <= 1:  # also catches NaN
-        raise InputError(f"{name} must be in [0, 1], got {ratio}")
-    return round(STEPS * float(ratio))
+    return round(STEPS * ratio)
 
 
 def check_int(value: int, name: str) -> None:
@@ -119,27 +125,26 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-_library = torch.library.Library("sgalign", "FRAGMENT")
-_library.define(
-    "random_mask(str backend, Tensor seed, SymInt batch, SymInt heads, SymInt queries, SymInt keys, int threshold,"
-    " int stream) -> Tensor"
-)
-
-
-@torch.library.register_fake("sgalign::random_mask")
 def _random_mask_fake(
-    backend: str, seed: Tensor, batch: int, heads: int, queries: int, keys: int, threshold: int, stream: int
+    backend: str, seed: Tensor, batch: int, heads: int, queries: int, keys: int, ratio: float, stream: int
 ) -> Tensor:
     return seed.new_empty((batch, heads, queries, keys), dtype=torch.bool)
 
 
-@torch.library.impl(_library, "random_mask", "CompositeExplicitAutograd")
 def _random_mask(
-    backend: str, seed: Tensor, batch: int, heads: int, queries: int, keys: int, threshold: int, stream: int
+    backend: str, seed: Tensor, batch: int, heads: int, queries: int, keys: int, ratio: float, stream: int
 ) -> Tensor:
-    mask = _random_mask_fake(backend, seed, batch, heads, queries, keys, threshold, stream)
-    _LAUNCH[backend](mask, seed, threshold, stream)
+    mask = _random_mask_fake(backend, seed, batch, heads, queries, keys, ratio, stream)
+    _LAUNCH[backend](mask, seed, ratio_threshold(ratio), stream)
     return mask
+
+
+register(
+    "random_mask(str backend, Tensor seed, SymInt batch, SymInt heads, SymInt queries, SymInt keys, float ratio,"
+    " SymInt stream) -> Tensor",
+    _random_mask,
+    _random_mask_fake,
+)
 
 
 def _launch_reference(mask: Tensor, seed: Tensor, threshold: int, stream: int) -> None:

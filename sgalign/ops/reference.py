@@ -95,43 +95,74 @@ def attention(
     dropout_scale: float,
     scale: float,
 ) -> Tensor:
-    """Return softmax attention over the kept entries.
+    """Return softmax attention over the kept entries, ``[B, H, Lq, D]``.
+
+    The definition is ``O = W V`` with the weights W of `attention_weights`.
+
+    Args:
+        value: the values, ``[B, H, Lk, D]``. The contents of ignored values have no effect.
+        query, key, dropped, key_padding_mask, dropout_keep, dropout_scale, scale: as in `attention_weights`.
+    """
+    weights = attention_weights(
+        query,
+        key,
+        dropped=dropped,
+        key_padding_mask=key_padding_mask,
+        dropout_keep=dropout_keep,
+        dropout_scale=dropout_scale,
+        scale=scale,
+    )
+    if key_padding_mask is not None:
+        value = value.masked_fill(key_padding_mask[:, None, :, None], 0)
+    return weights @ value
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    dropped: Tensor | None,
+    key_padding_mask: Tensor | None,
+    dropout_keep: Tensor | None,
+    dropout_scale: float,
+    scale: float,
+) -> Tensor:
+    """Return the weights of softmax attention over the kept entries, ``[B, H, Lq, Lk]``.
 
     A row without any kept entry gives zeros. The definition is
 
         S = scale * Q K^T
         P = exp(S - max) / sum(exp(S - max)), over the kept entries
-        O = (P * dropout_keep * dropout_scale) V
+        W = P * dropout_keep * dropout_scale
 
     Args:
         query: the queries, ``[B, H, Lq, D]``.
-        key, value: the keys and values, ``[B, H, Lk, D]``.
+        key: the keys, ``[B, H, Lk, D]``.
         dropped: the entries to drop, bool, broadcastable to ``[B, H, Lq, Lk]``. True means dropped.
         key_padding_mask: the padding among the keys, bool ``[B, Lk]``. True means ignored. The contents of ignored keys
-            and values have no effect.
+            have no effect.
         dropout_keep: the entries that dropout keeps, bool ``[B, H, Lq, Lk]``. False sets a weight to zero after the
             softmax.
         dropout_scale: the factor of the weights that dropout keeps.
         scale: the factor of the scores.
     """
     if key_padding_mask is not None:
-        padding = key_padding_mask[:, None, :, None]
-        key, value = key.masked_fill(padding, 0), value.masked_fill(padding, 0)
-        padding = padding.transpose(-1, -2)
+        key = key.masked_fill(key_padding_mask[:, None, :, None], 0)
+        padding = key_padding_mask[:, None, None, :]
         dropped = padding if dropped is None else dropped | padding
     scores = (query * scale) @ key.transpose(-1, -2)
     if dropped is not None:
         scores = scores.masked_fill(dropped, -math.inf)
-    if key.shape[-2] == 0:
-        return scores @ value  # an empty sum gives zeros, with zero gradients
-    top = scores.detach().amax(dim=-1, keepdim=True)
+    # A column of -inf is added, because an empty row has no maximum. A branch for empty rows could not be traced if
+    # torch.compile does not know the number of keys.
+    top = functional.pad(scores.detach(), (0, 1), value=-math.inf).amax(dim=-1, keepdim=True)
     # The maximum of a row without any kept entry is -inf. Subtracting 0 instead makes its exponentials 0, not NaN.
     weights = torch.exp(scores - top.masked_fill(top == -math.inf, 0))
     total = weights.sum(dim=-1, keepdim=True)
     weights = weights / total.masked_fill(total == 0, 1)
     if dropout_keep is not None:
         weights = weights * dropout_keep * dropout_scale
-    return weights @ value
+    return weights
 
 
 def relation_logits(
@@ -170,7 +201,8 @@ def _log_probabilities(logits: Tensor, kind: str) -> Tensor:
         logits = logits.float()
     if kind == "softmax":
         return functional.log_softmax(logits, dim=1)[..., None]
-    return torch.stack([functional.logsigmoid(logits), functional.logsigmoid(-logits)], dim=-1)
+    zero = logits.new_zeros(())  # torch cannot trace the gradient of logsigmoid if the number of relations is unknown
+    return -torch.stack([torch.logaddexp(zero, -logits), torch.logaddexp(zero, logits)], dim=-1)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -2,25 +2,23 @@
 
 A call takes the same steps as in `sgalign.ops.attention`: the checks, `_RelationLogits` (autograd), the registered
 operation ``sgalign::relation_logits`` or its implementation `_forward`, and the backend's launch function from the
-table `_FORWARD`. That function runs the compiled core (csrc/cpu/relation.cpp, csrc/cuda/relation.cu) or the Triton
-kernels (kernels/relation.py). The gradients take the same steps and use the table `_BACKWARD`.
+table `FORWARD` in _relation_backends.py. That function runs the compiled core (csrc/cpu/relation.cpp,
+csrc/cuda/relation.cu) or the Triton kernels (kernels/relation.py). The gradients take the same steps and use the table
+`BACKWARD`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgalign.errors import InputError
-from sgalign.ops import _core, _cuda, backends, reference
-from sgalign.ops._autograd import call, differentiable_once, distinct, is_plain
+from sgalign.ops import backends, reference
+from sgalign.ops._autograd import call, differentiable_once, distinct, is_plain, no_vmap
 from sgalign.ops._operands import (
-    DTYPES,
     Tensors,
     cast,
     check_dense,
@@ -32,20 +30,8 @@ from sgalign.ops._operands import (
     once_a_signature,
     unit_stride,
 )
-
-
-class Branch(NamedTuple):
-    """The operands of one branch, without `union` and `pairs`, which both branches share."""
-
-    subject: Tensor  # [N, C]
-    object: Tensor  # [N, C]
-    weight: Tensor  # [K, C]
-    bias: Tensor | None  # [K]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Branch:
-        """Apply `function` to each operand and leave a bias of None as it is."""
-        bias = None if self.bias is None else function(self.bias)
-        return Branch(function(self.subject), function(self.object), function(self.weight), bias)
+from sgalign.ops._registration import operation, register
+from sgalign.ops._relation_backends import BACKWARD, FORWARD, Branch, Call, Gradients
 
 
 def fused_relation_logits(
@@ -134,7 +120,7 @@ def _relation_logits(branches: list[Branch], union: Tensor, pairs: Tensor, backe
     dtype = computed_dtype(union)
     backend = backends.choose(backend, union.device, dtype)
     if backend != "cpu":  # which has its own check; PyTorch would count negative indices from the end
-        _check_pairs(pairs, len(branches[0].subject))
+        _check_pairs(pairs, branches[0].subject.shape[0])
     union = cast(union, dtype)
     branches = [branch.map(lambda tensor: cast(tensor, dtype)) for branch in branches]
     if backend == "reference":
@@ -168,7 +154,7 @@ def _check(union: Tensor, pairs: Tensor, *operands: Tensor | None) -> None:
     relations, channels = union.shape
     if pairs.shape != (relations, 2):
         raise InputError(f"pairs must be [{relations}, 2], one row per row of union, got {list(pairs.shape)}")
-    objects, classes = len(named["subject"]), len(named["weight"])
+    objects, classes = named["subject"].shape[0], named["weight"].shape[0]  # len() would be a constant in an export
     shapes = dict(zip(Branch._fields, ((objects, channels), (objects, channels), (classes, channels), (classes,))))
     for name, tensor in named.items():
         expected = shapes[name.removeprefix("mirrored_")]
@@ -179,15 +165,17 @@ def _check(union: Tensor, pairs: Tensor, *operands: Tensor | None) -> None:
 
 
 def _check_pairs(pairs: Tensor, objects: int) -> None:
-    """Raise IndexError, or fail an assertion on a GPU and in compiled code, if an index in `pairs` is out of range."""
+    """Raise IndexError, or fail an assertion on a GPU and in traced code, if an index in `pairs` is out of range."""
+    traced = torch.compiler.is_compiling()
+    while not traced and torch._C._functorch.is_functorch_wrapped_tensor(pairs):  # vmap cannot read or assert a value
+        pairs = torch._C._functorch.get_unwrapped(pairs)
     outside = (pairs < 0) | (pairs >= objects)
-    if pairs.device.type != "cpu" or torch.compiler.is_compiling():
+    if pairs.device.type != "cpu" or traced or torch._C._len_torch_dispatch_stack():
         # The message omits the number of objects. With it, torch.compile would compile again for every number.
         torch._assert_async(~outside.any(), "pairs must hold indices in [0, number of objects)")
     elif outside.any():
-        row, column = outside.nonzero()[0].tolist()
-        got = int(pairs[row, column])
-        raise IndexError(f"pairs must hold indices in [0, {objects}), got {got} in row {row}")
+        *_, row, _ = place = outside.nonzero()[0].tolist()
+        raise IndexError(f"pairs must hold indices in [0, {objects}), got {int(pairs[tuple(place)])} in row {row}")
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
@@ -195,6 +183,8 @@ def _check_pairs(pairs: Tensor, objects: int) -> None:
 
 class _RelationLogits(torch.autograd.Function):
     """The autograd function around the registered operations. With one branch, the mirrored operands are None."""
+
+    vmap = no_vmap("the fused relation head")
 
     @staticmethod
     def forward(
@@ -216,7 +206,7 @@ class _RelationLogits(torch.autograd.Function):
         if biases and len(biases) < len(weights):  # only one branch has a bias
             zeros = weight.new_zeros(weight.shape[0])
             biases = [zeros if bias is None else bias, zeros if mirrored_bias is None else mirrored_bias]
-        run = _forward if plain else torch.ops.sgalign.relation_logits
+        run = operation("relation_logits", plain)
         return tuple(run(backend, union, pairs, subjects, objects, weights, biases))
 
     @staticmethod
@@ -254,7 +244,7 @@ def _gradients(
     grads, weights = _present(grad, mirrored_grad), _present(weight, mirrored_weight)
     subjects, objects = _present(subject, mirrored_subject), _present(object, mirrored_object)
     plain = is_plain(union, pairs, *grads, *subjects, *objects, *weights)
-    run = _backward if plain else torch.ops.sgalign.relation_logits_backward
+    run = operation("relation_logits_backward", plain)
     return tuple(run(backend, grads, union, pairs, subjects, objects, weights, wants_union))
 
 
@@ -267,26 +257,13 @@ _logits_gradients = differentiable_once("the fused relation head", _gradients)
 
 # ------------------------------------------------------------------------------------------------------ operations
 
-_library = torch.library.Library("sgalign", "FRAGMENT")
-_library.define(
-    "relation_logits(str backend, Tensor union, Tensor pairs, Tensor[] subjects, Tensor[] objects, Tensor[] weights,"
-    " Tensor[] biases) -> Tensor[]"
-)
-# Returns the gradients of each branch's subject, object and weight, then the gradient of union if it is wanted.
-_library.define(
-    "relation_logits_backward(str backend, Tensor[] grad_logits, Tensor union, Tensor pairs, Tensor[] subjects,"
-    " Tensor[] objects, Tensor[] weights, bool wants_union) -> Tensor[]"
-)
 
-
-@torch.library.register_fake("sgalign::relation_logits")
 def _forward_fake(
     backend: str, union: Tensor, pairs: Tensor, subjects: Tensors, objects: Tensors, weights: Tensors, biases: Tensors
 ) -> Tensors:
     return [union.new_empty(union.shape[0], weight.shape[0]) for weight in weights]
 
 
-@torch.library.register_fake("sgalign::relation_logits_backward")
 def _backward_fake(
     backend: str,
     grad_logits: Tensors,
@@ -301,17 +278,15 @@ def _backward_fake(
     return [*grads, union.new_empty(union.shape)] if wants_union else grads
 
 
-@torch.library.impl(_library, "relation_logits", "CompositeExplicitAutograd")
 def _forward(
     backend: str, union: Tensor, pairs: Tensor, subjects: Tensors, objects: Tensors, weights: Tensors, biases: Tensors
 ) -> Tensors:
     logits = _forward_fake(backend, union, pairs, subjects, objects, weights, biases)
     branches = _dense_branches(subjects, objects, weights, biases)
-    _FORWARD[backend](Call(unit_stride(union), pairs.contiguous(), branches), logits)
+    FORWARD[backend](Call(unit_stride(union), pairs.contiguous(), branches), logits)
     return logits
 
 
-@torch.library.impl(_library, "relation_logits_backward", "CompositeExplicitAutograd")
 def _backward(
     backend: str,
     grad_logits: Tensors,
@@ -326,7 +301,7 @@ def _backward(
     ends, grad_union = (grads[:-1], grads[-1]) if wants_union else (grads, None)
     by_branch = [Gradients(grad.contiguous(), *ends[3 * i : 3 * i + 3]) for i, grad in enumerate(grad_logits)]
     branches = _dense_branches(subjects, objects, weights, [])
-    _BACKWARD[backend](Call(unit_stride(union), pairs.contiguous(), branches), by_branch, grad_union)
+    BACKWARD[backend](Call(unit_stride(union), pairs.contiguous(), branches), by_branch, grad_union)
     return grads
 
 
@@ -336,115 +311,29 @@ def _dense_branches(subjects: Tensors, objects: Tensors, weights: Tensors, biase
     return [Branch(*of_branch).map(unit_stride) for of_branch in operands]
 
 
-# ------------------------------------------------------------------------------------------------------ backends
-# The tensors passed to these functions have last strides of 1. Pairs, outputs and gradients are contiguous.
-
-NO_LOGITS = (None, None)  # the backward pass needs no logits
-
-
-class Call(NamedTuple):
-    """The input tensors of a forward pass, which its backward pass reads again."""
-
-    union: Tensor
-    pairs: Tensor
-    branches: list[Branch]
+def _flops(backend: str, union: Any, pairs: Any, subjects: Any, objects: Any, weights: Any, *_: Any, **__: Any) -> int:
+    """Return the operations of the product with each branch's weight."""
+    return sum(2 * union[0] * classes * channels for classes, channels in weights)
 
 
-class Gradients(NamedTuple):
-    """The gradients of one branch. The gradient of the logits is an input, and the others are outputs."""
-
-    logits: Tensor
-    subject: Tensor
-    object: Tensor
-    weight: Tensor
+def _backward_flops(backend: str, grad_logits: Any, *others: Any, out_shape: Any) -> int:
+    """Return the operations of two products of the forward's size for each branch."""
+    union, weights = others[0], others[4]
+    return sum(2 * 2 * union[0] * classes * channels for classes, channels in weights)
 
 
-def _forward_cpu(call: Call, logits: Tensors) -> None:
-    core = _core.load()
-    core.relation_forward(_description(core, call, logits))
-
-
-def _forward_triton(call: Call, logits: Tensors) -> None:
-    from sgalign.kernels import relation as kernels
-
-    with _cuda.on(call.union.device):
-        kernels.forward(*call, logits, _cuda.multiprocessors(call.union.device))
-
-
-def _forward_cuda(call: Call, logits: Tensors) -> None:
-    core, device = _cuda.core(call.union.device), call.union.device
-    description = _description(core, call, logits)
-    splits = core.cuda_relation_splits(description, _cuda.multiprocessors(device))
-    workspace = _cuda.workspace(call.union, splits, len(call.branches), *logits[0].shape)
-    with _cuda.on(device):
-        core.cuda_relation_forward(description, splits, workspace.data_ptr(), _cuda.current_stream(device))
-
-
-def _backward_cpu(call: Call, grads: list[Gradients], grad_union: Tensor | None) -> None:
-    core = _core.load()
-    core.relation_backward(_description(core, call, NO_LOGITS, grads, grad_union))
-
-
-def _backward_triton(call: Call, grads: list[Gradients], grad_union: Tensor | None) -> None:
-    from sgalign.kernels import relation as kernels
-
-    with _cuda.on(call.union.device):
-        kernels.backward(*call, grads, grad_union, _cuda.multiprocessors(call.union.device))
-
-
-def _backward_cuda(call: Call, grads: list[Gradients], grad_union: Tensor | None) -> None:
-    core = _cuda.core(call.union.device)
-    description = _description(core, call, NO_LOGITS, grads, grad_union)
-    orders = call.pairs.t().contiguous().argsort(dim=1, stable=True)
-    with _cuda.on(call.union.device):
-        core.cuda_relation_backward(description, orders.data_ptr(), _cuda.current_stream(call.union.device))
-
-
-_FORWARD: dict[str, Callable[[Call, Tensors], None]] = {
-    "cpu": _forward_cpu,
-    "triton": _forward_triton,
-    "cuda": _forward_cuda,
-}
-_BACKWARD: dict[str, Callable[[Call, list[Gradients], Tensor | None], None]] = {
-    "cpu": _backward_cpu,
-    "triton": _backward_triton,
-    "cuda": _backward_cuda,
-}
-
-
-def _description(
-    core: ModuleType,
-    call: Call,
-    logits: Sequence[Tensor | None],
-    grads: Sequence[Gradients] = (),
-    grad_union: Tensor | None = None,
-) -> Any:
-    """Return the call in the form that the core accepts (`relation_logits` in csrc/bindings.cpp).
-
-    The result holds addresses, so the tensors must outlive it.
-    """
-    union, pairs, branches = call
-    first = branches[0]
-    numbers = [
-        DTYPES.index(union.dtype),
-        first.subject.shape[0],
-        first.weight.shape[0],
-        *union.shape,
-        union.data_ptr(),
-        union.stride()[0],
-        pairs.data_ptr(),
-        torch.get_num_threads(),
-        len(branches),
-    ]
-    for (subject, object, weight, bias), out in zip(branches, logits):
-        for matrix in (subject, object, weight):
-            numbers += matrix.data_ptr(), matrix.stride()[0]
-        numbers += _address(bias), _address(out)
-    if grads:
-        numbers += [tensor.data_ptr() for of_branch in grads for tensor in of_branch]
-        numbers.append(_address(grad_union))
-    return core.RelationLogits(*numbers)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+register(
+    "relation_logits(str backend, Tensor union, Tensor pairs, Tensor[] subjects, Tensor[] objects, Tensor[] weights,"
+    " Tensor[] biases) -> Tensor[]",
+    _forward,
+    _forward_fake,
+    _flops,
+)
+# Returns the gradients of each branch's subject, object and weight, then the gradient of union if it is wanted.
+register(
+    "relation_logits_backward(str backend, Tensor[] grad_logits, Tensor union, Tensor pairs, Tensor[] subjects,"
+    " Tensor[] objects, Tensor[] weights, bool wants_union) -> Tensor[]",
+    _backward,
+    _backward_fake,
+    _backward_flops,
+)
