@@ -1,10 +1,13 @@
 """The build, the import and the memory of the compiled core, and its tests under sanitizers."""
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -270,13 +273,177 @@ def test_setup_checks_nvcc_and_the_architectures(tmp_path, answer, archs, expect
     compiler.parent.mkdir()
     compiler.write_text(answer + "\n")
     compiler.chmod(0o755)
-    code = f"""
-import runpy, setuptools, sys
-setuptools.setup, sys.stderr = lambda **_: None, sys.stdout
+    code = """
+import sys
+from compilers import find_nvcc
+sys.stderr = sys.stdout
 try:
-    print(tuple(runpy.run_path({str(ROOT / "setup.py")!r})["find_nvcc"]("g++")[1]))
+    print(tuple(find_nvcc(["g++"])[1]))
 except SystemExit as error:
     print(error)
 """
-    said = run_python(code, CUDA_HOME=str(tmp_path), SGALIGN_CUDA="auto", SGALIGN_CUDA_ARCHS=archs)
+    variables = {"CUDA_HOME": str(tmp_path), "SGALIGN_CUDA": "auto", "SGALIGN_CUDA_ARCHS": archs}
+    said = run_python(code, ROOT / "csrc", **variables)
     assert expected.format(nvcc=compiler) in said
+
+
+# ------------------------------------------------------------------------------------------------------ setup.py
+
+STRANGE = "a b$c'd\"e#f:g&h(i)ü%\\"  # characters of a folder's name
+# It writes its arguments to a log, waits, and writes the output files of a compiler.
+COMPILER = f"""#!{sys.executable}
+import json, sys, time
+from pathlib import Path
+log = Path(__file__).with_name("log")
+with log.open("a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+if "-o" in sys.argv:
+    time.sleep(0.02)
+    out = Path(sys.argv[sys.argv.index("-o") + 1])
+    out.write_bytes(b"")
+    if "-MF" in sys.argv:
+        Path(sys.argv[sys.argv.index("-MF") + 1]).write_text(f"{{out}}: {{sys.argv[sys.argv.index('-c') + 1]}}\\n")
+    with log.open("a") as file:
+        file.write(json.dumps("done") + "\\n")
+else:
+    print("g++ that compiles nothing")
+"""
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A copy of the sources in a folder with a strange name, and a compiler that only writes down its arguments."""
+    folder = tmp_path / STRANGE / "sgalign"
+    ignored = shutil.ignore_patterns("__pycache__", "_C.*", "build", "*.egg-info", ".*")
+    for name in ("sgalign", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, folder)
+    compiler = tmp_path / STRANGE / "c++"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    (tmp_path / STRANGE / "tmp").mkdir()
+    return folder
+
+
+def run_setup(sources, *arguments, before="", **variables):
+    """Run setup.py with the compiler in `sources`. Return its commands, without those of the probes."""
+    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
+    code = f"""
+import runpy, sys
+{before}
+sys.argv = {["setup.py", "-q", *arguments]!r}
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    beside = sources.parent
+    environment = {"SGALIGN_CUDA": "0", "TMPDIR": str(beside / "tmp"), "CXX": shlex.quote(str(beside / "c++"))}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=sources,
+        env=os.environ | environment | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [json.loads(line) for line in (beside / "log").read_text().splitlines()]
+    first = next(i for i, line in enumerate(lines) if "-c" in line)
+    return lines[first:]
+
+
+def test_build_passes_flags_on_and_works_in_any_folder(sources):
+    flags = {
+        "CPPFLAGS": "-DA='b c'",
+        "CXXFLAGS": "-O1 -std=c++17",
+        "LDFLAGS": "-L/x -Wl,-rpath,$ORIGIN",
+        "MAX_JOBS": "1",
+    }
+    commands = run_setup(sources, "build_ext", **flags)
+    assert commands[1::2] == ["done"] * (len(commands) // 2)  # one job at a time
+    *compiled, linked = commands[::2]
+    assert len(compiled) in (4, 10) and all(
+        [word for word in words if word in ("-O3", "-O1", "-std=c++17", "-std=c++20")]
+        == ["-O3", "-O1", "-std=c++17", "-std=c++20"]
+        and "-DA=b c" in words
+        for words in compiled
+    )
+    assert '-DSGALIGN_COMPILER="g++ that compiles nothing"' in compiled[0]
+    assert "-L/x" in linked and "-Wl,-rpath,$ORIGIN" in linked
+    assert (sources / "sgalign" / linked[linked.index("-o") + 1]).exists()
+    os.utime(sources / "csrc" / "kernels.h")
+    os.utime(sources / "csrc" / "bindings.cpp")
+    again = run_setup(sources, "build_ext", **flags)[len(commands) :]
+    assert [words[words.index("-o") + 1] for words in again if "-o" in words and "probe" not in words][:1] == [
+        "bindings.o"
+    ]
+
+
+def test_build_leaves_a_folder_unchanged_that_it_cannot_write_to(sources):
+    def files():
+        return sorted(str(path) for path in sources.rglob("*"))
+
+    before = files()
+    (sources.parent.parent / "tmp").mkdir()  # setuptools expands $ in this name
+    variables = {"TMPDIR": str(sources.parent.parent / "tmp")}
+    run_setup(sources, "bdist_wheel", "-d", "..", before="import os; os.access = lambda *_: False", **variables)
+    assert files() == before
+    (wheel,) = sources.parent.glob("*.whl")
+    assert any(name.startswith("sgalign/_C.") for name in zipfile.ZipFile(wheel).namelist())
+    assert not list((sources.parent.parent / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("missing", ["pybind11", "ninja"])
+def test_build_says_which_package_is_missing(sources, missing):
+    code = f"""
+import runpy, sys
+sys.modules[{missing!r}] = None
+sys.argv = ["setup.py", "-q", "build_ext"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=sources, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"a build without isolation needs {missing}: run `pip install 'setuptools>=77'" in result.stderr
+
+
+def test_nvcc_passes_flags_with_commas_on():
+    from_compilers = "from compilers import for_host; print(for_host(['-Wl,-rpath,/a b', '-g']))"
+    said = run_python(from_compilers, ROOT / "csrc")
+    assert said == str(["-Xcompiler='-Wl\\,-rpath\\,/a b'", "-Xcompiler=-g"])
+
+
+@pytest.mark.slow
+def test_core_built_in_a_folder_with_a_strange_name_works(sources):
+    """No compiler, linker or ninja stumbles over a character."""
+    environment = os.environ | {"SGALIGN_CUDA": "0", "TMPDIR": str(sources.parent / "tmp"), "CXXFLAGS": "-O1"}
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext"], cwd=sources, env=environment, check=True)
+    assert run_python(USE, sources) == "fine\nfine"
+
+
+# ------------------------------------------------------------------------------------------------------ imports
+
+
+def test_package_can_be_imported_again():
+    code = """
+import sys
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+for _ in range(3):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sgalign"]:
+        del sys.modules[name]
+    import sgalign
+    from sgalign.ops import attention
+    x = torch.randn(1, 1, 2, 3, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:  # uses the registered operations
+        sgalign.fused_masked_attention(x, x, x, mask_ratio=0.5).sum().backward()
+        sgalign.relation_alignment_loss(x[0, 0], x[0, 0]).backward()
+        sgalign.fused_relation_logits(*x.new_ones(3, 2, 3), torch.zeros(2, 2, dtype=torch.int64), x.new_ones(4, 3))
+    assert counter.get_total_flops() > 0
+run = attention._forward
+seen = []
+import importlib
+importlib.reload(attention)  # the registered operation calls the new functions
+attention._forward.__globals__["FORWARD"] = {"cpu": lambda call: seen.append(call)}
+torch.ops.sgalign.attention("cpu", [x], 1, x, x, None, None, None, 0.0, 0.0, 0, 1.0)
+print(len(seen))
+"""
+    assert run_python(code) == "1"

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sgalign.models.entity_detector import DetectedEntities
-from sgalign.ops.attention import dual_branch_attention, fused_masked_attention
-from sgalign.ops.random_mask import random_attention_mask
+from sgalign.ops.attention import attention_weights, dual_branch_attention, fused_masked_attention
 
 
 class MirrorMask(NamedTuple):
@@ -251,14 +250,14 @@ class CrossAttention(_Block):
             images = len(memory.key) // len(query)
             branches = []
             for query_part, ratio in ((query[:, :images], 0.0), (query[:, -images:], mask.ratio)):
-                split = self.split(query_part)
-                scores = split @ memory.key.mT / math.sqrt(split.shape[-1])
-                dropped = random_attention_mask(
-                    *scores.shape, ratio=ratio, seed=mask.seed, stream=stream + number, device=scores.device
+                weights = attention_weights(
+                    self.split(query_part),
+                    memory.key,
+                    mask_ratio=ratio,
+                    mask_seed=mask.seed,
+                    mask_stream=stream + number,
+                    key_padding_mask=memory.padding,
                 )
-                if memory.padding is not None:
-                    dropped = dropped | memory.padding[:, None, None]
-                weights = scores.masked_fill(dropped, -math.inf).softmax(-1).nan_to_num()
                 branches.append(weights.unflatten(0, (len(query), images)))
             found.append((branches[0], branches[1]))
         return found

@@ -90,8 +90,7 @@ def relation_alignment_loss(
     dtype = torch.promote_types(logits.dtype, mirrored_logits.dtype)
     backend = backends.choose(backend, logits.device, dtype)
     logits, mirrored_logits = cast(logits.detach(), dtype), cast(mirrored_logits, dtype)
-    if weight is not None:
-        weight = _shares(weight).to(accumulated_dtype(dtype))
+    weight = None if weight is None else _shares(weight).to(accumulated_dtype(dtype))
     per_element = reduction == "element"
     if backend == "reference":
         return _reference(mirrored_logits, logits, weight, per_element, kind, direction)

@@ -1,7 +1,7 @@
 """The choice of the backend for a call.
 
-Each operation has tables that map a backend to its launch function: `FORWARD` and `BACKWARD` in _attention_backends.py,
-`_FORWARD` and `_BACKWARD` in relation.py, and `_LAUNCH` in alignment.py and random_mask.py. To add a backend, add an
+Each operation has tables that map a backend to its launch function: `FORWARD` and `BACKWARD` in _attention_backends.py
+and _relation_backends.py, and `_LAUNCH` in alignment.py and random_mask.py. To add a backend, add an
 entry to each of these tables and a record to `BACKENDS`.
 """
 
