@@ -58,9 +58,9 @@ def relation_alignment_loss(
     contributes 0.
 
     The loss is ``sum_r w[r] * divergence[r] / sum_r w[r]``. If `reduction` is "element", it is also divided by the
-    number of classes K. Without weights, "element" is therefore the mean over all R x K elements, which is the current
-    meaning of reduction="mean" in `torch.nn.functional.kl_div`. It is 1/K times "relation". This loss is L_align of Xu,
-    Liao and Sigal, WACV 2024. The paper specifies neither the reduction nor the direction.
+    number of classes K. Without weights, "element" is therefore the mean over all R x K elements, which is the meaning
+    of reduction="mean" in `torch.nn.functional.kl_div`. This loss is L_align of Xu, Liao and Sigal, WACV 2024. The
+    paper specifies neither the reduction nor the direction.
 
     The loss and the gradient are computed in one pass over the logits, in float32 (float64 for float64). The result is
     the same, bit for bit, for any number of threads. The loss is differentiable once, and only in `mirrored_logits`.
@@ -90,19 +90,20 @@ def relation_alignment_loss(
     dtype = torch.promote_types(logits.dtype, mirrored_logits.dtype)
     backend = backends.choose(backend, logits.device, dtype)
     logits, mirrored_logits = cast(logits.detach(), dtype), cast(mirrored_logits, dtype)
-    weight = None if weight is None else _shares(weight).to(accumulated_dtype(dtype))
-    per_element = reduction == "element"
+    shares, per_element = _shares(weight, accumulated_dtype(dtype)), reduction == "element"
     if backend == "reference":
-        return _reference(mirrored_logits, logits, weight, per_element, kind, direction)
+        return _reference(mirrored_logits, logits, shares, per_element, kind, direction)
     options = per_element, kind == "sigmoid", direction == "symmetric"
-    return call(_AlignmentLoss, plain, backend, mirrored_logits, logits, weight, *options)[0]
+    return call(_AlignmentLoss, plain, backend, mirrored_logits, logits, shares, *options)[0]
 
 
-def _shares(weight: Tensor) -> Tensor:
-    """Return the weights divided by their sum, in float64."""
+def _shares(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the weights divided by their sum, which is computed in float64."""
+    if weight is None:
+        return None
     weight = weight.detach().double()
     total = weight.sum()
-    return weight / total.where(total > 0, 1)
+    return (weight / total.where(total > 0, 1)).to(dtype)
 
 
 def _divisor(logits: Tensor, weight: Tensor | None, per_element: bool) -> int:
