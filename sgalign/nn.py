@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from sgalign.errors import InputError
 from sgalign.ops import backends
-from sgalign.ops._operands import check_bool, check_tensor
+from sgalign.ops._operands import check_bool, check_tensor, host_reads
 from sgalign.ops.attention import attention_weights, dual_branch_attention, fused_masked_attention
 from sgalign.ops.random_mask import checked_ratio
 
@@ -99,11 +99,8 @@ class MaskedMultiheadAttention(nn.Module):
             self.in_proj_bias = parameter(3 * embed_dim)
         else:
             self.register_parameter("in_proj_bias", None)
-        # reset_parameters initializes the projection once, so that torch's random numbers give torch's initial values.
-        self.out_proj = nn.utils.skip_init(
-            _OutputProjection, embed_dim, embed_dim, bias=bias, device=device or torch.get_default_device(), dtype=dtype
-        )
-        self.reset_parameters()
+        self.out_proj = _OutputProjection(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self._reset_input_projections()
 
     def reset_parameters(self) -> None:
         """Initialize all parameters, as torch's module does when it is made.
@@ -111,12 +108,15 @@ class MaskedMultiheadAttention(nn.Module):
         FSDP and code that moves a module from the meta device with ``to_empty`` call this function.
         """
         self.out_proj.reset_parameters()
+        self._reset_input_projections()
+
+    _reset_parameters = reset_parameters  # the name in torch.nn.MultiheadAttention
+
+    def _reset_input_projections(self) -> None:
         for weight in self._projection_weights() if self.in_proj_weight is None else (self.in_proj_weight,):
             nn.init.xavier_uniform_(weight)
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
-
-    _reset_parameters = reset_parameters  # the name in torch.nn.MultiheadAttention
 
     def forward(
         self,
@@ -152,7 +152,8 @@ class MaskedMultiheadAttention(nn.Module):
 
         Raises:
             TypeError, ValueError: if `need_weights` is True, or an argument has the wrong type, shape, dtype or device,
-                or a floating-point mask has another value. On a GPU, a device-side assertion fails for such a mask.
+                or a floating-point mask has another value. On a GPU, a device-side assertion fails for such a mask. In
+                compiled code, a RuntimeError is raised.
             ImportError, RuntimeError: as in `fused_masked_attention`.
         """
         if need_weights:
@@ -264,9 +265,9 @@ class MaskedMultiheadAttention(nn.Module):
 
         If `value` is None, the keys are returned in place of the values.
         """
-        named = {"query": queries[0], "mirrored_query": queries[-1], "key": key} | (
-            {} if value is None else {"value": value}
-        )
+        named = {"query": queries[0], "mirrored_query": queries[-1], "key": key}
+        if value is not None:
+            named["value"] = value
         batched = isinstance(queries[0], Tensor) and queries[0].dim() == 3
         for name, tensor in named.items():
             check_tensor(name, tensor)
@@ -364,8 +365,8 @@ def _bool_mask(name: str, mask: Tensor) -> Tensor:
     dropped = mask == -math.inf
     allowed = dropped | (mask == 0)
     rule = f"{name} must be bool (True = dropped), or hold only 0 (kept) and -inf (dropped)"
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(allowed.all(), rule)  # fails on the device, because the host does not wait for it
+    if not host_reads(mask):
+        torch._assert_async(allowed.all(), rule)
     elif not allowed.all():
         raise InputError(f"{rule}, got {mask[~allowed][0].item()}")
     return dropped

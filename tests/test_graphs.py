@@ -267,7 +267,14 @@ class Called(torch.nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(
-    "name", ["attention, sizes", "relation head, objects", "relation head, relations", "alignment, relations"]
+    "name",
+    [
+        "attention, sizes",
+        "module, lengths",
+        "relation head, objects",
+        "relation head, relations",
+        "alignment, relations",
+    ],
 )
 def test_exported_program_takes_other_sizes(name, strict):
     function, arguments = CHANGES[name]

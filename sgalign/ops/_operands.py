@@ -73,6 +73,16 @@ def check_device(name: str, tensor: Tensor, device: torch.device, whose: str) ->
         raise InputError(f"{name} must be on {whose} {device}, got {tensor.device}")
 
 
+def host_reads(tensor: Tensor) -> bool:
+    """Return True if a check may read the values of a tensor.
+
+    The host would wait for a GPU, and it cannot read values of a tensor that is traced. For these, use
+    `torch._assert_async`.
+    """
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return tensor.device.type == "cpu" and not traced
+
+
 def once_a_signature(check: Callable[..., None]) -> Callable[..., None]:
     """Wrap a check of tensors, which then runs once for each combination of shapes, dtypes and devices.
 

@@ -27,6 +27,7 @@ from sgalign.ops._operands import (
     check_floating,
     check_tensor,
     computed_dtype,
+    host_reads,
     once_a_signature,
     unit_stride,
 )
@@ -166,11 +167,11 @@ def _check(union: Tensor, pairs: Tensor, *operands: Tensor | None) -> None:
 
 def _check_pairs(pairs: Tensor, objects: int) -> None:
     """Raise IndexError, or fail an assertion on a GPU and in traced code, if an index in `pairs` is out of range."""
-    traced = torch.compiler.is_compiling()
-    while not traced and torch._C._functorch.is_functorch_wrapped_tensor(pairs):  # vmap cannot read or assert a value
+    readable = host_reads(pairs)
+    while readable and torch._C._functorch.is_functorch_wrapped_tensor(pairs):  # vmap cannot read a value
         pairs = torch._C._functorch.get_unwrapped(pairs)
     outside = (pairs < 0) | (pairs >= objects)
-    if pairs.device.type != "cpu" or traced or torch._C._len_torch_dispatch_stack():
+    if not readable:
         # The message omits the number of objects. With it, torch.compile would compile again for every number.
         torch._assert_async(~outside.any(), "pairs must hold indices in [0, number of objects)")
     elif outside.any():
