@@ -103,9 +103,9 @@ def prepare(
     dtype = computed_dtype(query)
     backend = backends.choose(backend, query.device, dtype)
     queries, key, value = [cast(query, dtype) for query in queries], cast(key, dtype), cast(value, dtype)
-    options = Options(mask, key_padding_mask, None, mask_ratio, dropout_p, mask_stream, scale)
-    if options.mask_threshold or options.dropout_threshold:
-        options = options._replace(seed=seed_tensor(mask_seed, query.device))
+    draws = ratio_threshold(mask_ratio) or ratio_threshold(dropout_p)
+    seed = seed_tensor(mask_seed, query.device) if draws else None
+    options = Options(mask, key_padding_mask, seed, mask_ratio, dropout_p, mask_stream, scale)
     return Prepared(plain, backend, queries, key, value, options)
 
 

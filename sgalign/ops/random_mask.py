@@ -68,7 +68,7 @@ def checked_ratio(ratio: float, name: str) -> float:
         raise TypeError(f"{name} must be a number, got {type(ratio).__name__}")
     if not 0 <= ratio <= 1:  # also catches NaN
         raise InputError(f"{name} must be in [0, 1], got {ratio}")
-    return float(ratio) if isinstance(ratio, numbers.Real) else ratio
+    return ratio if type(ratio) is float or isinstance(ratio, torch.SymFloat) else float(ratio)
 
 
 def ratio_threshold(ratio: float) -> int:
