@@ -44,6 +44,14 @@ def is_plain(*tensors: Tensor | int | None) -> bool:
     return True
 
 
+def is_transformed() -> bool:
+    """Return True inside `torch.func.grad` and other function transforms, unless torch.compile traces them.
+
+    They need a call of an autograd function. They cannot differentiate a registered operation.
+    """
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
 def call(function: type[torch.autograd.Function], plain: bool, *arguments: Any) -> Any:
     """Run ``function.apply(plain, *arguments)`` in the cheapest way and return its outputs.
 
@@ -79,17 +87,22 @@ def _joined(function: Any) -> Any:
     return type(function.__name__, (torch.autograd.Function,), methods)
 
 
-def differentiable_once(what: str, gradients: Callable[..., Any]) -> Callable[..., Any]:
+def differentiable_once(what: str, gradients: Callable[..., Any]) -> Any:
     """Wrap a function that computes gradients in a backward pass. Differentiating its result raises an error.
 
     Args:
         what: the name of the operation in the error messages.
         gradients: the function, which is called with positional arguments.
+
+    Returns:
+        The wrapped function. Its attribute `refuse` is a function that raises the error.
     """
+
+    refuse = reference_only(f"second-order gradients of {what} (create_graph=True, or a gradient of a gradient)")
 
     class Gradients(torch.autograd.Function):
         forward = staticmethod(gradients)
-        backward = reference_only(f"second-order gradients of {what} (create_graph=True, or a gradient of a gradient)")
+        backward = refuse
         vmap = no_vmap(what)
 
         @staticmethod
@@ -98,10 +111,8 @@ def differentiable_once(what: str, gradients: Callable[..., Any]) -> Callable[..
 
     @functools.wraps(gradients)
     def once(*arguments: Any) -> Any:
-        if torch.is_grad_enabled():
-            return Gradients.apply(*arguments)
         try:
-            return gradients(*arguments)
+            return Gradients.apply(*arguments) if torch.is_grad_enabled() else gradients(*arguments)
         except RuntimeError:
             # With is_grads_batched=True, torch runs the backward on tensors that a kernel cannot read. A check at each
             # call would take longer than this one.
@@ -109,6 +120,7 @@ def differentiable_once(what: str, gradients: Callable[..., Any]) -> Callable[..
                 Gradients.vmap()
             raise
 
+    once.refuse = refuse.__func__  # type: ignore[attr-defined]
     return once
 
 
@@ -124,17 +136,3 @@ def reference_only(what: str) -> staticmethod[..., None]:
         raise RuntimeError(f"sgalign: the kernels do not support {what}; backend='reference' supports it")
 
     return staticmethod(refuse)
-
-
-def distinct(tensors: list[Any]) -> list[Any]:
-    """Return the tensors. While torch.compile traces, replace repeated ones by views.
-
-    torch.compile cannot pass the same tensor to an autograd function twice. None stays None.
-    """
-    if not torch.compiler.is_compiling():
-        return tensors
-    found: list[Any] = []
-    for tensor in tensors:
-        again = tensor is not None and any(tensor is other for other in found)
-        found.append(tensor.view_as(tensor) if again else tensor)
-    return found

@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sgalign.ops._autograd import no_vmap, reference_only
+
 
 class Operation(NamedTuple):
     """The functions of a registered operation. All take the arguments of its schema."""
 
     run: Callable[..., Any]  # computes the result
     fake: Callable[..., Any]  # returns tensors like the result, without computing them
+    # Computes the result by an autograd function, or raises an error. None if no argument has a gradient.
+    differentiable: Callable[..., Any] | None
     # Returns the number of floating-point operations in the matrix products. It gets shapes in place of tensors. None
     # if there are no matrix products.
     flops: Callable[..., int] | None
@@ -27,39 +31,61 @@ _operations: dict[str, Operation] = _kept.setdefault("operations", {})
 
 
 def register(
-    schema: str, run: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] | None = None
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiable: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> None:
     """Register ``torch.ops.sgalign.NAME``, or replace the functions of an operation that is already registered.
 
     Args:
         schema: the name, the arguments and the results in torch's notation. Numbers that may change from step to step
-            are SymInt or Scalar. torch.compile would compile again for each value of an int or a float.
-        run, fake, flops: the functions in `Operation`.
+            are SymInt. torch.compile would compile again for each value of an int or a float.
+        run, fake, differentiable, flops: the functions in `Operation`.
     """
     name = schema.partition("(")[0]
     known = name in _operations
-    _operations[name] = Operation(run, fake, flops)
+    _operations[name] = Operation(run, fake, differentiable, flops)
     if not known:
         _library.define(schema)
         _library.impl(name, lambda *arguments: _operations[name].run(*arguments), "CompositeExplicitAutograd")
         torch.library.register_fake(
             f"sgalign::{name}", lambda *arguments: _operations[name].fake(*arguments), lib=_library
         )
+        if differentiable:
+            _library.impl(name, lambda *arguments: _with_autograd(name, arguments), "Autograd")
+            _library.impl(name, no_vmap(name).__func__, "FuncTorchBatched")
+
+
+def _with_autograd(name: str, arguments: tuple[Any, ...]) -> Any:
+    """Run an operation for torch's dispatcher, by its autograd function if an argument needs a gradient.
+
+    The forward of that function calls the operation again, with gradients disabled.
+    """
+    if torch.is_grad_enabled():
+        tensors = (x for argument in arguments for x in (argument if isinstance(argument, list) else [argument]))
+        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+            if torch._C._are_functorch_transforms_active():
+                reference_only(f"torch.func transforms of {name} inside torch.compile").__func__()
+            return _operations[name].differentiable(*arguments)  # type: ignore[misc]
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.sgalign, name)(*arguments)
 
 
 def operation(name: str, plain: bool) -> Callable[..., Any]:
     """Return the function that runs an operation: its implementation if `plain`, otherwise the registered operation."""
     if plain:
         return _operations[name].run
-    if not torch.compiler.is_compiling():
-        _add_flop_formulas()
+    if not torch.compiler.is_dynamo_compiling():
+        add_flop_formulas()
     return getattr(torch.ops.sgalign, name)
 
 
-def _add_flop_formulas() -> None:
+def add_flop_formulas() -> None:
     """Add the formulas of all operations to torch's counters of floating-point operations.
 
-    The formulas cannot be added when sgalign is imported, because torch.utils.flop_counter imports Triton. A counter
+    Importing torch.utils.flop_counter would import Triton, so this waits until the program has imported it. A counter
     copies torch's list of formulas when it is made, so the active counters also get the formulas.
     """
     flop_counter = sys.modules.get("torch.utils.flop_counter")

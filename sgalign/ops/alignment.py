@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda, backends, reference
-from sgalign.ops._autograd import call, differentiable_once, is_plain, no_vmap
+from sgalign.ops._autograd import call, differentiable_once, is_plain, is_transformed, no_vmap
 from sgalign.ops._operands import (
     DTYPES,
     accumulated_dtype,
@@ -94,7 +94,13 @@ def relation_alignment_loss(
     if backend == "reference":
         return _reference(mirrored_logits, logits, shares, per_element, kind, direction)
     options = per_element, kind == "sigmoid", direction == "symmetric"
-    return call(_AlignmentLoss, plain, backend, mirrored_logits, logits, shares, *options)[0]
+    return _loss_and_gradient(plain, backend, mirrored_logits, logits, shares, *options)[0]
+
+
+def _loss_and_gradient(plain: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    if plain or is_transformed():
+        return call(_AlignmentLoss, plain, *arguments)
+    return operation("alignment_loss", plain)(*arguments)
 
 
 def _shares(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -176,10 +182,8 @@ class _AlignmentLoss(torch.autograd.Function):
         sigmoid: bool,
         symmetric: bool,
     ) -> tuple[Tensor, Tensor]:
-        # Every argument is named, because torch.compile rejects `*arguments` if no tensor needs a gradient.
         run = operation("alignment_loss", plain)
-        losses, grad = run(backend, mirrored, logits, weight, per_element, sigmoid, symmetric)
-        return losses.sum(), grad
+        return run(backend, mirrored, logits, weight, per_element, sigmoid, symmetric)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor]:
@@ -208,7 +212,7 @@ _loss_gradient = differentiable_once("the alignment loss", _gradient)
 
 def _loss_fake(backend: str, mirrored: Tensor, logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulated_dtype(mirrored.dtype)
-    return mirrored.new_empty(mirrored.shape[0], dtype=dtype), mirrored.new_empty(mirrored.shape, dtype=dtype)
+    return mirrored.new_empty((), dtype=dtype), mirrored.new_empty(mirrored.shape, dtype=dtype)
 
 
 def _loss(
@@ -220,20 +224,22 @@ def _loss(
     sigmoid: bool,
     symmetric: bool,
 ) -> tuple[Tensor, Tensor]:
-    losses, grad = _loss_fake(backend, mirrored, logits)
+    grad = mirrored.new_empty(mirrored.shape, dtype=accumulated_dtype(mirrored.dtype))
+    losses = grad.new_empty(grad.shape[0])  # each relation's share of the loss
     # The scale is computed here, because torch.compile would compile again for every float that depends on a size.
     scale = 1 / _divisor(logits, weight, per_element)
     weight = None if weight is None else weight.contiguous()
     _LAUNCH[backend](Call(unit_stride(mirrored), unit_stride(logits), weight, scale, sigmoid, symmetric, losses, grad))
-    return losses, grad
+    return losses.sum(), grad
 
 
-# Returns each relation's share of the loss, and the gradient of the sum of the shares with respect to `mirrored`.
+# Returns the loss and its gradient with respect to `mirrored`.
 register(
     "alignment_loss(str backend, Tensor mirrored, Tensor logits, Tensor? weight, bool per_element, bool sigmoid,"
     " bool symmetric) -> (Tensor, Tensor)",
     _loss,
     _loss_fake,
+    lambda *arguments: _AlignmentLoss.apply(False, *arguments),
 )
 
 

@@ -4,8 +4,9 @@
 these steps:
 
 1. The public function checks its arguments with `prepare` (_attention_arguments.py) and calls `_attend`.
-2. `_attend` calls `_Attention` (autograd), which calls the registered operation ``sgalign::attention``. If torch's
-   dispatcher has nothing to add (_autograd.py), it calls the implementation `_forward` directly.
+2. `_attend` calls `_Attention` (autograd), which calls the implementation `_forward`. If torch's dispatcher has
+   something to add (_autograd.py), `_attend` calls the registered operation ``sgalign::attention`` instead, and the
+   dispatcher calls `_Attention`.
 3. `_forward` allocates the outputs and calls the backend's launch function from the table `FORWARD` in
    _attention_backends.py.
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from sgalign.ops._attention_arguments import OPTIONS_SCHEMA, Options, prepare
 from sgalign.ops._attention_backends import BACKWARD, FORWARD, Call, reference_attention, reference_weights
-from sgalign.ops._autograd import call, differentiable_once, distinct, is_plain, no_vmap
+from sgalign.ops._autograd import call, differentiable_once, is_plain, is_transformed, no_vmap
 from sgalign.ops._operands import Tensors, accumulated_dtype, empty_like, unit_stride
 from sgalign.ops._registration import operation, register
 
@@ -182,18 +183,22 @@ def _attend(
     """
     if backend == "reference":
         return reference_attention(queries, branches, key, value, options)
-    query, key, value, *others = distinct([queries[0], key, value, *queries[1:]])
-    outputs = call(_Attention, plain, backend, query, *(others or [None]), branches, key, value, options)
-    return outputs[:branches]
+    if plain or is_transformed():
+        query, mirrored_query = (*queries, None)[:2]
+        outputs = call(_Attention, plain, backend, query, mirrored_query, branches, key, value, options)
+    else:
+        outputs = operation("attention", plain)(backend, queries, branches, key, value, *options)
+    return tuple(outputs[:branches])
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
 
 
 class _Attention(torch.autograd.Function):
-    """The autograd function around the registered operations.
+    """The autograd function around the operations.
 
-    A call through it takes far less time than one through `torch.library.register_autograd`.
+    Plain calls use it directly, which takes far less time than a call through `torch.library.register_autograd`. So do
+    calls inside function transforms. For other calls, torch's dispatcher uses it.
     """
 
     vmap = no_vmap("fused attention")
@@ -326,6 +331,11 @@ def _call(queries: Tensors, key: Tensor, value: Tensor, outs: Tensors, logsumexp
     return Call(queries, unit_stride(key), unit_stride(value), outs, logsumexps, options)
 
 
+def _with_autograd(backend: str, queries: Tensors, branches: int, key: Tensor, value: Tensor, *options: Any) -> Tensors:
+    query, mirrored_query = (*queries, None)[:2]
+    return list(_Attention.apply(False, backend, query, mirrored_query, branches, key, value, Options(*options)))
+
+
 def _flops(backend: str, queries: Any, branches: int, key: Any, value: Any, *options: Any, out_shape: Any) -> int:
     """Return the operations of the scores of each query and of the outputs of each branch."""
     batch, heads, length, dim = queries[0]
@@ -345,6 +355,7 @@ register(
     f"attention(str backend, Tensor[] queries, int branches, Tensor key, Tensor value, {OPTIONS_SCHEMA}) -> Tensor[]",
     _forward,
     _forward_fake,
+    _with_autograd,
     _flops,
 )
 # Returns the gradients of the queries, of the key and of the value.
@@ -353,5 +364,6 @@ register(
     f" Tensor key, Tensor value, {OPTIONS_SCHEMA}) -> Tensor[]",
     _backward,
     _backward_fake,
+    _attention_gradients.refuse,
     _backward_flops,
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sgalign.errors import InputError
 from sgalign.ops import backends, reference
-from sgalign.ops._autograd import call, differentiable_once, distinct, is_plain, no_vmap
+from sgalign.ops._autograd import call, differentiable_once, is_plain, is_transformed, no_vmap
 from sgalign.ops._operands import (
     Tensors,
     cast,
@@ -126,9 +126,15 @@ def _relation_logits(branches: list[Branch], union: Tensor, pairs: Tensor, backe
     branches = [branch.map(lambda tensor: cast(tensor, dtype)) for branch in branches]
     if backend == "reference":
         return tuple(reference.relation_logits(s, o, union, pairs, w, b) for s, o, w, b in branches)
-    missing = [None] * len(Branch._fields) * (2 - len(branches))
-    union, *operands = distinct([union, *itertools.chain(*branches), *missing])
-    return call(_RelationLogits, plain, backend, union, pairs, *operands)
+    if any(branch.bias is not None for branch in branches):  # the operation takes a bias for all branches or for none
+        zeros = branches[0].weight.new_zeros(branches[0].weight.shape[0])
+        branches = [branch._replace(bias=zeros) if branch.bias is None else branch for branch in branches]
+    if plain or is_transformed():
+        missing = [None] * len(Branch._fields) * (2 - len(branches))
+        return call(_RelationLogits, plain, backend, union, pairs, *itertools.chain(*branches), *missing)
+    subjects, objects, weights, biases = (list(of_branches) for of_branches in zip(*branches))
+    run = operation("relation_logits", plain)
+    return tuple(run(backend, union, pairs, subjects, objects, weights, _present(*biases)))
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -183,7 +189,7 @@ def _check_pairs(pairs: Tensor, objects: int) -> None:
 
 
 class _RelationLogits(torch.autograd.Function):
-    """The autograd function around the registered operations. With one branch, the mirrored operands are None."""
+    """The autograd function around the operations. With one branch, the mirrored operands are None."""
 
     vmap = no_vmap("the fused relation head")
 
@@ -204,9 +210,6 @@ class _RelationLogits(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         subjects, objects = _present(subject, mirrored_subject), _present(object, mirrored_object)
         weights, biases = _present(weight, mirrored_weight), _present(bias, mirrored_bias)
-        if biases and len(biases) < len(weights):  # only one branch has a bias
-            zeros = weight.new_zeros(weight.shape[0])
-            biases = [zeros if bias is None else bias, zeros if mirrored_bias is None else mirrored_bias]
         run = operation("relation_logits", plain)
         return tuple(run(backend, union, pairs, subjects, objects, weights, biases))
 
@@ -312,6 +315,14 @@ def _dense_branches(subjects: Tensors, objects: Tensors, weights: Tensors, biase
     return [Branch(*of_branch).map(unit_stride) for of_branch in operands]
 
 
+def _with_autograd(
+    backend: str, union: Tensor, pairs: Tensor, subjects: Tensors, objects: Tensors, weights: Tensors, biases: Tensors
+) -> Tensors:
+    operands: Any = zip(subjects, objects, weights, biases or [None, None])  # type: ignore[list-item]
+    missing = [None] * len(Branch._fields) * (2 - len(subjects))
+    return list(_RelationLogits.apply(False, backend, union, pairs, *itertools.chain(*operands), *missing))
+
+
 def _flops(backend: str, union: Any, pairs: Any, subjects: Any, objects: Any, weights: Any, *_: Any, **__: Any) -> int:
     """Return the operations of the product with each branch's weight."""
     return sum(2 * union[0] * classes * channels for classes, channels in weights)
@@ -328,6 +339,7 @@ register(
     " Tensor[] biases) -> Tensor[]",
     _forward,
     _forward_fake,
+    _with_autograd,
     _flops,
 )
 # Returns the gradients of each branch's subject, object and weight, then the gradient of union if it is wanted.
@@ -336,5 +348,6 @@ register(
     " Tensor[] objects, Tensor[] weights, bool wants_union) -> Tensor[]",
     _backward,
     _backward_fake,
+    _logits_gradients.refuse,
     _backward_flops,
 )
