@@ -3,6 +3,7 @@
 The build needs ninja and pybind11, but not torch. docs/building.md describes the environment variables that it reads.
 """
 
+import hashlib
 import os
 import platform
 import runpy
@@ -19,7 +20,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "csrc"))
-from compilers import ENVIRONMENT, find_compiler, find_nvcc, for_host, refusal, user_flags  # noqa: E402
+sys.dont_write_bytecode = True  # leaves no csrc/__pycache__ in the source tree
+from compilers import COMPILING, ENVIRONMENT, LINKING, find_compiler, find_nvcc, for_host, refusal  # noqa: E402
 
 FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 
@@ -33,7 +35,14 @@ if platform.machine() in ("x86_64", "AMD64"):
         ("avx512", 64, ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-uninitialized"]),
     ]
 
+HEADERS = (".h", ".cuh")
 CUDA_TYPES = ("Half", "BFloat16", "float")  # each file csrc/cuda/*_*.cu is compiled once per type
+
+
+def digest_with_headers(source: Path) -> str:
+    """Return a digest of a source and the headers that it may include."""
+    headers = [path for folder in {ROOT / "csrc", source.parent} for path in folder.iterdir() if path.suffix in HEADERS]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted([source, *headers]))).hexdigest()[:16]
 
 
 class NinjaBuild(build_ext):
@@ -46,8 +55,12 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         module = folder / target.name
         self.write_ninja_file(folder, module)
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([sys.executable, "-m", "ninja", "-C", folder, *jobs], check=True, env=ENVIRONMENT)
+        jobs = os.environ.get("MAX_JOBS", "")
+        if jobs and not jobs.isdecimal():
+            sys.exit(f"sgalign: MAX_JOBS must be a number, got {jobs}")
+        subprocess.run(
+            [sys.executable, "-m", "ninja", "-C", folder, *(["-j", jobs] if jobs else [])], check=True, env=ENVIRONMENT
+        )
         in_sources = [ROOT / "sgalign" / target.name] if os.access(ROOT / "sgalign", os.W_OK) else []
         for destination in (target, *in_sources):
             # The file is replaced, not overwritten, because a process may have the old one loaded.
@@ -65,10 +78,11 @@ class NinjaBuild(build_ext):
             "csrc": ROOT / "csrc", "python": sysconfig.get_path("include"), "pybind11": pybind11.get_include()
         }.items():  # fmt: skip
             # Links have plain names. The paths may have characters that the tools cannot handle.
-            (folder / name).unlink(missing_ok=True)
-            (folder / name).symlink_to(path)
-        compiler, user, linking = find_compiler(), user_flags("CPPFLAGS", "CXXFLAGS"), user_flags("LDFLAGS")
-        openmp = [] if refusal(compiler, ["-fopenmp"]) else ["-fopenmp"]
+            link = folder / f"{name}.{os.getpid()}"  # replaces the old link at once, because two builds may run
+            link.symlink_to(path)
+            os.replace(link, folder / name)
+        compiler = find_compiler()
+        openmp = [] if refusal(compiler, [*COMPILING, "-fopenmp", *LINKING]) else ["-fopenmp"]
         if not openmp:
             print(f"sgalign: {compiler[0]} has no OpenMP here, so the kernels will use one thread", file=sys.stderr)
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
@@ -91,7 +105,7 @@ class NinjaBuild(build_ext):
         codes = [f"-gencode=arch=compute_80,code={target}" for target in targets]
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         # The CUDA runtime is linked in, so it need not be the version that comes with torch.
-        host = [*openmp, *linking, *undefined]
+        host = [*openmp, *LINKING, *undefined]
         linker = [*nvcc, "-shared", "-cudart=static", *for_host(host)] if archs else [*compiler, "-shared", *host]
 
         def command(*words: str) -> str:
@@ -100,13 +114,15 @@ class NinjaBuild(build_ext):
         with open(folder / "build.ninja", "w") as file:
             writer = ninja_syntax.Writer(file, width=10_000)
             for rule, words in (
-                ("compile", [*compiler, *FLAGS, *openmp, *user, "-std=c++20"]),
-                ("cuda", [*nvcc, "-O3", *for_host(user), "-std=c++20", *codes]),
+                ("compile", [*compiler, *FLAGS, *openmp, *COMPILING, "-std=c++20"]),
+                ("cuda", [*nvcc, "-O3", *for_host(COMPILING), "-std=c++20", *codes]),
             ):
                 line = f"{command(*words)} -MMD -MF $out.d $flags -c $in -o $out"
                 writer.rule(rule, line, depfile="$out.d", deps="gcc")
             writer.rule("link", f"{command(*linker)} $in -o $out")
             for name, rule, source, flags in objects:
+                # ninja compares times alone. The digest makes it compile a source that was replaced by an older file.
+                flags = [*flags, f"-DSGALIGN_SOURCE={digest_with_headers(ROOT / 'csrc' / source)}"]
                 writer.build(f"{name}.o", rule, f"csrc/{source}", variables={"flags": command(*flags)})
             writer.build(module.name, "link", [f"{name}.o" for name, *_ in objects])
 
@@ -115,7 +131,7 @@ written = (path for path in (ROOT, ROOT / "build", ROOT / "sgalign.egg-info") if
 if all(os.access(path, os.W_OK) for path in written):
     BUILD, options = ROOT / "build", {}
 else:
-    temporary = tempfile.TemporaryDirectory()  # is removed when the process ends
+    temporary = tempfile.TemporaryDirectory()  # Python removes it when the process ends
     BUILD = Path(temporary.name)
     options = {"build": {"build_base": temporary.name}, "egg_info": {"egg_base": temporary.name}}
 setup(ext_modules=[Extension("sgalign._C", ["csrc/bindings.cpp"])], cmdclass={"build_ext": NinjaBuild}, options=options)

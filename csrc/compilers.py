@@ -14,18 +14,25 @@ CUDA_ARCHS = "80,90,100,120"
 ENVIRONMENT = os.environ | {"TMPDIR": "."}
 
 
-def user_flags(*names: str) -> list[str]:
-    """Return the flags in these environment variables."""
-    return [flag for name in names for flag in shlex.split(os.environ.get(name, ""))]
+def words(name: str) -> list[str]:
+    """Return the words of an environment variable, as a shell splits them."""
+    try:
+        return shlex.split(os.environ.get(name, ""))
+    except ValueError as error:
+        sys.exit(f"sgalign: {name} must be words for a shell, got {os.environ[name]} ({error})")
 
 
 def for_host(flags: Sequence[str]) -> list[str]:
-    """Return flags of the C++ compiler in the form in which nvcc passes them on. nvcc would split them at commas."""
+    """Return flags of the C++ compiler as arguments of nvcc. Commas are escaped, because nvcc splits at them."""
     return [f"-Xcompiler={shlex.quote(flag)}".replace(",", "\\,") for flag in flags]
 
 
+# the user's flags
+COMPILING, LINKING = words("CPPFLAGS") + words("CXXFLAGS"), words("LDFLAGS")
+
+
 def find_nvcc(compiler: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the nvcc command and the architectures. For a core without CUDA there are none, and stderr says why."""
+    """Return the nvcc command and the architectures. Without CUDA, there are none, and stderr gives the reason."""
     wanted, home = os.environ.get("SGALIGN_CUDA") or "auto", os.environ.get("CUDA_HOME")
     if wanted not in ("0", "1", "auto"):
         sys.exit(f"sgalign: SGALIGN_CUDA must be 0, 1 or auto, got {wanted}")
@@ -33,7 +40,7 @@ def find_nvcc(compiler: Sequence[str]) -> tuple[list[str], list[str]]:
     # From "ccache g++ -pthread", nvcc gets g++ and, separately, the options.
     first = next((i for i, word in enumerate(compiler) if word.startswith("-")), len(compiler))
     command = [nvcc, "-ccbin", compiler[first - 1], *for_host(["-fPIC", "-fvisibility=hidden", *compiler[first:]])]
-    why = "SGALIGN_CUDA is 0" if wanted == "0" else refusal(command, ["-x", "cu"])
+    why = "SGALIGN_CUDA is 0" if wanted == "0" else refusal(command, [*for_host(COMPILING + LINKING), "-x", "cu"])
     if why:
         if wanted == "1":
             sys.exit(f"sgalign: SGALIGN_CUDA is 1, but {why}")
@@ -51,10 +58,11 @@ def find_nvcc(compiler: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def find_compiler() -> list[str]:
     """Return CXX if it is set, otherwise the first of g++, clang++ and c++ on PATH that compiles C++20."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    # A relative path is made absolute, because the compiler runs in other folders.
+    given = [os.path.abspath(word) if os.sep in word and word[0] != "-" else word for word in words("CXX")]
     reasons = []
-    for compiler in map(shlex.split, candidates):
-        reasons.append(refusal(compiler, []))
+    for compiler in [given] if given else [["g++"], ["clang++"], ["c++"]]:
+        reasons.append(refusal(compiler, COMPILING + LINKING))
         if not reasons[-1]:
             return compiler
     sys.exit(f"sgalign: {'; '.join(reasons)}: install g++ 11 or clang 14, or set CXX")
@@ -64,7 +72,7 @@ def refusal(compiler: Sequence[str], flags: Sequence[str]) -> str:
     """Return why a C++20 program with these flags does not compile and link, or "" if it does."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "probe.cpp").write_text("#include <bit>\nint main() { return !new int(std::popcount(0u)); }\n")
-        command = [*compiler, "-std=c++20", *flags, "probe.cpp", "-o", "probe"]
+        command = [*compiler, *flags, "-std=c++20", "probe.cpp", "-o", "probe"]
         try:
             tried = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=ENVIRONMENT)
         except OSError as error:

@@ -12,13 +12,13 @@ from torch.nn import functional
 
 from sgalign.errors import InputError
 from sgalign.ops import backends
-from sgalign.ops._operands import check_bool, check_tensor, host_reads
+from sgalign.ops._operands import check_bool, check_device, check_tensor, differs, readable
 from sgalign.ops.attention import attention_weights, dual_branch_attention, fused_masked_attention
 from sgalign.ops.random_mask import checked_ratio
 
 
 class _OutputProjection(nn.Linear):
-    """A linear layer whose bias is initialized to zero, as that of `torch.nn.MultiheadAttention`."""
+    """A linear layer whose bias is initialized to zero, as in `torch.nn.MultiheadAttention`."""
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -161,11 +161,13 @@ class MaskedMultiheadAttention(nn.Module):
                 "need_weights must be False, got True: the fused kernels never form the [Lq, Lk] attention weights; "
                 "the module's method attention_weights(query, key) computes them in plain PyTorch"
             )
-        # The order of the conditions matters to torch.compile, because torch's decoder computes is_causal from values.
+        # `is_causal` comes second. torch's decoder computes it from values, on which torch.compile cannot branch.
         if attn_mask is None and is_causal:
             raise InputError("attn_mask must be given if is_causal is True, as in torch.nn.MultiheadAttention")
-        (out,) = self._attend([query], key, value, key_padding_mask, attn_mask, mask_seed, mask_stream, dual=False)
-        return out, None
+        batched, (queries, keys, values) = self._project(query=query, key=key, value=value)
+        options = self._options(queries, keys, key_padding_mask, attn_mask, mask_seed, mask_stream, batched)
+        out = fused_masked_attention(queries, keys, values, backend=self.backend, **options)
+        return self.out_proj(self._merge_heads(out, batched)), None
 
     def attention_weights(
         self,
@@ -178,7 +180,7 @@ class MaskedMultiheadAttention(nn.Module):
         mask_seed: int | Tensor | None = None,
         mask_stream: int = 0,
     ) -> Tensor:
-        """Return the weights that `torch.nn.MultiheadAttention` returns as its second output, in plain PyTorch.
+        """Compute, in plain PyTorch, the weights that `torch.nn.MultiheadAttention` returns as its second output.
 
         They are the weights of `forward` with the same arguments and the same `mask_seed`. In training mode, they have
         the random mask and dropout.
@@ -194,7 +196,7 @@ class MaskedMultiheadAttention(nn.Module):
         Raises:
             TypeError, ValueError: as in `forward`.
         """
-        batched, (queries,), keys, _ = self._project([query], key, None)
+        batched, (queries, keys) = self._project(query=query, key=key)
         options = self._options(queries, keys, key_padding_mask, attn_mask, mask_seed, mask_stream, batched)
         weights = attention_weights(queries, keys, **options)
         if average_attn_weights:
@@ -230,60 +232,36 @@ class MaskedMultiheadAttention(nn.Module):
             TypeError, ValueError: if an argument has the wrong type, shape, dtype or device.
             ImportError, RuntimeError: as in `dual_branch_attention`.
         """
-        queries = [query] if mirrored_query is query else [query, mirrored_query]
-        out, mirrored_out = self._attend(
-            queries, key, value, key_padding_mask, attn_mask, mask_seed, mask_stream, dual=True
-        )
+        rows = {"query": query, "mirrored_query": mirrored_query, "key": key, "value": value}
+        if mirrored_query is query:
+            del rows["mirrored_query"]
+        batched, (*queries, keys, values) = self._project(**rows)
+        options = self._options(queries[0], keys, key_padding_mask, attn_mask, mask_seed, mask_stream, batched)
+        outs = dual_branch_attention(queries[0], queries[-1], keys, values, backend=self.backend, **options)
+        out, mirrored_out = (self.out_proj(self._merge_heads(out, batched)) for out in outs)
         return out, mirrored_out
 
-    def _attend(
-        self,
-        queries: list[Tensor],
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        mask_seed: int | Tensor | None,
-        mask_stream: int,
-        *,
-        dual: bool,
-    ) -> list[Tensor]:
-        batched, heads, keys, values = self._project(queries, key, value)
-        options = self._options(heads[0], keys, key_padding_mask, attn_mask, mask_seed, mask_stream, batched)
-        options["backend"] = self.backend
-        outs = (
-            dual_branch_attention(heads[0], heads[-1], keys, values, **options)
-            if dual
-            else [fused_masked_attention(heads[0], keys, values, **options)]
-        )
-        return [self.out_proj(self._merge_heads(out, batched)) for out in outs]
+    def _project(self, **rows: Tensor) -> tuple[bool, list[Tensor]]:
+        """Return True if there is a batch dimension, and each argument projected to ``[B, H, L, D]``.
 
-    def _project(
-        self, queries: list[Tensor], key: Tensor, value: Tensor | None
-    ) -> tuple[bool, list[Tensor], Tensor, Tensor]:
-        """Return whether there is a batch dimension, and the projected queries, keys and values, ``[B, H, L, D]``.
-
-        If `value` is None, the keys are returned in place of the values.
+        The arguments are called query, mirrored_query, key and value.
         """
-        named = {"query": queries[0], "mirrored_query": queries[-1], "key": key}
-        if value is not None:
-            named["value"] = value
-        batched = isinstance(queries[0], Tensor) and queries[0].dim() == 3
-        for name, tensor in named.items():
+        batched = isinstance(rows["query"], Tensor) and rows["query"].dim() == 3
+        weights = self._projection_weights()
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        heads = []
+        for name, tensor in rows.items():
             check_tensor(name, tensor)
-            width = {"key": self.kdim, "value": self.vdim}.get(name, self.embed_dim)
+            place = ("query", "key", "value").index(name.removeprefix("mirrored_"))
+            width = (self.embed_dim, self.kdim, self.vdim)[place]
             if tensor.dim() not in (2, 3) or (tensor.dim() == 3) != batched or tensor.shape[-1] != width:
                 layout = f"[B, L, {width}]" if self.batch_first else f"[L, B, {width}]"
                 raise InputError(
                     f"{name} must be {layout}, or [L, {width}] if no tensor has a batch dimension,"
                     f" got {list(tensor.shape)}"
                 )
-        weights = self._projection_weights()
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        heads = [self._split_heads(functional.linear(query, weights[0], biases[0])) for query in queries]
-        keys = self._split_heads(functional.linear(key, weights[1], biases[1]))
-        values = keys if value is None else self._split_heads(functional.linear(value, weights[2], biases[2]))
-        return batched, heads, keys, values
+            heads.append(self._split_heads(functional.linear(tensor, weights[place], biases[place])))
+        return batched, heads
 
     def _options(
         self,
@@ -298,8 +276,13 @@ class MaskedMultiheadAttention(nn.Module):
         """Return the options of `fused_masked_attention` for projected queries and keys."""
         if key_padding_mask is not None:
             key_padding_mask = _bool_mask("key_padding_mask", key_padding_mask)
+            shape = (keys.shape[0], keys.shape[2])[not batched :]
+            if differs(key_padding_mask.shape, shape):
+                raise InputError(f"key_padding_mask must be {list(shape)}, got {list(key_padding_mask.shape)}")
             key_padding_mask = key_padding_mask if batched else key_padding_mask[None]
         if attn_mask is not None:
+            check_tensor("attn_mask", attn_mask)
+            check_device("attn_mask", attn_mask, queries.device, "the query's device")
             attn_mask = self._mask_by_head(
                 _bool_mask("attn_mask", attn_mask), keys.shape[0], queries.shape[2], keys.shape[2]
             )
@@ -362,11 +345,10 @@ def _bool_mask(name: str, mask: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or not mask.is_floating_point():
         check_bool(name, mask)
         return mask
-    dropped = mask == -math.inf
-    allowed = dropped | (mask == 0)
     rule = f"{name} must be bool (True = dropped), or hold only 0 (kept) and -inf (dropped)"
-    if not host_reads(mask):
-        torch._assert_async(allowed.all(), rule)
-    elif not allowed.all():
-        raise InputError(f"{rule}, got {mask[~allowed][0].item()}")
-    return dropped
+    values = readable(mask)
+    if values is None:
+        torch._assert_async(((mask == 0) | (mask == -math.inf)).all(), rule)
+    elif (wrong := (values != 0) & (values != -math.inf)).any():
+        raise InputError(f"{rule}, got {values[wrong][0].item()}")
+    return mask == -math.inf

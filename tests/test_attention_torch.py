@@ -461,6 +461,12 @@ def test_bad_tensors_are_refused_by_name(name, change, error, message, backend):
         dual_branch_attention(**tensors, backend=backend)
 
 
+def test_missing_mirrored_query_is_refused_by_name():
+    query, _, key, value = make()
+    with pytest.raises(TypeError, match="mirrored_query must be a tensor, got NoneType"):
+        dual_branch_attention(query, None, key, value)
+
+
 def test_more_than_256_channels_are_refused():
     tensor = torch.zeros(1, 1, 2, 257)
     with pytest.raises(ValueError, match=r"query must have at most 256 channels per head \(D\), got 257"):

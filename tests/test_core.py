@@ -290,7 +290,7 @@ except SystemExit as error:
 # ------------------------------------------------------------------------------------------------------ setup.py
 
 STRANGE = "a b$c'd\"e#f:g&h(i)ü%\\"  # characters of a folder's name
-# It writes its arguments to a log, waits, and writes the output files of a compiler.
+# A fake compiler. It writes its arguments to a log, waits, and writes the output files of a compiler.
 COMPILER = f"""#!{sys.executable}
 import json, sys, time
 from pathlib import Path
@@ -312,7 +312,7 @@ else:
 
 @pytest.fixture
 def sources(tmp_path):
-    """A copy of the sources in a folder with a strange name, and a compiler that only writes down its arguments."""
+    """A copy of the sources in a folder with a strange name, and a compiler that only logs its arguments."""
     folder = tmp_path / STRANGE / "sgalign"
     ignored = shutil.ignore_patterns("__pycache__", "_C.*", "build", "*.egg-info", ".*")
     for name in ("sgalign", "kernels", "csrc"):
@@ -370,12 +370,44 @@ def test_build_passes_flags_on_and_works_in_any_folder(sources):
     assert '-DSGALIGN_COMPILER="g++ that compiles nothing"' in compiled[0]
     assert "-L/x" in linked and "-Wl,-rpath,$ORIGIN" in linked
     assert (sources / "sgalign" / linked[linked.index("-o") + 1]).exists()
-    os.utime(sources / "csrc" / "kernels.h")
-    os.utime(sources / "csrc" / "bindings.cpp")
-    again = run_setup(sources, "build_ext", **flags)[len(commands) :]
-    assert [words[words.index("-o") + 1] for words in again if "-o" in words and "probe" not in words][:1] == [
-        "bindings.o"
-    ]
+
+
+def outputs(commands):
+    return [words[words.index("-o") + 1] for words in commands if "-c" in words or "-shared" in words]
+
+
+def test_build_compiles_only_changed_files(sources):
+    run_setup(sources, "build_ext")
+    (sources.parent / "log").unlink()
+    changed = sources / "csrc" / "cpu" / "alignment.cpp"
+    changed.write_text(changed.read_text() + "// changed\n")
+    os.utime(changed, (0, 0))  # older than the objects, as a file from an archive may be
+    *compiled, linked = outputs(run_setup(sources, "build_ext"))
+    assert {name.partition("_")[0] for name in compiled} == {"alignment", "bindings.o"} and linked.startswith("_C.")
+    (sources.parent / "log").unlink()
+    code = (
+        "import runpy, sys; sys.argv = ['setup.py', '-q', 'build_ext']; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    environment = os.environ | {"SGALIGN_CUDA": "0", "CXX": shlex.quote(str(sources.parent / "c++"))}
+    subprocess.run([sys.executable, "-c", code], cwd=sources, env=environment, check=True, capture_output=True)
+    assert not outputs(map(json.loads, (sources.parent / "log").read_text().splitlines()))
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"MAX_JOBS": "many"}, "MAX_JOBS must be a number, got many"),
+        ({"CXXFLAGS": "-DA='b"}, "CXXFLAGS must be words for a shell, got -DA='b (No closing quotation)"),
+        ({"CXX": "no-such-compiler"}, "no-such-compiler cannot be run: No such file or directory: install g++ 11"),
+        ({"CXXFLAGS": "--no-such-flag", "CXX": "g++"}, "g++ cannot compile C++20"),
+    ],
+)
+def test_build_refuses_bad_variables_by_name(sources, variables, message):
+    pytest.importorskip("pybind11")
+    environment = os.environ | {"SGALIGN_CUDA": "0", "CXX": shlex.quote(str(sources.parent / "c++"))} | variables
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    result = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1 and f"sgalign: {message}" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_build_leaves_a_folder_unchanged_that_it_cannot_write_to(sources):
@@ -438,11 +470,8 @@ for _ in range(3):
         sgalign.relation_alignment_loss(x[0, 0], x[0, 0]).backward()
         sgalign.fused_relation_logits(*x.new_ones(3, 2, 3), torch.zeros(2, 2, dtype=torch.int64), x.new_ones(4, 3))
     assert counter.get_total_flops() > 0
-run = attention._forward
 seen = []
-import importlib
-importlib.reload(attention)  # the registered operation calls the new functions
-attention._forward.__globals__["FORWARD"] = {"cpu": lambda call: seen.append(call)}
+attention.FORWARD["cpu"] = seen.append  # of the last import
 torch.ops.sgalign.attention("cpu", [x], 1, x, x, None, None, None, 0.0, 0.0, 0, 1.0)
 print(len(seen))
 """

@@ -1,5 +1,7 @@
 """Eager calls on ordinary tensors, which bypass torch's dispatcher unless something listens there."""
 
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -217,20 +219,105 @@ def test_vmap_needs_the_reference(name):
         "batched gradients": lambda call: torch.autograd.grad(
             call(*tensors)[0], tensors, direction, is_grads_batched=True, allow_unused=True
         ),
+        "batched gradients with a graph": lambda call: torch.autograd.grad(
+            call(*tensors)[0], tensors, direction, is_grads_batched=True, allow_unused=True, create_graph=True
+        ),
+        "compiled vmap": lambda call: torch.compile(torch.func.vmap(call), backend="aot_eager")(*batched),
     }
     for transformed, run in transforms.items():
-        run(lambda *x: call(*x, backend="reference"))
-        if name == "alignment_loss" and transformed == "batched gradients":
+        found = run(lambda *x: call(*x, backend="reference"))
+        if "vmap" in transformed and "grad" not in transformed:
+            for one, single in zip(found, call(*tensors)):
+                torch.testing.assert_close(one, torch.stack([single] * 2), rtol=1e-4, atol=1e-6)
+        if name == "alignment_loss" and transformed.startswith("batched"):
             run(call)  # the backward is a multiplication
             continue
-        with pytest.raises(RuntimeError, match="the kernels do not support vmap.* backend='reference' supports it"):
+        with pytest.raises(Exception, match="the kernels do not support vmap.* backend='reference' supports it"):
             run(call)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_reference_supports_forward_mode(name):
+    call, tensors = OPERATIONS[name]
+    last = tensors[-1].detach()
+    others = [tensor.detach() for tensor in tensors[:-1]]
+    _, derivative = torch.func.jvp(lambda x: call(*others, x, backend="reference")[-1].sum(), (last,), (last,))
+    (gradient,) = torch.autograd.grad(call(*others, last.requires_grad_())[-1].sum(), last)
+    torch.testing.assert_close(derivative, (gradient * last).sum(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_traced_and_exported_graphs_have_gradients(name):
+    call, tensors = OPERATIONS[name]
+    expected = gradients(call(*tensors), tensors)
+
+    class Called(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = torch.nn.Parameter(tensors[-1].detach())
+
+        def forward(self, *others):
+            return call(*others, self.last)
+
+    graphs = {"make_fx": make_fx(lambda tensors: call(*tensors))([tensor.detach() for tensor in tensors])}
+    for strict in (False, True):
+        module = Called()
+        exported = torch.export.export(module, tuple(tensors[:-1]), strict=strict).module()
+        graphs[f"export, strict={strict}"] = lambda tensors, exported=exported: exported(*tensors[:-1])
+        outputs = exported(*tensors[:-1])
+        torch.autograd.backward(
+            sum((output * (i + 1)).sum() for i, output in enumerate(outputs)), inputs=[*exported.parameters()]
+        )
+        (last,) = exported.parameters()
+        torch.testing.assert_close(last.grad, expected[-1])
+        found = gradients(exported(*tensors[:-1]), tensors[:-1])
+        torch.testing.assert_close(found, expected[:-1])
+    torch.testing.assert_close(gradients(graphs["make_fx"](tensors), tensors), expected)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_compiled_function_transforms_are_right_or_refused(name):
+    """torch traces an autograd function inside torch.func.grad as if its forward were ordinary operations."""
+    call, tensors = OPERATIONS[name]
+    others, last = [tensor.detach() for tensor in tensors[:-1]], tensors[-1].detach()
+
+    def loss(last):
+        return call(*others, last)[-1].sum()
+
+    torch._dynamo.reset()
+    expected = torch.func.grad(loss)(last)
+    try:
+        found = torch.compile(torch.func.grad(loss), backend="aot_eager")(last)
+    except Exception as error:
+        assert "the kernels do not support torch.func transforms" in str(error)
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+def test_counter_counts_an_exported_program():
+    code = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from sgalign import fused_masked_attention
+
+class Attend(torch.nn.Module):
+    def forward(self, query):
+        return fused_masked_attention(query, query, query)
+
+query = torch.randn(1, 2, 3, 8)
+program = torch.export.export(Attend(), (query,)).module()
+with FlopCounterMode(display=False) as counter:
+    program(query)
+print(counter.get_total_flops())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == str(2 * 2 * 1 * 2 * 3 * 3 * 8), result.stderr
 
 
 def test_pairs_are_checked_in_vmap():
     union, ends, weight = torch.randn(3, 4), torch.randn(2, 4), torch.randn(5, 4)
     pairs = torch.stack([PAIRS, PAIRS - 1])
-    with pytest.raises(IndexError, match="got -1 in row 0"):
+    with pytest.raises(IndexError, match=r"pairs must hold indices in \[0, 2\), got -1$"):
         torch.func.vmap(lambda p: fused_relation_logits(ends, ends, union, p, weight, backend="reference"))(pairs)
 
 
@@ -247,6 +334,9 @@ def test_distributed_tensors_are_refused_by_name():
             name = "query" if arguments[0] is sharded else "value"
             with pytest.raises(TypeError, match=f"{name} must be a local tensor, got a DTensor: use .*local_map"):
                 fused_masked_attention(*arguments)
+        seed = distributed.distribute_tensor(torch.tensor(3), mesh, [distributed.Replicate()])
+        with pytest.raises(TypeError, match="mask_seed must be a local tensor"):
+            fused_masked_attention(query, query, query, mask_ratio=0.5, mask_seed=seed)
         with pytest.raises(TypeError, match="logits must be a local tensor"):
             relation_alignment_loss(sharded[0, 0], sharded[0, 0])
         by_head = [[distributed.Shard(1)]] * 3

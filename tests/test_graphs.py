@@ -85,28 +85,34 @@ def sizes(i):
     return i, i + 13, i + 26, i + 39
 
 
+def numbers(i):
+    """Return a seed and a stream near the ends of their ranges."""
+    return i - 2**63, 2**31 - i
+
+
 def masks(batch, heads, queries, keys):
     return torch.rand(queries, keys) < 0.3, torch.rand(batch, keys) < 0.2
 
 
-# A function, and the arguments of one step. No two sizes are equal in the first step, because torch.compile takes equal
-# sizes for the same size.
+# A function, and the arguments of one step. No two sizes are equal in the first step, because torch.compile treats
+# equal sizes as one size.
 CHANGES = {
     "attention, sizes": (attend, lambda i: rows(*sizes(i))),
     "attention, sizes of masks": (attend_with_masks, lambda i: (*rows(*sizes(i)), *masks(*sizes(i)))),
-    "attention, seeds and streams": (attend, lambda i: (*rows(2, 5, 4, 33), i, 2 * i)),
+    "attention, seeds and streams": (attend, lambda i: (*rows(2, 5, 4, 33), *numbers(i))),
+    "attention, channels": (attend, lambda i: rows(2, 5, 4, 33, dim=i + 10)),
     "attention, seeds in tensors": (attend, lambda i: (*rows(2, 5, 4, 33), torch.tensor(i))),
     "module, lengths": (attend_by_module, lambda i: (normal(2, i + 10, 12), normal(2, 3 * i + 20, 12))),
-    "module, seeds and streams": (attend_by_module, lambda i: (normal(2, 4, 12), normal(2, 33, 12), i, 2 * i)),
+    "module, seeds and streams": (attend_by_module, lambda i: (normal(2, 4, 12), normal(2, 33, 12), *numbers(i))),
     "relation head, objects": (relate, lambda i: objects_and_pairs(i, 37)),
     "relation head, relations": (relate, lambda i: objects_and_pairs(5, 10 * i)),
     "alignment, relations": (align, lambda i: (normal(i, 20), normal(i, 20))),
     "alignment, classes": (align, lambda i: (normal(7, 10 + i), normal(7, 10 + i))),
     "alignment, weights": (align_with_weights, lambda i: (normal(i, 20), normal(i, 20), torch.rand(i))),
     "mask, sizes": (draw, lambda i: sizes(i)),
-    "mask, seeds and streams": (draw, lambda i: (2, 5, 4, 33, i, 2 * i)),
+    "mask, seeds and streams": (draw, lambda i: (2, 5, 4, 33, *numbers(i))),
     "weights, sizes": (weigh, lambda i: rows(*sizes(i))),
-    "weights, seeds and streams": (weigh, lambda i: (*rows(2, 5, 4, 33), i, 2 * i)),
+    "weights, seeds and streams": (weigh, lambda i: (*rows(2, 5, 4, 33), *numbers(i))),
 }
 
 
@@ -123,13 +129,16 @@ def without_kernels(monkeypatch, name):
         monkeypatch.setitem(table, name, lambda *_: None)
 
 
-def graphs_of(function, arguments, dynamic):
-    """Return the number of compiled graphs."""
+def graphs_of(function, arguments, dynamic, compare=False):
+    """Return the number of compiled graphs. If `compare` is True, compare the outputs with eager ones."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
     for step in STEPS:
-        outs = compiled(*arguments(step))
+        given = arguments(step)
+        outs = compiled(*given)
+        if compare:
+            torch.testing.assert_close(outs, function(*given))
         loss = sum(out.float().sum() for out in outs)
         if loss.requires_grad:
             loss.backward()
@@ -157,7 +166,7 @@ def test_ten_steps_are_one_graph(name, backend, monkeypatch):
         def called(*tensors):
             return function(*tensors, backend=backend)
 
-    assert graphs_of(called, arguments, dynamic=True) == 1
+    assert graphs_of(called, arguments, dynamic=True, compare=backend is None) == 1
     if backend is None:
         # By default, torch compiles the first step for its sizes alone.
         assert graphs_of(called, arguments, dynamic=None) <= 2
@@ -270,6 +279,33 @@ def test_sizes_may_depend_on_values(name, options):
     assert counter.frame_count == 1
 
 
+TWO_SELECTIONS = {
+    "alignment": (lambda a, b: align(a, b), [normal(10, 20), normal(10, 20)]),
+    "relation head": (lambda union, pairs: relate(*OBJECTS[:2], union, pairs, *OBJECTS[4:]), OBJECTS[2:4]),
+    "attention": (
+        lambda key, value: attend(*ROWS[:2], key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)),
+        [normal(10, 2, 5, 8), normal(10, 2, 5, 8)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWO_SELECTIONS)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_two_selections_are_compared_when_the_code_runs(name):
+    function, tensors = TWO_SELECTIONS[name]
+
+    def call(first, second):
+        return function(tensors[0][first.nonzero()[:, 0]], tensors[1][second.nonzero()[:, 0]])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    few, more = torch.arange(10) > 6, torch.arange(10) > 2
+    for first, second in ((few, few.flip(0)), (more, more)):
+        torch.testing.assert_close(compiled(first, second), call(first, second))
+    with pytest.raises(RuntimeError):
+        compiled(few, more)
+
+
 # ---------------------------------------------------------------------------------------------------------- export
 
 
@@ -287,6 +323,10 @@ class Called(torch.nn.Module):
     "name",
     [
         "attention, sizes",
+        "attention, sizes of masks",
+        "attention, channels",
+        "weights, sizes",
+        "alignment, weights",
         "module, lengths",
         "relation head, objects",
         "relation head, relations",

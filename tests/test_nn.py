@@ -134,7 +134,7 @@ def test_bad_input_with_batch_in_the_middle_is_refused_by_name():
         ),
         ({"attn_mask": torch.full((5, 7), math.nan)}, ValueError, "attn_mask must be bool .* got nan"),
         ({"key_padding_mask": torch.ones(3, 7)}, ValueError, "key_padding_mask must be bool .* got 1.0"),
-        ({"key_padding_mask": torch.zeros(3, 6)}, ValueError, r"key_padding_mask must be of shape \[3, 7\]"),
+        ({"key_padding_mask": torch.zeros(3, 6)}, ValueError, r"key_padding_mask must be \[3, 7\], got \[3, 6\]"),
         ({"attn_mask": torch.zeros(H + 1, 5, 7) > 0}, ValueError, rf"attn_mask must be .* got \[{H + 1}, 5, 7\]"),
         ({"attn_mask": torch.zeros(H, 5, 7) > 0}, ValueError, rf"or \[{3 * H}, 5, 7\] .* got \[{H}, 5, 7\]"),
         ({"attn_mask": torch.zeros(1, 7) > 0}, ValueError, r"attn_mask must be \[5, 7\] or .* got \[1, 7\]"),
@@ -145,6 +145,19 @@ def test_bad_input_with_batch_first_is_refused_by_name(change, error, message):
     arguments = {"query": torch.zeros(3, 5, E), "key": torch.zeros(3, 7, E), "value": torch.zeros(3, 7, E)} | change
     with pytest.raises(error, match=message):
         MaskedMultiheadAttention(E, H, batch_first=True)(**arguments)
+
+
+def test_missing_tensors_are_refused_by_name():
+    module, x = MaskedMultiheadAttention(E, H), torch.randn(5, 2, E)
+    for arguments, name in (((None, x, x), "query"), ((x, None, x), "key"), ((x, x, None), "value")):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"):
+            module(*arguments)
+    with pytest.raises(TypeError, match="mirrored_query must be a tensor, got NoneType"):
+        module.dual_branch(x, None, x, x)
+    with pytest.raises(ValueError, match=r"key_padding_mask must be \[5\], got \[4\]"):
+        module(x[:, 0], x[:, 0], x[:, 0], key_padding_mask=torch.zeros(4) > 0)
+    with pytest.raises(ValueError, match="attn_mask must be on the query's device"):
+        module(x, x, x, attn_mask=torch.zeros(5, 5, device="meta") > 0)
 
 
 def test_bad_ratios_are_refused_when_the_module_is_made():
@@ -198,6 +211,31 @@ def test_module_can_replace_the_attention_of_a_transformer_decoder(training):
     masks["memory_mask"] = torch.zeros(5, 7).normal_()
     with pytest.raises(RuntimeError, match="attn_mask must be bool .*, or hold only 0"):
         compiled(x, memory, **masks)
+
+
+def test_encoder_needs_no_nested_tensors():
+    """torch's encoder makes nested tensors of padded input, if it was made with torch's attention."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 16, dropout=0.0, batch_first=True), 2).eval()
+    x, padding = torch.randn(3, 5, E), torch.arange(5).expand(3, 5) > 3
+    encoder.use_nested_tensor = False
+    expected = encoder(x, src_key_padding_mask=padding)
+    for layer in encoder.layers:
+        layer.self_attn = replaced(layer).self_attn
+    with torch.no_grad():
+        found = encoder(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(found[~padding], expected[~padding], atol=1e-5, rtol=1e-4)
+        encoder.use_nested_tensor = True
+        with pytest.raises(TypeError, match="query must be a dense tensor, got nested"):
+            encoder(x, src_key_padding_mask=padding)
+
+
+def test_vmap_of_float_masks_needs_the_reference_alone():
+    module = MaskedMultiheadAttention(E, H, backend="reference").eval()
+    x, masks = torch.randn(5, E), torch.where(torch.rand(3, 5, 5) < 0.3, -math.inf, 0.0)
+    found = torch.func.vmap(lambda mask: module(x, x, x, attn_mask=mask)[0])(masks)
+    torch.testing.assert_close(found, torch.stack([module(x, x, x, attn_mask=mask)[0] for mask in masks]))
+    with pytest.raises(ValueError, match="attn_mask must be bool .* got 1.0"):
+        torch.func.vmap(lambda mask: module(x, x, x, attn_mask=mask)[0])(torch.ones(3, 5, 5))
 
 
 # --------------------------------------------------------------------------------- weights, sizes and initialization

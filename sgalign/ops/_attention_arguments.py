@@ -21,6 +21,7 @@ from sgalign.ops._operands import (
     check_floating,
     check_tensor,
     computed_dtype,
+    differs,
     once_a_signature,
 )
 from sgalign.ops.random_mask import STEPS, check_seed, check_stream, checked_ratio, ratio_threshold, seed_tensor
@@ -38,7 +39,7 @@ class Options(NamedTuple):
     mask_ratio: float  # drop probability of the random mask
     dropout_p: float  # drop probability of dropout
     stream: int  # stream of the random mask
-    scale: float  # factor of the scores
+    scale: float | None  # factor of the scores. If None, the default for the number of channels
 
     @property
     def mask_threshold(self) -> int:
@@ -57,15 +58,15 @@ class Options(NamedTuple):
 
 
 # Part of the schemas of the registered operations. Ratios and scale are float, so they are constants in compiled code.
-# As SymInt or Scalar, they could keep an old value if the code also multiplies a tensor by the same float.
+# With SymInt or Scalar, compiled code could use an old ratio if it also multiplies a tensor by the same float.
 OPTIONS_SCHEMA = (
     "Tensor? mask, Tensor? key_padding_mask, Tensor? seed, float mask_ratio, float dropout_p,"
-    " SymInt stream, float scale"
+    " SymInt stream, float? scale"
 )
 
 
 class Prepared(NamedTuple):
-    """The checked arguments of a call, in the dtype in which it computes."""
+    """The checked arguments of a call. The tensors have the dtype of the computation."""
 
     plain: bool  # the result of `is_plain`
     backend: str
@@ -93,13 +94,13 @@ def prepare(
     Raises:
         TypeError, ValueError, ImportError: as in `fused_masked_attention`.
     """
-    query, mirrored_query = queries[0], queries[1] if len(queries) == 2 else None
-    plain = is_plain(query, mirrored_query, key, value, mask, key_padding_mask, mask_seed)
-    _check(plain, query, mirrored_query, key, value, mask, key_padding_mask)
+    plain = is_plain(*queries, key, value, mask, key_padding_mask, mask_seed)
+    _check(plain, key, value, mask, key_padding_mask, *queries)
+    query = queries[0]
     mask_ratio, dropout_p = checked_ratio(mask_ratio, "mask_ratio"), checked_ratio(dropout_p, "dropout_p")
     check_stream(mask_stream, "mask_stream")
     check_seed(mask_seed, query.device, "mask_seed")
-    scale = _checked_scale(scale, query.shape[3])
+    scale = _checked_scale(scale)
     dtype = computed_dtype(query)
     backend = backends.choose(backend, query.device, dtype)
     queries, key, value = [cast(query, dtype) for query in queries], cast(key, dtype), cast(value, dtype)
@@ -110,17 +111,9 @@ def prepare(
 
 
 @once_a_signature
-def _check(
-    query: Tensor,
-    mirrored_query: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-) -> None:
-    rows = {"query": query, "mirrored_query": mirrored_query, "key": key, "value": value}
-    _check_rows({name: tensor for name, tensor in rows.items() if tensor is not None or name != "mirrored_query"})
-    _check_masks(mask, key_padding_mask, query, key.shape[2])
+def _check(key: Tensor, value: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None, *queries: Tensor) -> None:
+    _check_rows(dict(zip(("query", "mirrored_query"), queries)) | {"key": key, "value": value})
+    _check_masks(mask, key_padding_mask, queries[0], key.shape[2])
 
 
 def _check_rows(rows: dict[str, Any]) -> None:
@@ -133,7 +126,7 @@ def _check_rows(rows: dict[str, Any]) -> None:
     batch, heads, _, dim = query.shape
     for name, tensor in list(rows.items())[1:]:
         expected = query.shape if name == "mirrored_query" else (batch, heads, key.shape[2], dim)
-        if tensor.shape != expected:
+        if differs(tensor.shape, expected):
             raise InputError(
                 f"{name} must be {list(expected)} to match query {list(query.shape)}"
                 f"{' and key ' + str(list(key.shape)) if name == 'value' else ''}, got {list(tensor.shape)}"
@@ -146,26 +139,29 @@ def _check_rows(rows: dict[str, Any]) -> None:
 
 def _check_masks(mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor, keys: int) -> None:
     batch, heads, length, _ = query.shape
-    for name, boolean, shape in (
-        ("mask", mask, (batch, heads, length, keys)),
-        ("key_padding_mask", key_padding_mask, (batch, keys)),
-    ):
-        if boolean is None:
-            continue
-        check_bool(name, boolean)
-        check_device(name, boolean, query.device, "the query's device")
-        if name == "mask":
-            fits = boolean.dim() <= 4 and all(size in (full, 1) for size, full in zip(boolean.shape[::-1], shape[::-1]))
-        else:
-            fits = boolean.shape == shape
+    for name, boolean in (("mask", mask), ("key_padding_mask", key_padding_mask)):
+        if boolean is not None:
+            check_bool(name, boolean)
+            check_device(name, boolean, query.device, "the query's device")
+    shape = batch, heads, length, keys
+    if mask is not None:
+        fits = mask.dim() <= 4 and all(size in (full, 1) for size, full in zip(mask.shape[::-1], shape[::-1]))
         if not fits:
-            how = "broadcastable to" if name == "mask" else "of shape"
-            raise InputError(f"{name} must be {how} {list(shape)}, got {list(boolean.shape)}")
+            raise InputError(f"mask must be broadcastable to {list(shape)}, got {list(mask.shape)}")
+    if key_padding_mask is not None and differs(key_padding_mask.shape, (batch, keys)):
+        raise InputError(f"key_padding_mask must be of shape {[batch, keys]}, got {list(key_padding_mask.shape)}")
 
 
-def _checked_scale(scale: float | None, dim: int) -> float:
+def scale_for(dim: int, scale: float | None) -> float:
+    """Return the factor of the scores for queries with `dim` channels. `scale` is the given factor or None."""
+    if scale is not None:
+        return scale
+    return 1 / math.sqrt(dim) if dim else 1.0
+
+
+def _checked_scale(scale: float | None) -> float | None:
     if scale is None:
-        return 1 / math.sqrt(dim) if dim else 1.0
+        return None
     if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
     if not -MAX_SCALE <= scale <= MAX_SCALE:  # also catches NaN

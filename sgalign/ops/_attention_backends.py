@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sgalign.ops import _core, _cuda, reference
-from sgalign.ops._attention_arguments import Options
+from sgalign.ops._attention_arguments import Options, scale_for
 from sgalign.ops._operands import DTYPES, Tensors, accumulated_dtype, cast, without_autocast
 
 NO_MASK, NO_PADDING = (0,) * 5, (0,) * 3  # passed in place of the address and the strides of a missing mask
@@ -23,9 +23,10 @@ NO_MASK, NO_PADDING = (0,) * 5, (0,) * 3  # passed in place of the address and t
 class Call(NamedTuple):
     """The tensors and options of a forward pass, which its backward pass reads again.
 
-    All last strides are 1. `options.mask` is [B, H, Lq, Lk], with stride 0 along broadcast dimensions. With one output
-    there is one branch, which has the random mask. With two outputs, the first belongs to the supervised branch and the
-    second to the mirrored branch, and only the mirrored branch has the random mask. Both branches may share one query.
+    All last strides are 1. `options.mask` is [B, H, Lq, Lk], with stride 0 along broadcast dimensions. `options.scale`
+    is a number. With one output there is one branch, which has the random mask. With two outputs, the first belongs to
+    the supervised branch and the second to the mirrored branch, and only the mirrored branch has the random mask. Both
+    branches may share one query.
     """
 
     queries: Tensors
@@ -158,48 +159,52 @@ def reference_attention(
     queries: Tensors, branches: int, key: Tensor, value: Tensor, options: Options
 ) -> tuple[Tensor, ...]:
     """Return the outputs of one or two branches, with the random mask in the last branch."""
-    outs = []
-    for branch in range(branches):
-        query = queries[min(branch, len(queries) - 1)]
-        arguments = _definition_arguments(query, key, options, masked=branch == branches - 1)
-        with without_autocast(key.device):
-            out = reference.attention(value=cast(value, accumulated_dtype(value.dtype)), **arguments)
-        outs.append(cast(out, value.dtype))
-    return tuple(outs)
+    shared = _shared_arguments(queries[0], key, options)
+    dropped = [options.mask] * (branches - 1) + [_dropped(queries[0], key, options)]
+    value = cast(value, accumulated_dtype(value.dtype))
+    queries = [cast(query, value.dtype) for query in queries]
+    with without_autocast(key.device):
+        outs = [
+            reference.attention(queries[min(branch, len(queries) - 1)], value=value, dropped=dropped[branch], **shared)
+            for branch in range(branches)
+        ]
+    return tuple(cast(out, key.dtype) for out in outs)
 
 
 def reference_weights(query: Tensor, key: Tensor, options: Options) -> Tensor:
     """Return the weights of one branch with the random mask."""
+    shared, dropped = _shared_arguments(query, key, options), _dropped(query, key, options)
     with without_autocast(key.device):
-        weights = reference.attention_weights(**_definition_arguments(query, key, options, masked=True))
+        weights = reference.attention_weights(cast(query, shared["key"].dtype), dropped=dropped, **shared)
     return cast(weights, key.dtype)
 
 
-def _definition_arguments(query: Tensor, key: Tensor, options: Options, *, masked: bool) -> dict[str, Any]:
-    """Return the arguments of `reference.attention_weights`. The random mask is drawn if `masked` is True."""
-    batch, heads, length, _ = query.shape
-    accumulated = accumulated_dtype(key.dtype)
-
-    def draw(threshold: int, stream: int) -> Tensor:
-        assert options.seed is not None
-        random = reference.random_mask(
-            batch * heads, length, key.shape[2], threshold=threshold, seed=options.seed, stream=stream,
-            device=key.device,
-        )  # fmt: skip
-        return random.view(batch, heads, length, key.shape[2])
-
-    dropped, dropout_keep = options.mask, None
-    if masked and options.mask_threshold:
-        random = draw(options.mask_threshold, options.stream)
-        dropped = random if dropped is None else dropped | random
+def _shared_arguments(query: Tensor, key: Tensor, options: Options) -> dict[str, Any]:
+    """Return the arguments of `reference.attention_weights` that are the same for both branches."""
+    dropout_keep = None
     if options.dropout_threshold:
-        dropout_keep = ~draw(options.dropout_threshold, options.stream | reference.DROPOUT_STREAM_BIT)
+        stream = options.stream | reference.DROPOUT_STREAM_BIT
+        dropout_keep = ~_draw(query, key, options, options.dropout_threshold, stream)
     return {
-        "query": cast(query, accumulated),
-        "key": cast(key, accumulated),
-        "dropped": dropped,
+        "key": cast(key, accumulated_dtype(key.dtype)),
         "key_padding_mask": options.key_padding_mask,
         "dropout_keep": dropout_keep,
         "dropout_scale": options.dropout_scale,
-        "scale": options.scale,
+        "scale": scale_for(query.shape[3], options.scale),
     }
+
+
+def _dropped(query: Tensor, key: Tensor, options: Options) -> Tensor | None:
+    """Return the entries that the explicit mask or the random mask drops."""
+    if not options.mask_threshold:
+        return options.mask
+    random = _draw(query, key, options, options.mask_threshold, options.stream)
+    return random if options.mask is None else options.mask | random
+
+
+def _draw(query: Tensor, key: Tensor, options: Options, threshold: int, stream: int) -> Tensor:
+    (batch, heads, length, _), keys, seed = query.shape, key.shape[2], options.seed
+    assert seed is not None
+    size = batch * heads, length, keys
+    random = reference.random_mask(*size, threshold=threshold, seed=seed, stream=stream, device=key.device)
+    return random.view(batch, heads, length, keys)

@@ -114,11 +114,11 @@ def differentiable_once(what: str, gradients: Callable[..., Any]) -> Any:
         try:
             return Gradients.apply(*arguments) if torch.is_grad_enabled() else gradients(*arguments)
         except RuntimeError:
-            # With is_grads_batched=True, torch runs the backward on tensors that a kernel cannot read. A check at each
-            # call would take longer than this one.
-            if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in arguments if isinstance(x, Tensor)):
-                Gradients.vmap()
-            raise
+            # With is_grads_batched=True, torch runs the backward on tensors that a kernel cannot read. This is checked
+            # only after an error, because a check at every call would slow all calls.
+            if not any(torch._C._functorch.is_legacy_batchedtensor(x) for x in arguments if isinstance(x, Tensor)):
+                raise
+        return Gradients.vmap()
 
     once.refuse = refuse.__func__  # type: ignore[attr-defined]
     return once
@@ -130,7 +130,7 @@ def no_vmap(what: str) -> staticmethod[..., None]:
 
 
 def reference_only(what: str) -> staticmethod[..., None]:
-    """Return a static method that raises an error, which says that only backend="reference" supports `what`."""
+    """Return a static method that raises an error. The message says that only backend="reference" supports `what`."""
 
     def refuse(*_: Any) -> None:
         raise RuntimeError(f"sgalign: the kernels do not support {what}; backend='reference' supports it")

@@ -6,11 +6,12 @@ The checks of ratios, seeds and streams are in random_mask.py.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from sgalign.errors import InputError
 
@@ -73,14 +74,39 @@ def check_device(name: str, tensor: Tensor, device: torch.device, whose: str) ->
         raise InputError(f"{name} must be on {whose} {device}, got {tensor.device}")
 
 
-def host_reads(tensor: Tensor) -> bool:
-    """Return True if a check may read the values of a tensor.
+def readable(tensor: Tensor) -> Tensor | None:
+    """Return a tensor with the values of `tensor`, or None if a check must not read them.
 
-    The host would wait for a GPU, and it cannot read values of a tensor that is traced. For these, use
-    `torch._assert_async`.
+    The host would wait for a GPU, and it cannot read values while they are traced. If this returns None, the check uses
+    `torch._assert_async`. Inside `torch.vmap`, the result also has the dimension that vmap hides.
     """
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return tensor.device.type == "cpu" and not traced
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    keys = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(key) for key in (keys.FAKE, keys.PROXY)):
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor if type(tensor) in (Tensor, Parameter) else None  # a fake tensor has no values
+
+
+def differs(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Return True if a shape is not the expected one.
+
+    torch.compile may not know a size, such as the number of rows from `nonzero`. It then takes the size as right, and
+    compares it when the compiled code runs.
+    """
+    if not torch.compiler.is_compiling():
+        return tuple(shape) != tuple(expected)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # the import takes long
+
+    if len(shape) != len(expected):
+        return True
+    for size, wanted in zip(shape, expected):
+        if guard_or_false(size != wanted):
+            return True
+        torch._check(size == wanted)
+    return False
 
 
 def once_a_signature(check: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""The registration of the operations with torch: its dispatcher, its compiler and its counter of operations."""
+"""The registration of the operations with torch: its dispatcher, its autograd, its compiler and its FLOP counter."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Operation(NamedTuple):
     fake: Callable[..., Any]  # returns tensors like the result, without computing them
     # Computes the result by an autograd function, or raises an error. None if no argument has a gradient.
     differentiable: Callable[..., Any] | None
-    # Returns the number of floating-point operations in the matrix products. It gets shapes in place of tensors. None
-    # if there are no matrix products.
+    # Counts the floating-point operations of the matrix products. Its arguments are shapes instead of tensors. The field
+    # is None if the operation has no matrix products.
     flops: Callable[..., int] | None
 
 

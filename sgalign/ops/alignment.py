@@ -24,6 +24,7 @@ from sgalign.ops._operands import (
     check_dense,
     check_device,
     check_tensor,
+    differs,
     once_a_signature,
     unit_stride,
 )
@@ -152,13 +153,13 @@ def _check_logits(logits: Tensor, mirrored_logits: Tensor, weight: Tensor | None
         check_dense(name, tensor)
     if logits.dim() != 2 or not logits.shape[1]:
         raise InputError(f"logits must be [R, K] with K at least 1, got {list(logits.shape)}")
-    if mirrored_logits.shape != logits.shape:
+    if differs(mirrored_logits.shape, logits.shape):
         raise InputError(f"mirrored_logits must be {list(logits.shape)} like logits, got {list(mirrored_logits.shape)}")
     if weight is not None:
         check_tensor("weight", weight)
         if weight.is_complex():
             raise TypeError(f"weight must be real, got {weight.dtype}")
-        if weight.shape != logits.shape[:1]:
+        if differs(weight.shape, logits.shape[:1]):
             raise InputError(f"weight must be [{len(logits)}], one per relation, got {list(weight.shape)}")
     check_device("mirrored_logits", mirrored_logits, logits.device, "the device of logits,")
     if weight is not None:

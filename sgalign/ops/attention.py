@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign.ops._attention_arguments import OPTIONS_SCHEMA, Options, prepare
+from sgalign.ops._attention_arguments import OPTIONS_SCHEMA, Options, Prepared, prepare, scale_for
 from sgalign.ops._attention_backends import BACKWARD, FORWARD, Call, reference_attention, reference_weights
 from sgalign.ops._autograd import call, differentiable_once, is_plain, is_transformed, no_vmap
 from sgalign.ops._operands import Tensors, accumulated_dtype, empty_like, unit_stride
@@ -88,7 +88,7 @@ def fused_masked_attention(
     prepared = prepare(
         [query], key, value, mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend
     )
-    return _attend(1, *prepared)[0]
+    return _attend(1, prepared)[0]
 
 
 def dual_branch_attention(
@@ -133,7 +133,7 @@ def dual_branch_attention(
     prepared = prepare(
         queries, key, value, mask, mask_ratio, mask_seed, mask_stream, key_padding_mask, dropout_p, scale, backend
     )
-    out, mirrored_out = _attend(2, *prepared)
+    out, mirrored_out = _attend(2, prepared)
     return out, mirrored_out
 
 
@@ -174,13 +174,12 @@ def attention_weights(
     return reference_weights(prepared.queries[0], prepared.key, prepared.options)
 
 
-def _attend(
-    branches: int, plain: bool, backend: str, queries: Tensors, key: Tensor, value: Tensor, options: Options
-) -> tuple[Tensor, ...]:
+def _attend(branches: int, prepared: Prepared) -> tuple[Tensor, ...]:
     """Return the outputs of one or two branches.
 
     Two branches may share one query. The random mask applies to the last branch.
     """
+    plain, backend, queries, key, value, options = prepared
     if backend == "reference":
         return reference_attention(queries, branches, key, value, options)
     if plain or is_transformed():
@@ -303,7 +302,7 @@ def _backward_fake(
 def _forward(backend: str, queries: Tensors, branches: int, key: Tensor, value: Tensor, *options: Any) -> Tensors:
     queries = [unit_stride(query) for query in queries]
     outs, logsumexps = _empty_outputs(queries, branches)
-    FORWARD[backend](_call(queries, key, value, outs, logsumexps, Options(*options)))
+    FORWARD[backend](_dense_call(queries, key, value, outs, logsumexps, options))
     return [*outs, *logsumexps]
 
 
@@ -318,17 +317,23 @@ def _backward(
     *options: Any,
 ) -> Tensors:
     queries = [unit_stride(query) for query in queries]
-    call = _call(queries, key, value, outs, logsumexps, Options(*options))
-    grads = [empty_like(tensor) for tensor in (*queries, call.key, call.value)]
-    BACKWARD[backend](call, [unit_stride(grad) for grad in grad_outs], grads)
+    dense = _dense_call(queries, key, value, outs, logsumexps, options)
+    grads = [empty_like(tensor) for tensor in (*queries, dense.key, dense.value)]
+    BACKWARD[backend](dense, [unit_stride(grad) for grad in grad_outs], grads)
     return grads
 
 
-def _call(queries: Tensors, key: Tensor, value: Tensor, outs: Tensors, logsumexps: Tensors, options: Options) -> Call:
-    if options.mask is not None:
-        # The mask is broadcast here, not before autograd. The backward therefore saves it in the size it was given.
-        options = options._replace(mask=options.mask.expand(*queries[0].shape[:3], key.shape[2]))
-    return Call(queries, unit_stride(key), unit_stride(value), outs, logsumexps, options)
+def _dense_call(
+    queries: Tensors, key: Tensor, value: Tensor, outs: Tensors, logsumexps: Tensors, options: tuple[Any, ...]
+) -> Call:
+    """Return the call for a launch function. `options` are the fields of `Options`."""
+    # The mask is broadcast here, not before autograd. The backward therefore saves it in the size it was given. The
+    # scale is computed here, because torch.compile would compile again for every number of channels.
+    mask, padding, seed, mask_ratio, dropout_p, stream, scale = options
+    batch, heads, length, dim = queries[0].shape
+    mask = None if mask is None else mask.expand(batch, heads, length, key.shape[2])
+    dense = Options(mask, padding, seed, mask_ratio, dropout_p, stream, scale_for(dim, scale))
+    return Call(queries, unit_stride(key), unit_stride(value), outs, logsumexps, dense)
 
 
 def _with_autograd(backend: str, queries: Tensors, branches: int, key: Tensor, value: Tensor, *options: Any) -> Tensors:
@@ -337,7 +342,7 @@ def _with_autograd(backend: str, queries: Tensors, branches: int, key: Tensor, v
 
 
 def _flops(backend: str, queries: Any, branches: int, key: Any, value: Any, *options: Any, out_shape: Any) -> int:
-    """Return the operations of the scores of each query and of the outputs of each branch."""
+    """Count the floating-point operations: a product for the scores of each query, and one for each branch's output."""
     batch, heads, length, dim = queries[0]
     return (len(queries) + branches) * 2 * batch * heads * length * key[2] * dim
 
@@ -345,7 +350,7 @@ def _flops(backend: str, queries: Any, branches: int, key: Any, value: Any, *opt
 def _backward_flops(
     backend: str, grad_outs: Any, queries: Any, outs: Any, logsumexps: Any, key: Any, *others: Any, out_shape: Any
 ) -> int:
-    """Return the operations of five matrix products a branch, as torch counts them for its own attention."""
+    """Count the floating-point operations of five products for each branch, as torch does for its own attention."""
     batch, heads, length, dim = queries[0]
     return 5 * len(grad_outs) * 2 * batch * heads * length * key[2] * dim
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sgalign.errors import InputError
 from sgalign.ops import _core, _cuda, backends, reference
+from sgalign.ops._operands import check_dense
 from sgalign.ops._registration import register
 
 STEPS = 1 << 16  # a ratio is a multiple of 1/65536
@@ -100,6 +101,7 @@ def check_seed(seed: int | Tensor | None, device: torch.device, name: str) -> No
     if seed is None:
         return
     if isinstance(seed, Tensor):
+        check_dense(name, seed)
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"{name} must hold one int64, got {seed.dtype} of shape {list(seed.shape)}")
         if seed.device != device:

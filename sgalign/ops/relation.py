@@ -27,8 +27,9 @@ from sgalign.ops._operands import (
     check_floating,
     check_tensor,
     computed_dtype,
-    host_reads,
+    differs,
     once_a_signature,
+    readable,
     unit_stride,
 )
 from sgalign.ops._registration import operation, register
@@ -120,7 +121,7 @@ def _relation_logits(branches: list[Branch], union: Tensor, pairs: Tensor, backe
     _check(plain, union, pairs, *operands)
     dtype = computed_dtype(union)
     backend = backends.choose(backend, union.device, dtype)
-    if backend != "cpu":  # which has its own check; PyTorch would count negative indices from the end
+    if backend != "cpu":  # The core checks the pairs itself. PyTorch would accept negative indices.
         _check_pairs(pairs, branches[0].subject.shape[0])
     union = cast(union, dtype)
     branches = [branch.map(lambda tensor: cast(tensor, dtype)) for branch in branches]
@@ -159,13 +160,13 @@ def _check(union: Tensor, pairs: Tensor, *operands: Tensor | None) -> None:
     check_dense("pairs", pairs)
     check_device("pairs", pairs, union.device, "the device of union,")
     relations, channels = union.shape
-    if pairs.shape != (relations, 2):
+    if differs(pairs.shape, (relations, 2)):
         raise InputError(f"pairs must be [{relations}, 2], one row per row of union, got {list(pairs.shape)}")
     objects, classes = named["subject"].shape[0], named["weight"].shape[0]  # len() would be a constant in an export
     shapes = dict(zip(Branch._fields, ((objects, channels), (objects, channels), (classes, channels), (classes,))))
     for name, tensor in named.items():
         expected = shapes[name.removeprefix("mirrored_")]
-        if tensor.shape != expected:
+        if differs(tensor.shape, expected):
             raise InputError(
                 f"{name} must be {list(expected)} to match union, subject and weight, got {list(tensor.shape)}"
             )
@@ -173,16 +174,16 @@ def _check(union: Tensor, pairs: Tensor, *operands: Tensor | None) -> None:
 
 def _check_pairs(pairs: Tensor, objects: int) -> None:
     """Raise IndexError, or fail an assertion on a GPU and in traced code, if an index in `pairs` is out of range."""
-    readable = host_reads(pairs)
-    while readable and torch._C._functorch.is_functorch_wrapped_tensor(pairs):  # vmap cannot read a value
-        pairs = torch._C._functorch.get_unwrapped(pairs)
-    outside = (pairs < 0) | (pairs >= objects)
-    if not readable:
+    values = readable(pairs)
+    values, traced = (pairs, True) if values is None else (values, False)
+    outside = (values < 0) | (values >= objects)
+    if traced:
         # The message omits the number of objects. With it, torch.compile would compile again for every number.
         torch._assert_async(~outside.any(), "pairs must hold indices in [0, number of objects)")
     elif outside.any():
-        *_, row, _ = place = outside.nonzero()[0].tolist()
-        raise IndexError(f"pairs must hold indices in [0, {objects}), got {int(pairs[tuple(place)])} in row {row}")
+        place = outside.nonzero()[0].tolist()
+        where = f" in row {place[0]}" if len(place) == 2 else ""  # vmap adds a dimension
+        raise IndexError(f"pairs must hold indices in [0, {objects}), got {int(values[tuple(place)])}{where}")
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
@@ -324,12 +325,12 @@ def _with_autograd(
 
 
 def _flops(backend: str, union: Any, pairs: Any, subjects: Any, objects: Any, weights: Any, *_: Any, **__: Any) -> int:
-    """Return the operations of the product with each branch's weight."""
+    """Count the floating-point operations of the product with each branch's weight."""
     return sum(2 * union[0] * classes * channels for classes, channels in weights)
 
 
 def _backward_flops(backend: str, grad_logits: Any, *others: Any, out_shape: Any) -> int:
-    """Return the operations of two products of the forward's size for each branch."""
+    """Count the floating-point operations of two products of the forward's size for each branch."""
     union, weights = others[0], others[4]
     return sum(2 * 2 * union[0] * classes * channels for classes, channels in weights)
 
