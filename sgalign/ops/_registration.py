@@ -18,8 +18,8 @@ class Operation(NamedTuple):
     fake: Callable[..., Any]  # returns tensors like the result, without computing them
     # Computes the result by an autograd function, or raises an error. None if no argument has a gradient.
     differentiable: Callable[..., Any] | None
-    # Counts the floating-point operations of the matrix products. Its arguments are shapes instead of tensors. It is None
-    # if the operation has no matrix products.
+    # Counts the floating-point operations of the matrix products. Its arguments are shapes instead of tensors. None if
+    # the operation has no matrix products.
     flops: Callable[..., int] | None
 
 
