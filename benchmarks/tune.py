@@ -234,7 +234,6 @@ def reference_result(entry: Entry) -> list[Tensor]:
     queries, memory, grad_outs = operands(entry, SHAPES[0])
     tensors = [tensor.double().requires_grad_() for tensor in (*queries, *memory)]
     attend: Callable[..., Any] = fused_masked_attention if entry.branches == 1 else dual_branch_attention
-
     outs = attend(*tensors, mask_ratio=RATIO, mask_seed=1, dropout_p=RATIO * entry.dropout, backend="reference")
     outs = [outs] if entry.branches == 1 else list(outs)
     if entry.kernel == "forward":

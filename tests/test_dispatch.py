@@ -247,6 +247,18 @@ def test_reference_supports_forward_mode(name):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
+def test_kernels_refuse_forward_mode(name):
+    call, tensors = OPERATIONS[name]
+    tensors = [tensor.detach() for tensor in tensors]
+    expected = call(*tensors)
+    with forward_ad.dual_level():
+        torch.testing.assert_close(call(*tensors), expected)
+        dual = forward_ad.make_dual(tensors[-1], tensors[-1])
+        with pytest.raises(NotImplementedError, match="jvp"):  # torch.compile does not accept a clearer error
+            call(*tensors[:-1], dual)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_traced_and_exported_graphs_have_gradients(name):
     call, tensors = OPERATIONS[name]
     expected = gradients(call(*tensors), tensors)

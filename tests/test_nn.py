@@ -304,6 +304,54 @@ def test_every_order_of_initialization_gives_zero_biases():
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
 
+def test_traced_module_takes_other_lengths_and_seeds(tmp_path):
+    module = MaskedMultiheadAttention(E, H, batch_first=True, mask_ratio=0.3)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = module
+
+        def forward(self, x, padding, seed):
+            return self.attention(x, x, x, key_padding_mask=padding, mask_seed=seed)[0]
+
+    def arguments(batch, length, seed):
+        return (
+            torch.randn(batch, length, E),
+            torch.arange(length).expand(batch, length) > length - 2,
+            torch.tensor(seed),
+        )
+
+    traced = torch.jit.trace(Wrapped(), arguments(2, 5, 3), check_trace=False)
+    traced.save(tmp_path / "traced.pt")
+    loaded, given = torch.jit.load(tmp_path / "traced.pt"), arguments(3, 9, 4)
+    torch.testing.assert_close(loaded(*given), Wrapped()(*given))
+    loaded(*given).sum().backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
+def test_module_trains_under_fsdp():
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        module = MaskedMultiheadAttention(E, H, batch_first=True, mask_ratio=0.3, device="meta")
+        fsdp.fully_shard(module, mesh=mesh)
+        module.to_empty(device="cpu")
+        for part in module.modules():
+            part.reset_parameters()
+        x = torch.randn(2, 5, E)
+        with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+            module.dual_branch(x, x, x, x)
+        fsdp.register_fsdp_forward_method(module, "dual_branch")
+        sum(out.square().sum() for out in module.dual_branch(x, x, x, x)).backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+        module(x, x, x)[0].sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_default_device_holds_the_parameters():
     with torch.device("meta"):
         assert all(parameter.is_meta for parameter in MaskedMultiheadAttention(E, H).parameters())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from sgalign.ops._autograd import no_vmap, reference_only
 
@@ -16,7 +17,7 @@ class Operation(NamedTuple):
 
     run: Callable[..., Any]  # computes the result
     fake: Callable[..., Any]  # returns tensors like the result, without computing them
-    # Computes the result by an autograd function, or raises an error. None if no argument has a gradient.
+    # Computes the result by an autograd function, or raises an error. None if the operation has no gradients.
     differentiable: Callable[..., Any] | None
     # Counts the floating-point operations of the matrix products. Its arguments are shapes instead of tensors. None if
     # the operation has no matrix products.
@@ -59,16 +60,18 @@ def register(
 
 
 def _with_autograd(name: str, arguments: tuple[Any, ...]) -> Any:
-    """Run an operation for torch's dispatcher, by its autograd function if an argument needs a gradient.
+    """Run an operation for torch's dispatcher, by its autograd function if an argument has a gradient or a tangent.
 
-    The forward of that function calls the operation again, with gradients disabled.
+    The forward of that function calls the operation again, with gradients and tangents disabled.
     """
-    if torch.is_grad_enabled():
-        tensors = (x for argument in arguments for x in (argument if isinstance(argument, list) else [argument]))
-        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
-            if torch._C._are_functorch_transforms_active():
-                reference_only(f"torch.func transforms of {name} inside torch.compile").__func__()
-            return _operations[name].differentiable(*arguments)  # type: ignore[misc]
+    flat = (x for argument in arguments for x in (argument if isinstance(argument, list) else [argument]))
+    tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    forward = torch._C._is_fwd_grad_enabled() and forward_ad._current_level >= 0
+    if backward or (forward and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)):
+        if torch._C._are_functorch_transforms_active():
+            reference_only(f"torch.func transforms of {name} inside torch.compile").__func__()
+        return _operations[name].differentiable(*arguments)  # type: ignore[misc]
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(torch.ops.sgalign, name)(*arguments)
 
