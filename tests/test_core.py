@@ -313,6 +313,8 @@ else:
 @pytest.fixture
 def sources(tmp_path):
     """A copy of the sources in a folder with a strange name, and a compiler that only logs its arguments."""
+    pytest.importorskip("ninja")
+    pytest.importorskip("pybind11")
     folder = tmp_path / STRANGE / "sgalign"
     ignored = shutil.ignore_patterns("__pycache__", "_C.*", "build", "*.egg-info", ".*")
     for name in ("sgalign", "kernels", "csrc"):
@@ -328,8 +330,6 @@ def sources(tmp_path):
 
 def run_setup(sources, *arguments, before="", **variables):
     """Run setup.py with the compiler in `sources`. Return its commands, without those of the probes."""
-    pytest.importorskip("pybind11")
-    pytest.importorskip("ninja")
     code = f"""
 import runpy, sys
 {before}
@@ -403,7 +403,6 @@ def test_build_compiles_only_changed_files(sources):
     ],
 )
 def test_build_refuses_bad_variables_by_name(sources, variables, message):
-    pytest.importorskip("pybind11")
     environment = os.environ | {"SGALIGN_CUDA": "0", "CXX": shlex.quote(str(sources.parent / "c++"))} | variables
     command = [sys.executable, "setup.py", "-q", "build_ext"]
     result = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True)
