@@ -87,23 +87,18 @@ def _joined(function: Any) -> Any:
     return type(function.__name__, (torch.autograd.Function,), methods)
 
 
-def differentiable_once(what: str, gradients: Callable[..., Any]) -> Any:
+def differentiable_once(what: str, gradients: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a function that computes gradients in a backward pass. Differentiating its result raises an error.
 
     Args:
         what: the name of the operation in the error messages.
         gradients: the function, which is called with positional arguments.
-
-    Returns:
-        The wrapped function. Its attribute `refuse` is a function that raises the error.
     """
-
-    refuse = reference_only(f"second-order gradients of {what} (create_graph=True, or a gradient of a gradient)")
 
     class Gradients(torch.autograd.Function):
         forward = staticmethod(gradients)
-        backward = refuse
-        vmap = no_vmap(what)
+        backward = staticmethod(no_second_order(what))
+        vmap = staticmethod(no_vmap(what))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -120,19 +115,23 @@ def differentiable_once(what: str, gradients: Callable[..., Any]) -> Any:
                 raise
         return Gradients.vmap()
 
-    once.refuse = refuse.__func__  # type: ignore[attr-defined]
     return once
 
 
-def no_vmap(what: str) -> staticmethod[..., None]:
-    """Return the vmap rule of an autograd function that has none. `what` names the operation in the error message."""
+def no_second_order(what: str) -> Callable[..., Any]:
+    """Return the gradient of an operation's gradients, which raises an error. `what` names the operation in it."""
+    return reference_only(f"second-order gradients of {what} (create_graph=True, or a gradient of a gradient)")
+
+
+def no_vmap(what: str) -> Callable[..., Any]:
+    """Return the vmap rule of an operation that has none. It raises an error, in which `what` names the operation."""
     return reference_only(f"vmap of {what} or of its gradients (jacrev, is_grads_batched=True)")
 
 
-def reference_only(what: str) -> staticmethod[..., None]:
-    """Return a static method that raises an error. The message says that only backend="reference" supports `what`."""
+def reference_only(what: str) -> Callable[..., Any]:
+    """Return a function that raises an error. The message says that only backend="reference" supports `what`."""
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any) -> Any:
         raise RuntimeError(f"sgalign: the kernels do not support {what}; backend='reference' supports it")
 
-    return staticmethod(refuse)
+    return refuse

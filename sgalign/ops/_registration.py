@@ -56,7 +56,7 @@ def register(
         )
         if differentiable:
             _library.impl(name, lambda *arguments: _with_autograd(name, arguments), "Autograd")
-            _library.impl(name, no_vmap(name).__func__, "FuncTorchBatched")
+            _library.impl(name, no_vmap(name), "FuncTorchBatched")
 
 
 def _with_autograd(name: str, arguments: tuple[Any, ...]) -> Any:
@@ -70,7 +70,7 @@ def _with_autograd(name: str, arguments: tuple[Any, ...]) -> Any:
     forward = torch._C._is_fwd_grad_enabled() and forward_ad._current_level >= 0
     if backward or (forward and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)):
         if torch._C._are_functorch_transforms_active():
-            reference_only(f"torch.func transforms of {name} inside torch.compile").__func__()
+            reference_only(f"torch.func transforms of {name} inside torch.compile")()
         return _operations[name].differentiable(*arguments)  # type: ignore[misc]
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(torch.ops.sgalign, name)(*arguments)

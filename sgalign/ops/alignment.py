@@ -170,7 +170,7 @@ def _check_logits(logits: Tensor, mirrored_logits: Tensor, weight: Tensor | None
 
 
 class _AlignmentLoss(torch.autograd.Function):
-    vmap = no_vmap("the alignment loss")
+    vmap = staticmethod(no_vmap("the alignment loss"))
 
     @staticmethod
     def forward(

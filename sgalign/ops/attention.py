@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sgalign.ops._attention_arguments import OPTIONS_SCHEMA, Options, Prepared, prepare, scale_for
 from sgalign.ops._attention_backends import BACKWARD, FORWARD, Call, reference_attention, reference_weights
-from sgalign.ops._autograd import call, differentiable_once, is_plain, is_transformed, no_vmap
+from sgalign.ops._autograd import call, differentiable_once, is_plain, is_transformed, no_second_order, no_vmap
 from sgalign.ops._operands import Tensors, accumulated_dtype, empty_like, unit_stride
 from sgalign.ops._registration import operation, register
 
@@ -200,7 +200,7 @@ class _Attention(torch.autograd.Function):
     calls inside function transforms. For other calls, torch's dispatcher uses it.
     """
 
-    vmap = no_vmap("fused attention")
+    vmap = staticmethod(no_vmap("fused attention"))
 
     @staticmethod
     def forward(
@@ -369,6 +369,6 @@ register(
     f" Tensor key, Tensor value, {OPTIONS_SCHEMA}) -> Tensor[]",
     _backward,
     _backward_fake,
-    _attention_gradients.refuse,
+    no_second_order("fused attention"),
     _backward_flops,
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sgalign.errors import InputError
 from sgalign.ops import backends, reference
-from sgalign.ops._autograd import call, differentiable_once, is_plain, is_transformed, no_vmap
+from sgalign.ops._autograd import call, differentiable_once, is_plain, is_transformed, no_second_order, no_vmap
 from sgalign.ops._operands import (
     Tensors,
     cast,
@@ -127,7 +127,8 @@ def _relation_logits(branches: list[Branch], union: Tensor, pairs: Tensor, backe
     branches = [branch.map(lambda tensor: cast(tensor, dtype)) for branch in branches]
     if backend == "reference":
         return tuple(reference.relation_logits(s, o, union, pairs, w, b) for s, o, w, b in branches)
-    if any(branch.bias is not None for branch in branches):  # the operation takes a bias for all branches or for none
+    if 0 < len(_present(*[branch.bias for branch in branches])) < len(branches):
+        # The operation takes a bias for all branches or for none.
         zeros = branches[0].weight.new_zeros(branches[0].weight.shape[0])
         branches = [branch._replace(bias=zeros) if branch.bias is None else branch for branch in branches]
     if plain or is_transformed():
@@ -175,9 +176,9 @@ def _check(union: Tensor, pairs: Tensor, *operands: Tensor | None) -> None:
 def _check_pairs(pairs: Tensor, objects: int) -> None:
     """Raise IndexError, or fail an assertion on a GPU and in traced code, if an index in `pairs` is out of range."""
     values = readable(pairs)
-    values, traced = (pairs, True) if values is None else (values, False)
-    outside = (values < 0) | (values >= objects)
-    if traced:
+    checked = pairs if values is None else values
+    outside = (checked < 0) | (checked >= objects)
+    if values is None:
         # The message omits the number of objects. With it, torch.compile would compile again for every number.
         torch._assert_async(~outside.any(), "pairs must hold indices in [0, number of objects)")
     elif outside.any():
@@ -192,7 +193,7 @@ def _check_pairs(pairs: Tensor, objects: int) -> None:
 class _RelationLogits(torch.autograd.Function):
     """The autograd function around the operations. With one branch, the mirrored operands are None."""
 
-    vmap = no_vmap("the fused relation head")
+    vmap = staticmethod(no_vmap("the fused relation head"))
 
     @staticmethod
     def forward(
@@ -349,6 +350,6 @@ register(
     " Tensor[] objects, Tensor[] weights, bool wants_union) -> Tensor[]",
     _backward,
     _backward_fake,
-    _logits_gradients.refuse,
+    no_second_order("the fused relation head"),
     _backward_flops,
 )
