@@ -100,6 +100,15 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
         raise InputError(f"{path}: must be a JSON file, but is not JSON or is cut short ({error}); {remedy}") from error
 
 
+def whole_number(value: Any) -> int | None:
+    """Return a whole number that is written as an integer, a float or text, such as 7, 7.0 or "7". Otherwise, None."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
+
+
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     with written_whole(path) as partial:
         partial.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")

@@ -171,7 +171,7 @@ def test_parts_without_relations_are_refused_before_training(folder, part, monke
         return [dataclasses.replace(g, relations=g.relations[:0]) if asked == part else g for g in read(self, asked)]
 
     monkeypatch.setattr(ScarceData, "_read", read_bare)
-    with pytest.raises(ValueError, match=f"must have relations in the {part} split, got none"):
+    with pytest.raises(ValueError, match=f"the {part} split must have relations, got none"):
         ScarceData(str(folder))
 
 

@@ -195,10 +195,10 @@ def test_a_vrd_part_may_be_empty(tmp_path):
         ({"a.jpg": {}}, r"image 'a\.jpg': must be a list of relations, got dict"),
         ({"a.jpg": [ROW, 3]}, r"image 'a\.jpg', row 1: must have subject, predicate and object"),
         ({"a.jpg": [{"predicate": 1}]}, "row 0: must have subject, predicate and object"),
-        ({"a.jpg": [ROW | {"predicate": 2}]}, "row 0, predicate: must be an integer from 0 to 1, got 2"),
-        ({"a.jpg": [ROW | {"predicate": -1}]}, "row 0, predicate: .* got -1"),
-        ({"a.jpg": [ROW | {"subject": {"category": 2, "bbox": [1, 2, 3, 4]}}]}, "subject, category: .* 0 to 1, got 2"),
-        ({"a.jpg": [ROW | {"object": {"category": "cat", "bbox": [1, 2, 3, 4]}}]}, "object, category: .* got 'cat'"),
+        ({"a.jpg": [ROW | {"predicate": 2}]}, "row 0, predicate must be the id of a class \\(0, 1\\), got 2"),
+        ({"a.jpg": [ROW | {"predicate": -1}]}, "row 0, predicate must .* got -1"),
+        ({"a.jpg": [ROW | {"subject": {"category": 2, "bbox": [1, 2, 3, 4]}}]}, "subject, category must .* got 2"),
+        ({"a.jpg": [ROW | {"object": {"category": "cat", "bbox": [1, 2, 3, 4]}}]}, "category must .* got 'cat'"),
         ({"a.jpg": [ROW | {"object": {"category": 1}}]}, "object: must have category and bbox"),
         ({"a.jpg": [ROW | {"object": {"category": 1, "bbox": [1, 2, 3]}}]}, "object: bbox must be 4 integers"),
         ({"a.jpg": [ROW | {"object": {"category": 1, "bbox": [1, 2, 3, None]}}]}, "object: bbox must be 4 integers"),
@@ -207,7 +207,9 @@ def test_a_vrd_part_may_be_empty(tmp_path):
     ],
 )  # fmt: skip
 def test_wrong_vrd_annotations_are_refused_by_name(tmp_path, annotations, message):
-    with pytest.raises(ValueError, match=rf"annotations_train\.json.*{message}.*(download|correct)"):
+    with pytest.raises(
+        ValueError, match=rf"annotations_train\.json.*{message}.*bad_rows: skip leaves them out|must be a JSON object"
+    ):
         VRDDataset(write_vrd(tmp_path, annotations), "train", validation_images=0)
 
 

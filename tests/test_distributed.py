@@ -86,12 +86,27 @@ def stop(out, name, *, of_images):
     return str(caught.value)
 
 
+def evaluate_one(out, name):
+    """Validate SGTR on a single image, which two processes cannot share, and return the logged numbers."""
+    import lightning.pytorch as pl
+    from test_sgtr import SMALL as SGTR
+
+    pl.seed_everything(0, verbose=False)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    data = SceneGraphData(batch_size=2, images=True)
+    data.train, data.validation = data.train[:16], data.validation[:1]
+    trainer = trainer_without_sanity_check(devices=world, strategy="ddp" if world > 1 else "auto")
+    (logged,) = trainer.validate(SGTRModule(**SGTR), datamodule=data, verbose=False)
+    return logged
+
+
 MASKED = {"mask_ratio": 0.5, "learning_rate_images": 4}
 RUNS = {
     "unmasked": functools.partial(fit, mask_ratio=0.0),
     "masked": functools.partial(fit, **MASKED),
     "masked again": functools.partial(fit, **MASKED),
     "Motifs stops": functools.partial(stop, of_images=False),
+    "one image": evaluate_one,
     "SGTR stops": functools.partial(stop, of_images=True),
 }
 
@@ -146,6 +161,13 @@ def test_two_processes_are_one_with_the_same_global_batch(folder, tmp_path):
     ours, theirs = weights(folder / "unmasked.ckpt"), weights(tmp_path / "one.ckpt")
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, atol=2e-4, rtol=1e-3)
+
+
+def test_two_processes_can_evaluate_a_single_image(folder, tmp_path):
+    one = evaluate_one(tmp_path, "one")
+    assert {"val/found", "val/relations_found", "val/R@50"} <= one.keys()
+    for logged in both(folder, "one image"):
+        assert logged == pytest.approx(one, abs=1e-6)
 
 
 def test_a_checkpoint_of_two_processes_serves_one(folder):

@@ -4,6 +4,7 @@ No network here was trained on more than a few images.
 """
 
 import copy
+import dataclasses
 import itertools
 import json
 import pickle
@@ -15,7 +16,6 @@ pytest.importorskip("torchvision")
 pytest.importorskip("h5py")
 pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
-from PIL import Image  # noqa: E402
 from torchvision.models import WeightsEnum  # noqa: E402
 from torchvision.models.detection import fasterrcnn_resnet50_fpn  # noqa: E402
 from torchvision.ops import box_iou, roi_align  # noqa: E402
@@ -25,7 +25,7 @@ from sgalign.commands import main as cli  # noqa: E402
 from sgalign.commands.cache_features import cache_features  # noqa: E402
 from sgalign.data import SceneGraph, ScenesDataset, VisualFeatures, collate, read_detections  # noqa: E402
 from sgalign.data.features import FeatureCache  # noqa: E402
-from sgalign.data.images import image_size, load_image, read_pixels  # noqa: E402
+from sgalign.data.images import read_pixels  # noqa: E402
 from sgalign.models import Detector, RegionFeatures  # noqa: E402
 from sgalign.models.detector import ObjectDetections  # noqa: E402
 from sgalign.models.regions import rectangle_masks  # noqa: E402
@@ -67,23 +67,6 @@ def regions():
 @pytest.fixture(scope="module")
 def features(detector, scenes):
     return detector.features([read_pixels(graph) for graph in scenes])
-
-
-def test_pixels_are_between_0_and_1(scenes):
-    pixels = read_pixels(scenes[0])
-    assert pixels.shape == (3, scenes[0].height, scenes[0].width) and 0 <= pixels.min() < pixels.max() <= 1
-
-
-def test_pixels_are_resized_to_the_size_of_the_graph(scenes):
-    scene = scenes[0]
-    smaller = SceneGraph("x", 40, 30, scene.boxes[:0], scene.labels[:0], scene.relations[:0], scene.image)
-    assert read_pixels(smaller).shape == (3, 30, 40)
-
-
-def test_a_graph_without_an_image_is_refused_if_pixels_are_needed():
-    graph = SceneGraph("x", 9, 9, torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0, 3).long())
-    with pytest.raises(ValueError, match="must have an image file for a model that reads images"):
-        collate([graph], 3, pixels=True)
 
 
 # ---- detector
@@ -257,40 +240,6 @@ def test_images_more_than_96_times_as_long_as_wide_are_refused(detector):
     assert detector.features([torch.zeros(3, 2, 192)]).levels
     with pytest.raises(ValueError, match="at most 96 times the short side, got 193 x 2 pixels"):
         detector.features([torch.zeros(3, 2, 193)])
-
-
-# ---- image files
-
-
-def test_images_of_any_mode_are_read_as_rgb(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    gray = torch.randint(256, (20, 30), generator=generator, dtype=torch.uint8).numpy()
-    image = Image.fromarray(gray)
-    deep = Image.fromarray(gray.astype("uint16") * 256)
-    files = {f"{mode}.png": image.convert(mode) for mode in ("L", "RGB", "RGBA", "P")} | {"deep.png": deep}
-    for name, content in files.items():
-        content.save(tmp_path / name)
-        loaded = torch.tensor(list(load_image(tmp_path / name).getdata())).reshape(20, 30, 3)
-        assert torch.equal(loaded, torch.tensor(gray).long()[..., None].expand(20, 30, 3)), name
-    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    assert load_image(tmp_path / "cmyk.jpg").mode == "RGB"
-
-
-def test_images_are_turned_upright_only_on_request(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turned by 90 degrees
-    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_image(tmp_path / "turned.jpg").size == image_size(tmp_path / "turned.jpg") == (30, 20)
-    assert load_image(tmp_path / "turned.jpg", upright=True).size == (20, 30)
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", None])
-def test_unreadable_images_are_refused_by_name(tmp_path, content):
-    path = tmp_path / "broken.png"
-    Image.effect_noise((60, 60), 50).save(path)
-    path.write_bytes(path.read_bytes()[:600] if content is None else content)
-    with pytest.raises(ValueError, match="broken.png: must be an image that can be read"):
-        load_image(path)
 
 
 # ---- regions
@@ -543,6 +492,13 @@ def test_a_model_of_another_size_than_the_cached_features_is_refused(data, detec
         cached_motifs(relation_dim=8).see(collate_for(data.test[:1], 20, cache=FeatureCache(tmp_path)))
 
 
+def test_stretched_images_are_reported_when_their_features_are_cached(data, detector, regions, tmp_path, capsys):
+    wider = [dataclasses.replace(graph, width=3 * graph.width) for graph in data.test[:2]]
+    cache_features(wider, detector, regions, tmp_path)
+    expected = f"2 images were stretched. For example, image {wider[0].image_id!r} is stretched"
+    assert expected in capsys.readouterr().out
+
+
 def test_sgdet_cannot_use_cached_features():
     with pytest.raises(ValueError, match="vision must be images for sgdet, got 'cached'"):
         MotifsModule(protocol="sgdet", vision="cached")
@@ -651,7 +607,9 @@ def command(protocol, checkpoint, photographs, data, tmp_path):
 
 def test_predict_writes_and_draws_graphs_and_skips_unreadable_images(command, tmp_path, capsys):
     assert cli.main([*command, "--draw", "--top-k", "5"]) == 1  # because of the unreadable image
-    assert "skipped: " in (error := capsys.readouterr().err) and "torn.png" in error
+    error = capsys.readouterr().err
+    assert "skipped: " in error and "torn.png" in error
+    assert "sgalign: skipped 1 file that is not an image: notes.txt\n" in error
     graphs = json.loads((tmp_path / "g.json").read_text())
     assert [graph["image_id"] for graph in graphs] == ["0.jpg", "1.jpg"]
     for graph in graphs:
@@ -661,9 +619,12 @@ def test_predict_writes_and_draws_graphs_and_skips_unreadable_images(command, tm
     assert sorted(p.name for p in (tmp_path / "g").iterdir()) == ["0.jpg.png", "1.jpg.png"]
 
 
-def test_predict_succeeds_if_all_images_can_be_read(command, photographs):
+def test_predict_succeeds_if_all_images_can_be_read(command, photographs, capsys):
     (photographs / "torn.png").unlink()
-    assert cli.main(command) == 0
+    command[command.index("--out") + 1] = str(photographs / "graphs.json")
+    for _ in range(2):  # the second command finds the first one's JSON file in the folder
+        assert cli.main(command) == 0
+        assert "not an image: notes.txt\n" in capsys.readouterr().err
 
 
 def test_predict_does_not_write_into_the_folder_of_the_images(checkpoint, photographs, capsys):

@@ -22,6 +22,7 @@ from sgalign.commands import studies
 from sgalign.data import GraphBatch
 from sgalign.files import check_writable
 from sgalign.metrics.matching import rank_triplets, relation_overlaps
+from sgalign.metrics.results import is_of_predicate
 from sgalign.metrics.runs import DEPTH, Run, run_path, write_run
 from sgalign.training import RelationModule
 from sgalign.training.scarce import ScarceData
@@ -43,8 +44,7 @@ class _Best(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, RelationModule)
         figures = pl_module.recall.compute().items()
-        names = pl_module.predicate_names
-        self.epochs.append({k: round(v.item(), 5) for k, v in figures if k.partition("/")[2] not in names})
+        self.epochs.append({name: round(v.item(), 5) for name, v in figures if not is_of_predicate(name)})
         number = [epoch["R@100"] + epoch["mR@100"] for epoch in self.epochs]
         if number[-1] == max(number):
             self.epoch = len(number)

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sgalign.commands.reading_options import add_reading_options, reading_options
 from sgalign.data import Objects, SceneGraph
 from sgalign.data.features import FIELDS, FeatureCache, image_key
-from sgalign.data.images import read_pixels
+from sgalign.data.images import Size, describe_stretched, read_images
 from sgalign.errors import InputError
 from sgalign.files import hdf5_written_whole
 from sgalign.models import Detector, RegionFeatures
@@ -63,20 +64,27 @@ def cache_features(
     print(f"{folder}: {len(missing)} images to do, {known} already done", flush=True)
     detector, regions = detector.eval(), regions.eval()
     device = next(regions.parameters()).device
+    stretched: dict[str, tuple[Size, Size]] = {}
     for start in range(0, len(missing), IMAGES_A_FILE):
         path = folder / f"features_{following + start // IMAGES_A_FILE:05}.h5"
         with hdf5_written_whole(path) as file:
             file.attrs.update(header)
             for graph in missing[start : start + IMAGES_A_FILE]:
                 group = file.create_group(image_key(graph.image_id))
-                seen = _see(graph, detector, regions, device)
+                (pixels,), new = read_images([graph])
+                stretched |= new
+                seen = _see(graph, pixels, detector, regions, device)
                 for field, tensor in zip(FIELDS, seen, strict=True):
                     group[field] = tensor.half().numpy() if half and field != "boxes" else tensor.numpy()
         print(f"{path}: {min(start + IMAGES_A_FILE, len(missing))} of {len(missing)} images", flush=True)
+    if stretched:
+        print(f"{len(stretched)} images were stretched. For example, {describe_stretched(stretched)}")
 
 
-def _see(graph: SceneGraph, detector: Detector, regions: RegionFeatures, device: torch.device) -> list[Tensor]:
-    features = detector.features([read_pixels(graph).to(device)])
+def _see(
+    graph: SceneGraph, pixels: Tensor, detector: Detector, regions: RegionFeatures, device: torch.device
+) -> list[Tensor]:
+    features = detector.features([pixels.to(device)])
     boxes = [graph.boxes.to(device)]
     pairs = [Objects.of(torch.tensor([len(graph.boxes)])).pairs.to(device)]
     seen = regions.objects(features, boxes), detector.classify(features, boxes), regions.pairs(features, boxes, pairs)
@@ -104,21 +112,17 @@ def main(arguments: Sequence[str]) -> int:
     )
     splits = "splits of the data set (default: train validation test)"
     parser.add_argument("--splits", nargs="+", default=["train", "validation", "test"], metavar="SPLIT", help=splits)
-    parser.add_argument(
-        "--validation-images",
-        type=int,
-        metavar="N",
-        help="number of training images to hold out for validation (default: depends on the data set)",
-    )
+    add_reading_options(parser)
     parser.add_argument("--half", action="store_true", help="store float16, which takes half the space")
     options = parser.parse_args(arguments)
     module = load_module(options.checkpoint)
     if not isinstance(module, MotifsModule) or not isinstance(module.vision, ImageVision):
         raise InputError(f"{options.checkpoint} must be the checkpoint of a Motifs model with vision 'images'")
-    data = SceneGraphData(options.data, validation_images=options.validation_images)
+    data = SceneGraphData(options.data, **reading_options(options))
     if unknown := set(options.splits) - {"train", "validation", "test"}:
         parser.error(f"--splits must be train, validation or test, got {', '.join(sorted(unknown))}")
-    graphs = [graph for split in options.splits for graph in getattr(data, split)]
+    # `annotated` is the whole training split. Whether a model trains on all of it depends on its options.
+    graphs = [graph for split in options.splits for graph in getattr(data, "annotated" if split == "train" else split)]
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     cache_features(graphs, module.vision.detector, module.vision.regions, options.out, half=options.half)
     return 0

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from sgalign.commands.reading_options import add_reading_options, reading_options
 from sgalign.data import GraphBatch, count_predicates
 from sgalign.files import save_figure, write_json
 from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, RelationModule, SceneGraphData
@@ -31,12 +32,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", metavar="FOLDER", help="folder of a data set in any layout (default: generated scenes)"
     )
-    parser.add_argument(
-        "--validation-images",
-        type=int,
-        metavar="N",
-        help="number of training images to hold out if there is no validation split (default: depends on the data set)",
-    )
+    add_reading_options(parser)
     parser.add_argument("--epochs", type=int, default=6, help="number of training epochs (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of weights, masks and image order (default: %(default)s)"
@@ -58,7 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
-    data = SceneGraphData(options.data, seed=options.seed, validation_images=options.validation_images)
+    data = SceneGraphData(options.data, seed=options.seed, **reading_options(options))
+    data.require_relations("test")
     print(f"{data.name}: {len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test images")
     out.mkdir(parents=True, exist_ok=True)
     modules: dict[str, RelationModule] = {}

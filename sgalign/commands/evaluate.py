@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgalign.commands.reading_options import add_reading_options, reading_options
 from sgalign.data import SceneGraph, count_predicates, open_dataset
+from sgalign.data.box_checks import PredictedBoxes
+from sgalign.data.findings import say
+from sgalign.data.open import NO_TRAINING, splits_of
 from sgalign.data.predictions import Predictions
 from sgalign.data.scene_graph import check_range
-from sgalign.data.vg150 import read_zero_shot_triplets
+from sgalign.data.splits import SPLITS
+from sgalign.data.triplets import read_zero_shot_triplets
 from sgalign.errors import InputError
 from sgalign.files import check_writable, write_json, written_whole
 from sgalign.metrics import (
@@ -43,12 +48,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("train", "validation", "test"),
         help="split of the data set to evaluate (default: test)",
     )
-    parser.add_argument(
-        "--validation-images",
-        type=int,
-        metavar="N",
-        help="number of training images to hold out for validation (default: depends on the data set)",
-    )
+    add_reading_options(parser)
     parser.add_argument(
         "--protocol",
         required=True,
@@ -93,16 +93,20 @@ def main(arguments: Sequence[str]) -> int:
         parser().error("--json and --csv must be two files, other than the file of predictions")
     for path in files[1:]:
         check_writable(path)
-    dataset = open_dataset(options.annotations, options.split, validation_images=options.validation_images)
+    dataset = open_dataset(options.annotations, options.split, **reading_options(options))
     predictions = Predictions(options.predictions, len(dataset.predicate_names) - 1)
     graphs = list(dataset)
+    if not any(len(graph.relations) for graph in graphs):
+        raise InputError(
+            f"{options.annotations}: the {options.split} split must have relations, got none in {len(graphs)} images"
+        )
     if unknown := predictions.image_ids - {graph.image_id for graph in graphs}:
         raise InputError(
             f"{options.predictions}: image ids must be in the {options.split} split of {options.annotations}, "
-            f"got {len(unknown)} others, such as {min(unknown)!r}"
+            f"such as {min(graph.image_id for graph in graphs)!r}, got {len(unknown)} others, such as {min(unknown)!r}"
         )
     metric = make_evaluator(options, dataset, graphs)
-    missing = 0
+    missing, boxes = 0, PredictedBoxes()
     for graph in graphs:
         prediction = predictions[graph.image_id] if graph.image_id in predictions.image_ids else None
         missing += prediction is None and len(graph.relations) > 0
@@ -110,7 +114,10 @@ def main(arguments: Sequence[str]) -> int:
         if prediction is not None:
             where = f"{options.predictions}, image {graph.image_id!r}: "
             check_range(where, "labels", prediction["labels"], 1, len(dataset.object_names) - 1)
+            boxes.add(graph, prediction["boxes"])
     figures = {name: value.item() for name, value in metric.compute().items()}
+    for cause in boxes.causes():
+        say(f"{options.predictions}: {cause}")
     if missing:
         counted = "they are skipped" if options.skip_missing else "their recall is 0"
         print(f"sgalign: {missing} images with relations have no prediction: {counted}", file=sys.stderr)
@@ -140,9 +147,11 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
     predicates = len(dataset.predicate_names) - 1
     if options.protocol == "open-images":
         return OpenImagesEvaluator(predicates, predicates_per_pair=options.predicates_per_pair)
-    others = {"train": (), "validation": ("train",), "test": ("train", "validation")}[options.split]
-    held_out = options.validation_images
-    parts = [open_dataset(options.annotations, other, validation_images=held_out) for other in others]
+    before = SPLITS[: SPLITS.index(options.split)]
+    others = [split for split in splits_of(options.annotations) if split in before]
+    if len(others) < len(before):
+        say(f"{options.annotations}: {NO_TRAINING}")
+    parts = [open_dataset(options.annotations, other, **reading_options(options)) for other in others]
     seen: list[SceneGraph] = sum(map(list, parts), [])
     for kind in ("object_names", "predicate_names"):
         if any(getattr(part, kind) != getattr(dataset, kind) for part in parts):
@@ -152,23 +161,23 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
             )
     zero_shot = None
     if options.zero_shot is not None:
-        # The columns of the public list are subject, object, predicate.
-        zero_shot = read_zero_shot_triplets(options.zero_shot)[:, [0, 2, 1]]
+        zero_shot = read_zero_shot_triplets(options.zero_shot)
         where = f"{options.zero_shot}: "
         check_range(where, "classes of objects", zero_shot[:, [0, 2]], 1, len(dataset.object_names) - 1)
         check_range(where, "predicates", zero_shot[:, 1], 1, predicates)
-    elif seen:
+    elif "train" in others:
         zero_shot = zero_shot_triplets(seen, graphs)
     if options.protocol.startswith("vrd-"):
         task = options.protocol.removeprefix("vrd-")
         return VRDEvaluator(task, predicates, predicates_per_pair=options.predicates_per_pair, zero_shot=zero_shot)
     # `seen` may include the validation split. The groups use the training split only, as in training.
-    counts = count_predicates(seen[: len(parts[0])] if parts else graphs, predicates)
+    training = seen[: len(parts[0])] if "train" in others else None if before else graphs
+    counts = None if training is None else count_predicates(training, predicates)[1:]
     return SceneGraphEvaluator(
         options.protocol,
         predicates,
         zero_shot=zero_shot,
-        groups=predicate_groups(dataset.predicate_names, counts[1:]),
+        groups=predicate_groups(dataset.predicate_names, counts),
         predicate_names=dataset.predicate_names,
         missing="skip" if options.skip_missing else "zero",
         plus_one=not options.no_plus_one,

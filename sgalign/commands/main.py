@@ -26,6 +26,7 @@ usage: sgalign COMMAND ...
             write generated scenes as files, or convert a data set to COCO with relations
   cache-features
             store the features that a model computes from the images of a data set, for fast training
+  check     print everything that is wrong or odd with the files of a data set
   evaluate  score any system's predictions, read from a file
   predict   predict the scene graphs of an image or a folder of images with a trained model
   fit, validate, test, predict --config FILE
@@ -33,7 +34,7 @@ usage: sgalign COMMAND ...
 
 sgalign COMMAND --help shows the options of a command."""
 
-COMMANDS = ("ablate", "cache-features", "compare", "evaluate", "make-dataset", "report")
+COMMANDS = ("ablate", "cache-features", "check", "compare", "evaluate", "make-dataset", "report")
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 # `predict` with one of these options is Lightning's. Without them it is `predict` on image files.
 LIGHTNING_OPTIONS = {"-c", "--config", "--model", "--data", "--trainer", "--ckpt_path"}

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from sgalign.commands.reading_options import add_reading_options, reading_options
 from sgalign.data import SceneGraph, ScenesDataset, open_dataset
 from sgalign.data.coco import write_coco
-from sgalign.data.scene_graph import SPLITS
+from sgalign.data.open import splits_of
+from sgalign.data.splits import SPLITS
 from sgalign.data.vg150 import write_vg150
 from sgalign.data.vrd import write_vrd
 from sgalign.errors import InputError
@@ -56,12 +58,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="with --few: shrink larger images to this length of the long side",
     )
-    parser.add_argument(
-        "--validation-images",
-        type=int,
-        metavar="N",
-        help="with --source: number of training images to hold out for validation (default: depends on the data set)",
-    )
+    add_reading_options(parser)
     parser.add_argument("--no-images", action="store_true", help="write annotations without images")
     return parser
 
@@ -76,8 +73,11 @@ def main(arguments: Sequence[str]) -> int:
         parser().error("--sizes is for generated scenes and cannot be used with --source")
     if options.few is not None and options.source is None:
         parser().error("--few needs --source")
-    if options.validation_images is not None and (options.source is None or options.few is not None):
-        parser().error("--validation-images needs --source and cannot be used with --few")
+    chooses = options.validation_images is not None or options.validation_choice != "hash"
+    if chooses and (options.source is None or options.few is not None):
+        parser().error("--validation-images and --validation-choice need --source and cannot be used with --few")
+    if options.bad_rows != "error" and options.source is None:
+        parser().error("--bad-rows needs --source")
     if options.long_side is not None and options.few is None:
         parser().error("--long-side needs --few")
     for name in ("few", "long_side"):
@@ -91,14 +91,15 @@ def main(arguments: Sequence[str]) -> int:
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         parser().error(f"out must be a new or an empty folder, got {options.out}")
     if options.source is None:
-        datasets: dict[str, Any] = {s: ScenesDataset(s, size=n) for s, n in zip(SPLITS, sizes)}  # type: ignore[arg-type]
+        datasets: dict[str, Any] = {s: ScenesDataset(s, size=n) for s, n in zip(SPLITS, sizes)}
     elif options.few is not None:
-        datasets = dict.fromkeys(SPLITS, few_photographs(options.source, options.few, options.long_side))
+        test = open_dataset(options.source, "test", bad_rows=options.bad_rows)
+        datasets = dict.fromkeys(SPLITS, few_photographs(test, options.source, options.few, options.long_side))
     else:
-        held_out = options.validation_images
-        datasets = {split: open_dataset(options.source, split, validation_images=held_out) for split in SPLITS}
+        splits, reading = splits_of(options.source), reading_options(options)
+        datasets = {split: open_dataset(options.source, split, keep="everything", **reading) for split in splits}
     parts: dict[str, list[SceneGraph]] = {split: list(dataset) for split, dataset in datasets.items()}
-    of_names = datasets["train"] if options.few is None else open_dataset(options.source, "test")
+    of_names = next(iter(datasets.values())) if options.few is None else test
     names = of_names.object_names, of_names.predicate_names
     out = options.out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -115,19 +116,19 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def few_photographs(source: str, count: int, long_side: int | None) -> list[SceneGraph]:
+def few_photographs(test: Any, source: str, count: int, long_side: int | None) -> list[SceneGraph]:
     """Return the first scene graphs of the test split, sorted by image name, that have relations and an image.
 
     Args:
-        source: folder of a data set.
+        test: test split of a data set.
+        source: folder of the data set, for the error message.
         count: number of images.
         long_side: maximum long side in pixels. Larger images are shrunk. If None, all images keep their size.
 
     Raises:
         ValueError: if there are fewer than `count` such images.
     """
-    dataset = open_dataset(source, "test")
-    graphs = [graph for graph in dataset if graph.image is not None and len(graph.relations)]
+    graphs = [graph for graph in test if graph.image is not None and len(graph.relations)]
     if len(graphs) < count:
         raise InputError(f"{source}: the test split must have {count} photographs with relations, got {len(graphs)}")
     graphs = sorted(graphs, key=lambda graph: graph.image_id)[:count]
@@ -144,4 +145,4 @@ def smaller(graph: SceneGraph, long_side: int) -> SceneGraph:
     return replace(graph, width=width, height=height, boxes=boxes, image=resized)
 
 
-WRITERS = {"vg150": write_vg150, "vrd": write_vrd, "coco": write_coco}
+WRITERS: dict[str, Any] = {"vg150": write_vg150, "vrd": write_vrd, "coco": write_coco}

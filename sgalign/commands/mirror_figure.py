@@ -58,7 +58,7 @@ def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -
     if not isinstance(module, AlignSGTRModule):
         raise InputError(f"{checkpoint} must be a checkpoint of AlignSGTRModule, got {type(module).__name__}")
     options = module.options
-    photograph = pil_to_tensor(load_image(image, upright=True)).float() / 255
+    photograph = pil_to_tensor(load_image(image)).float() / 255
     pixels = resize(photograph, options.short_sides[-1], options.long_side)
     mirror = _look(module, pixels, seed)
     figure = Figure(figsize=(13, 9), layout="constrained")

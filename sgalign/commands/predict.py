@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sgalign.data import SceneGraph, collate, collate_detected, load_image, read_detections
+from sgalign.data.images import is_image
 from sgalign.errors import InputError
 from sgalign.files import check_writable, save_figure, write_json
 from sgalign.training import MotifsModule, SGTRModule, load_module
+from sgalign.training.checkpoints import some_of
 from sgalign.training.writers import describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DRAWN = 12  # triplets per picture, because more would be hard to tell apart
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 EPILOG = """\
 A model with protocol sgdet finds the objects itself. Any other model needs --detections, a file of boxes and classes.
 docs/data.md describes its format."""
@@ -44,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run `sgalign predict IMAGE_OR_FOLDER` and return the exit code.
 
-    Images that cannot be read are reported and skipped. The exit code is then 1.
+    Images that cannot be read are reported and skipped. The exit code is then 1. Files that are not images are also
+    reported, but do not change the exit code.
     """
     options = parser().parse_args(arguments)
     if options.top_k < 1:
@@ -58,21 +60,14 @@ def main(arguments: Sequence[str]) -> int:
     read = options.images if options.images.is_dir() else options.images.parent
     if options.draw and folder.resolve() == read.resolve():
         parser().error(f"--out must not name the folder of the images, because --draw writes to it, got {options.out}")
-    module = load_module(options.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(module, MotifsModule | SGTRModule):
-        raise InputError(f"{options.checkpoint} must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
-    if isinstance(module, MotifsModule) and module.options.vision == "cached":
-        raise InputError(f"{options.checkpoint}: the model must read images, but it was trained on cached features")
-    if options.detections is None and module.protocol != "sgdet":
-        raise InputError(f"{options.checkpoint}: a model with protocol {module.protocol} needs --detections FILE")
-    if options.detections is not None and module.protocol == "sgdet":
-        raise InputError(
-            f"{options.checkpoint}: a model with protocol sgdet finds objects itself, so leave out --detections"
-        )
+    module = _load(options.checkpoint, options.detections)
     detections = None
     if options.detections is not None:
         detections = read_detections(options.detections, len(module.object_names) - 1)
-    paths = image_files(options.images)
+    paths, others = image_files(options.images)
+    if names := [path.name for path in others if path.resolve() != options.out.resolve()]:
+        what = "1 file that is not an image" if len(names) == 1 else f"{len(names)} files that are not images"
+        print(f"sgalign: skipped {what}: {some_of(names)}", file=sys.stderr)
     check_writable(options.out)
     if options.draw:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,18 +97,35 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def image_files(path: Path) -> list[Path]:
-    """Return the image file, or the image files of a folder sorted by name.
+def _load(path: Path, detections: str | None) -> MotifsModule | SGTRModule:
+    """Return the model of a checkpoint, after checking that it can predict with or without a file of detections."""
+    module = load_module(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(module, MotifsModule | SGTRModule):
+        raise InputError(f"{path} must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
+    if isinstance(module, MotifsModule) and module.options.vision == "cached":
+        raise InputError(f"{path}: the model must read images, but it was trained on cached features")
+    if detections is None and module.protocol != "sgdet":
+        raise InputError(f"{path}: a model with protocol {module.protocol} needs --detections FILE")
+    if detections is not None and module.protocol == "sgdet":
+        raise InputError(f"{path}: a model with protocol sgdet finds objects itself, so leave out --detections")
+    return module
+
+
+def image_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """Return the images and the other files of a folder, sorted by name. Hidden files are left out.
+
+    If `path` is a file, it is taken for an image.
 
     Raises:
-        FileNotFoundError: if `path` is neither an image nor a folder with images.
+        FileNotFoundError: if `path` is neither a file nor a folder with images.
     """
     if path.is_file():
-        return [path]
-    files = sorted(p for p in path.glob("*") if p.suffix.lower() in SUFFIXES and p.is_file()) if path.is_dir() else []
-    if not files:
-        raise FileNotFoundError(f"{path}: must be an image or a folder of images ({', '.join(sorted(SUFFIXES))})")
-    return files
+        return [path], []
+    files = sorted(p for p in path.glob("*") if p.is_file() and not p.name.startswith("."))
+    images = [p for p in files if is_image(p)]
+    if not images:
+        raise FileNotFoundError(f"{path}: must be an image or a folder of images")
+    return images, sorted(set(files) - set(images))
 
 
 @torch.no_grad()
@@ -132,7 +144,7 @@ def predict_image(
     Raises:
         ValueError: if the image cannot be read, or is not in `detections`.
     """
-    image = load_image(path, upright=True)
+    image = load_image(path)
     objects = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)
     # JSON cannot hold bytes of a file name that are not UTF-8.
     name = os.fsencode(path.name).decode("utf-8", "backslashreplace")
@@ -155,7 +167,7 @@ def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    pixels = load_image(image, upright=True)
+    pixels = load_image(image)
     triplets = graph["triplets"][:DRAWN]
     used = sorted({end for triplet in triplets for end in (triplet["subject"], triplet["object"])})
     colors = {index: colormaps["tab20"](place % 20) for place, index in enumerate(used)}

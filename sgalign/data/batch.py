@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sgalign.data.detections import Detections
-from sgalign.data.images import read_pixels
+from sgalign.data.images import Size, read_images
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.data.transfer import send
 from sgalign.errors import InputError
@@ -34,9 +34,9 @@ class VisualFeatures(NamedTuple):
 class GraphBatch(NamedTuple):
     """A batch of B images with T objects in total and R ordered pairs of different objects of the same image.
 
-    The objects of the images follow one another in image order. `lengths`, `pair_counts`, `related` and `truth` stay on
-    the host when `to` moves a batch to a GPU. The host needs them to compute tensor sizes, and reading them from the
-    GPU would make it wait.
+    The objects of the images follow one another in image order. `lengths`, `pair_counts`, `related`, `truth` and
+    `stretched` stay on the host when `to` moves a batch to a GPU. The host needs them, for example to compute tensor
+    sizes, and reading them from the GPU would make it wait.
 
     Attributes:
         image_ids: names of the images.
@@ -56,6 +56,8 @@ class GraphBatch(NamedTuple):
             the loss ignores it.
         truth: `image_id`, `size`, `boxes`, `labels` and `relations` of each image as annotated.
         pixels: the images, float32 `[3, H, W]` with values from 0 to 1. The list is empty if the images were not read.
+        stretched: size of the file and size in the annotations, for the id of each image in `pixels` whose file has
+            other proportions than its annotations.
         features: features of the objects and pairs, cached by `sgalign cache-features`. If None, no cache was read.
     """
 
@@ -73,6 +75,7 @@ class GraphBatch(NamedTuple):
     targets: Tensor
     truth: list[dict[str, Any]]
     pixels: list[Tensor]
+    stretched: dict[str, tuple[Size, Size]]
     features: VisualFeatures | None = None
 
     def to(self, device: torch.device) -> GraphBatch:
@@ -211,6 +214,7 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
             )
         row = rows[start + graph.relations[:, 0], graph.relations[:, 1]]
         targets[row[row >= 0], graph.relations[row >= 0, 2]] = 1
+    images, stretched = read_images(graphs) if pixels else ([], {})
     return GraphBatch(
         image_ids=[graph.image_id for graph in graphs],
         sizes=torch.tensor([(graph.width, graph.height) for graph in graphs], dtype=torch.float32),
@@ -225,7 +229,8 @@ def collate(graphs: Sequence[SceneGraph], num_predicates: int, *, pixels: bool =
         pairs=objects.pairs,
         targets=target_distribution(targets),
         truth=[graph.truth for graph in graphs],
-        pixels=[read_pixels(graph) for graph in graphs] if pixels else [],
+        pixels=images,
+        stretched=stretched,
     )
 
 

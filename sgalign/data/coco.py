@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from sgalign.data.box_checks import check_boxes
+from sgalign.data.class_names import id_text, read_classes
+from sgalign.data.findings import BadRows, Findings
 from sgalign.data.images import load_image, save_image
-from sgalign.data.scene_graph import BACKGROUND, SceneGraph, check_split
+from sgalign.data.scene_graph import SceneGraph
+from sgalign.data.splits import Split, ValidationChoice, check_has_no_validation, check_split, held_out
 from sgalign.errors import InputError
-from sgalign.files import read_json, write_json
+from sgalign.files import read_json, whole_number, write_json
 
-FILES = {"train": "train", "validation": "val", "test": "test"}
+FILES: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
+LARGEST = 1e9  # largest coordinate in pixels, far beyond any image
+_IMAGE_FIELDS = ("id", "file_name", "width", "height")
+_ANNOTATION_FIELDS = ("image_id", "category_id", "bbox")
+
+
+@dataclass
+class _Image:
+    """An image of a COCO file."""
+
+    name: str
+    size: tuple[int, int]
+    boxes: list[list[float]] = field(default_factory=list)  # x, y, width, height
+    labels: list[int] = field(default_factory=list)
+    places: list[int | None] = field(default_factory=list)  # object index of each annotation, None if it is left out
+    relations: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 class CocoDataset(Dataset[SceneGraph]):
@@ -23,144 +44,228 @@ class CocoDataset(Dataset[SceneGraph]):
 
     `train.json`, `val.json` and `test.json` are in COCO's format. Each has `images` (`id`, `file_name`, `width`,
     `height`), `annotations` (`image_id`, `category_id`, `bbox` as x, y, width, height) and `categories` (`id`, `name`).
-    The ids may be any integers.
+    The ids may be integers or text. An annotation with `iscrowd` 1 is one object, because relations count the
+    annotations of an image.
 
-    `rel.json` has `rel_categories`, the list of predicate names. The list may start with `__background__`. For each of
-    "train", "val" and "test", `rel.json` maps each image id to a list of relations `[subject, object, predicate]`.
-    Subject and object are indices of the image's annotations, from 0 in file order. The predicate is an index into
-    `rel_categories`, from 0.
+    `rel.json` has `rel_categories`, the list of predicate names. For each of "train", "val" and "test", `rel.json` maps
+    each image id to a list of relations `[subject, object, predicate]`. Subject and object are indices of the image's
+    annotations, from 0 in file order. The predicate is an index into `rel_categories`, from 0. If `rel_categories` is a
+    list of objects with `id` and `name`, the predicate is such an id.
+
+    The first category and the first predicate may be the background, under any of its usual names.
 
     Args:
         root: folder of these files. Image files are optional. They are in this folder or in its subfolder `images/`.
-        split: "train", "validation" (`val.json`) or "test".
+        split: "train", "validation" or "test". If there is no `val.json`, the validation split is held out from
+            `train.json`.
+        validation_images: number of images to hold out. If None, 5000, but at most a fifth of the training images. It
+            must be None if there is a `val.json`.
+        validation_choice: "hash" or "first", see `sgalign.data.splits.held_out`.
+        bad_rows: "error" to raise an error if a row is malformed, "skip" to leave out such rows.
 
     Attributes:
-        object_names, predicate_names: class names, `__background__` first. Names must not be empty and may have any
-            characters.
+        object_names, predicate_names: class names, `__background__` first. They may have any characters.
+        findings: the rows that were left out, and oddities. They are also logged.
 
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if a file is malformed. The error names the file, the image and the row.
     """
 
-    def __init__(self, root: str | Path, split: Literal["train", "validation", "test"]) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: Split,
+        *,
+        validation_images: int | None = None,
+        validation_choice: ValidationChoice = "hash",
+        bad_rows: BadRows = "error",
+    ) -> None:
         check_split(split)
-        self.root = Path(root)
-        path, rel = self.root / f"{FILES[split]}.json", self.root / "rel.json"
-        content, relations = read_json(path), read_json(rel)
-        for where, value, fields in (
-            (path, content, ("images", "annotations", "categories")),
-            (rel, relations, ("rel_categories", FILES[split])),
-        ):
-            if missing := [field for field in fields if not isinstance(value, dict) or field not in value]:
-                raise InputError(f"{where}: must have {', '.join(fields)}, but lacks {', '.join(missing)}")
-        try:
-            self._read(path, content, rel, relations, FILES[split])
-        except (AttributeError, OverflowError, TypeError) as error:
-            raise InputError(f"{path}, {rel}: must be in COCO's format with relations ({error})") from error
+        self.root, self._rel = Path(root), Path(root, "rel.json")
+        holds_out = split != "test" and not (self.root / "val.json").exists()
+        if not holds_out:
+            check_has_no_validation(self.root, validation_images, validation_choice)
+        self._part = "train" if holds_out else FILES[split]
+        self._path = self.root / f"{self._part}.json"
+        content = _read_object(self._path, {"images": list, "annotations": list, "categories": list})
+        relations = _read_object(self._rel, {"rel_categories": list, self._part: dict})
+        self._objects = read_classes(f"{self._path}, categories", ((None, entry) for entry in content["categories"]))
+        self._predicates = read_classes(f"{self._rel}, rel_categories", enumerate(relations["rel_categories"]))
+        self.object_names, self.predicate_names = self._objects.names, self._predicates.names
 
-    def _read(self, path: Path, content: dict[str, Any], rel: Path, relations: dict[str, Any], part: str) -> None:
-        try:
-            categories = sorted(content["categories"], key=lambda category: category["id"])
-            label_of = {category["id"]: index + 1 for index, category in enumerate(categories)}
-            self.object_names = [BACKGROUND, *(str(category["name"]) for category in categories)]
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: every category must have id and name ({error})") from error
-        if not isinstance(relations["rel_categories"], list) or not isinstance(relations[part], dict):
-            raise InputError(
-                f"{rel}: rel_categories must be a list of names, and {part} a JSON object with image ids as keys"
-            )
-        predicates = [str(name) for name in relations["rel_categories"]]
-        self._first = 0 if predicates[:1] == [BACKGROUND] else 1
-        self.predicate_names = [BACKGROUND, *predicates[1 - self._first :]]
-        if "" in (*self.object_names, *self.predicate_names):
-            raise InputError(f"{path}, {rel}: category names must not be empty, got an empty name")
-        self._images = _parse(path, content, label_of)
-        by_id = relations[part]
-        if unknown := by_id.keys() - {str(image["id"]) for image in self._images.values()}:
-            raise InputError(f"{rel}, {part}: image ids must occur in {path.name}, got {min(unknown)!r}")
-        for image in self._images.values():
-            triplets = by_id.get(str(image["id"]), [])
-            image["relations"] = self._relations(f"{rel}, {part}, image {image['id']}", triplets, image)
-        self._order = list(self._images)
+        self.findings = Findings(f"{self._path}, {split}")
+        self._names: set[str] = set()
+        images = self._read_images(content["images"])
+        self._read_annotations(content["annotations"], images)
+        self._read_relations(relations[self._part], images)
+        self._images = [image for image in images.values() if image is not None]
+        if holds_out:
+            names = [image.name for image in self._images]
+            marks = held_out(names, validation_images, 5000, validation_choice, self._path)
+            self._images = [i for i, mark in zip(self._images, marks, strict=True) if mark == (split == "validation")]
+        self._check_boxes()
+        self.findings.settle(bad_rows)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> SceneGraph:
-        image = self._images[self._order[index]]
-        boxes = torch.tensor(image["boxes"], dtype=torch.float32).reshape(-1, 4)
+        image = self._images[index]
+        boxes = torch.tensor(image.boxes, dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        name = image["file_name"]
-        path = next((p for p in (self.root / name, self.root / "images" / name) if p.is_file()), None)
+        paths = self.root / image.name, self.root / "images" / image.name
+        path = next((path for path in paths if path.is_file()), None)
         return SceneGraph(
-            name,
-            image["width"],
-            image["height"],
+            image.name,
+            *image.size,
             boxes,
-            torch.tensor(image["labels"], dtype=torch.int64),
-            torch.tensor(image["relations"], dtype=torch.int64).reshape(-1, 3),
-            None if path is None else partial(load_image, path),
+            torch.tensor(image.labels, dtype=torch.int64),
+            torch.tensor(image.relations, dtype=torch.int64).reshape(-1, 3),
+            None if path is None else partial(load_image, path, image.size),
         )
 
-    def _relations(self, where: str, triplets: Any, image: dict[str, Any]) -> list[list[int]]:
-        objects, lowest = len(image["labels"]), 1 - self._first
-        highest = len(self.predicate_names) - 1 - self._first
-        for row, triplet in enumerate(triplets):
-            if not isinstance(triplet, list) or len(triplet) != 3 or any(type(v) is not int for v in triplet):
-                raise InputError(f"{where}: must be [subject, object, predicate], got {triplet!r} in row {row}")
-            if not 0 <= min(triplet[:2]) <= max(triplet[:2]) < objects:
-                raise InputError(f"{where}: objects must be from 0 to {objects - 1}, got {triplet[:2]} in row {row}")
-            if not lowest <= triplet[2] <= highest:
-                raise InputError(
-                    f"{where}: predicate must be from {lowest} to {highest}, got {triplet[2]} in row {row}"
-                )
-        return [[s, o, p + self._first] for s, o, p in triplets]
+    def _read_images(self, rows: list[Any]) -> dict[str, _Image | None]:
+        """Return the images by id. An image that is refused is None."""
+        images: dict[str, _Image | None] = {}
+        for number, row in enumerate(rows):
+            where = f"{self._path}, images, row {number}"
+            image_id = id_text(row.get("id")) if isinstance(row, dict) else None
+            try:
+                image = self._parse_image(where, row, images)
+            except InputError as error:
+                self.findings.refuse("image with a malformed entry", str(error))
+                if image_id is not None:
+                    images.setdefault(image_id, None)
+            else:
+                images[str(image_id)] = image
+        return images
 
+    def _parse_image(self, where: str, row: Any, images: Mapping[str, Any]) -> _Image:
+        if not isinstance(row, dict) or not row.keys() >= set(_IMAGE_FIELDS):
+            lacks = [name for name in _IMAGE_FIELDS if not isinstance(row, dict) or name not in row]
+            raise InputError(f"{where}: must have {', '.join(_IMAGE_FIELDS)}, but lacks {', '.join(lacks)}: {row!r}")
+        name, size = row["file_name"], (whole_number(row["width"]), whole_number(row["height"]))
+        if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{where}: file_name must be a path in the data set's folder, got {name!r}")
+        width, height = size
+        if width is None or height is None or width < 1 or height < 1:
+            got = f"{row['width']!r} and {row['height']!r}"
+            raise InputError(f"{where}: width and height must be whole numbers of at least 1, got {got}")
+        if id_text(row["id"]) is None:
+            raise InputError(f"{where}: id must be an integer or text, got {row['id']!r}")
+        if id_text(row["id"]) in images:
+            raise InputError(f"{where}: id must be unique, but {row['id']!r} occurs twice")
+        if name in self._names:
+            raise InputError(f"{where}: file_name must be unique, but {name!r} occurs twice")
+        self._names.add(name)
+        return _Image(name, (width, height))
 
-def _parse(path: Path, content: dict[str, Any], label_of: Mapping[Any, int]) -> dict[Any, dict[str, Any]]:
-    """Return the images of a COCO file by id, each with its `boxes` (x, y, width, height) and `labels`."""
-    images: dict[Any, dict[str, Any]] = {}
-    names: set[str] = set()
-    for number, image in enumerate(content["images"]):
-        fields = ("id", "file_name", "width", "height")
-        if not isinstance(image, dict) or not image.keys() >= set(fields):
-            raise InputError(f"{path}, images, row {number}: must have {', '.join(fields)}, got {image!r}")
-        name = Path(image["file_name"])
-        if name.is_absolute() or ".." in name.parts:
-            raise InputError(
-                f"{path}, images, row {number}: file_name must lie in the data set's folder, got {str(name)!r}"
-            )
-        if image["id"] in images:
-            raise InputError(f"{path}, images, row {number}: id must be unique, but {image['id']!r} occurs twice")
-        if image["file_name"] in names:
-            raise InputError(
-                f"{path}, images, row {number}: file_name must be unique, but {image['file_name']!r} occurs twice"
-            )
-        names.add(image["file_name"])
-        images[image["id"]] = {field: image[field] for field in fields} | {"boxes": [], "labels": []}
-    for number, annotation in enumerate(content["annotations"]):
-        where = f"{path}, annotations, row {number}"
-        if not isinstance(annotation, dict) or not annotation.keys() >= {"image_id", "category_id", "bbox"}:
-            raise InputError(f"{where}: must have image_id, category_id and bbox, got {annotation!r}")
-        box = annotation["bbox"]
-        if annotation["image_id"] not in images:
-            raise InputError(f"{where}: image_id must be the id of an image, got {annotation['image_id']!r}")
-        if annotation["category_id"] not in label_of:
-            raise InputError(f"{where}: category_id must be the id of a category, got {annotation['category_id']!r}")
+    def _read_annotations(self, rows: list[Any], images: Mapping[str, _Image | None]) -> None:
+        for number, row in enumerate(rows):
+            where = f"{self._path}, annotations, row {number}"
+            image_id = id_text(row.get("image_id")) if isinstance(row, dict) else None
+            image = images.get(image_id or "")
+            if image_id in images and image is None:
+                self.findings.add("left out", "object of a refused image", where)
+                continue
+            place = None
+            try:
+                box, label = self._parse_annotation(where, row, image)
+            except InputError as error:
+                self.findings.refuse("object with a malformed annotation", str(error))
+            else:
+                assert image is not None
+                place = len(image.labels)
+                image.boxes.append(box)
+                image.labels.append(label)
+                if row.get("iscrowd"):
+                    self.findings.add("found", "crowd annotation, read as one object", where)
+            if image is not None:
+                image.places.append(place)
+
+    def _parse_annotation(self, where: str, row: Any, image: _Image | None) -> tuple[list[float], int]:
+        if not isinstance(row, dict) or not row.keys() >= set(_ANNOTATION_FIELDS):
+            raise InputError(f"{where}: must have {', '.join(_ANNOTATION_FIELDS)}, got {row!r}")
+        if image is None:
+            raise InputError(f"{where}: image_id must be the id of an image, got {row['image_id']!r}")
+        box = row["bbox"]
         if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
             raise InputError(f"{where}: bbox must be 4 numbers x, y, width, height, got {box!r}")
-        if max(map(abs, box)) > 1e9:
-            raise InputError(f"{where}: bbox must be in pixels and at most 1e9, got {box}")
+        if not all(abs(value) <= LARGEST for value in box):  # also false for NaN
+            raise InputError(f"{where}: bbox must be in pixels, finite and at most {LARGEST:g}, got {box}")
         if not (box[2] > 0 and box[3] > 0):
             raise InputError(f"{where}: bbox must have a width and a height above 0, got {box}")
-        images[annotation["image_id"]]["boxes"].append(box)
-        images[annotation["image_id"]]["labels"].append(label_of[annotation["category_id"]])
-    return images
+        return box, self._objects.number(f"{where}: category_id", row["category_id"])
+
+    def _read_relations(self, by_id: Mapping[str, Any], images: Mapping[str, _Image | None]) -> None:
+        for image_id, triplets in by_id.items():
+            where = f"{self._rel}, {self._part}, image {image_id}"
+            image = images.get(image_id)
+            if image_id not in images:
+                got = f"image ids must occur in {self._path.name}, got {image_id!r}"
+                self.findings.refuse("image with relations but without an entry", f"{self._rel}, {self._part}: {got}")
+            elif not isinstance(triplets, list):
+                got = f"must be a list of relations, got {type(triplets).__name__}"
+                self.findings.refuse("image without a list of relations", f"{where}: {got}")
+            elif image is None:
+                self.findings.add("left out", "relation of a refused image", where, len(triplets))
+            else:
+                self._read_triplets(where, triplets, image)
+
+    def _read_triplets(self, where: str, triplets: list[Any], image: _Image) -> None:
+        last = len(image.places) - 1
+        for number, triplet in enumerate(triplets):
+            row = f"{where}, row {number}"
+            if not isinstance(triplet, list) or len(triplet) != 3 or any(type(v) is not int for v in triplet[:2]):
+                got = f"must be [subject, object, predicate], got {triplet!r}"
+                self.findings.refuse("relation with a malformed row", f"{row}: {got}")
+            elif not 0 <= min(triplet[:2]) <= max(triplet[:2]) <= last:
+                got = f"objects must be from 0 to {last}, got {triplet[:2]}"
+                self.findings.refuse("relation to a missing object", f"{row}: {got}")
+            else:
+                self._read_triplet(row, triplet, image)
+
+    def _read_triplet(self, row: str, triplet: list[Any], image: _Image) -> None:
+        try:
+            predicate = self._predicates.number(f"{row}: predicate", triplet[2])
+        except InputError as error:
+            self.findings.refuse("relation with an unknown predicate", str(error))
+            return
+        subject, object_ = (image.places[place] for place in triplet[:2])
+        if subject is None or object_ is None:
+            self.findings.add("left out", "relation of a refused object", row)
+        else:
+            image.relations.append((subject, object_, predicate))
+
+    def _check_boxes(self) -> None:
+        numbers = np.array([box for image in self._images for box in image.boxes], dtype=np.float64).reshape(-1, 4)
+        counts = [len(image.boxes) for image in self._images]
+        owner = np.repeat(np.arange(len(counts)), counts)
+        sizes = np.array([image.size for image in self._images], dtype=np.float64).reshape(-1, 2)[owner]
+
+        def describe(row: int) -> str:
+            image = self._images[owner[row]]
+            return f"image {image.name!r} of {image.size[0]} x {image.size[1]} pixels: bbox {numbers[row].tolist()}"
+
+        corners = np.concatenate([numbers[:, :2], numbers[:, :2] + numbers[:, 2:]], axis=1)
+        check_boxes(self.findings, corners, sizes, describe, numbers=numbers, order="x, y, width, height")
+
+
+def _read_object(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """Return the content of a JSON file, which must be an object that has a list or an object for each of some keys."""
+    content = read_json(path)
+    if missing := [name for name in kinds if not isinstance(content, dict) or name not in content]:
+        raise InputError(f"{path}: must have {', '.join(kinds)}, but lacks {', '.join(missing)}")
+    for name, kind in kinds.items():
+        if not isinstance(content[name], kind):
+            wanted = "a list" if kind is list else "a JSON object with image ids as keys"
+            raise InputError(f"{path}: {name} must be {wanted}, got {type(content[name]).__name__}")
+    return content
 
 
 def write_coco(
-    parts: Mapping[str, Iterable[SceneGraph]],
+    parts: Mapping[Split, Iterable[SceneGraph]],
     object_names: list[str],
     predicate_names: list[str],
     root: str | Path,

@@ -5,13 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sgalign.data.coco import CocoDataset
-from sgalign.data.vg150 import VG150Dataset
+from sgalign.data.coco import FILES, CocoDataset
+from sgalign.data.findings import BadRows
+from sgalign.data.splits import SPLITS, Split, ValidationChoice
+from sgalign.data.vg150 import Keep, VG150Dataset
 from sgalign.data.vrd import VRDDataset
-from sgalign.errors import InputError
+
+NO_TRAINING = "there is no training split, so zero-shot recall and groups by frequency are left out"
 
 
-def open_dataset(root: str | Path, split: Any, *, validation_images: int | None = None) -> Any:
+def open_dataset(
+    root: str | Path,
+    split: Split,
+    *,
+    validation_images: int | None = None,
+    validation_choice: ValidationChoice = "hash",
+    bad_rows: BadRows = "error",
+    keep: Keep = "related",
+) -> Any:
     """Return one split of a data set in the layout of VRD, of VG150, or of COCO with `rel.json`.
 
     The files in the folder determine the layout.
@@ -20,25 +31,57 @@ def open_dataset(root: str | Path, split: Any, *, validation_images: int | None 
         root: folder of the data set.
         split: "train", "validation" or "test".
         validation_images: number of training images to hold out. If None, the default of the data set's class.
+        validation_choice: "hash" or "first", see `sgalign.data.splits.held_out`.
+        bad_rows: "error" to raise an error if a row is malformed, "skip" to leave out such rows.
+        keep: "related", "objects" or "everything", see `VG150Dataset`. The other layouts always keep everything.
 
     Raises:
         FileNotFoundError: if the folder does not exist or has no files of a known layout. The error names the files of
             the known layouts.
-        ValueError: if a file is malformed, or if `validation_images` is given for a data set with its own validation
+        ValueError: if a file is malformed, or if validation images are chosen in a data set with its own validation
             split.
     """
-    root = Path(root)
-    kind: type[Any]
-    if (root / "annotations_train.json").exists() or (root / "annotations_test.json").exists():
-        kind = VRDDataset
-    elif (root / "rel.json").exists():
-        if validation_images is not None:
-            raise InputError(f"{root}: has its own validation split, so validation_images must be left out")
-        return CocoDataset(root, split)
-    elif list(root.glob("*.h5")):
-        kind = VG150Dataset
-    else:
-        raise FileNotFoundError(
-            f"{root}: must be a folder with annotations_train.json (VRD), a .h5 file (VG150) or rel.json (COCO)"
+    kind = _layout(Path(root))
+    if kind is VG150Dataset:
+        return VG150Dataset(
+            root,
+            split,
+            validation_images=validation_images,
+            validation_choice=validation_choice,
+            bad_rows=bad_rows,
+            keep=keep,
         )
-    return kind(root, split, validation_images=validation_images)
+    return kind(
+        root, split, validation_images=validation_images, validation_choice=validation_choice, bad_rows=bad_rows
+    )
+
+
+def splits_of(root: str | Path) -> list[Split]:
+    """Return the splits for which a data set folder has files. A folder may have only a test split, for example.
+
+    Raises:
+        FileNotFoundError: as in `open_dataset`.
+    """
+    root = Path(root)
+    kind = _layout(root)
+    if kind is VG150Dataset:
+        return list(SPLITS)
+    if kind is VRDDataset:
+        files = {split: f"annotations_{'test' if split == 'test' else 'train'}.json" for split in SPLITS}
+    else:
+        files = {split: f"{name}.json" for split, name in FILES.items()}
+        if not (root / files["validation"]).exists():
+            files["validation"] = files["train"]
+    return [split for split in SPLITS if (root / files[split]).exists()]
+
+
+def _layout(root: Path) -> type[Any]:
+    if (root / "annotations_train.json").exists() or (root / "annotations_test.json").exists():
+        return VRDDataset
+    if (root / "rel.json").exists():
+        return CocoDataset
+    if list(root.glob("*.h5")):
+        return VG150Dataset
+    raise FileNotFoundError(
+        f"{root}: must be a folder with annotations_train.json (VRD), a .h5 file (VG150) or rel.json (COCO)"
+    )

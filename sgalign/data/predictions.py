@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import h5py
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,7 +144,10 @@ class Predictions:
             raise TypeError("the field is an HDF5 group")
         if isinstance(values, h5py.Dataset):
             array = values[()]
-            return torch.as_tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
+            if array.dtype.kind == "u" and array.size and array.max() > torch.iinfo(torch.int64).max:
+                raise ValueError(f"{array.max()} does not fit in 64 bits with a sign")
+            wide = array.dtype.kind == "f" and array.dtype.itemsize > 8  # torch has no such type
+            return torch.as_tensor(array.astype(np.float64 if wide else array.dtype.newbyteorder("="), copy=False))
         return torch.as_tensor(values, dtype=torch.float64 if fractions else None)
 
     def _typed(self, where: str, field: str, value: Tensor) -> Tensor:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sgalign.data.findings import Findings
 from sgalign.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 BACKGROUND = "__background__"
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +69,18 @@ def count_predicates(graphs: Iterable[SceneGraph], num_predicates: int) -> Tenso
     return counts
 
 
+def without_apart(graph: SceneGraph, findings: Findings) -> SceneGraph:
+    """Return the graph without relations between boxes that do not overlap, and record them.
+
+    Boxes that touch count as overlapping, as in Scene-Graph-Benchmark, because a box includes its last pixel.
+    """
+    subject, object_ = graph.boxes[graph.relations[:, 0]], graph.boxes[graph.relations[:, 1]]
+    common = torch.minimum(subject[:, 2:], object_[:, 2:]) - torch.maximum(subject[:, :2], object_[:, :2]) + 1
+    apart = (common <= 0).any(1)
+    findings.add("left out", "relation between boxes that do not overlap", count=int(apart.sum()))
+    return replace(graph, relations=graph.relations[~apart])
+
+
 def check_objects(where: str, boxes: Any, labels: Any, box_dtypes: tuple[torch.dtype, ...]) -> None:
     """Raise InputError unless boxes are `[N, 4]`, finite and ordered, and labels are int64 `[N]` from 1."""
     check_tensor(where, "boxes", boxes, (None, 4), box_dtypes)
@@ -110,30 +121,3 @@ def check_range(where: str, field: str, value: Tensor, lowest: int, highest: int
         place = outside.nonzero()[0].tolist()
         bounds = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
         raise InputError(f"{where}{field} must be {bounds}, got {value[tuple(place)].item()} in row {place[0]}")
-
-
-def check_split(split: str) -> None:
-    """Raise InputError unless `split` is one of `SPLITS`."""
-    if split not in SPLITS:
-        raise InputError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
-
-
-def count_validation_images(wanted: int | None, available: int, default: int, path: Path) -> int:
-    """Return the number of training images to hold out for validation.
-
-    Args:
-        wanted: the requested number. If None, the smaller of `default` and a fifth of `available`.
-        available: number of training images.
-        default: default number of the data set.
-        path: file of the training images, for the error message.
-
-    Raises:
-        ValueError: if `wanted` is not from 0 to `available`.
-    """
-    if wanted is None:
-        return min(default, available // 5)
-    if not 0 <= wanted <= available:
-        raise InputError(
-            f"validation_images must be from 0 to {available}, the number of images in {path}, got {wanted}"
-        )
-    return wanted

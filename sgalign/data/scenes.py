@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgalign.data.scene_graph import BACKGROUND, SceneGraph, check_split
+from sgalign.data.scene_graph import BACKGROUND, SceneGraph
+from sgalign.data.splits import check_split
 from sgalign.errors import InputError
 
 if TYPE_CHECKING:

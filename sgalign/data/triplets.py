@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sgalign.data.scene_graph import SceneGraph, check_range, check_tensor
+from sgalign.errors import InputError
+from sgalign.files import read_tensors
+
+REMEDY = "download or write it again"
 
 
 class TripletSet:
@@ -60,3 +66,36 @@ def _class_triplets(graphs: Iterable[SceneGraph]) -> Tensor:
         subject, object_, predicate = graph.relations.unbind(1)
         triplets.append(torch.stack((graph.labels[subject], predicate, graph.labels[object_]), 1))
     return torch.cat(triplets)
+
+
+def read_zero_shot_triplets(path: str | Path) -> Tensor:
+    """Return the class triplets that never occur in training.
+
+    Args:
+        path: a CSV file, with or without a header line, or the public benchmark's `zeroshot_triplet.pytorch`.
+
+    Returns:
+        Subject class, predicate and object class, all from 1, int64 `[Z, 3]`, as the evaluators expect them. The files
+        have the object class before the predicate.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file has neither of the two formats.
+    """
+    path, what = Path(path), "file of zero-shot triplets"
+    if path.suffix == ".csv":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such {what}")
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                rows = [row for row in csv.reader(file) if row]
+            triplets = torch.tensor([[int(v) for v in row] for row in rows[0 if rows[0][0].isdigit() else 1 :]])
+        except (IndexError, ValueError) as error:
+            raise InputError(f"{path}: must be a {what}, but is not one or is cut short ({error}); {REMEDY}") from error
+    else:
+        triplets = read_tensors(path, what)
+    if not isinstance(triplets, Tensor) or triplets.dim() != 2 or triplets.shape[1] != 3 or (triplets < 1).any():
+        raise InputError(
+            f"{path}: every row must be a subject class, an object class and a predicate, all from 1; {REMEDY}"
+        )
+    return triplets.long()[:, [0, 2, 1]]

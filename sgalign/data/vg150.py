@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
-import h5py
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgalign.data.images import load_image, save_image
-from sgalign.data.scene_graph import BACKGROUND, SPLITS, SceneGraph, check_split, count_validation_images
+from sgalign.data.box_checks import check_boxes
+from sgalign.data.class_names import id_text
+from sgalign.data.findings import BadRows, Findings
+from sgalign.data.images import image_suffixes, load_image, save_image
+from sgalign.data.pictures import Pictures
+from sgalign.data.scene_graph import SceneGraph
+from sgalign.data.splits import SPLITS, Split, ValidationChoice, check_has_no_validation, check_split, held_out
 from sgalign.data.triplets import zero_shot_triplets
+from sgalign.data.vg150_arrays import REMEDY, only, read_arrays, read_names
 from sgalign.errors import InputError
-from sgalign.files import hdf5_written_whole, read_json, read_tensors, write_json
+from sgalign.files import hdf5_written_whole, read_json, whole_number, write_json
 
 CORRUPTED = {1592, 1722, 4616, 4617}  # ids in image_data.json that the official HDF5 file lacks
-IMAGE_FOLDERS = ("VG_100K", "images")
-REMEDY = "download or write it again"
+IMAGE_FOLDERS = ("VG_100K", "VG_100K_2", "images")
+
+Keep = Literal["related", "objects", "everything"]
+KEEP = get_args(Keep)
+NOUNS = {"box": "object", "rel": "relation"}
+
+
+class _Entry(NamedTuple):
+    """A row of image_data.json."""
+
+    name: str  # id of the image in this package
+    file_name: str
+    size: tuple[int, int]
 
 
 class VG150Dataset(Dataset[SceneGraph]):
@@ -34,26 +48,35 @@ class VG150Dataset(Dataset[SceneGraph]):
 
     - Images without objects or without relations are left out.
     - Boxes come from `boxes_1024`, or from `boxes_512` if the file lacks it. They are centers and extents, for an image
-      scaled to a long side of 1024 or 512. They are converted to corners in the dtype of the file, so integers truncate
-      halves.
-    - In the training split, relations between boxes that do not overlap are left out. Then boxes are clipped to the
-      image, and empty boxes are left out with their relations. Then images without remaining relations are left out.
-      Scene-Graph-Benchmark counts boxes that touch as overlapping, and it also clips validation and test boxes.
+      scaled to a long side of 1024 or 512. They are converted to corners, and integers truncate halves.
+    - In the training split, boxes are clipped to the image, and empty boxes are left out with their relations. Then
+      images without remaining relations are left out. Scene-Graph-Benchmark also clips validation and test boxes.
     - If a pair has several predicates, all of them are kept. Scene-Graph-Benchmark draws one of them.
     - Attributes are not read.
 
-    Files other than the official ones work too. They may have any number of classes and images, floating-point boxes,
+    Relations between boxes that do not overlap are kept. For SGDet, `sgalign.training.SceneGraphData` leaves them out
+    of training, as Scene-Graph-Benchmark does.
+
+    Files other than the official ones work too. They may have any number of classes and images, numbers of any type,
     and their own validation split (1). Annotations stay in memory (30 MB for the official files). Images are read on
     demand.
 
     Args:
-        root: folder of these files. Images are optional. Their paths are `VG_100K/ID.jpg` or `images/ID.jpg`.
+        root: folder of these files. Images are optional. They are called `ID.jpg`, or have another suffix, and lie in
+            `VG_100K/`, `VG_100K_2/` or `images/`. If a row of `image_data.json` has no `image_id`, its `file_name` is
+            the image's name.
         split: "train" (0 in the file), "validation" (1) or "test" (2).
-        validation_images: number of images from the start of the training split that form the validation split. If
-            None, 5000, but at most a fifth of the training images. It must be None if the file has a validation split.
+        validation_images: number of training images that form the validation split. If None, 5000, but at most a fifth
+            of the training images. It must be None if the file has a validation split.
+        validation_choice: "hash" or "first", see `sgalign.data.splits.held_out`. Scene-Graph-Benchmark takes the first
+            5000 images of the training split.
+        bad_rows: "error" to raise an error if a row is malformed, "skip" to leave out such rows.
+        keep: "related" for the rules above. "objects" also keeps images without relations, on which detectors train.
+            "everything" keeps all images, and all boxes as the file has them.
 
     Attributes:
         object_names, predicate_names: class names, `__background__` first.
+        findings: the rows that were left out or clipped, and oddities. They are also logged.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -61,219 +84,180 @@ class VG150Dataset(Dataset[SceneGraph]):
     """
 
     def __init__(
-        self, root: str | Path, split: Literal["train", "validation", "test"], *, validation_images: int | None = None
+        self,
+        root: str | Path,
+        split: Split,
+        *,
+        validation_images: int | None = None,
+        validation_choice: ValidationChoice = "hash",
+        bad_rows: BadRows = "error",
+        keep: Keep = "related",
     ) -> None:
         check_split(split)
-        self.root, self.split = Path(root), split
-        self.path = _only(self.root, "VG-SGG-with-attri.h5", "VG-SGG.h5", "*.h5")
-        names = read_json(_only(self.root, "VG-SGG-dicts-with-attri.json", "VG-SGG-dicts.json", "*dicts*.json"))
-        self.object_names = _names(names, "idx_to_label", self.root)
-        self.predicate_names = _names(names, "idx_to_predicate", self.root)
-        self._arrays = _read_arrays(self.path, len(self.object_names) - 1, len(self.predicate_names) - 1)
-        self._sizes = self._read_sizes(len(self._arrays["split"]))
-        found = [self.root / folder for folder in IMAGE_FOLDERS if (self.root / folder).is_dir()]
-        self._folder = found[0] if found else None
-
-        used = (self._arrays["img_to_first_box"] >= 0) & (self._arrays["img_to_first_rel"] >= 0)
-        parts = {number: np.flatnonzero(used & (self._arrays["split"] == number)) for number in (0, 1, 2)}
-        if len(parts[1]) and validation_images is not None:
-            raise InputError(f"{self.path}: has its own validation split, so validation_images must be left out")
-        if len(parts[1]) == 0 and split != "test":
-            count = count_validation_images(validation_images, len(parts[0]), 5000, self.path)
-            parts[1], parts[0] = parts[0][:count], parts[0][count:]
-        images = parts[SPLITS.index(split)]
-        if split == "train":
-            images = np.array([image for image in images.tolist() if len(self._graph(image)[2])], dtype=np.int64)
-        self._images = images
+        if keep not in KEEP:
+            raise InputError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
+        self.root, self.split, self._keep = Path(root), split, keep
+        self.path = only(self.root, "VG-SGG-with-attri.h5", "VG-SGG.h5", "*.h5")
+        objects, predicates = read_names(self.root)
+        self.object_names, self.predicate_names = objects.names, predicates.names
+        self.findings = Findings(f"{self.path}, {split}")
+        self._arrays = read_arrays(self.path)
+        self._refused = self._arrays.refused_images(self.findings)
+        self._entries = self._read_entries(len(self._arrays.split))
+        self._pictures = Pictures(self.root / folder for folder in IMAGE_FOLDERS)
+        images = self._choose(validation_images, validation_choice)
+        self._read_rows(images)
+        self._images = self._used(images)
+        self.findings.settle(bad_rows)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> SceneGraph:
         image = int(self._images[index])
-        image_id, width, height = self._sizes[image]
-        boxes, labels, relations = self._graph(image)
-        path = None if self._folder is None else self._folder / f"{image_id}.jpg"
-        load = None if path is None else partial(load_image, path)
-        return SceneGraph(f"{image_id}.jpg", width, height, boxes, labels, relations, load)
-
-    def _graph(self, image: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the boxes in pixels, labels and relations of the image in row `image` of the file."""
-        arrays, (_, width, height) = self._arrays, self._sizes[image]
-        first, last = arrays["img_to_first_box"][image], arrays["img_to_last_box"][image]
-        corners, labels = arrays["boxes"][first : last + 1], arrays["labels"][first : last + 1]
-        rows = slice(arrays["img_to_first_rel"][image], arrays["img_to_last_rel"][image] + 1)
-        pairs, predicates = arrays["relationships"][rows] - first, arrays["predicates"][rows]
-        if self.split == "train":
-            low = np.maximum(corners[pairs[:, 0], :2], corners[pairs[:, 1], :2])
-            high = np.minimum(corners[pairs[:, 0], 2:], corners[pairs[:, 1], 2:])
-            overlap = (high > low).all(1)
-            pairs, predicates = pairs[overlap], predicates[overlap]
-        boxes = corners / arrays["long_side"] * max(width, height)
-        if self.split == "train":
-            boxes = boxes.clip(0, [width - 1, height - 1] * 2)
-            kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
-            place = np.cumsum(kept) - 1
-            there = kept[pairs].all(1)
-            boxes, labels, pairs, predicates = boxes[kept], labels[kept], place[pairs[there]], predicates[there]
-        return (
-            torch.from_numpy(boxes.astype(np.float32)),
-            torch.from_numpy(labels.astype(np.int64)),
-            torch.from_numpy(np.column_stack([pairs, predicates]).astype(np.int64).reshape(-1, 3)),
+        name, file_name, size = self._entries[image]
+        first = self._arrays.first["box"][image]
+        rows, _ = self._arrays.rows("box", np.array([image]))
+        kept = self._box_kept[rows]
+        place = np.cumsum(kept) - 1
+        relations, _ = self._arrays.rows("rel", np.array([image]))
+        relations = relations[self._relation_kept[relations]]
+        pairs = place[self._arrays.pairs[relations] - first].reshape(-1, 2)
+        path = self._pictures.find(file_name)
+        return SceneGraph(
+            name,
+            *size,
+            torch.from_numpy(self._boxes[rows[kept]].astype(np.float32)),
+            torch.from_numpy(self._arrays.labels[rows[kept]]),
+            torch.from_numpy(np.column_stack([pairs, self._arrays.predicates[relations]])),
+            None if path is None else partial(load_image, path, size),
         )
 
-    def _read_sizes(self, count: int) -> list[tuple[int, int, int]]:
-        """Return the id, width and height of each image of the HDF5 file."""
+    def _choose(self, validation_images: int | None, validation_choice: ValidationChoice) -> np.ndarray:
+        """Return the images of the split, in the order of the file."""
+        arrays = self._arrays
+        has = {what: arrays.first[what] >= 0 for what in arrays.first}
+        of_split = ~self._refused & (arrays.split == SPLITS.index(self.split))
+        used = ~self._refused & has["box"] & has["rel"]
+        if (arrays.split == 1).any():
+            check_has_no_validation(self.path, validation_images, validation_choice)
+        elif self.split != "test":
+            training = np.flatnonzero(used & (arrays.split == 0))
+            names = [self._entries[image].name for image in training.tolist()]
+            marks = np.array(held_out(names, validation_images, 5000, validation_choice, self.path), dtype=bool)
+            of_split = ~self._refused & (arrays.split == 0)
+            if self.split == "validation":
+                of_split = np.zeros_like(of_split)
+            of_split[training[marks]] = self.split == "validation"
+        if self._keep == "everything":
+            return np.flatnonzero(of_split)
+        self.findings.add("left out", "image without objects", count=int((of_split & ~has["box"]).sum()))
+        if self._keep == "objects":
+            return np.flatnonzero(of_split & has["box"])
+        without = of_split & has["box"] & ~has["rel"]
+        self.findings.add("left out", "image without relations", count=int(without.sum()))
+        return np.flatnonzero(of_split & used)
+
+    def _read_rows(self, images: np.ndarray) -> None:
+        """Compute the boxes in pixels, and mark the boxes and relations that are kept."""
+        arrays, findings = self._arrays, self.findings
+        corners, clips = arrays.corners(), self.split == "train" and self._keep != "everything"
+        self._boxes = np.zeros(corners.shape)
+        self._box_kept, self._relation_kept = (np.zeros(len(a), dtype=bool) for a in (corners, arrays.pairs))
+
+        rows, owners = arrays.rows("box", images)
+        refused = arrays.refused_boxes(len(self.object_names) - 1, rows, findings)
+        rows, owners = rows[~refused], owners[~refused]
+        sizes = np.array([entry.size for entry in self._entries], dtype=np.float64).reshape(-1, 2)[owners]
+        unit = sizes.max(1, keepdims=True) / arrays.long_side
+        self._check_boxes(rows, owners, corners[rows], sizes / unit, clips)
+        boxes = corners[rows] * unit
+        kept = np.full(len(rows), True)
+        if clips:
+            boxes = boxes.clip(0, np.tile(sizes - 1, 2))
+            kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+            findings.add("left out", "object outside the image", count=int((~kept).sum()))
+        self._boxes[rows], self._box_kept[rows] = boxes, kept
+
+        rows, owners = arrays.rows("rel", images)
+        refused = arrays.refused_relations(len(self.predicate_names) - 1, rows, owners, findings)
+        rows = rows[~refused]
+        kept = self._box_kept[arrays.pairs[rows]].all(1)
+        findings.add("left out", "relation of an object that is left out", count=int((~kept).sum()))
+        self._relation_kept[rows] = kept
+
+    def _check_boxes(
+        self, rows: np.ndarray, owners: np.ndarray, corners: np.ndarray, sizes: np.ndarray, clips: bool
+    ) -> None:
+        def describe(row: int) -> str:
+            box = self._arrays.numbers[rows[row]].tolist()
+            return f"image {self._entries[owners[row]].name!r}: box {box} in row {rows[row]}"
+
+        check_boxes(
+            self.findings,
+            corners,
+            sizes,
+            describe,
+            outcome="clipped" if clips else "found",
+            numbers=self._arrays.numbers[rows],
+            order="center x, center y, width, height",
+        )
+
+    def _used(self, images: np.ndarray) -> np.ndarray:
+        """Return the images that the rules keep, and record rows of the file that belong to no image."""
+        for what, kept in (("box", self._box_kept), ("rel", self._relation_kept)):
+            rows, _ = self._arrays.rows(what, np.flatnonzero(~self._refused))
+            outside = len(kept) - len(np.unique(rows))
+            self.findings.add("left out", f"{NOUNS[what]} outside all images", count=outside)
+        if self._keep != "related" or self.split != "train":
+            return images
+        rows, owners = self._arrays.rows("rel", images)
+        left = np.isin(images, owners[self._relation_kept[rows]])
+        self.findings.add("left out", "image without remaining relations", count=int((~left).sum()))
+        return images[left]
+
+    def _read_entries(self, count: int) -> list[_Entry]:
+        """Return the name, file name and size of each image of the HDF5 file."""
         path = self.root / "image_data.json"
         rows = read_json(path)
         if not isinstance(rows, list):
             raise InputError(f"{path}: must be a list of images, got {type(rows).__name__}; {REMEDY}")
-        for number, row in enumerate(rows):
-            fields = [row.get(field) if isinstance(row, dict) else None for field in ("image_id", "width", "height")]
-            if not all(type(value) is int and value > 0 for value in fields):
-                raise InputError(f"{path}, row {number}: must have image_id, width and height, got {row!r}; {REMEDY}")
         if len(rows) == count + len(CORRUPTED):
-            rows = [row for row in rows if row["image_id"] not in CORRUPTED]
+            rows = [row for row in rows if not (isinstance(row, dict) and row.get("image_id") in CORRUPTED)]
         if len(rows) != count:
             raise InputError(f"{path}: must have the {count} images of {self.path}, got {len(rows)}; {REMEDY}")
-        return [(row["image_id"], row["width"], row["height"]) for row in rows]
+        entries, names = [], set[str]()
+        for number, row in enumerate(rows):
+            try:
+                entry = _parse_entry(f"{path}, row {number}", row)
+                if entry.name in names:
+                    raise InputError(f"{path}, row {number}: image_id must be unique, but {entry.name!r} occurs twice")
+                names.add(entry.name)
+            except InputError as error:
+                self.findings.refuse("image with a malformed entry", f"{error}; {REMEDY}")
+                self._refused[number] = True
+                entry = _Entry("", "", (1, 1))
+            entries.append(entry)
+        return entries
 
 
-def read_zero_shot_triplets(path: str | Path) -> Tensor:
-    """Return the class triplets that never occur in training.
-
-    Args:
-        path: a CSV file, with or without a header line, or the public benchmark's `zeroshot_triplet.pytorch`.
-
-    Returns:
-        Subject class, object class and predicate, all from 1, int64 `[Z, 3]`. The evaluators expect another order
-        (subject class, predicate, object class), so reorder the columns with `triplets[:, [0, 2, 1]]`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file has neither of the two formats.
-    """
-    path, what = Path(path), "file of zero-shot triplets"
-    if path.suffix == ".csv":
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such {what}")
-        try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = [row for row in csv.reader(file) if row]
-            triplets = torch.tensor([[int(v) for v in row] for row in rows[0 if rows[0][0].isdigit() else 1 :]])
-        except (IndexError, ValueError) as error:
-            raise InputError(f"{path}: must be a {what}, but is not one or is cut short ({error}); {REMEDY}") from error
-    else:
-        triplets = read_tensors(path, what)
-    if not isinstance(triplets, Tensor) or triplets.dim() != 2 or triplets.shape[1] != 3 or (triplets < 1).any():
-        raise InputError(
-            f"{path}: every row must be a subject class, an object class and a predicate, all from 1; {REMEDY}"
-        )
-    return triplets.long()
-
-
-def _read_arrays(path: Path, objects: int, predicates: int) -> dict[str, Any]:
-    """Return the checked arrays of the file by name.
-
-    `boxes` contains corners. `long_side` is the length of an image's long side in the unit of the boxes.
-    """
-    arrays, boxes, long_side = _load_arrays(path)
-    try:
-        _check_rows(arrays, boxes, f"boxes_{long_side}", objects, predicates)
-        _check_images(arrays, {"box": len(arrays["labels"]), "rel": len(arrays["predicates"])})
-        _check_pairs(arrays)
-    except InputError as error:
-        raise InputError(f"{path}, {error}; {REMEDY}") from None
-    corners = boxes.copy()
-    # The array keeps the file's dtype, so integers truncate halves, as in the public code.
-    corners[:, :2] = boxes[:, :2] - boxes[:, 2:] / 2
-    corners[:, 2:] = corners[:, :2] + boxes[:, 2:]
-    return arrays | {"boxes": corners, "long_side": long_side}
-
-
-def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-    """Return the arrays of the file, its boxes, and the length of an image's long side in the unit of the boxes."""
-    wanted = {"labels", "relationships", "predicates", "split"}
-    wanted |= {f"img_to_{end}_{what}" for end in ("first", "last") for what in ("box", "rel")}
-    try:
-        with h5py.File(path, "r") as file:
-            if missing := sorted(wanted - set(file)):
-                raise InputError(f"{path}: must have the arrays {', '.join(missing)}; {REMEDY}")
-            sides = [side for side in (1024, 512) if f"boxes_{side}" in file]
-            if not sides:
-                raise InputError(f"{path}: must have the array boxes_1024 or boxes_512; {REMEDY}")
-            return {name: file[name][()] for name in wanted}, file[f"boxes_{sides[0]}"][()], sides[0]
-    except (OSError, TypeError) as error:  # TypeError if a group is in an array's place
-        raise InputError(f"{path}: must be an HDF5 file, but is not one or is cut short ({error}); {REMEDY}") from error
-
-
-def _check_rows(
-    arrays: dict[str, np.ndarray], boxes: np.ndarray, boxes_name: str, objects: int, predicates: int
-) -> None:
-    """Check the arrays with one row per box, relation or image, and flatten those with one column."""
-    for name, array in (*arrays.items(), (boxes_name, boxes)):
-        if not (isinstance(array, np.ndarray) and array.dtype.kind in "iuf" and np.isfinite(array).all()):
-            kind = getattr(array, "dtype", type(array).__name__)
-            raise InputError(f"array {name}: must be numeric and finite, got {kind}")
-    for name in ("labels", "predicates", "split"):  # [N, 1] in the official file
-        arrays[name] = arrays[name].reshape(-1)
-    count, relations = len(arrays["labels"]), len(arrays["predicates"])
-    if boxes.shape != (count, 4):
-        raise InputError(f"array {boxes_name}: must be [{count}, 4] to match labels, got {list(boxes.shape)}")
-    if arrays["relationships"].shape != (relations, 2):
-        raise InputError(f"array relationships: must be [{relations}, 2], got {list(arrays['relationships'].shape)}")
-    for name, low, high in (("labels", 1, objects), ("predicates", 1, predicates), ("split", 0, 2)):
-        values = arrays[name]
-        if (wrong := np.flatnonzero((values < low) | (values > high))).size:
-            raise InputError(f"array {name}: must be from {low} to {high}, got {values[wrong[0]]} in row {wrong[0]}")
-    if (wrong := np.flatnonzero(~((boxes[:, 2:] > 0).all(1) & np.isfinite(boxes).all(1)))).size:
-        raise InputError(
-            f"array {boxes_name}: boxes must have a width and a height above 0, got "
-            f"{boxes[wrong[0]].tolist()} in row {wrong[0]}"
-        )
-
-
-def _check_images(arrays: dict[str, np.ndarray], lengths: dict[str, int]) -> None:
-    """Check the first and last row of each image's boxes and relations, and make them int64."""
-    images = len(arrays["split"])
-    for what, length in lengths.items():
-        names = f"img_to_first_{what}", f"img_to_last_{what}"
-        first, last = (arrays[name].astype(np.int64).reshape(-1) for name in names)
-        if len(first) != images or len(last) != images:
-            raise InputError(f"arrays {' and '.join(names)}: must have {images} rows to match split")
-        none = (first == -1) & (last == -1)
-        if (wrong := np.flatnonzero(~none & ((first < 0) | (last < first) | (last >= length)))).size:
-            got = f"{first[wrong[0]]} and {last[wrong[0]]} in row {wrong[0]}"
-            raise InputError(
-                f"arrays {', '.join(names)}: must be ascending and from 0 to {length - 1}, or both -1, got {got}"
-            )
-        arrays |= zip(names, (first, last))
-
-
-def _check_pairs(arrays: dict[str, np.ndarray]) -> None:
-    """Check that each relation joins two boxes of its image, and make the pairs int64."""
-    pairs = arrays["relationships"] = arrays["relationships"].astype(np.int64)
-    for image in np.flatnonzero(arrays["img_to_first_rel"] >= 0):
-        rows = slice(arrays["img_to_first_rel"][image], arrays["img_to_last_rel"][image] + 1)
-        inside = (pairs[rows] >= arrays["img_to_first_box"][image]) & (pairs[rows] <= arrays["img_to_last_box"][image])
-        if not inside.all():
-            row = rows.start + int(np.flatnonzero(~inside.all(1))[0])
-            got = f"{pairs[row].tolist()} in row {row}"
-            raise InputError(f"array relationships: must refer to boxes of the image in row {image}, got {got}")
-
-
-def _names(dicts: Any, field: str, root: Path) -> list[str]:
-    names = dicts.get(field) if isinstance(dicts, dict) else None
-    if not isinstance(names, dict) or not names or set(names) != {str(i + 1) for i in range(len(names))}:
-        raise InputError(f"{root}, *dicts*.json: {field} must map '1', '2', ... to names; {REMEDY}")
-    return [BACKGROUND, *(str(names[str(i + 1)]) for i in range(len(names)))]
-
-
-def _only(root: Path, *patterns: str) -> Path:
-    for pattern in patterns:
-        if found := sorted(root.glob(pattern)):
-            return found[0]
-    raise FileNotFoundError(f"{root}: must have {' or '.join(patterns)}")
+def _parse_entry(where: str, row: Any) -> _Entry:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: must be a JSON object, got {row!r}")
+    width, height = (whole_number(row.get(side)) for side in ("width", "height"))
+    if width is None or height is None or width < 1 or height < 1:
+        got = f"{row.get('width')!r} and {row.get('height')!r}"
+        raise InputError(f"{where}: width and height must be whole numbers of at least 1, got {got}")
+    image_id, file_name = row.get("image_id"), row.get("file_name")
+    if file_name is not None and not (isinstance(file_name, str) and Path(file_name).name):
+        raise InputError(f"{where}: file_name must be the name of a file, got {file_name!r}")
+    if image_id is None and file_name is None:
+        raise InputError(f"{where}: must have image_id or file_name, got only {', '.join(map(str, row))}")
+    name = Path(str(file_name)).name if image_id is None else id_text(image_id)
+    if not name:
+        raise InputError(f"{where}: image_id must be an integer or text, got {image_id!r}")
+    name = name if Path(name).suffix.lower() in image_suffixes() else f"{name}.jpg"
+    return _Entry(name, name if file_name is None else Path(file_name).name, (width, height))
 
 
 LONG_SIDE = 1024

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgalign.data.images import image_size, load_image, save_image
-from sgalign.data.scene_graph import BACKGROUND, SceneGraph, check_split, count_validation_images
+from sgalign.data.box_checks import check_graphs
+from sgalign.data.class_names import Classes, read_classes
+from sgalign.data.findings import BadRows, Findings
+from sgalign.data.images import image_size, image_sizes, load_image, save_image
+from sgalign.data.pictures import Pictures
+from sgalign.data.scene_graph import SceneGraph
+from sgalign.data.splits import Split, ValidationChoice, check_split, held_out
 from sgalign.errors import InputError
 from sgalign.files import read_json, write_json
 
 LARGEST = 1 << 24  # largest coordinate, up to which float32 represents every integer
 REMEDY = "download the annotations again from https://cs.stanford.edu/people/ranjaykrishna/vrd/"
+IMAGE_FOLDERS = ("images", "sg_train_images", "sg_test_images")  # the last two are the folders of VRD's own archive
 _KEYS = {"subject", "predicate", "object"}
 
 
@@ -28,21 +33,21 @@ class VRDDataset(Dataset[SceneGraph]):
     Categories start at 0 in the files and at 1 here. The files' boxes are [ymin, ymax, xmin, xmax] in 0-based pixels.
     Objects of an image with the same box and class become one object. Nothing is filtered: images without relations,
     relations of an object with itself, repeated relations and several predicates per pair are all kept. The size of an
-    image comes from the file `images/NAME`. If that file is missing, the size is the smallest one that contains the
-    image's boxes.
+    image comes from its file. If there is no file, the size is the smallest one that contains the image's boxes.
 
     Args:
-        root: folder with annotations_train.json, annotations_test.json, objects.json and predicates.json. The folder
-            images/ is optional.
+        root: folder with annotations_train.json, annotations_test.json, objects.json and predicates.json. Pictures are
+            optional, in images/, sg_train_images/ or sg_test_images/.
         split: "train", "validation" or "test". "validation" is held out from annotations_train.json, and "train" is
             the rest of that file.
-        validation_images: number of images to hold out. If None, 600, but at most a fifth of the training images. The
-            images with the lowest hashes of their names are held out. The choice therefore does not depend on file
-            order or a random generator, and a larger validation split contains every smaller one.
+        validation_images: number of images to hold out. If None, 600, but at most a fifth of the training images.
+        validation_choice: "hash" or "first", see `sgalign.data.splits.held_out`.
+        bad_rows: "error" to raise an error if a row is malformed, "skip" to leave out such rows.
 
     Attributes:
         object_names: class names, `__background__` first.
         predicate_names: predicate names, `__background__` first.
+        findings: the rows that were left out, and oddities. They are also logged.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -50,12 +55,19 @@ class VRDDataset(Dataset[SceneGraph]):
     """
 
     def __init__(
-        self, root: str | Path, split: Literal["train", "validation", "test"], *, validation_images: int | None = None
+        self,
+        root: str | Path,
+        split: Split,
+        *,
+        validation_images: int | None = None,
+        validation_choice: ValidationChoice = "hash",
+        bad_rows: BadRows = "error",
     ) -> None:
         check_split(split)
         self.root = Path(root)
-        self.object_names = _read_names(self.root / "objects.json")
-        self.predicate_names = _read_names(self.root / "predicates.json")
+        self._objects, self._predicates = (self._read_names(name) for name in ("objects", "predicates"))
+        self.object_names, self.predicate_names = self._objects.names, self._predicates.names
+        self._pictures = Pictures(self.root / folder for folder in IMAGE_FOLDERS)
         path = self.root / f"annotations_{'test' if split == 'test' else 'train'}.json"
         annotations = read_json(path, REMEDY)
         if not isinstance(annotations, dict):
@@ -63,41 +75,59 @@ class VRDDataset(Dataset[SceneGraph]):
                 f"{path}: must be a JSON object with image names as keys, got {type(annotations).__name__}; {REMEDY}"
             )
         if split != "test":
-            count = count_validation_images(validation_images, len(annotations), 600, path)
-            held_out = set(sorted(annotations, key=_stable_hash)[:count])
-            annotations = {n: rows for n, rows in annotations.items() if (n in held_out) == (split == "validation")}
-        self._images = [(name, *self._parse(path, name, rows)) for name, rows in annotations.items()]
+            marks = held_out(list(annotations), validation_images, 600, validation_choice, path)
+            wanted = [mark == (split == "validation") for mark in marks]
+            annotations = dict(item for item, kept in zip(annotations.items(), wanted, strict=True) if kept)
+        self.findings = Findings(f"{path}, {split}")
+        self._images = [graph for name, rows in annotations.items() if (graph := self._read(path, name, rows))]
+        without = [graph.image_id for graph in self._images if graph.image is None]
+        self.findings.add("found", "image without a file, sized by its boxes", without, len(without))
+        check_graphs(self.findings, self._images)
+        self.findings.settle(bad_rows)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> SceneGraph:
-        name, boxes, labels, relations = self._images[index]
-        path = self.root / "images" / name
-        if path.is_file():
-            width, height = image_size(path)
-            return SceneGraph(name, width, height, boxes, labels, relations, partial(load_image, path))
-        # Coordinates are pixel indices from 0, so the size is the largest index plus 1.
-        width, height = (boxes[:, 2:].amax(0).int() + 1).tolist() if len(boxes) else (1, 1)
-        return SceneGraph(name, width, height, boxes, labels, relations)
+        return self._images[index]
 
-    def _parse(self, path: Path, name: str, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the boxes, labels and relations of one image, with the objects in order of first mention."""
+    def _read(self, path: Path, name: str, rows: Any) -> SceneGraph | None:
+        """Return the scene graph of one image, or None if it cannot be read."""
         if not isinstance(rows, list):
-            raise InputError(
-                f"{path}, image {name!r}: must be a list of relations, got {type(rows).__name__}; {REMEDY}"
-            )
+            got = f"must be a list of relations, got {type(rows).__name__}; {REMEDY}"
+            self.findings.refuse("image without a list of relations", f"{path}, image {name!r}: {got}")
+            return None
+        boxes, labels, relations = self._parse(path, name, rows)
+        # Coordinates are pixel indices from 0, so the smallest possible size is the largest index plus 1.
+        width, height = (boxes[:, 2:].amax(0).int() + 1).tolist() if len(boxes) else (1, 1)
+        picture = self._pictures.find(name)
+        if picture is None:
+            return SceneGraph(name, width, height, boxes, labels, relations)
+        try:
+            size = image_size(picture)
+            if not _contains(size, width, height) and _contains(turned := image_sizes(picture)[1], width, height):
+                size = turned
+        except InputError as error:
+            self.findings.refuse("image that cannot be read", str(error))
+            return None
+        width, height = size
+        return SceneGraph(name, width, height, boxes, labels, relations, partial(load_image, picture, size))
+
+    def _parse(self, path: Path, name: str, rows: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the boxes, labels and relations of one image, with the objects in order of first mention."""
         objects: dict[tuple[int, ...], int] = {}
         relations = []
         for number, row in enumerate(rows):
             where = f"{path}, image {name!r}, row {number}"
-            if not isinstance(row, dict) or not row.keys() >= _KEYS:
-                raise InputError(f"{where}: must have subject, predicate and object, got {row!r}; {REMEDY}")
-            subject, object_ = (
-                objects.setdefault(_parse_object(f"{where}, {role}", row[role], self.object_names), len(objects))
-                for role in ("subject", "object")
-            )
-            predicate = _category(f"{where}, predicate", row["predicate"], self.predicate_names)
+            try:
+                if not isinstance(row, dict) or not row.keys() >= _KEYS:
+                    raise InputError(f"{where}: must have subject, predicate and object, got {row!r}; {REMEDY}")
+                ends = [_parse_object(f"{where}, {role}", row[role], self._objects) for role in ("subject", "object")]
+                predicate = self._predicates.number(f"{where}, predicate", row["predicate"])
+            except InputError as error:
+                self.findings.refuse("relation with a malformed row", str(error))
+                continue
+            subject, object_ = (objects.setdefault(end, len(objects)) for end in ends)
             relations.append((subject, object_, predicate))
         return (
             torch.tensor([key[1:] for key in objects], dtype=torch.float32).reshape(-1, 4),
@@ -105,8 +135,19 @@ class VRDDataset(Dataset[SceneGraph]):
             torch.tensor(relations, dtype=torch.int64).reshape(-1, 3),
         )
 
+    def _read_names(self, name: str) -> Classes:
+        path = self.root / f"{name}.json"
+        names = read_json(path, REMEDY)
+        if not isinstance(names, list):
+            raise InputError(f"{path}: must be a list of names; {REMEDY}")
+        return read_classes(str(path), enumerate(names))
 
-def _parse_object(where: str, entry: Any, names: list[str]) -> tuple[int, ...]:
+
+def _contains(size: tuple[int, int], width: int, height: int) -> bool:
+    return size[0] >= width and size[1] >= height
+
+
+def _parse_object(where: str, entry: Any, classes: Classes) -> tuple[int, ...]:
     """Return the object's class from 1, followed by x1, y1, x2, y2."""
     if not isinstance(entry, dict) or not entry.keys() >= {"category", "bbox"}:
         raise InputError(f"{where}: must have category and bbox, got {entry!r}; {REMEDY}")
@@ -121,25 +162,7 @@ def _parse_object(where: str, entry: Any, names: list[str]) -> tuple[int, ...]:
             f"{where}: bbox [ymin, ymax, xmin, xmax] must have a width and a height above 0, got {box}; "
             "correct or remove it"
         )
-    return _category(f"{where}, category", entry["category"], names), left, top, right, bottom
-
-
-def _category(where: str, value: Any, names: list[str]) -> int:
-    """Convert a class that counts from 0 to a class that counts from 1. `names` includes the background."""
-    if type(value) is not int or not 0 <= value < len(names) - 1:
-        raise InputError(f"{where}: must be an integer from 0 to {len(names) - 2}, got {value!r}; {REMEDY}")
-    return value + 1
-
-
-def _read_names(path: Path) -> list[str]:
-    names = read_json(path, REMEDY)
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: must be a list of names; {REMEDY}")
-    return [BACKGROUND, *names]
-
-
-def _stable_hash(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
+    return classes.number(f"{where}, category", entry["category"]), left, top, right, bottom
 
 
 def write_vrd(

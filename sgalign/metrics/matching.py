@@ -201,7 +201,7 @@ class ImageMetric(Metric):
             yield where, prediction, target
 
     def _check(self, where: str, prediction: Mapping[str, Any], target: Mapping[str, Any]) -> None:
-        _check_prediction(where + "prediction ", prediction, self.num_predicates)
+        check_prediction(where + "prediction ", prediction, self.num_predicates)
         _check_target(where + "target ", target, self.num_predicates)
 
     def _add(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
@@ -234,7 +234,8 @@ def _check_scores(where: str, field: str, value: Any, shape: tuple[int, ...]) ->
         raise InputError(f"{where}{field} must be finite and at least 0, got {value[tuple(place)].item()} at {place}")
 
 
-def _check_prediction(where: str, prediction: Mapping[str, Any], num_predicates: int) -> None:
+def check_prediction(where: str, prediction: Mapping[str, Any], num_predicates: int) -> None:
+    """Raise InputError unless a prediction has the fields that `ImageMetric.update` describes."""
     ranked = "triplets" in prediction
     fields = ("triplets", "triplet_scores") if ranked else ("scores", "pairs", "predicate_scores")
     _check_fields(where, prediction, ("boxes", "labels", *fields))

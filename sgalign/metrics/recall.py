@@ -25,15 +25,16 @@ VG150_GROUPS = {
 }
 
 
-def predicate_groups(predicate_names: Sequence[str], counts: Tensor) -> dict[str, list[int]]:
+def predicate_groups(predicate_names: Sequence[str], counts: Tensor | None) -> dict[str, list[int]]:
     """Return the head, body and tail groups of the predicates.
 
     VG150's predicates get the published groups. Other predicates are split by frequency in the same proportions, 7, 21
-    and 22 of 50.
+    and 22 of 50. Without a training split there are no frequencies, so other predicates have no groups.
 
     Args:
         predicate_names: names of the predicates, background first.
-        counts: `[len(predicate_names) - 1]`, number of training relations of each predicate. Ties keep their order.
+        counts: `[len(predicate_names) - 1]`, number of training relations of each predicate. Ties keep their order. If
+            None, there is no training split.
 
     Returns:
         The predicates of each group, numbered from 1, most frequent first. Empty groups are left out.
@@ -41,6 +42,8 @@ def predicate_groups(predicate_names: Sequence[str], counts: Tensor) -> dict[str
     published = {group: names.split(", ") for group, names in VG150_GROUPS.items()}
     if set(predicate_names[1:]) == {name for names in published.values() for name in names}:
         return {group: [predicate_names.index(name) for name in names] for group, names in published.items()}
+    if counts is None:
+        return {}
     order = (counts.argsort(descending=True, stable=True) + 1).tolist()
     head, tail = round(len(order) * 7 / 50), round(len(order) * 28 / 50)
     groups = {"head": order[:head], "body": order[head:tail], "tail": order[tail:]}

@@ -19,7 +19,7 @@ def table(figures: Mapping[str, float]) -> str:
         metric, k, of = split_name(name)
         if k is None:
             plain[metric] = value
-        elif metric != "R" or not of:
+        elif not is_of_predicate(name):
             rows.setdefault(f"{metric} {of}".strip(), {})[k] = value
     width = max(map(len, (*rows, *plain))) + 2
     columns = sorted({k for row in rows.values() for k in row})
@@ -37,3 +37,8 @@ def split_name(name: str) -> tuple[str, int | None, str]:
     name, _, of = name.partition("/")
     metric, _, k = name.partition("@")
     return metric, int(k) if k else None, of
+
+
+def is_of_predicate(name: str) -> bool:
+    """Return True if a result is the recall of a single predicate, such as "R@50/on". Its name may be any text."""
+    return name.startswith("R@") and "/" in name

@@ -52,6 +52,7 @@ class SavedModule(pl.LightningModule):
     """
 
     options_type: type[Options] = Options  # a checkpoint's options that this type lacks are ignored
+    needs_relations = True  # False for detectors, which also train on images without relations
 
     def __init__(self, options: Options) -> None:
         super().__init__()
@@ -86,6 +87,11 @@ class SavedModule(pl.LightningModule):
         return False
 
     @property
+    def needs_overlap(self) -> bool:
+        """True if training leaves out relations between boxes that do not overlap, unless the data's options say no."""
+        return False
+
+    @property
     def part(self) -> str:
         """The evaluated split, "test" or "val". Logged names begin with it."""
         return "test" if self.trainer.testing else "val"
@@ -101,6 +107,7 @@ class SavedModule(pl.LightningModule):
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         data = self.data
+        data.prepare_for(relations=self.needs_relations, overlapping=self.needs_overlap)
         if stage == "fit" and data.instance_drop and not self.learns_from_targets:
             raise InputError(
                 f"instance_drop must be 0 for {type(self).__name__} with these options, got {data.instance_drop}: "
@@ -157,6 +164,17 @@ class SavedModule(pl.LightningModule):
         numbers = HostCopy(torch.stack([self.over_processes(loss), *parts.values()]))
         self._report = _Report(tuple(parts), numbers, frozenset(shown))
         return loss
+
+    def log_share(self, name: str, found: Tensor, **options: Any) -> None:
+        """Log the mean of `found` (`[N]`) over all images of the evaluated split.
+
+        A process without elements still logs in a run of several processes, because the others wait for its number.
+        """
+        if len(found) or self.processes > 1:
+            mean = found.mean() if len(found) else torch.zeros((), device=self.device)
+            # Lightning divides the sum of the processes' batch sizes by their number, and drops the remainder.
+            size = len(found) * self.processes
+            self.log(f"{self.part}/{name}", mean, batch_size=size, sync_dist=True, on_epoch=True, **options)
 
     def over_processes(self, number: Tensor) -> Tensor:
         """Return the sum of a number over all processes. It is not finite if any process's number is not finite."""

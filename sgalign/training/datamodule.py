@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -23,22 +24,34 @@ from sgalign.data import (
     open_dataset,
     read_detections,
 )
+from sgalign.data.box_checks import PredictedBoxes
 from sgalign.data.features import FeatureCache
+from sgalign.data.findings import BadRows, Findings, say
+from sgalign.data.images import describe_stretched
+from sgalign.data.open import NO_TRAINING, splits_of
+from sgalign.data.scene_graph import without_apart
+from sgalign.data.splits import SPLITS, Split, ValidationChoice
 from sgalign.data.triplets import zero_shot_triplets
 from sgalign.errors import InputError
 from sgalign.metrics import predicate_groups
 from sgalign.training.longtail import RepeatSampler, drop_repeated, repeat_factors
 from sgalign.training.seeds import step_seed
 
-Split = Literal["train", "validation", "test"]
+
+class _Needs(NamedTuple):
+    """The training images and relations that a module needs."""
+
+    relations: bool = True  # False for a detector, which also trains on images without relations
+    overlapping: bool = False  # True to leave out relations between boxes that do not overlap
 
 
 class SceneGraphData(pl.LightningDataModule):
     """The training, validation and test splits of a data set.
 
-    Prediction reads the test split. Training images that have no relation between two different objects are left out,
-    as in the public code. The graphs of a split are read when the split is first used, and they stay in memory (a few
-    kilobytes per image). Pixels are read when a batch is made.
+    Prediction reads the test split. Relation models train on the images that have a relation between two different
+    objects, as in the public code. Detectors train on all images that have objects. The number of images and relations
+    that are left out is logged. The graphs of a split are read when the split is first used, and they stay in memory (a
+    few kilobytes per image). Pixels are read when a batch is made.
 
     Args:
         root: folder of a data set in one of the layouts that `sgalign.data.open_dataset` reads. If None, the generated
@@ -48,6 +61,11 @@ class SceneGraphData(pl.LightningDataModule):
             reads the images in the same order as an uninterrupted one.
         validation_images: number of training images to hold out if the data set has no validation split. If None, the
             class of the data set chooses the number.
+        validation_choice: "hash" to hold out the images whose names have the lowest hashes, "first" to hold out the
+            first images of the file. The public code for VG150 holds out the first 5000.
+        bad_rows: "error" to raise an error if a row of the data set is malformed, "skip" to leave out such rows.
+        overlapping_only: if true, leave out training relations between boxes that do not overlap, as the public code
+            for Motifs does for SGDet. If None, this depends on the module: true only for Motifs with protocol "sgdet".
         images: if True, also read the pixels, for models that use them.
         features: folder of features written by `sgalign cache-features`, for models with vision "cached".
         detections: file of objects from a separate detector, in the format of `sgalign.data.read_detections`. They
@@ -67,6 +85,9 @@ class SceneGraphData(pl.LightningDataModule):
         batch_size: int = 16,
         seed: int = 0,
         validation_images: int | None = None,
+        validation_choice: ValidationChoice = "hash",
+        bad_rows: BadRows = "error",
+        overlapping_only: bool | None = None,
         images: bool = False,
         features: str | None = None,
         detections: str | None = None,
@@ -83,10 +104,22 @@ class SceneGraphData(pl.LightningDataModule):
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if num_workers < 0:
             raise InputError(f"num_workers must be at least 0, got {num_workers}")
-        self.root, self.batch_size, self.seed, self.validation_images = root, batch_size, seed, validation_images
-        self.images, self.num_workers = images, num_workers
+        self.root, self.batch_size, self.seed = root, batch_size, seed
+        self.images, self.num_workers, self.overlapping_only = images, num_workers, overlapping_only
+        self._reading: dict[str, Any] = {"validation_images": validation_images}
+        self._reading |= {"validation_choice": validation_choice, "bad_rows": bad_rows}
+        self._needs = _Needs()
+        self._chosen: list[SceneGraph] | None = None  # the images that `train` has chosen
+        self.stretched: set[str] = set()  # ids of the images that `_note_stretched` has seen
         self.name = "generated scenes" if root is None else f"the data in {root}"
-        dataset = self._open("validation")
+        # The classes come from the first split that the folder has. Its graphs are read again only if they are needed.
+        self._first: tuple[Split, Any] | None = None
+        self.splits = list(SPLITS) if root is None else splits_of(root)
+        if "train" not in self.splits:
+            say(f"{self.name}: {NO_TRAINING}")
+        split: Split = "validation" if "validation" in self.splits else self.splits[0]
+        dataset = self._open(split)
+        self._first = split, dataset
         self.object_names, self.predicate_names = dataset.object_names, dataset.predicate_names
         if features is not None and detections is not None:
             raise InputError(
@@ -99,10 +132,41 @@ class SceneGraphData(pl.LightningDataModule):
             )
         self.detections = None if detections is None else read_detections(detections, len(self.object_names) - 1)
 
+    def prepare_for(self, *, relations: bool, overlapping: bool) -> None:
+        """Choose the training images for a module.
+
+        Args:
+            relations: True if the module learns from relations, False for a detector.
+            overlapping: True if the module leaves out relations between boxes that do not overlap.
+        """
+        overlapping = overlapping if self.overlapping_only is None else self.overlapping_only
+        if self._needs != (needs := _Needs(relations, overlapping and relations)):
+            self._needs = needs
+            if self.__dict__.get("train") is self._chosen:  # images that were assigned to `train` stay
+                for name in ("train", "repeat_factors"):
+                    self.__dict__.pop(name, None)
+
+    @cached_property
+    def annotated(self) -> list[SceneGraph]:
+        """The training split as the data set has it. It defines the predicate groups and the zero-shot triplets."""
+        return self._read("train")
+
     @cached_property
     def train(self) -> list[SceneGraph]:
-        """The training split, without images that have no relation between two different objects."""
-        return self._read("train")
+        """The images that the module trains on (see `prepare_for`)."""
+        findings = Findings(f"{self.name}, training")
+        if self._needs.relations:
+            graphs = [without_apart(graph, findings) if self._needs.overlapping else graph for graph in self.annotated]
+            kept = [graph for graph in graphs if (graph.relations[:, 0] != graph.relations[:, 1]).any()]
+            what = "image without a relation between two objects"
+        else:
+            graphs = list(self._open("train", keep="objects")) if self.root is not None else self.annotated
+            kept = [graph for graph in graphs if len(graph.labels)]
+            what = "image without objects"
+        findings.add("left out", what, count=len(graphs) - len(kept))
+        findings.say()
+        self._chosen = kept
+        return kept
 
     @cached_property
     def validation(self) -> list[SceneGraph]:
@@ -114,26 +178,41 @@ class SceneGraphData(pl.LightningDataModule):
         """The test split."""
         return self._read("test")
 
+    def require_relations(self, split: Split) -> None:
+        """Raise InputError unless the split has relations, without which there is no recall to compute."""
+        if not has_relations(graphs := getattr(self, split)):
+            raise InputError(
+                f"{self.name}: the {split} split must have relations, got none in its {len(graphs)} images"
+            )
+
     @cached_property
     def predicate_groups(self) -> dict[str, list[int]]:
         """The head, body and tail predicates, as published for VG150, otherwise from counts in the training split."""
-        counts = count_predicates(self.train, len(self.predicate_names) - 1)
-        return predicate_groups(self.predicate_names, counts[1:])
+        trains = "train" in self.splits
+        counts = count_predicates(self.annotated, len(self.predicate_names) - 1)[1:] if trains else None
+        return predicate_groups(self.predicate_names, counts)
 
     @cached_property
-    def zero_shot_validation(self) -> Tensor:
-        """The class triplets of the validation split that the training split lacks, as in `zero_shot_triplets`."""
-        return zero_shot_triplets(self.train, self.validation)
+    def zero_shot_validation(self) -> Tensor | None:
+        """The class triplets of the validation split that the training split lacks, as in `zero_shot_triplets`.
+
+        Without a training split, it is None.
+        """
+        return None if "train" not in self.splits else zero_shot_triplets(self.annotated, self.validation)
 
     @cached_property
-    def zero_shot_test(self) -> Tensor:
-        """The class triplets of the test split that both other splits lack."""
-        return zero_shot_triplets([*self.train, *self.validation], self.test)
+    def zero_shot_test(self) -> Tensor | None:
+        """The class triplets of the test split that both other splits lack. Without a training split, it is None."""
+        return (
+            None if "train" not in self.splits else zero_shot_triplets([*self.annotated, *self.validation], self.test)
+        )
 
-    def _open(self, split: Split) -> Any:
+    def _open(self, split: Split, **options: Any) -> Any:
+        if self._first is not None and self._first[0] == split and not options:
+            return self._first[1]
         if self.root is None:
             return ScenesDataset(split)
-        return open_dataset(self.root, split, validation_images=self.validation_images)
+        return open_dataset(self.root, split, **self._reading, **options)
 
     def _read(self, split: Split) -> list[SceneGraph]:
         dataset = self._open(split)
@@ -141,8 +220,6 @@ class SceneGraphData(pl.LightningDataModule):
             if getattr(dataset, kind) != getattr(self, kind):
                 raise InputError(f"{self.name}: {kind} must be the same in all splits, but {split} has different ones")
         graphs: list[SceneGraph] = list(dataset)
-        if split == "train":
-            graphs = [graph for graph in graphs if (graph.relations[:, 0] != graph.relations[:, 1]).any()]
         if self.cache is not None and (missing := [g.image_id for g in graphs if g.image_id not in self.cache]):
             raise InputError(
                 f"{self.cache.folder}: must have features of all {len(graphs)} images of the {split} split, but lacks "
@@ -156,9 +233,8 @@ class SceneGraphData(pl.LightningDataModule):
         A resumed run continues in the middle of its epoch.
         """
         if not self.train:
-            raise InputError(
-                f"{self.name}: no training image has a relation between two objects, so there is nothing to fit"
-            )
+            needed = "a relation between two objects" if self._needs.relations else "objects"
+            raise InputError(f"{self.name}: no training image has {needed}, so there is nothing to fit")
         # The distributed sampler works for a single process, too. Lightning sets the sampler's epoch only after the
         # workers have started on the first epoch, so it is also set here.
         assert self.trainer is not None
@@ -176,7 +252,8 @@ class SceneGraphData(pl.LightningDataModule):
         return repeat_factors(self.train, len(self.predicate_names) - 1, self.repeat_threshold)
 
     def on_before_batch_transfer(self, batch: GraphBatch, dataloader_idx: int) -> GraphBatch:
-        """Return the batch. In training, first drop labels at the rate `instance_drop`."""
+        """Note stretched images and return the batch. In training, also drop labels at the rate `instance_drop`."""
+        self._note_stretched(batch)
         if not self.instance_drop or self.trainer is None or not self.trainer.training:
             return batch
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
@@ -184,28 +261,44 @@ class SceneGraphData(pl.LightningDataModule):
         generator = torch.Generator().manual_seed(seed)
         return drop_repeated(batch, self.repeat_factors, self.instance_drop, generator)
 
+    def _note_stretched(self, batch: GraphBatch) -> None:
+        """Remember the stretched images of the batch, and print a message at the first one."""
+        if batch.stretched and not self.stretched:
+            say(describe_stretched(batch.stretched))
+        self.stretched.update(batch.stretched)
+
+    def teardown(self, stage: str) -> None:
+        """Print the number of stretched images if there was more than one."""
+        if len(self.stretched) > 1:
+            say(f"{self.name}: {len(self.stretched)} images were stretched, so their boxes may not fit")
+        self.stretched.clear()
+
     def val_dataloader(self) -> DataLoader[GraphBatch]:
-        """Return batches of this process's share of the validation split."""
-        return self._loader(self.validation, sampler=self._shard(self.validation))
+        """Return batches of this process's share of the validation split.
+
+        Relation models do not validate on a split without relations. Its recall would be 0 in every epoch.
+        """
+        graphs = self.validation
+        if self._needs.relations and not has_relations(graphs):
+            say(f"{self.name}: the validation split has no relations, so no epoch is validated or chosen")
+            graphs = []
+        return self._loader(graphs, sharded=True)
 
     def test_dataloader(self) -> DataLoader[GraphBatch]:
         """Return batches of this process's share of the test split, with the given detections if there are any."""
         ids = [graph.image_id for graph in self.test]
         if self.detections is not None and ids and self.detections.keys().isdisjoint(ids):
             raise InputError(f"detections must contain images of the test split, such as {ids[0]!r}, but contain none")
-        return self._loader(self.test, self.detections, sampler=self._shard(self.test))
+        if self.detections is not None:
+            boxes = PredictedBoxes()
+            for graph in self.test:
+                if graph.image_id in self.detections:
+                    boxes.add(graph, self.detections[graph.image_id].boxes)
+            for cause in boxes.causes():
+                say(f"detections: {cause}")
+        return self._loader(self.test, self.detections, sharded=True)
 
     predict_dataloader = test_dataloader
-
-    def _shard(self, graphs: Sequence[SceneGraph]) -> UnrepeatedDistributedSampler | None:
-        """Return the sampler of this process's share, or None for a single process.
-
-        Lightning's own sampler repeats images to make all shares equal, and the repeated images would count twice.
-        """
-        if self.trainer is None or self.trainer.world_size == 1:
-            return None
-        world, rank = self.trainer.world_size, self.trainer.global_rank
-        return UnrepeatedDistributedSampler(range(len(graphs)), num_replicas=world, rank=rank, shuffle=False)
 
     @property
     def _feeds_gpu(self) -> bool:
@@ -214,11 +307,19 @@ class SceneGraphData(pl.LightningDataModule):
 
     def _loader(
         self,
-        graphs: Sequence[SceneGraph],
+        graphs: list[SceneGraph],
         detections: dict[str, Detections] | None = None,
         kind: type[Any] = DataLoader,
+        sharded: bool = False,
         **options: Any,
     ) -> Any:
+        trainer = self.trainer
+        if sharded and trainer is not None and trainer.world_size > 1:
+            graphs = with_idle_images(graphs, trainer.world_size)
+            # Lightning's own sampler would repeat images to make all shares equal, and these would count twice.
+            options["sampler"] = UnrepeatedDistributedSampler(
+                range(len(graphs)), num_replicas=trainer.world_size, rank=trainer.global_rank, shuffle=False
+            )
         return kind(
             graphs,
             batch_size=self.batch_size,
@@ -265,6 +366,24 @@ class TrainingLoader(DataLoader[GraphBatch]):
             )
         self.sampler.done = state["epoch"], state["batches"] * self.batch_size
         self.sampler.set_epoch(state["epoch"])
+
+
+def has_relations(graphs: Sequence[SceneGraph]) -> bool:
+    """Return True if any of the scene graphs has a relation."""
+    return any(len(graph.relations) for graph in graphs)
+
+
+def with_idle_images(graphs: list[SceneGraph], processes: int) -> list[SceneGraph]:
+    """Return the scene graphs, and copies without objects if there are fewer images than processes.
+
+    Every process must evaluate something, because it waits for the others at the end. Copies without objects do not
+    count in any metric.
+    """
+    idle = [
+        replace(graph, boxes=graph.boxes[:0], labels=graph.labels[:0], relations=graph.relations[:0])
+        for graph in graphs[:1] * (processes - len(graphs))
+    ]
+    return [*graphs, *idle]
 
 
 def collate_for(

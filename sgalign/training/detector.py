@@ -24,6 +24,7 @@ class DetectorModule(SavedModule):
 
     options: DetectorOptions
     options_type = DetectorOptions
+    needs_relations = False
     network: Detector
 
     def __init__(self, **options: Any) -> None:
@@ -62,9 +63,7 @@ class DetectorModule(SavedModule):
             ).float()
             for detected, truth in zip(self.detect(batch), batch.truth, strict=True)
         ]
-        if objects := sum(map(len, found)):
-            share = torch.cat(found).mean()
-            self.log(f"{self.part}/found", share, batch_size=objects, prog_bar=True, sync_dist=True, on_epoch=True)
+        self.log_share("found", torch.cat(found), prog_bar=True)
 
     def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
         """Return the objects that `DetectionWriter` writes, one dict per image of the batch."""

@@ -94,8 +94,7 @@ class DetrModule(SavedModule):
                 both.append(hit[send(truth["relations"][:, :2], self.device)].all(1).float().mean())
         relations_found = torch.stack(both) if both else torch.zeros(0)
         for name, found in (("found", torch.cat(hits).float()), ("relations_found", relations_found)):
-            if len(found):
-                self.log(f"{self.part}/{name}", found.mean(), batch_size=len(found), sync_dist=True, on_epoch=True)
+            self.log_share(name, found)
 
     # ---- training
 
@@ -169,6 +168,7 @@ class EntityDetectorModule(DetrModule):
     """
 
     options_type = DetrOptions
+    needs_relations = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(DetrOptions(**options))

@@ -9,6 +9,7 @@ from torch import Tensor
 from sgalign.data import GraphBatch
 from sgalign.errors import InputError
 from sgalign.metrics import SceneGraphEvaluator
+from sgalign.metrics.results import is_of_predicate
 from sgalign.training.base import SavedModule
 
 
@@ -37,6 +38,8 @@ class RelationModule(SavedModule):
                 "data.detections must be left out for protocol sgdet, because the model detects objects itself"
             )
         super().setup(stage)
+        if stage in ("validate", "test"):
+            self.data.require_relations("validation" if stage == "validate" else "test")
         if stage == "fit" and getattr(self.options, "compile", False):
             assert self.network is not None
             self.network.compile(**self.compiler)
@@ -48,7 +51,7 @@ class RelationModule(SavedModule):
         protocol = self.protocol if self.data.detections is None else "sgdet"
         self.recall = self._evaluator(protocol, self.data.zero_shot_test)
 
-    def _evaluator(self, protocol: str, zero_shot: Tensor) -> SceneGraphEvaluator:
+    def _evaluator(self, protocol: str, zero_shot: Tensor | None) -> SceneGraphEvaluator:
         evaluator = SceneGraphEvaluator(
             protocol,
             len(self.predicate_names) - 1,
@@ -67,7 +70,7 @@ class RelationModule(SavedModule):
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.recall.compute().items():
-            if name.partition("/")[2] not in self.predicate_names:
+            if not is_of_predicate(name):
                 self.log(f"{self.part}/{name}", value.float(), prog_bar=name in ("R@50", "mR@50"), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:

@@ -117,7 +117,9 @@ class RepeatSampler(DistributedSampler[int]):
     def __init__(
         self, graphs: Sequence[SceneGraph], factors: Tensor, *, num_replicas: int, rank: int, seed: int
     ) -> None:
-        ends = torch.stack([factors[graph.relations[:, 2]].amax() for graph in graphs]).cumsum(0)
+        # Factors are at least 1. Class 0 has the factor 1, for images without relations.
+        rarest = [torch.cat((factors[:1], factors[graph.relations[:, 2]])).amax() for graph in graphs]
+        ends = torch.stack(rarest).cumsum(0)
         draws = math.ceil(ends[-1].item())
         self.ends = ends * (draws / ends[-1])
         self.done = 0, 0  # epoch to resume, and number of images already used

@@ -73,6 +73,10 @@ class MotifsModule(PairModule):
     def learns_from_targets(self) -> bool:
         return self.protocol != "sgdet"  # sgdet makes its pairs from detections
 
+    @property
+    def needs_overlap(self) -> bool:
+        return self.protocol == "sgdet"
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if isinstance(self.vision, CachedVision) and self.data.cache is not None:

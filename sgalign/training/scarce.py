@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 from sgalign.data import GraphBatch, SceneGraph
+from sgalign.data.splits import SPLITS
 from sgalign.errors import InputError
 from sgalign.training.datamodule import SceneGraphData
 
@@ -50,9 +51,8 @@ class ScarceData(SceneGraphData):
         generator = torch.Generator().manual_seed(0)
         for name in ("predicate_groups", "zero_shot_validation", "zero_shot_test"):
             getattr(self, name)  # computed from the full training split, so all runs are evaluated in the same way
-        for part in ("train", "validation", "test"):
-            if not any(len(graph.relations) for graph in getattr(self, part)):
-                raise InputError(f"{self.name}: must have relations in the {part} split, got none")
+        for split in SPLITS:
+            self.require_relations(split)
         graphs = self.train
         order = torch.randperm(len(graphs), generator=generator).tolist()
         cut = round(labelled * len(graphs))
@@ -60,7 +60,7 @@ class ScarceData(SceneGraphData):
         self.unlabelled = (
             [replace(graphs[i], relations=graphs[i].relations[:0]) for i in order[cut:]] if unlabelled else []
         )
-        self.train = []
+        kept = []
         for index in sorted(order[:cut]):
             relations = graphs[index].relations.clone()
             other = predicates[torch.randint(len(predicates), (len(relations),), generator=generator)]
@@ -68,7 +68,10 @@ class ScarceData(SceneGraphData):
             relations[is_wrong, 2] = other[is_wrong]
             relations = relations[torch.rand(len(relations), generator=generator) >= missing]
             if len(relations):
-                self.train.append(replace(graphs[index], relations=relations))
+                kept.append(replace(graphs[index], relations=relations))
+        # Modules choose their training images from the degraded ones.
+        self.annotated = kept
+        self.__dict__.pop("train", None)
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
         """Return batches of the training split. Images without labels, if there are any, are mixed with the others."""

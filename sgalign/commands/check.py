@@ -1,0 +1,245 @@
+"""Open all splits of a data set, and print everything that is wrong or odd with them at once."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sgalign.data import SceneGraph, open_dataset
+from sgalign.data.box_checks import PredictedBoxes
+from sgalign.data.findings import Findings, counted
+from sgalign.data.images import same_proportions
+from sgalign.data.open import splits_of
+from sgalign.data.predictions import Predictions
+from sgalign.data.scene_graph import check_range, without_apart
+from sgalign.data.splits import Split
+from sgalign.errors import InputError
+from sgalign.files import check_writable, write_json
+from sgalign.metrics.matching import check_prediction
+
+LISTED = 10  # names per line of text; --json has all of them
+EPILOG = "The exit code is 1 if anything is refused. docs/data.md explains the findings."
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
+    parser = argparse.ArgumentParser("sgalign check", description=__doc__, epilog=EPILOG)
+    parser.add_argument("folder", metavar="FOLDER", help="data set: VRD, VG150 or COCO layout")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="also check predictions of the test split")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings and class counts to this file")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `sgalign check FOLDER` and return the exit code, 1 if anything in the data is refused."""
+    options = parser().parse_args(arguments)
+    if options.json is not None:
+        check_writable(options.json)
+    with _quiet():  # the report has the lines that the readers log
+        report = check(options.folder, options.predictions)
+    print(text(report))
+    if options.json is not None:
+        write_json(options.json, report, indent=1)
+    return 1 if report["refused"] else 0
+
+
+def check(folder: str, predictions: Path | None = None) -> dict[str, Any]:
+    """Return a report on a data set, as plain values.
+
+    Args:
+        folder: folder of the data set.
+        predictions: file of predictions for the test split. If None, only the data set is checked.
+
+    Raises:
+        FileNotFoundError: if the folder has no files of a known layout.
+    """
+    graphs: dict[Split, list[SceneGraph]] = {}
+    names: dict[str, list[str]] = {}
+    parts: dict[str, Any] = {}
+    for split in splits_of(folder):
+        findings = Findings(split)
+        try:
+            dataset = open_dataset(folder, split, bad_rows="skip")
+        except (InputError, OSError) as error:
+            findings.refuse("split that cannot be read", str(error))
+            parts[split] = {"counts": {}, "findings": _listed(findings), "causes": []}
+            continue
+        findings, graphs[split] = dataset.findings, [dataset[index] for index in range(len(dataset))]
+        for kind in ("object_names", "predicate_names"):
+            if names.setdefault(kind, getattr(dataset, kind)) != getattr(dataset, kind):
+                findings.refuse(f"split with other {kind.replace('_', ' ')}", f"{folder}, {split}")
+        counts = _count(graphs[split], findings)
+        counts["pictures"] = _check_pictures(graphs[split], findings, split)
+        if split == "train":
+            _count_apart(graphs[split], findings)
+        parts[split] = {"counts": counts, "findings": _listed(findings), "causes": findings.causes}
+    report: dict[str, Any] = {"folder": folder, "parts": parts, "classes": _class_counts(graphs, names)}
+    report["shared"] = {
+        f"{one} and {other}": sorted({g.image_id for g in graphs[one]} & {g.image_id for g in graphs[other]})
+        for place, one in enumerate(graphs)
+        for other in list(graphs)[place + 1 :]
+    }
+    if predictions is not None:
+        parts["predictions"] = _check_predictions(predictions, graphs.get("test", []), names)
+    outcomes = [finding["outcome"] for part in parts.values() for finding in part["findings"]]
+    report["refused"] = "refused" in outcomes
+    return report
+
+
+def _count(graphs: Sequence[SceneGraph], findings: Findings) -> dict[str, int]:
+    unrelated = [graph.image_id for graph in graphs if not len(graph.relations)]
+    if len(unrelated) == len(graphs):
+        lacks = "no image has a relation" if graphs else "there are no images"
+        findings.causes.append(f"{lacks}, so relations can be neither trained nor evaluated on this split")
+    return {
+        "images": len(graphs),
+        "without relations": len(unrelated),
+        "objects": sum(len(graph.labels) for graph in graphs),
+        "relations": sum(len(graph.relations) for graph in graphs),
+    }
+
+
+def _count_apart(graphs: Iterable[SceneGraph], findings: Findings) -> None:
+    apart = Findings("")
+    for graph in graphs:
+        without_apart(graph, apart)
+    for finding in apart:
+        findings.add("found", f"{finding.what}, which Motifs with SGDet leaves out", count=finding.count)
+
+
+def _check_pictures(graphs: Sequence[SceneGraph], findings: Findings, split: str) -> int:
+    """Read all pictures of a split, record those that do not fit, and return their number."""
+    pictures = [graph for graph in graphs if graph.image is not None]
+    if pictures and len(pictures) < len(graphs):
+        missing = [graph.image_id for graph in graphs if graph.image is None]
+        findings.add("found", "image without a file", missing, len(missing))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding Python's lock
+        progress = tqdm(
+            pool.map(_check_picture, pictures), f"{split}: pictures", len(pictures), leave=False, disable=not pictures
+        )
+        for outcome, what, example in (found for found in progress if found is not None):
+            findings.add(outcome, what, example)
+    return len(pictures)
+
+
+def _check_picture(graph: SceneGraph) -> Any:
+    """Return the finding about one picture, or None if it fits its annotation."""
+    assert graph.image is not None
+    try:
+        size = graph.image().size
+    except InputError as error:
+        return "refused", "picture that cannot be read", str(error)
+    annotated = f"{graph.image_id}: {size[0]} x {size[1]} pixels, annotated as {graph.width} x {graph.height}"
+    if not same_proportions(size, (graph.width, graph.height)):
+        return "found", "picture of other proportions than annotated", annotated
+    return None
+
+
+def _class_counts(graphs: Mapping[Split, Sequence[SceneGraph]], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return the number of objects of each class, and of relations of each predicate, by split."""
+    counts: dict[str, Any] = {}
+    for kind, of_kind in names.items():
+        counts[kind.removesuffix("_names")] = {}
+        for split, of_split in graphs.items():
+            classes = Counter[int]()
+            for graph in of_split:
+                classes.update((graph.labels if kind == "object_names" else graph.relations[:, 2]).tolist())
+            of_name = {name: classes[number] for number, name in enumerate(of_kind) if number}
+            counts[kind.removesuffix("_names")][split] = of_name
+    return counts
+
+
+def _check_predictions(path: Path, graphs: Sequence[SceneGraph], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return a part of the report about predictions of the test split."""
+    findings, boxes = Findings(str(path)), PredictedBoxes()
+    predicates = len(names.get("predicate_names", [""])) - 1
+    predictions = Predictions(path, predicates)
+    known = {graph.image_id: graph for graph in graphs}
+    for image_id in sorted(predictions.image_ids - known.keys()):
+        expected = f"expected one such as {min(known)!r}" if known else "the test split has no images"
+        findings.refuse("image that is not in the test split", f"{path}: image {image_id!r} is unknown, {expected}")
+    missing = [name for name, graph in known.items() if name not in predictions.image_ids and len(graph.relations)]
+    findings.add("found", "image with relations but without a prediction", missing, len(missing))
+    for image_id in tqdm(sorted(predictions.image_ids & known.keys()), "predictions", leave=False):
+        where = f"{path}, image {image_id!r}: "
+        try:
+            prediction = predictions[image_id]
+            check_prediction(where, prediction, predicates)
+            check_range(where, "labels", prediction["labels"], 1, len(names["object_names"]) - 1)
+        except InputError as error:
+            findings.refuse("image with a malformed prediction", str(error))
+            continue
+        boxes.add(known[image_id], prediction["boxes"])
+    counts = {"images": len(predictions.image_ids)}
+    return {"counts": counts, "findings": _listed(findings), "causes": boxes.causes()}
+
+
+def _listed(findings: Findings) -> list[dict[str, Any]]:
+    return [vars(finding) for finding in findings]
+
+
+# ---- text
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """Return a report as text."""
+    lines = [report["folder"]]
+    rows = ("images", "without relations", "objects", "relations", "pictures")
+    parts = {name: part for name, part in report["parts"].items() if name != "predictions"}
+    lines.append(f"{'':20}" + "".join(f"{name:>12}" for name in parts))
+    for row in rows:
+        lines.append(f"{row:20}" + "".join(f"{part['counts'].get(row, '-'):>12}" for part in parts.values()))
+    for name, part in report["parts"].items():
+        lines += _faults(name, part)
+    for pair, shared in report["shared"].items():
+        if shared:
+            lines.append(f"\n{pair} share {counted(len(shared), 'image')}: {_some(shared)}")
+    for kind, by_split in report["classes"].items():
+        lines += _classes(kind, by_split)
+    verdict = "bad rows or files were refused (exit code 1)" if report["refused"] else "nothing was refused"
+    return "\n".join([*lines, f"\n{verdict}"])
+
+
+def _faults(name: str, part: Mapping[str, Any]) -> Iterator[str]:
+    if part["findings"] or part["causes"]:
+        yield f"\n{name}"
+    yield from (f"  likely cause: {cause}" if "must be" in cause else f"  {cause}" for cause in part["causes"])
+    for finding in sorted(part["findings"], key=lambda finding: ORDER.index(finding["outcome"])):
+        yield f"  {finding['outcome']}: {counted(finding['count'], finding['what'])}"
+        yield from (f"      {example}" for example in finding["examples"])
+
+
+ORDER = ("refused", "left out", "clipped", "found")
+
+
+def _classes(kind: str, by_split: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+    for split, counts in by_split.items():
+        if split == "train" or "train" not in by_split:
+            most = sorted(counts.items(), key=lambda item: -item[1])
+            yield f"\n{len(counts)} {kind} classes, {split}: {_some([f'{name} {count}' for name, count in most])}"
+            if never := [name for name, count in counts.items() if not count]:
+                yield f"  never in {split}: {_some(never)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("sgalign")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -1,0 +1,36 @@
+"""The options of all commands that read a data set."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, get_args
+
+from sgalign.data.findings import BadRows
+from sgalign.data.splits import ValidationChoice
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the validation images and the treatment of malformed rows."""
+    parser.add_argument(
+        "--validation-images",
+        type=int,
+        metavar="N",
+        help="number of training images to hold out if there is no validation split (default: depends on the data set)",
+    )
+    parser.add_argument(
+        "--validation-choice",
+        choices=get_args(ValidationChoice),
+        default="hash",
+        help="images to hold out: those whose names have the lowest hashes, or the first ones (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bad-rows",
+        choices=get_args(BadRows),
+        default="error",
+        help="treatment of malformed rows: stop, or leave them out and count them (default: %(default)s)",
+    )
+
+
+def reading_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of these options as arguments of `open_dataset` and `SceneGraphData`."""
+    return {name: getattr(options, name) for name in ("validation_images", "validation_choice", "bad_rows")}

@@ -1,0 +1,108 @@
+"""Checks that find boxes in the wrong unit or order. Such boxes are valid numbers, so no other check notices them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sgalign.data.findings import Findings, Outcome
+from sgalign.data.scene_graph import SceneGraph
+
+TOLERANCE = 1.0  # pixels, because some data sets count a box's last pixel and others do not
+MANY = 0.25  # share of boxes beyond their images that a few careless annotations do not explain
+SHRUNK = 0.7  # median reach of predicted boxes; a detector that works finds some object near the farthest edge
+NEARLY_ALL = 0.95  # share of boxes that must fit another order of the numbers before it is named as the cause
+
+
+def check_boxes(
+    findings: Findings,
+    boxes: np.ndarray,
+    sizes: np.ndarray,
+    describe: Callable[[int], str],
+    *,
+    outcome: Outcome = "found",
+    numbers: np.ndarray | None = None,
+    order: str = "",
+) -> None:
+    """Record boxes that reach beyond their images, and the likely cause if there are many.
+
+    Args:
+        findings: the record.
+        boxes: x1, y1, x2, y2, `[T, 4]`.
+        sizes: width and height of each box's image in the same unit, `[T, 2]`.
+        describe: returns a sentence about the box in a row.
+        outcome: "clipped" if the reader clips these boxes.
+        numbers: the four numbers of each box as the file has them, `[T, 4]`. If None, their order is not questioned.
+        order: meaning of the four numbers, such as "x, y, width, height".
+    """
+    if not len(boxes):
+        return
+    beyond = ((boxes[:, :2] < -TOLERANCE) | (boxes[:, 2:] > sizes + TOLERANCE)).any(1)
+    rows = np.flatnonzero(beyond)
+    findings.add(outcome, "box beyond the image", [describe(int(row)) for row in rows[:3]], len(rows))
+    if numbers is None:
+        return
+    if numbers.min() >= 0 and numbers.max() <= 1 and sizes.min() > 1:
+        findings.causes.append(f"all numbers of all boxes are between 0 and 1, but must be {order} in pixels")
+    corners = (numbers[:, 2:] > numbers[:, :2]) & (numbers[:, 2:] <= sizes + TOLERANCE)
+    if beyond.mean() > MANY and corners.all(1).mean() > NEARLY_ALL:
+        findings.causes.append(
+            f"{len(rows):,} of {len(boxes):,} boxes reach beyond their images, but would fit if their numbers were "
+            f"x1, y1, x2, y2. They must be {order}"
+        )
+
+
+def check_graphs(findings: Findings, graphs: Sequence[SceneGraph]) -> None:
+    """Record boxes of scene graphs that reach beyond their images."""
+    counts = [len(graph.labels) for graph in graphs]
+    if sum(counts):
+        boxes = np.concatenate([graph.boxes.numpy() for graph in graphs])
+        sizes = np.repeat([(graph.width, graph.height) for graph in graphs], counts, axis=0)
+        owner = np.repeat(np.arange(len(graphs)), counts)
+
+        def describe(row: int) -> str:
+            graph = graphs[owner[row]]
+            return f"image {graph.image_id!r} of {graph.width} x {graph.height} pixels: box {boxes[row].tolist()}"
+
+        check_boxes(findings, boxes, sizes, describe)
+
+
+class PredictedBoxes:
+    """A collector of the boxes that a system predicts, to find boxes in the wrong unit.
+
+    Evaluators accept any boxes, and recall is 0 if they are in another unit than the annotations.
+    """
+
+    def __init__(self) -> None:
+        self._boxes = self._beyond = 0
+        self._largest = 0.0
+        self._reach: list[float] = []  # of each image, the ratio of the farthest predicted and annotated coordinates
+
+    def add(self, graph: SceneGraph, boxes: Tensor) -> None:
+        """Add the boxes predicted for an image, float `[N, 4]`: x1, y1, x2, y2."""
+        if not len(boxes) or not len(graph.boxes):
+            return
+        limit = torch.tensor([graph.width, graph.height]) + TOLERANCE
+        self._boxes += len(boxes)
+        self._beyond += int(((boxes[:, 2:] > limit) | (boxes[:, :2] < -TOLERANCE)).any(1).sum())
+        farthest = boxes.amax().item()
+        self._largest = max(self._largest, farthest)
+        self._reach.append(farthest / max(graph.boxes.amax().item(), 1.0))
+
+    def causes(self) -> list[str]:
+        """Return a sentence for each likely mistake in the unit of the boxes."""
+        if not self._boxes:
+            return []
+        must = "they must be in pixels of the original image"
+        reach = statistics.median(self._reach)
+        if self._largest <= 1:
+            return [f"all coordinates of the {self._boxes:,} predicted boxes are at most 1, but {must}"]
+        if self._beyond > MANY * self._boxes:
+            return [f"{self._beyond:,} of {self._boxes:,} predicted boxes reach beyond their images, but {must}"]
+        if reach < SHRUNK:
+            return [f"predicted boxes reach only {reach:.2f} times as far as annotated ones (median), but {must}"]
+        return []

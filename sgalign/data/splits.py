@@ -1,0 +1,60 @@
+"""The splits of a data set, and the choice of the validation images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from sgalign.errors import InputError
+
+Split = Literal["train", "validation", "test"]
+ValidationChoice = Literal["hash", "first"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def check_split(split: str) -> None:
+    """Raise InputError unless `split` is one of `SPLITS`."""
+    if split not in SPLITS:
+        raise InputError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+
+
+def held_out(
+    names: Sequence[str], wanted: int | None, default: int, choice: ValidationChoice, path: Path
+) -> list[bool]:
+    """Return True for each training image that is held out for validation.
+
+    Args:
+        names: names of the training images.
+        wanted: number of images to hold out. If None, the smaller of `default` and a fifth of the images.
+        default: default number of the data set.
+        choice: "hash" for the images whose names have the lowest hashes. This choice depends on no random generator and
+            on no order, so the images resemble the rest even if the file is sorted. A larger choice contains every
+            smaller one. "first" for the first images of the file.
+        path: file of the training images, for the error message.
+
+    Raises:
+        ValueError: if `wanted` is not from 0 to the number of images, or `choice` is unknown.
+    """
+    if choice not in ("hash", "first"):
+        raise InputError(f"validation_choice must be 'hash' or 'first', got {choice!r}")
+    count = min(default, len(names) // 5) if wanted is None else wanted
+    if not 0 <= count <= len(names):
+        raise InputError(
+            f"validation_images must be from 0 to {len(names)}, the number of images in {path}, got {wanted}"
+        )
+    order = sorted(range(len(names)), key=lambda i: _stable_hash(names[i])) if choice == "hash" else range(len(names))
+    chosen = set(order[:count])
+    return [index in chosen for index in range(len(names))]
+
+
+def check_has_no_validation(path: Path, wanted: int | None, choice: ValidationChoice) -> None:
+    """Raise InputError if options choose validation images although the data set has its own validation split."""
+    for name, given in (("validation_images", wanted is not None), ("validation_choice", choice != "hash")):
+        if given:
+            raise InputError(f"{path}: has its own validation split, so {name} must be left out")
+
+
+def _stable_hash(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()

@@ -1,0 +1,580 @@
+"""Tests that readers of data sets leave out, change or rename nothing without saying so."""
+
+import json
+
+import pytest
+import torch
+
+h5py = pytest.importorskip("h5py")
+pytest.importorskip("PIL")
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+from test_layouts import small_vg150  # noqa: E402
+
+from sgalign.commands import main as cli  # noqa: E402
+from sgalign.data import CocoDataset, SceneGraph, VG150Dataset, VRDDataset, open_dataset  # noqa: E402
+from sgalign.data.class_names import is_background, read_classes  # noqa: E402
+from sgalign.data.findings import Findings, counted  # noqa: E402
+from sgalign.data.scene_graph import without_apart  # noqa: E402
+from sgalign.training.datamodule import SceneGraphData  # noqa: E402
+
+BOX = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20]}
+
+
+def write_coco(root, *, images=None, annotations=None, relations=None, split="test", predicates=("on", "by"), **rest):
+    """Write one part of a COCO folder: by default one image with two objects and one relation."""
+    root.mkdir(exist_ok=True)
+    names = [{"id": 1, "name": "cat"}, {"id": 2, "name": "hat"}]
+    content = {
+        "images": images or [{"id": 1, "file_name": "a.jpg", "width": 100, "height": 80}],
+        "annotations": annotations or [BOX, BOX | {"category_id": 2, "bbox": [12, 5, 10, 10]}],
+        "categories": names,
+    }
+    (root / f"{split}.json").write_text(json.dumps(content | rest))
+    path = root / "rel.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    of_part = {"1": [[1, 0, 0]]} if relations is None else relations
+    path.write_text(json.dumps(before | {"rel_categories": list(predicates), split: of_part}))
+    return root
+
+
+def found(dataset, outcome):
+    return {finding.what: finding.count for finding in dataset.findings.of(outcome)}
+
+
+# ---- the record
+
+
+def test_a_count_has_a_noun_in_the_right_number():
+    assert [counted(n, "box beyond the image") for n in (1, 2)] == [
+        "1 box beyond the image",
+        "2 boxes beyond the image",
+    ]
+    assert counted(1234, "relation") == "1,234 relations"
+
+
+def test_findings_are_said_in_one_line_with_counts(caplog):
+    findings = Findings("file, train")
+    findings.refuse("relation to a missing object", "row 3")
+    findings.add("left out", "image without relations", ["a", "b", "c", "d"], 40)
+    findings.add("clipped", "box beyond the image", count=0)
+    findings.settle("skip")
+    assert caplog.messages == ["file, train: left out 1 relation to a missing object, 40 images without relations"]
+    assert findings.of("left out")[0].examples == ["a", "b", "c"]
+
+
+def test_bad_rows_raise_an_error_with_their_number():
+    findings = Findings("file, train")
+    findings.settle("error")
+    for row in range(3):
+        findings.refuse("row", f"row {row}: is bad")
+    with pytest.raises(ValueError, match=r"row 0: is bad \(2 more bad rows\); sgalign check .* bad_rows: skip"):
+        findings.settle("error")
+    with pytest.raises(ValueError, match="bad_rows must be 'error' or 'skip', got 'ignore'"):
+        findings.settle("ignore")
+
+
+def test_only_the_first_process_says_it(caplog, monkeypatch):
+    findings = Findings("file, train")
+    findings.add("left out", "row")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    findings.say()
+    assert not caplog.messages
+
+
+# ---- names of classes
+
+
+@pytest.mark.parametrize("name", ["no_relation", "No Relation", "__background__", "BACKGROUND", "none", "N/A", "bg"])
+def test_the_background_is_recognized_by_its_usual_names(name):
+    classes = read_classes("file", enumerate([name, "on", "under"]))
+    assert is_background(name) and classes.names == ["__background__", "on", "under"]
+    assert classes.numbers == {"0": 0, "1": 1, "2": 2} and classes.number("row", 2) == 2
+    with pytest.raises(ValueError, match="row must not be the background, got 0"):
+        classes.number("row", 0)
+
+
+def test_ordinary_names_are_not_the_background():
+    assert not any(map(is_background, ["nonet", "banana", "on", "underground", "above", "bag"]))
+
+
+def test_names_may_be_objects_with_ids_in_any_order():
+    entries = [{"id": 7, "name": "under"}, {"id": "3", "name": "on"}]
+    classes = read_classes("file", enumerate(entries))
+    assert classes.names[1:] == ["on", "under"] and classes.number("row", 7) == 2 and classes.number("row", 3.0) == 1
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["on", None], "must have a name that is text and not empty, got None"),
+        (["on", 3], "must have a name that is text and not empty, got 3"),
+        (["on", " "], "must have a name that is text and not empty"),
+        (["on", "by", "on"], "every class must have its own name, but 'on' occurs twice"),
+        (
+            [{"id": 1, "name": "on"}, {"id": "1", "name": "by"}],
+            "every class must have its own id, but '1' occurs twice",
+        ),
+        (["on", "no_relation"], "the background must be the first class, but 'no_relation' is not"),
+        (["__background__", "on", "none"], "the background must be the first class, but 'none' is not"),
+        (["none"], "must have a class besides the background"),
+        ([], "must have a class besides the background"),
+    ],
+)
+def test_names_that_would_lose_a_class_are_refused(names, message):
+    with pytest.raises(ValueError, match=f"file: .*{message}"):
+        read_classes("file", enumerate(names))
+
+
+def test_a_background_never_becomes_a_class(tmp_path):
+    root = write_coco(tmp_path, predicates=["no_relation", "on", "under"], relations={"1": [[1, 0, 2]]})
+    content = json.loads((root / "test.json").read_text())
+    content["categories"].insert(0, {"id": 0, "name": "Background"})
+    (root / "test.json").write_text(json.dumps(content))
+    dataset = CocoDataset(root, "test")
+    assert dataset.predicate_names == ["__background__", "on", "under"] and len(dataset.object_names) == 3
+    assert dataset[0].relations.tolist() == [[1, 0, 2]] and dataset[0].labels.tolist() == [1, 2]
+
+
+def test_a_predicate_called_like_a_group_loses_no_figure(tmp_path):
+    from sgalign.metrics.results import is_of_predicate
+
+    assert is_of_predicate("R@50/head") and is_of_predicate("R@50/left/right")
+    assert not any(map(is_of_predicate, ["mR@50/head", "R@50", "ng-mR@50"]))
+
+
+@pytest.mark.parametrize("form", ["idx_to", "to_idx", "with background", "any order"])
+def test_dictionaries_of_vg150_may_have_one_direction(tmp_path, form):
+    root = small_vg150(tmp_path)
+    names, predicates = {"1": "α", "2": "b", "3": "c"}, {"1": "on", "2": "by"}
+    if form == "any order":
+        names = dict(reversed(names.items()))
+    if form == "with background":
+        names = {"0": "__background__"} | names
+    dicts = {"idx_to_label": names, "idx_to_predicate": predicates}
+    if form == "to_idx":
+        dicts = {
+            f"{w}_to_idx": {name: int(i) for i, name in n.items()}
+            for w, n in (("label", names), ("predicate", predicates))
+        }  # noqa: E501
+    (root / "VG-SGG-dicts-with-attri.json").write_text(json.dumps(dicts))
+    dataset = VG150Dataset(root, "test")
+    assert dataset.object_names == ["__background__", "α", "b", "c"]
+    assert dataset.predicate_names == ["__background__", "on", "by"]
+
+
+@pytest.mark.parametrize(
+    "dicts, message",
+    [
+        ({}, "must have idx_to_label or label_to_idx"),
+        ({"idx_to_label": {"1": "a", "3": "b"}}, "numbers must be 1, 2, 3 and so on"),
+        ({"label_to_idx": {"a": 1, "b": 1}}, "every class must have its own id, but '1' occurs twice"),
+        ({"idx_to_label": {"1": "a", "2": "b"}, "label_to_idx": {"a": 2, "b": 1}}, "must agree, but they differ"),
+    ],
+)
+def test_contradictory_dictionaries_of_vg150_are_refused(tmp_path, dicts, message):
+    root = small_vg150(tmp_path)
+    (root / "VG-SGG-dicts-with-attri.json").write_text(json.dumps({"idx_to_predicate": {"1": "on", "2": "by"}} | dicts))
+    with pytest.raises(ValueError, match=f"VG-SGG-dicts-with-attri.json.*{message}"):
+        VG150Dataset(root, "test")
+
+
+# ---- numbers in HDF5
+
+
+@pytest.mark.parametrize("dtype", ["<i8", ">i4", "<u2", ">u8", "<f4", ">f8", "<f2", "<i2"])
+def test_numbers_of_any_type_keep_their_value(tmp_path, dtype):
+    plain = VG150Dataset(small_vg150(tmp_path / "plain"), "test")[0]
+    with h5py.File(tmp_path / "plain" / "VG-SGG-with-attri.h5") as file:
+        changed = {name: file[name][()].astype(dtype) for name in file}
+    graph = VG150Dataset(small_vg150(tmp_path / "other", **changed), "test")[0]
+    # The first box starts at x = 50 - 50 = 0. An unsigned type would wrap around in 50 - 150 / 2 of another box.
+    torch.testing.assert_close(graph.boxes, plain.boxes)
+    assert torch.equal(graph.relations, plain.relations) and torch.equal(graph.labels, plain.labels)
+
+
+def test_corners_left_of_the_image_are_negative_for_unsigned_numbers(tmp_path):
+    boxes = np.array([[10, 10, 50, 40]] * 6, np.uint8)
+    assert VG150Dataset(small_vg150(tmp_path, boxes_1024=boxes), "test")[0].boxes[0].tolist() == [-15, -10, 35, 30]
+
+
+@pytest.mark.parametrize(
+    "name, values, message",
+    [
+        ("labels", [1, 1, 1, 1, 1.5, 1], "array labels: must be from 1 to 3, got no whole number in row 4"),
+        ("predicates", np.array([1, 1, 1, 1, 2**64 - 1], np.uint64), "predicates: .* got no whole number in row 4"),
+        ("split", [0, 0, 2.5], "array split: must be from 0 to 2, got no whole number in row 2"),
+    ],
+)
+def test_numbers_are_not_rounded_or_wrapped(tmp_path, name, values, message):
+    with pytest.raises(ValueError, match=message):
+        VG150Dataset(small_vg150(tmp_path, **{name: np.array(values)}), "test")
+
+
+@pytest.mark.parametrize("first, last", [(-1, -1), (5, 4), (0, -1)])
+def test_every_convention_for_images_without_relations_is_read(tmp_path, first, last):
+    ranges = {"img_to_first_rel": np.array([0, 2, first]), "img_to_last_rel": np.array([1, 3, last])}
+    shorter = {"relationships": np.array([[0, 1], [1, 0], [2, 3], [2, 3]]), "predicates": np.array([1, 2, 1, 2])}
+    root = small_vg150(tmp_path, **ranges, **shorter)
+    dataset = VG150Dataset(root, "test")
+    assert len(dataset) == 0 and found(dataset, "left out") == {"image without relations": 1}
+    assert len(VG150Dataset(root, "test", keep="everything")) == 1
+
+
+def test_a_file_without_relations_may_have_an_empty_array(tmp_path):
+    none = np.array([-1, -1, -1])
+    empty = {"relationships": np.zeros(0), "predicates": np.zeros(0)}
+    root = small_vg150(tmp_path, img_to_first_rel=none, img_to_last_rel=none, **empty)
+    graph = VG150Dataset(root, "test", keep="everything")[0]
+    assert len(graph.labels) == 2 and graph.relations.shape == (0, 3)
+
+
+# ---- the files of VG150
+
+
+def test_rows_of_image_data_may_have_other_forms(tmp_path):
+    root = small_vg150(tmp_path)
+    rows = [
+        {"image_id": 0, "width": 1024, "height": 768},
+        {"image_id": "120", "width": "1024", "height": 768.0},
+        {"file_name": "x/photo.png", "width": 1024, "height": 768},
+    ]
+    (root / "image_data.json").write_text(json.dumps(rows))
+    (root / "VG_100K_2").mkdir()
+    for name in ("120.png", "photo.png"):
+        Image.new("RGB", (1024, 768)).save(root / "VG_100K_2" / name)
+    train, test = VG150Dataset(root, "train", validation_images=0), VG150Dataset(root, "test")
+    assert [train[0].image_id, train[1].image_id, test[0].image_id] == ["0.jpg", "120.jpg", "photo.png"]
+    assert train[0].image is None and train[1].image().size == test[0].image().size == (1024, 768)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"image_id": 1, "width": 9}, "row 2: width and height must be whole numbers of at least 1, got 9 and None"),
+        ({"width": 9, "height": 9}, "row 2: must have image_id or file_name, got only width, height"),
+        ({"image_id": [1], "width": 9, "height": 9}, r"image_id must be an integer or text, got \[1\]"),
+        ({"image_id": 7, "width": 9, "height": 9}, "image_id must be unique, but '7.jpg' occurs twice"),
+        (None, "row 2: must be a JSON object, got None"),
+    ],
+)
+def test_a_bad_row_of_image_data_is_named_or_left_out(tmp_path, row, message):
+    root = small_vg150(tmp_path)
+    rows = json.loads((root / "image_data.json").read_text())
+    (root / "image_data.json").write_text(json.dumps([*rows[:2], row]))
+    with pytest.raises(ValueError, match=f"image_data.json, {message}|image_data.json.*{message}"):
+        VG150Dataset(root, "train")
+    assert len(VG150Dataset(root, "train", validation_images=0, bad_rows="skip")) == 2
+
+
+def test_bad_rows_of_vg150_are_left_out_and_counted(tmp_path):
+    arrays = {
+        "labels": np.array([1, 2, 3, 9, 1, 2]),
+        "relationships": np.array([[0, 1], [1, 4], [2, 3], [2, 3], [4, 5]]),
+        "predicates": np.array([7, 1, 1, 2, 2]),
+    }
+    root = small_vg150(tmp_path, **arrays)
+    with pytest.raises(ValueError, match=r"array labels: must be from 1 to 3, got 9 in row 3.*\(2 more bad rows\)"):
+        VG150Dataset(root, "train", validation_images=0)
+    train = VG150Dataset(root, "train", validation_images=0, bad_rows="skip", keep="everything")
+    assert found(train, "refused") == {
+        "object with an unknown class": 1,
+        "relation with an unknown predicate": 1,
+        "relation to a missing object": 1,
+    }
+    assert found(train, "left out") == {"relation of an object that is left out": 2}
+    assert [train[i].labels.tolist() for i in (0, 1)] == [[1, 2], [3]] and len(train[1].relations) == 0
+    assert VG150Dataset(root, "test")[0].relations.tolist() == [[0, 1, 2]]
+
+
+def test_rows_that_belong_to_no_image_are_counted(tmp_path):
+    dataset = VG150Dataset(small_vg150(tmp_path, img_to_last_rel=np.array([0, 3, 4])), "test")
+    assert found(dataset, "left out") == {"relation outside all images": 1}
+
+
+# ---- relations between boxes that do not overlap
+
+
+@pytest.fixture
+def apart(tmp_path):
+    """A folder whose only training relation joins two boxes that do not overlap."""
+    boxes = np.array([[100, 100, 50, 50], [400, 100, 50, 50]] * 3, np.int32)
+    return small_vg150(tmp_path / "apart", boxes_1024=boxes)
+
+
+@pytest.mark.parametrize("protocol, option, relations", [("predcls", None, 4), ("sgdet", None, 0), ("sgdet", False, 4)])
+def test_relations_of_boxes_apart_are_left_out_only_for_sgdet(apart, protocol, option, relations, caplog):
+    data = SceneGraphData(str(apart), validation_images=0, overlapping_only=option)
+    data.prepare_for(relations=True, overlapping=protocol == "sgdet")
+    assert sum(len(graph.relations) for graph in data.train) == relations
+    said = [line for line in caplog.messages if "boxes that do not overlap" in line]
+    assert len(said) == (relations == 0) and all("left out 4 relations between boxes" in line for line in said)
+
+
+def test_the_protocol_of_the_module_decides_about_boxes_apart():
+    from sgalign.training import DetectorModule, MotifsModule, SGTRModule
+
+    sgdet = MotifsModule(protocol="sgdet", vision="images")
+    assert sgdet.needs_overlap and not MotifsModule().needs_overlap and not SGTRModule().needs_overlap
+    assert MotifsModule.needs_relations and not DetectorModule.needs_relations
+
+
+def test_boxes_that_touch_overlap():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [10, 0, 20, 10], [10.9, 0, 20, 10], [11, 0, 20, 10]])
+    relations = torch.tensor([[0, 1, 1], [0, 2, 1], [0, 3, 1]])
+    graph = SceneGraph("a", 30, 30, boxes, torch.ones(4, dtype=torch.int64), relations)
+    findings = Findings("")
+    assert without_apart(graph, findings).relations.tolist() == relations[:2].tolist()
+    assert found(type("D", (), {"findings": findings}), "left out") == {"relation between boxes that do not overlap": 1}
+
+
+def test_a_conversion_keeps_everything(apart, tmp_path):
+    with h5py.File(apart / "VG-SGG-with-attri.h5", "a") as file:
+        file["img_to_first_rel"][1] = file["img_to_last_rel"][1] = -1  # an image without relations
+        file["boxes_1024"][0] = [1500, 100, 50, 50]  # outside the image
+    out = tmp_path / "out"
+    assert cli.main(["make-dataset", str(out), "--format", "coco", "--source", str(apart), "--no-images"]) == 0
+    converted = CocoDataset(out, "train")
+    assert len(converted) == 2 and converted[0].boxes[0].tolist() == [1475, 75, 1525, 125]
+    assert len(converted[0].relations) == 2 and len(converted[1].relations) == 0
+
+
+def test_training_boxes_of_vg150_are_clipped_and_counted(tmp_path, caplog):
+    boxes = np.array([[100, 100, 50, 50], [1000, 100, 100, 50], [2000, 100, 50, 50]] + [[100, 100, 50, 50]] * 3)
+    train = VG150Dataset(small_vg150(tmp_path, boxes_1024=boxes), "train", validation_images=0)
+    assert found(train, "clipped") == {"box beyond the image": 2}
+    assert found(train, "left out") == {
+        "object outside the image": 1,
+        "relation of an object that is left out": 2,
+        "image without remaining relations": 1,
+    }
+    assert train[0].boxes[1].tolist() == [950, 75, 1023, 125] and len(caplog.messages) == 1
+
+
+# ---- units and orders of boxes
+
+
+def test_boxes_given_as_corners_are_named_as_the_likely_cause(tmp_path, caplog):
+    boxes = [[10, 10, 60, 60], [40, 30, 95, 75], [60, 50, 99, 79]]
+    root = write_coco(tmp_path, annotations=[BOX | {"bbox": box} for box in boxes])
+    dataset = CocoDataset(root, "test")
+    assert found(dataset, "found") == {"box beyond the image": 2}
+    (cause,) = dataset.findings.causes
+    assert "2 of 3 boxes reach beyond their images, but would fit if their numbers were x1, y1, x2, y2" in cause
+    assert "must be x, y, width, height" in cause and any(cause in line for line in caplog.messages)
+
+
+def test_a_few_boxes_beyond_the_image_are_only_counted(tmp_path):
+    boxes = [[10, 10, 20, 20]] * 9 + [[10, 10, 95, 75]]
+    dataset = CocoDataset(write_coco(tmp_path, annotations=[BOX | {"bbox": box} for box in boxes]), "test")
+    assert found(dataset, "found") == {"box beyond the image": 1} and not dataset.findings.causes
+
+
+def test_relative_boxes_are_named(tmp_path):
+    boxes = [[0.1, 0.1, 0.2, 0.3], [0.5, 0.5, 0.5, 0.5]]
+    dataset = CocoDataset(write_coco(tmp_path, annotations=[BOX | {"bbox": box} for box in boxes]), "test")
+    assert "all numbers of all boxes are between 0 and 1" in dataset.findings.causes[0]
+
+
+@pytest.mark.parametrize(
+    "scale, cause",
+    [
+        (1.0, None),
+        (1 / 1000, "all coordinates of the 2 predicted boxes are at most 1"),
+        (10.0, "2 of 2 predicted boxes reach beyond their images"),
+        (0.4, "predicted boxes reach only 0.40 times as far as annotated ones"),
+    ],
+)
+def test_predicted_boxes_in_another_unit_are_named(scale, cause):
+    from sgalign.data.box_checks import PredictedBoxes
+
+    boxes = torch.tensor([[10.0, 10, 60, 50], [50, 40, 99, 79]])
+    graph = SceneGraph("a", 100, 80, boxes, torch.tensor([1, 1]), torch.zeros(0, 3, dtype=torch.int64))
+    predicted = PredictedBoxes()
+    predicted.add(graph, boxes * scale)
+    assert [cause in said for said in predicted.causes()] == ([] if cause is None else [True])
+
+
+# ---- COCO
+
+
+def test_bad_rows_of_coco_are_left_out_with_their_relations(tmp_path):
+    annotations = [
+        BOX,
+        BOX | {"bbox": [1, 2, 0, 4]},
+        BOX | {"bbox": [float("nan"), 1, 2, 3]},
+        BOX | {"category_id": 2},
+        BOX | {"image_id": 2},
+        BOX | {"image_id": 9},
+    ]
+    images = [
+        {"id": 1, "file_name": "a.jpg", "width": 100, "height": 80},
+        {"id": 2, "file_name": "b.jpg", "width": 0, "height": 80},
+    ]
+    relations = {"1": [[0, 3, 1], [1, 3, 0], [0, 9, 0], [0, 3, 5], "x"], "2": [[0, 0, 0]], "77": []}
+    root = write_coco(tmp_path, images=images, annotations=annotations, relations=relations)
+    with pytest.raises(ValueError, match=r"images, row 1: width and height must be .*\(7 more bad rows\)"):
+        CocoDataset(root, "test")
+    dataset = CocoDataset(root, "test", bad_rows="skip")
+    assert len(dataset) == 1 and dataset[0].labels.tolist() == [1, 2] and dataset[0].relations.tolist() == [[0, 1, 2]]
+    assert found(dataset, "refused") == {
+        "image with a malformed entry": 1,
+        "object with a malformed annotation": 3,
+        "relation to a missing object": 1,
+        "relation with an unknown predicate": 1,
+        "relation with a malformed row": 1,
+        "image with relations but without an entry": 1,
+    }
+    assert found(dataset, "left out") == {
+        "object of a refused image": 1,
+        "relation of a refused object": 1,
+        "relation of a refused image": 1,
+    }
+
+
+def test_ids_of_coco_may_be_text_and_crowds_are_counted(tmp_path):
+    images = [{"id": "1", "file_name": "a.jpg", "width": "100", "height": 80.0}]
+    annotations = [BOX | {"category_id": "2", "iscrowd": 1}, BOX]
+    dataset = CocoDataset(write_coco(tmp_path, images=images, annotations=annotations), "test")
+    assert dataset[0].labels.tolist() == [2, 1] and (dataset[0].width, dataset[0].height) == (100, 80)
+    assert found(dataset, "found") == {"crowd annotation, read as one object": 1}
+
+
+def many_images(root, split, count):
+    images = [{"id": i, "file_name": f"{split}{i}.jpg", "width": 100, "height": 80} for i in range(count)]
+    boxes = [BOX | {"image_id": i, "category_id": c} for i in range(count) for c in (1, 2)]
+    relations = {str(i): [[0, 1, i % 2]] for i in range(count)}
+    return write_coco(root, images=images, annotations=boxes, relations=relations, split=split)
+
+
+def test_without_val_json_validation_images_are_held_out(tmp_path):
+    root = many_images(tmp_path, "train", 10)
+    parts = [CocoDataset(root, split) for split in ("train", "validation")]
+    ids = [{part[i].image_id for i in range(len(part))} for part in parts]
+    assert [len(part) for part in ids] == [8, 2] and not ids[0] & ids[1]
+    first = open_dataset(root, "validation", validation_images=3, validation_choice="first")
+    assert [first[i].image_id for i in range(3)] == ["train0.jpg", "train1.jpg", "train2.jpg"]
+    many_images(tmp_path, "val", 3)
+    assert len(CocoDataset(root, "train")) == 10 and len(CocoDataset(root, "validation")) == 3
+    for option in ({"validation_images": 3}, {"validation_choice": "first"}):
+        with pytest.raises(ValueError, match=f"has its own validation split, so {next(iter(option))} must be left out"):
+            open_dataset(root, "train", **option)
+
+
+def test_a_test_split_alone_is_evaluated(tmp_path, capsys, caplog):
+    root = many_images(tmp_path / "data", "test", 4)
+    dataset = CocoDataset(root, "test")
+    predictions = {}
+    for graph in (dataset[i] for i in range(4)):
+        triplets = {"triplets": graph.relations.tolist(), "triplet_scores": [1.0]}
+        predictions[graph.image_id] = {"boxes": graph.boxes.tolist(), "labels": graph.labels.tolist()} | triplets
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(predictions))
+    arguments = ["--annotations", str(root), "--protocol", "predcls", "--json", str(tmp_path / "f.json")]
+    assert cli.main(["evaluate", str(path), *arguments]) == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["R@50"] == 1 and not any(name.startswith(("zR", "mR@50/")) for name in figures)
+    assert any("there is no training split" in line for line in caplog.messages)
+    path.write_text(json.dumps({"0001": predictions["test0.jpg"]}))
+    assert cli.main(["evaluate", str(path), *arguments]) == 1
+    assert "such as 'test0.jpg', got 1 others, such as '0001'" in capsys.readouterr().err
+
+
+# ---- VRD
+
+
+def write_vrd(root, rows, test=None):
+    root.mkdir(exist_ok=True)
+    contents = {"objects": ["cat", "hat"], "predicates": ["on"], "annotations_train": rows, "annotations_test": test}
+    for name, content in contents.items():
+        (root / f"{name}.json").write_text(json.dumps(content or {}))
+    return root
+
+
+def row(predicate=0, box=(0, 90, 0, 60)):
+    return {
+        "predicate": predicate,
+        "subject": {"category": 0, "bbox": list(box)},
+        "object": {"category": 1, "bbox": [5, 20, 5, 20]},
+    }
+
+
+def test_bad_rows_of_vrd_are_left_out_and_counted(tmp_path):
+    root = write_vrd(tmp_path, {"a.jpg": [row(), row(predicate=4), 3], "b.jpg": None})
+    dataset = VRDDataset(root, "train", validation_images=0, bad_rows="skip")
+    assert len(dataset) == 1 and dataset[0].relations.tolist() == [[0, 1, 1]]
+    refused = {"relation with a malformed row": 2, "image without a list of relations": 1}
+    assert found(dataset, "refused") == refused
+
+
+def test_vrd_pictures_are_found_in_the_folders_of_its_archive(tmp_path, caplog):
+    root = write_vrd(tmp_path, {"a.jpg": [row()], "b.jpg": [row()]})
+    (root / "sg_train_images").mkdir()
+    Image.new("RGB", (120, 100)).save(root / "sg_train_images" / "a.gif")
+    dataset = VRDDataset(root, "train", validation_images=0)
+    sizes = {graph.image_id: (graph.width, graph.height) for graph in (dataset[0], dataset[1])}
+    assert sizes == {"a.jpg": (120, 100), "b.jpg": (61, 91)}
+    assert caplog.messages == [
+        f"{root}/annotations_train.json, train: found 1 image without a file, sized by its boxes"
+    ]
+
+
+# ---- splits
+
+
+@pytest.mark.parametrize("kind", ["DetectorModule", "EntityDetectorModule"])
+def test_detectors_train_on_images_without_relations(tmp_path, kind, caplog):
+    from sgalign import training
+
+    none = np.array([-1, -1, -1])
+    root = small_vg150(tmp_path, img_to_first_rel=none, img_to_last_rel=none)
+    data = SceneGraphData(str(root), validation_images=0)
+    data.prepare_for(relations=getattr(training, kind).needs_relations, overlapping=False)
+    assert [graph.image_id for graph in data.train] == ["7.jpg", "8.jpg"]
+    data.prepare_for(relations=True, overlapping=False)
+    assert data.train == []
+    assert any("left out 2 images without relations" in line for line in caplog.messages)
+
+
+def test_a_test_split_without_relations_is_refused(tmp_path):
+    many_images(tmp_path, "train", 6)
+    root = write_coco(tmp_path, relations={})
+    data = SceneGraphData(str(root))
+    with pytest.raises(ValueError, match="the test split must have relations, got none in its 1 images"):
+        data.require_relations("test")
+    data.require_relations("train")
+
+
+def test_a_validation_split_without_relations_is_not_evaluated(tmp_path, caplog):
+    many_images(tmp_path, "train", 6)
+    root = write_coco(tmp_path, relations={}, split="val")
+    data = SceneGraphData(str(root))
+    assert len(data.val_dataloader()) == 0 and len(data.validation) == 1
+    assert any("the validation split has no relations" in line for line in caplog.messages)
+    data.prepare_for(relations=False, overlapping=False)
+    assert len(data.val_dataloader()) == 1
+
+
+def test_a_sorted_file_is_split_into_similar_parts(tmp_path):
+    """All relations of the first half of the images have the same predicate."""
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 100, "height": 80} for i in range(400)]
+    boxes = [BOX | {"image_id": i, "category_id": c} for i in range(400) for c in (1, 2)]
+    relations = {str(i): [[0, 1, int(i >= 200)]] for i in range(400)}
+    root = write_coco(tmp_path, images=images, annotations=boxes, relations=relations, split="train")
+    shares = {}
+    for choice in ("hash", "first"):
+        part = CocoDataset(root, "validation", validation_choice=choice)
+        shares[choice] = sum(int(part[i].relations[0, 2]) == 1 for i in range(len(part))) / len(part)
+    assert shares["first"] == 1 and abs(shares["hash"] - 0.5) < 0.1
+
+
+def test_every_process_evaluates_something_and_no_image_counts_twice(scenes=4):
+    from sgalign.data import ScenesDataset
+    from sgalign.training.datamodule import with_idle_images
+
+    graphs = list(map(ScenesDataset("test", size=scenes).__getitem__, range(scenes)))
+    assert with_idle_images(graphs, 3) == graphs
+    more = with_idle_images(graphs[:2], 4)
+    assert more[:2] == graphs[:2] and len(more) == 4
+    assert all(len(graph.labels) == len(graph.relations) == 0 and graph.image for graph in more[2:])
+    assert with_idle_images([], 4) == []
