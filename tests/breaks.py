@@ -622,6 +622,48 @@ BREAKS = {
         "pass",
         "tests/test_training.py -k new_learning or new_options",
     ),
+    "learning rate of a resumed run": Break(
+        "sgalign/training/resuming.py",
+        'group["lr"] * (rate / old)',
+        'group["lr"]',
+        "tests/test_resuming.py -k new_learning_rate",
+    ),
+    "drops of a resumed run": Break(
+        "sgalign/training/resuming.py",
+        'group["lr"] *= _fallen(schedule) / before',
+        "pass",
+        "tests/test_resuming.py -k drops",
+    ),
+    "heads of another network": Break(
+        "sgalign/training/resuming.py",
+        'if kind == "network" or (resumes',
+        "if resumes and (resumes",
+        "tests/test_resuming.py -k fixed or mirror",
+    ),
+    "heads that a checkpoint fixes": Break(
+        "sgalign/training/options.py",
+        '"dim", "heads", "ffn_dim", "entity_layers", "entity_queries"), "network")',
+        '"dim", "ffn_dim", "entity_layers", "entity_queries"), "network")',
+        "tests/test_resuming.py -k fixed",
+    ),
+    "weights of predicates in a resumed run": Break(
+        "sgalign/training/motifs.py",
+        "self.make_relation_loss(self.counts()).state_dict()",
+        "self.relation_loss.state_dict()",
+        "tests/test_resuming.py -k weights_of_predicates",
+    ),
+    "patience of a resumed run": Break(
+        "sgalign/training/base.py",
+        '["patience"] = callback.patience',
+        '.get("patience")',
+        "tests/test_resuming.py -k patience",
+    ),
+    "seed given to a resumed run": Break(
+        "sgalign/commands/lightning_cli.py",
+        "and seed != saved:",
+        "and seed < 0:",
+        "tests/test_resuming.py -k another_seed",
+    ),
     "seed of a resumed run": Break(
         "sgalign/training/base.py",
         'self.run_seed, self.random_states = saved["run_seed"], saved["random_states"]',

@@ -869,6 +869,19 @@ def test_the_command_line_does_not_read_detector_weights_if_it_has_a_checkpoint(
     assert main(command) == 0
 
 
+def test_options_of_the_network_must_be_those_of_the_checkpoint(sgtr_checkpoint, tmp_path, monkeypatch, capsys):
+    """The weights would load, but compute something else. Other options can change."""
+    monkeypatch.chdir(tmp_path)
+    options = [f"--model.{name}={value}" for name, value in SMALL.items()]
+    start = ["--model", "sgalign.training.SGTRModule", "--ckpt_path", str(sgtr_checkpoint), "--data.images=true"]
+    for command in ("fit", "validate", "test", "predict"):
+        assert main([command, *start, *options, "--model.heads=2"]) == 1
+        assert "heads must be 4, as in the checkpoint, got 2" in capsys.readouterr().err
+    module = SGTRModule.load_from_checkpoint(sgtr_checkpoint, dropout=0.3)
+    assert module.detector.detr.model.encoder.layers[0].dropout == 0.3
+    assert {part.p for part in module.network.modules() if isinstance(part, torch.nn.Dropout)} <= {0.3}
+
+
 def test_detector_weights_of_another_module_are_refused(tmp_path):
     saved = {"module": "MotifsModule", "object_names": [], "predicate_names": [], "run_seed": 0, "random_states": []}
     torch.save({"sgalign": saved, "state_dict": {}, "hyper_parameters": {}}, tmp_path / "other.ckpt")

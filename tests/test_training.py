@@ -113,21 +113,26 @@ def test_a_resumed_run_uses_a_new_learning_rate_and_says_so(scenes, half, tmp_pa
     same = resume(half, scenes)
     assert not printed
     lower = resume(half, scenes, learning_rate=2e-4)
-    assert printed == ["learning rate 0.0002 instead of 0.001 as in the checkpoint"]
+    assert printed == ["differs from the checkpoint: learning_rate 0.0002 instead of 0.001"]
     assert lower.optimizers[0].param_groups[0]["lr"] == pytest.approx(same.optimizers[0].param_groups[0]["lr"] / 5)
     lower.save_checkpoint(tmp_path / "lower.ckpt")
     again = resume(tmp_path / "lower.ckpt", scenes, max_epochs=3)
-    assert printed[1:] == ["learning rate 0.001 instead of 0.0002 as in the checkpoint"]
+    assert printed[1:] == ["differs from the checkpoint: learning_rate 0.001 instead of 0.0002"]
     assert again.optimizers[0].param_groups[1]["lr"] == pytest.approx(1e-3)
     schedules = [config.scheduler for config in again.lr_scheduler_configs]
     assert schedules[0].base_lrs == [1e-3, 1e-3] and schedules[1].factor == 0.1
 
 
-def test_a_resumed_run_needs_the_same_kinds_of_schedules(scenes, half):
-    with pytest.raises(
-        ValueError, match="must be the same as in the checkpoint, LinearLR, ReduceLROnPlateau, got ReduceLROnPlateau"
-    ):
-        resume(half, scenes, warmup_steps=0)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"warmup_steps": 0}, "warmup_steps must be 8, as in the checkpoint, got 0"),
+        ({"optimizer": "adam"}, "optimizer must be 'sgd', as in the checkpoint, got 'adam'"),
+    ],
+)
+def test_a_resumed_run_needs_the_same_kinds_of_optimizers_and_schedules(changed, message, scenes, half):
+    with pytest.raises(ValueError, match=message):
+        resume(half, scenes, **changed)
 
 
 def test_a_resumed_run_uses_new_options_of_the_optimizer(scenes, half, monkeypatch):
@@ -156,12 +161,11 @@ def test_a_resumed_schedule_uses_its_new_steps():
         return [optimizer], [schedule]
 
     before = made(1.0, [2, 5], step=3)
-    kept = GivenOptions(*made(1.0, [2, 5])).saved()
     now = made(2.0, [2, 7], backbone=0.5)
     given = GivenOptions(*now)
     for ours, theirs in zip(sum(now, []), sum(before, [])):
         ours.load_state_dict(theirs.state_dict())
-    assert given.put_back(*now, kept) == ["learning rate 2 instead of 1 as in the checkpoint"]
+    assert given.put_back(*now) == ["2 instead of 1"]
     (optimizer,), (schedule,) = now
     rates = []
     for _ in range(3, 8):
@@ -171,7 +175,8 @@ def test_a_resumed_schedule_uses_its_new_steps():
     assert rates == [pytest.approx([0.2, 0.05])] * 4 + [pytest.approx([0.02, 0.005])]
     # The current rate cannot be scaled if the rate before the checkpoint was 0. Then the new initial rate is used.
     given.groups[0][0]["initial_lr"] = 3.0
-    given.put_back(*now, {"rates": [[0.0, 0.5]], "schedules": ["MultiStepLR"]})
+    optimizer.param_groups[0]["initial_lr"] = 0.0
+    given.put_back(*now)
     assert optimizer.param_groups[0]["lr"] == 3.0
 
 
@@ -346,10 +351,14 @@ def test_a_checkpoint_of_another_model_or_of_other_sizes_is_refused(scenes, tmp_
     trainer_of_motifs.save_checkpoint(tmp_path / "motifs.ckpt")
     for module, message in (
         (AlignMotifsModule(**SMALL), "must belong to AlignMotifsModule, but belongs to MotifsModule"),
-        (MotifsModule(**SMALL | {"hidden_dim": 9}), "must come from a model .* has shape .* instead of "),
+        (MotifsModule(**SMALL | {"hidden_dim": 9}), "hidden_dim must be 8, as in the checkpoint, got 9"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(max_epochs=1).fit(module, datamodule=scenes, ckpt_path=tmp_path / "motifs.ckpt")
+    checkpoint = torch.load(tmp_path / "motifs.ckpt", weights_only=True)
+    del checkpoint["hyper_parameters"]["hidden_dim"]  # as in a checkpoint from before the option
+    with pytest.raises(ValueError, match="must come from a model .* has shape .* instead of "):
+        made(module, scenes).on_load_checkpoint(checkpoint)
 
 
 def test_a_checkpoint_with_other_parts_is_refused(scenes, tmp_path):

@@ -32,6 +32,13 @@ class CLI(LightningCLI):
         if path not in (None, "last", "hpc", "registry"):  # Lightning resolves these words
             # Read it before Lightning does, because Lightning's errors do not say what is wrong with the file.
             self.checkpoint = read_checkpoint(path)
+            self._check_seed(self.checkpoint["sgalign"]["run_seed"])
+
+    def _check_seed(self, saved: int) -> None:
+        """Raise InputError if a resumed run is given another seed than the checkpoint's, which it keeps."""
+        seed = self.config[self.config.subcommand].get("seed_everything")
+        if self.config.subcommand == "fit" and not isinstance(seed, bool | None) and seed != saved:
+            raise InputError(f"seed_everything must be {saved}, as in the checkpoint, got {seed}")
 
     def before_fit(self) -> None:
         """Raise InputError if the model has nothing to train, otherwise prepare it for the checkpoint."""

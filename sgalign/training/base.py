@@ -30,7 +30,7 @@ from sgalign.training.checkpoints import (
 )
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.options import Options
-from sgalign.training.resuming import GivenOptions
+from sgalign.training.resuming import GivenOptions, check_fixed, differing
 from sgalign.training.seeds import step_seed
 
 
@@ -63,7 +63,7 @@ class SavedModule(pl.LightningModule):
         self.predicate_names: list[str] = []
         self.run_seed = 0
         self.random_states: list[Tensor] = []  # generator states in the checkpoint that the run resumes from
-        self.options_before: dict[str, Any] | None = None  # result of `GivenOptions.saved` in that checkpoint
+        self.differences: list[str] = []  # options that differ from that checkpoint
         self.given: GivenOptions | None = None
         self.image_ids: Sequence[Any] = []  # ids of the images in this step
         self._report: _Report | None = None
@@ -115,9 +115,13 @@ class SavedModule(pl.LightningModule):
             )
         self._set_classes(data.object_names, data.predicate_names, str(data.name))
         if self.network is None:
-            self.make_network(predicate_counts(data.train, len(self.object_names) - 1, len(self.predicate_names) - 1))
+            self.make_network(self.counts())
             if stage == "fit" and not self.trainer.ckpt_path:
                 self.load_initial_weights()
+
+    def counts(self) -> Tensor:
+        """Return `predicate_counts` of the training split."""
+        return predicate_counts(self.data.train, len(self.object_names) - 1, len(self.predicate_names) - 1)
 
     def load_initial_weights(self) -> None:
         """Load pretrained weights into a new network, if the options name a source of weights."""
@@ -132,10 +136,14 @@ class SavedModule(pl.LightningModule):
         return [config.scheduler for config in self.trainer.lr_scheduler_configs]
 
     def on_train_start(self) -> None:
-        if self.trainer.ckpt_path and self.options_before is not None:
+        if self.trainer.ckpt_path:
             assert self.given is not None
-            for sentence in self.given.put_back(self.trainer.optimizers, self._schedules, self.options_before):
-                rank_zero_info(sentence)
+            rates = self.given.put_back(self.trainer.optimizers, self._schedules)
+            # Most changed rates are options. `learning_rate_images` and the batch size also change them.
+            told = " ".join(self.differences)
+            changed = [*self.differences, *(f"initial learning rate {rate}" for rate in rates if rate not in told)]
+            if changed:
+                rank_zero_info(f"differs from the checkpoint: {', '.join(changed)}")
         # Dropout and the detector's sampling continue from these states. Only one process saves its states, so a run
         # of several processes cannot restore them.
         if self.trainer.ckpt_path and self.processes == 1:
@@ -241,16 +249,24 @@ class SavedModule(pl.LightningModule):
             "predicate_names": self.predicate_names,
             "run_seed": self.run_seed,
             "random_states": random_states(),
-            "optimization": self.given.saved() if self.given is not None else None,
             "module": type(self).__name__,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_kind(checkpoint)
-        saved = checkpoint["sgalign"]
+        saved, options = checkpoint["sgalign"], checkpoint["hyper_parameters"]
+        resumes = self._trainer is not None and self.trainer.training
+        check_fixed(self.options, options, resumes=resumes)
+        if resumes:
+            given = {"module": type(self).__name__} | dataclasses.asdict(self.options)
+            changed = differing(given, options | {"module": saved["module"]})
+            of_data = differing(self.data.hparams, checkpoint.get("datamodule_hyper_parameters", {}))
+            changed |= {f"data.{name}": values for name, values in of_data.items()}
+            self.differences = [f"{name} {now} instead of {then}" for name, (now, then) in changed.items()]
+            for callback in self.trainer.early_stopping_callbacks:  # Lightning would restore the old patience
+                checkpoint.get("callbacks", {}).get(callback.state_key, {})["patience"] = callback.patience
         self._set_classes(saved["object_names"], saved["predicate_names"], "the checkpoint")
         self.run_seed, self.random_states = saved["run_seed"], saved["random_states"]
-        self.options_before = saved.get("optimization")
         if self.network is None:
             classes, predicates = len(self.object_names), len(self.predicate_names)
             self.make_network(torch.ones(classes, classes, predicates))  # only the shape matters here

@@ -96,6 +96,7 @@ class SceneGraphData(pl.LightningDataModule):
         instance_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(logger=False)  # checkpoints contain them
         for option, value in (("repeat_threshold", repeat_threshold), ("instance_drop", instance_drop)):
             if not 0 <= value < float("inf"):
                 raise InputError(f"{option} must be at least 0 and finite, got {value}")

@@ -46,7 +46,13 @@ class MotifsModule(PairModule):
             object_dim=0 if options.vision == "none" else options.relation_dim,
             decodes_labels=options.protocol != "predcls",
         )
-        self.relation_loss = RelationLoss(
+        self.relation_loss = self.make_relation_loss(counts)
+        self.vision = make_vision(options, len(counts))
+
+    def make_relation_loss(self, counts: Tensor) -> RelationLoss:
+        """Return the loss of the relations for a result of `predicate_counts`."""
+        options = self.options
+        return RelationLoss(
             counts.sum((0, 1)),
             weights=options.predicate_weights,
             power=options.predicate_weight_power,
@@ -54,7 +60,6 @@ class MotifsModule(PairModule):
             adjustment=options.logit_adjustment,
             adjustment_test=options.logit_adjustment_test,
         )
-        self.vision = make_vision(options, len(counts))
 
     def load_initial_weights(self) -> None:
         if self.options.word_vectors is not None:
@@ -81,6 +86,11 @@ class MotifsModule(PairModule):
         super().setup(stage)
         if isinstance(self.vision, CachedVision) and self.data.cache is not None:
             self.vision.read_from(self.data.cache.source)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.trainer.ckpt_path:  # the checkpoint has replaced the weights of predicates, which are options
+            self.relation_loss.load_state_dict(self.make_relation_loss(self.counts()).state_dict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

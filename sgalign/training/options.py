@@ -29,7 +29,16 @@ ALIGNED = ("predicates", "subjects", "objects", "boxes")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The base class of options. It checks the fields of type `Literal`; subclasses check the others."""
+    """The base class of options. It checks the fields of type `Literal`; subclasses check the others.
+
+    `fixed` names the options that a checkpoint fixes, with one of three reasons. All other options can change.
+
+    - "network": the option determines what the weights compute. No command accepts another value than the checkpoint's.
+    - "training": the state of the optimizer depends on the option. A run cannot resume with another value.
+    - "start": the option names a file that only a new run reads. A run resumes with the same name or with None.
+    """
+
+    fixed: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -47,6 +56,8 @@ class FasterRCNNOptions(Options):
         max_size: largest length of the long side of resized images, in pixels.
         head_dim: channels of the box head. The published number is 4096, and torchvision's weights have 1024.
     """
+
+    fixed: ClassVar[dict[str, str]] = {"backbone": "network", "head_dim": "network"}
 
     backbone: Literal["resnet18", "resnet50", "resnext101_32x8d"] = "resnet50"
     min_size: int = 600
@@ -67,6 +78,8 @@ class DetectorOptions(FasterRCNNOptions):
             training starts. If None, the detector starts from scratch, and batch normalization is trained too.
         learning_rate: learning rate of Adam. Use ``--optimizer`` on the command line to choose another optimizer.
     """
+
+    fixed: ClassVar[dict[str, str]] = FasterRCNNOptions.fixed | {"weights": "training"}  # None trains the norms
 
     weights: str | None = None
     learning_rate: float = 1e-4
@@ -110,6 +123,13 @@ class MotifsOptions(FasterRCNNOptions):
         logit_adjustment_test: tau of the logit adjustment at evaluation. See `adjustment_test` of `RelationLoss`.
         compile: if true, compile the relation head with `torch.compile` in `sgalign fit`, validation included.
     """
+
+    fixed: ClassVar[dict[str, str]] = (
+        FasterRCNNOptions.fixed
+        | dict.fromkeys(("vision", "embed_dim", "hidden_dim", "relation_dim"), "network")
+        | dict.fromkeys(("optimizer", "warmup_steps"), "training")
+        | dict.fromkeys(("word_vectors", "detector_weights"), "start")
+    )
 
     protocol: Literal["predcls", "sgcls", "sgdet"] = "predcls"
     vision: Literal["none", "cached", "images"] = "none"
@@ -181,6 +201,11 @@ class DetrOptions(Options):
         learning_rate_drops: steps at which the learning rate falls to a tenth of its value.
     """
 
+    fixed: ClassVar[dict[str, str]] = (
+        dict.fromkeys(("backbone", "stride", "dim", "heads", "ffn_dim", "entity_layers", "entity_queries"), "network")
+        | dict.fromkeys(("frozen", "warmup_steps"), "training")
+        | {"detector_weights": "start"}
+    )
     parts: ClassVar[tuple[str, ...]] = ("backbone", "encoder", "decoder")  # parts that can be frozen
 
     backbone: Backbone = "resnet101"
@@ -245,6 +270,9 @@ class SGTROptions(DetrOptions):
             `sgalign fit`, validation included.
     """
 
+    fixed: ClassVar[dict[str, str]] = DetrOptions.fixed | dict.fromkeys(
+        ("encoder_layers", "layers", "queries", "focal"), "network"
+    )
     parts: ClassVar[tuple[str, ...]] = (*DetrOptions.parts, "detector")
 
     protocol: Literal["sgdet", "predcls"] = "sgdet"
@@ -300,6 +328,8 @@ class AlignMotifsOptions(MotifsOptions, MirrorOptions):
         supervise_mirror: if true, add the supervised loss of the mirror's logits to the training loss.
     """
 
+    fixed: ClassVar[dict[str, str]] = MotifsOptions.fixed | {"tied_head": "network"}
+
     mask_granularity: Literal["row", "feature"] = "row"
     tied_head: bool = False
     supervise_mirror: bool = False
@@ -314,6 +344,8 @@ class AlignSGTROptions(SGTROptions, MirrorOptions):
             "objects" are the class predictions.
         tied_heads: if true, the mirror shares the supervised class heads. If false, it has its own.
     """
+
+    fixed: ClassVar[dict[str, str]] = SGTROptions.fixed | {"tied_heads": "network", "aligned": "training"}
 
     aligned: Sequence[str] = ("predicates", "subjects", "objects")
     tied_heads: bool = False

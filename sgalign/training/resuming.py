@@ -1,22 +1,51 @@
-"""The options of a resumed run. `GivenOptions` restores them after a checkpoint was loaded.
+"""The options of a resumed run, which come from the config and the command line.
 
-A checkpoint stores options together with the states of the optimizers, such as learning rates and the steps at which
-they fall. PyTorch loads both, which overwrites the options that the run was started with.
+A checkpoint stores the options of its run, and the states of the optimizers and schedules, which contain learning rates
+and the steps at which they fall. `check_fixed` refuses other values of options that cannot change. PyTorch loads the
+states, which overwrites the run's own options. `GivenOptions` restores them.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import MultiStepLR
 
 from sgalign.errors import InputError
+from sgalign.training.options import Options
 
-# Attributes of torch's schedules that a resumed run may change. The number of warm-up steps cannot change. Each warm-up
-# step multiplies the rate, so another number of steps would lead to a wrong final rate.
+# Attributes of torch's schedules that a resumed run may change.
 SCHEDULE_OPTIONS = {"base_lrs", "milestones", "gamma", "mode", "factor", "patience", "threshold", "threshold_mode"}
+
+
+def differing(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the given and the saved value of each option that differs. An option that only one has is left out."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    return {
+        name: (given[name], saved[name]) for name in given if plain(given[name]) != plain(saved.get(name, given[name]))
+    }
+
+
+def check_fixed(options: Options, saved: Mapping[str, Any], *, resumes: bool) -> None:
+    """Raise InputError if an option differs from the checkpoint and cannot change.
+
+    Args:
+        options: the given options.
+        saved: the options in the checkpoint.
+        resumes: True if training resumes. False if the weights are only evaluated.
+    """
+    for name, (given, before) in differing(dataclasses.asdict(options), saved).items():
+        kind = options.fixed.get(name)
+        if kind == "network" or (resumes and (kind == "training" or (kind == "start" and given is not None))):
+            why = ". Only a new run reads it" if kind == "start" else ""
+            raise InputError(f"{name} must be {before!r}, as in the checkpoint, got {given!r}{why}")
 
 
 class GivenOptions:
@@ -34,47 +63,38 @@ class GivenOptions:
             for schedule in schedules
         ]
 
-        self.kinds = [type(schedule).__name__ for schedule in schedules]
-
-    def saved(self) -> dict[str, Any]:
-        """Return the entries for a checkpoint: the initial learning rates and the kinds of the schedules."""
-        rates = [[float(group.get("initial_lr", group["lr"])) for group in groups] for groups in self.groups]
-        return {"rates": rates, "schedules": self.kinds}
-
-    def put_back(
-        self, optimizers: Sequence[torch.optim.Optimizer], schedules: Sequence[Any], before: dict[str, Any]
-    ) -> list[str]:
+    def put_back(self, optimizers: Sequence[torch.optim.Optimizer], schedules: Sequence[Any]) -> list[str]:
         """Restore the run's options after the optimizers and schedules have loaded the states of a checkpoint.
 
         The current learning rate is multiplied by new initial rate / old initial rate, so the run resumes at the same
-        point of the schedule.
+        point of the schedule. If the steps at which the rate falls have changed, the rate falls or rises to the value
+        that it would have had with the new steps.
 
         Args:
             optimizers: the optimizers given to `__init__`.
             schedules: the schedules given to `__init__`.
-            before: result of `saved` in the checkpoint.
 
         Returns:
-            One sentence for each learning rate that differs from the checkpoint's.
-
-        Raises:
-            ValueError: if the schedules differ in type from the schedules in the checkpoint. A schedule that is not in
-                the checkpoint has no state to load and would start from the wrong rate.
+            The changes of initial learning rates, such as "0.1 instead of 0.2".
         """
-        if before["schedules"] != self.kinds:
-            old, new = (", ".join(kinds) or "none" for kinds in (before["schedules"], self.kinds))
-            raise InputError(
-                f"the learning rate schedules must be the same as in the checkpoint, {old}, got {new}: use the same "
-                "optimizer as before, and warmup_steps only if the first run had a warm-up"
-            )
-        changed, saved = {}, self.saved()["rates"]
-        for optimizer, groups, now, then in zip(optimizers, self.groups, saved, before["rates"], strict=True):
-            for group, given, rate, old in zip(optimizer.param_groups, groups, now, then, strict=True):
+        changed: dict[str, None] = {}  # a dict keeps the order and drops repetitions
+        for optimizer, groups in zip(optimizers, self.groups, strict=True):
+            for group, given in zip(optimizer.param_groups, groups, strict=True):
+                rate, old = (one.get("initial_lr", one["lr"]) for one in (given, group))
                 states = {"params": group["params"], "lr": group["lr"]}
                 group.update(given | states)
                 if rate != old:
                     group["lr"] = group["lr"] * (rate / old) if old else rate
-                    changed[rate, old] = f"learning rate {rate:g} instead of {old:g} as in the checkpoint"
+                    changed[f"{rate:g} instead of {old:g}"] = None
         for schedule, given in zip(schedules, self.schedules, strict=True):
+            before = _fallen(schedule) if isinstance(schedule, MultiStepLR) else 1
             vars(schedule).update(given)
-        return list(changed.values())
+            if isinstance(schedule, MultiStepLR):
+                for group in schedule.optimizer.param_groups:
+                    group["lr"] *= _fallen(schedule) / before
+        return list(changed)
+
+
+def _fallen(schedule: MultiStepLR) -> float:
+    """Return the factor by which the learning rate has fallen at the steps so far."""
+    return schedule.gamma ** sum(count for step, count in schedule.milestones.items() if step <= schedule.last_epoch)

@@ -1,0 +1,244 @@
+"""Tests of the options of a resumed run. The given options are used, refused or named."""
+
+import dataclasses
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from trainers import CONFIGS, SMALL_DETR, SMALL_MOTIFS, trainer, trainer_without_sanity_check
+
+from sgalign.commands import main as cli
+from sgalign.training import (
+    AlignMotifsModule,
+    AlignSGTRModule,
+    DetectorModule,
+    EntityDetectorModule,
+    MaskedMotifsModule,
+    MotifsModule,
+    SceneGraphData,
+    SGTRModule,
+    base,
+)
+from sgalign.training.resuming import check_fixed, differing
+
+OPTIONS = [
+    module.options_type
+    for module in (
+        MotifsModule,
+        AlignMotifsModule,
+        DetectorModule,
+        EntityDetectorModule,
+        SGTRModule,
+        AlignSGTRModule,
+    )
+]
+# Every option belongs to one of these. Changed options of a network give wrong results with the same weights.
+NETWORK = """backbone head_dim vision embed_dim hidden_dim relation_dim tied_head stride dim heads ffn_dim entity_layers
+    entity_queries encoder_layers layers queries focal tied_heads"""
+TRAINING = "optimizer warmup_steps frozen aligned weights"
+START = "word_vectors detector_weights"
+CHANGEABLE = """protocol min_size max_size detections_per_image relations_per_image learning_rate learning_rate_images
+    predicate_weights predicate_weight_power effective_number_beta logit_adjustment logit_adjustment_test compile
+    mask_ratio alignment_weight reduction direction mask_granularity supervise_mirror dropout entity_loss_weights
+    short_sides long_side flip backbone_learning_rate learning_rate_drops distinct_matching pairs"""
+KINDS = {
+    name: kind
+    for kind, names in {"network": NETWORK, "training": TRAINING, "start": START, None: CHANGEABLE}.items()
+    for name in names.split()
+}
+FIELDS = [(kind, field.name) for kind in OPTIONS for field in dataclasses.fields(kind)]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return some_scenes()
+
+
+def some_scenes(**options):
+    """Return the data module with 3 batches of 16 images."""
+    data = SceneGraphData(**options)
+    data.train, data.validation = data.train[:48], data.validation[:8]
+    return data
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """The lines that `fit` prints about a checkpoint."""
+    lines = []
+    monkeypatch.setattr(base, "rank_zero_info", lines.append)
+    return lines
+
+
+def run(module, data, ckpt_path=None, epochs=1, **options):
+    """Train a module for some epochs and return the trainer."""
+    result = trainer_without_sanity_check(max_epochs=epochs, **options)
+    result.fit(module, data, ckpt_path=ckpt_path)
+    return result
+
+
+def rates_of(run):
+    return [group["lr"] for group in run.optimizers[0].param_groups]
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS, ids=lambda value: getattr(value, "__name__", value))
+def test_every_option_is_fixed_for_a_reason_or_changes(kind, name):
+    options, why = kind(), KINDS[name]
+    given = dataclasses.asdict(options)
+    assert differing(given, given | {name: "another"}) == {name: (given[name], "another")}
+    for resumes in (False, True):
+        refused = why == "network" or (resumes and why == "training")
+        if refused:
+            with pytest.raises(ValueError, match=f"{name} must be 'another', as in the checkpoint, got "):
+                check_fixed(options, given | {name: "another"}, resumes=resumes)
+        else:
+            check_fixed(options, given | {name: "another"}, resumes=resumes)
+
+
+@pytest.mark.parametrize("name", START.split())
+def test_a_file_that_only_a_new_run_reads_can_be_left_out_but_not_changed(name):
+    options = MotifsModule(**{name: "new"}).options
+    check_fixed(options, {name: "old"}, resumes=False)
+    with pytest.raises(
+        ValueError, match=f"{name} must be 'old', as in the checkpoint, got 'new'. Only a new run reads"
+    ):
+        check_fixed(options, {name: "old"}, resumes=True)
+
+
+def test_tuples_and_lists_are_equal_and_options_that_a_checkpoint_lacks_do_not_differ():
+    assert differing({"frozen": (), "pairs": 3}, {"frozen": []}) == {}
+
+
+SGD = {"optimizer": "sgd", "warmup_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "plateau", "factor"),
+    [({}, False, 1), (SGD, False, 0.1 + 0.9 * 3 / 4), (SGD, True, (0.1 + 0.9 * 3 / 4) / 10)],
+    ids=["adam", "in the warm-up", "after a drop in the warm-up"],
+)
+def test_a_new_learning_rate_of_motifs_is_used_from_the_first_step(options, plateau, factor, data, tmp_path, printed):
+    """The warm-up of 4 steps is in its fourth step when the run resumes."""
+    first = run(MotifsModule(**SMALL_MOTIFS, **options), data)
+    if plateau:
+        for value in (1.0, 0.0, 0.0, 0.0):
+            first.lr_scheduler_configs[1].scheduler.step(value)
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer, *unused):
+            rates.append(rates_of(trainer))
+
+    run(
+        MotifsModule(**SMALL_MOTIFS, **options, learning_rate=1e-5),
+        data,
+        tmp_path / "first.ckpt",
+        epochs=2,
+        callbacks=[Rates()],
+    )
+    assert rates[0] == pytest.approx([1e-5 * factor] * len(rates[0]))
+    assert printed == ["differs from the checkpoint: learning_rate 1e-05 instead of 0.001"]
+
+
+@pytest.mark.parametrize("drops", [[], [1], [9]], ids=str)
+def test_new_learning_rates_and_drops_of_detr_are_used_from_the_first_step(drops, tmp_path, printed):
+    """The first run ends after its drop. The resumed run uses the rates that it would have without a checkpoint."""
+    scenes = some_scenes(images=True, batch_size=2)
+    limits = {"limit_train_batches": 3, "limit_val_batches": 0}
+    options = SMALL_DETR | {"warmup_steps": 4, "learning_rate": 1e-3, "backbone_learning_rate": 1e-3}
+    first = run(EntityDetectorModule(**options, learning_rate_drops=[2]), scenes, **limits)
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    changed = options | {"learning_rate": 1e-5, "backbone_learning_rate": 1e-6, "learning_rate_drops": drops}
+    resumed = run(EntityDetectorModule(**changed), scenes, tmp_path / "first.ckpt", epochs=2, **limits)
+    factor = 0.1 if drops == [1] else 1
+    assert rates_of(resumed) == pytest.approx([1e-5 * factor, 1e-6 * factor])
+    rates = "learning_rate 1e-05 instead of 0.001, backbone_learning_rate 1e-06 instead of 0.001"
+    assert printed == [f"differs from the checkpoint: {rates}, learning_rate_drops {drops} instead of [2]"]
+
+
+def test_a_checkpoint_without_the_options_of_the_data_resumes_with_the_given_learning_rate(data, tmp_path, printed):
+    run(MotifsModule(**SMALL_MOTIFS), data).save_checkpoint(tmp_path / "new.ckpt")
+    checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    del checkpoint["datamodule_hyper_parameters"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    resumed = run(MotifsModule(**SMALL_MOTIFS, learning_rate=1e-5), data, tmp_path / "old.ckpt", epochs=2)
+    assert rates_of(resumed) == [1e-5]
+    assert printed == ["differs from the checkpoint: learning_rate 1e-05 instead of 0.001"]
+
+
+def test_changed_options_of_the_data_and_the_module_are_named(data, tmp_path, printed):
+    """With `learning_rate_images`, the batch size changes the learning rate."""
+    options = SMALL_MOTIFS | {"learning_rate_images": 16}
+    run(MaskedMotifsModule(**options), data).save_checkpoint(tmp_path / "first.ckpt")
+    changed = some_scenes(batch_size=8, seed=5, repeat_threshold=0.1)
+    resumed = run(MotifsModule(**options), changed, tmp_path / "first.ckpt", epochs=2)
+    assert rates_of(resumed) == [5e-4]
+    assert printed == [
+        "differs from the checkpoint: module MotifsModule instead of MaskedMotifsModule, data.batch_size 8 instead of "
+        "16, data.seed 5 instead of 0, data.repeat_threshold 0.1 instead of 0.0, initial learning rate 0.0005 instead "
+        "of 0.001"
+    ]
+
+
+def test_given_weights_of_predicates_replace_those_of_the_checkpoint(data, tmp_path):
+    run(MotifsModule(**SMALL_MOTIFS), data).save_checkpoint(tmp_path / "first.ckpt")
+    for options in (
+        {"predicate_weights": "inverse_frequency", "predicate_weight_power": 0.3},
+        {"predicate_weights": "effective_number", "effective_number_beta": 0.9},
+    ):
+        new, resumed = (MotifsModule(**SMALL_MOTIFS, **options) for _ in range(2))
+        run(new, data)
+        resumed.on_load_checkpoint(torch.load(tmp_path / "first.ckpt", weights_only=True))  # as the command line does
+        run(resumed, data, tmp_path / "first.ckpt", epochs=2)
+        assert torch.equal(resumed.relation_loss.weight, new.relation_loss.weight)
+        assert torch.equal(resumed.relation_loss.log_prior, new.relation_loss.log_prior)
+        assert new.relation_loss.weight.std() > 0.1
+
+
+def test_early_stopping_has_the_given_patience_and_the_state_of_the_checkpoint(data, tmp_path):
+    def stopping(patience):
+        return EarlyStopping("val/R@50", mode="max", min_delta=1.0, patience=patience)
+
+    first = run(MotifsModule(**SMALL_MOTIFS), data, epochs=3, callbacks=[stopping(9)])
+    assert first.current_epoch == 3
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    again = run(MotifsModule(**SMALL_MOTIFS), data, tmp_path / "first.ckpt", epochs=9, callbacks=[stopping(4)])
+    assert again.current_epoch == 5 and again.early_stopping_callback.patience == 4
+
+
+def test_options_of_the_trainer_are_used(data, tmp_path):
+    run(MotifsModule(**SMALL_MOTIFS, optimizer="sgd"), data).save_checkpoint(tmp_path / "first.ckpt")
+    changed = {"precision": "bf16-mixed", "accumulate_grad_batches": 3, "gradient_clip_val": 1e-9}
+    module = MotifsModule(**SMALL_MOTIFS, optimizer="sgd")
+    norms = []
+    module.on_train_batch_end = lambda *unused: norms.append(max(p.grad.norm() for p in module.parameters()))
+    resumed = run(module, data, tmp_path / "first.ckpt", epochs=2, **changed)
+    assert resumed.global_step == 3 + 1 and resumed.precision == "bf16-mixed"
+    assert 0 < norms[-1] < 1.01e-9 < norms[0]  # clipped before the optimizer's step
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_mirror_keeps_its_own_head_or_shares_the_head(tied, data, tmp_path):
+    """The weights would load, but the mirror's head would replace the supervised one."""
+    run(AlignMotifsModule(**SMALL_MOTIFS, tied_head=tied), data).save_checkpoint(tmp_path / "first.ckpt")
+    module = AlignMotifsModule(**SMALL_MOTIFS, tied_head=not tied)
+    with pytest.raises(ValueError, match=f"tied_head must be {tied}, as in the checkpoint, got {not tied}"):
+        trainer().test(module, data, ckpt_path=tmp_path / "first.ckpt", verbose=False)
+
+
+def test_the_command_line_uses_a_given_learning_rate_and_refuses_another_seed(tmp_path, monkeypatch, capsys, printed):
+    monkeypatch.chdir(tmp_path)
+    found = []
+    monkeypatch.setattr(pl.LightningModule, "on_train_end", lambda module: found.extend(rates_of(module.trainer)))
+    config = ["fit", "--config", str(CONFIGS / "motifs_small.yaml"), "--trainer.limit_val_batches=1"]
+    config += ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--data.batch_size=4"]
+    checkpoint = ["--ckpt_path", str(tmp_path / "first.ckpt")]
+    assert cli.main([*config, "--trainer.max_steps=1"]) == 0
+    (tmp_path / "checkpoints" / "last.ckpt").rename(tmp_path / "first.ckpt")
+    for form in ("--model.learning_rate", "--model.init_args.learning_rate"):
+        assert cli.main([*config, "--trainer.max_steps=2", *checkpoint, form, "1e-5"]) == 0
+    assert found == [1e-3, 1e-5, 1e-5]
+    assert printed == ["differs from the checkpoint: learning_rate 1e-05 instead of 0.001"] * 2
+    assert cli.main([*config, *checkpoint, "--seed_everything", "3"]) == 1
+    assert "seed_everything must be 0, as in the checkpoint, got 3" in capsys.readouterr().err
