@@ -166,18 +166,27 @@ class SceneGraphData(pl.LightningDataModule):
             what = "image without objects"
         findings.add("left out", what, count=len(graphs) - len(kept))
         findings.say()
-        self._chosen = kept
+        self._chosen = self._check_cached(kept, "train")
         return kept
 
     @cached_property
     def validation(self) -> list[SceneGraph]:
         """The validation split."""
-        return self._read("validation")
+        return self._check_cached(self._read("validation"), "validation")
 
     @cached_property
     def test(self) -> list[SceneGraph]:
         """The test split."""
-        return self._read("test")
+        return self._check_cached(self._read("test"), "test")
+
+    def _check_cached(self, graphs: list[SceneGraph], split: Split) -> list[SceneGraph]:
+        """Return the graphs. Raise InputError if there are cached features, but not of all of them."""
+        if self.cache is not None and (missing := [g.image_id for g in graphs if g.image_id not in self.cache]):
+            raise InputError(
+                f"{self.cache.folder}: must have features of all {len(graphs)} images of the {split} split, but lacks "
+                f"{len(missing)} of them, such as {missing[0]!r}: run sgalign cache-features again to add them"
+            )
+        return graphs
 
     def require_relations(self, split: Split) -> None:
         """Raise InputError unless the split has relations, without which there is no recall to compute."""
@@ -220,13 +229,7 @@ class SceneGraphData(pl.LightningDataModule):
         for kind in ("object_names", "predicate_names"):
             if getattr(dataset, kind) != getattr(self, kind):
                 raise InputError(f"{self.name}: {kind} must be the same in all splits, but {split} has different ones")
-        graphs: list[SceneGraph] = list(dataset)
-        if self.cache is not None and (missing := [g.image_id for g in graphs if g.image_id not in self.cache]):
-            raise InputError(
-                f"{self.cache.folder}: must have features of all {len(graphs)} images of the {split} split, but lacks "
-                f"{len(missing)} of them, such as {missing[0]!r}: run sgalign cache-features again to add them"
-            )
-        return graphs
+        return list(dataset)
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
         """Return batches of the training split, in an order that depends only on the seed and the epoch.
