@@ -900,7 +900,7 @@ def test_found_shares_count_objects_and_the_relations_between_them():
     found = DetectedEntities(*(torch.zeros(1),) * 4, logits, boxes[None, None] * torch.tensor([1, 1, 1.1, 1.1]))
     module, logged = SGTRModule(**SMALL), {}
     module.log = lambda name, value, **options: logged.update({name: float(value)})
-    module._trainer = type("Trainer", (), {"testing": False})()
+    module._trainer = type("Trainer", (), {"testing": False, "world_size": 1})()
     module.log_found(found, batch)
     assert logged["val/found"] == pytest.approx(half / len(labels))
     both = (graph.relations[:, :2] < half).all(1).float().mean().item()
