@@ -221,6 +221,20 @@ def test_every_convention_for_images_without_relations_is_read(tmp_path, first, 
     assert len(VG150Dataset(root, "test", keep="everything")) == 1
 
 
+def test_images_that_share_rows_are_refused(tmp_path):
+    root = small_vg150(tmp_path, img_to_first_box=np.array([0, 1, 4]))
+    with pytest.raises(ValueError, match=r"must not share rows with another image, got \[1, 3\] in row 1"):
+        VG150Dataset(root, "train")
+    dataset = VG150Dataset(root, "train", validation_images=0, bad_rows="skip")
+    assert found(dataset, "refused") == {"image with rows of another image in img_to_*_box": 1} and len(dataset) == 1
+
+
+def test_relations_of_an_image_without_objects_are_refused(tmp_path):
+    ranges = {"img_to_first_box": np.array([0, 2, -1]), "img_to_last_box": np.array([1, 3, -1])}
+    with pytest.raises(ValueError, match="must refer to boxes of the relation's image, got"):
+        VG150Dataset(small_vg150(tmp_path, **ranges), "test")
+
+
 def test_a_file_without_relations_may_have_an_empty_array(tmp_path):
     none = np.array([-1, -1, -1])
     empty = {"relationships": np.zeros(0), "predicates": np.zeros(0)}

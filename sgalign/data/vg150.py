@@ -136,13 +136,13 @@ class VG150Dataset(Dataset[SceneGraph]):
     def _choose(self, validation_images: int | None, validation_choice: ValidationChoice) -> np.ndarray:
         """Return the images of the split, in the order of the file."""
         arrays = self._arrays
-        has = {what: arrays.first[what] >= 0 for what in arrays.first}
+        related = arrays.first["rel"] >= 0
+        occupied = related | (arrays.first["box"] >= 0)
         of_split = ~self._refused & (arrays.split == SPLITS.index(self.split))
-        used = ~self._refused & has["box"] & has["rel"]
         if (arrays.split == 1).any():
             check_has_no_validation(self.path, validation_images, validation_choice)
         elif self.split != "test":
-            training = np.flatnonzero(used & (arrays.split == 0))
+            training = np.flatnonzero(~self._refused & related & (arrays.split == 0))
             names = [self._entries[image].name for image in training.tolist()]
             marks = np.array(held_out(names, validation_images, 5000, validation_choice, self.path), dtype=bool)
             of_split = ~self._refused & (arrays.split == 0)
@@ -151,12 +151,12 @@ class VG150Dataset(Dataset[SceneGraph]):
             of_split[training[marks]] = self.split == "validation"
         if self._keep == "everything":
             return np.flatnonzero(of_split)
-        self.findings.add("left out", "image without objects", count=int((of_split & ~has["box"]).sum()))
+        self.findings.add("left out", "image without objects", count=int((of_split & ~occupied).sum()))
         if self._keep == "objects":
-            return np.flatnonzero(of_split & has["box"])
-        without = of_split & has["box"] & ~has["rel"]
+            return np.flatnonzero(of_split & occupied)
+        without = of_split & occupied & ~related
         self.findings.add("left out", "image without relations", count=int(without.sum()))
-        return np.flatnonzero(of_split & used)
+        return np.flatnonzero(of_split & related)
 
     def _read_rows(self, images: np.ndarray) -> None:
         """Compute the boxes in pixels, and mark the boxes and relations that are kept."""

@@ -105,7 +105,20 @@ class Arrays(NamedTuple):
             ends = np.stack([first, last], axis=1)
             self._refuse(findings, f"image with impossible rows in img_to_*_{what}", must, np.flatnonzero(wrong), ends)
             refused = refused | wrong
+            shared = self._shares_rows(what, ~refused)
+            must = f"arrays img_to_first_{what} and img_to_last_{what}: must not share rows with another image"
+            self._refuse(findings, f"image with rows of another image in img_to_*_{what}", must, np.flatnonzero(shared), ends)
+            refused = refused | shared
         return refused
+
+    def _shares_rows(self, what: str, images: np.ndarray) -> np.ndarray:
+        """Return True for each of these images whose first row lies within the rows of another image, bool `[I]`."""
+        first = np.where(images, self.first[what], -1)
+        order = np.argsort(first, kind="stable")
+        order = order[first[order] >= 0]
+        shared = np.zeros_like(images)
+        shared[order[1:]] = first[order[1:]] <= np.maximum.accumulate(self.last[what][order])[:-1]
+        return shared
 
     def _refuse(self, findings: Findings, what: str, must: str, rows: np.ndarray, values: np.ndarray) -> None:
         examples = []
