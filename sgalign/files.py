@@ -101,7 +101,7 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
 
 
 def whole_number(value: Any) -> int | None:
-    """Return a whole number that is written as an integer, a float or text, such as 7, 7.0 or "7". Otherwise, None."""
+    """Return the whole number that a value such as 7, 7.0 or "7" stands for, or None if it stands for none."""
     if isinstance(value, str) and value.strip().isdecimal():
         return int(value)
     if isinstance(value, float) and value.is_integer():

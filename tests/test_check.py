@@ -18,7 +18,7 @@ from sgalign.data.coco import write_coco as write_scenes  # noqa: E402
 
 
 def findings(report, part):
-    return {(f["outcome"], f["what"]): f["count"] for f in report["parts"][part]["findings"]}
+    return {(f["outcome"], f["kind"]): f["count"] for f in report["parts"][part]["findings"]}
 
 
 def report_of(*arguments, tmp_path, code):
@@ -44,7 +44,7 @@ def test_a_sound_data_set_passes(scenes, tmp_path, capsys, caplog):
         "without relations": 0,
         "objects": sum(len(graph.labels) for graph in test),
         "relations": sum(len(graph.relations) for graph in test),
-        "pictures": 6,
+        "image files": 6,
     }
     counts = report["classes"]["predicate"]["test"]
     assert sum(counts.values()) == report["parts"]["test"]["counts"]["relations"] and len(counts) == 20
@@ -70,8 +70,8 @@ def test_all_faults_are_printed_at_once(scenes, tmp_path, capsys):
     found = findings(report, "test")
     assert found["refused", "object with a malformed annotation"] == 1
     assert found["refused", "relation to a missing object"] == 4
-    assert found["refused", "picture that cannot be read"] == 1
-    assert found["found", "picture of other proportions than annotated"] == 1
+    assert found["refused", "image file that cannot be read"] == 1
+    assert found["found", "image file of other proportions than annotated"] == 1
     assert found["found", "image without a file"] == 1
     assert report["parts"]["test"]["counts"]["without relations"] == 1
     assert report["shared"]["train and test"] == [content["images"][3]["file_name"]]
@@ -109,7 +109,7 @@ def test_splits_without_relations_or_images_are_named(tmp_path, capsys):
     write_coco(tmp_path / "data", relations={})
     report_of(tmp_path / "data", tmp_path=tmp_path, code=0)
     out = capsys.readouterr().out
-    assert "no image has a relation" in out and "there are no images" in out
+    assert "1 split without relations" in out and "1 split without images" in out
 
 
 def test_predictions_are_checked(tmp_path):
@@ -126,7 +126,7 @@ def test_predictions_are_checked(tmp_path):
     path.write_text(json.dumps(content))
     report = report_of(root, "--predictions", path, tmp_path=tmp_path, code=1)
     assert findings(report, "predictions") == {
-        ("refused", "image that is not in the test split"): 1,
+        ("refused", "image outside the test split"): 1,
         ("found", "image with relations but without a prediction"): 1,
         ("refused", "image with a malformed prediction"): 2,
     }
@@ -144,4 +144,5 @@ def test_a_turned_photograph_is_no_fault(tmp_path):
     images = [{"id": 1, "file_name": "a.jpg", "width": 120, "height": 160}]
     root = write_coco(tmp_path / "data", images=images, annotations=[BOX, BOX])
     Image.new("RGB", (160, 120)).save(root / "a.jpg", exif=exif)
-    assert ("found", "picture of other proportions than annotated") not in findings(check.check(str(root)), "test")
+    report = check.check(str(root))
+    assert report["parts"]["test"]["counts"]["image files"] == 1 and not report["parts"]["test"]["findings"]

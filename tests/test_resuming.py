@@ -138,10 +138,10 @@ def test_a_new_learning_rate_of_motifs_is_used_from_the_first_step(options, plat
         callbacks=[Rates()],
     )
     assert rates[0] == pytest.approx([1e-5 * factor] * len(rates[0]))
-    assert printed == ["differs from the checkpoint: learning_rate 1e-05 instead of 0.001"]
+    assert printed == ["these options differ from the checkpoint: learning_rate 1e-05 instead of 0.001"]
 
 
-@pytest.mark.parametrize("drops", [[], [1], [9]], ids=str)
+@pytest.mark.parametrize("drops", [[], [1]], ids=str)
 def test_new_learning_rates_and_drops_of_detr_are_used_from_the_first_step(drops, tmp_path, printed):
     """The first run ends after its drop. The resumed run uses the rates that it would have without a checkpoint."""
     scenes = some_scenes(images=True, batch_size=2)
@@ -154,7 +154,7 @@ def test_new_learning_rates_and_drops_of_detr_are_used_from_the_first_step(drops
     factor = 0.1 if drops == [1] else 1
     assert rates_of(resumed) == pytest.approx([1e-5 * factor, 1e-6 * factor])
     rates = "learning_rate 1e-05 instead of 0.001, backbone_learning_rate 1e-06 instead of 0.001"
-    assert printed == [f"differs from the checkpoint: {rates}, learning_rate_drops {drops} instead of [2]"]
+    assert printed == [f"these options differ from the checkpoint: {rates}, learning_rate_drops {drops} instead of [2]"]
 
 
 def test_a_checkpoint_without_the_options_of_the_data_resumes_with_the_given_learning_rate(data, tmp_path, printed):
@@ -164,7 +164,7 @@ def test_a_checkpoint_without_the_options_of_the_data_resumes_with_the_given_lea
     torch.save(checkpoint, tmp_path / "old.ckpt")
     resumed = run(MotifsModule(**SMALL_MOTIFS, learning_rate=1e-5), data, tmp_path / "old.ckpt", epochs=2)
     assert rates_of(resumed) == [1e-5]
-    assert printed == ["differs from the checkpoint: learning_rate 1e-05 instead of 0.001"]
+    assert printed == ["these options differ from the checkpoint: learning_rate 1e-05 instead of 0.001"]
 
 
 def test_changed_options_of_the_data_and_the_module_are_named(data, tmp_path, printed):
@@ -175,9 +175,9 @@ def test_changed_options_of_the_data_and_the_module_are_named(data, tmp_path, pr
     resumed = run(MotifsModule(**options), changed, tmp_path / "first.ckpt", epochs=2)
     assert rates_of(resumed) == [5e-4]
     assert printed == [
-        "differs from the checkpoint: module MotifsModule instead of MaskedMotifsModule, data.batch_size 8 instead of "
-        "16, data.seed 5 instead of 0, data.repeat_threshold 0.1 instead of 0.0, initial learning rate 0.0005 instead "
-        "of 0.001"
+        "these options differ from the checkpoint: module MotifsModule instead of MaskedMotifsModule, data.batch_size "
+        "8 instead of 16, data.seed 5 instead of 0, data.repeat_threshold 0.1 instead of 0.0, initial learning rate "
+        "0.0005 instead of 0.001"
     ]
 
 
@@ -207,17 +207,6 @@ def test_early_stopping_has_the_given_patience_and_the_state_of_the_checkpoint(d
     assert again.current_epoch == 5 and again.early_stopping_callback.patience == 4
 
 
-def test_options_of_the_trainer_are_used(data, tmp_path):
-    run(MotifsModule(**SMALL_MOTIFS, optimizer="sgd"), data).save_checkpoint(tmp_path / "first.ckpt")
-    changed = {"precision": "bf16-mixed", "accumulate_grad_batches": 3, "gradient_clip_val": 1e-9}
-    module = MotifsModule(**SMALL_MOTIFS, optimizer="sgd")
-    norms = []
-    module.on_train_batch_end = lambda *unused: norms.append(max(p.grad.norm() for p in module.parameters()))
-    resumed = run(module, data, tmp_path / "first.ckpt", epochs=2, **changed)
-    assert resumed.global_step == 3 + 1 and resumed.precision == "bf16-mixed"
-    assert 0 < norms[-1] < 1.01e-9 < norms[0]  # clipped before the optimizer's step
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_mirror_keeps_its_own_head_or_shares_the_head(tied, data, tmp_path):
     """The weights would load, but the mirror's head would replace the supervised one."""
@@ -239,6 +228,6 @@ def test_the_command_line_uses_a_given_learning_rate_and_refuses_another_seed(tm
     for form in ("--model.learning_rate", "--model.init_args.learning_rate"):
         assert cli.main([*config, "--trainer.max_steps=2", *checkpoint, form, "1e-5"]) == 0
     assert found == [1e-3, 1e-5, 1e-5]
-    assert printed == ["differs from the checkpoint: learning_rate 1e-05 instead of 0.001"] * 2
+    assert printed == ["these options differ from the checkpoint: learning_rate 1e-05 instead of 0.001"] * 2
     assert cli.main([*config, *checkpoint, "--seed_everything", "3"]) == 1
     assert "seed_everything must be 0, as in the checkpoint, got 3" in capsys.readouterr().err

@@ -113,11 +113,11 @@ def test_a_resumed_run_uses_a_new_learning_rate_and_says_so(scenes, half, tmp_pa
     same = resume(half, scenes)
     assert not printed
     lower = resume(half, scenes, learning_rate=2e-4)
-    assert printed == ["differs from the checkpoint: learning_rate 0.0002 instead of 0.001"]
+    assert printed == ["these options differ from the checkpoint: learning_rate 0.0002 instead of 0.001"]
     assert lower.optimizers[0].param_groups[0]["lr"] == pytest.approx(same.optimizers[0].param_groups[0]["lr"] / 5)
     lower.save_checkpoint(tmp_path / "lower.ckpt")
     again = resume(tmp_path / "lower.ckpt", scenes, max_epochs=3)
-    assert printed[1:] == ["differs from the checkpoint: learning_rate 0.001 instead of 0.0002"]
+    assert printed[1:] == ["these options differ from the checkpoint: learning_rate 0.001 instead of 0.0002"]
     assert again.optimizers[0].param_groups[1]["lr"] == pytest.approx(1e-3)
     schedules = [config.scheduler for config in again.lr_scheduler_configs]
     assert schedules[0].base_lrs == [1e-3, 1e-3] and schedules[1].factor == 0.1

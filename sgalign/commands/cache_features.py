@@ -13,6 +13,7 @@ from torch import Tensor
 from sgalign.commands.reading_options import add_reading_options, reading_options
 from sgalign.data import Objects, SceneGraph
 from sgalign.data.features import FIELDS, FeatureCache, image_key
+from sgalign.data.findings import counted, warn
 from sgalign.data.images import Size, describe_stretched, read_images
 from sgalign.errors import InputError
 from sgalign.files import hdf5_written_whole
@@ -78,7 +79,7 @@ def cache_features(
                     group[field] = tensor.half().numpy() if half and field != "boxes" else tensor.numpy()
         print(f"{path}: {min(start + IMAGES_A_FILE, len(missing))} of {len(missing)} images", flush=True)
     if stretched:
-        print(f"{len(stretched)} images were stretched. For example, {describe_stretched(stretched)}")
+        warn(f"{counted(len(stretched), 'stretched image')}. For example, {describe_stretched(stretched)}")
 
 
 def _see(

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
 from sgalign.data import SceneGraph, open_dataset
 from sgalign.data.box_checks import PredictedBoxes
-from sgalign.data.findings import Findings, counted
+from sgalign.data.findings import Findings, Outcome, counted
 from sgalign.data.images import same_proportions
 from sgalign.data.open import splits_of
 from sgalign.data.predictions import Predictions
@@ -66,10 +66,10 @@ def check(folder: str, predictions: Path | None = None) -> dict[str, Any]:
     names: dict[str, list[str]] = {}
     parts: dict[str, Any] = {}
     for split in splits_of(folder):
-        findings = Findings(split)
         try:
             dataset = open_dataset(folder, split, bad_rows="skip")
         except (InputError, OSError) as error:
+            findings = Findings(split)
             findings.refuse("split that cannot be read", str(error))
             parts[split] = {"counts": {}, "findings": _listed(findings), "causes": []}
             continue
@@ -78,7 +78,7 @@ def check(folder: str, predictions: Path | None = None) -> dict[str, Any]:
             if names.setdefault(kind, getattr(dataset, kind)) != getattr(dataset, kind):
                 findings.refuse(f"split with other {kind.replace('_', ' ')}", f"{folder}, {split}")
         counts = _count(graphs[split], findings)
-        counts["pictures"] = _check_pictures(graphs[split], findings, split)
+        counts["image files"] = _check_files(graphs[split], findings, split)
         if split == "train":
             _count_apart(graphs[split], findings)
         parts[split] = {"counts": counts, "findings": _listed(findings), "causes": findings.causes}
@@ -89,7 +89,7 @@ def check(folder: str, predictions: Path | None = None) -> dict[str, Any]:
         for other in list(graphs)[place + 1 :]
     }
     if predictions is not None:
-        parts["predictions"] = _check_predictions(predictions, graphs.get("test", []), names)
+        parts["predictions"] = _check_predictions(predictions, graphs.get("test"), names)
     outcomes = [finding["outcome"] for part in parts.values() for finding in part["findings"]]
     report["refused"] = "refused" in outcomes
     return report
@@ -98,8 +98,8 @@ def check(folder: str, predictions: Path | None = None) -> dict[str, Any]:
 def _count(graphs: Sequence[SceneGraph], findings: Findings) -> dict[str, int]:
     unrelated = [graph.image_id for graph in graphs if not len(graph.relations)]
     if len(unrelated) == len(graphs):
-        lacks = "no image has a relation" if graphs else "there are no images"
-        findings.causes.append(f"{lacks}, so relations can be neither trained nor evaluated on this split")
+        kind = "split without relations" if graphs else "split without images"
+        findings.add("found", kind, "no relation model can be trained or evaluated on it")
     return {
         "images": len(graphs),
         "without relations": len(unrelated),
@@ -113,34 +113,33 @@ def _count_apart(graphs: Iterable[SceneGraph], findings: Findings) -> None:
     for graph in graphs:
         without_apart(graph, apart)
     for finding in apart:
-        findings.add("found", f"{finding.what}, which Motifs with SGDet leaves out", count=finding.count)
+        findings.add("found", f"{finding.kind}, which Motifs with SGDet leaves out", count=finding.count)
 
 
-def _check_pictures(graphs: Sequence[SceneGraph], findings: Findings, split: str) -> int:
-    """Read all pictures of a split, record those that do not fit, and return their number."""
-    pictures = [graph for graph in graphs if graph.image is not None]
-    if pictures and len(pictures) < len(graphs) and not any("without a file" in finding.what for finding in findings):
+def _check_files(graphs: Sequence[SceneGraph], findings: Findings, split: str) -> int:
+    """Read all image files of a split, record those that do not fit, and return their number."""
+    present = [graph for graph in graphs if graph.image is not None]
+    if 0 < len(present) < len(graphs) and not any("without a file" in finding.kind for finding in findings):
         missing = [graph.image_id for graph in graphs if graph.image is None]
         findings.add("found", "image without a file", missing, len(missing))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding Python's lock
-        progress = tqdm(
-            pool.map(_check_picture, pictures), f"{split}: pictures", len(pictures), leave=False, disable=not pictures
-        )
+        checked = pool.map(_check_file, present)
+        progress = tqdm(checked, f"{split}: image files", len(present), leave=False, disable=not present)
         for outcome, what, example in (found for found in progress if found is not None):
             findings.add(outcome, what, example)
-    return len(pictures)
+    return len(present)
 
 
-def _check_picture(graph: SceneGraph) -> Any:
-    """Return the finding about one picture, or None if it fits its annotation."""
+def _check_file(graph: SceneGraph) -> Any:
+    """Return the finding about one image file, or None if it fits its annotation."""
     assert graph.image is not None
     try:
         size = graph.image().size
     except InputError as error:
-        return "refused", "picture that cannot be read", str(error)
+        return "refused", "image file that cannot be read", str(error)
     annotated = f"{graph.image_id}: {size[0]} x {size[1]} pixels, annotated as {graph.width} x {graph.height}"
     if not same_proportions(size, (graph.width, graph.height)):
-        return "found", "picture of other proportions than annotated", annotated
+        return "found", "image file of other proportions than annotated", annotated
     return None
 
 
@@ -158,15 +157,20 @@ def _class_counts(graphs: Mapping[Split, Sequence[SceneGraph]], names: Mapping[s
     return counts
 
 
-def _check_predictions(path: Path, graphs: Sequence[SceneGraph], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Return a part of the report about predictions of the test split."""
+def _check_predictions(
+    path: Path, graphs: Sequence[SceneGraph] | None, names: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Return a part of the report about predictions of the test split. `graphs` is None if it cannot be read."""
     findings, boxes = Findings(str(path)), PredictedBoxes()
-    predicates = len(names.get("predicate_names", [""])) - 1
+    if graphs is None:
+        findings.refuse("file of predictions", "it cannot be checked, because there is no test split that can be read")
+        return {"counts": {}, "findings": _listed(findings), "causes": []}
+    predicates = len(names["predicate_names"]) - 1
     predictions = Predictions(path, predicates)
     known = {graph.image_id: graph for graph in graphs}
     for image_id in sorted(predictions.image_ids - known.keys()):
-        expected = f"expected one such as {min(known)!r}" if known else "the test split has no images"
-        findings.refuse("image that is not in the test split", f"{path}: image {image_id!r} is unknown, {expected}")
+        expected = f", expected one such as {min(known)!r}" if known else ""
+        findings.refuse("image outside the test split", f"{path}: image {image_id!r} is unknown{expected}")
     missing = [name for name, graph in known.items() if name not in predictions.image_ids and len(graph.relations)]
     findings.add("found", "image with relations but without a prediction", missing, len(missing))
     for image_id in tqdm(sorted(predictions.image_ids & known.keys()), "predictions", leave=False):
@@ -193,7 +197,7 @@ def _listed(findings: Findings) -> list[dict[str, Any]]:
 def text(report: Mapping[str, Any]) -> str:
     """Return a report as text."""
     lines = [report["folder"]]
-    rows = ("images", "without relations", "objects", "relations", "pictures")
+    rows = ("images", "without relations", "objects", "relations", "image files")
     parts = {name: part for name, part in report["parts"].items() if name != "predictions"}
     lines.append(f"{'':20}" + "".join(f"{name:>12}" for name in parts))
     for row in rows:
@@ -212,13 +216,10 @@ def text(report: Mapping[str, Any]) -> str:
 def _faults(name: str, part: Mapping[str, Any]) -> Iterator[str]:
     if part["findings"] or part["causes"]:
         yield f"\n{name}"
-    yield from (f"  likely cause: {cause}" if "must be" in cause else f"  {cause}" for cause in part["causes"])
-    for finding in sorted(part["findings"], key=lambda finding: ORDER.index(finding["outcome"])):
-        yield f"  {finding['outcome']}: {counted(finding['count'], finding['what'])}"
+    yield from (f"  likely cause: {cause}" for cause in part["causes"])
+    for finding in sorted(part["findings"], key=lambda finding: get_args(Outcome).index(finding["outcome"])):
+        yield f"  {finding['outcome']}: {counted(finding['count'], finding['kind'])}"
         yield from (f"      {example}" for example in finding["examples"])
-
-
-ORDER = ("refused", "left out", "clipped", "found")
 
 
 def _classes(kind: str, by_split: Mapping[str, Mapping[str, int]]) -> Iterator[str]:

@@ -15,10 +15,10 @@ from torch import Tensor
 from sgalign.commands.reading_options import add_reading_options, reading_options
 from sgalign.data import SceneGraph, count_predicates, open_dataset
 from sgalign.data.box_checks import PredictedBoxes
-from sgalign.data.findings import say
+from sgalign.data.findings import warn
 from sgalign.data.open import NO_TRAINING, splits_of
 from sgalign.data.predictions import Predictions
-from sgalign.data.scene_graph import check_range
+from sgalign.data.scene_graph import check_has_relations, check_range
 from sgalign.data.splits import SPLITS
 from sgalign.data.triplets import read_zero_shot_triplets
 from sgalign.errors import InputError
@@ -96,10 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     dataset = open_dataset(options.annotations, options.split, **reading_options(options))
     predictions = Predictions(options.predictions, len(dataset.predicate_names) - 1)
     graphs = list(dataset)
-    if not any(len(graph.relations) for graph in graphs):
-        raise InputError(
-            f"{options.annotations}: the {options.split} split must have relations, got none in {len(graphs)} images"
-        )
+    check_has_relations(graphs, f"{options.annotations}: the {options.split} split")
     if unknown := predictions.image_ids - {graph.image_id for graph in graphs}:
         raise InputError(
             f"{options.predictions}: image ids must be in the {options.split} split of {options.annotations}, "
@@ -117,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
             boxes.add(graph, prediction["boxes"])
     figures = {name: value.item() for name, value in metric.compute().items()}
     for cause in boxes.causes():
-        say(f"{options.predictions}: {cause}")
+        warn(f"{options.predictions}: {cause}")
     if missing:
         counted = "they are skipped" if options.skip_missing else "their recall is 0"
         print(f"sgalign: {missing} images with relations have no prediction: {counted}", file=sys.stderr)
@@ -149,8 +146,8 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
         return OpenImagesEvaluator(predicates, predicates_per_pair=options.predicates_per_pair)
     before = SPLITS[: SPLITS.index(options.split)]
     others = [split for split in splits_of(options.annotations) if split in before]
-    if len(others) < len(before):
-        say(f"{options.annotations}: {NO_TRAINING}")
+    if len(others) < len(before) and options.zero_shot is None:
+        warn(f"{options.annotations}: {NO_TRAINING}")
     parts = [open_dataset(options.annotations, other, **reading_options(options)) for other in others]
     seen: list[SceneGraph] = sum(map(list, parts), [])
     for kind in ("object_names", "predicate_names"):
@@ -171,7 +168,9 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
         task = options.protocol.removeprefix("vrd-")
         return VRDEvaluator(task, predicates, predicates_per_pair=options.predicates_per_pair, zero_shot=zero_shot)
     # `seen` may include the validation split. The groups use the training split only, as in training.
-    training = seen[: len(parts[0])] if "train" in others else None if before else graphs
+    training: Sequence[SceneGraph] | None = graphs
+    if options.split != "train":
+        training = seen[: len(parts[0])] if parts else None
     counts = None if training is None else count_predicates(training, predicates)[1:]
     return SceneGraphEvaluator(
         options.protocol,

@@ -37,7 +37,8 @@ class CLI(LightningCLI):
     def _check_seed(self, saved: int) -> None:
         """Raise InputError if a resumed run is given another seed than the checkpoint's, which it keeps."""
         seed = self.config[self.config.subcommand].get("seed_everything")
-        if self.config.subcommand == "fit" and not isinstance(seed, bool | None) and seed != saved:
+        given = not isinstance(seed, bool | None)  # True asks for a random seed, and a resumed run keeps its own
+        if self.config.subcommand == "fit" and given and seed != saved:
             raise InputError(f"seed_everything must be {saved}, as in the checkpoint, got {seed}")
 
     def before_fit(self) -> None:

@@ -1,4 +1,4 @@
-"""The options of all commands that read a data set."""
+"""The options for reading a data set, which several commands share."""
 
 from __future__ import annotations
 

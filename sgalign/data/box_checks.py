@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sgalign.data.findings import Findings, Outcome
 from sgalign.data.scene_graph import SceneGraph
 
 TOLERANCE = 1.0  # pixels, because some data sets count a box's last pixel and others do not
@@ -18,57 +16,38 @@ SHRUNK = 0.7  # median reach of predicted boxes; a detector that works finds som
 NEARLY_ALL = 0.95  # share of boxes that must fit another order of the numbers before it is named as the cause
 
 
-def check_boxes(
-    findings: Findings,
-    boxes: np.ndarray,
-    sizes: np.ndarray,
-    describe: Callable[[int], str],
-    *,
-    outcome: Outcome = "found",
-    numbers: np.ndarray | None = None,
-    order: str = "",
-) -> None:
-    """Record boxes that reach beyond their images, and the likely cause if there are many.
+def are_beyond(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return a mask of the boxes that reach more than one pixel beyond their images, bool `[T]`.
 
     Args:
-        findings: the record.
         boxes: x1, y1, x2, y2, `[T, 4]`.
         sizes: width and height of each box's image in the same unit, `[T, 2]`.
-        describe: returns a sentence about the box in a row.
-        outcome: "clipped" if the reader clips these boxes.
-        numbers: the four numbers of each box as the file has them, `[T, 4]`. If None, their order is not questioned.
-        order: meaning of the four numbers, such as "x, y, width, height".
     """
-    if not len(boxes):
-        return
-    beyond = ((boxes[:, :2] < -TOLERANCE) | (boxes[:, 2:] > sizes + TOLERANCE)).any(1)
-    rows = np.flatnonzero(beyond)
-    findings.add(outcome, "box beyond the image", [describe(int(row)) for row in rows[:3]], len(rows))
-    if numbers is None:
-        return
+    outside = (boxes[:, :2] < -TOLERANCE) | (boxes[:, 2:] > sizes + TOLERANCE)
+    return np.any(outside, axis=1)
+
+
+def likely_causes(beyond: np.ndarray, sizes: np.ndarray, numbers: np.ndarray, order: str) -> list[str]:
+    """Return a sentence for each likely mistake in the unit or the order of boxes.
+
+    Args:
+        beyond: result of `are_beyond`, bool `[T]`.
+        sizes: width and height of each box's image, in the unit that the numbers must have, `[T, 2]`.
+        numbers: the four numbers of each box as the file has them, `[T, 4]`.
+        order: meaning that the four numbers must have, such as "x, y, width, height".
+    """
+    if not len(beyond):
+        return []
+    causes = []
     if numbers.min() >= 0 and numbers.max() <= 1 and sizes.min() > 1:
-        findings.causes.append(f"all numbers of all boxes are between 0 and 1, but must be {order} in pixels")
+        causes.append(f"all numbers of all boxes are between 0 and 1, but must be {order} in pixels")
     corners = (numbers[:, 2:] > numbers[:, :2]) & (numbers[:, 2:] <= sizes + TOLERANCE)
     if beyond.mean() > MANY and corners.all(1).mean() > NEARLY_ALL:
-        findings.causes.append(
-            f"{len(rows):,} of {len(boxes):,} boxes reach beyond their images, but would fit if their numbers were "
+        causes.append(
+            f"{beyond.sum():,} of {len(beyond):,} boxes reach beyond their images, but would fit if their numbers were "
             f"x1, y1, x2, y2. They must be {order}"
         )
-
-
-def check_graphs(findings: Findings, graphs: Sequence[SceneGraph]) -> None:
-    """Record boxes of scene graphs that reach beyond their images."""
-    counts = [len(graph.labels) for graph in graphs]
-    if sum(counts):
-        boxes = np.concatenate([graph.boxes.numpy() for graph in graphs])
-        sizes = np.repeat([(graph.width, graph.height) for graph in graphs], counts, axis=0)
-        owner = np.repeat(np.arange(len(graphs)), counts)
-
-        def describe(row: int) -> str:
-            graph = graphs[owner[row]]
-            return f"image {graph.image_id!r} of {graph.width} x {graph.height} pixels: box {boxes[row].tolist()}"
-
-        check_boxes(findings, boxes, sizes, describe)
+    return causes
 
 
 class PredictedBoxes:

@@ -34,7 +34,7 @@ class Classes(NamedTuple):
         """
         number = self.numbers.get(id_text(class_id) or "")
         if number is None:
-            ids = list(self.numbers)
+            ids = [known for known, number in self.numbers.items() if number]
             some = f"{ids[0]} to {ids[-1]}" if len(ids) > 3 else ", ".join(ids)
             raise InputError(f"{where} must be the id of a class ({some}), got {class_id!r}")
         if number == 0:
@@ -52,7 +52,7 @@ def read_classes(where: str, entries: Iterable[tuple[Any, Any]]) -> Classes:
 
     Raises:
         ValueError: if there is no class, a name is not text or is empty, an id or a name occurs twice, or a class other
-            than the first one is called like the background.
+            than the first one has a name of the background.
     """
     named = [_entry(where, class_id, name) for class_id, name in entries]
     if all(class_id.lstrip("-").isdigit() for class_id, _ in named):

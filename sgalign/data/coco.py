@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sgalign.data.box_checks import check_boxes
+from sgalign.data.box_checks import are_beyond, likely_causes
 from sgalign.data.class_names import id_text, read_classes
-from sgalign.data.findings import BadRows, Findings
-from sgalign.data.images import load_image, save_image
+from sgalign.data.findings import EXAMPLES, BadRows, Findings
+from sgalign.data.images import Size, load_image, parse_size, save_image
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.data.splits import Split, ValidationChoice, check_has_no_validation, check_split, held_out
 from sgalign.errors import InputError
-from sgalign.files import read_json, whole_number, write_json
+from sgalign.files import read_json, write_json
 
 FILES: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
 LARGEST = 1e9  # largest coordinate in pixels, far beyond any image
@@ -32,7 +32,7 @@ class _Image:
     """An image of a COCO file."""
 
     name: str
-    size: tuple[int, int]
+    size: Size
     boxes: list[list[float]] = field(default_factory=list)  # x, y, width, height
     labels: list[int] = field(default_factory=list)
     places: list[int | None] = field(default_factory=list)  # object index of each annotation, None if it is left out
@@ -105,7 +105,7 @@ class CocoDataset(Dataset[SceneGraph]):
             marks = held_out(names, validation_images, 5000, validation_choice, self._path)
             self._images = [i for i, mark in zip(self._images, marks, strict=True) if mark == (split == "validation")]
         self._check_boxes()
-        self.findings.settle(bad_rows)
+        self.findings.raise_or_log(bad_rows)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -115,7 +115,7 @@ class CocoDataset(Dataset[SceneGraph]):
         boxes = torch.tensor(image.boxes, dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         paths = self.root / image.name, self.root / "images" / image.name
-        path = next((path for path in paths if path.is_file()), None)
+        path = next((path for path in paths if path.is_file()), None)  # the name may contain folders
         return SceneGraph(
             image.name,
             *image.size,
@@ -145,13 +145,9 @@ class CocoDataset(Dataset[SceneGraph]):
         if not isinstance(row, dict) or not row.keys() >= set(_IMAGE_FIELDS):
             lacks = [name for name in _IMAGE_FIELDS if not isinstance(row, dict) or name not in row]
             raise InputError(f"{where}: must have {', '.join(_IMAGE_FIELDS)}, but lacks {', '.join(lacks)}: {row!r}")
-        name, size = row["file_name"], (whole_number(row["width"]), whole_number(row["height"]))
+        name, size = row["file_name"], parse_size(where, row)
         if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"{where}: file_name must be a path in the data set's folder, got {name!r}")
-        width, height = size
-        if width is None or height is None or width < 1 or height < 1:
-            got = f"{row['width']!r} and {row['height']!r}"
-            raise InputError(f"{where}: width and height must be whole numbers of at least 1, got {got}")
         if id_text(row["id"]) is None:
             raise InputError(f"{where}: id must be an integer or text, got {row['id']!r}")
         if id_text(row["id"]) in images:
@@ -159,7 +155,7 @@ class CocoDataset(Dataset[SceneGraph]):
         if name in self._names:
             raise InputError(f"{where}: file_name must be unique, but {name!r} occurs twice")
         self._names.add(name)
-        return _Image(name, (width, height))
+        return _Image(name, size)
 
     def _read_annotations(self, rows: list[Any], images: Mapping[str, _Image | None]) -> None:
         for number, row in enumerate(rows):
@@ -180,7 +176,7 @@ class CocoDataset(Dataset[SceneGraph]):
                 image.boxes.append(box)
                 image.labels.append(label)
                 if row.get("iscrowd"):
-                    self.findings.add("found", "crowd annotation, read as one object", where)
+                    self.findings.add("found", "annotation of a crowd, read as one object", where)
             if image is not None:
                 image.places.append(place)
 
@@ -244,12 +240,13 @@ class CocoDataset(Dataset[SceneGraph]):
         owner = np.repeat(np.arange(len(counts)), counts)
         sizes = np.array([image.size for image in self._images], dtype=np.float64).reshape(-1, 2)[owner]
 
-        def describe(row: int) -> str:
-            image = self._images[owner[row]]
-            return f"image {image.name!r} of {image.size[0]} x {image.size[1]} pixels: bbox {numbers[row].tolist()}"
-
-        corners = np.concatenate([numbers[:, :2], numbers[:, :2] + numbers[:, 2:]], axis=1)
-        check_boxes(self.findings, corners, sizes, describe, numbers=numbers, order="x, y, width, height")
+        beyond = are_beyond(np.concatenate([numbers[:, :2], numbers[:, :2] + numbers[:, 2:]], axis=1), sizes)
+        examples = [
+            f"image {self._images[owner[row]].name!r} of {sizes[row].tolist()} pixels: bbox {numbers[row].tolist()}"
+            for row in np.flatnonzero(beyond)[:EXAMPLES]
+        ]
+        self.findings.add("found", "box beyond the image", examples, int(beyond.sum()))
+        self.findings.causes += likely_causes(beyond, sizes, numbers, "x, y, width, height")
 
 
 def _read_object(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.errors import InputError
+from sgalign.files import whole_number
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,6 +56,19 @@ def is_image(path: Path) -> bool:
         return False
 
 
+def parse_size(where: str, row: Mapping[str, Any]) -> Size:
+    """Return the width and height of an image from its entry in a JSON file.
+
+    Raises:
+        ValueError: if `width` or `height` is not a whole number of at least 1.
+    """
+    width, height = (whole_number(row.get(side)) for side in ("width", "height"))
+    if width is None or height is None or width < 1 or height < 1:
+        got = f"{row.get('width')!r} and {row.get('height')!r}"
+        raise InputError(f"{where}: width and height must be whole numbers of at least 1, got {got}")
+    return width, height
+
+
 def image_size(path: Path) -> Size:
     """Return the width and height of an image file, before any EXIF rotation.
 
@@ -91,8 +105,8 @@ def load_image(path: Path, size: Size | None = None) -> Image.Image:
     Args:
         path: the file.
         size: width and height that the annotations of the image give. A photograph is rotated as its EXIF orientation
-            says if it fits this size better after the rotation. A photograph that has the same proportions either way
-            is not rotated. If None, there are no annotations, and the photograph is always rotated.
+            says if only the rotated size equals `size`, or if neither does and only the rotated one has the proportions
+            of `size`. If None, there are no annotations, and the photograph is always rotated.
 
     Raises:
         ValueError: if the file is not an image or is cut short. The error names the file.
@@ -113,7 +127,7 @@ def load_image(path: Path, size: Size | None = None) -> Image.Image:
 
 
 def read_pixels(graph: SceneGraph) -> Tensor:
-    """Return the graph's image as in `read_images`."""
+    """Return the graph's image, float32 `[3, height, width]` with values from 0 to 1. See `read_images`."""
     return read_images([graph])[0][0]
 
 

@@ -1,4 +1,4 @@
-"""A function that opens a data set folder of any supported layout."""
+"""Functions that open a data set folder of any supported layout and list its splits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sgalign.data.splits import SPLITS, Split, ValidationChoice
 from sgalign.data.vg150 import Keep, VG150Dataset
 from sgalign.data.vrd import VRDDataset
 
-NO_TRAINING = "there is no training split, so zero-shot recall and groups by frequency are left out"
+NO_TRAINING = "there is no training split to find zero-shot triplets and groups by frequency"
 
 
 def open_dataset(
@@ -42,18 +42,10 @@ def open_dataset(
             split.
     """
     kind = _layout(Path(root))
+    options: dict[str, Any] = {"validation_images": validation_images, "validation_choice": validation_choice}
     if kind is VG150Dataset:
-        return VG150Dataset(
-            root,
-            split,
-            validation_images=validation_images,
-            validation_choice=validation_choice,
-            bad_rows=bad_rows,
-            keep=keep,
-        )
-    return kind(
-        root, split, validation_images=validation_images, validation_choice=validation_choice, bad_rows=bad_rows
-    )
+        options["keep"] = keep
+    return kind(root, split, bad_rows=bad_rows, **options)
 
 
 def splits_of(root: str | Path) -> list[Split]:

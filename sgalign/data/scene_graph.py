@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +69,22 @@ def count_predicates(graphs: Iterable[SceneGraph], num_predicates: int) -> Tenso
     return counts
 
 
+def has_relations(graphs: Iterable[SceneGraph]) -> bool:
+    """Return True if any of the scene graphs has a relation."""
+    return any(len(graph.relations) for graph in graphs)
+
+
+def check_has_relations(graphs: Sequence[SceneGraph], where: str) -> None:
+    """Raise InputError unless a split has relations, without which there is no recall to compute."""
+    if not has_relations(graphs):
+        raise InputError(f"{where} must have relations, got none in its {len(graphs)} images")
+
+
 def without_apart(graph: SceneGraph, findings: Findings) -> SceneGraph:
     """Return the graph without relations between boxes that do not overlap, and record them.
 
-    Boxes that touch count as overlapping, as in Scene-Graph-Benchmark, because a box includes its last pixel.
+    Boxes less than one pixel apart count as overlapping, as in Scene-Graph-Benchmark, because a box includes its last
+    pixel.
     """
     subject, object_ = graph.boxes[graph.relations[:, 0]], graph.boxes[graph.relations[:, 1]]
     common = torch.minimum(subject[:, 2:], object_[:, 2:]) - torch.maximum(subject[:, :2], object_[:, :2]) + 1

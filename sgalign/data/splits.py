@@ -23,7 +23,7 @@ def check_split(split: str) -> None:
 def held_out(
     names: Sequence[str], wanted: int | None, default: int, choice: ValidationChoice, path: Path
 ) -> list[bool]:
-    """Return True for each training image that is held out for validation.
+    """Return a list with True for each training image that is held out for validation.
 
     Args:
         names: names of the training images.

@@ -12,24 +12,23 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from sgalign.data.box_checks import check_boxes
+from sgalign.data.box_checks import are_beyond, likely_causes
 from sgalign.data.class_names import id_text
-from sgalign.data.findings import BadRows, Findings
-from sgalign.data.images import image_suffixes, load_image, save_image
-from sgalign.data.pictures import Pictures
+from sgalign.data.findings import EXAMPLES, BadRows, Findings
+from sgalign.data.image_files import ImageFiles
+from sgalign.data.images import Size, image_suffixes, load_image, parse_size, save_image
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.data.splits import SPLITS, Split, ValidationChoice, check_has_no_validation, check_split, held_out
 from sgalign.data.triplets import zero_shot_triplets
 from sgalign.data.vg150_arrays import REMEDY, only, read_arrays, read_names
 from sgalign.errors import InputError
-from sgalign.files import hdf5_written_whole, read_json, whole_number, write_json
+from sgalign.files import hdf5_written_whole, read_json, write_json
 
 CORRUPTED = {1592, 1722, 4616, 4617}  # ids in image_data.json that the official HDF5 file lacks
 IMAGE_FOLDERS = ("VG_100K", "VG_100K_2", "images")
 
 Keep = Literal["related", "objects", "everything"]
 KEEP = get_args(Keep)
-NOUNS = {"box": "object", "rel": "relation"}
 
 
 class _Entry(NamedTuple):
@@ -37,7 +36,7 @@ class _Entry(NamedTuple):
 
     name: str  # id of the image in this package
     file_name: str
-    size: tuple[int, int]
+    size: Size
 
 
 class VG150Dataset(Dataset[SceneGraph]):
@@ -104,11 +103,12 @@ class VG150Dataset(Dataset[SceneGraph]):
         self._arrays = read_arrays(self.path)
         self._refused = self._arrays.refused_images(self.findings)
         self._entries = self._read_entries(len(self._arrays.split))
-        self._pictures = Pictures(self.root / folder for folder in IMAGE_FOLDERS)
+        self._files = ImageFiles(self.root / folder for folder in IMAGE_FOLDERS)
         images = self._choose(validation_images, validation_choice)
         self._read_rows(images)
+        self._count_unread_rows()
         self._images = self._used(images)
-        self.findings.settle(bad_rows)
+        self.findings.raise_or_log(bad_rows)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -123,7 +123,7 @@ class VG150Dataset(Dataset[SceneGraph]):
         relations, _ = self._arrays.rows("rel", np.array([image]))
         relations = relations[self._relation_kept[relations]]
         pairs = place[self._arrays.pairs[relations] - first].reshape(-1, 2)
-        path = self._pictures.find(file_name)
+        path = self._files.find(file_name)
         return SceneGraph(
             name,
             *size,
@@ -170,45 +170,37 @@ class VG150Dataset(Dataset[SceneGraph]):
         rows, owners = rows[~refused], owners[~refused]
         sizes = np.array([entry.size for entry in self._entries], dtype=np.float64).reshape(-1, 2)[owners]
         unit = sizes.max(1, keepdims=True) / arrays.long_side
-        self._check_boxes(rows, owners, corners[rows], sizes / unit, clips)
-        boxes = corners[rows] * unit
-        kept = np.full(len(rows), True)
+        boxes, kept = corners[rows] * unit, np.full(len(rows), True)
+        beyond = are_beyond(boxes, sizes)
         if clips:
             boxes = boxes.clip(0, np.tile(sizes - 1, 2))
             kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
             findings.add("left out", "object outside the image", count=int((~kept).sum()))
+        changed = np.flatnonzero(beyond & kept)
+        examples = [
+            f"image {self._entries[owners[row]].name!r}: box {arrays.numbers[rows[row]].tolist()} in row {rows[row]}"
+            for row in changed[:EXAMPLES]
+        ]
+        findings.add("clipped" if clips else "found", "box beyond the image", examples, len(changed))
+        order = "center x, center y, width, height"
+        findings.causes += likely_causes(beyond, sizes / unit, arrays.numbers[rows], order)
         self._boxes[rows], self._box_kept[rows] = boxes, kept
 
         rows, owners = arrays.rows("rel", images)
         refused = arrays.refused_relations(len(self.predicate_names) - 1, rows, owners, findings)
         rows = rows[~refused]
         kept = self._box_kept[arrays.pairs[rows]].all(1)
-        findings.add("left out", "relation of an object that is left out", count=int((~kept).sum()))
+        findings.add("left out", "relation with a left-out object", count=int((~kept).sum()))
         self._relation_kept[rows] = kept
 
-    def _check_boxes(
-        self, rows: np.ndarray, owners: np.ndarray, corners: np.ndarray, sizes: np.ndarray, clips: bool
-    ) -> None:
-        def describe(row: int) -> str:
-            box = self._arrays.numbers[rows[row]].tolist()
-            return f"image {self._entries[owners[row]].name!r}: box {box} in row {rows[row]}"
-
-        check_boxes(
-            self.findings,
-            corners,
-            sizes,
-            describe,
-            outcome="clipped" if clips else "found",
-            numbers=self._arrays.numbers[rows],
-            order="center x, center y, width, height",
-        )
+    def _count_unread_rows(self) -> None:
+        """Record the rows of the file that belong to no image, or to one that is refused."""
+        for what, noun, rows in (("box", "object", self._boxes), ("rel", "relation", self._arrays.pairs)):
+            read, _ = self._arrays.rows(what, np.flatnonzero(~self._refused))
+            self.findings.add("left out", f"{noun} of no image or of a refused one", count=len(rows) - len(read))
 
     def _used(self, images: np.ndarray) -> np.ndarray:
-        """Return the images that the rules keep, and record rows of the file that belong to no image."""
-        for what, kept in (("box", self._box_kept), ("rel", self._relation_kept)):
-            rows, _ = self._arrays.rows(what, np.flatnonzero(~self._refused))
-            outside = len(kept) - len(np.unique(rows))
-            self.findings.add("left out", f"{NOUNS[what]} outside all images", count=outside)
+        """Return the images that `keep` selects, after objects and relations were left out."""
         if self._keep != "related" or self.split != "train":
             return images
         rows, owners = self._arrays.rows("rel", images)
@@ -244,20 +236,17 @@ class VG150Dataset(Dataset[SceneGraph]):
 def _parse_entry(where: str, row: Any) -> _Entry:
     if not isinstance(row, dict):
         raise InputError(f"{where}: must be a JSON object, got {row!r}")
-    width, height = (whole_number(row.get(side)) for side in ("width", "height"))
-    if width is None or height is None or width < 1 or height < 1:
-        got = f"{row.get('width')!r} and {row.get('height')!r}"
-        raise InputError(f"{where}: width and height must be whole numbers of at least 1, got {got}")
+    size = parse_size(where, row)
     image_id, file_name = row.get("image_id"), row.get("file_name")
     if file_name is not None and not (isinstance(file_name, str) and Path(file_name).name):
         raise InputError(f"{where}: file_name must be the name of a file, got {file_name!r}")
     if image_id is None and file_name is None:
-        raise InputError(f"{where}: must have image_id or file_name, got only {', '.join(map(str, row))}")
+        raise InputError(f"{where}: must have image_id or file_name, but has only {', '.join(map(str, row))}")
     name = Path(str(file_name)).name if image_id is None else id_text(image_id)
     if not name:
         raise InputError(f"{where}: image_id must be an integer or text, got {image_id!r}")
     name = name if Path(name).suffix.lower() in image_suffixes() else f"{name}.jpg"
-    return _Entry(name, name if file_name is None else Path(file_name).name, (width, height))
+    return _Entry(name, name if file_name is None else Path(file_name).name, size)
 
 
 LONG_SIDE = 1024

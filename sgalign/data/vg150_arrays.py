@@ -1,4 +1,4 @@
-"""The arrays and the class names in the files of VG150's layout, read by value and checked."""
+"""The arrays and the class names in the files of VG150's layout, with the checks of their values."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Arrays(NamedTuple):
         return np.arange(counts.sum()) + starts, np.repeat(images, counts)
 
     def refused_boxes(self, classes: int, rows: np.ndarray, findings: Findings) -> np.ndarray:
-        """Return True for each of these rows of boxes that must be refused, and record it.
+        """Return a mask of these rows of boxes that must be refused, and record them.
 
         Args:
             classes: number of object classes without the background.
@@ -74,7 +74,7 @@ class Arrays(NamedTuple):
         return unknown | empty
 
     def refused_relations(self, classes: int, rows: np.ndarray, images: np.ndarray, findings: Findings) -> np.ndarray:
-        """Return True for each of these rows of relations that must be refused, and record it.
+        """Return a mask of these rows of relations that must be refused, and record them.
 
         Args:
             classes: number of predicates without the background.
@@ -93,7 +93,7 @@ class Arrays(NamedTuple):
         return unknown | astray
 
     def refused_images(self, findings: Findings) -> np.ndarray:
-        """Return True for each image whose split or rows must be refused, and record it."""
+        """Return a mask of the images whose split or rows must be refused, bool `[I]`, and record them."""
         refused = _outside(self.split, 0, 2)
         must = "array split: must be from 0 to 2"
         self._refuse(findings, "image with an unknown split", must, np.flatnonzero(refused), self.split)
@@ -107,12 +107,14 @@ class Arrays(NamedTuple):
             refused = refused | wrong
             shared = self._shares_rows(what, ~refused)
             must = f"arrays img_to_first_{what} and img_to_last_{what}: must not share rows with another image"
-            self._refuse(findings, f"image with rows of another image in img_to_*_{what}", must, np.flatnonzero(shared), ends)
+            self._refuse(
+                findings, f"image with rows of another image in img_to_*_{what}", must, np.flatnonzero(shared), ends
+            )
             refused = refused | shared
         return refused
 
     def _shares_rows(self, what: str, images: np.ndarray) -> np.ndarray:
-        """Return True for each of these images whose first row lies within the rows of another image, bool `[I]`."""
+        """Return a mask of these images whose first row lies within the rows of another image, bool `[I]`."""
         first = np.where(images, self.first[what], -1)
         order = np.argsort(first, kind="stable")
         order = order[first[order] >= 0]
@@ -120,12 +122,12 @@ class Arrays(NamedTuple):
         shared[order[1:]] = first[order[1:]] <= np.maximum.accumulate(self.last[what][order])[:-1]
         return shared
 
-    def _refuse(self, findings: Findings, what: str, must: str, rows: np.ndarray, values: np.ndarray) -> None:
+    def _refuse(self, findings: Findings, kind: str, must: str, rows: np.ndarray, values: np.ndarray) -> None:
         examples = []
         for row in rows[:EXAMPLES].tolist():
             got = str(values[row].tolist()).replace(str(NO_NUMBER), "no whole number")
             examples.append(f"{self.path}, {must}, got {got} in row {row}; {REMEDY}")
-        findings.add("refused", what, examples, len(rows))
+        findings.add("refused", kind, examples, len(rows))
 
 
 def _outside(values: np.ndarray, low: Any, high: Any) -> np.ndarray:
@@ -197,6 +199,8 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
 
 def _whole(array: np.ndarray) -> np.ndarray:
     """Return the numbers as int64. A number that is not whole or is too large becomes `NO_NUMBER`."""
+    if array.dtype.kind == "f":
+        array = array.astype(np.float64)  # narrower types cannot hold the limits below
     with np.errstate(invalid="ignore"):  # the remainder of infinity
         valid = (array > NO_NUMBER) & (array < -NO_NUMBER) & (array % 1 == 0)
     return np.where(valid, np.where(valid, array, 0).astype(np.int64), NO_NUMBER)

@@ -7,15 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sgalign.data.box_checks import check_graphs
+from sgalign.data.box_checks import are_beyond
 from sgalign.data.class_names import Classes, read_classes
 from sgalign.data.findings import BadRows, Findings
+from sgalign.data.image_files import ImageFiles
 from sgalign.data.images import image_size, image_sizes, load_image, save_image
-from sgalign.data.pictures import Pictures
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.data.splits import Split, ValidationChoice, check_split, held_out
 from sgalign.errors import InputError
@@ -36,8 +37,8 @@ class VRDDataset(Dataset[SceneGraph]):
     image comes from its file. If there is no file, the size is the smallest one that contains the image's boxes.
 
     Args:
-        root: folder with annotations_train.json, annotations_test.json, objects.json and predicates.json. Pictures are
-            optional, in images/, sg_train_images/ or sg_test_images/.
+        root: folder with annotations_train.json, annotations_test.json, objects.json and predicates.json. Image files
+            are optional, in images/, sg_train_images/ or sg_test_images/.
         split: "train", "validation" or "test". "validation" is held out from annotations_train.json, and "train" is
             the rest of that file.
         validation_images: number of images to hold out. If None, 600, but at most a fifth of the training images.
@@ -67,7 +68,7 @@ class VRDDataset(Dataset[SceneGraph]):
         self.root = Path(root)
         self._objects, self._predicates = (self._read_names(name) for name in ("objects", "predicates"))
         self.object_names, self.predicate_names = self._objects.names, self._predicates.names
-        self._pictures = Pictures(self.root / folder for folder in IMAGE_FOLDERS)
+        self._files = ImageFiles(self.root / folder for folder in IMAGE_FOLDERS)
         path = self.root / f"annotations_{'test' if split == 'test' else 'train'}.json"
         annotations = read_json(path, REMEDY)
         if not isinstance(annotations, dict):
@@ -82,8 +83,12 @@ class VRDDataset(Dataset[SceneGraph]):
         self._images = [graph for name, rows in annotations.items() if (graph := self._read(path, name, rows))]
         without = [graph.image_id for graph in self._images if graph.image is None]
         self.findings.add("found", "image without a file, sized by its boxes", without, len(without))
-        check_graphs(self.findings, self._images)
-        self.findings.settle(bad_rows)
+        beyond = [
+            graph for graph in self._images if are_beyond(graph.boxes.numpy(), np.array(graph.truth["size"])).any()
+        ]
+        names = [graph.image_id for graph in beyond]
+        self.findings.add("found", "image with boxes beyond it", names, len(names))
+        self.findings.raise_or_log(bad_rows)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -100,18 +105,19 @@ class VRDDataset(Dataset[SceneGraph]):
         boxes, labels, relations = self._parse(path, name, rows)
         # Coordinates are pixel indices from 0, so the smallest possible size is the largest index plus 1.
         width, height = (boxes[:, 2:].amax(0).int() + 1).tolist() if len(boxes) else (1, 1)
-        picture = self._pictures.find(name)
-        if picture is None:
+        file = self._files.find(name)
+        if file is None:
             return SceneGraph(name, width, height, boxes, labels, relations)
         try:
-            size = image_size(picture)
-            if not _contains(size, width, height) and _contains(turned := image_sizes(picture)[1], width, height):
+            size = image_size(file)
+            # Boxes that fit only after the rotation were drawn on the upright photograph.
+            if not _contains(size, width, height) and _contains(turned := image_sizes(file)[1], width, height):
                 size = turned
         except InputError as error:
             self.findings.refuse("image that cannot be read", str(error))
             return None
         width, height = size
-        return SceneGraph(name, width, height, boxes, labels, relations, partial(load_image, picture, size))
+        return SceneGraph(name, width, height, boxes, labels, relations, partial(load_image, file, size))
 
     def _parse(self, path: Path, name: str, rows: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the boxes, labels and relations of one image, with the objects in order of first mention."""

@@ -63,7 +63,7 @@ class SavedModule(pl.LightningModule):
         self.predicate_names: list[str] = []
         self.run_seed = 0
         self.random_states: list[Tensor] = []  # generator states in the checkpoint that the run resumes from
-        self.differences: list[str] = []  # options that differ from that checkpoint
+        self.differences: dict[str, tuple[Any, Any]] = {}  # options that differ from that checkpoint, and both values
         self.given: GivenOptions | None = None
         self.image_ids: Sequence[Any] = []  # ids of the images in this step
         self._report: _Report | None = None
@@ -87,8 +87,8 @@ class SavedModule(pl.LightningModule):
         return False
 
     @property
-    def needs_overlap(self) -> bool:
-        """True if training leaves out relations between boxes that do not overlap, unless the data's options say no."""
+    def overlapping_only(self) -> bool:
+        """True if training leaves out relations between boxes that do not overlap. The data's option overrides it."""
         return False
 
     @property
@@ -107,7 +107,7 @@ class SavedModule(pl.LightningModule):
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = WholeCheckpointIO()
         data = self.data
-        data.prepare_for(relations=self.needs_relations, overlapping=self.needs_overlap)
+        data.prepare_for(relations=self.needs_relations, overlapping_only=self.overlapping_only)
         if stage == "fit" and data.instance_drop and not self.learns_from_targets:
             raise InputError(
                 f"instance_drop must be 0 for {type(self).__name__} with these options, got {data.instance_drop}: "
@@ -115,11 +115,11 @@ class SavedModule(pl.LightningModule):
             )
         self._set_classes(data.object_names, data.predicate_names, str(data.name))
         if self.network is None:
-            self.make_network(self.counts())
+            self.make_network(self.training_counts())
             if stage == "fit" and not self.trainer.ckpt_path:
                 self.load_initial_weights()
 
-    def counts(self) -> Tensor:
+    def training_counts(self) -> Tensor:
         """Return `predicate_counts` of the training split."""
         return predicate_counts(self.data.train, len(self.object_names) - 1, len(self.predicate_names) - 1)
 
@@ -139,11 +139,11 @@ class SavedModule(pl.LightningModule):
         if self.trainer.ckpt_path:
             assert self.given is not None
             rates = self.given.put_back(self.trainer.optimizers, self._schedules)
-            # Most changed rates are options. `learning_rate_images` and the batch size also change them.
-            told = " ".join(self.differences)
-            changed = [*self.differences, *(f"initial learning rate {rate}" for rate in rates if rate not in told)]
+            changed = [f"{name} {now} instead of {then}" for name, (now, then) in self.differences.items()]
+            if self.differences.keys().isdisjoint(("learning_rate", "backbone_learning_rate")):
+                changed += [f"initial learning rate {rate}" for rate in rates]  # it depends on the batch size
             if changed:
-                rank_zero_info(f"differs from the checkpoint: {', '.join(changed)}")
+                rank_zero_info(f"these options differ from the checkpoint: {', '.join(changed)}")
         # Dropout and the detector's sampling continue from these states. Only one process saves its states, so a run
         # of several processes cannot restore them.
         if self.trainer.ckpt_path and self.processes == 1:
@@ -254,17 +254,14 @@ class SavedModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._check_kind(checkpoint)
-        saved, options = checkpoint["sgalign"], checkpoint["hyper_parameters"]
+        saved = checkpoint["sgalign"]
         resumes = self._trainer is not None and self.trainer.training
-        check_fixed(self.options, options, resumes=resumes)
+        check_fixed(self.options, checkpoint["hyper_parameters"], resumes=resumes)
         if resumes:
-            given = {"module": type(self).__name__} | dataclasses.asdict(self.options)
-            changed = differing(given, options | {"module": saved["module"]})
-            of_data = differing(self.data.hparams, checkpoint.get("datamodule_hyper_parameters", {}))
-            changed |= {f"data.{name}": values for name, values in of_data.items()}
-            self.differences = [f"{name} {now} instead of {then}" for name, (now, then) in changed.items()]
+            self._note_differences(checkpoint)
             for callback in self.trainer.early_stopping_callbacks:  # Lightning would restore the old patience
-                checkpoint.get("callbacks", {}).get(callback.state_key, {})["patience"] = callback.patience
+                if state := checkpoint.get("callbacks", {}).get(callback.state_key):
+                    state["patience"] = callback.patience
         self._set_classes(saved["object_names"], saved["predicate_names"], "the checkpoint")
         self.run_seed, self.random_states = saved["run_seed"], saved["random_states"]
         if self.network is None:
@@ -272,6 +269,13 @@ class SavedModule(pl.LightningModule):
             self.make_network(torch.ones(classes, classes, predicates))  # only the shape matters here
         self._leave_out_mirror(checkpoint["state_dict"])
         self._check_weights(checkpoint["state_dict"])
+
+    def _note_differences(self, checkpoint: dict[str, Any]) -> None:
+        """Set `differences` to the options of the module and of the data that differ from the checkpoint."""
+        given = {"module": type(self).__name__} | dataclasses.asdict(self.options)
+        saved = checkpoint["hyper_parameters"] | {"module": checkpoint["sgalign"]["module"]}
+        of_data = differing(self.data.hparams, checkpoint.get("datamodule_hyper_parameters", {}))
+        self.differences = differing(given, saved) | {f"data.{name}": values for name, values in of_data.items()}
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -289,7 +293,8 @@ class SavedModule(pl.LightningModule):
         Args:
             checkpoint_path: the file of the checkpoint.
             map_location: the device that the module is moved to.
-            options: options that override the options in the checkpoint.
+            options: options that override the options in the checkpoint. Options that determine what the weights
+                compute must be the same.
 
         Raises:
             FileNotFoundError: if there is no such file.

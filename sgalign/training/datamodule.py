@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -26,10 +27,10 @@ from sgalign.data import (
 )
 from sgalign.data.box_checks import PredictedBoxes
 from sgalign.data.features import FeatureCache
-from sgalign.data.findings import BadRows, Findings, say
+from sgalign.data.findings import BadRows, Findings, warn
 from sgalign.data.images import describe_stretched
 from sgalign.data.open import NO_TRAINING, splits_of
-from sgalign.data.scene_graph import without_apart
+from sgalign.data.scene_graph import check_has_relations, has_relations, without_apart
 from sgalign.data.splits import SPLITS, Split, ValidationChoice
 from sgalign.data.triplets import zero_shot_triplets
 from sgalign.errors import InputError
@@ -37,12 +38,14 @@ from sgalign.metrics import predicate_groups
 from sgalign.training.longtail import RepeatSampler, drop_repeated, repeat_factors
 from sgalign.training.seeds import step_seed
 
+log = logging.getLogger("sgalign")
+
 
 class _Needs(NamedTuple):
     """The training images and relations that a module needs."""
 
     relations: bool = True  # False for a detector, which also trains on images without relations
-    overlapping: bool = False  # True to leave out relations between boxes that do not overlap
+    overlapping_only: bool = False  # True to leave out relations between boxes that do not overlap
 
 
 class SceneGraphData(pl.LightningDataModule):
@@ -117,7 +120,7 @@ class SceneGraphData(pl.LightningDataModule):
         self._first: tuple[Split, Any] | None = None
         self.splits = list(SPLITS) if root is None else splits_of(root)
         if "train" not in self.splits:
-            say(f"{self.name}: {NO_TRAINING}")
+            warn(f"{self.name}: {NO_TRAINING}")
         split: Split = "validation" if "validation" in self.splits else self.splits[0]
         dataset = self._open(split)
         self._first = split, dataset
@@ -133,15 +136,17 @@ class SceneGraphData(pl.LightningDataModule):
             )
         self.detections = None if detections is None else read_detections(detections, len(self.object_names) - 1)
 
-    def prepare_for(self, *, relations: bool, overlapping: bool) -> None:
+    def prepare_for(self, *, relations: bool, overlapping_only: bool) -> None:
         """Choose the training images for a module.
 
         Args:
             relations: True if the module learns from relations, False for a detector.
-            overlapping: True if the module leaves out relations between boxes that do not overlap.
+            overlapping_only: True if the module leaves out relations between boxes that do not overlap. The option of
+                the data wins if it is given.
         """
-        overlapping = overlapping if self.overlapping_only is None else self.overlapping_only
-        if self._needs != (needs := _Needs(relations, overlapping and relations)):
+        if self.overlapping_only is not None:
+            overlapping_only = self.overlapping_only
+        if self._needs != (needs := _Needs(relations, overlapping_only and relations)):
             self._needs = needs
             if self.__dict__.get("train") is self._chosen:  # images that were assigned to `train` stay
                 for name in ("train", "repeat_factors"):
@@ -157,15 +162,17 @@ class SceneGraphData(pl.LightningDataModule):
         """The images that the module trains on (see `prepare_for`)."""
         findings = Findings(f"{self.name}, training")
         if self._needs.relations:
-            graphs = [without_apart(graph, findings) if self._needs.overlapping else graph for graph in self.annotated]
+            graphs = self.annotated
+            if self._needs.overlapping_only:
+                graphs = [without_apart(graph, findings) for graph in graphs]
             kept = [graph for graph in graphs if (graph.relations[:, 0] != graph.relations[:, 1]).any()]
             what = "image without a relation between two objects"
         else:
-            graphs = list(self._open("train", keep="objects")) if self.root is not None else self.annotated
+            graphs = self._read("train", keep="objects")
             kept = [graph for graph in graphs if len(graph.labels)]
             what = "image without objects"
         findings.add("left out", what, count=len(graphs) - len(kept))
-        findings.say()
+        findings.log()
         self._chosen = self._check_cached(kept, "train")
         return kept
 
@@ -190,10 +197,7 @@ class SceneGraphData(pl.LightningDataModule):
 
     def require_relations(self, split: Split) -> None:
         """Raise InputError unless the split has relations, without which there is no recall to compute."""
-        if not has_relations(graphs := getattr(self, split)):
-            raise InputError(
-                f"{self.name}: the {split} split must have relations, got none in its {len(graphs)} images"
-            )
+        check_has_relations(getattr(self, split), f"{self.name}: the {split} split")
 
     @cached_property
     def predicate_groups(self) -> dict[str, list[int]]:
@@ -218,14 +222,14 @@ class SceneGraphData(pl.LightningDataModule):
         )
 
     def _open(self, split: Split, **options: Any) -> Any:
-        if self._first is not None and self._first[0] == split and not options:
-            return self._first[1]
         if self.root is None:
             return ScenesDataset(split)
+        if self._first is not None and self._first[0] == split and not options:
+            return self._first[1]
         return open_dataset(self.root, split, **self._reading, **options)
 
-    def _read(self, split: Split) -> list[SceneGraph]:
-        dataset = self._open(split)
+    def _read(self, split: Split, **options: Any) -> list[SceneGraph]:
+        dataset = self._open(split, **options)
         for kind in ("object_names", "predicate_names"):
             if getattr(dataset, kind) != getattr(self, kind):
                 raise InputError(f"{self.name}: {kind} must be the same in all splits, but {split} has different ones")
@@ -266,15 +270,18 @@ class SceneGraphData(pl.LightningDataModule):
         return drop_repeated(batch, self.repeat_factors, self.instance_drop, generator)
 
     def _note_stretched(self, batch: GraphBatch) -> None:
-        """Remember the stretched images of the batch, and print a message at the first one."""
+        """Remember the stretched images of the batch, and log a warning at the first one.
+
+        Every process logs its own images, because each image is read by only one of them.
+        """
         if batch.stretched and not self.stretched:
-            say(describe_stretched(batch.stretched))
+            log.warning(describe_stretched(batch.stretched))
         self.stretched.update(batch.stretched)
 
     def teardown(self, stage: str) -> None:
-        """Print the number of stretched images if there was more than one."""
+        """Log the number of stretched images if there was more than one."""
         if len(self.stretched) > 1:
-            say(f"{self.name}: {len(self.stretched)} images were stretched, so their boxes may not fit")
+            log.warning(f"{self.name}: {len(self.stretched)} images were stretched, so their boxes may not fit")
         self.stretched.clear()
 
     def val_dataloader(self) -> DataLoader[GraphBatch]:
@@ -284,7 +291,10 @@ class SceneGraphData(pl.LightningDataModule):
         """
         graphs = self.validation
         if self._needs.relations and not has_relations(graphs):
-            say(f"{self.name}: the validation split has no relations, so no epoch is validated or chosen")
+            warn(
+                f"{self.name}: the validation split has no relations, so no epoch is validated, and no checkpoint is "
+                "chosen by its recall"
+            )
             graphs = []
         return self._loader(graphs, sharded=True)
 
@@ -299,7 +309,7 @@ class SceneGraphData(pl.LightningDataModule):
                 if graph.image_id in self.detections:
                     boxes.add(graph, self.detections[graph.image_id].boxes)
             for cause in boxes.causes():
-                say(f"detections: {cause}")
+                warn(f"detections: {cause}")
         return self._loader(self.test, self.detections, sharded=True)
 
     predict_dataloader = test_dataloader
@@ -370,11 +380,6 @@ class TrainingLoader(DataLoader[GraphBatch]):
             )
         self.sampler.done = state["epoch"], state["batches"] * self.batch_size
         self.sampler.set_epoch(state["epoch"])
-
-
-def has_relations(graphs: Sequence[SceneGraph]) -> bool:
-    """Return True if any of the scene graphs has a relation."""
-    return any(len(graph.relations) for graph in graphs)
 
 
 def with_idle_images(graphs: list[SceneGraph], processes: int) -> list[SceneGraph]:

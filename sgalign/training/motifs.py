@@ -79,7 +79,7 @@ class MotifsModule(PairModule):
         return self.protocol != "sgdet"  # sgdet makes its pairs from detections
 
     @property
-    def needs_overlap(self) -> bool:
+    def overlapping_only(self) -> bool:
         return self.protocol == "sgdet"
 
     def setup(self, stage: str) -> None:
@@ -90,7 +90,7 @@ class MotifsModule(PairModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.trainer.ckpt_path:  # the checkpoint has replaced the weights of predicates, which are options
-            self.relation_loss.load_state_dict(self.make_relation_loss(self.counts()).state_dict())
+            self.relation_loss.load_state_dict(self.make_relation_loss(self.training_counts()).state_dict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

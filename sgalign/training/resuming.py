@@ -1,8 +1,8 @@
 """The options of a resumed run, which come from the config and the command line.
 
 A checkpoint stores the options of its run, and the states of the optimizers and schedules, which contain learning rates
-and the steps at which they fall. `check_fixed` refuses other values of options that cannot change. PyTorch loads the
-states, which overwrites the run's own options. `GivenOptions` restores them.
+and the steps at which they fall. `check_fixed` raises an error if an option that cannot change differs. PyTorch loads
+the states, which overwrites the run's own options. `GivenOptions` restores them.
 """
 
 from __future__ import annotations
@@ -87,14 +87,15 @@ class GivenOptions:
                     group["lr"] = group["lr"] * (rate / old) if old else rate
                     changed[f"{rate:g} instead of {old:g}"] = None
         for schedule, given in zip(schedules, self.schedules, strict=True):
-            before = _fallen(schedule) if isinstance(schedule, MultiStepLR) else 1
+            before = _fallen(schedule)
             vars(schedule).update(given)
-            if isinstance(schedule, MultiStepLR):
-                for group in schedule.optimizer.param_groups:
-                    group["lr"] *= _fallen(schedule) / before
+            for group in schedule.optimizer.param_groups:
+                group["lr"] *= _fallen(schedule) / before
         return list(changed)
 
 
-def _fallen(schedule: MultiStepLR) -> float:
-    """Return the factor by which the learning rate has fallen at the steps so far."""
+def _fallen(schedule: Any) -> float:
+    """Return the factor by which the drops of a MultiStepLR so far have multiplied the learning rate."""
+    if not isinstance(schedule, MultiStepLR):
+        return 1.0
     return schedule.gamma ** sum(count for step, count in schedule.milestones.items() if step <= schedule.last_epoch)

@@ -9,7 +9,7 @@ from pathlib import Path
 from sgalign.data.images import image_suffixes
 
 
-class Pictures:
+class ImageFiles:
     """The image files in some folders, found by name. If there is no file of that name, its suffix may differ.
 
     Each folder is listed once, so a search does not touch the disk. If several files fit, the first folder wins.
@@ -21,9 +21,8 @@ class Pictures:
     def __init__(self, folders: Iterable[Path]) -> None:
         self._by_name: dict[str, str] = {}
         self._by_stem: dict[str, str] = {}
-        self.folders = [folder for folder in folders if folder.is_dir()]
-        for folder in self.folders:
-            for name in sorted(os.listdir(folder)):
+        for folder in folders:
+            for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
                 path = os.path.join(folder, name)
                 self._by_name.setdefault(name, path)
                 if Path(name).suffix.lower() in image_suffixes():
