@@ -8,3 +8,9 @@ class InputError(ValueError):
     prints the message without a traceback. It prints file system errors (OSError) and Lightning's
     MisconfigurationException in the same way. On the command line, any other error is a defect and keeps its traceback.
     """
+
+
+def shown(value: object) -> str:
+    """Return a value as text for an error message, cut to 200 characters."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ import h5py
 import torch
 
 from sgalign.errors import InputError
+
+LARGEST_WHOLE = 1 << 53
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,23 +93,39 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not JSON. The error names the file.
+        ValueError: if the file is not JSON, or if an object has a key twice. The error names the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: {remedy}")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # accepts a byte order mark
+        text = path.read_text(encoding="utf-8-sig")  # accepts a byte order mark
+        content = json.loads(text, object_pairs_hook=_unique)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # half of a character, which cannot be printed or written, or both
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except (ValueError, RecursionError) as error:  # from the JSON or the UTF-8 decoder
         raise InputError(f"{path}: must be a JSON file, but is not JSON or is cut short ({error}); {remedy}") from error
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict. Python's reader would silently keep only the last value of a repeated key."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in an object")
+    return content
+
+
 def whole_number(value: Any) -> int | None:
-    """Return the whole number that a value such as 7, 7.0 or "7" stands for, or None if it stands for none."""
-    if isinstance(value, str) and value.strip().isdecimal():
-        return int(value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if type(value) is int else None
+    """Return the whole number that a value such as 7, 7.0 or "7" stands for. Return None if it stands for none.
+
+    Numbers of 2^53 and more are none either, because float64 cannot tell them apart.
+    """
+    if isinstance(value, str):
+        value = int(value) if re.fullmatch(r"[0-9]{1,16}", value.strip()) else None
+    elif isinstance(value, float):
+        value = int(value) if value.is_integer() else None
+    return value if type(value) is int and abs(value) < LARGEST_WHOLE else None
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:

@@ -74,12 +74,27 @@ def test_bad_rows_raise_an_error_with_their_number():
         findings.raise_or_log("ignore")
 
 
-def test_only_the_first_process_says_it(caplog, monkeypatch):
+@pytest.mark.parametrize(
+    "ranks, logs",
+    [
+        ({"RANK": "1", "LOCAL_RANK": "0"}, False),
+        ({"RANK": "0", "SLURM_PROCID": "3"}, True),
+        ({"SLURM_PROCID": "3"}, False),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({"RANK": ""}, True),
+        ({}, True),
+    ],
+)
+def test_only_the_first_process_logs(caplog, monkeypatch, ranks, logs):
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
     findings = Findings("file, train")
     findings.add("left out", "row")
-    monkeypatch.setenv("LOCAL_RANK", "1")
     findings.log()
-    assert not caplog.messages
+    assert len(caplog.messages) == logs
 
 
 # ---- names of classes
@@ -251,14 +266,14 @@ def test_rows_of_image_data_may_have_other_forms(tmp_path):
     rows = [
         {"image_id": 0, "width": 1024, "height": 768},
         {"image_id": "120", "width": "1024", "height": 768.0},
-        {"file_name": "x/photo.png", "width": 1024, "height": 768},
+        {"file_name": "VG_100K_2/photo.png", "width": 1024, "height": 768},
     ]
     (root / "image_data.json").write_text(json.dumps(rows))
     (root / "VG_100K_2").mkdir()
     for name in ("120.png", "photo.png"):
         Image.new("RGB", (1024, 768)).save(root / "VG_100K_2" / name)
     train, test = VG150Dataset(root, "train", validation_images=0), VG150Dataset(root, "test")
-    assert [train[0].image_id, train[1].image_id, test[0].image_id] == ["0.jpg", "120.jpg", "photo.png"]
+    assert [train[0].image_id, train[1].image_id, test[0].image_id] == ["0.jpg", "120.jpg", "VG_100K_2/photo.png"]
     assert train[0].image is None and train[1].image().size == test[0].image().size == (1024, 768)
 
 
@@ -304,6 +319,51 @@ def test_bad_rows_of_vg150_are_left_out_and_counted(tmp_path):
 def test_rows_that_belong_to_no_image_are_counted(tmp_path):
     dataset = VG150Dataset(small_vg150(tmp_path, img_to_last_rel=np.array([0, 3, 4])), "test")
     assert found(dataset, "left out") == {"relation of no image or of a refused one": 1}
+
+
+def test_bad_rows_of_images_without_relations_are_refused_for_every_use(tmp_path):
+    none = {"img_to_first_rel": np.array([0, 2, -1]), "img_to_last_rel": np.array([1, 3, -1])}
+    root = small_vg150(tmp_path, labels=np.array([1, 2, 3, 1, 2, 9]), **none)
+    for keep in ("related", "objects", "everything"):
+        with pytest.raises(ValueError, match="array labels: must be from 1 to 3, got 9 in row 5"):
+            VG150Dataset(root, "test", keep=keep)
+
+
+def test_a_dangling_link_in_hdf5_is_refused(tmp_path):
+    root = small_vg150(tmp_path)
+    with h5py.File(root / "VG-SGG-with-attri.h5", "a") as file:
+        del file["labels"]
+        file["labels"] = h5py.ExternalLink("other.h5", "/labels")
+    with pytest.raises(ValueError, match="must be an HDF5 file, but is not one or is cut short"):
+        VG150Dataset(root, "test")
+
+
+def test_several_hdf5_files_are_refused(tmp_path):
+    root = small_vg150(tmp_path)
+    for name in ("a.h5", "b.h5"):
+        (root / "VG-SGG-with-attri.h5").rename(root / name) if name == "a.h5" else (root / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"must have one file \*.h5, but has a.h5, b.h5"):
+        VG150Dataset(root, "test")
+
+
+def test_files_in_different_folders_are_different_images(tmp_path):
+    root = small_vg150(tmp_path)
+    rows = [{"file_name": f"part{i}/1.jpg", "width": 1024, "height": 768} for i in range(3)]
+    (root / "image_data.json").write_text(json.dumps(rows))
+    for folder, color in (("images/part0", "red"), ("images/part1", "blue"), ("images", "green")):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (1024, 768), color).save(root / folder / "1.jpg", quality=100)
+    train, test = VG150Dataset(root, "train", validation_images=0), VG150Dataset(root, "test")
+    assert [graph.image().getpixel((0, 0)) for graph in train] == [(254, 0, 0), (0, 0, 254)]
+    assert test[0].image is None
+
+
+def test_an_index_error_does_not_end_a_data_set(tmp_path, monkeypatch):
+    dataset = VG150Dataset(small_vg150(tmp_path), "train", validation_images=0)
+    dataset._files = None
+    monkeypatch.setattr(VG150Dataset, "__getitem__", lambda self, index: [][index])
+    with pytest.raises(IndexError):
+        list(dataset)
 
 
 # ---- relations between boxes that do not overlap
@@ -475,6 +535,19 @@ def test_without_val_json_validation_images_are_held_out(tmp_path):
             open_dataset(root, "train", **option)
 
 
+def test_predictions_for_images_without_relations_are_accepted(tmp_path):
+    none = {"img_to_first_rel": np.array([0, -1, 4]), "img_to_last_rel": np.array([1, -1, 4])}
+    root = small_vg150(tmp_path / "vg", split=np.array([2, 2, 2]), **none)
+    predictions = {}
+    for graph in VG150Dataset(root, "test", keep="everything"):
+        triplets = {"triplets": graph.relations.tolist(), "triplet_scores": [1.0] * len(graph.relations)}
+        predictions[graph.image_id] = {"boxes": graph.boxes.tolist(), "labels": graph.labels.tolist()} | triplets
+    (tmp_path / "p.json").write_text(json.dumps(predictions))
+    arguments = ["--annotations", str(root), "--protocol", "sgdet", "--json", str(tmp_path / "f.json")]
+    assert len(predictions) == 3 and cli.main(["evaluate", str(tmp_path / "p.json"), *arguments]) == 0
+    assert json.loads((tmp_path / "f.json").read_text())["R@50"] == 1
+
+
 def test_a_test_split_alone_is_evaluated(tmp_path, capsys, caplog):
     root = many_images(tmp_path / "data", "test", 4)
     dataset = CocoDataset(root, "test")
@@ -492,6 +565,75 @@ def test_a_test_split_alone_is_evaluated(tmp_path, capsys, caplog):
     path.write_text(json.dumps({"0001": predictions["test0.jpg"]}))
     assert cli.main(["evaluate", str(path), *arguments]) == 1
     assert "such as 'test0.jpg', got 1 others, such as '0001'" in capsys.readouterr().err
+
+
+def test_annotations_that_name_no_image_are_refused_even_if_bad_rows_are_skipped(tmp_path):
+    """Their relations would point to other objects."""
+    root = write_coco(tmp_path, annotations=[BOX | {"image_id": None}, BOX, BOX | {"category_id": 2}])
+    with pytest.raises(ValueError, match="annotations, row 0: must have an image_id, an integer or text"):
+        CocoDataset(root, "test", bad_rows="skip")
+
+
+def test_images_with_the_same_id_are_all_refused(tmp_path):
+    images = [{"id": i, "file_name": f"{n}.jpg", "width": 100, "height": 80} for n, i in enumerate([1, 2, "1"])]
+    root = write_coco(tmp_path, images=images, annotations=[BOX, BOX, BOX | {"image_id": 2}])
+    dataset = CocoDataset(root, "test", bad_rows="skip")
+    assert [graph.image_id for graph in dataset] == ["1.jpg"]
+    assert found(dataset, "left out") == {"object of a refused image": 2, "relation of a refused image": 1}
+
+
+def test_bad_rows_of_a_split_file_are_counted_in_one_split(tmp_path):
+    root = many_images(tmp_path, "train", 10)
+    content = json.loads((root / "train.json").read_text())
+    content["annotations"][0]["bbox"] = [1]
+    (root / "train.json").write_text(json.dumps(content))
+    parts = [CocoDataset(root, split, bad_rows="skip") for split in ("train", "validation")]
+    assert sum(len(part.findings.with_outcome("refused")) for part in parts) == 1
+
+
+def test_a_repeated_key_is_refused(tmp_path):
+    root = write_coco(tmp_path)
+    text = (root / "rel.json").read_text()
+    (root / "rel.json").write_text(text.replace('"test": {', '"test": {"1": [], '))
+    with pytest.raises(ValueError, match="rel.json: .*the key '1' occurs twice in an object"):
+        CocoDataset(root, "test")
+
+
+@pytest.mark.parametrize("width", [10**400, "9" * 5000, "²", True, [1]])
+def test_numbers_that_are_none_are_refused(tmp_path, width):
+    images = [{"id": 1, "file_name": "a.jpg", "width": width, "height": 80}]
+    with pytest.raises(ValueError, match="width and height must be whole numbers of at least 1, got"):
+        CocoDataset(write_coco(tmp_path, images=images), "test")
+
+
+@pytest.mark.parametrize("name", ["\ud800.jpg", "../a.jpg", "/a.jpg", "a\0.jpg", "", "..", 7, None])
+def test_names_of_files_outside_the_folder_are_refused(tmp_path, name):
+    images = [{"id": 1, "file_name": name, "width": 100, "height": 80}]
+    with pytest.raises(ValueError, match="must be a path in the data set's folder|must be a JSON file"):
+        CocoDataset(write_coco(tmp_path / "coco", images=images), "test")
+    if isinstance(name, str) and name:
+        with pytest.raises(ValueError, match="must be a path in the data set's folder|must be a JSON file"):
+            VRDDataset(write_vrd(tmp_path / "vrd", {name: [row()]}), "train")
+
+
+def test_a_conversion_gives_every_image_its_own_file(tmp_path, capsys):
+    root = write_vrd(tmp_path / "vrd", {}, {"a": [row()], "a.jpg": [row()]})
+    assert cli.main(["make-dataset", str(tmp_path / "o"), "--format", "coco", "--source", str(root)]) == 1
+    assert "must give different file names, but 'a.jpg' occurs twice" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_long_row_is_cut_in_messages(tmp_path):
+    root = write_coco(tmp_path, annotations=[{"image_id": 1, "segmentation": [1] * 9999}])
+    with pytest.raises(ValueError) as error:
+        CocoDataset(root, "test")
+    assert len(str(error.value)) < 600
+
+
+def test_a_folder_of_two_layouts_is_refused(tmp_path):
+    write_vrd(write_coco(tmp_path), {"a.jpg": [row()]})
+    with pytest.raises(ValueError, match="must be a folder with only one of"):
+        open_dataset(tmp_path, "test")
 
 
 # ---- VRD
@@ -547,7 +689,7 @@ def test_detectors_train_on_images_without_relations(tmp_path, kind, caplog):
     assert [graph.image_id for graph in data.train] == ["7.jpg", "8.jpg"]
     data.prepare_for(relations=True, overlapping_only=False)
     assert data.train == []
-    assert any("left out 2 images without relations" in line for line in caplog.messages)
+    assert any("2 images without relations" in line for line in caplog.messages)
 
 
 def test_a_test_split_without_relations_is_refused(tmp_path):

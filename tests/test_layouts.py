@@ -283,7 +283,7 @@ def test_image_data_with_another_number_of_images_is_refused(small):
         (
             "boxes_1024",
             lambda a: a * [1, 1, 0, 1],
-            "boxes must be finite and have a width and a height above 0, got .* in row 0",
+            "boxes must be at most 1e.09, with a width and a height above 0, got .* in row 0",
         ),
         ("labels", lambda a: a + 99, r"array labels: must be from 1 to 16, got \d+ in row 0"),
         ("predicates", lambda a: a * 0, "array predicates: must be from 1 to 20, got 0 in row 0"),

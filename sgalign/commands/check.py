@@ -67,13 +67,13 @@ def check(folder: str, predictions: Path | None = None) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for split in splits_of(folder):
         try:
-            dataset = open_dataset(folder, split, bad_rows="skip")
+            dataset = open_dataset(folder, split, bad_rows="skip", keep="everything")
         except (InputError, OSError) as error:
             findings = Findings(split)
             findings.refuse("split that cannot be read", str(error))
             parts[split] = {"counts": {}, "findings": _listed(findings), "causes": []}
             continue
-        findings, graphs[split] = dataset.findings, [dataset[index] for index in range(len(dataset))]
+        findings, graphs[split] = dataset.findings, list(dataset)
         for kind in ("object_names", "predicate_names"):
             if names.setdefault(kind, getattr(dataset, kind)) != getattr(dataset, kind):
                 findings.refuse(f"split with other {kind.replace('_', ' ')}", f"{folder}, {split}")

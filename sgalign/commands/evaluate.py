@@ -21,6 +21,7 @@ from sgalign.data.predictions import Predictions
 from sgalign.data.scene_graph import check_has_relations, check_range
 from sgalign.data.splits import SPLITS
 from sgalign.data.triplets import read_zero_shot_triplets
+from sgalign.data.vg150 import Keep
 from sgalign.errors import InputError
 from sgalign.files import check_writable, write_json, written_whole
 from sgalign.metrics import (
@@ -93,7 +94,9 @@ def main(arguments: Sequence[str]) -> int:
         parser().error("--json and --csv must be two files, other than the file of predictions")
     for path in files[1:]:
         check_writable(path)
-    dataset = open_dataset(options.annotations, options.split, **reading_options(options))
+    # Predictions may contain images without relations, which do not count. Only training boxes are clipped.
+    keep: Keep = "objects" if options.split == "train" else "everything"
+    dataset = open_dataset(options.annotations, options.split, keep=keep, **reading_options(options))
     predictions = Predictions(options.predictions, len(dataset.predicate_names) - 1)
     graphs = list(dataset)
     check_has_relations(graphs, f"{options.annotations}: the {options.split} split")

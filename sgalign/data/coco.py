@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from sgalign.data.box_checks import are_beyond, likely_causes
 from sgalign.data.class_names import id_text, read_classes
 from sgalign.data.findings import EXAMPLES, BadRows, Findings
-from sgalign.data.images import Size, load_image, parse_size, save_image
-from sgalign.data.scene_graph import SceneGraph
+from sgalign.data.image_files import is_file
+from sgalign.data.images import Size, check_file_name, load_image, parse_size, save_image, writable_suffixes
+from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
 from sgalign.data.splits import Split, ValidationChoice, check_has_no_validation, check_split, held_out
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.files import read_json, write_json
 
 FILES: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
@@ -37,9 +37,10 @@ class _Image:
     labels: list[int] = field(default_factory=list)
     places: list[int | None] = field(default_factory=list)  # object index of each annotation, None if it is left out
     relations: list[tuple[int, int, int]] = field(default_factory=list)
+    is_read: bool = True  # False for an image of the other split of train.json
 
 
-class CocoDataset(Dataset[SceneGraph]):
+class CocoDataset(SceneGraphDataset):
     """Scene graphs of a folder with COCO files and `rel.json`, which is the layout that RelTR and EGTR read.
 
     `train.json`, `val.json` and `test.json` are in COCO's format. Each has `images` (`id`, `file_name`, `width`,
@@ -97,13 +98,17 @@ class CocoDataset(Dataset[SceneGraph]):
         self.findings = Findings(f"{self._path}, {split}")
         self._names: set[str] = set()
         images = self._read_images(content["images"])
-        self._read_annotations(content["annotations"], images)
-        self._read_relations(relations[self._part], images)
         self._images = [image for image in images.values() if image is not None]
         if holds_out:
             names = [image.name for image in self._images]
             marks = held_out(names, validation_images, 5000, validation_choice, self._path)
-            self._images = [i for i, mark in zip(self._images, marks, strict=True) if mark == (split == "validation")]
+            for image, mark in zip(self._images, marks, strict=True):
+                image.is_read = mark == (split == "validation")
+            self._images = [image for image in self._images if image.is_read]
+            if split == "validation":
+                self.findings.add("found", "image held out from train.json", count=len(self._images))
+        self._read_annotations(content["annotations"], images)
+        self._read_relations(relations[self._part], images)
         self._check_boxes()
         self.findings.raise_or_log(bad_rows)
 
@@ -115,7 +120,7 @@ class CocoDataset(Dataset[SceneGraph]):
         boxes = torch.tensor(image.boxes, dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         paths = self.root / image.name, self.root / "images" / image.name
-        path = next((path for path in paths if path.is_file()), None)  # the name may contain folders
+        path = next((path for path in paths if is_file(path)), None)  # the name may contain folders
         return SceneGraph(
             image.name,
             *image.size,
@@ -126,7 +131,10 @@ class CocoDataset(Dataset[SceneGraph]):
         )
 
     def _read_images(self, rows: list[Any]) -> dict[str, _Image | None]:
-        """Return the images by id. An image that is refused is None."""
+        """Return the images by id. An image that is refused is None.
+
+        If several images have the same id, all of them are refused, because their annotations cannot be told apart.
+        """
         images: dict[str, _Image | None] = {}
         for number, row in enumerate(rows):
             where = f"{self._path}, images, row {number}"
@@ -136,7 +144,7 @@ class CocoDataset(Dataset[SceneGraph]):
             except InputError as error:
                 self.findings.refuse("image with a malformed entry", str(error))
                 if image_id is not None:
-                    images.setdefault(image_id, None)
+                    images[image_id] = None
             else:
                 images[str(image_id)] = image
         return images
@@ -144,10 +152,11 @@ class CocoDataset(Dataset[SceneGraph]):
     def _parse_image(self, where: str, row: Any, images: Mapping[str, Any]) -> _Image:
         if not isinstance(row, dict) or not row.keys() >= set(_IMAGE_FIELDS):
             lacks = [name for name in _IMAGE_FIELDS if not isinstance(row, dict) or name not in row]
-            raise InputError(f"{where}: must have {', '.join(_IMAGE_FIELDS)}, but lacks {', '.join(lacks)}: {row!r}")
+            raise InputError(
+                f"{where}: must have {', '.join(_IMAGE_FIELDS)}, but lacks {', '.join(lacks)}: {shown(row)}"
+            )
         name, size = row["file_name"], parse_size(where, row)
-        if not isinstance(name, str) or not name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{where}: file_name must be a path in the data set's folder, got {name!r}")
+        check_file_name(f"{where}: file_name", name)
         if id_text(row["id"]) is None:
             raise InputError(f"{where}: id must be an integer or text, got {row['id']!r}")
         if id_text(row["id"]) in images:
@@ -161,9 +170,13 @@ class CocoDataset(Dataset[SceneGraph]):
         for number, row in enumerate(rows):
             where = f"{self._path}, annotations, row {number}"
             image_id = id_text(row.get("image_id")) if isinstance(row, dict) else None
-            image = images.get(image_id or "")
+            if image_id is None:
+                # Relations count the annotations of an image. Without this one, they would point to other objects.
+                raise InputError(f"{where}: must have an image_id, an integer or text, got {shown(row)}")
+            image = images.get(image_id)
             if image_id in images and image is None:
                 self.findings.add("left out", "object of a refused image", where)
+            if (image is None and image_id in images) or (image is not None and not image.is_read):
                 continue
             place = None
             try:
@@ -182,12 +195,12 @@ class CocoDataset(Dataset[SceneGraph]):
 
     def _parse_annotation(self, where: str, row: Any, image: _Image | None) -> tuple[list[float], int]:
         if not isinstance(row, dict) or not row.keys() >= set(_ANNOTATION_FIELDS):
-            raise InputError(f"{where}: must have {', '.join(_ANNOTATION_FIELDS)}, got {row!r}")
+            raise InputError(f"{where}: must have {', '.join(_ANNOTATION_FIELDS)}, got {shown(row)}")
         if image is None:
             raise InputError(f"{where}: image_id must be the id of an image, got {row['image_id']!r}")
         box = row["bbox"]
         if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
-            raise InputError(f"{where}: bbox must be 4 numbers x, y, width, height, got {box!r}")
+            raise InputError(f"{where}: bbox must be 4 numbers x, y, width, height, got {shown(box)}")
         if not all(abs(value) <= LARGEST for value in box):  # also false for NaN
             raise InputError(f"{where}: bbox must be in pixels, finite and at most {LARGEST:g}, got {box}")
         if not (box[2] > 0 and box[3] > 0):
@@ -206,7 +219,7 @@ class CocoDataset(Dataset[SceneGraph]):
                 self.findings.refuse("image without a list of relations", f"{where}: {got}")
             elif image is None:
                 self.findings.add("left out", "relation of a refused image", where, len(triplets))
-            else:
+            elif image.is_read:
                 self._read_triplets(where, triplets, image)
 
     def _read_triplets(self, where: str, triplets: list[Any], image: _Image) -> None:
@@ -214,7 +227,7 @@ class CocoDataset(Dataset[SceneGraph]):
         for number, triplet in enumerate(triplets):
             row = f"{where}, row {number}"
             if not isinstance(triplet, list) or len(triplet) != 3 or any(type(v) is not int for v in triplet[:2]):
-                got = f"must be [subject, object, predicate], got {triplet!r}"
+                got = f"must be [subject, object, predicate], got {shown(triplet)}"
                 self.findings.refuse("relation with a malformed row", f"{row}: {got}")
             elif not 0 <= min(triplet[:2]) <= max(triplet[:2]) <= last:
                 got = f"objects must be from 0 to {last}, got {triplet[:2]}"
@@ -275,8 +288,11 @@ def write_coco(
         parts: scene graphs by split: "train", "validation" and "test".
         object_names, predicate_names: class names of the data set, background first.
         root: output folder, created if it does not exist.
-        images: if True, also write the images into `images/`. An image id with a dot is the file name, and its suffix
-            determines the format. Other images are JPEG files.
+        images: if True, also write the images into `images/`. An image id with the suffix of an image is the file name,
+            and the suffix determines the format. Other ids get the suffix .jpg, and an underscore for each slash.
+
+    Raises:
+        ValueError: if two images of a split would have the same file name.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -284,9 +300,15 @@ def write_coco(
     relations: dict[str, Any] = {"rel_categories": predicate_names}
     for part, graphs in parts.items():
         content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
-        of_part = relations[FILES[part]] = {}
+        names = set[str]()
+        of_part: dict[str, Any] = {}
+        relations[FILES[part]] = of_part
         for number, graph in enumerate(graphs):
-            name = graph.image_id if "." in graph.image_id else f"{graph.image_id.replace('/', '_')}.jpg"
+            name = _file_name(graph.image_id)
+            check_file_name("image_id", name)
+            if name in names:
+                raise InputError(f"image ids must give different file names, but {name!r} occurs twice in {part}")
+            names.add(name)
             if images:
                 save_image(graph, root / "images" / name)
             size = {"width": graph.width, "height": graph.height}
@@ -305,3 +327,9 @@ def write_coco(
             of_part[str(number)] = graph.relations.tolist()
         write_json(root / f"{FILES[part]}.json", content)
     write_json(root / "rel.json", relations)
+
+
+def _file_name(image_id: str) -> str:
+    if Path(image_id).suffix.lower() in writable_suffixes():
+        return image_id
+    return f"{image_id.replace('/', '_')}.jpg"

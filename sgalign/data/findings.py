@@ -110,7 +110,8 @@ def warn(line: str) -> None:
 
     If several processes read the data, only the first one logs.
     """
-    if next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0") == "0":
+    ranks = ("RANK",) if os.environ.get("RANK") else ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
+    if all(os.environ.get(name, "").strip("0") == "" for name in ranks):
         logging.getLogger("sgalign").warning(line)
 
 

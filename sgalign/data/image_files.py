@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from sgalign.data.images import image_suffixes
 
 
 class ImageFiles:
-    """The image files in some folders, found by name. If there is no file of that name, its suffix may differ.
+    """The image files in some folders, found by name.
 
-    Each folder is listed once, so a search does not touch the disk. If several files fit, the first folder wins.
+    If there is no file of that name, its suffix may differ. Names with folders must match. Each folder is listed once.
+    If several files fit, the first folder wins.
 
     Args:
         folders: folders to search. They need not exist.
     """
 
-    def __init__(self, folders: Iterable[Path]) -> None:
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = [folder for folder in folders if folder.is_dir()]
         self._by_name: dict[str, str] = {}
         self._by_stem: dict[str, str] = {}
-        for folder in folders:
-            for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        for folder in self._folders:
+            for name in sorted(os.listdir(folder)):
                 path = os.path.join(folder, name)
                 self._by_name.setdefault(name, path)
                 if Path(name).suffix.lower() in image_suffixes():
@@ -30,5 +32,17 @@ class ImageFiles:
 
     def find(self, name: str) -> Path | None:
         """Return the path of an image file, or None if there is none."""
-        path = self._by_name.get(name) or self._by_stem.get(Path(name).stem)
-        return None if path is None else Path(path)
+        if len(Path(name).parts) > 1:
+            return next((path for folder in self._folders if is_file(path := folder / name)), None)
+        found = self._by_name.get(name)
+        if found is None and Path(name).suffix.lower() in {"", *image_suffixes()}:
+            found = self._by_stem.get(Path(name).stem)
+        return None if found is None else Path(found)
+
+
+def is_file(path: Path) -> bool:
+    """Return True if there is such a file. A name that is too long for the file system has none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from sgalign.data.scene_graph import SceneGraph
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.files import whole_number
 
 if TYPE_CHECKING:
@@ -45,6 +45,15 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
+@cache
+def writable_suffixes() -> frozenset[str]:
+    """Return the suffixes of image files that can be read and written."""
+    from PIL import Image
+
+    formats = Image.registered_extensions()
+    return frozenset(suffix for suffix in image_suffixes() if formats[suffix] in Image.SAVE)
+
+
 def is_image(path: Path) -> bool:
     """Return True if a file has the suffix of an image, or has no suffix but begins like an image."""
     if path.suffix:
@@ -67,6 +76,12 @@ def parse_size(where: str, row: Mapping[str, Any]) -> Size:
         got = f"{row.get('width')!r} and {row.get('height')!r}"
         raise InputError(f"{where}: width and height must be whole numbers of at least 1, got {got}")
     return width, height
+
+
+def check_file_name(where: str, name: Any) -> None:
+    """Raise InputError unless a name is a path in the data set's folder."""
+    if not isinstance(name, str) or not Path(name).name or "\0" in name or {"..", "/"} & set(Path(name).parts):
+        raise InputError(f"{where} must be a path in the data set's folder, got {shown(name)}")
 
 
 def image_size(path: Path) -> Size:

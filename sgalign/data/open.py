@@ -10,6 +10,7 @@ from sgalign.data.findings import BadRows
 from sgalign.data.splits import SPLITS, Split, ValidationChoice
 from sgalign.data.vg150 import Keep, VG150Dataset
 from sgalign.data.vrd import VRDDataset
+from sgalign.errors import InputError
 
 NO_TRAINING = "there is no training split to find zero-shot triplets and groups by frequency"
 
@@ -68,12 +69,15 @@ def splits_of(root: str | Path) -> list[Split]:
 
 
 def _layout(root: Path) -> type[Any]:
-    if (root / "annotations_train.json").exists() or (root / "annotations_test.json").exists():
-        return VRDDataset
-    if (root / "rel.json").exists():
-        return CocoDataset
-    if list(root.glob("*.h5")):
-        return VG150Dataset
-    raise FileNotFoundError(
-        f"{root}: must be a folder with annotations_train.json (VRD), a .h5 file (VG150) or rel.json (COCO)"
-    )
+    signs = {
+        VRDDataset: any((root / f"annotations_{part}.json").exists() for part in ("train", "test")),
+        CocoDataset: (root / "rel.json").exists(),
+        VG150Dataset: any(root.glob("*.h5")),
+    }
+    kinds = [kind for kind, found in signs.items() if found]
+    wanted = "annotations_train.json (VRD), a .h5 file (VG150) or rel.json (COCO)"
+    if not kinds:
+        raise FileNotFoundError(f"{root}: must be a folder with {wanted}")
+    if len(kinds) > 1:
+        raise InputError(f"{root}: must be a folder with only one of {wanted}, but has several of them")
+    return kinds[0]

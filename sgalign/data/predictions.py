@@ -133,7 +133,7 @@ class Predictions:
         for field in there:
             try:
                 value = self._read(image[field], FIELDS[field].is_floating_point)
-            except (*DAMAGE, TypeError) as error:
+            except (*DAMAGE, AttributeError, OverflowError, TypeError) as error:
                 raise InputError(f"{where}: {field} must be numbers in rows of equal length ({error})") from error
             fields[field] = self._typed(where, field, value)
         return fields
@@ -144,6 +144,8 @@ class Predictions:
             raise TypeError("the field is an HDF5 group")
         if isinstance(values, h5py.Dataset):
             array = values[()]
+            if not isinstance(array, np.ndarray) or array.dtype.kind not in "iufc":
+                raise TypeError(f"the field holds {getattr(array, 'dtype', type(array).__name__)}")
             if array.dtype.kind == "u" and array.size and array.max() > torch.iinfo(torch.int64).max:
                 raise ValueError(f"{array.max()} does not fit in 64 bits with a sign")
             wide = array.dtype.kind == "f" and array.dtype.itemsize > 8  # torch has no such type
@@ -154,6 +156,8 @@ class Predictions:
         whole = FIELDS[field] == torch.int64
         if whole and value.is_floating_point() and value.numel():
             raise InputError(f"{where}: {field} must be whole numbers, got {value.dtype}")
+        if value.dtype == torch.bool:
+            raise InputError(f"{where}: {field} must be numbers, got true and false")
         if value.is_complex():
             raise InputError(f"{where}: {field} must be real numbers, got {value.dtype}")
         value = value.long() if whole else value if value.is_floating_point() else value.float()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from sgalign.data.findings import Findings
 from sgalign.errors import InputError
@@ -59,6 +60,20 @@ class SceneGraph:
         """The annotations that evaluators compare predictions with, and the image's size."""
         size = {"size": (self.width, self.height)}
         return size | {name: getattr(self, name) for name in ("image_id", "boxes", "labels", "relations")}
+
+
+class SceneGraphDataset(Dataset[SceneGraph]):
+    """The base class of data sets. Subclasses implement `__len__` and `__getitem__`."""
+
+    object_names: list[str]
+    predicate_names: list[str]
+
+    def __len__(self) -> int:
+        raise NotImplementedError(f"{type(self).__name__} must override __len__")
+
+    def __iter__(self) -> Iterator[SceneGraph]:
+        # Without this method, Python would stop at the first IndexError, even at one that a defect raises.
+        return (self[index] for index in range(len(self)))
 
 
 def count_predicates(graphs: Iterable[SceneGraph], num_predicates: int) -> Tensor:

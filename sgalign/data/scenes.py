@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from sgalign.data.scene_graph import BACKGROUND, SceneGraph
+from sgalign.data.scene_graph import BACKGROUND, SceneGraph, SceneGraphDataset
 from sgalign.data.splits import check_split
 from sgalign.errors import InputError
 
@@ -98,7 +97,7 @@ class _Thing:
         return abs(other.x - self.x) / self.width
 
 
-class ScenesDataset(Dataset[SceneGraph]):
+class ScenesDataset(SceneGraphDataset):
     """Generated scenes of 4 to 12 objects, with 16 object classes and a long-tail distribution of 20 predicates.
 
     A scene depends only on (seed, split, index) and is the same on every machine. Rules (see `docs/data.md`) derive the

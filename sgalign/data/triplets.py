@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -89,12 +90,14 @@ def read_zero_shot_triplets(path: str | Path) -> Tensor:
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 rows = [row for row in csv.reader(file) if row]
-            triplets = torch.tensor([[int(v) for v in row] for row in rows[0 if rows[0][0].isdigit() else 1 :]])
-        except (IndexError, ValueError) as error:
+            has_header = not any(re.search("[0-9]", cell) for cell in rows[0])
+            triplets = torch.tensor([[int(cell) for cell in row] for row in rows[has_header:]])
+        except (IndexError, ValueError, csv.Error) as error:
             raise InputError(f"{path}: must be a {what}, but is not one or is cut short ({error}); {REMEDY}") from error
     else:
         triplets = read_tensors(path, what)
-    if not isinstance(triplets, Tensor) or triplets.dim() != 2 or triplets.shape[1] != 3 or (triplets < 1).any():
+    whole = isinstance(triplets, Tensor) and not triplets.is_floating_point() and not triplets.is_complex()
+    if not whole or triplets.dim() != 2 or triplets.shape[1] != 3 or (triplets < 1).any():
         raise InputError(
             f"{path}: every row must be a subject class, an object class and a predicate, all from 1; {REMEDY}"
         )

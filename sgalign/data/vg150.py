@@ -10,21 +10,20 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from sgalign.data.box_checks import are_beyond, likely_causes
 from sgalign.data.class_names import id_text
 from sgalign.data.findings import EXAMPLES, BadRows, Findings
 from sgalign.data.image_files import ImageFiles
-from sgalign.data.images import Size, image_suffixes, load_image, parse_size, save_image
-from sgalign.data.scene_graph import SceneGraph
+from sgalign.data.images import Size, check_file_name, image_suffixes, load_image, parse_size, save_image
+from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
 from sgalign.data.splits import SPLITS, Split, ValidationChoice, check_has_no_validation, check_split, held_out
 from sgalign.data.triplets import zero_shot_triplets
 from sgalign.data.vg150_arrays import REMEDY, only, read_arrays, read_names
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.files import hdf5_written_whole, read_json, write_json
 
-CORRUPTED = {1592, 1722, 4616, 4617}  # ids in image_data.json that the official HDF5 file lacks
+CORRUPTED = {"1592", "1722", "4616", "4617"}  # ids in image_data.json that the official HDF5 file lacks
 IMAGE_FOLDERS = ("VG_100K", "VG_100K_2", "images")
 
 Keep = Literal["related", "objects", "everything"]
@@ -39,7 +38,7 @@ class _Entry(NamedTuple):
     size: Size
 
 
-class VG150Dataset(Dataset[SceneGraph]):
+class VG150Dataset(SceneGraphDataset):
     """Scene graphs of Visual Genome with 150 object and 50 predicate classes, or of other files in the same layout.
 
     The files are `VG-SGG.h5` or `VG-SGG-with-attri.h5`, `VG-SGG-dicts*.json` and `image_data.json`. The rules follow
@@ -103,11 +102,11 @@ class VG150Dataset(Dataset[SceneGraph]):
         self._arrays = read_arrays(self.path)
         self._refused = self._arrays.refused_images(self.findings)
         self._entries = self._read_entries(len(self._arrays.split))
-        self._files = ImageFiles(self.root / folder for folder in IMAGE_FOLDERS)
-        images = self._choose(validation_images, validation_choice)
-        self._read_rows(images)
-        self._count_unread_rows()
-        self._images = self._used(images)
+        self._files = ImageFiles([*(self.root / folder for folder in IMAGE_FOLDERS), self.root])
+        of_split = self._of_split(validation_images, validation_choice)
+        self._mark_refused_rows(of_split)
+        self._images = self._used(self._place(self._chosen(of_split)))
+        self._count_missing()
         self.findings.raise_or_log(bad_rows)
 
     def __len__(self) -> int:
@@ -133,41 +132,51 @@ class VG150Dataset(Dataset[SceneGraph]):
             None if path is None else partial(load_image, path, size),
         )
 
-    def _choose(self, validation_images: int | None, validation_choice: ValidationChoice) -> np.ndarray:
+    def _of_split(self, validation_images: int | None, validation_choice: ValidationChoice) -> np.ndarray:
         """Return the images of the split, in the order of the file."""
-        arrays = self._arrays
-        related = arrays.first["rel"] >= 0
-        occupied = related | (arrays.first["box"] >= 0)
-        of_split = ~self._refused & (arrays.split == SPLITS.index(self.split))
-        if (arrays.split == 1).any():
+        split = self._arrays.split
+        if (split == 1).any():
             check_has_no_validation(self.path, validation_images, validation_choice)
         elif self.split != "test":
-            training = np.flatnonzero(~self._refused & related & (arrays.split == 0))
+            # Only images with relations are held out, so the choice does not depend on `keep`.
+            training = np.flatnonzero(~self._refused & (self._arrays.first["rel"] >= 0) & (split == 0))
             names = [self._entries[image].name for image in training.tolist()]
-            marks = np.array(held_out(names, validation_images, 5000, validation_choice, self.path), dtype=bool)
-            of_split = ~self._refused & (arrays.split == 0)
-            if self.split == "validation":
-                of_split = np.zeros_like(of_split)
-            of_split[training[marks]] = self.split == "validation"
-        if self._keep == "everything":
-            return np.flatnonzero(of_split)
-        self.findings.add("left out", "image without objects", count=int((of_split & ~occupied).sum()))
-        if self._keep == "objects":
-            return np.flatnonzero(of_split & occupied)
-        without = of_split & occupied & ~related
-        self.findings.add("left out", "image without relations", count=int(without.sum()))
-        return np.flatnonzero(of_split & related)
+            marks = held_out(names, validation_images, 5000, validation_choice, self.path)
+            split = split.copy()
+            split[training[np.array(marks, dtype=bool)]] = 1
+        return np.flatnonzero(~self._refused & (split == SPLITS.index(self.split)))
 
-    def _read_rows(self, images: np.ndarray) -> None:
-        """Compute the boxes in pixels, and mark the boxes and relations that are kept."""
+    def _mark_refused_rows(self, images: np.ndarray) -> None:
+        """Mark the boxes and relations of these images that are not refused, whether or not `keep` selects them."""
         arrays, findings = self._arrays, self.findings
-        corners, clips = arrays.corners(), self.split == "train" and self._keep != "everything"
-        self._boxes = np.zeros(corners.shape)
-        self._box_kept, self._relation_kept = (np.zeros(len(a), dtype=bool) for a in (corners, arrays.pairs))
+        self._box_kept, self._relation_kept = (np.zeros(len(a), dtype=bool) for a in (arrays.labels, arrays.predicates))
+        rows, _ = arrays.rows("box", images)
+        self._box_kept[rows] = ~arrays.refused_boxes(len(self.object_names) - 1, rows, findings)
+        rows, owners = arrays.rows("rel", images)
+        self._relation_kept[rows] = ~arrays.refused_relations(len(self.predicate_names) - 1, rows, owners, findings)
+        for what, noun, kept in (("box", "object", self._box_kept), ("rel", "relation", self._relation_kept)):
+            read, _ = arrays.rows(what, np.flatnonzero(~self._refused))
+            findings.add("left out", f"{noun} of no image or of a refused one", count=len(kept) - len(read))
 
+    def _chosen(self, images: np.ndarray) -> np.ndarray:
+        """Return the images that `keep` selects."""
+        if self._keep == "everything":
+            return images
+        related = self._arrays.first["rel"][images] >= 0
+        occupied = related | (self._arrays.first["box"][images] >= 0)
+        self.findings.add("left out", "image without objects", count=int((~occupied).sum()))
+        if self._keep == "objects":
+            return images[occupied]
+        self.findings.add("left out", "image without relations", count=int((occupied & ~related).sum()))
+        return images[related]
+
+    def _place(self, images: np.ndarray) -> np.ndarray:
+        """Compute the boxes in pixels, clip them if the split is for training, and return the images."""
+        arrays, findings, clips = self._arrays, self.findings, self.split == "train" and self._keep != "everything"
+        corners = arrays.corners()
+        self._boxes = np.zeros(corners.shape)
         rows, owners = arrays.rows("box", images)
-        refused = arrays.refused_boxes(len(self.object_names) - 1, rows, findings)
-        rows, owners = rows[~refused], owners[~refused]
+        rows, owners = rows[self._box_kept[rows]], owners[self._box_kept[rows]]
         sizes = np.array([entry.size for entry in self._entries], dtype=np.float64).reshape(-1, 2)[owners]
         unit = sizes.max(1, keepdims=True) / arrays.long_side
         boxes, kept = corners[rows] * unit, np.full(len(rows), True)
@@ -186,27 +195,27 @@ class VG150Dataset(Dataset[SceneGraph]):
         findings.causes += likely_causes(beyond, sizes / unit, arrays.numbers[rows], order)
         self._boxes[rows], self._box_kept[rows] = boxes, kept
 
-        rows, owners = arrays.rows("rel", images)
-        refused = arrays.refused_relations(len(self.predicate_names) - 1, rows, owners, findings)
-        rows = rows[~refused]
+        rows, _ = arrays.rows("rel", images)
+        rows = rows[self._relation_kept[rows]]
         kept = self._box_kept[arrays.pairs[rows]].all(1)
         findings.add("left out", "relation with a left-out object", count=int((~kept).sum()))
         self._relation_kept[rows] = kept
-
-    def _count_unread_rows(self) -> None:
-        """Record the rows of the file that belong to no image, or to one that is refused."""
-        for what, noun, rows in (("box", "object", self._boxes), ("rel", "relation", self._arrays.pairs)):
-            read, _ = self._arrays.rows(what, np.flatnonzero(~self._refused))
-            self.findings.add("left out", f"{noun} of no image or of a refused one", count=len(rows) - len(read))
+        return images
 
     def _used(self, images: np.ndarray) -> np.ndarray:
-        """Return the images that `keep` selects, after objects and relations were left out."""
+        """Return the images without those that have lost all relations, if relation models train on them."""
         if self._keep != "related" or self.split != "train":
             return images
         rows, owners = self._arrays.rows("rel", images)
         left = np.isin(images, owners[self._relation_kept[rows]])
         self.findings.add("left out", "image without remaining relations", count=int((~left).sum()))
         return images[left]
+
+    def _count_missing(self) -> None:
+        """Record the images without a file, unless no image has one."""
+        names = [self._entries[image].file_name for image in self._images.tolist()]
+        missing = [name for name in names if self._files.find(name) is None]
+        self.findings.add("found", "image without a file", missing, len(missing) if len(missing) < len(names) else 0)
 
     def _read_entries(self, count: int) -> list[_Entry]:
         """Return the name, file name and size of each image of the HDF5 file."""
@@ -215,7 +224,7 @@ class VG150Dataset(Dataset[SceneGraph]):
         if not isinstance(rows, list):
             raise InputError(f"{path}: must be a list of images, got {type(rows).__name__}; {REMEDY}")
         if len(rows) == count + len(CORRUPTED):
-            rows = [row for row in rows if not (isinstance(row, dict) and row.get("image_id") in CORRUPTED)]
+            rows = [row for row in rows if not (isinstance(row, dict) and id_text(row.get("image_id")) in CORRUPTED)]
         if len(rows) != count:
             raise InputError(f"{path}: must have the {count} images of {self.path}, got {len(rows)}; {REMEDY}")
         entries, names = [], set[str]()
@@ -235,18 +244,19 @@ class VG150Dataset(Dataset[SceneGraph]):
 
 def _parse_entry(where: str, row: Any) -> _Entry:
     if not isinstance(row, dict):
-        raise InputError(f"{where}: must be a JSON object, got {row!r}")
+        raise InputError(f"{where}: must be a JSON object, got {shown(row)}")
     size = parse_size(where, row)
     image_id, file_name = row.get("image_id"), row.get("file_name")
-    if file_name is not None and not (isinstance(file_name, str) and Path(file_name).name):
-        raise InputError(f"{where}: file_name must be the name of a file, got {file_name!r}")
     if image_id is None and file_name is None:
         raise InputError(f"{where}: must have image_id or file_name, but has only {', '.join(map(str, row))}")
-    name = Path(str(file_name)).name if image_id is None else id_text(image_id)
+    if file_name is not None:
+        check_file_name(f"{where}: file_name", file_name)
+    name = file_name if image_id is None else id_text(image_id)
     if not name:
-        raise InputError(f"{where}: image_id must be an integer or text, got {image_id!r}")
+        raise InputError(f"{where}: image_id must be an integer or text, got {shown(image_id)}")
     name = name if Path(name).suffix.lower() in image_suffixes() else f"{name}.jpg"
-    return _Entry(name, name if file_name is None else Path(file_name).name, size)
+    check_file_name(f"{where}: image_id", name)
+    return _Entry(name, name if file_name is None else file_name, size)
 
 
 LONG_SIDE = 1024

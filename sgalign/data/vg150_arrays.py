@@ -15,6 +15,8 @@ from sgalign.files import read_json
 
 REMEDY = "download or write it again"
 NO_NUMBER = -(1 << 62)  # stands for a value that is not a whole number, or is too large to be one
+LARGEST = 1e9  # largest coordinate, far beyond any image
+DAMAGE = (AttributeError, KeyError, MemoryError, OSError, RuntimeError, TypeError)  # errors of h5py for damaged files
 COLUMNS = ("labels", "predicates", "split")  # [N, 1] in the official file
 RANGES = ("box", "rel")
 
@@ -68,8 +70,9 @@ class Arrays(NamedTuple):
         unknown = _outside(self.labels[rows], 1, classes)
         must = f"array labels: must be from 1 to {classes}"
         self._refuse(findings, "object with an unknown class", must, rows[unknown], self.labels)
-        empty = ~((self.numbers[rows, 2:] > 0) & np.isfinite(self.numbers[rows]).all(1, keepdims=True)).all(1)
-        must = f"array boxes_{self.long_side}: boxes must be finite and have a width and a height above 0"
+        numbers = self.numbers[rows]
+        empty = ~((numbers[:, 2:] > 0) & (abs(numbers) <= LARGEST).all(1, keepdims=True)).all(1)  # also for NaN
+        must = f"array boxes_{self.long_side}: boxes must be at most {LARGEST:g}, with a width and a height above 0"
         self._refuse(findings, "object without an extent", must, rows[empty & ~unknown], self.numbers)
         return unknown | empty
 
@@ -146,6 +149,8 @@ def read_arrays(path: Path) -> Arrays:
     """
     arrays, boxes, long_side = _load(path)
     for name in COLUMNS:
+        if arrays[name].shape[1:] not in ((), (1,)):
+            raise InputError(f"{path}, array {name}: must be [N] or [N, 1], got {list(arrays[name].shape)}; {REMEDY}")
         arrays[name] = arrays[name].reshape(-1)
     count, relations, images = (len(arrays[name]) for name in COLUMNS)
     for name in (f"boxes_{long_side}", "relationships"):
@@ -188,7 +193,7 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
             if not sides:
                 raise InputError(f"{path}: must have the array boxes_1024 or boxes_512; {REMEDY}")
             arrays = {name: file[name][()] for name in (*sorted(wanted), f"boxes_{sides[0]}")}
-    except (OSError, TypeError) as error:  # TypeError if a group is in an array's place
+    except DAMAGE as error:
         raise InputError(f"{path}: must be an HDF5 file, but is not one or is cut short ({error}); {REMEDY}") from error
     for name, array in arrays.items():
         if not (isinstance(array, np.ndarray) and array.dtype.kind in "iuf"):
@@ -246,8 +251,12 @@ def only(root: Path, *patterns: str) -> Path:
 
     Raises:
         FileNotFoundError: if no file matches.
+        ValueError: if several files match.
     """
     for pattern in patterns:
-        if found := sorted(root.glob(pattern)):
+        found = sorted(root.glob(pattern))
+        if len(found) > 1:
+            raise InputError(f"{root}: must have one file {pattern}, but has {', '.join(path.name for path in found)}")
+        if found:
             return found[0]
     raise FileNotFoundError(f"{root}: must have {' or '.join(patterns)}")

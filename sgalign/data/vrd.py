@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sgalign.data.box_checks import are_beyond
 from sgalign.data.class_names import Classes, read_classes
 from sgalign.data.findings import BadRows, Findings
 from sgalign.data.image_files import ImageFiles
-from sgalign.data.images import image_size, image_sizes, load_image, save_image
-from sgalign.data.scene_graph import SceneGraph
+from sgalign.data.images import check_file_name, image_size, image_sizes, load_image, save_image
+from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
 from sgalign.data.splits import Split, ValidationChoice, check_split, held_out
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.files import read_json, write_json
 
 LARGEST = 1 << 24  # largest coordinate, up to which float32 represents every integer
@@ -28,7 +27,7 @@ IMAGE_FOLDERS = ("images", "sg_train_images", "sg_test_images")  # the last two 
 _KEYS = {"subject", "predicate", "object"}
 
 
-class VRDDataset(Dataset[SceneGraph]):
+class VRDDataset(SceneGraphDataset):
     """VRD's scene graphs with 100 object classes, 70 predicates, 4000 training and 1000 test photographs.
 
     Categories start at 0 in the files and at 1 here. The files' boxes are [ymin, ymax, xmin, xmax] in 0-based pixels.
@@ -68,7 +67,7 @@ class VRDDataset(Dataset[SceneGraph]):
         self.root = Path(root)
         self._objects, self._predicates = (self._read_names(name) for name in ("objects", "predicates"))
         self.object_names, self.predicate_names = self._objects.names, self._predicates.names
-        self._files = ImageFiles(self.root / folder for folder in IMAGE_FOLDERS)
+        self._files = ImageFiles([self.root / folder for folder in IMAGE_FOLDERS])
         path = self.root / f"annotations_{'test' if split == 'test' else 'train'}.json"
         annotations = read_json(path, REMEDY)
         if not isinstance(annotations, dict):
@@ -102,9 +101,14 @@ class VRDDataset(Dataset[SceneGraph]):
             got = f"must be a list of relations, got {type(rows).__name__}; {REMEDY}"
             self.findings.refuse("image without a list of relations", f"{path}, image {name!r}: {got}")
             return None
+        try:
+            check_file_name(f"{path}: the name of an image", name)
+        except InputError as error:
+            self.findings.refuse("image with a malformed name", str(error))
+            return None
         boxes, labels, relations = self._parse(path, name, rows)
         # Coordinates are pixel indices from 0, so the smallest possible size is the largest index plus 1.
-        width, height = (boxes[:, 2:].amax(0).int() + 1).tolist() if len(boxes) else (1, 1)
+        width, height = (boxes[:, 2:].amax(0).int() + 1).clamp(min=1).tolist() if len(boxes) else (1, 1)
         file = self._files.find(name)
         if file is None:
             return SceneGraph(name, width, height, boxes, labels, relations)
@@ -127,7 +131,7 @@ class VRDDataset(Dataset[SceneGraph]):
             where = f"{path}, image {name!r}, row {number}"
             try:
                 if not isinstance(row, dict) or not row.keys() >= _KEYS:
-                    raise InputError(f"{where}: must have subject, predicate and object, got {row!r}; {REMEDY}")
+                    raise InputError(f"{where}: must have subject, predicate and object, got {shown(row)}; {REMEDY}")
                 ends = [_parse_object(f"{where}, {role}", row[role], self._objects) for role in ("subject", "object")]
                 predicate = self._predicates.number(f"{where}, predicate", row["predicate"])
             except InputError as error:
@@ -156,11 +160,12 @@ def _contains(size: tuple[int, int], width: int, height: int) -> bool:
 def _parse_object(where: str, entry: Any, classes: Classes) -> tuple[int, ...]:
     """Return the object's class from 1, followed by x1, y1, x2, y2."""
     if not isinstance(entry, dict) or not entry.keys() >= {"category", "bbox"}:
-        raise InputError(f"{where}: must have category and bbox, got {entry!r}; {REMEDY}")
+        raise InputError(f"{where}: must have category and bbox, got {shown(entry)}; {REMEDY}")
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or any(type(v) is not int or abs(v) > LARGEST for v in box):
         raise InputError(
-            f"{where}: bbox must be 4 integers [ymin, ymax, xmin, xmax] of at most {LARGEST}, got {box!r}; {REMEDY}"
+            f"{where}: bbox must be 4 integers [ymin, ymax, xmin, xmax] of at most {LARGEST}, got {shown(box)}; "
+            f"{REMEDY}"
         )
     top, bottom, left, right = box
     if top >= bottom or left >= right:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -304,15 +304,24 @@ class SceneGraphData(pl.LightningDataModule):
         if self.detections is not None and ids and self.detections.keys().isdisjoint(ids):
             raise InputError(f"detections must contain images of the test split, such as {ids[0]!r}, but contain none")
         if self.detections is not None:
-            boxes = PredictedBoxes()
-            for graph in self.test:
-                if graph.image_id in self.detections:
-                    boxes.add(graph, self.detections[graph.image_id].boxes)
-            for cause in boxes.causes():
-                warn(f"detections: {cause}")
+            self._check_detections(self.detections)
         return self._loader(self.test, self.detections, sharded=True)
 
     predict_dataloader = test_dataloader
+
+    def _check_detections(self, detections: Mapping[str, Detections]) -> None:
+        """Log the number of images that only the test split or only the detections have, and wrong units of boxes."""
+        findings, boxes = Findings("detections"), PredictedBoxes()
+        known = {graph.image_id: graph for graph in self.test}
+        missing, unknown = sorted(known.keys() - detections.keys()), sorted(detections.keys() - known.keys())
+        findings.add(
+            "found", "image of the test split without detections, so nothing is found in it", count=len(missing)
+        )
+        findings.add("left out", "image outside the test split", unknown, len(unknown))
+        for name in known.keys() & detections.keys():
+            boxes.add(known[name], detections[name].boxes)
+        findings.causes = boxes.causes()
+        findings.log()
 
     @property
     def _feeds_gpu(self) -> bool:

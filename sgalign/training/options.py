@@ -76,7 +76,7 @@ class DetectorOptions(FasterRCNNOptions):
     Args:
         weights: source of the initial weights (see `source` of `sgalign.models.Detector.load_weights`). It is read when
             training starts. If None, the detector starts from scratch, and batch normalization is trained too.
-        learning_rate: learning rate of Adam. Use ``--optimizer`` on the command line to choose another optimizer.
+        learning_rate: learning rate of Adam.
     """
 
     fixed: ClassVar[dict[str, str]] = FasterRCNNOptions.fixed | {"weights": "training"}  # None trains the norms
