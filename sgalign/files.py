@@ -17,6 +17,8 @@ import torch
 from sgalign.errors import InputError
 
 LARGEST_WHOLE = 1 << 53
+# Errors that h5py raises for damaged files and for links to nothing.
+HDF5_DAMAGE = (AttributeError, KeyError, MemoryError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

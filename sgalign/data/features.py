@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sgalign.data.batch import GraphBatch, VisualFeatures
 from sgalign.errors import InputError
+from sgalign.files import HDF5_DAMAGE
 
 FIELDS = ("boxes", "objects", "logits", "union")  # names in the files; "union" becomes `VisualFeatures.unions`
 
@@ -77,8 +78,13 @@ class FeatureCache:
         key = (os.getpid(), self.images[image_key(image_id)])
         if key not in self._open:
             self._open[key] = h5py.File(key[1], "r")
-        group = self._open[key][image_key(image_id)]
-        return {field: torch.from_numpy(group[field][()]).float() for field in FIELDS}
+        try:
+            group = self._open[key][image_key(image_id)]
+            return {field: torch.from_numpy(group[field][()]).float() for field in FIELDS}
+        except HDF5_DAMAGE as error:
+            raise InputError(
+                f"{key[1]}, image {image_id!r}: is damaged ({error}); delete the file and run sgalign cache-features again"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}

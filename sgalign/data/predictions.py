@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sgalign.errors import InputError
-from sgalign.files import hdf5_written_whole, read_json
+from sgalign.files import HDF5_DAMAGE, hdf5_written_whole, read_json
 
 FIELDS = {
     "boxes": torch.float32,
@@ -24,7 +24,6 @@ FIELDS = {
     "triplets": torch.int64,
     "triplet_scores": torch.float32,
 }
-DAMAGE = (KeyError, MemoryError, OSError, RuntimeError, ValueError)  # errors of h5py for damaged files
 WRITTEN = "use a JSON file of predictions, or an HDF5 file from the callback sgalign.training.PredictionWriter"
 
 
@@ -106,7 +105,7 @@ class Predictions:
             try:
                 self._images = h5py.File(self.path, "r")
                 self.image_ids = set(_image_ids(self._images))
-            except DAMAGE as error:
+            except HDF5_DAMAGE as error:
                 raise InputError(
                     f"{self.path}: must be a complete HDF5 file, but is cut short or damaged ({error})"
                 ) from error
@@ -125,7 +124,7 @@ class Predictions:
         try:
             image = self._images[image_id]
             there = FIELDS.keys() & image.keys() if isinstance(image, Mapping) else None
-        except DAMAGE as error:
+        except HDF5_DAMAGE as error:
             raise InputError(f"{where}: is damaged ({error})") from error
         if there is None:
             raise InputError(f"{where}: must have fields such as boxes and labels, got {type(image).__name__}")
@@ -133,7 +132,7 @@ class Predictions:
         for field in there:
             try:
                 value = self._read(image[field], FIELDS[field].is_floating_point)
-            except (*DAMAGE, AttributeError, OverflowError, TypeError) as error:
+            except HDF5_DAMAGE as error:
                 raise InputError(f"{where}: {field} must be numbers in rows of equal length ({error})") from error
             fields[field] = self._typed(where, field, value)
         return fields

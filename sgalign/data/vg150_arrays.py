@@ -11,12 +11,11 @@ import numpy as np
 from sgalign.data.class_names import Classes, read_classes
 from sgalign.data.findings import EXAMPLES, Findings
 from sgalign.errors import InputError
-from sgalign.files import read_json
+from sgalign.files import HDF5_DAMAGE, read_json
 
 REMEDY = "download or write it again"
 NO_NUMBER = -(1 << 62)  # stands for a value that is not a whole number, or is too large to be one
 LARGEST = 1e9  # largest coordinate, far beyond any image
-DAMAGE = (AttributeError, KeyError, MemoryError, OSError, RuntimeError, TypeError)  # errors of h5py for damaged files
 COLUMNS = ("labels", "predicates", "split")  # [N, 1] in the official file
 RANGES = ("box", "rel")
 
@@ -193,7 +192,9 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
             if not sides:
                 raise InputError(f"{path}: must have the array boxes_1024 or boxes_512; {REMEDY}")
             arrays = {name: file[name][()] for name in (*sorted(wanted), f"boxes_{sides[0]}")}
-    except DAMAGE as error:
+    except InputError:
+        raise
+    except HDF5_DAMAGE as error:
         raise InputError(f"{path}: must be an HDF5 file, but is not one or is cut short ({error}); {REMEDY}") from error
     for name, array in arrays.items():
         if not (isinstance(array, np.ndarray) and array.dtype.kind in "iuf"):
