@@ -83,7 +83,7 @@ class FeatureCache:
             return {field: torch.from_numpy(group[field][()]).float() for field in FIELDS}
         except HDF5_DAMAGE as error:
             raise InputError(
-                f"{key[1]}, image {image_id!r}: is damaged ({error}); delete the file and run sgalign cache-features again"
+                f"{key[1]}, image {image_id!r}: is damaged ({error}); delete it and run sgalign cache-features again"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
