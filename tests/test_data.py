@@ -206,7 +206,10 @@ def test_a_vrd_part_may_be_empty(tmp_path):
     ],
 )  # fmt: skip
 def test_wrong_vrd_annotations_are_refused_by_name(tmp_path, annotations, message):
-    with pytest.raises(ValueError, match=rf"annotations_train\.json.*{message}.*bad_rows: skip leaves them out"):
+    with pytest.raises(
+        ValueError,
+        match=rf"annotations_train\.json.*{message}.*the option bad_rows",
+    ):
         VRDDataset(write_vrd(tmp_path, annotations), "train", validation_images=0)
 
 

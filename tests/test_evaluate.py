@@ -171,7 +171,7 @@ def test_an_interrupted_prediction_leaves_the_file_as_it_was(tmp_path, annotatio
         (b"", "is not JSON or is cut short .*; use a JSON file of predictions, or an HDF5 file"),
         (b"\x89HDF\r\n\x1a\n cut", "cut short"),
         (b"[1, 2]", "object with image ids as keys, got list"),
-        (b'{"nowhere.jpg": {}}', "image ids must be in the test split .* got 1 others, such as 'nowhere.jpg'"),
+        (b'{"nowhere.jpg": {}}', "image ids must be in the test split .* got 1 other, such as 'nowhere.jpg'"),
         (b'{"IMAGE": 3}', "image 'IMAGE': must have fields such as boxes"),
         (b'{"IMAGE": {"boxes": [[1, 2], [3]]}}', "image 'IMAGE': boxes must be numbers in rows of equal length"),
         (b'{"IMAGE": {"boxes": [[1, 2, 3, 4]], "labels": [1.5]}}', "labels must be whole numbers, got torch.float32"),

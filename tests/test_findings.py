@@ -68,7 +68,7 @@ def test_bad_rows_raise_an_error_with_their_number():
     findings.raise_or_log("error")
     for row in range(3):
         findings.refuse("row", f"row {row}: is bad")
-    with pytest.raises(ValueError, match=r"row 0: is bad \(2 more bad rows\); sgalign check .* bad_rows: skip"):
+    with pytest.raises(ValueError, match=r"row 0: is bad \(2 more bad rows\); sgalign check .* the option bad_rows"):
         findings.raise_or_log("error")
     with pytest.raises(ValueError, match="bad_rows must be 'error' or 'skip', got 'ignore'"):
         findings.raise_or_log("ignore")
@@ -493,12 +493,14 @@ def test_bad_rows_of_coco_are_left_out_with_their_relations(tmp_path):
     assert len(dataset) == 1 and dataset[0].labels.tolist() == [1, 2] and dataset[0].relations.tolist() == [[0, 1, 2]]
     assert found(dataset, "refused") == {
         "image with a malformed entry": 1,
-        "object with a malformed annotation": 3,
+        "object with a malformed annotation": 2,
+        "annotation of an unknown image": 1,
         "relation to a missing object": 1,
         "relation with an unknown predicate": 1,
         "relation with a malformed row": 1,
-        "image with relations but without an entry": 1,
+        "image with relations that test.json lacks": 1,
     }
+    assert "1 annotation of an unknown image may belong to a known one" in dataset.findings.causes[0]
     assert found(dataset, "left out") == {
         "object of a refused image": 1,
         "relation of a refused object": 1,
@@ -564,7 +566,7 @@ def test_a_test_split_alone_is_evaluated(tmp_path, capsys, caplog):
     assert any("there is no training split" in line for line in caplog.messages)
     path.write_text(json.dumps({"0001": predictions["test0.jpg"]}))
     assert cli.main(["evaluate", str(path), *arguments]) == 1
-    assert "such as 'test0.jpg', got 1 others, such as '0001'" in capsys.readouterr().err
+    assert "such as 'test0.jpg', got 1 other, such as '0001'" in capsys.readouterr().err
 
 
 def test_annotations_that_name_no_image_are_refused_even_if_bad_rows_are_skipped(tmp_path):
@@ -589,6 +591,30 @@ def test_bad_rows_of_a_split_file_are_counted_in_one_split(tmp_path):
     (root / "train.json").write_text(json.dumps(content))
     parts = [CocoDataset(root, split, bad_rows="skip") for split in ("train", "validation")]
     assert sum(len(part.findings.with_outcome("refused")) for part in parts) == 1
+
+
+def test_indices_that_count_from_1_are_named(tmp_path):
+    with pytest.raises(ValueError, match="objects must be from 0 to 1, got .* are counted from 1, but must be"):
+        CocoDataset(write_coco(tmp_path, relations={"1": [[1, 2, 0], [2, 1, 0]]}), "test")
+    sound = CocoDataset(write_coco(tmp_path, relations={"1": [[1, 0, 0]]}), "test")
+    assert not sound.findings.causes
+
+
+def test_file_names_as_keys_of_relations_are_named(tmp_path):
+    with pytest.raises(ValueError, match="rel.json has file names as keys, but must have image ids"):
+        CocoDataset(write_coco(tmp_path, relations={"a.jpg": [[1, 0, 0]]}), "test")
+
+
+def test_a_folder_without_any_part_is_reported(tmp_path, capsys):
+    (tmp_path / "rel.json").write_text("{}")
+    assert cli.main(["check", str(tmp_path)]) == 1
+    assert "must have train.json or test.json beside rel.json" in capsys.readouterr().err
+
+
+def test_a_folder_of_images_in_which_none_is_found_is_reported(tmp_path):
+    root = write_coco(tmp_path)
+    (root / "images" / "train").mkdir(parents=True)
+    assert found(CocoDataset(root, "test"), "found") == {"image without a file": 1}
 
 
 def test_a_repeated_key_is_refused(tmp_path):

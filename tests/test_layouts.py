@@ -395,7 +395,7 @@ def test_parts_with_different_classes_are_refused(folders, tmp_path):
     content["categories"][0]["name"], content["categories"][1]["name"] = "b", "a"
     (root / "train.json").write_text(json.dumps(content))
     data = SceneGraphData(str(root))
-    with pytest.raises(ValueError, match="object_names must be the same in all splits, but train has different ones"):
+    with pytest.raises(ValueError, match="in all splits, but in train, class 1 is 'b' instead of 'person'"):
         _ = data.train
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sgalign.data import SceneGraph, open_dataset
 from sgalign.data.box_checks import PredictedBoxes
+from sgalign.data.class_names import first_difference
 from sgalign.data.findings import Findings, Outcome, counted
 from sgalign.data.images import same_proportions
 from sgalign.data.open import splits_of
@@ -76,7 +77,8 @@ def check(folder: str, predictions: Path | None = None) -> dict[str, Any]:
         findings, graphs[split] = dataset.findings, list(dataset)
         for kind in ("object_names", "predicate_names"):
             if names.setdefault(kind, getattr(dataset, kind)) != getattr(dataset, kind):
-                findings.refuse(f"split with other {kind.replace('_', ' ')}", f"{folder}, {split}")
+                what = first_difference(names[kind], getattr(dataset, kind))
+                findings.refuse(f"split with other {kind.replace('_', ' ')}", f"{folder}, {split}: {what}")
         counts = _count(graphs[split], findings)
         counts["image files"] = _check_files(graphs[split], findings, split)
         if split == "train":
@@ -119,12 +121,9 @@ def _count_apart(graphs: Iterable[SceneGraph], findings: Findings) -> None:
 def _check_files(graphs: Sequence[SceneGraph], findings: Findings, split: str) -> int:
     """Read all image files of a split, record those that do not fit, and return their number."""
     present = [graph for graph in graphs if graph.image is not None]
-    if 0 < len(present) < len(graphs) and not any("without a file" in finding.kind for finding in findings):
-        missing = [graph.image_id for graph in graphs if graph.image is None]
-        findings.add("found", "image without a file", missing, len(missing))
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding Python's lock
         checked = pool.map(_check_file, present)
-        progress = tqdm(checked, f"{split}: image files", len(present), leave=False, disable=not present)
+        progress = tqdm(checked, f"{split}: image files", len(present), leave=False, disable=None if present else True)
         for outcome, what, example in (found for found in progress if found is not None):
             findings.add(outcome, what, example)
     return len(present)
@@ -173,7 +172,7 @@ def _check_predictions(
         findings.refuse("image outside the test split", f"{path}: image {image_id!r} is unknown{expected}")
     missing = [name for name, graph in known.items() if name not in predictions.image_ids and len(graph.relations)]
     findings.add("found", "image with relations but without a prediction", missing, len(missing))
-    for image_id in tqdm(sorted(predictions.image_ids & known.keys()), "predictions", leave=False):
+    for image_id in tqdm(sorted(predictions.image_ids & known.keys()), "predictions", leave=False, disable=None):
         where = f"{path}, image {image_id!r}: "
         try:
             prediction = predictions[image_id]
@@ -210,13 +209,15 @@ def text(report: Mapping[str, Any]) -> str:
     for kind, by_split in report["classes"].items():
         lines += _classes(kind, by_split)
     verdict = "bad rows or files were refused (exit code 1)" if report["refused"] else "nothing was refused"
+    if any(part["causes"] for part in report["parts"].values()):
+        verdict += ", but likely mistakes are named above"
     return "\n".join([*lines, f"\n{verdict}"])
 
 
 def _faults(name: str, part: Mapping[str, Any]) -> Iterator[str]:
     if part["findings"] or part["causes"]:
         yield f"\n{name}"
-    yield from (f"  likely cause: {cause}" for cause in part["causes"])
+    yield from (f"  likely mistake: {cause}" for cause in part["causes"])
     for finding in sorted(part["findings"], key=lambda finding: get_args(Outcome).index(finding["outcome"])):
         yield f"  {finding['outcome']}: {counted(finding['count'], finding['kind'])}"
         yield from (f"      {example}" for example in finding["examples"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from sgalign.commands.reading_options import add_reading_options, reading_options
 from sgalign.data import SceneGraph, count_predicates, open_dataset
 from sgalign.data.box_checks import PredictedBoxes
-from sgalign.data.findings import warn
+from sgalign.data.findings import counted, warn
 from sgalign.data.open import NO_TRAINING, splits_of
 from sgalign.data.predictions import Predictions
 from sgalign.data.scene_graph import check_has_relations, check_range
@@ -100,10 +100,11 @@ def main(arguments: Sequence[str]) -> int:
     predictions = Predictions(options.predictions, len(dataset.predicate_names) - 1)
     graphs = list(dataset)
     check_has_relations(graphs, f"{options.annotations}: the {options.split} split")
-    if unknown := predictions.image_ids - {graph.image_id for graph in graphs}:
+    known = {graph.image_id for graph in graphs}
+    if unknown := predictions.image_ids - known:
         raise InputError(
-            f"{options.predictions}: image ids must be in the {options.split} split of {options.annotations}, "
-            f"such as {min(graph.image_id for graph in graphs)!r}, got {len(unknown)} others, such as {min(unknown)!r}"
+            f"{options.predictions}: image ids must be in the {options.split} split of {options.annotations}, such as "
+            f"{min(known)!r}, got {counted(len(unknown), 'other')}, such as {min(unknown)!r}"
         )
     metric = make_evaluator(options, dataset, graphs)
     missing, boxes = 0, PredictedBoxes()
@@ -119,8 +120,8 @@ def main(arguments: Sequence[str]) -> int:
     for cause in boxes.causes():
         warn(f"{options.predictions}: {cause}")
     if missing:
-        counted = "they are skipped" if options.skip_missing else "their recall is 0"
-        print(f"sgalign: {missing} images with relations have no prediction: {counted}", file=sys.stderr)
+        result = "they are skipped" if options.skip_missing else "their recall is 0"
+        print(f"sgalign: {missing} images with relations have no prediction: {result}", file=sys.stderr)
     if options.json is not None:
         write_json(options.json, figures, indent=1)
     if options.csv is not None:
@@ -167,6 +168,9 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
         check_range(where, "predicates", zero_shot[:, 1], 1, predicates)
     elif "train" in others:
         zero_shot = zero_shot_triplets(seen, graphs)
+        if not len(zero_shot):
+            warn(f"{options.annotations}: the {options.split} split has no zero-shot relations and no zero-shot recall")
+            zero_shot = None
     if options.protocol.startswith("vrd-"):
         task = options.protocol.removeprefix("vrd-")
         return VRDEvaluator(task, predicates, predicates_per_pair=options.predicates_per_pair, zero_shot=zero_shot)

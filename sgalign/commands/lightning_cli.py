@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import LightningCLI
@@ -14,6 +15,7 @@ from sgalign.errors import InputError
 from sgalign.training import FrequencyModule, SavedModule, SceneGraphData, read_checkpoint
 
 EXPECTED_WARNINGS = (
+    "Total length of `DataLoader` across ranks is zero",  # a validation split without relations, which we name
     "LightningCLI's args parameter",  # our `args` are the command line without the name of the program
     "Found .* module.* in eval mode",  # a frozen detector stays in evaluation mode
     r"`isinstance\(treespec, LeafSpec\)`",  # Lightning's use of torch is deprecated
@@ -68,7 +70,9 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Print the paths of the checkpoints."""
         for callback in self.trainer.checkpoint_callbacks:
-            if path := getattr(callback, "best_model_path", ""):
+            path = getattr(callback, "best_model_path", "")
+            # A resumed callback that has saved nothing yet still has the path of the first run.
+            if path and Path(path).parent == Path(getattr(callback, "dirpath", None) or ""):
                 rank_zero_info(f"checkpoint {path}")
 
     before_validate = before_test = before_predict = _needs_checkpoint

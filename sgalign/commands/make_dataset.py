@@ -29,8 +29,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         choices=["vg150", "vrd", "coco"],
-        default="vg150",
-        help="layout of the files (default: %(default)s)",
+        help="layout of the files (default: coco with --source, otherwise vg150)",
     )
     sizes = parser.add_argument
     sizes(
@@ -86,6 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     sizes = options.sizes or (300, 50, 80)
     if min(sizes) < 0:
         parser().error(f"--sizes must be at least 0, got {sizes}")
+    options.format = options.format or ("vg150" if options.source is None else "coco")
     if options.source is not None and options.format != "coco":
         parser().error("--source needs --format coco")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):

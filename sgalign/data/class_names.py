@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from sgalign.data.scene_graph import BACKGROUND
@@ -71,6 +72,13 @@ def read_classes(where: str, entries: Iterable[tuple[Any, Any]]) -> Classes:
         raise InputError(f"{where}: must have a class besides the background, got {[name for _, name in named]}")
     names = [BACKGROUND, *(name for _, name in named[1 - first :])]
     return Classes(names, {class_id: number for number, (class_id, _) in enumerate(named, first)})
+
+
+def first_difference(names: Sequence[str], others: Sequence[str]) -> str:
+    """Return a phrase about the first class in which two lists of names differ."""
+    number = next(i for i, pair in enumerate(zip_longest(names, others)) if pair[0] != pair[1])
+    one, other = (repr(of[number]) if number < len(of) else "missing" for of in (names, others))
+    return f"class {number} is {other} instead of {one}"
 
 
 def is_background(name: str) -> bool:

@@ -97,6 +97,8 @@ class CocoDataset(SceneGraphDataset):
 
         self.findings = Findings(f"{self._path}, {split}")
         self._names: set[str] = set()
+        # The lowest object index of all relations, and the largest distance of an index from the last valid one.
+        self._lowest, self._excess = 1, 0
         images = self._read_images(content["images"])
         self._images = [image for image in images.values() if image is not None]
         if holds_out:
@@ -109,6 +111,7 @@ class CocoDataset(SceneGraphDataset):
                 self.findings.add("found", "image held out from train.json", count=len(self._images))
         self._read_annotations(content["annotations"], images)
         self._read_relations(relations[self._part], images)
+        self._count_missing_files()
         self._check_boxes()
         self.findings.raise_or_log(bad_rows)
 
@@ -116,11 +119,9 @@ class CocoDataset(SceneGraphDataset):
         return len(self._images)
 
     def __getitem__(self, index: int) -> SceneGraph:
-        image = self._images[index]
+        image, path = self._images[index], self._find(self._images[index])
         boxes = torch.tensor(image.boxes, dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        paths = self.root / image.name, self.root / "images" / image.name
-        path = next((path for path in paths if is_file(path)), None)  # the name may contain folders
         return SceneGraph(
             image.name,
             *image.size,
@@ -129,6 +130,16 @@ class CocoDataset(SceneGraphDataset):
             torch.tensor(image.relations, dtype=torch.int64).reshape(-1, 3),
             None if path is None else partial(load_image, path, image.size),
         )
+
+    def _find(self, image: _Image) -> Path | None:
+        paths = self.root / image.name, self.root / "images" / image.name  # the name may contain folders
+        return next((path for path in paths if is_file(path)), None)
+
+    def _count_missing_files(self) -> None:
+        """Record the images without a file, if there are image files at all."""
+        missing = [image.name for image in self._images if self._find(image) is None]
+        if len(missing) < len(self._images) or (self.root / "images").is_dir():
+            self.findings.add("found", "image without a file", missing, len(missing))
 
     def _read_images(self, rows: list[Any]) -> dict[str, _Image | None]:
         """Return the images by id. An image that is refused is None.
@@ -179,25 +190,29 @@ class CocoDataset(SceneGraphDataset):
             if (image is None and image_id in images) or (image is not None and not image.is_read):
                 continue
             place = None
+            if image is None:
+                got = f"image_id must be the id of an image, got {shown(row['image_id'])}"
+                self.findings.refuse("annotation of an unknown image", f"{where}: {got}")
+                continue
             try:
-                box, label = self._parse_annotation(where, row, image)
+                box, label = self._parse_annotation(where, row)
             except InputError as error:
                 self.findings.refuse("object with a malformed annotation", str(error))
             else:
-                assert image is not None
                 place = len(image.labels)
                 image.boxes.append(box)
                 image.labels.append(label)
                 if row.get("iscrowd"):
                     self.findings.add("found", "annotation of a crowd, read as one object", where)
-            if image is not None:
-                image.places.append(place)
+            image.places.append(place)
+        if unknown := [f for f in self.findings.with_outcome("refused") if f.kind == "annotation of an unknown image"]:
+            self.findings.causes.append(
+                f"{unknown[0]} may belong to a known one. Relations of that image then point to other objects"
+            )
 
-    def _parse_annotation(self, where: str, row: Any, image: _Image | None) -> tuple[list[float], int]:
+    def _parse_annotation(self, where: str, row: Any) -> tuple[list[float], int]:
         if not isinstance(row, dict) or not row.keys() >= set(_ANNOTATION_FIELDS):
             raise InputError(f"{where}: must have {', '.join(_ANNOTATION_FIELDS)}, got {shown(row)}")
-        if image is None:
-            raise InputError(f"{where}: image_id must be the id of an image, got {row['image_id']!r}")
         box = row["bbox"]
         if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
             raise InputError(f"{where}: bbox must be 4 numbers x, y, width, height, got {shown(box)}")
@@ -213,7 +228,10 @@ class CocoDataset(SceneGraphDataset):
             image = images.get(image_id)
             if image_id not in images:
                 got = f"image ids must occur in {self._path.name}, got {image_id!r}"
-                self.findings.refuse("image with relations but without an entry", f"{self._rel}, {self._part}: {got}")
+                kind = f"image with relations that {self._path.name} lacks"
+                self.findings.refuse(kind, f"{self._rel}, {self._part}: {got}")
+                if image_id in self._names:
+                    self.findings.causes = ["rel.json has file names as keys, but must have image ids"]
             elif not isinstance(triplets, list):
                 got = f"must be a list of relations, got {type(triplets).__name__}"
                 self.findings.refuse("image without a list of relations", f"{where}: {got}")
@@ -221,9 +239,15 @@ class CocoDataset(SceneGraphDataset):
                 self.findings.add("left out", "relation of a refused image", where, len(triplets))
             elif image.is_read:
                 self._read_triplets(where, triplets, image)
+        if self._lowest == 1 and self._excess == 1:
+            self.findings.causes.append("subject and object are counted from 1, but must be counted from 0")
 
     def _read_triplets(self, where: str, triplets: list[Any], image: _Image) -> None:
         last = len(image.places) - 1
+        for triplet in triplets:
+            if isinstance(triplet, list) and len(triplet) == 3 and all(type(v) is int for v in triplet[:2]):
+                self._lowest = min(self._lowest, *triplet[:2])
+                self._excess = max(self._excess, max(triplet[:2]) - last)
         for number, triplet in enumerate(triplets):
             row = f"{where}, row {number}"
             if not isinstance(triplet, list) or len(triplet) != 3 or any(type(v) is not int for v in triplet[:2]):
@@ -266,7 +290,9 @@ def _read_object(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
     """Return the content of a JSON file, which must be an object that has a list or an object for each of some keys."""
     content = read_json(path)
     if missing := [name for name in kinds if not isinstance(content, dict) or name not in content]:
-        raise InputError(f"{path}: must have {', '.join(kinds)}, but lacks {', '.join(missing)}")
+        raise InputError(
+            f"{path}: must have {', '.join(kinds)}, but lacks {', '.join(missing)} (an empty one is allowed)"
+        )
     for name, kind in kinds.items():
         if not isinstance(content[name], kind):
             wanted = "a list" if kind is list else "a JSON object with image ids as keys"

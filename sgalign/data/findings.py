@@ -13,7 +13,7 @@ from sgalign.errors import InputError
 BadRows = Literal["error", "skip"]
 Outcome = Literal["refused", "left out", "clipped", "found"]
 EXAMPLES = 3  # examples per finding, enough to see the pattern
-REMEDY = "sgalign check lists all bad rows of a data set, and bad_rows: skip leaves them out"
+REMEDY = "sgalign check lists all bad rows of a data set, and the option bad_rows with the value skip leaves them out"
 
 
 @dataclass

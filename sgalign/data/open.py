@@ -65,7 +65,10 @@ def splits_of(root: str | Path) -> list[Split]:
         files = {split: f"{name}.json" for split, name in FILES.items()}
         if not (root / files["validation"]).exists():
             files["validation"] = files["train"]
-    return [split for split in SPLITS if (root / files[split]).exists()]
+    splits = [split for split in SPLITS if (root / files[split]).exists()]
+    if not splits:
+        raise FileNotFoundError(f"{root}: must have {' or '.join(dict.fromkeys(files.values()))} beside rel.json")
+    return splits
 
 
 def _layout(root: Path) -> type[Any]:

@@ -26,6 +26,7 @@ from sgalign.data import (
     read_detections,
 )
 from sgalign.data.box_checks import PredictedBoxes
+from sgalign.data.class_names import first_difference
 from sgalign.data.features import FeatureCache
 from sgalign.data.findings import BadRows, Findings, warn
 from sgalign.data.images import describe_stretched
@@ -232,7 +233,8 @@ class SceneGraphData(pl.LightningDataModule):
         dataset = self._open(split, **options)
         for kind in ("object_names", "predicate_names"):
             if getattr(dataset, kind) != getattr(self, kind):
-                raise InputError(f"{self.name}: {kind} must be the same in all splits, but {split} has different ones")
+                what = first_difference(getattr(self, kind), getattr(dataset, kind))
+                raise InputError(f"{self.name}: {kind} must be the same in all splits, but in {split}, {what}")
         return list(dataset)
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
