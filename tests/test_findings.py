@@ -530,6 +530,8 @@ def test_without_val_json_validation_images_are_held_out(tmp_path):
     assert [len(part) for part in ids] == [8, 2] and not ids[0] & ids[1]
     first = open_dataset(root, "validation", validation_images=3, validation_choice="first")
     assert [first[i].image_id for i in range(3)] == ["train0.jpg", "train1.jpg", "train2.jpg"]
+    many_images(tmp_path, "test", 2)
+    assert len(open_dataset(root, "test", validation_images=3)) == 2
     many_images(tmp_path, "val", 3)
     assert len(CocoDataset(root, "train")) == 10 and len(CocoDataset(root, "validation")) == 3
     for option in ({"validation_images": 3}, {"validation_choice": "first"}):

@@ -84,9 +84,10 @@ class CocoDataset(SceneGraphDataset):
     ) -> None:
         check_split(split)
         self.root, self._rel = Path(root), Path(root, "rel.json")
-        holds_out = split != "test" and not (self.root / "val.json").exists()
-        if not holds_out:
+        has_validation = (self.root / "val.json").exists()
+        if has_validation:
             check_has_no_validation(self.root, validation_images, validation_choice)
+        holds_out = split != "test" and not has_validation
         self._part = "train" if holds_out else FILES[split]
         self._path = self.root / f"{self._part}.json"
         content = _read_object(self._path, {"images": list, "annotations": list, "categories": list})
