@@ -587,7 +587,7 @@ def test_annotated_relations_have_classes_from_0(annotated):
 class FewScenes(SceneGraphData):
     """The generated scenes, but at most six per part, all with relations."""
 
-    def _read(self, split):
+    def _read(self, split, **options):
         return [g for g in map(self._open(split).__getitem__, range(6)) if len(g.relations)]
 
 

@@ -40,7 +40,7 @@ MOTIFS = trainers.SMALL_MOTIFS | {"relations_per_image": 20}
 
 
 class FewScenes(SceneGraphData):
-    def _read(self, split):
+    def _read(self, split, **options):
         graphs = (g for g in map(self._open(split).__getitem__, range(30)) if len(g.relations))
         return [graph for graph, _ in zip(graphs, range(18))]
 

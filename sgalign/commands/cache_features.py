@@ -79,7 +79,8 @@ def cache_features(
                     group[field] = tensor.half().numpy() if half and field != "boxes" else tensor.numpy()
         print(f"{path}: {min(start + IMAGES_A_FILE, len(missing))} of {len(missing)} images", flush=True)
     if stretched:
-        warn(f"{counted(len(stretched), 'stretched image')}. For example, {describe_stretched(stretched)}")
+        number = counted(len(stretched), "image of other proportions than annotated")
+        warn(f"{number}. For example, {describe_stretched(stretched)}")
 
 
 def _see(
