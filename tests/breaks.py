@@ -476,6 +476,45 @@ BREAKS = {
         "graph",
         "tests/test_findings.py -k process",
     ),
+    "rows of two images": Break(
+        "sgalign/data/vg150_arrays.py",
+        "shared = self._shares_rows(what, ~refused)",
+        "shared = np.zeros_like(refused)",
+        "tests/test_findings.py -k share",
+    ),
+    "repeated keys": Break(
+        "sgalign/files.py", "if len(content) < len(pairs):", "if False:", "tests/test_findings.py -k repeated"
+    ),
+    "annotations without an image": Break(
+        "sgalign/data/coco.py",
+        "            if image_id is None:\n                # Relations count",
+        "            if False:\n                # Relations count",
+        "tests/test_findings.py -k name_no_image",
+    ),
+    "files outside the folder": Break(
+        "sgalign/data/images.py",
+        ' or {"..", "/"} & set(Path(name).parts)',
+        "",
+        "tests/test_findings.py -k outside",
+    ),
+    "files of the same name": Break(
+        "sgalign/data/image_files.py", "if len(Path(name).parts) > 1:", "if False:", "tests/test_findings.py -k folders"
+    ),
+    "predictions for images without relations": Break(
+        "sgalign/commands/evaluate.py", 'else "everything"', 'else "related"', "tests/test_findings.py -k predictions"
+    ),
+    "rows of images that are not used": Break(
+        "sgalign/data/vg150.py",
+        "self._mark_refused_rows(of_split)",
+        "self._mark_refused_rows(self._chosen(of_split))",
+        "tests/test_findings.py -k every_use",
+    ),
+    "indices that count from 1": Break(
+        "sgalign/data/coco.py",
+        "if self._lowest == 1 and self._excess == 1:",
+        "if False:",
+        "tests/test_findings.py -k count_from_1",
+    ),
     "exit code of check": Break(
         "sgalign/commands/check.py",
         'return 1 if report["refused"] else 0',

@@ -207,6 +207,27 @@ def test_numbers_are_read_without_rounding(exact, name):
     assert fields["scores"].tolist() == SCORES and fields["labels"].tolist() == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "value", ["text", np.array([True]), h5py.Empty("i4"), np.array([2**64 - 1], np.uint64), np.array([0.5])], ids=str
+)
+def test_labels_that_are_no_whole_numbers_are_refused_by_name(tmp_path, value):
+    with h5py.File(tmp_path / "p.h5", "w") as file:
+        file["a/labels"] = value
+    with pytest.raises(ValueError, match="image 'a': labels must be (numbers|whole numbers)"):
+        Predictions(tmp_path / "p.h5", 20)["a"]
+
+
+def test_true_is_not_a_number_and_wide_numbers_are_read(tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps({"a": {"labels": [True, False]}, "b": {"scores": [10**400]}}))
+    for image_id in "ab":
+        with pytest.raises(ValueError, match=f"image '{image_id}': (labels|scores) must be numbers"):
+            Predictions(tmp_path / "p.json", 20)[image_id]
+    with h5py.File(tmp_path / "p.h5", "w") as file:
+        file["a/scores"], file["a/labels"] = np.array([0.5], np.longdouble), np.array([7], ">u2")
+    fields = Predictions(tmp_path / "p.h5", 20)["a"]
+    assert fields["scores"].tolist() == [0.5] and fields["labels"].tolist() == [7]
+
+
 def test_complex_numbers_are_refused_by_name(exact):
     with pytest.raises(ValueError, match="image 'b': scores must be real numbers, got torch.complex64"):
         Predictions(exact / "p.h5", 20)["b"]

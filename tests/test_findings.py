@@ -16,6 +16,7 @@ from sgalign.data import CocoDataset, SceneGraph, VG150Dataset, VRDDataset, open
 from sgalign.data.class_names import is_background, read_classes  # noqa: E402
 from sgalign.data.findings import Findings, counted  # noqa: E402
 from sgalign.data.scene_graph import without_apart  # noqa: E402
+from sgalign.data.triplets import read_zero_shot_triplets  # noqa: E402
 from sgalign.training.datamodule import SceneGraphData  # noqa: E402
 
 BOX = {"image_id": 1, "category_id": 1, "bbox": [10, 10, 20, 20]}
@@ -336,6 +337,20 @@ def test_a_dangling_link_in_hdf5_is_refused(tmp_path):
         file["labels"] = h5py.ExternalLink("other.h5", "/labels")
     with pytest.raises(ValueError, match="must be an HDF5 file, but is not one or is cut short"):
         VG150Dataset(root, "test")
+
+
+@pytest.mark.parametrize("text", [" 1,2,1\n2,3,2\n", "1,2,1\n2,3,2\n", "subject,object,predicate\n1,2,1\n2,3,2\n"])
+def test_the_first_zero_shot_triplet_is_not_a_header(tmp_path, text):
+    (tmp_path / "z.csv").write_text(text)
+    assert read_zero_shot_triplets(tmp_path / "z.csv").tolist() == [[1, 1, 2], [2, 2, 3]]
+
+
+def test_fractions_are_no_zero_shot_triplets(tmp_path):
+    (tmp_path / "z.csv").write_text("1.0,2,1\n2,3,2\n")
+    torch.save(torch.tensor([[1.9, 2, 1]]), tmp_path / "z.pytorch")
+    for name in ("z.csv", "z.pytorch"):
+        with pytest.raises(ValueError, match=name):
+            read_zero_shot_triplets(tmp_path / name)
 
 
 def test_several_hdf5_files_are_refused(tmp_path):
@@ -718,6 +733,17 @@ def test_detectors_train_on_images_without_relations(tmp_path, kind, caplog):
     data.prepare_for(relations=True, overlapping_only=False)
     assert data.train == []
     assert any("2 images without relations" in line for line in caplog.messages)
+
+
+def test_detections_that_are_missing_or_left_over_are_counted(tmp_path, caplog):
+    root = many_images(tmp_path / "data", "test", 3)
+    one = {"boxes_xyxy": [[0.1, 0.1, 0.3, 0.3]], "labels": [0], "scores": [0.5]}
+    (tmp_path / "d.json").write_text(json.dumps({"test0.jpg": one, "other.jpg": one}))
+    SceneGraphData(str(root), detections=str(tmp_path / "d.json")).test_dataloader()
+    assert caplog.messages[-2] == (
+        "detections: left out 1 image outside the test split; found 2 images of the test split without detections"
+    )
+    assert "all coordinates of the 1 predicted boxes are at most 1" in caplog.messages[-1]
 
 
 def test_a_test_split_without_relations_is_refused(tmp_path):

@@ -167,12 +167,12 @@ class SceneGraphData(pl.LightningDataModule):
             if self._needs.overlapping_only:
                 graphs = [without_apart(graph, findings) for graph in graphs]
             kept = [graph for graph in graphs if (graph.relations[:, 0] != graph.relations[:, 1]).any()]
-            what = "image without a relation between two objects"
+            kind = "image without a relation between two objects"
         else:
             graphs = self._read("train", keep="objects")
             kept = [graph for graph in graphs if len(graph.labels)]
-            what = "image without objects"
-        findings.add("left out", what, count=len(graphs) - len(kept))
+            kind = "image without objects"
+        findings.add("left out", kind, count=len(graphs) - len(kept))
         findings.log()
         self._chosen = self._check_cached(kept, "train")
         return kept
@@ -218,9 +218,9 @@ class SceneGraphData(pl.LightningDataModule):
     @cached_property
     def zero_shot_test(self) -> Tensor | None:
         """The class triplets of the test split that both other splits lack. Without a training split, it is None."""
-        return (
-            None if "train" not in self.splits else zero_shot_triplets([*self.annotated, *self.validation], self.test)
-        )
+        if "train" not in self.splits:
+            return None
+        return zero_shot_triplets([*self.annotated, *self.validation], self.test)
 
     def _open(self, split: Split, **options: Any) -> Any:
         if self.root is None:
@@ -233,8 +233,8 @@ class SceneGraphData(pl.LightningDataModule):
         dataset = self._open(split, **options)
         for kind in ("object_names", "predicate_names"):
             if getattr(dataset, kind) != getattr(self, kind):
-                what = first_difference(getattr(self, kind), getattr(dataset, kind))
-                raise InputError(f"{self.name}: {kind} must be the same in all splits, but in {split}, {what}")
+                difference = first_difference(getattr(self, kind), getattr(dataset, kind))
+                raise InputError(f"{self.name}: {kind} must be the same in all splits, but in {split}, {difference}")
         return list(dataset)
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:
@@ -316,9 +316,7 @@ class SceneGraphData(pl.LightningDataModule):
         findings, boxes = Findings("detections"), PredictedBoxes()
         known = {graph.image_id: graph for graph in self.test}
         missing, unknown = sorted(known.keys() - detections.keys()), sorted(detections.keys() - known.keys())
-        findings.add(
-            "found", "image of the test split without detections, so nothing is found in it", count=len(missing)
-        )
+        findings.add("found", "image of the test split without detections", missing, len(missing))
         findings.add("left out", "image outside the test split", unknown, len(unknown))
         for name in known.keys() & detections.keys():
             boxes.add(known[name], detections[name].boxes)
