@@ -133,6 +133,13 @@ def test_predictions_are_checked(tmp_path):
     assert "at most 1" in report["parts"]["predictions"]["causes"][0]
 
 
+def test_a_missing_file_of_predictions_does_not_hide_the_report(tmp_path):
+    root = many_images(tmp_path / "data", "test", 2)
+    report = report_of(root, "--predictions", tmp_path / "none.json", tmp_path=tmp_path, code=1)
+    assert findings(report, "predictions") == {("refused", "file of predictions that cannot be read"): 1}
+    assert report["parts"]["test"]["counts"]["images"] == 2
+
+
 def test_a_folder_without_a_known_layout_is_reported(tmp_path, capsys):
     assert cli.main(["check", str(tmp_path)]) == 1
     assert "must be a folder with" in capsys.readouterr().err

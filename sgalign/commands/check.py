@@ -165,7 +165,11 @@ def _check_predictions(
         findings.refuse("file of predictions", "it cannot be checked, because there is no test split that can be read")
         return {"counts": {}, "findings": _listed(findings), "causes": []}
     predicates = len(names["predicate_names"]) - 1
-    predictions = Predictions(path, predicates)
+    try:
+        predictions = Predictions(path, predicates)
+    except (InputError, OSError) as error:
+        findings.refuse("file of predictions that cannot be read", str(error))
+        return {"counts": {}, "findings": _listed(findings), "causes": []}
     known = {graph.image_id: graph for graph in graphs}
     for image_id in sorted(predictions.image_ids - known.keys()):
         expected = f", expected one such as {min(known)!r}" if known else ""
