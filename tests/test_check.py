@@ -1,4 +1,4 @@
-"""Tests of `sgalign check`, which prints everything that is wrong with a data set at once."""
+"""Tests of `sgalign check`, which lists the faults of a data set."""
 
 import json
 

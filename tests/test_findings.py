@@ -172,7 +172,7 @@ def test_dictionaries_of_vg150_may_have_one_direction(tmp_path, form):
         dicts = {
             f"{w}_to_idx": {name: int(i) for i, name in n.items()}
             for w, n in (("label", names), ("predicate", predicates))
-        }  # noqa: E501
+        }
     (root / "VG-SGG-dicts-with-attri.json").write_text(json.dumps(dicts))
     dataset = VG150Dataset(root, "test")
     assert dataset.object_names == ["__background__", "α", "b", "c"]

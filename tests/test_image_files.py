@@ -19,7 +19,7 @@ from sgalign.data.images import (  # noqa: E402
     image_sizes,
     image_suffixes,
     load_image,
-    read_pixels,
+    read_images,
     same_proportions,
 )
 from sgalign.training import MotifsModule, SceneGraphData, datamodule  # noqa: E402
@@ -218,7 +218,7 @@ def test_errors_of_a_decoder_are_refused_by_name(tmp_path):
 # ---- folders
 
 
-def test_every_file_of_a_folder_is_an_image_or_another_file(tmp_path):
+def test_every_entry_of_a_folder_is_an_image_or_is_named(tmp_path):
     for name in ("a.PNG", "b.jfif", "c.gif", "d.tiff", "e.jp2", "f.webp", "g.mpo"):
         Image.fromarray(UPRIGHT).save(tmp_path / name, "JPEG" if name == "g.mpo" else None)
     Image.fromarray(UPRIGHT).save(tmp_path / "h", "JPEG")
@@ -230,7 +230,7 @@ def test_every_file_of_a_folder_is_an_image_or_another_file(tmp_path):
     (tmp_path / "broken link.png").symlink_to("nowhere")
     found, left = image_files(tmp_path)
     assert [path.name for path in found] == [*"a.PNG b.jfif c.gif d.tiff e.jp2 f.webp g.mpo h i.jpg".split()]
-    assert [path.name for path in left] == list(others)
+    assert [path.name for path in left] == sorted([*others, "folder.png", "broken link.png"])
     for path in found[:-1]:
         assert load_image(path).size == (40, 30)
 
@@ -252,14 +252,14 @@ def test_the_suffixes_are_those_of_pictures():
 
 def test_pixels_are_between_0_and_1():
     scene = scenes("validation", 40, 0)[0]
-    pixels = read_pixels(scene)
+    pixels = read_images([scene])[0][0]
     assert pixels.shape == (3, scene.height, scene.width) and 0 <= pixels.min() < pixels.max() <= 1
 
 
 def test_pixels_are_resized_to_the_size_of_the_graph():
     scene = scenes("validation", 40, 0)[0]
     smaller = SceneGraph("x", 40, 30, scene.boxes[:0], scene.labels[:0], scene.relations[:0], scene.image)
-    assert read_pixels(smaller).shape == (3, 30, 40)
+    assert read_images([smaller])[0][0].shape == (3, 30, 40)
 
 
 def test_a_graph_without_an_image_is_refused_if_pixels_are_needed():

@@ -25,7 +25,7 @@ from sgalign.commands import main as cli  # noqa: E402
 from sgalign.commands.cache_features import cache_features  # noqa: E402
 from sgalign.data import SceneGraph, ScenesDataset, VisualFeatures, collate, read_detections  # noqa: E402
 from sgalign.data.features import FeatureCache  # noqa: E402
-from sgalign.data.images import read_pixels  # noqa: E402
+from sgalign.data.images import read_images  # noqa: E402
 from sgalign.models import Detector, RegionFeatures  # noqa: E402
 from sgalign.models.detector import ObjectDetections  # noqa: E402
 from sgalign.models.regions import rectangle_masks  # noqa: E402
@@ -66,7 +66,7 @@ def regions():
 
 @pytest.fixture(scope="module")
 def features(detector, scenes):
-    return detector.features([read_pixels(graph) for graph in scenes])
+    return detector.features(read_images(scenes)[0])
 
 
 # ---- detector
@@ -162,7 +162,7 @@ def test_a_frozen_detector_stays_in_evaluation_mode(detector):
 
 def test_the_losses_of_the_detector_reach_every_layer_of_its_heads(scenes):
     detector = Detector(CLASSES, **SIZES).train()
-    losses = detector.losses([read_pixels(g) for g in scenes[:2]], *zip(*((g.boxes, g.labels) for g in scenes[:2])))
+    losses = detector.losses(read_images(scenes[:2])[0], *zip(*((g.boxes, g.labels) for g in scenes[:2])))
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in detector.model.roi_heads.parameters())
 
@@ -205,13 +205,13 @@ def test_an_unknown_backbone_is_refused():
 def test_trained_batch_norms_give_the_same_features_when_they_are_frozen(scenes, tmp_path):
     trained = Detector(CLASSES, **SIZES, head_dim=64, trains_norms=True).train()
     before = trained.model.backbone.body.bn1.running_var.clone()
-    trained.losses([read_pixels(g) for g in scenes[:2]], *zip(*((g.boxes, g.labels) for g in scenes[:2])))
+    trained.losses(read_images(scenes[:2])[0], *zip(*((g.boxes, g.labels) for g in scenes[:2])))
     assert not torch.equal(trained.model.backbone.body.bn1.running_var, before)
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
     frozen = Detector(CLASSES, **SIZES, head_dim=64)
     frozen.load_weights(str(tmp_path / "weights.pt"))
     # In float64, because the two kinds of normalization round differently.
-    images = [read_pixels(g).double() for g in scenes[:2]]
+    images = [image.double() for image in read_images(scenes[:2])[0]]
     frozen, trained = frozen.double().eval(), trained.double().eval()
     with torch.no_grad():
         torch.testing.assert_close(frozen.features(images).levels, trained.features(images).levels)
@@ -276,7 +276,7 @@ def test_scales_do_not_depend_on_the_first_images(detector, regions, scenes):
     fresh.load_state_dict(regions.state_dict())
     thin, box = torch.rand(3, 20, 600), [torch.tensor([[5.0, 5, 500, 15]])]
     fresh.objects(detector.features([thin]), box)
-    usual = detector.features([read_pixels(scenes[0])])
+    usual = detector.features(read_images([scenes[0]])[0])
     ours, theirs = (module.objects(usual, [scenes[0].boxes]) for module in (fresh, regions))
     torch.testing.assert_close(ours, theirs)
 
@@ -326,12 +326,12 @@ def test_cached_features_equal_those_computed_from_the_images(detector, regions,
             batch.features.objects.split(batch.lengths.tolist()),
             batch.features.logits.split(batch.lengths.tolist()),
         ):
-            alone = detector.features([read_pixels(graph)])
+            alone = detector.features(read_images([graph])[0])
             tolerance = {"atol": 1e-2, "rtol": 1e-2} if half else {"atol": 1e-5, "rtol": 1e-5}
             torch.testing.assert_close(objects, regions.objects(alone, [graph.boxes]), **tolerance)
             torch.testing.assert_close(logits, detector.classify(alone, [graph.boxes]), **tolerance)
         pairs = collate(scenes[:1], 20).pairs
-        union = regions.pairs(detector.features([read_pixels(scenes[0])]), [scenes[0].boxes], [pairs])
+        union = regions.pairs(detector.features(read_images([scenes[0]])[0]), [scenes[0].boxes], [pairs])
         torch.testing.assert_close(batch.features.unions[: len(pairs)], union, **tolerance)
 
 
@@ -609,7 +609,7 @@ def test_predict_writes_and_draws_graphs_and_skips_unreadable_images(command, tm
     assert cli.main([*command, "--draw", "--top-k", "5"]) == 1  # because of the unreadable image
     error = capsys.readouterr().err
     assert "skipped: " in error and "torn.png" in error
-    assert "sgalign: skipped 1 file that is not an image: notes.txt\n" in error
+    assert "sgalign: skipped 1 entry that is not an image: notes.txt\n" in error
     graphs = json.loads((tmp_path / "g.json").read_text())
     assert [graph["image_id"] for graph in graphs] == ["0.jpg", "1.jpg"]
     for graph in graphs:

@@ -1,4 +1,4 @@
-"""Open all splits of a data set, and print everything that is wrong or odd with them at once."""
+"""Open all splits of a data set, and list their faults, all at once."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ usage: sgalign COMMAND ...
             write generated scenes as files, or convert a data set to COCO with relations
   cache-features
             store the features that a model computes from the images of a data set, for fast training
-  check     print everything that is wrong or odd with the files of a data set
+  check     list the faults of a data set, all at once
   evaluate  score any system's predictions, read from a file
   predict   predict the scene graphs of an image or a folder of images with a trained model
   fit, validate, test, predict --config FILE

@@ -45,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run `sgalign predict IMAGE_OR_FOLDER` and return the exit code.
 
-    Images that cannot be read are reported and skipped. The exit code is then 1. Files that are not images are also
-    reported, but do not change the exit code.
+    Images that cannot be read are reported and skipped. The exit code is then 1. Subfolders and files that are not
+    images are also reported, but do not change the exit code.
     """
     options = parser().parse_args(arguments)
     if options.top_k < 1:
@@ -65,8 +65,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.detections is not None:
         detections = read_detections(options.detections, len(module.object_names) - 1)
     paths, others = image_files(options.images)
-    if names := [path.name for path in others if path.resolve() != options.out.resolve()]:
-        what = "1 file that is not an image" if len(names) == 1 else f"{len(names)} files that are not images"
+    own = options.out.resolve(), folder.resolve()
+    if names := [path.name for path in others if path.resolve() not in own]:
+        what = "1 entry that is not an image" if len(names) == 1 else f"{len(names)} entries that are not images"
         print(f"sgalign: skipped {what}: {some_of(names)}", file=sys.stderr)
     check_writable(options.out)
     if options.draw:
@@ -112,7 +113,7 @@ def _load(path: Path, detections: str | None) -> MotifsModule | SGTRModule:
 
 
 def image_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Return the images and the other files of a folder, sorted by name. Hidden files are left out.
+    """Return the images and the other entries of a folder, sorted by name. Hidden ones are left out.
 
     If `path` is a file, it is taken for an image.
 
@@ -121,11 +122,11 @@ def image_files(path: Path) -> tuple[list[Path], list[Path]]:
     """
     if path.is_file():
         return [path], []
-    files = sorted(p for p in path.glob("*") if p.is_file() and not p.name.startswith("."))
-    images = [p for p in files if is_image(p)]
+    entries = sorted(p for p in path.glob("*") if not p.name.startswith("."))
+    images = [p for p in entries if p.is_file() and is_image(p)]
     if not images:
         raise FileNotFoundError(f"{path}: must be an image or a folder of images")
-    return images, sorted(set(files) - set(images))
+    return images, sorted(set(entries) - set(images))
 
 
 @torch.no_grad()

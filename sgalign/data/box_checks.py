@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from sgalign.data.scene_graph import SceneGraph
 
+LARGEST = 1e9  # largest coordinate in pixels, far beyond any image
 TOLERANCE = 1.0  # pixels, because some data sets count a box's last pixel and others do not
 MANY = 0.25  # share of boxes beyond their images that a few careless annotations do not explain
 SHRUNK = 0.7  # median reach of predicted boxes; a detector that works finds some object near the farthest edge
@@ -65,9 +65,8 @@ class PredictedBoxes:
         """Add the boxes predicted for an image, float `[N, 4]`: x1, y1, x2, y2."""
         if not len(boxes) or not len(graph.boxes):
             return
-        limit = torch.tensor([graph.width, graph.height]) + TOLERANCE
         self._boxes += len(boxes)
-        self._beyond += int(((boxes[:, 2:] > limit) | (boxes[:, :2] < -TOLERANCE)).any(1).sum())
+        self._beyond += int(are_beyond(boxes.numpy(), np.array((graph.width, graph.height))).sum())
         farthest = boxes.amax().item()
         self._largest = max(self._largest, farthest)
         self._reach.append(farthest / max(graph.boxes.amax().item(), 1.0))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sgalign.data.box_checks import are_beyond, likely_causes
+from sgalign.data.box_checks import LARGEST, are_beyond, likely_causes
 from sgalign.data.class_names import id_text, read_classes
 from sgalign.data.findings import EXAMPLES, BadRows, Findings
 from sgalign.data.image_files import is_file
@@ -22,7 +22,6 @@ from sgalign.errors import InputError, shown
 from sgalign.files import read_json, write_json
 
 FILES: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
-LARGEST = 1e9  # largest coordinate in pixels, far beyond any image
 _IMAGE_FIELDS = ("id", "file_name", "width", "height")
 _ANNOTATION_FIELDS = ("image_id", "category_id", "bbox")
 
@@ -37,6 +36,7 @@ class _Image:
     labels: list[int] = field(default_factory=list)
     places: list[int | None] = field(default_factory=list)  # object index of each annotation, None if it is left out
     relations: list[tuple[int, int, int]] = field(default_factory=list)
+    path: Path | None = None  # None if there is no file
     is_read: bool = True  # False for an image of the other split of train.json
 
 
@@ -112,7 +112,7 @@ class CocoDataset(SceneGraphDataset):
                 self.findings.add("found", "image held out from train.json", count=len(self._images))
         self._read_annotations(content["annotations"], images)
         self._read_relations(relations[self._part], images)
-        self._count_missing_files()
+        self._find_files()
         self._check_boxes()
         self.findings.raise_or_log(bad_rows)
 
@@ -120,7 +120,7 @@ class CocoDataset(SceneGraphDataset):
         return len(self._images)
 
     def __getitem__(self, index: int) -> SceneGraph:
-        image, path = self._images[index], self._find(self._images[index])
+        image = self._images[index]
         boxes = torch.tensor(image.boxes, dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         return SceneGraph(
@@ -129,16 +129,15 @@ class CocoDataset(SceneGraphDataset):
             boxes,
             torch.tensor(image.labels, dtype=torch.int64),
             torch.tensor(image.relations, dtype=torch.int64).reshape(-1, 3),
-            None if path is None else partial(load_image, path, image.size),
+            None if image.path is None else partial(load_image, image.path, image.size),
         )
 
-    def _find(self, image: _Image) -> Path | None:
-        paths = self.root / image.name, self.root / "images" / image.name  # the name may contain folders
-        return next((path for path in paths if is_file(path)), None)
-
-    def _count_missing_files(self) -> None:
-        """Record the images without a file, if there are image files at all."""
-        missing = [image.name for image in self._images if self._find(image) is None]
+    def _find_files(self) -> None:
+        """Set the path of each image. Record the images without a file, if there are image files at all."""
+        for image in self._images:
+            paths = self.root / image.name, self.root / "images" / image.name  # the name may contain folders
+            image.path = next((path for path in paths if is_file(path)), None)
+        missing = [image.name for image in self._images if image.path is None]
         if len(missing) < len(self._images) or (self.root / "images").is_dir():
             self.findings.add("found", "image without a file", missing, len(missing))
 
@@ -224,6 +223,7 @@ class CocoDataset(SceneGraphDataset):
         return box, self._objects.number(f"{where}: category_id", row["category_id"])
 
     def _read_relations(self, by_id: Mapping[str, Any], images: Mapping[str, _Image | None]) -> None:
+        named = 0
         for image_id, triplets in by_id.items():
             where = f"{self._rel}, {self._part}, image {image_id}"
             image = images.get(image_id)
@@ -231,8 +231,7 @@ class CocoDataset(SceneGraphDataset):
                 got = f"image ids must occur in {self._path.name}, got {image_id!r}"
                 kind = f"image with relations that {self._path.name} lacks"
                 self.findings.refuse(kind, f"{self._rel}, {self._part}: {got}")
-                if image_id in self._names:
-                    self.findings.causes = ["rel.json has file names as keys, but must have image ids"]
+                named += image_id in self._names
             elif not isinstance(triplets, list):
                 got = f"must be a list of relations, got {type(triplets).__name__}"
                 self.findings.refuse("image without a list of relations", f"{where}: {got}")
@@ -240,21 +239,22 @@ class CocoDataset(SceneGraphDataset):
                 self.findings.add("left out", "relation of a refused image", where, len(triplets))
             elif image.is_read:
                 self._read_triplets(where, triplets, image)
+        if named:
+            self.findings.causes.append("rel.json has file names as keys, but must have image ids")
         if self._lowest == 1 and self._excess == 1:
             self.findings.causes.append("subject and object are counted from 1, but must be counted from 0")
 
     def _read_triplets(self, where: str, triplets: list[Any], image: _Image) -> None:
         last = len(image.places) - 1
-        for triplet in triplets:
-            if isinstance(triplet, list) and len(triplet) == 3 and all(type(v) is int for v in triplet[:2]):
-                self._lowest = min(self._lowest, *triplet[:2])
-                self._excess = max(self._excess, max(triplet[:2]) - last)
         for number, triplet in enumerate(triplets):
             row = f"{where}, row {number}"
             if not isinstance(triplet, list) or len(triplet) != 3 or any(type(v) is not int for v in triplet[:2]):
                 got = f"must be [subject, object, predicate], got {shown(triplet)}"
                 self.findings.refuse("relation with a malformed row", f"{row}: {got}")
-            elif not 0 <= min(triplet[:2]) <= max(triplet[:2]) <= last:
+                continue
+            self._lowest = min(self._lowest, *triplet[:2])
+            self._excess = max(self._excess, max(triplet[:2]) - last)
+            if not 0 <= min(triplet[:2]) <= max(triplet[:2]) <= last:
                 got = f"objects must be from 0 to {last}, got {triplet[:2]}"
                 self.findings.refuse("relation to a missing object", f"{row}: {got}")
             else:

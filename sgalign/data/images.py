@@ -141,11 +141,6 @@ def load_image(path: Path, size: Size | None = None) -> Image.Image:
         return image.convert("RGB")
 
 
-def read_pixels(graph: SceneGraph) -> Tensor:
-    """Return the graph's image, float32 `[3, height, width]` with values from 0 to 1. See `read_images`."""
-    return read_images([graph])[0][0]
-
-
 def read_images(graphs: Sequence[SceneGraph]) -> tuple[list[Tensor], dict[str, tuple[Size, Size]]]:
     """Return the images of scene graphs, and the sizes of those that were stretched.
 

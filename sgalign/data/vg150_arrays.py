@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
+from sgalign.data.box_checks import LARGEST
 from sgalign.data.class_names import Classes, read_classes
 from sgalign.data.findings import EXAMPLES, Findings
 from sgalign.errors import InputError
@@ -15,7 +16,6 @@ from sgalign.files import HDF5_DAMAGE, read_json
 
 REMEDY = "download or write it again"
 NO_NUMBER = -(1 << 62)  # stands for a value that is not a whole number, or is too large to be one
-LARGEST = 1e9  # largest coordinate, far beyond any image
 COLUMNS = ("labels", "predicates", "split")  # [N, 1] in the official file
 RANGES = ("box", "rel")
 

@@ -117,7 +117,7 @@ class SceneGraphData(pl.LightningDataModule):
         self._chosen: list[SceneGraph] | None = None  # the images that `train` has chosen
         self.stretched: set[str] = set()  # ids of the images that `_note_stretched` has seen
         self.name = "generated scenes" if root is None else f"the data in {root}"
-        # The classes come from the first split that the folder has. Its graphs are read again only if they are needed.
+        # The classes come from the first split that the folder has. `_open` returns this data set once more.
         self._first: tuple[Split, Any] | None = None
         self.splits = list(SPLITS) if root is None else splits_of(root)
         if "train" not in self.splits:
@@ -226,7 +226,8 @@ class SceneGraphData(pl.LightningDataModule):
         if self.root is None:
             return ScenesDataset(split)
         if self._first is not None and self._first[0] == split and not options:
-            return self._first[1]
+            dataset, self._first = self._first[1], None  # not kept, because it is large
+            return dataset
         return open_dataset(self.root, split, **self._reading, **options)
 
     def _read(self, split: Split, **options: Any) -> list[SceneGraph]:
