@@ -698,7 +698,7 @@ BREAKS = {
         "tests/test_resuming.py -k patience",
     ),
     "seed given to a resumed run": Break(
-        "sgalign/commands/lightning_cli.py",
+        "sgalign/training/lightning_cli.py",
         "and seed != saved:",
         "and seed < 0:",
         "tests/test_resuming.py -k another_seed",

@@ -7,7 +7,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("lightning")
-from sgalign import commands  # noqa: E402
+from sgalign import training  # noqa: E402
 from sgalign.commands import doctor, evaluate, main  # noqa: E402
 from sgalign.errors import InputError  # noqa: E402
 
@@ -48,8 +48,8 @@ def without_lightning(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "lightning"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lightning", None)
-    monkeypatch.delitem(sys.modules, "sgalign.commands.lightning_cli", raising=False)
-    monkeypatch.delattr(commands, "lightning_cli", raising=False)
+    monkeypatch.delitem(sys.modules, "sgalign.training.lightning_cli", raising=False)
+    monkeypatch.delattr(training, "lightning_cli", raising=False)
 
 
 def test_missing_lightning_is_one_sentence(without_lightning, capsys):

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         photographs = LIGHTNING_OPTIONS.isdisjoint(re.split("[.+=]", option)[0] for option in rest)
         if command in COMMANDS or (command == "predict" and photographs):
             return importlib.import_module(f"sgalign.commands.{command.replace('-', '_')}").main(rest)
-        from sgalign.commands import lightning_cli
+        from sgalign.training import lightning_cli
 
         return lightning_cli.main([command, *rest])
     except ModuleNotFoundError as error:  # `doctor.missing` finds nothing in a source tree that is not installed

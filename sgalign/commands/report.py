@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sgalign.commands import studies
+from sgalign.data import load_image
 from sgalign.files import check_writable
+from sgalign.studies import report
+from sgalign.studies.mirror_figure import draw_mirror
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -15,16 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("sgalign report", description=__doc__)
     add = parser.add_argument
     add("folder", type=Path, help="folder that sgalign ablate has written (with --checkpoint: folder for the figure)")
-    every = "(default: all studies that have at least one run for each row of their table)"
-    add(
-        "--study",
-        nargs="+",
-        choices=studies.STUDIES,
-        metavar="STUDY",
-        help=f"studies to report {every}",
-    )
-    add("--data", metavar="NAME", help="name of the data set in the runs, needed if they used several")
-    add("--epochs", type=int, metavar="N", help="number of epochs, needed if it differs between runs")
+    add("--study", nargs="+", metavar="NAME", help="names of the studies, such as table1 (default: all in the folder)")
     add(
         "--checkpoint",
         metavar="FILE",
@@ -34,15 +27,12 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if (options.checkpoint is None) != (options.image is None):
         parser.error("--checkpoint and --image must be given together")
-    if options.checkpoint is not None:
-        for name in ("study", "data", "epochs"):
-            if getattr(options, name) is not None:
-                parser.error(f"--{name} selects runs and cannot be used with --checkpoint")
-        from sgalign.commands.mirror_figure import draw_mirror
-
-        out = options.folder / f"mirror_{options.image.stem}.png"
-        check_writable(out)
-        draw_mirror(options.checkpoint, options.image, out)
+    if options.checkpoint is None:
+        report.write(options.folder, options.study)
         return 0
-    studies.tabulate(options.folder, options.study, options.data, options.epochs)
+    if options.study is not None:
+        parser.error("--study selects runs and cannot be used with --checkpoint")
+    out = options.folder / f"mirror_{options.image.stem}.png"
+    check_writable(out)
+    draw_mirror(options.checkpoint, load_image(options.image), options.image.name, out)
     return 0

@@ -11,6 +11,7 @@ from sgalign.training.detr import EntityDetectorModule
 from sgalign.training.evaluation import RelationModule
 from sgalign.training.frequency import FrequencyModule
 from sgalign.training.motifs import MotifsModule
+from sgalign.training.scarce import ScarceData
 from sgalign.training.sgtr import SGTRModule
 from sgalign.training.writers import DetectionWriter, PredictionWriter, TripletWriter
 
@@ -28,6 +29,7 @@ __all__ = [
     "PredictionWriter",
     "RelationModule",
     "SGTRModule",
+    "ScarceData",
     "SavedModule",
     "SceneGraphData",
     "TripletWriter",

@@ -236,8 +236,12 @@ class SavedModule(pl.LightningModule):
 
     on_test_start = on_predict_start = on_validation_start
 
-    def test_step(self, batch: GraphBatch) -> None:
-        self.validation_step(batch)
+    def validation_step(self, batch: GraphBatch) -> dict[str, Any] | None:
+        """Evaluate a batch. A relation model returns its `predictions`."""
+        raise NotImplementedError(f"{type(self).__name__} must override validation_step")
+
+    def test_step(self, batch: GraphBatch) -> dict[str, Any] | None:
+        return self.validation_step(batch)
 
     # ---- checkpoints
 

@@ -65,11 +65,17 @@ class RelationModule(SavedModule):
         """Return one dict per image of the batch, in the format of `SceneGraphEvaluator` and `TripletWriter`."""
         raise NotImplementedError(f"{type(self).__name__} must override predictions")
 
-    def validation_step(self, batch: GraphBatch) -> None:
-        self.recall.update(self.predictions(batch), batch.truth)
+    def validation_step(self, batch: GraphBatch) -> dict[str, Any]:
+        """Evaluate a batch, and return its `predictions` for callbacks."""
+        predictions = self.predictions(batch)
+        self.recall.update(predictions, batch.truth)
+        return {"predictions": predictions}
 
     def on_validation_epoch_end(self) -> None:
-        for name, value in self.recall.compute().items():
+        figures = self.recall.compute()
+        if self.part == "val":  # SGTR's public code chooses its model by this mean
+            figures = figures | {"mean@100": (figures["R@100"] + figures["mR@100"]) / 2}
+        for name, value in figures.items():
             if not is_of_predicate(name):
                 self.log(f"{self.part}/{name}", value.float(), prog_bar=name in ("R@50", "mR@50"), sync_dist=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ class ScarceData(SceneGraphData):
 
     Args:
         root: as in `SceneGraphData`.
-        features: name of a folder in `root` that `sgalign cache-features` has filled.
         labelled: share of the training images that keep their relations.
         unlabelled: if True, also train on the other images, but without their labels. If False, leave them out.
         missing: share of the relations to remove, as if they were not annotated. Images that lose all relations are
@@ -31,23 +29,23 @@ class ScarceData(SceneGraphData):
         data: the other arguments of `SceneGraphData`.
 
     Raises:
-        ValueError: if there are features but no root, or if a split has no relations.
+        ValueError: if a share is not in [0, 1], or if a split has no relations.
     """
 
     def __init__(
         self,
         root: str | None = None,
         *,
-        features: str | None = None,
         labelled: float = 1.0,
         unlabelled: bool = True,
         missing: float = 0.0,
         wrong: float = 0.0,
         **data: Any,
     ) -> None:
-        if features is not None and root is None:
-            raise InputError(f"root must be a folder with cached features in {features}/, got none (generated scenes)")
-        super().__init__(root, features=features and str(Path(root or "", features)), **data)
+        for name, share in (("labelled", labelled), ("missing", missing), ("wrong", wrong)):
+            if not 0 <= share <= 1:
+                raise InputError(f"{name} must be a share in [0, 1], got {share}")
+        super().__init__(root, **data)
         generator = torch.Generator().manual_seed(0)
         for name in ("predicate_groups", "zero_shot_validation", "zero_shot_test"):
             getattr(self, name)  # computed from the full training split, so all runs are evaluated in the same way

@@ -62,10 +62,12 @@ class SGTRModule(DetrModule, RelationModule):
 
     # ---- evaluation
 
-    def validation_step(self, batch: GraphBatch) -> None:
+    def validation_step(self, batch: GraphBatch) -> dict[str, Any]:
         pixels, entities = self.detect(batch)
         self.log_found(entities, batch)
-        self.recall.update(self._graphs(batch, pixels, entities), batch.truth)
+        predictions = self._graphs(batch, pixels, entities)
+        self.recall.update(predictions, batch.truth)
+        return {"predictions": predictions}
 
     def predictions(self, batch: GraphBatch) -> list[dict[str, Any]]:
         """Return one dict per image of the batch, with ranked `triplets`, in the format of `SceneGraphEvaluator`."""

@@ -9,12 +9,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import pil_to_tensor
 
-from sgalign.data import load_image
 from sgalign.errors import InputError
 from sgalign.files import save_figure
 from sgalign.models.entity_detector import resize
@@ -37,7 +37,7 @@ class _Mirror(NamedTuple):
 
 
 @torch.no_grad()
-def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -> None:
+def draw_mirror(checkpoint: str | Path, image: Image, name: str, out: Path, seed: int = 0) -> None:
     """Draw the last layer's cross-attention for the query with the most probable predicate, averaged over heads.
 
     The columns are predicate, subject and object. The rows are the supervised branch, the mirrored branch, and the
@@ -46,7 +46,8 @@ def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -
 
     Args:
         checkpoint: file of an Align-SGTR checkpoint.
-        image: file of the photograph.
+        image: the photograph.
+        name: its name, for the title.
         out: file of the picture to write.
         seed: seed of the masks. The mask ratio is the one that the model was trained with.
 
@@ -58,7 +59,7 @@ def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -
     if not isinstance(module, AlignSGTRModule):
         raise InputError(f"{checkpoint} must be a checkpoint of AlignSGTRModule, got {type(module).__name__}")
     options = module.options
-    photograph = pil_to_tensor(load_image(image)).float() / 255
+    photograph = pil_to_tensor(image).float() / 255
     pixels = resize(photograph, options.short_sides[-1], options.long_side)
     mirror = _look(module, pixels, seed)
     figure = Figure(figsize=(13, 9), layout="constrained")
@@ -76,7 +77,7 @@ def draw_mirror(checkpoint: str | Path, image: Path, out: Path, seed: int = 0) -
                 _draw_heat(axes, strength, pixels, top=1 if of_roles is mirror.seen else None)
             else:
                 _draw_boxes(axes, strength, mirror.boxes)
-    figure.suptitle(f"{image.name}: {module.predicate_names[mirror.predicate + 1]} ({mirror.likelihood:.2f})")
+    figure.suptitle(f"{name}: {module.predicate_names[mirror.predicate + 1]} ({mirror.likelihood:.2f})")
     save_figure(figure, out)
     print(f"wrote {out}")
 

@@ -12,7 +12,10 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from sgalign.errors import InputError
-from sgalign.training import FrequencyModule, SavedModule, SceneGraphData, read_checkpoint
+from sgalign.training.base import SavedModule
+from sgalign.training.checkpoints import read_checkpoint
+from sgalign.training.datamodule import SceneGraphData
+from sgalign.training.frequency import FrequencyModule
 
 EXPECTED_WARNINGS = (
     "Total length of `DataLoader` across ranks is zero",  # a validation split without relations, which we name
@@ -78,15 +81,28 @@ class CLI(LightningCLI):
     before_validate = before_test = before_predict = _needs_checkpoint
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run the command that the first argument names (fit, validate, test or predict), and return the exit code."""
+def make_cli(arguments: Sequence[str], kind: type[CLI] = CLI, **options: Any) -> CLI:
+    """Return the command line after it has run the command that the first argument names.
+
+    Args:
+        arguments: the arguments.
+        kind: class of the command line.
+        options: further arguments of `LightningCLI`.
+    """
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
-    cli = CLI(
+    return kind(
         SavedModule,
         SceneGraphData,
         subclass_mode_model=True,
+        subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         args=list(arguments),
+        **options,
     )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command that the first argument names (fit, validate, test or predict), and return the exit code."""
+    cli = make_cli(arguments)
     return 128 + signal.SIGTERM if cli.trainer.received_sigterm else 0  # Lightning ends without an error on SIGTERM

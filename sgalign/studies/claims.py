@@ -1,0 +1,135 @@
+"""Claims of runs, with which processes on several machines share a folder without doing a run twice.
+
+A claim is a file `claim.N` in the run's folder. Its holder updates its time stamp. A claim whose time stamp is old has
+expired, and so has a claim whose process has ended, if that process ran on this machine. Another process takes over by
+making `claim.N+1`, which only one process can do. This needs no locks of the file system, which many clusters lack.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+EXPIRY = 300.0  # seconds without an update after which a claim has expired; longer than the caches of NFS
+BEAT = 20.0  # seconds between two updates
+LOST = 75  # exit code of a process that has lost its claim, or found the run claimed
+
+
+class Claim:
+    """A claim of a run by this process. A thread keeps it alive until `release`.
+
+    If another process takes over nevertheless, because this one was suspended for longer than `EXPIRY`, this process
+    ends with exit code `LOST`, so two processes never write to one run.
+
+    Args:
+        path: file of the claim, which this process has made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            if _latest(self.path.parent) != self.path or _content(self.path) != _self():
+                os._exit(LOST)
+            with suppress(OSError):  # the next beat tries again
+                os.utime(self.path)
+
+    def release(self) -> None:
+        """End the claim, so another process can take the run at once."""
+        self._ended.set()
+        self._thread.join()
+        self.path.unlink(missing_ok=True)
+
+
+def take(folder: Path) -> Claim | None:
+    """Return this process's claim of the run in a folder, or None if another process holds one."""
+    held = _latest(folder)
+    if held is not None and not expired(held):
+        return None
+    path = folder / f"claim.{_number(held) + 1}"
+    try:
+        with path.open("x") as file:
+            json.dump(_self(), file)
+    except FileExistsError:  # another process was faster
+        return None
+    if _latest(folder) != path:  # others have taken and released claims since this process looked
+        path.unlink(missing_ok=True)
+        return None
+    for number in range(1, _number(path)):
+        (folder / f"claim.{number}").unlink(missing_ok=True)
+    return Claim(path)
+
+
+def holder(folder: Path) -> str | None:
+    """Return the machine and process that hold the run in a folder, as text, or None if nobody does."""
+    held = _latest(folder)
+    if held is None or expired(held):
+        return None
+    return "process {pid} on {host}".format(**_content(held))
+
+
+def expired(path: Path) -> bool:
+    """Return True if a claim is no longer valid."""
+    content, this = _content(path), _self()
+    if content["machine"] == this["machine"] and content["started"] != _started(content["pid"]):
+        return True
+    try:
+        return _now(path.parent) - path.stat().st_mtime > EXPIRY
+    except FileNotFoundError:  # released meanwhile
+        return True
+
+
+def _latest(folder: Path) -> Path | None:
+    return max(folder.glob("claim.*"), key=_number, default=None)
+
+
+def _number(path: Path | None) -> int:
+    text = "" if path is None else path.suffix[1:]
+    return int(text) if text.isdecimal() else 0
+
+
+def _content(path: Path) -> dict[str, str]:
+    """Return who made a claim. A claim that is being written, or was on a full disk, names nobody."""
+    nobody = {"host": "an unknown machine", "machine": "", "pid": "unknown", "started": ""}
+    with suppress(OSError, ValueError):
+        return nobody | json.loads(path.read_text())
+    return nobody
+
+
+def _self() -> dict[str, str]:
+    pid = str(os.getpid())
+    return {"host": platform.node(), "machine": _machine(), "pid": pid, "started": _started(pid)}
+
+
+def _machine() -> str:
+    """Return a name of this boot of this machine and of its container, in which process numbers are unique."""
+    parts = [platform.node()]
+    with suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(parts)
+
+
+def _started(pid: str) -> str:
+    """Return the start time of a process of this machine, or "ended". It tells a reused process number."""
+    if not Path("/proc/self").exists():  # not Linux: a claim then expires only by its age
+        return "unknown"
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "ended"
+    return "ended" if fields[0] in "ZX" else fields[19]
+
+
+def _now(folder: Path) -> float:
+    """Return the time of the file system, which several machines share, unlike their clocks."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".now") as file:
+        return os.fstat(file.fileno()).st_mtime

@@ -1,0 +1,81 @@
+"""One run of a study: `python -m sgalign.studies.execute FOLDER`.
+
+The command does what is left of the run: `sgalign fit` with the config in the folder, from the run's latest checkpoint
+if it has one, then `sgalign test` with the best checkpoint. It also works under torchrun and srun.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sgalign.errors import InputError
+from sgalign.files import read_tensors
+from sgalign.studies import claims
+from sgalign.studies.recording import BEST, LAST, TRAINING, WITHIN
+from sgalign.studies.results import RESULT
+from sgalign.training.lightning_cli import main as lightning
+
+RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # set by torchrun, by srun, and by Lightning for further processes
+
+
+def execute(folder: Path) -> int:
+    """Do what is left of a run, and return the exit code. It is `claims.LOST` if another process does the run.
+
+    Args:
+        folder: folder of the run, with its config.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder}: must be the folder of a run that sgalign ablate has made")
+    if (folder / RESULT).is_file():
+        return 0
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
+    if rank != "0":  # the first process holds the claim
+        return _execute(folder)
+    claim = claims.take(folder)
+    if claim is None:
+        return claims.LOST
+    try:
+        for partial in folder.glob("*.partial"):  # left by a kill
+            partial.unlink()
+        return 0 if (folder / RESULT).is_file() else _execute(folder)
+    finally:
+        claim.release()
+
+
+def _execute(folder: Path) -> int:
+    config = ["--config", str(folder / "config.yaml")]
+    if not (folder / TRAINING).is_file():
+        checkpoint = latest_checkpoint(folder)
+        resume = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
+        if code := lightning(["fit", *config, *resume]):
+            return code
+    return lightning(["test", *config, "--ckpt_path", str(folder / f"{BEST}.ckpt")])
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint of the latest step that a run can resume from, or None if it has none."""
+    # If both are of the same step, the one from the end of the epoch was written later.
+    there = [path for name in (LAST, WITHIN) if (path := folder / f"{name}.ckpt").is_file()]
+    steps = {path: read_tensors(path, "checkpoint")["global_step"] for path in there}
+    return max(steps, key=lambda path: steps[path], default=None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit code."""
+    (folder,) = sys.argv[1:] if arguments is None else arguments
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    try:
+        return execute(Path(folder))
+    except (InputError, OSError) as error:
+        print(f"sgalign: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Plots of the results of a study."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sgalign.files import save_figure
+from sgalign.studies.tables import Arms, compared
+
+
+def draw_curves(path: Path, arms: Arms, choose: str) -> None:
+    """Draw the validation figures of each arm by epoch, as the mean over seeds.
+
+    For the first arm, the range over seeds is drawn too.
+
+    Args:
+        path: the image file.
+        arms: the results of each arm.
+        choose: name of the figure that chose the tested epoch. R@50 and mR@50 are drawn beside it, if there are any.
+    """
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    point = next(iter(arms.values()))[0]["curve"][0]
+    metrics = [name for name in dict.fromkeys((choose, "R@50", "mR@50")) if name in point]
+    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        for number, (name, runs) in enumerate(arms.items()):
+            color = "black" if number == 0 else colormaps["viridis"]((number - 1) / max(len(arms) - 2, 1))
+            by_epoch: dict[float, list[float]] = {}
+            for run in runs:
+                for epoch in run["curve"]:
+                    by_epoch.setdefault(epoch["epoch"], []).append(100 * epoch[metric])
+            epochs = sorted(by_epoch)
+            axes.plot(epochs, [statistics.mean(by_epoch[e]) for e in epochs], color=color, marker=".", label=name)
+            if number == 0:
+                low, high = ([function(by_epoch[e]) for e in epochs] for function in (min, max))
+                axes.fill_between(epochs, low, high, color=color, alpha=0.1)
+        axes.set(xlabel="epoch", ylabel=f"validation {metric}, %")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_predicates(path: Path, bases: Mapping[str, str], arms: Arms) -> None:
+    """Draw the difference in R@100 between each arm and its base for each predicate.
+
+    Bars are means over seeds, and dots are single seeds. The plot has the form of Figure 2 in the supplement of Xu,
+    Liao, Sigal (WACV 2024).
+
+    Args:
+        path: the image file.
+        bases, arms: as for `tables.of_differences`.
+    """
+    groups: dict[str, list[str]] = next(iter(arms.values()))[0]["groups"]
+    names = [name for predicates in groups.values() for name in predicates]
+    others = compared(bases, arms)
+    figure = Figure(figsize=(12, 0.7 + 2.3 * max(len(others), 1)), layout="constrained")
+    panels = figure.subplots(max(len(others), 1), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (arm, base) in zip(panels, others.items()):
+        of_base = {run["seed"]: run["test"] for run in arms[base]}
+        change = [
+            [100 * (run["test"][f"R@100/{name}"] - of_base[run["seed"]][f"R@100/{name}"]) for name in names]
+            for run in arms[arm]
+            if run["seed"] in of_base
+        ]
+        mean = [statistics.mean(values) for values in zip(*change)]
+        better, worse = sum(value > 0 for value in mean), sum(value < 0 for value in mean)
+        axes.bar(range(len(names)), mean, color="tab:orange")
+        for values in change:
+            axes.plot(range(len(names)), values, ".", color="black", markersize=2)
+        axes.axhline(0, color="black", linewidth=0.5)
+        end = 0
+        for group, predicates in groups.items():
+            axes.axvline(end - 0.5, color="gray", linewidth=0.5)
+            axes.text(end - 0.4, axes.get_ylim()[1], group, va="top", fontsize=8)
+            end += len(predicates)
+        axes.set_ylabel("points of R@100", fontsize=8)
+        axes.set_xlim(-1, len(names))
+        of = f"{arm} minus {base}, {len(change)} seeds"
+        axes.set_title(f"{of}: {better} predicates better, {worse} worse", fontsize=9)
+    size = 8 if len(names) <= 30 else 6
+    panels[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)
+    save_figure(figure, path)

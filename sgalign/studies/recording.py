@@ -1,0 +1,255 @@
+"""The callback that writes the result of a run."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from sgalign.data import GraphBatch
+from sgalign.errors import InputError
+from sgalign.files import read_json, write_json
+from sgalign.metrics.matching import rank_triplets, relation_overlaps
+from sgalign.studies.results import DEPTH, REMEDY, Cost, Result, write_result
+from sgalign.training import RelationModule, SceneGraphData
+
+TRAINING = "training.json"  # written when training is complete: the curve, the best epoch and the cost
+PROGRESS = "progress.json"  # rewritten while the run goes on
+BEST, LAST, WITHIN = "best", "last", "within"  # names of checkpoints, without ".ckpt"
+PAUSE = 1.0  # seconds between two writes of the progress
+TIMED = 1000  # number of latest steps whose times are kept
+
+
+class RunRecorder(Callback):
+    """A callback that records a run: its curve and cost in training, and its figures and ranks in the test.
+
+    The curve is part of the checkpoints, so a resumed run has the whole curve. When training is complete, the best
+    checkpoint is renamed to `best.ckpt`. The test of this checkpoint then writes the result.
+
+    Args:
+        folder: folder of the run, with the file `settings.json`.
+        choose: name of the logged figure that chooses the epoch, such as "val/mR@50".
+    """
+
+    def __init__(self, folder: str, choose: str) -> None:
+        self.folder, self.choose = Path(folder), choose
+        self.curve: list[dict[str, float]] = []
+        self.seconds = 0.0  # of training, until the latest checkpoint
+        self._steps: list[float] = []
+        self._began = self._stepped = self._shown = 0.0
+        self._device = torch.device("cpu")
+        self._found: dict[str, tuple[list[int], list[int]]] = {}
+
+    # ---- training
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"curve": self.curve, "seconds": self.seconds + time.monotonic() - self._began}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.curve, self.seconds = state_dict["curve"], state_dict["seconds"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began, self._device = time.monotonic(), trainer.strategy.root_device
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stepped = 0.0  # the time of an epoch's first step would include the validation
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        now = time.monotonic()
+        if self._stepped:
+            self._steps = [*self._steps[-TIMED:], now - self._stepped]
+        self._stepped = now
+        if self._due(trainer):
+            self._show(trainer, "training", trainer.global_step, trainer.estimated_stepping_batches)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        if self._due(trainer):
+            self._show(trainer, "validation", batch_idx + 1, sum(trainer.num_val_batches))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._stepped = 0.0
+        figures = {
+            name.removeprefix("val/"): round(value.item(), 5)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        }
+        self.curve.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **figures})
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.received_sigterm:
+            return
+        if trainer.is_global_zero:
+            self._complete(sum(p.numel() for p in pl_module.parameters() if p.requires_grad))
+        trainer.strategy.barrier()  # the other processes read the best checkpoint next
+
+    def _complete(self, parameters: int) -> None:
+        """Keep the best checkpoint as `best.ckpt`, and write the record of the training."""
+        if not self.curve:
+            raise InputError(f"{self.folder}: no epoch was validated: give the run more steps than one epoch has")
+        name = self.choose.removeprefix("val/")
+        best = max(range(len(self.curve)), key=lambda index: self.curve[index][name])
+        best_file = self.folder / f"{BEST}.ckpt"
+        kept = self.folder / f"{BEST}-step={self.curve[best]['step']}.ckpt"
+        if kept.is_file():
+            kept.replace(best_file)
+        elif not best_file.is_file():
+            raise InputError(f"{kept}: the checkpoint of the best epoch is missing: {REMEDY}")
+        cost: Cost = {
+            "device": device_name(self._device),
+            "parameters": parameters,
+            "training": round(self.seconds + time.monotonic() - self._began, 1),
+            "memory": memory(self._device),
+        }
+        if self._steps:
+            cost["step"] = round(statistics.median(self._steps), 5)
+        write_json(self.folder / TRAINING, {"curve": self.curve, "epoch": best + 1, "cost": cost})
+        for checkpoint in [*self.folder.glob(f"{BEST}-step=*.ckpt"), *self.folder.glob(f"{WITHIN}.ckpt")]:
+            checkpoint.unlink()
+
+    # ---- test
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._began = time.monotonic()
+        self._found = {}
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: GraphBatch,
+        batch_idx: int,
+        *a: Any,
+    ) -> None:
+        if self._due(trainer):
+            self._show(trainer, "test", batch_idx + 1, sum(trainer.num_test_batches))
+        if isinstance(outputs, dict):
+            for prediction, target in zip(outputs["predictions"], batch.truth, strict=True):
+                relations = target["relations"][:, 2].tolist()
+                if relations or target["image_id"] not in self._found:  # processes without images get empty copies
+                    self._found[target["image_id"]] = relations, ranks(prediction, target)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        figures: dict[str, Any] = {
+            k.removeprefix("test/"): v for k, v in trainer.callback_metrics.items() if k.startswith("test/")
+        }
+        if isinstance(pl_module, RelationModule):
+            figures |= pl_module.recall.compute()
+        found = self._of_all_processes(trainer)
+        if not trainer.is_global_zero:
+            return
+        training = read_json(self.folder / TRAINING, REMEDY)
+        settings = read_json(self.folder / "settings.json", REMEDY)
+        data: SceneGraphData = trainer.datamodule  # type: ignore[attr-defined]
+        names = data.predicate_names
+        images = [graph.image_id for graph in data.test if graph.image_id in found]
+        result: Result = {
+            "seed": settings["seed"],
+            "settings": settings["settings"],
+            "curve": training["curve"],
+            "epoch": training["epoch"],
+            "test": {name: round(float(value), 5) for name, value in figures.items()},
+            "groups": {group: [names[p] for p in of_group] for group, of_group in data.predicate_groups.items()},
+            "images": images,
+            "predicates": [found[image][0] for image in images],
+            "ranks": [found[image][1] for image in images],
+            "cost": training["cost"] | {"test": round(time.monotonic() - self._began, 1)},
+        }
+        write_result(self.folder, result)
+        (self.folder / PROGRESS).unlink(missing_ok=True)
+
+    def _of_all_processes(self, trainer: pl.Trainer) -> dict[str, tuple[list[int], list[int]]]:
+        """Return the relations and ranks of the images of all processes."""
+        if trainer.world_size == 1:
+            return self._found
+        parts: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(parts, self._found)
+        merged: dict[str, tuple[list[int], list[int]]] = {}
+        for image, found in (item for part in parts for item in part.items()):
+            if found[0] or image not in merged:
+                merged[image] = found
+        return merged
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        """Return True if the progress should be written now."""
+        due = trainer.is_global_zero and not trainer.sanity_checking and time.monotonic() - self._shown > PAUSE
+        if due:
+            self._shown = time.monotonic()
+        return due
+
+    def _show(self, trainer: pl.Trainer, part: str, done: int, of: float) -> None:
+        """Write how far the run is."""
+        total = None if of == float("inf") else int(of)
+        progress = {"part": part, "done": done, "of": total, "epoch": trainer.current_epoch + 1}
+        (self.folder / PROGRESS).write_text(json.dumps(progress))
+
+
+class CheckpointWithinEpoch(ModelCheckpoint):
+    """A callback that writes `within.ckpt` at intervals of time, except right before a validation.
+
+    A run that resumes from a checkpoint written between the last step and the validation would skip the validation.
+
+    Args:
+        folder: folder of the run.
+        interval: time between two checkpoints.
+    """
+
+    def __init__(self, folder: str, interval: timedelta) -> None:
+        super().__init__(folder, WITHIN, train_time_interval=interval, enable_version_counter=False)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Without a number of epochs between validations, Lightning counts the batches of all epochs.
+        counted = trainer.fit_loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
+        if not trainer.is_last_batch and (counted + 1) % (trainer.val_check_batch or float("inf")) != 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def ranks(prediction: dict[str, Any], target: dict[str, Any]) -> list[int]:
+    """Return the rank of the first triplet that matches each relation of an image.
+
+    Ranks start at 0. A relation that none of the first `DEPTH` triplets matches has rank `DEPTH`. A pair of objects has
+    at most one predicate, except for SGTR, whose predictions are already ranked.
+
+    Args:
+        prediction, target: as for `SceneGraphEvaluator.update`, for one image.
+    """
+    prediction, target = (
+        {name: value.cpu() if isinstance(value, Tensor) else value for name, value in both.items()}
+        for both in (prediction, target)
+    )
+    finds = relation_overlaps(rank_triplets(prediction, DEPTH, 1), prediction, target, phrase=False) >= 0.5
+    rank = torch.arange(len(finds))[:, None].where(finds, DEPTH)
+    never = rank.new_full((1, rank.shape[1]), DEPTH)
+    return torch.cat((rank, never)).amin(0).tolist()
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def memory(device: torch.device) -> int:
+    """Return the largest memory so far in bytes: of the GPU, or else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if platform.system() == "Darwin" else 1024)

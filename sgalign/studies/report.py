@@ -1,0 +1,127 @@
+"""The report of the studies in a folder: tables, plots and one page with all of them."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from sgalign.errors import InputError
+from sgalign.files import read_json, written_whole
+from sgalign.studies import figures, page, tables
+from sgalign.studies.mirror_figure import draw_mirror
+from sgalign.studies.recording import BEST
+from sgalign.studies.results import REMEDY, read_result
+
+
+class Planned(NamedTuple):
+    """A study as `plan.record` wrote it, with the results that exist.
+
+    Attributes:
+        title: title of the study.
+        choose: name of the figure that chose the tested epochs.
+        bases: name of the base of each arm, or "".
+        runs: number of planned runs.
+        arms: the results of each arm.
+        folders: folder of each run.
+    """
+
+    title: str
+    choose: str
+    bases: dict[str, str]
+    runs: int
+    arms: tables.Arms
+    folders: dict[str, list[Path]]
+
+
+def write(out: Path, names: Sequence[str] | None = None) -> None:
+    """Write the report of studies to the folder of their runs, and print its tables.
+
+    It consists of `report.md`, `report.html` with all figures inside, `results.csv` and the figures as PNG files.
+
+    Args:
+        out: folder that `sgalign ablate` has written.
+        names: names of the studies. If None, all studies in the folder that have results.
+
+    Raises:
+        FileNotFoundError: if the folder has no studies, or a named study has no results.
+        ValueError: if a file was edited or damaged.
+    """
+    there = sorted(path.stem for path in (out / "studies").glob("*.json"))
+    if not there:
+        raise FileNotFoundError(f"{out}: must be a folder that sgalign ablate has written, but it has no studies")
+    if missing := sorted(set(names or ()) - set(there)):
+        raise FileNotFoundError(f"{out} has the studies {', '.join(there)}, but not {', '.join(missing)}")
+    planned = {name: _read(out, name) for name in names or there}
+    if bare := [name for name, study in planned.items() if not study.arms]:
+        print(f"no run is complete of: {', '.join(bare)}")
+    planned = {name: study for name, study in planned.items() if study.arms}
+    if not planned:
+        raise FileNotFoundError(f"{out}: no run of these studies is complete")
+    lines = []
+    for name, study in planned.items():
+        lines += _text(out, name, study)
+    tables.write_csv(out / "results.csv", {name: study.arms for name, study in planned.items()})
+    text = "\n".join(lines)
+    with written_whole(out / "report.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+    page.write_page(out / "report.html", text)
+    print("\n".join(line for line in lines if not line.startswith("!")))
+    print(f"page {out / 'report.html'}, text {out / 'report.md'}, numbers {out / 'results.csv'}, figures {out}/*.png")
+
+
+def _read(out: Path, name: str) -> Planned:
+    path = out / "studies" / f"{name}.json"
+    record = read_json(path, REMEDY)
+    try:
+        folders = {arm["name"]: [out / "runs" / run for run in arm["runs"]] for arm in record["arms"]}
+        bases = {arm["name"]: arm["base"] for arm in record["arms"]}
+        title, choose = record["title"], record["choose"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: must be a file that sgalign ablate wrote: run it again") from error
+    results = {arm: [found for run in runs if (found := read_result(run))] for arm, runs in folders.items()}
+    arms = {arm: sorted(runs, key=lambda run: run["seed"]) for arm, runs in results.items() if runs}
+    return Planned(title, choose, bases, sum(map(len, folders.values())), arms, folders)
+
+
+def _text(out: Path, name: str, study: Planned) -> list[str]:
+    """Return the lines of one study in Markdown, and draw its figures."""
+    complete = sum(map(len, study.arms.values()))
+    lines = [f"## {study.title}", "", f"The tested epoch is the one with the highest {study.choose}.", ""]
+    lines += [*tables.of_arms(study.arms), ""]
+    if differences := tables.of_differences(study.bases, study.arms):
+        lines += [*differences, ""]
+    if complete < study.runs:
+        missing = [arm for arm in study.bases if arm not in study.arms]
+        without = f" No run yet: {', '.join(missing)}." if missing else ""
+        lines += [f"{complete} of {study.runs} runs are complete.{without}", ""]
+    drawn = {"curves": "validation by epoch"}
+    figures.draw_curves(out / f"{name}_curves.png", study.arms, study.choose.removeprefix("val/"))
+    if tables.compared(study.bases, study.arms) and any(next(iter(study.arms.values()))[0]["predicates"]):
+        drawn["predicates"] = "recall of each predicate, compared with the base (Figure 2 of the supplement)"
+        figures.draw_predicates(out / f"{name}_predicates.png", study.bases, study.arms)
+    if _draw_mirror(out / f"{name}_mirror.png", study):
+        drawn["mirror"] = "attention of both branches, and the mirror's masks (Figure 1 of the supplement)"
+    for kind, caption in drawn.items():
+        lines += [f"![{caption}]({name}_{kind}.png)", ""]
+    return [*lines, "### Cost", "", *tables.of_costs(study.bases, study.arms), ""]
+
+
+def _draw_mirror(path: Path, study: Planned) -> bool:
+    """Draw Figure 1 for the first complete run of Align-SGTR, and return True if there is one."""
+    of_sgtr = [arm for arm, runs in study.arms.items() if "AlignSGTR" in runs[0]["settings"]["model"]["class_path"]]
+    complete = [folder for arm in of_sgtr for folder in study.folders[arm] if (folder / f"{BEST}.ckpt").is_file()]
+    if not complete:
+        return False
+    config = yaml.safe_load((complete[0] / "config.yaml").read_text(encoding="utf-8"))["data"]
+    try:
+        data = pkgutil.resolve_name(config["class_path"])(**config["init_args"])
+        graph = next(graph for graph in data.test if graph.image is not None and len(graph.relations))
+        draw_mirror(complete[0] / f"{BEST}.ckpt", graph.image(), graph.image_id, path)
+    except (OSError, InputError, StopIteration) as error:  # the data may not be on this machine
+        print(f"{path.name} is not drawn: {error or 'no test image has relations'}")
+        return False
+    return True

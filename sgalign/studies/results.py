@@ -1,0 +1,75 @@
+"""The results of runs, one file in the folder of each run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypedDict
+
+from sgalign.errors import InputError
+from sgalign.files import read_json, write_json
+
+DEPTH = 100  # number of best triplets per image that are searched for relations
+RESULT = "result.json"
+REMEDY = "delete the folder and run sgalign ablate again"
+
+
+class Cost(TypedDict, total=False):
+    """What a run costs. Other programs on the machine make the times longer."""
+
+    device: str  # name of the processor or GPU
+    parameters: int  # number of trained parameters
+    step: float  # median seconds per training step, with the reading of the batch
+    training: float  # seconds of training and validation
+    test: float  # seconds of the test
+    memory: int  # largest memory in bytes: of the GPU if one was used, otherwise of the process
+
+
+class Result(TypedDict):
+    """The content of the file of one run."""
+
+    seed: int
+    settings: dict[str, Any]  # runs with equal settings differ only in the seed
+    curve: list[dict[str, float]]  # validation figures after each validated epoch, with its `epoch` and `step`
+    epoch: int  # index of the tested epoch in `curve`, from 1
+    test: dict[str, float]  # test figures of this epoch
+    groups: dict[str, list[str]]  # names of the predicates in each group
+    images: list[str]  # ids of the test images
+    predicates: list[list[int]]  # predicate of each relation, for each test image
+    ranks: list[list[int]]  # rank from 0 of the first triplet that finds each relation; `DEPTH` if none does
+    cost: Cost
+
+
+def digest(content: Any) -> str:
+    """Return the first 12 hexadecimal digits of the SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_folder(out: Path, settings: dict[str, Any], seed: int) -> Path:
+    """Return the folder of a run with these settings and this seed."""
+    return out / "runs" / f"{digest(settings)}_{seed}"
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Write the result of a run, with a digest of it. The file appears only when it is complete."""
+    write_json(folder / RESULT, {**result, "digest": digest(result)})
+
+
+def read_result(folder: Path) -> Result | None:
+    """Return the result of a run, or None if it is not complete.
+
+    Raises:
+        ValueError: if the file was edited, or if the folder was renamed or copied. The message names the file.
+    """
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    result = read_json(path, REMEDY)
+    if not isinstance(result, dict) or not result.keys() >= Result.__required_keys__ | {"digest"}:
+        raise InputError(f"{path}: must be a result that sgalign ablate wrote: {REMEDY}")
+    if result.pop("digest") != digest(result):
+        raise InputError(f"{path}: must be as sgalign ablate wrote it, but was edited: {REMEDY}")
+    if folder.name != run_folder(folder, result["settings"], result["seed"]).name:
+        raise InputError(f"{path}: must be in its own folder, but the folder was renamed or the file copied: {REMEDY}")
+    return result  # type: ignore[return-value]

@@ -1,0 +1,159 @@
+"""The file of a study: a base config, and the arms that it compares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from sgalign.errors import InputError
+
+STUDY_KEYS = {"title", "config", "set", "seeds", "choose", "arms"}
+ARM_KEYS = {"name", "base", "config", "set", "grid"}
+SECTIONS = ("model", "data", "trainer")  # sections of a config whose options an arm may set
+
+
+class Arm(NamedTuple):
+    """An arm of a study, which is one row of its table.
+
+    Attributes:
+        name: name of the row.
+        base: name of the arm that it is compared with. If empty, the arm is not compared.
+        arguments: arguments of `sgalign fit`.
+    """
+
+    name: str
+    base: str
+    arguments: list[str]
+
+
+class Study(NamedTuple):
+    """A comparison of arms.
+
+    Attributes:
+        name: name of the file, without its suffix.
+        title: title of the table.
+        seeds: number of seeds per arm.
+        choose: name of a logged figure, such as "val/mR@50". The epoch with its highest value is tested.
+        arms: the arms, in the order of the table's rows.
+    """
+
+    name: str
+    title: str
+    seeds: int
+    choose: str
+    arms: list[Arm]
+
+
+def read_study(path: Path, overrides: Mapping[str, str] | None = None) -> Study:
+    """Read the file of a study, a YAML file with the keys of `STUDY_KEYS`.
+
+    `arms` is a list of mappings with the keys of `ARM_KEYS`. Paths of configs are relative to the study's file. An
+    arm's `config` replaces the study's. Options are set in this order, so later ones win: the study's `set`, the arm's
+    `set`, the arm's `grid`, `overrides`. A `grid` gives each option a list of values, and makes one arm of each
+    combination. In the arm's name, `{mask_ratio}` stands for the value of the option that ends in `.mask_ratio`.
+
+    Args:
+        path: the file.
+        overrides: options of all arms, such as {"data.root": "VG"}.
+
+    Raises:
+        FileNotFoundError: if the file or one of its configs does not exist.
+        ValueError: if the file is not a study. The error names the file and the key.
+    """
+    content = _read_yaml(path)
+    _check(path, "the study", content, STUDY_KEYS, {"title": str, "config": str, "choose": str, "arms": list})
+    seeds = content.get("seeds", 1)
+    if type(seeds) is not int or seeds < 1:
+        raise InputError(f"{path}: seeds must be a whole number of at least 1, got {seeds!r}")
+    if not content["choose"].startswith("val/"):
+        raise InputError(
+            f"{path}: choose must be a figure of the validation, such as val/mR@50, got {content['choose']!r}"
+        )
+    arms: list[Arm] = []
+    for number, entry in enumerate(content["arms"], 1):
+        _check(path, f"arm {number}", entry, ARM_KEYS, {"name": str})
+        config = path.parent / entry.get("config", content["config"])
+        if not config.is_file():
+            raise FileNotFoundError(f"{path}: arm {number} needs the config {config}, which does not exist")
+        for values in _combinations(path, number, entry.get("grid", {})):
+            options = content.get("set", {}) | entry.get("set", {}) | values
+            _check_options(path, options)
+            arguments = ["--config", str(config)] + [f"--{key}={_text(value)}" for key, value in options.items()]
+            arguments += [f"--{key}={value}" for key, value in (overrides or {}).items()]
+            arms.append(Arm(_filled(path, entry["name"], values), entry.get("base") or "", arguments))
+    names = [arm.name for arm in arms]
+    for number, arm in enumerate(arms):
+        if arm.name in names[:number]:
+            raise InputError(f"{path}: names of arms must differ, got {arm.name!r} twice")
+        if arm.base and arm.base not in names:
+            raise InputError(f"{path}: base of {arm.name!r} must be one of {names}, got {arm.base!r}")
+    if not arms:
+        raise InputError(f"{path}: arms must not be empty")
+    return Study(path.stem, content["title"], seeds, content["choose"], arms)
+
+
+class _Loader(yaml.SafeLoader):
+    """A YAML loader that refuses repeated keys. PyYAML's own would silently keep the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"the key {repeated[0]!r} occurs twice in a mapping")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such study")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a subclass of SafeLoader
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # TypeError: a key that is a list or a mapping
+        raise InputError(f"{path}: must be a YAML file, got an error: {' '.join(str(error).split())}") from error
+
+
+def _check(path: Path, what: str, content: Any, known: set[str], required: dict[str, type]) -> None:
+    """Raise InputError unless `content` is a mapping with known keys, all required ones, and values of their types."""
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: {what} must be a mapping, got {content!r}")
+    if unknown := [key for key in content if key not in known]:
+        raise InputError(f"{path}: {what} must have only the keys {', '.join(sorted(known))}, got {unknown[0]!r}")
+    types = {"set": dict, "grid": dict, "base": str, "config": str} | required
+    for key, kind in types.items():
+        if key in required and key not in content:
+            raise InputError(f"{path}: {what} must have the key {key!r}")
+        if key in content and not isinstance(content[key], kind):
+            raise InputError(f"{path}: {key} of {what} must be of type {kind.__name__}, got {content[key]!r}")
+
+
+def _check_options(path: Path, options: Mapping[str, Any]) -> None:
+    for key in options:
+        if str(key).split(".")[0] not in SECTIONS:
+            raise InputError(f"{path}: an option must begin with model., data. or trainer., got {key!r}")
+
+
+def _combinations(path: Path, number: int, grid: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the combinations of a grid's values, as one dict of options each. An empty grid has one combination."""
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise InputError(f"{path}: {key} in the grid of arm {number} must be a list of values, got {values!r}")
+    return [dict(zip(grid, values)) for values in product(*grid.values())]
+
+
+def _filled(path: Path, name: str, values: Mapping[str, Any]) -> str:
+    """Return the arm's name with the values of its grid in place of their names in braces."""
+    for key, value in values.items():
+        place = "{" + key.rpartition(".")[2] + "}"
+        if place not in name:
+            raise InputError(f"{path}: the name of an arm with {key} in its grid must contain {place}, got {name!r}")
+        name = name.replace(place, _text(value))
+    return name
+
+
+def _text(value: Any) -> str:
+    """Return a value as it is written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)

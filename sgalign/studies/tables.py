@@ -1,0 +1,136 @@
+"""Tables of the results of a study, as CSV and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sgalign.files import written_whole
+from sgalign.metrics.results import is_of_predicate, split_name
+from sgalign.studies.intervals import paired_difference
+from sgalign.studies.results import DEPTH, Result
+
+VALIDATED = ("mR@50", "mR@100")  # validation figures in the table of arms, as in the paper's tables
+TESTED = ("R@50", "mR@50", "mR@100", "ngR@50", "zR@100", "mR@100/tail")  # test figures
+PAIRED = (("R", 50), ("mR", 50), ("mR", 100))  # metric and K in the table of differences
+
+Arms = dict[str, list[Result]]  # the results of each arm, sorted by seed; arms without results are left out
+
+
+def write_csv(path: Path, studies: Mapping[str, Arms]) -> None:
+    """Write the results of all runs to a CSV file, one value per line.
+
+    The columns are `study`, `arm`, `seed`, `part` ("validation", "test" or "cost"), `epoch`, `metric`, `k`, `of` (the
+    subset that the metric covers) and `value`.
+
+    Args:
+        path: the CSV file. It appears only when it is complete.
+        studies: the results of each arm of each study.
+    """
+    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("study", "arm", "seed", "part", "epoch", "metric", "k", "of", "value"))
+        for study, arms in studies.items():
+            for arm, run in ((arm, run) for arm, runs in arms.items() for run in runs):
+                row = study, arm, run["seed"]
+                for point in run["curve"]:
+                    for name in point.keys() - {"epoch", "step"}:
+                        writer.writerow((*row, "validation", point["epoch"], *split_name(name), point[name]))
+                epoch = run["curve"][run["epoch"] - 1]["epoch"]
+                for name, value in run["test"].items():
+                    metric, k, of = split_name(name)
+                    if metric != "R" or not of or k == DEPTH:  # predicates: only the K that is drawn
+                        writer.writerow((*row, "test", epoch, metric, k, of, value))
+                for name, cost in run["cost"].items():
+                    writer.writerow((*row, "cost", epoch, name, None, "", cost))
+
+
+def of_arms(arms: Arms) -> list[str]:
+    """Return the lines of a Markdown table with the means and standard deviations over seeds, in percent."""
+    runs = [run for of_arm in arms.values() for run in of_arm]
+    validated = [name for name in VALIDATED if name in runs[0]["curve"][0]]
+    tested = [name for name in TESTED if name in runs[0]["test"]]
+    if not tested:  # a detector
+        tested = [name for name in runs[0]["test"] if not is_of_predicate(name)]
+    headers = [*(f"validation {name}" for name in validated), *(f"test {name}" for name in tested)]
+    lines = ["| | seeds | " + " | ".join(headers) + " |", "|" + "---|" * (len(headers) + 2)]
+    for name, of_arm in arms.items():
+        best = [run["curve"][run["epoch"] - 1] for run in of_arm]
+        cells = [spread([figures[column] for figures in best]) for column in validated]
+        # A data set with few predicates may have no tail.
+        cells += [spread([run["test"][column] for run in of_arm if column in run["test"]]) for column in tested]
+        lines.append(f"| {name} | {len(of_arm)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def of_differences(bases: Mapping[str, str], arms: Arms) -> list[str]:
+    """Return the lines of a Markdown table with the differences of arms from their bases, in percentage points.
+
+    Each difference has its 95 % bootstrap interval.
+
+    Args:
+        bases: for each arm, the name of its base, which is the arm that it is compared with, or "" for none.
+        arms: the results of each arm.
+    """
+    pairs = {name: base for name, base in compared(bases, arms).items() if any(arms[name][0]["predicates"])}
+    if not pairs:
+        return []
+    headers = [f"{metric}@{k}" for metric, k in PAIRED]
+    lines = ["| | minus | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 2)]
+    for name, base in pairs.items():
+        cells = []
+        for metric, k in PAIRED:
+            difference, low, high = paired_difference(arms[name], arms[base], metric, k)
+            beyond = "" if low <= 0 <= high else " *"
+            cells.append(f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}){beyond}")
+        lines.append(f"| {name} | {base} | " + " | ".join(cells) + " |")
+    one = all(len(runs) == 1 for runs in arms.values())
+    over = "images (one seed says nothing about the spread over seeds)" if one else "seeds and images"
+    return [*lines, "", f"\\* the 95 % interval over {over} excludes 0"]
+
+
+def of_costs(bases: Mapping[str, str], arms: Arms) -> list[str]:
+    """Return the lines of a Markdown table with time and memory, as means over seeds.
+
+    The ratio divides the time per step by that of the base, for the seeds that both have.
+    """
+    others = compared(bases, arms)
+    lines = [
+        "| | ms per step | ratio to base | training, minutes | memory, GiB | trained parameters, millions | device |",
+        "|" + "---|" * 7,
+    ]
+    for name, runs in arms.items():
+        step = [1e3 * run["cost"]["step"] for run in runs if "step" in run["cost"]]
+        ratio = "–"
+        if name in others:
+            of_base = {run["seed"]: run["cost"].get("step") for run in arms[others[name]]}
+            ratios = [
+                run["cost"]["step"] / base for run in runs if "step" in run["cost"] and (base := of_base[run["seed"]])
+            ]
+            ratio = f"{statistics.mean(ratios):.2f}" if ratios else "–"
+        cells = [
+            f"{statistics.mean(step):.1f}" if step else "–",
+            ratio,
+            f"{statistics.mean(run['cost']['training'] for run in runs) / 60:.1f}",
+            f"{max(run['cost']['memory'] for run in runs) / 2**30:.2f}",
+            f"{runs[0]['cost']['parameters'] / 1e6:.2f}",
+            ", ".join(sorted({run["cost"]["device"] for run in runs})),
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, "", "Runs at the same time on one machine make each other slower."]
+
+
+def compared(bases: Mapping[str, str], arms: Arms) -> dict[str, str]:
+    """Return the base of each arm that has at least one seed in common with its base."""
+    seeds = {name: {run["seed"] for run in runs} for name, runs in arms.items()}
+    return {name: base for name, base in bases.items() if seeds.get(name, set()) & seeds.get(base, set())}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean and the standard deviation of fractions as text in percent, or a dash if there are none."""
+    if not values:
+        return "–"
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
