@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc kernels sgalign -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json')
 DATA ?=
 
-.PHONY: demo test test-all lint benchmark doctor clean
+.PHONY: demo test test-all reproduce-small lint benchmark doctor clean
 
 demo: $(VENV)/train
 	$(BIN)/sgalign compare $(if $(DATA),--data $(DATA))
@@ -17,6 +17,10 @@ test: $(VENV)/test
 
 test-all: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow or not slow"
+
+# All experiments of the paper at a very small size, to see that every step works. docs/reproduce.md has the real ones.
+reproduce-small: $(VENV)/train
+	SGALIGN=$(BIN)/sgalign examples/reproduce_small.sh $(or $(OUT),reproduction-small)
 
 benchmark: $(VENV)/test
 	$(BIN)/pytest benchmarks/ --benchmark-only

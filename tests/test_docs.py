@@ -38,7 +38,7 @@ def test_links_and_configs_exist(page):
     text = page.read_text()
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (page.parent / link).exists(), link
-    for config in re.findall(r"configs/\w+\.yaml", text):
+    for config in re.findall(r"configs/[\w/]+\.yaml", text):
         assert (ROOT / config).exists(), config
 
 

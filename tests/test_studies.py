@@ -300,7 +300,7 @@ POINTS = {
     "in the first epoch": (RunRecorder, "on_train_batch_end", lambda self, trainer: trainer.global_step == 3),
     "in the second epoch": (RunRecorder, "on_train_batch_end", lambda self, trainer: trainer.global_step == 6),
     "in the validation": (RunRecorder, "on_validation_end", lambda self, trainer: trainer.global_step == 8),
-    "between the best and the last checkpoint": (
+    "between best and last checkpoint": (
         ModelCheckpoint,
         "_save_topk_checkpoint",
         lambda self, trainer: self.filename == "last" and trainer.global_step == 8,
@@ -360,6 +360,18 @@ def test_runs_in_other_processes_and_a_failing_run(data, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "small good, seed 0: test R@50" in printed and "1 of 2 runs failed" in printed
     assert "small bad, seed 0: FAILED: " in printed and "log.txt" in printed and "1 of 2 runs are complete" in printed
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_has_the_ranks_of_all_images(data, tmp_path):
+    options = SMALL | QUIET | {"trainer.max_epochs": 1, "trainer.devices": 2, "trainer.strategy": "ddp"}
+    study, out = write_study(tmp_path, set=options, arms=[{"name": "two"}]), tmp_path / "out"
+    assert ablate(study, data, out) == 0
+    result = read_result(next((out / "runs").iterdir()))
+    found = [[rank < 50 for rank in ranks] for ranks in result["ranks"] if ranks]
+    assert len(result["ranks"]) == 8 and result["curve"][0]["step"] == 1
+    recall = sum(sum(image) / len(image) for image in found) / len(found)
+    assert recall == pytest.approx(result["test"]["R@50"], abs=1e-5)
 
 
 def test_ablate_needs_at_least_one_seed_and_options_with_values(tmp_path):

@@ -20,7 +20,7 @@ usage: sgalign COMMAND ...
 
   doctor    show which packages are installed and which backends run, and how to enable the other backends
   compare   train and evaluate the frequency baseline, Motifs and Align-Motifs
-  ablate    train variants of Motifs with several seeds each, for the paper's tables
+  ablate    train the arms of studies with several seeds each, for the paper's tables: sgalign ablate STUDY.yaml
   report    make tables and figures from the runs of ablate
   make-dataset
             write generated scenes as files, or convert a data set to COCO with relations
