@@ -719,19 +719,19 @@ BREAKS = {
         "sgalign/studies/plan.py",
         '"save_top_k": 2}',
         '"save_top_k": 1}',
-        "tests/test_studies.py -k between_best",
+        "tests/test_studies.py -k between_checkpoints",
     ),
     "checkpoint right before a validation": Break(
         "sgalign/studies/recording.py",
         "if not trainer.is_last_batch and",
         "if",
-        "tests/test_studies.py -k within_an_epoch",
+        "tests/test_studies.py -k checkpoint_within",
     ),
     "latest checkpoint of a run": Break(
         "sgalign/studies/execute.py",
         "return max(steps,",
         "return min(steps,",
-        "tests/test_studies.py -k within_an_epoch",
+        "tests/test_studies.py -k checkpoint_within",
     ),
     "content of files in a run's identity": Break(
         "sgalign/studies/plan.py",

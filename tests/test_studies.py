@@ -244,7 +244,7 @@ def test_a_study_is_run_and_reported(tmp_path, data, here, capsys):
     assert "4 runs of an earlier plan stay in" in capsys.readouterr().out
 
 
-INTERVALS = [pytest.param(4, id="after epochs"), pytest.param(2, id="within epochs", marks=pytest.mark.slow)]
+INTERVALS = [pytest.param(4, id="after_epochs"), pytest.param(2, id="within_epochs", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module", params=INTERVALS)
@@ -297,16 +297,16 @@ def kill_at(monkeypatch, kind, name, condition):
 
 
 POINTS = {
-    "in the first epoch": (RunRecorder, "on_train_batch_end", lambda self, trainer: trainer.global_step == 3),
-    "in the second epoch": (RunRecorder, "on_train_batch_end", lambda self, trainer: trainer.global_step == 6),
-    "in the validation": (RunRecorder, "on_validation_end", lambda self, trainer: trainer.global_step == 8),
-    "between best and last checkpoint": (
+    "first_epoch": (RunRecorder, "on_train_batch_end", lambda self, trainer: trainer.global_step == 3),
+    "second_epoch": (RunRecorder, "on_train_batch_end", lambda self, trainer: trainer.global_step == 6),
+    "validation": (RunRecorder, "on_validation_end", lambda self, trainer: trainer.global_step == 8),
+    "between_checkpoints": (
         ModelCheckpoint,
         "_save_topk_checkpoint",
         lambda self, trainer: self.filename == "last" and trainer.global_step == 8,
     ),
-    "after the last checkpoint": (RunRecorder, "on_fit_end", lambda self, trainer: True),
-    "before the test's result": (RunRecorder, "on_test_end", lambda self, trainer: True),
+    "after_training": (RunRecorder, "on_fit_end", lambda self, trainer: True),
+    "test": (RunRecorder, "on_test_end", lambda self, trainer: True),
 }
 
 
@@ -322,7 +322,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(data, tmp_path, monkeypat
     assert comparable(run.folder) == undisturbed
 
 
-@pytest.mark.parametrize(("point", "step"), [("in the second epoch", 5), ("in the validation", 7)])
+@pytest.mark.parametrize(("point", "step"), [("second_epoch", 5), ("validation", 7)])
 def test_a_run_goes_on_from_a_checkpoint_within_an_epoch(
     data, tmp_path, monkeypatch, undisturbed, interval, point, step
 ):
