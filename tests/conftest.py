@@ -12,7 +12,7 @@ from target import BACKEND, CASES_INTERPRETED, DEVICE, INTERPRETED, ROOT
 
 from sgalign.ops import _core
 
-ONE_WORKER = {"test_cuda.py", "test_distributed.py"}
+ONE_WORKER = {"test_cuda.py", "test_distributed.py", "test_two_machines.py"}
 
 # tests/test_breaks.py needs no smallest example of a failure, and looking for one takes minutes.
 settings.register_profile("no shrinking", phases=[Phase.explicit, Phase.reuse, Phase.generate])

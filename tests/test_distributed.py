@@ -100,12 +100,25 @@ def evaluate_one(out, name):
     return logged
 
 
+def resume_one(out, name):
+    """Resume only the first process from a checkpoint. Return the error that ends this process."""
+    data = SceneGraphData(batch_size=4)
+    data.train, data.validation = data.train[:16], data.validation[:2]
+    path = None if os.environ["RANK"] == "1" else out / "masked.ckpt"
+    with pytest.raises(ValueError) as caught:
+        trainer_without_sanity_check(devices=2, strategy="ddp", max_epochs=3).fit(
+            AlignMotifsModule(**SMALL, **MASKED), datamodule=data, ckpt_path=path
+        )
+    return str(caught.value)
+
+
 MASKED = {"mask_ratio": 0.5, "learning_rate_images": 4}
 RUNS = {
     "unmasked": functools.partial(fit, mask_ratio=0.0),
     "masked": functools.partial(fit, **MASKED),
     "masked again": functools.partial(fit, **MASKED),
     "Motifs stops": functools.partial(stop, of_images=False),
+    "one resumes": resume_one,
     "one image": evaluate_one,
     "SGTR stops": functools.partial(stop, of_images=True),
 }
@@ -197,6 +210,15 @@ def test_processes_stop_together_if_the_loss_of_one_is_not_finite(folder, kind):
     assert first == "the loss must be finite, but the loss of another process was not finite at step 1"
     assert second.startswith("the loss must be finite, got ") and " or check the data of this step's images " in second
     weights(folder / f"{kind} stops.ckpt")
+
+
+def test_processes_stop_together_if_only_some_have_a_checkpoint(folder):
+    """Otherwise they would train from different steps, for example on machines that do not share the folder."""
+    for message in both(folder, "one resumes"):
+        assert message.startswith(
+            "ckpt_path must be the same checkpoint in all processes, but process 0 has that of step 4, and process 1 "
+            "has none"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tests of the options of a resumed run. The given options are used, refused or named."""
 
 import dataclasses
+import json
 
 import lightning.pytorch as pl
 import pytest
@@ -231,3 +232,27 @@ def test_the_command_line_uses_a_given_learning_rate_and_refuses_another_seed(tm
     assert printed == ["these options differ from the checkpoint: learning_rate 1e-05 instead of 0.001"] * 2
     assert cli.main([*config, *checkpoint, "--seed_everything", "3"]) == 1
     assert "seed_everything must be 0, as in the checkpoint, got 3" in capsys.readouterr().err
+
+
+def test_the_word_last_starts_a_run_and_then_resumes_it_from_the_newest_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    events = []
+    monkeypatch.setattr(MotifsModule, "load_initial_weights", lambda module: events.append("initial weights"))
+    monkeypatch.setattr(
+        pl.LightningModule, "on_train_end", lambda module: events.append((module.loaded_step, module.global_step))
+    )
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    callback["init_args"] = {"dirpath": str(tmp_path / "run"), "filename": "last", "enable_version_counter": False}
+    (tmp_path / "run.yaml").write_text(json.dumps({"trainer": {"callbacks": [callback]}}))
+    command = ["fit", "--config", str(CONFIGS / "motifs_small.yaml"), "--config", "run.yaml", "--ckpt_path", "last"]
+    command += ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+    with pytest.warns(UserWarning, match="there is no last checkpoint available"):
+        assert cli.main([*command, "--trainer.max_steps=1"]) == 0
+    assert events == ["initial weights", (-1, 1)]
+    assert cli.main([*command, "--trainer.max_steps=2"]) == 0
+    assert events == ["initial weights", (-1, 1), (1, 2)]
+    assert cli.main([*command, "--seed_everything", "3"]) == 1
+    assert "seed_everything must be 0, as in the checkpoint, got 3" in capsys.readouterr().err
+    (tmp_path / "run" / "last.ckpt").write_bytes(b"PK\x03\x04 cut")
+    assert cli.main(command) == 1
+    assert f"{tmp_path / 'run' / 'last.ckpt'}: must be a checkpoint" in capsys.readouterr().err

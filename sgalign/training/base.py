@@ -62,6 +62,7 @@ class SavedModule(pl.LightningModule):
         self.object_names: list[str] = []
         self.predicate_names: list[str] = []
         self.run_seed = 0
+        self.loaded_step = -1  # step of the checkpoint that the run resumes from
         self.random_states: list[Tensor] = []  # generator states in the checkpoint that the run resumes from
         self.differences: dict[str, tuple[Any, Any]] = {}  # options that differ from that checkpoint, and both values
         self.given: GivenOptions | None = None
@@ -127,9 +128,25 @@ class SavedModule(pl.LightningModule):
         """Load pretrained weights into a new network, if the options name a source of weights."""
 
     def on_fit_start(self) -> None:
+        self._check_same_start()
         self.given = GivenOptions(self.trainer.optimizers, self._schedules)
         if not self.trainer.ckpt_path:
             self.run_seed = torch.initial_seed()
+
+    def _check_same_start(self) -> None:
+        """Raise InputError in all processes unless all have loaded the checkpoint of the same step, or none has."""
+        if self.processes == 1:
+            return
+        own = torch.tensor(self.loaded_step if self.trainer.ckpt_path else -1, device=self.device)
+        steps = [torch.zeros_like(own) for _ in range(self.processes)]
+        torch.distributed.all_gather(steps, own)
+        for rank, step in enumerate(steps):
+            if step != steps[0]:
+                first, other = ("none" if one < 0 else f"that of step {one}" for one in (steps[0], step))
+                raise InputError(
+                    f"ckpt_path must be the same checkpoint in all processes, but process 0 has {first}, and process "
+                    f"{rank} has {other}: write the checkpoints to a folder that all machines share"
+                )
 
     @property
     def _schedules(self) -> list[Any]:
@@ -262,6 +279,7 @@ class SavedModule(pl.LightningModule):
         resumes = self._trainer is not None and self.trainer.training
         check_fixed(self.options, checkpoint["hyper_parameters"], resumes=resumes)
         if resumes:
+            self.loaded_step = checkpoint["global_step"]
             self._note_differences(checkpoint)
             for callback in self.trainer.early_stopping_callbacks:  # Lightning would restore the old patience
                 if state := checkpoint.get("callbacks", {}).get(callback.state_key):

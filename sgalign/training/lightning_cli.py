@@ -34,10 +34,26 @@ class CLI(LightningCLI):
         """Parse the arguments, and read the checkpoint before any object is made."""
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path not in (None, "last", "hpc", "registry"):  # Lightning resolves these words
-            # Read it before Lightning does, because Lightning's errors do not say what is wrong with the file.
-            self.checkpoint = read_checkpoint(path)
-            self._check_seed(self.checkpoint["sgalign"]["run_seed"])
+        if path not in (None, "last", "hpc", "registry"):  # fit resolves "last", and Lightning the others
+            self._read(path)
+
+    def _read(self, path: str) -> None:
+        # Read it before Lightning does, because Lightning's errors do not say what is wrong with the file.
+        self.checkpoint = read_checkpoint(path)
+        self._check_seed(self.checkpoint["sgalign"]["run_seed"])
+
+    def _find_last(self) -> None:
+        """Replace the word "last" by the path of the newest last checkpoint in the `dirpath` of the callbacks.
+
+        If there is none, the word stays, and Lightning starts a new run with a warning.
+        """
+        options = self.config_init[self.subcommand]
+        if options.ckpt_path != "last":
+            return
+        folders = {getattr(callback, "dirpath", None) for callback in self.trainer.checkpoint_callbacks}
+        if paths := [path for folder in folders if folder is not None for path in Path(folder).glob("last*.ckpt")]:
+            options.ckpt_path = str(max(paths, key=lambda path: path.stat().st_mtime))
+            self._read(options.ckpt_path)
 
     def _check_seed(self, saved: int) -> None:
         """Raise InputError if a resumed run is given another seed than the checkpoint's, which it keeps."""
@@ -50,6 +66,7 @@ class CLI(LightningCLI):
         """Raise InputError if the model has nothing to train, otherwise prepare it for the checkpoint."""
         if isinstance(self.model, FrequencyModule):
             raise InputError("FrequencyModule has nothing to fit: sgalign test --model FrequencyModule evaluates it")
+        self._find_last()
         self._make_from_checkpoint()
 
     def _make_from_checkpoint(self) -> None:
