@@ -731,12 +731,12 @@ BREAKS = {
         "sgalign/studies/plan.py",
         '"save_top_k": 2}',
         '"save_top_k": 1}',
-        "tests/test_studies.py -k between_checkpoints",
+        "tests/test_studies.py -k best_checkpoint",
     ),
     "checkpoint right before a validation": Break(
         "sgalign/studies/recording.py",
-        "if not trainer.is_last_batch and",
-        "if",
+        'if not trainer.is_last_batch and (counted + 1) % (trainer.val_check_batch or float("inf")) != 0:',
+        "if counted >= 0:",
         "tests/test_studies.py -k checkpoint_within",
     ),
     "latest checkpoint of a run": Break(

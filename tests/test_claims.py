@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -20,7 +21,7 @@ def quick(monkeypatch):
 def of_another_machine(folder, number=1, age=0.0):
     """Write a claim of another machine, whose last update is `age` seconds old."""
     path = folder / f"claim.{number}"
-    path.write_text(json.dumps({"host": "far", "machine": "far boot", "pid": "1", "started": "1"}))
+    path.write_text(json.dumps({"host": "far", "machine": "far boot", "pid": "1", "started": "1", "job": "7"}))
     os.utime(path, (time.time() - age,) * 2)
     return path
 
@@ -86,3 +87,15 @@ def test_an_unreadable_claim_expires_with_its_age(tmp_path):
     assert claims.holder(tmp_path) == "process unknown on an unknown machine" and claims.take(tmp_path) is None
     os.utime(tmp_path / "claim.1", (0, 0))
     claims.take(tmp_path).release()
+
+
+@pytest.mark.parametrize(("job", "follows"), [("7", True), ("8", False)])
+def test_further_processes_of_a_job_follow_its_first_process(tmp_path, monkeypatch, job, follows):
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    threading.Timer(0.1, of_another_machine, [tmp_path]).start()
+    assert claims.follow(tmp_path) is follows
+
+
+def test_further_processes_wait_only_until_a_claim_would_have_expired(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "EXPIRY", 0.1)
+    assert not claims.follow(tmp_path)

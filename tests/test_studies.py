@@ -24,6 +24,7 @@ from sgalign.studies.plan import resolve, settings_of  # noqa: E402
 from sgalign.studies.recording import RunRecorder  # noqa: E402
 from sgalign.studies.results import read_result  # noqa: E402
 from sgalign.studies.study import read_study  # noqa: E402
+from sgalign.training import MotifsModule, RelationModule  # noqa: E402
 
 STUDIES = sorted((CONFIGS / "studies").rglob("*.yaml"))
 SMALL = {f"model.{name}": value for name, value in SMALL_MOTIFS.items()}
@@ -320,6 +321,25 @@ def test_an_interrupted_run_goes_on_to_the_same_result(data, tmp_path, monkeypat
     assert not (run.folder / "result.json").exists()
     assert execute.main([str(run.folder)]) == 0
     assert comparable(run.folder) == undisturbed
+
+
+def test_the_best_checkpoint_survives_a_kill_even_if_the_epoch_does_not_repeat_exactly(data, tmp_path, monkeypatch):
+    """On a GPU, a repeated epoch may be worse. Then an earlier one is the best, and its checkpoint must still exist."""
+    figures = [0.2, 0.4, 0.1, 0.1]
+
+    def log_next(self):
+        self.log("val/mR@50", figures.pop(0))
+
+    monkeypatch.setattr(MotifsModule, "on_validation_epoch_end", log_next)
+    monkeypatch.setattr(MotifsModule, "on_test_epoch_end", RelationModule.on_validation_epoch_end)
+    run = one_run(tmp_path, data, 4)
+    with monkeypatch.context() as patch:
+        kill_at(patch, *POINTS["between_checkpoints"])
+        with pytest.raises(Killed):
+            execute.execute(run.folder)
+    assert execute.main([str(run.folder)]) == 0
+    result = read_result(run.folder)
+    assert result["epoch"] == 1 and [point["mR@50"] for point in result["curve"]] == [0.2, 0.1, 0.1]
 
 
 @pytest.mark.parametrize(("point", "step"), [("second_epoch", 5), ("validation", 7)])

@@ -8,6 +8,8 @@ inside the runs, from their latest checkpoints.
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
             parser().error(f"--{name} must be at least 1, got {value}")
     if options.slurm and not options.cluster:
         parser().error("--slurm needs --cluster")
+    if options.cluster and options.jobs > 1:
+        parser().error(f"--jobs must be left out with --cluster, which decides how many jobs run, got {options.jobs}")
     studies = [read_study(path, _pairs("--set", options.set)) for path in options.study]
     plans = [plan(study, options.out, options.seeds) for study in studies]
     if len(names := {study.name for study in studies}) < len(studies):
@@ -72,10 +76,14 @@ def main(arguments: Sequence[str]) -> int:
     for run in todo:
         run.write()
     failed: list[Run] = []
-    if todo and options.cluster:
-        failed = run_on_cluster(todo, options.out, options.cluster, _pairs("--slurm", options.slurm))
-    elif todo:
-        failed = launch.run_here(todo, options.jobs)
+    try:
+        if todo and options.cluster:
+            failed = run_on_cluster(todo, options.out, options.cluster, _pairs("--slurm", options.slurm))
+        elif todo:
+            failed = launch.run_here(todo, options.jobs)
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the command again to go on", file=sys.stderr)
+        return 128 + signal.SIGINT
     if failed:
         print(f"{len(failed)} of {len(todo)} runs failed. Run the command again to go on with them")
     if len(failed) < len(todo) or not todo:

@@ -12,6 +12,7 @@ import os
 import platform
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,6 +70,20 @@ def take(folder: Path) -> Claim | None:
     return Claim(path)
 
 
+def follow(folder: Path) -> bool:
+    """Wait until the first process of this run's processes holds the claim, and return True.
+
+    Return False if another run of the same folder holds it, or if nobody claims the run within `EXPIRY`.
+    """
+    end = time.monotonic() + EXPIRY
+    while time.monotonic() < end:
+        held = _latest(folder)
+        if held is not None and not expired(held):
+            return _content(held)["job"] == _job()
+        time.sleep(1)
+    return False
+
+
 def holder(folder: Path) -> str | None:
     """Return the machine and process that hold the run in a folder, as text, or None if nobody does."""
     held = _latest(folder)
@@ -99,7 +114,7 @@ def _number(path: Path | None) -> int:
 
 def _content(path: Path) -> dict[str, str]:
     """Return who made a claim. A claim that is being written, or was on a full disk, names nobody."""
-    nobody = {"host": "an unknown machine", "machine": "", "pid": "unknown", "started": ""}
+    nobody = {"host": "an unknown machine", "machine": "", "pid": "unknown", "started": "", "job": "unknown"}
     with suppress(OSError, ValueError):
         return nobody | json.loads(path.read_text())
     return nobody
@@ -107,7 +122,12 @@ def _content(path: Path) -> dict[str, str]:
 
 def _self() -> dict[str, str]:
     pid = str(os.getpid())
-    return {"host": platform.node(), "machine": _machine(), "pid": pid, "started": _started(pid)}
+    return {"host": platform.node(), "machine": _machine(), "pid": pid, "started": _started(pid), "job": _job()}
+
+
+def _job() -> str:
+    """Return the name of the job under SLURM or torchrun, which all processes of a run share."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID", "")
 
 
 def _machine() -> str:

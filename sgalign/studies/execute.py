@@ -6,6 +6,7 @@ if it has one, then `sgalign test` with the best checkpoint. It also works under
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -34,8 +35,8 @@ def execute(folder: Path) -> int:
     if (folder / RESULT).is_file():
         return 0
     rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
-    if rank != "0":  # the first process holds the claim
-        return _execute(folder)
+    if rank != "0":
+        return _execute(folder) if claims.follow(folder) else claims.LOST
     claim = claims.take(folder)
     if claim is None:
         return claims.LOST
@@ -67,11 +68,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code."""
-    (folder,) = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser("python -m sgalign.studies.execute", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder of the run, which sgalign ablate has made")
+    folder = parser.parse_args(arguments).folder
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        return execute(Path(folder))
+        return execute(folder)
     except (InputError, OSError) as error:
         print(f"sgalign: {error}", file=sys.stderr)
         return 1

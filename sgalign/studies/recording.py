@@ -200,9 +200,9 @@ class RunRecorder(Callback):
 
 
 class CheckpointWithinEpoch(ModelCheckpoint):
-    """A callback that writes `within.ckpt` at intervals of time, except right before a validation.
+    """A callback that writes `within.ckpt` at intervals of time, except right before a validation or an epoch's end.
 
-    A run that resumes from a checkpoint written between the last step and the validation would skip the validation.
+    A run that resumed from such a checkpoint would skip the validation, or what follows the epoch's last step.
 
     Args:
         folder: folder of the run.

@@ -80,6 +80,9 @@ def of_differences(bases: Mapping[str, str], arms: Arms) -> list[str]:
     headers = [f"{metric}@{k}" for metric, k in PAIRED]
     lines = ["| | minus | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 2)]
     for name, base in pairs.items():
+        if arms[name][0]["predicates"] != arms[base][0]["predicates"]:
+            lines.append(f"| {name} | {base} |" + " other test images |" * len(PAIRED))
+            continue
         cells = []
         for metric, k in PAIRED:
             difference, low, high = paired_difference(arms[name], arms[base], metric, k)
