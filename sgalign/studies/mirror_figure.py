@@ -68,10 +68,10 @@ def draw_mirror(checkpoint: str | Path, image: Image, name: str, out: Path, seed
         "mirrored": mirror.mirrored,
         "kept by the mirror's mask, share of heads": mirror.seen,
     }
-    for axes_row, (name, of_roles) in zip(figure.subplots(3, 3), rows.items(), strict=True):
+    for axes_row, (branch, of_roles) in zip(figure.subplots(3, 3), rows.items(), strict=True):
         for axes, role, strength in zip(axes_row, ROLES, of_roles, strict=True):
             axes.imshow(pixels.permute(1, 2, 0).numpy(), alpha=0.6)
-            axes.set_title(f"{role}: {name}", fontsize=9)
+            axes.set_title(f"{role}: {branch}", fontsize=9)
             axes.set_axis_off()
             if role == "predicate":
                 _draw_heat(axes, strength, pixels, top=1 if of_roles is mirror.seen else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -69,7 +70,7 @@ def write(out: Path, names: Sequence[str] | None = None) -> None:
     with written_whole(out / "report.md") as partial:
         partial.write_text(text, encoding="utf-8")
     page.write_page(out / "report.html", text)
-    print("\n".join(line for line in lines if not line.startswith("!")))
+    print(re.sub(r"!\[.*\n\n", "", text))
     print(f"page {out / 'report.html'}, text {out / 'report.md'}, numbers {out / 'results.csv'}, figures {out}/*.png")
 
 
