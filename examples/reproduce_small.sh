@@ -45,7 +45,8 @@ if ((${#of_motifs[@]})); then
     mapfile -t sizes < <(dashes "${images[@]}")
     [[ -f $out/detector/last.ckpt ]] ||
         step "The detector of Motifs, Faster R-CNN" "${sgalign[@]}" fit --config configs/faster_rcnn.yaml \
-            --model.weights null "${sizes[@]}" "${fit[@]}" "${last[@]}" --trainer.callbacks.dirpath "$out/detector"
+            --model.weights null "${sizes[@]}" "${fit[@]}" "${last[@]}" --trainer.callbacks.dirpath "$out/detector" \
+            --trainer.default_root_dir "$out/detector"
     step "The studies of Motifs" "${sgalign[@]}" ablate "${of_motifs[@]}" --out "$out/studies" --seeds "$seeds" --jobs 2 \
         --set "${data[@]}" "${trainer[@]}" "${motifs[@]}" model.detector_weights="$out/detector/last.ckpt"
 fi
@@ -53,7 +54,8 @@ if [[ " $studies " == *" sgtr "* ]]; then
     mapfile -t sizes < <(dashes "${detr[@]}")
     [[ -f $out/detr/last.ckpt ]] ||
         step "The detector of SGTR, DETR" "${sgalign[@]}" fit --config configs/detr.yaml "${sizes[@]}" "${fit[@]}" \
-            --model.detector_weights null --model.frozen "[]" "${last[@]}" --trainer.callbacks.dirpath "$out/detr"
+            --model.detector_weights null --model.frozen "[]" "${last[@]}" --trainer.callbacks.dirpath "$out/detr" \
+            --trainer.default_root_dir "$out/detr"
     step "The study of SGTR" "${sgalign[@]}" ablate configs/studies/sgtr.yaml --out "$out/studies" --seeds "$seeds" --jobs 2 \
         --set "${data[@]}" "${trainer[@]}" "${sgtr[@]}" model.detector_weights="$out/detr/last.ckpt"
 fi

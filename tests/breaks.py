@@ -723,8 +723,8 @@ BREAKS = {
     ),
     "curve of a resumed run": Break(
         "sgalign/studies/recording.py",
-        'self.curve, self.seconds = state_dict["curve"], state_dict["seconds"]',
-        'self.seconds = state_dict["seconds"]',
+        'self.curve, self.scores = state_dict["curve"], state_dict["scores"]',
+        'self.scores = state_dict["scores"]',
         "tests/test_studies.py -k second_epoch",
     ),
     "best checkpoint at a kill": Break(
@@ -735,8 +735,8 @@ BREAKS = {
     ),
     "checkpoint right before a validation": Break(
         "sgalign/studies/recording.py",
-        'if not trainer.is_last_batch and (counted + 1) % (trainer.val_check_batch or float("inf")) != 0:',
-        "if counted >= 0:",
+        "if step % EVERY == 0 and not (accumulated or validates or trainer.is_last_batch):",
+        "if step % EVERY == 0 and not accumulated:",
         "tests/test_studies.py -k checkpoint_within",
     ),
     "latest checkpoint of a run": Break(
@@ -747,7 +747,7 @@ BREAKS = {
     ),
     "content of files in a run's identity": Break(
         "sgalign/studies/plan.py",
-        'return _with_paths(settings, lambda path: f"{path.name} {fingerprint(path)}")',
+        "return _with_paths(settings, fingerprint)",
         "return settings",
         "tests/test_studies.py -k content_of_files",
     ),

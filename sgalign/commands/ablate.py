@@ -13,12 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sgalign.data.findings import counted
 from sgalign.errors import InputError
 from sgalign.files import check_writable
 from sgalign.studies import estimate, launch, report
 from sgalign.studies.cluster import run_on_cluster
 from sgalign.studies.plan import Run, plan, record
-from sgalign.studies.results import read_result
+from sgalign.studies.recording import LAST
+from sgalign.studies.results import RESULT, read_result
 from sgalign.studies.study import read_study
 
 
@@ -37,7 +39,13 @@ def parser() -> argparse.ArgumentParser:
         help="options of all arms, as for sgalign fit: data.root=VG trainer.max_epochs=5",
     )
     add("--seeds", type=int, metavar="N", help="number of seeds per arm (default: the study's)")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at the same time, each on its own device (default: 1)")
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of runs at the same time; on GPUs, each has its own (default: 1)",
+    )
     add("--dry-run", action="store_true", help="only show the runs, and estimate time and memory from a few steps")
     add("--cluster", choices=("slurm", "local"), help="submit the runs as jobs with submitit, instead of --jobs")
     add(
@@ -62,11 +70,14 @@ def main(arguments: Sequence[str]) -> int:
     if options.cluster and options.jobs > 1:
         parser().error(f"--jobs must be left out with --cluster, which decides how many jobs run, got {options.jobs}")
     studies = [read_study(path, _pairs("--set", options.set)) for path in options.study]
+    names = [study.name for study in studies]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"studies must have different names, got {', '.join(repeated)} more than once")
     plans = [plan(study, options.out, options.seeds) for study in studies]
-    if len(names := {study.name for study in studies}) < len(studies):
-        raise InputError(f"studies must have different names, got {', '.join(sorted(names))} more than once")
     todo, done = _runs(plans)
-    print(f"{options.out}: {len(todo)} runs to do, {done} already done", flush=True)
+    begun = sum((run.folder / f"{LAST}.ckpt").is_file() for run in todo)
+    resumed = f" ({begun} of them begun)" if begun else ""
+    print(f"{options.out}: {counted(len(todo), 'run')} to do{resumed}, {done} already done", flush=True)
     if options.dry_run:
         _show(plans, todo, options.jobs)
         return 0
@@ -86,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
         return 128 + signal.SIGINT
     if failed:
         print(f"{len(failed)} of {len(todo)} runs failed. Run the command again to go on with them")
-    if len(failed) < len(todo) or not todo:
+    if any((run.folder / RESULT).is_file() for of_study in plans for of_arm in of_study for run in of_arm):
         report.write(options.out, [study.name for study in studies])
     return 1 if failed else 0
 
@@ -123,7 +134,8 @@ def _show(plans: Sequence[Sequence[Sequence[Run]]], todo: Sequence[Run], jobs: i
         for of_arm in of_study:
             left = [run for run in of_arm if run.folder in folders]
             folders -= {run.folder for run in left}
-            print(f"{of_arm[0].study} {of_arm[0].arm}: {len(of_arm)} seeds, {len(left)} to do, {of_arm[0].folder.name}")
+            seeds = counted(len(of_arm), "seed")
+            print(f"{of_arm[0].study} {of_arm[0].arm}: {seeds}, {len(left)} to do, {of_arm[0].folder.name}")
             arms.append(left)
     if not todo:
         return

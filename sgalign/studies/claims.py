@@ -25,7 +25,7 @@ class Claim:
     """A claim of a run by this process. A thread keeps it alive until `release`.
 
     If another process takes over nevertheless, because this one was suspended for longer than `EXPIRY`, this process
-    ends with exit code `LOST`, so two processes never write to one run.
+    ends with exit code `LOST`. Two processes then write to one run for at most `BEAT` seconds.
 
     Args:
         path: file of the claim, which this process has made.
@@ -38,11 +38,15 @@ class Claim:
         self._thread.start()
 
     def _beat(self) -> None:
+        updated = time.monotonic()
         while not self._ended.wait(BEAT):
-            if _latest(self.path.parent) != self.path or _content(self.path) != _self():
-                os._exit(LOST)
             with suppress(OSError):  # the next beat tries again
+                if _latest(self.path.parent) != self.path or _content(self.path) != _self():
+                    os._exit(LOST)
                 os.utime(self.path)
+                updated = time.monotonic()
+            if time.monotonic() - updated > EXPIRY:  # others may have taken over
+                os._exit(LOST)
 
     def release(self) -> None:
         """End the claim, so another process can take the run at once."""
@@ -62,6 +66,9 @@ def take(folder: Path) -> Claim | None:
             json.dump(_self(), file)
     except FileExistsError:  # another process was faster
         return None
+    except OSError:  # a full disk, on which an empty claim would block the run
+        path.unlink(missing_ok=True)
+        raise
     if _latest(folder) != path:  # others have taken and released claims since this process looked
         path.unlink(missing_ok=True)
         return None
@@ -113,9 +120,9 @@ def _number(path: Path | None) -> int:
 
 
 def _content(path: Path) -> dict[str, str]:
-    """Return who made a claim. A claim that is being written, or was on a full disk, names nobody."""
+    """Return the machine and the process that made a claim. A claim that is still being written names nobody."""
     nobody = {"host": "an unknown machine", "machine": "", "pid": "unknown", "started": "", "job": "unknown"}
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError):
         return nobody | json.loads(path.read_text())
     return nobody
 
@@ -144,7 +151,7 @@ def _started(pid: str) -> str:
         return "unknown"
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (OSError, ValueError):
         return "ended"
     return "ended" if fields[0] in "ZX" else fields[19]
 

@@ -17,6 +17,8 @@ from sgalign.studies.progress import Progress, title
 from sgalign.studies.results import RESULT, digest
 
 PAUSE = 5.0  # seconds between two looks at the jobs
+NUMBERS = ("timeout_min", "nodes", "gpus_per_node", "cpus_per_task", "tasks_per_node")  # submitit's general options
+FAILED = -1000  # code of a job in which submitit itself failed
 PATIENCE = 60.0  # seconds after which a job that has left the queue without a result counts as ended
 
 
@@ -72,12 +74,14 @@ def run_on_cluster(runs: Sequence[Run], out: Path, kind: str, options: Mapping[s
                 if (run.folder / RESULT).is_file():
                     error = None
                 elif (code := _code(job)) is not None:
-                    if code == 0 or (code == claims.LOST and claims.holder(run.folder)):
-                        continue  # the shared folder may show the result late, or another job does the run
+                    if code == claims.LOST and claims.holder(run.folder):
+                        continue  # another job does the run
+                    if code == 0 and time.monotonic() - gone.setdefault(job.job_id, time.monotonic()) < PATIENCE:
+                        continue  # the shared folder may show the result late
                     if code == claims.LOST:
                         jobs |= _submit(executor, [run], kind)
                         continue
-                    log = run.folder / "log.txt"
+                    log = run.folder / "log.txt" if code != FAILED else Path(job.paths.stderr)
                     error = f"{launch.reason(code, log)}, see {log}"
                 elif queue is not None and job.job_id not in queue:
                     if time.monotonic() - gone.setdefault(job.job_id, time.monotonic()) < PATIENCE:
@@ -99,14 +103,19 @@ def _executor(out: Path, kind: str, options: Mapping[str, str]) -> Any:
         import submitit
     except ModuleNotFoundError as error:
         raise InputError("--cluster needs submitit: pip install 'sgalign[cluster]'") from error
-    numbers = {name: whole_number(value) for name, value in options.items()}
-    plain = {name: value if numbers[name] is None else numbers[name] for name, value in options.items()}
-    name = f"sgalign-{digest(str(out.resolve()))}"  # finds the jobs of this folder in the queue
+    # Options that only SLURM has are submitit's with a prefix. The name finds the jobs of this folder in the queue.
+    named: dict[str, Any] = {"name": f"sgalign-{digest(str(out.resolve()))}"}
+    for option, value in options.items():
+        number = whole_number(value) if option in NUMBERS else None
+        named[option if option in (*NUMBERS, "name", "mem_gb") else f"slurm_{option.removeprefix('slurm_')}"] = (
+            value if number is None else number
+        )
     try:
-        executor = submitit.AutoExecutor(folder=out / "jobs", cluster=kind)
-        executor.update_parameters(name=name, **plain)
+        # A job whose time is over is submitted again, as often as it takes.
+        executor = submitit.AutoExecutor(folder=out / "jobs", cluster=kind, slurm_max_num_timeout=10**6)
+        executor.update_parameters(**named)
     except (RuntimeError, NameError, ValueError, TypeError, AssertionError) as error:
-        raise InputError(f"--cluster {kind}: submitit refuses: {error}") from error
+        raise InputError(f"--cluster {kind}: submitit refuses: {' '.join(str(error).split())}") from error
     return executor
 
 
@@ -120,7 +129,8 @@ def _submit(executor: Any, runs: Sequence[Run], kind: str) -> dict[Path, Any]:
     except FailedJobError as error:  # such as an unknown partition
         raise InputError(f"--cluster {kind}: the jobs were not accepted: {' '.join(str(error).split())}") from error
     names = title(runs[0]) if len(runs) == 1 else f"{len(runs)} runs"
-    print(f"submitted {names} to {kind}: {jobs[0].job_id} to {jobs[-1].job_id}, files in {executor.folder}", flush=True)
+    ids = f"job {jobs[0].job_id}" if len(jobs) == 1 else f"jobs {jobs[0].job_id} to {jobs[-1].job_id}"
+    print(f"submitted {names} to {kind} as {ids}; logs of submitit are in {executor.folder}", flush=True)
     return {run.folder: job for run, job in zip(runs, jobs)}
 
 
@@ -136,7 +146,7 @@ def _code(job: Any) -> int | None:
         outcome, value = pickle.loads(path.read_bytes())
     except (EOFError, pickle.UnpicklingError):  # being written
         return None
-    return value if outcome == "success" else 1
+    return value if outcome == "success" else FAILED
 
 
 def _cancel_waiting(kind: str, jobs: Iterable[Any]) -> None:

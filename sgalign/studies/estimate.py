@@ -19,6 +19,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from sgalign.data.findings import counted
 from sgalign.files import read_json, write_json
 from sgalign.studies import launch
 from sgalign.studies.plan import Run
@@ -83,6 +84,8 @@ class Meter(Callback):
         steps = epochs * per_epoch if self.max_steps < 0 else min(self.max_steps, epochs * per_epoch)
         with tempfile.TemporaryDirectory() as folder:
             trainer.save_checkpoint(Path(folder) / "size.ckpt")
+            if not trainer.is_global_zero:
+                return
             size = (Path(folder) / "size.ckpt").stat().st_size
         device = trainer.strategy.root_device
         validated = steps // per_epoch // self.validations * len(data.val_dataloader())
@@ -118,12 +121,13 @@ def estimate(run: Run, slot: Mapping[str, str]) -> Estimate | str:
         config.write_text(yaml.safe_dump(_shortened(run.config, out, Path(folder))), encoding="utf-8")
         command = [sys.executable, "-m", "sgalign.studies.estimate", str(config)]
         with log.open("wb") as file:
-            environment = launch.environment(dict(slot))
+            environment, began = launch.environment(dict(slot)), time.monotonic()
             code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
         if code or not out.is_file():
             return launch.reason(code, log)
         measured: Measured = read_json(out)
-    seconds = measured["step"] * measured["steps"] + measured["validated"] * sum(measured["batches"])
+    start = time.monotonic() - began - STEPS * measured["step"] - BATCHES * measured["validated"]
+    seconds = max(start, 0) + measured["step"] * measured["steps"] + measured["validated"] * sum(measured["batches"])
     return Estimate(measured, seconds)
 
 
@@ -168,12 +172,12 @@ def describe(runs: Sequence[Sequence[Run]], slot: Mapping[str, str], jobs: int) 
         total += found.seconds * len(of_arm)
         disk += 2 * measured["checkpoint"] * len(of_arm)
         yield (
-            f"{name}: {len(of_arm)} runs of {duration(found.seconds)} ({measured['steps']} steps of "
+            f"{name}: {counted(len(of_arm), 'run')} of {duration(found.seconds)} ({measured['steps']} steps of "
             f"{1e3 * measured['step']:.0f} ms), {measured['memory'] / 2**30:.1f} GiB, "
             f"{measured['parameters'] / 1e6:.1f} million trained parameters, on {measured['device']}"
         )
     yield (
-        f"together {duration(total)} on one device, about {duration(total / jobs)} with --jobs {jobs}; "
+        f"together {duration(total)} if one run follows the other, about {duration(total / jobs)} with --jobs {jobs}; "
         f"{disk / 2**30:.1f} GiB of checkpoints"
     )
 

@@ -12,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from sgalign.errors import InputError
 from sgalign.files import read_tensors
 from sgalign.studies import claims
@@ -21,7 +19,7 @@ from sgalign.studies.recording import BEST, LAST, TRAINING, WITHIN
 from sgalign.studies.results import RESULT
 from sgalign.training.lightning_cli import main as lightning
 
-RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # set by torchrun, by srun, and by Lightning for further processes
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # set by torchrun, by Lightning for further processes, and by srun
 
 
 def execute(folder: Path) -> int:
@@ -41,7 +39,7 @@ def execute(folder: Path) -> int:
     if claim is None:
         return claims.LOST
     try:
-        for partial in folder.glob("*.partial"):  # left by a kill
+        for partial in folder.glob("*.ckpt.*.partial"):  # left by a kill
             partial.unlink()
         return 0 if (folder / RESULT).is_file() else _execute(folder)
     finally:
@@ -55,6 +53,8 @@ def _execute(folder: Path) -> int:
         resume = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
         if code := lightning(["fit", *config, *resume]):
             return code
+    for checkpoint in [*folder.glob(f"{BEST}-step=*.ckpt"), folder / f"{WITHIN}.ckpt"]:  # only training needs them
+        checkpoint.unlink(missing_ok=True)
     return lightning(["test", *config, "--ckpt_path", str(folder / f"{BEST}.ckpt")])
 
 
@@ -62,7 +62,10 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint of the latest step that a run can resume from, or None if it has none."""
     # If both are of the same step, the one from the end of the epoch was written later.
     there = [path for name in (LAST, WITHIN) if (path := folder / f"{name}.ckpt").is_file()]
-    steps = {path: read_tensors(path, "checkpoint")["global_step"] for path in there}
+    try:
+        steps = {path: read_tensors(path, "checkpoint")["global_step"] for path in there}
+    except InputError as error:
+        raise InputError(f"{error}. Delete it, and the run goes on from an earlier step") from error
     return max(steps, key=lambda path: steps[path], default=None)
 
 
@@ -71,8 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m sgalign.studies.execute", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder of the run, which sgalign ablate has made")
     folder = parser.parse_args(arguments).folder
-    if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         return execute(folder)
     except (InputError, OSError) as error:

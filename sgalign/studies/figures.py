@@ -35,7 +35,8 @@ def draw_curves(path: Path, arms: Arms, choose: str) -> None:
                 for epoch in run["curve"]:
                     by_epoch.setdefault(epoch["epoch"], []).append(100 * epoch[metric])
             epochs = sorted(by_epoch)
-            axes.plot(epochs, [statistics.mean(by_epoch[e]) for e in epochs], color=color, marker=".", label=name)
+            means = [statistics.mean(by_epoch[epoch]) for epoch in epochs]
+            axes.plot(epochs, means, color=color, marker=".", label=name.replace("$", r"\$"))
             if number == 0:
                 low, high = ([function(by_epoch[e]) for e in epochs] for function in (min, max))
                 axes.fill_between(epochs, low, high, color=color, alpha=0.1)
@@ -81,7 +82,7 @@ def draw_predicates(path: Path, bases: Mapping[str, str], arms: Arms) -> None:
         axes.set_ylabel("points of R@100", fontsize=8)
         axes.set_xlim(-1, len(names))
         of = f"{arm} minus {base}, {len(change)} seeds"
-        axes.set_title(f"{of}: {better} predicates better, {worse} worse", fontsize=9)
+        axes.set_title(f"{of}: {better} predicates better, {worse} worse", fontsize=9, parse_math=False)
     size = 8 if len(names) <= 30 else 6
     panels[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)
     save_figure(figure, path)

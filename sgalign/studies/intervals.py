@@ -23,7 +23,7 @@ def paired_difference(
     factor (S - 1) / S.
 
     Args:
-        runs, base: runs from `read_runs`. Only runs whose seed is in both are compared.
+        runs, base: results as `read_result` returns them. Only runs whose seed is in both are compared.
         metric: "R" or "mR".
         k: K of the metric, at most 100.
 

@@ -38,6 +38,8 @@ def slots(runs: Sequence[Run], jobs: int) -> list[dict[str, str]]:
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
         each = max((run.devices for run in runs), default=1)
+        if each > len(devices):
+            raise InputError(f"trainer.devices must be at most {len(devices)}, the number of GPUs, got {each}")
         if jobs * each > len(devices):
             raise InputError(
                 f"--jobs must be at most {len(devices) // each}, because a run trains on {each} of the {len(devices)} "
@@ -52,7 +54,9 @@ def environment(more: dict[str, str]) -> dict[str, str]:
     """Return the environment of a process that imports this installation of the package, wherever it starts."""
     path = str(Path(sgalign.__file__).resolve().parent.parent)
     paths = os.pathsep.join([path, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | more | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+    # In the variables of a SLURM job with one task, Lightning would see a run of one process.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SLURMD_"))}
+    return inherited | more | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
 
 
 def run_here(runs: Sequence[Run], jobs: int) -> list[Run]:
@@ -64,6 +68,13 @@ def run_here(runs: Sequence[Run], jobs: int) -> list[Run]:
         runs: the runs, in the order in which they start.
         jobs: number of runs at the same time.
     """
+    if several := [run for run in runs if run.config["trainer"]["num_nodes"] > 1]:
+        raise InputError(
+            f"{title(several[0])}: trainer.num_nodes must be 1 here. Its folder is made, so start this on each node: "
+            f"torchrun ... -m sgalign.studies.execute {several[0].folder}"
+        )
+    for number in (signal.SIGTERM, signal.SIGHUP):  # otherwise the runs would go on without this process
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     free = slots(runs, jobs)
     waiting, failed = list(runs), []
     going: dict[Path, tuple[Run, subprocess.Popen[bytes], dict[str, str]]] = {}
@@ -74,14 +85,14 @@ def run_here(runs: Sequence[Run], jobs: int) -> list[Run]:
                 for run in [run for run in waiting if (run.folder / RESULT).is_file()]:  # another process did it
                     waiting.remove(run)
                     progress.finished(run)
-                for run in [run for run in waiting if free and run.folder not in going]:
+                for run in [run for run in waiting if free]:
                     if (other := claims.holder(run.folder)) is None:
                         waiting.remove(run)
                         slot = free.pop(0)
                         going[run.folder] = run, start(run.folder, slot), slot
                     elif run.folder not in named:
                         named.add(run.folder)
-                        progress.say(f"{title(run)}: {other} does it")
+                        progress.say(f"{title(run)}: left to {other}")
                     if not free:
                         break
                 progress.update({folder: run for folder, (run, _, _) in going.items()})
@@ -100,6 +111,8 @@ def run_here(runs: Sequence[Run], jobs: int) -> list[Run]:
                         log = folder / "log.txt"
                         progress.finished(run, f"{reason(code, log)}, see {log}")
         finally:
+            if going:
+                progress.say("stopping the runs ...")
             stop([process for _, process, _ in going.values()])
     return failed
 
@@ -139,7 +152,9 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def reason(code: int, log: Path) -> str:
     """Return why a process failed: the last line of its log, or the signal that ended it."""
-    if code < 0:
+    if code == 0:
+        return "it ended without a result"
+    if -code in signal.valid_signals():
         return f"ended by {signal.Signals(-code).name}"
     with suppress(OSError):
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]

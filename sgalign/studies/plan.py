@@ -6,7 +6,7 @@ import argparse
 import functools
 import hashlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from sgalign._version import __version__
 from sgalign.data.findings import counted
 from sgalign.errors import InputError
-from sgalign.files import read_json, write_json, written_whole
+from sgalign.files import read_json, whole_number, write_json, written_whole
 from sgalign.studies.recording import BEST, LAST
 from sgalign.studies.results import digest, run_folder
 from sgalign.studies.study import Arm, Study
@@ -24,7 +24,7 @@ from sgalign.training.lightning_cli import CLI, make_cli
 
 ANNOTATIONS = (  # files of VRD, of VG150 and of COCO with relations
     *("annotations_*.json", "objects.json", "predicates.json"),
-    *("VG-SGG*", "*dicts*.json", "image_data.json"),
+    *("*.h5", "*dicts*.json", "image_data.json"),
     *("train.json", "val.json", "test.json", "rel.json"),
 )
 # Options that do not change what a run computes. Callbacks that write checkpoints or predictions are left out, too.
@@ -35,6 +35,7 @@ IRRELEVANT = {
         *("log_every_n_steps", "profiler", "enable_autolog_hparams", "model_registry"),
     },
 }
+PATHS = {"root", "features", "detections", "detector_weights", "word_vectors"}  # options that name a file or a folder
 MINUTES = 15  # between two checkpoints within an epoch
 
 
@@ -60,8 +61,7 @@ class Run(NamedTuple):
     @property
     def devices(self) -> int:
         """The number of devices that the run trains on."""
-        devices = self.config["trainer"]["devices"]
-        return len(devices) if isinstance(devices, list) else int(devices)
+        return self.config["trainer"]["devices"]
 
     def write(self) -> None:
         """Write the config and the settings to the run's folder, which is made."""
@@ -112,8 +112,17 @@ def resolve(study: Study, arm: Arm) -> dict[str, Any]:
     for name in ("config", "ckpt_path", "weights_only", "optimizer", "lr_scheduler"):
         if config.pop(name, None) not in (None, []) and name != "config":
             raise InputError(f"{study.name}, arm {arm.name!r}: {name} must not be set, because the study sets it")
-    if config["trainer"]["devices"] == "auto":
-        config["trainer"]["devices"] = 1
+    trainer = config["trainer"]
+    trainer["devices"] = 1 if trainer["devices"] == "auto" else whole_number(trainer["devices"])
+    if not trainer["devices"] or trainer["devices"] < 1:
+        raise InputError(
+            f"{study.name}, arm {arm.name!r}: trainer.devices must be a number of at least 1. To choose devices, set "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    if trainer["fast_dev_run"]:
+        raise InputError(
+            f"{study.name}, arm {arm.name!r}: trainer.fast_dev_run must be false, because it tests nothing"
+        )
     return _with_paths(config, lambda path: str(path.resolve()))
 
 
@@ -137,6 +146,7 @@ def _run(study: Study, arm: Arm, seed: int, out: Path, config: dict[str, Any], s
     data = data | {"init_args": data["init_args"] | {"seed": seed}}
     trainer = trainer | {
         "default_root_dir": str(folder),
+        "enable_checkpointing": True,
         "logger": [
             {
                 "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -197,31 +207,40 @@ def settings_of(config: Mapping[str, Any], choose: str) -> dict[str, Any]:
     kept = {k: v for k, v in trainer.items() if k not in IRRELEVANT["trainer"]}
     settings = {
         "model": config["model"],
-        "data": {"name": data_name(root), "class_path": data["class_path"], "init_args": init_args},
+        "data": {"annotations": annotations_of(root), "class_path": data["class_path"], "init_args": init_args},
         "trainer": kept | {"callbacks": _kept_callbacks(trainer)},
         "choose": choose,
         "sgalign": __version__,
     }
-    return _with_paths(settings, lambda path: f"{path.name} {fingerprint(path)}")
+    return _with_paths(settings, fingerprint)
 
 
-def data_name(root: str | None) -> str:
-    """Return a unique name of the data, made of the folder's name and a digest of its annotations.
+def annotations_of(root: str | None) -> str:
+    """Return a digest of the annotations of a data set.
 
     Args:
         root: folder of the data. If None, the generated scenes.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
     """
     if root is None:
         return "generated scenes"
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"data.root must be a folder, got {root}, which does not exist")
     found = sorted({path for pattern in ANNOTATIONS for path in Path(root).glob(pattern) if path.is_file()})
-    return f"{Path(root).resolve().name} {digest([[path.name, fingerprint(path)] for path in found])}"
+    return digest([[path.name, fingerprint(path)] for path in found])
 
 
 @functools.cache
 def fingerprint(path: Path) -> str:
-    """Return a digest of a file's content, or of the names and sizes of the files in a folder."""
+    """Return a digest of a file's content, or of the names, sizes, beginnings and ends of the files in a folder.
+
+    Folders of cached features are too large to be read as a whole.
+    """
     if path.is_dir():
-        return digest(sorted([str(file.relative_to(path)), file.stat().st_size] for file in path.rglob("*")))
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return digest([[str(file.relative_to(path)), file.stat().st_size, _ends(file)] for file in files])
     with path.open("rb") as file:
         whole = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -229,15 +248,24 @@ def fingerprint(path: Path) -> str:
     return whole.hexdigest()[:12]
 
 
-def _with_paths(value: Any, replace: Any) -> Any:
+def _ends(path: Path) -> str:
+    """Return a digest of the first and the last 64 KiB of a file."""
+    with path.open("rb") as file:
+        ends = hashlib.sha256(file.read(1 << 16))
+        file.seek(max(path.stat().st_size - (1 << 16), 0))
+        ends.update(file.read())
+    return ends.hexdigest()
+
+
+def _with_paths(value: Any, replace: Callable[[Path], str], key: str = "") -> Any:
     """Return a config with every existing file or folder in it replaced by `replace(path)`."""
     if isinstance(value, dict):
-        return {key: _with_paths(entry, replace) for key, entry in value.items()}
+        return {name: _with_paths(entry, replace, name) for name, entry in value.items()}
     if isinstance(value, list):
         return [_with_paths(entry, replace) for entry in value]
     # A single word such as "adam" is an option's value, even if a file has this name.
-    is_path = isinstance(value, str) and ("/" in value or "." in value) and Path(value).exists()
-    return replace(Path(value)) if is_path else value
+    may_be = isinstance(value, str) and (key in PATHS or "/" in value or "." in value)
+    return replace(Path(value)) if may_be and Path(value).exists() else value
 
 
 # ---- the record of a plan
@@ -258,7 +286,11 @@ def record(study: Study, runs: Sequence[Sequence[Run]], out: Path) -> None:
     ]
     content = {"title": study.title, "choose": study.choose, "arms": arms}
     if path.is_file():
-        before = {run for arm in read_json(path)["arms"] for run in arm["runs"]}
+        try:
+            before = {run for arm in read_json(path)["arms"] for run in arm["runs"]}
+        except (InputError, KeyError, TypeError):
+            print(f"{path} was damaged and is written again")
+            before = set()
         if gone := sorted(before - {run for arm in arms for run in arm["runs"]}):
             print(
                 f"{study.name}: {counted(len(gone), 'run')} of an earlier plan stay in {out / 'runs'}, but are not in "

@@ -65,7 +65,7 @@ class Progress:
         shown = [name for name in ("R@50", "mR@50", "found") if name in result["test"]][:2]
         figures = ", ".join(f"{name} {100 * result['test'][name]:.1f}" for name in shown)
         seconds = result["cost"]["training"] + result["cost"]["test"]
-        self.say(f"{self.done}/{self.total} {title(run)}: test {figures}, {seconds:.0f} s")
+        self.say(f"{self.done}/{self.total} {title(run)}: test {figures}, {seconds:.0f} s, {run.folder.name}")
 
 
 def title(run: Run) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import re
 import resource
 import statistics
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,19 +18,21 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sgalign.data import GraphBatch
 from sgalign.errors import InputError
 from sgalign.files import read_json, write_json
 from sgalign.metrics.matching import rank_triplets, relation_overlaps
-from sgalign.studies.results import DEPTH, REMEDY, Cost, Result, write_result
+from sgalign.studies.results import DEPTH, REMEDY, RESULT, Cost, Result, write_result
 from sgalign.training import RelationModule, SceneGraphData
 
 TRAINING = "training.json"  # written when training is complete: the curve, the best epoch and the cost
 PROGRESS = "progress.json"  # rewritten while the run goes on
 BEST, LAST, WITHIN = "best", "last", "within"  # names of checkpoints, without ".ckpt"
 PAUSE = 1.0  # seconds between two writes of the progress
+EVERY = 20  # steps between two readings of the time
 TIMED = 1000  # number of latest steps whose times are kept
 
 
@@ -45,8 +50,11 @@ class RunRecorder(Callback):
     def __init__(self, folder: str, choose: str) -> None:
         self.folder, self.choose = Path(folder), choose
         self.curve: list[dict[str, float]] = []
+        self.scores: list[float] = []  # the exact values of the figure that chooses the epoch
+        self.stopped = False  # True if another callback, such as EarlyStopping, has ended the training
         self.seconds = 0.0  # of training, until the latest checkpoint
-        self._steps: list[float] = []
+        self._steps: list[float] = []  # seconds of the latest steps
+        self._memory = 0  # largest memory before the run was resumed
         self._began = self._stepped = self._shown = 0.0
         self._device = torch.device("cpu")
         self._found: dict[str, tuple[list[int], list[int]]] = {}
@@ -54,13 +62,30 @@ class RunRecorder(Callback):
     # ---- training
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curve": self.curve, "seconds": self.seconds + time.monotonic() - self._began}
+        seconds = self.seconds + time.monotonic() - self._began
+        cost = {"seconds": seconds, "steps": self._steps, "memory": max(self._memory, memory(self._device))}
+        return {"curve": self.curve, "scores": self.scores, "stopped": self.stopped, **cost}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.curve, self.seconds = state_dict["curve"], state_dict["seconds"]
+        self.curve, self.scores = state_dict["curve"], state_dict["scores"]
+        self.stopped, self.seconds = state_dict["stopped"], state_dict["seconds"]
+        self._steps, self._memory = state_dict["steps"], state_dict["memory"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._began, self._device = time.monotonic(), trainer.strategy.root_device
+        if (self.folder / TRAINING).is_file():
+            raise InputError(f"{self.folder}: the training of this run is complete. To train again, delete the folder")
+        if trainer.world_size != trainer.num_devices * trainer.num_nodes:
+            raise InputError(
+                f"the run must have {trainer.num_devices * trainer.num_nodes} processes, one per device, got "
+                f"{trainer.world_size}: check trainer.strategy, and the variables of SLURM or torchrun"
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.should_stop = self.stopped  # checkpoints do not contain it
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stopped = trainer.should_stop
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stepped = 0.0  # the time of an epoch's first step would include the validation
@@ -88,6 +113,8 @@ class RunRecorder(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith("val/")
         }
+        score = trainer.callback_metrics.get(self.choose, torch.tensor(float("nan"))).item()
+        self.scores.append(-float("inf") if math.isnan(score) else score)  # as ModelCheckpoint does
         self.curve.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **figures})
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -100,9 +127,11 @@ class RunRecorder(Callback):
     def _complete(self, parameters: int) -> None:
         """Keep the best checkpoint as `best.ckpt`, and write the record of the training."""
         if not self.curve:
-            raise InputError(f"{self.folder}: no epoch was validated: give the run more steps than one epoch has")
-        name = self.choose.removeprefix("val/")
-        best = max(range(len(self.curve)), key=lambda index: self.curve[index][name])
+            raise InputError(
+                "no epoch was validated: the run needs a whole epoch of steps (max_steps, max_epochs) and validation "
+                "images with relations (limit_val_batches)"
+            )
+        best = max(range(len(self.scores)), key=self.scores.__getitem__)
         best_file = self.folder / f"{BEST}.ckpt"
         kept = self.folder / f"{BEST}-step={self.curve[best]['step']}.ckpt"
         if kept.is_file():
@@ -113,13 +142,11 @@ class RunRecorder(Callback):
             "device": device_name(self._device),
             "parameters": parameters,
             "training": round(self.seconds + time.monotonic() - self._began, 1),
-            "memory": memory(self._device),
+            "memory": max(self._memory, memory(self._device)),
         }
         if self._steps:
             cost["step"] = round(statistics.median(self._steps), 5)
         write_json(self.folder / TRAINING, {"curve": self.curve, "epoch": best + 1, "cost": cost})
-        for checkpoint in [*self.folder.glob(f"{BEST}-step=*.ckpt"), *self.folder.glob(f"{WITHIN}.ckpt")]:
-            checkpoint.unlink()
 
     # ---- test
 
@@ -152,6 +179,10 @@ class RunRecorder(Callback):
             figures |= pl_module.recall.compute()
         found = self._of_all_processes(trainer)
         if not trainer.is_global_zero:
+            return
+        best = self.folder / f"{BEST}.ckpt"
+        if (self.folder / RESULT).is_file() or Path(trainer.ckpt_path or "").resolve() != best.resolve():
+            rank_zero_info(f"{self.folder / RESULT} is not written: it is there, or this is not a test of {best.name}")
             return
         training = read_json(self.folder / TRAINING, REMEDY)
         settings = read_json(self.folder / "settings.json", REMEDY)
@@ -202,7 +233,8 @@ class RunRecorder(Callback):
 class CheckpointWithinEpoch(ModelCheckpoint):
     """A callback that writes `within.ckpt` at intervals of time, except right before a validation or an epoch's end.
 
-    A run that resumed from such a checkpoint would skip the validation, or what follows the epoch's last step.
+    A run that resumed from such a checkpoint would skip the validation, or what follows the epoch's last step. Nor does
+    it write while gradients are accumulated, because a checkpoint does not contain them.
 
     Args:
         folder: folder of the run.
@@ -217,7 +249,11 @@ class CheckpointWithinEpoch(ModelCheckpoint):
     ) -> None:
         # Without a number of epochs between validations, Lightning counts the batches of all epochs.
         counted = trainer.fit_loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
-        if not trainer.is_last_batch and (counted + 1) % (trainer.val_check_batch or float("inf")) != 0:
+        validates = (counted + 1) % (trainer.val_check_batch or float("inf")) == 0
+        # Gradients that are being accumulated are not in the checkpoint. Several processes agree on the time, which
+        # makes the host wait for a GPU, so the time is not read in each step.
+        step, accumulated = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
+        if step % EVERY == 0 and not (accumulated or validates or trainer.is_last_batch):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
@@ -244,6 +280,9 @@ def device_name(device: torch.device) -> str:
     """Return the name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        if name := re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M):
+            return name[1]
     return platform.processor() or platform.machine()
 
 

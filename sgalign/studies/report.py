@@ -15,7 +15,7 @@ from sgalign.files import read_json, written_whole
 from sgalign.studies import figures, page, tables
 from sgalign.studies.mirror_figure import draw_mirror
 from sgalign.studies.recording import BEST
-from sgalign.studies.results import REMEDY, read_result
+from sgalign.studies.results import read_result
 
 
 class Planned(NamedTuple):
@@ -51,6 +51,8 @@ def write(out: Path, names: Sequence[str] | None = None) -> None:
         FileNotFoundError: if the folder has no studies, or a named study has no results.
         ValueError: if a file was edited or damaged.
     """
+    if not out.is_dir():
+        raise FileNotFoundError(f"{out}: there is no such folder")
     there = sorted(path.stem for path in (out / "studies").glob("*.json"))
     if not there:
         raise FileNotFoundError(f"{out}: must be a folder that sgalign ablate has written, but it has no studies")
@@ -76,7 +78,7 @@ def write(out: Path, names: Sequence[str] | None = None) -> None:
 
 def _read(out: Path, name: str) -> Planned:
     path = out / "studies" / f"{name}.json"
-    record = read_json(path, REMEDY)
+    record = read_json(path, "run sgalign ablate again")
     try:
         folders = {arm["name"]: [out / "runs" / run for run in arm["runs"]] for arm in record["arms"]}
         bases = {arm["name"]: arm["base"] for arm in record["arms"]}
@@ -92,7 +94,7 @@ def _text(out: Path, name: str, study: Planned) -> list[str]:
     """Return the lines of one study in Markdown, and draw its figures."""
     complete = sum(map(len, study.arms.values()))
     lines = [f"## {study.title}", "", f"The tested epoch is the one with the highest {study.choose}.", ""]
-    lines += [*tables.of_arms(study.arms), ""]
+    lines += [*tables.of_arms(study.arms, study.choose), ""]
     if differences := tables.of_differences(study.bases, study.arms):
         lines += [*differences, ""]
     if complete < study.runs:
@@ -105,14 +107,14 @@ def _text(out: Path, name: str, study: Planned) -> list[str]:
         drawn["predicates"] = "recall of each predicate, compared with the base (Figure 2 of the supplement)"
         figures.draw_predicates(out / f"{name}_predicates.png", study.bases, study.arms)
     if _draw_mirror(out / f"{name}_mirror.png", study):
-        drawn["mirror"] = "attention of both branches, and the mirror's masks (Figure 1 of the supplement)"
+        drawn["mirror"] = "attention of both branches in the last decoder layer (compare Figure 1)"
     for kind, caption in drawn.items():
         lines += [f"![{caption}]({name}_{kind}.png)", ""]
     return [*lines, "### Cost", "", *tables.of_costs(study.bases, study.arms), ""]
 
 
 def _draw_mirror(path: Path, study: Planned) -> bool:
-    """Draw Figure 1 for the first complete run of Align-SGTR, and return True if there is one."""
+    """Draw the attention of the first run of Align-SGTR that has a best checkpoint. Return True if there is one."""
     of_sgtr = [arm for arm, runs in study.arms.items() if "AlignSGTR" in runs[0]["settings"]["model"]["class_path"]]
     complete = [folder for arm in of_sgtr for folder in study.folders[arm] if (folder / f"{BEST}.ckpt").is_file()]
     if not complete:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -14,6 +15,7 @@ from sgalign.errors import InputError
 
 STUDY_KEYS = {"title", "config", "set", "seeds", "choose", "arms"}
 ARM_KEYS = {"name", "base", "config", "set", "grid"}
+KINDS: dict[type, str] = {dict: "a mapping", str: "text", list: "a list"}
 SECTIONS = ("model", "data", "trainer")  # sections of a config whose options an arm may set
 
 
@@ -67,6 +69,10 @@ def read_study(path: Path, overrides: Mapping[str, str] | None = None) -> Study:
     """
     content = _read_yaml(path)
     _check(path, "the study", content, STUDY_KEYS, {"title": str, "config": str, "choose": str, "arms": list})
+    _check_text(path, content["title"])
+    _check_options("--set", overrides or {})
+    if not re.fullmatch(r"[\w-]+", path.stem):
+        raise InputError(f"{path}: the file's name must consist of letters, digits, _ and -")
     seeds = content.get("seeds", 1)
     if type(seeds) is not int or seeds < 1:
         raise InputError(f"{path}: seeds must be a whole number of at least 1, got {seeds!r}")
@@ -88,10 +94,11 @@ def read_study(path: Path, overrides: Mapping[str, str] | None = None) -> Study:
             arms.append(Arm(_filled(path, entry["name"], values), entry.get("base") or "", arguments))
     names = [arm.name for arm in arms]
     for number, arm in enumerate(arms):
+        _check_text(path, arm.name)
         if arm.name in names[:number]:
             raise InputError(f"{path}: names of arms must differ, got {arm.name!r} twice")
-        if arm.base and arm.base not in names:
-            raise InputError(f"{path}: base of {arm.name!r} must be one of {names}, got {arm.base!r}")
+        if arm.base and arm.base not in (others := [name for name in names if name != arm.name]):
+            raise InputError(f"{path}: base of {arm.name!r} must be one of {others}, got {arm.base!r}")
     if not arms:
         raise InputError(f"{path}: arms must not be empty")
     return Study(path.stem, content["title"], seeds, content["choose"], arms)
@@ -101,7 +108,8 @@ class _Loader(yaml.SafeLoader):
     """A YAML loader that refuses repeated keys. PyYAML's own would silently keep the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # the key "<<", which has no value of its own
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merge]
         if repeated := [key for key in keys if keys.count(key) > 1]:
             raise yaml.YAMLError(f"the key {repeated[0]!r} occurs twice in a mapping")
         return super().construct_mapping(node, deep)
@@ -127,13 +135,21 @@ def _check(path: Path, what: str, content: Any, known: set[str], required: dict[
         if key in required and key not in content:
             raise InputError(f"{path}: {what} must have the key {key!r}")
         if key in content and not isinstance(content[key], kind):
-            raise InputError(f"{path}: {key} of {what} must be of type {kind.__name__}, got {content[key]!r}")
+            raise InputError(f"{path}: {key} of {what} must be {KINDS[kind]}, got {content[key]!r}")
 
 
-def _check_options(path: Path, options: Mapping[str, Any]) -> None:
+def _check_options(path: Path | str, options: Mapping[str, Any]) -> None:
     for key in options:
         if str(key).split(".")[0] not in SECTIONS:
             raise InputError(f"{path}: an option must begin with model., data. or trainer., got {key!r}")
+        if key in ("data.seed", "data.init_args.seed"):
+            raise InputError(f"{path}: {key} must not be set, because the seed of the run determines it")
+
+
+def _check_text(path: Path, text: str) -> None:
+    """Raise InputError if a name or a title would break the tables."""
+    if re.search(r"[|<>\n\r\ud800-\udfff]", text) or not text.strip():
+        raise InputError(f"{path}: names and titles must be one line of text without |, < and >, got {text!r}")
 
 
 def _combinations(path: Path, number: int, grid: dict[str, Any]) -> list[dict[str, Any]]:
@@ -156,4 +172,4 @@ def _filled(path: Path, name: str, values: Mapping[str, Any]) -> str:
 
 def _text(value: Any) -> str:
     """Return a value as it is written on the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -36,7 +36,7 @@ def write_csv(path: Path, studies: Mapping[str, Arms]) -> None:
             for arm, run in ((arm, run) for arm, runs in arms.items() for run in runs):
                 row = study, arm, run["seed"]
                 for point in run["curve"]:
-                    for name in point.keys() - {"epoch", "step"}:
+                    for name in [name for name in point if name not in ("epoch", "step")]:
                         writer.writerow((*row, "validation", point["epoch"], *split_name(name), point[name]))
                 epoch = run["curve"][run["epoch"] - 1]["epoch"]
                 for name, value in run["test"].items():
@@ -47,10 +47,16 @@ def write_csv(path: Path, studies: Mapping[str, Arms]) -> None:
                     writer.writerow((*row, "cost", epoch, name, None, "", cost))
 
 
-def of_arms(arms: Arms) -> list[str]:
-    """Return the lines of a Markdown table with the means and standard deviations over seeds, in percent."""
+def of_arms(arms: Arms, choose: str) -> list[str]:
+    """Return the lines of a Markdown table with the means and standard deviations over seeds, in percent.
+
+    Args:
+        arms: the results of each arm.
+        choose: name of the logged figure that chose the tested epochs.
+    """
     runs = [run for of_arm in arms.values() for run in of_arm]
-    validated = [name for name in VALIDATED if name in runs[0]["curve"][0]]
+    names = dict.fromkeys([*VALIDATED, choose.removeprefix("val/")])
+    validated = [name for name in names if name in runs[0]["curve"][0]]
     tested = [name for name in TESTED if name in runs[0]["test"]]
     if not tested:  # a detector
         tested = [name for name in runs[0]["test"] if not is_of_predicate(name)]
@@ -91,7 +97,8 @@ def of_differences(bases: Mapping[str, str], arms: Arms) -> list[str]:
         lines.append(f"| {name} | {base} | " + " | ".join(cells) + " |")
     one = all(len(runs) == 1 for runs in arms.values())
     over = "images (one seed says nothing about the spread over seeds)" if one else "seeds and images"
-    return [*lines, "", f"\\* the 95 % interval over {over} excludes 0"]
+    starred = any(line.rstrip(" |").endswith("*") or "* |" in line for line in lines)
+    return [*lines, "", f"\\* the 95 % interval over {over} excludes 0"] if starred else lines
 
 
 def of_costs(bases: Mapping[str, str], arms: Arms) -> list[str]:
@@ -109,9 +116,8 @@ def of_costs(bases: Mapping[str, str], arms: Arms) -> list[str]:
         ratio = "–"
         if name in others:
             of_base = {run["seed"]: run["cost"].get("step") for run in arms[others[name]]}
-            ratios = [
-                run["cost"]["step"] / base for run in runs if "step" in run["cost"] and (base := of_base[run["seed"]])
-            ]
+            pairs = [(run["cost"].get("step"), of_base.get(run["seed"])) for run in runs]
+            ratios = [own / base for own, base in pairs if own and base]
             ratio = f"{statistics.mean(ratios):.2f}" if ratios else "–"
         cells = [
             f"{statistics.mean(step):.1f}" if step else "–",

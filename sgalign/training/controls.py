@@ -68,8 +68,9 @@ class AveragedTeacherModule(PredClsControl):
         parts["alignment"] = relation_alignment_loss(teacher, mirrored_logits) * self.share(len(seen.graph.pairs))
         return loss + self.options.alignment_weight * parts["alignment"], parts
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Add the step's weights to the average."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Do the step, and add its weights to the average before any callback can save a checkpoint."""
+        super().optimizer_step(*args, **kwargs)
         self.teacher.update_parameters(self.network)
 
 

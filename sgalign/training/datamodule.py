@@ -250,12 +250,20 @@ class SceneGraphData(pl.LightningDataModule):
         # workers have started on the first epoch, so it is also set here.
         assert self.trainer is not None
         world, rank = self.trainer.world_size, self.trainer.global_rank
-        sampler = RepeatSampler(self.train, self.repeat_factors, num_replicas=world, rank=rank, seed=self.seed)
+        graphs = self.training_graphs()
+        sampler = RepeatSampler(graphs, self.repeat_factors, num_replicas=world, rank=rank, seed=self.seed)
         epochs: Any = self.trainer.fit_loop.epoch_progress.current
         sampler.set_epoch(epochs.processed)
-        loader = self._loader(self.train, kind=TrainingLoader, sampler=sampler)
+        loader = self._loader(graphs, kind=TrainingLoader, sampler=sampler, collate_fn=self._training_collate_fn())
         loader.trainer = self.trainer
         return loader
+
+    def training_graphs(self) -> list[SceneGraph]:
+        """Return the images that an epoch reads."""
+        return self.train
+
+    def _training_collate_fn(self) -> Callable[..., GraphBatch]:
+        return self._collate_fn()
 
     @cached_property
     def repeat_factors(self) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from sgalign.data import GraphBatch, SeenBatch, read_word_vectors
 from sgalign.models import Motifs, Prediction
@@ -16,6 +18,8 @@ from sgalign.training.longtail import RelationLoss
 from sgalign.training.options import MotifsOptions
 from sgalign.training.pairs import PairModule
 from sgalign.training.vision import CachedVision, Vision, make_vision
+
+PLATEAU = "val/R@100"  # figure whose plateau lowers the learning rate of SGD
 
 
 class MotifsModule(PairModule):
@@ -164,12 +168,23 @@ class MotifsModule(PairModule):
         ]
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
 
+    def on_train_epoch_end(self) -> None:
+        """Update the schedule that waits for a plateau, before the epoch's checkpoints are written.
+
+        Lightning would update it afterwards, and a resumed run would skip the update.
+        """
+        value = self.trainer.callback_metrics.get(PLATEAU)
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau) and value is not None:
+                config.scheduler.step(value)
+
     def configure_optimizers(self) -> Any:
         options, optimizer = self.options, self.make_optimizer()
         schedulers = warmup(optimizer, options.warmup_steps)
         if options.optimizer == "sgd":
-            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            plateau = ReduceLROnPlateau(
                 optimizer, mode="max", factor=0.1, patience=2, threshold=1e-3, threshold_mode="abs"
             )
-            schedulers.append({"scheduler": plateau, "monitor": "val/R@100", "strict": False})
+            # `on_train_epoch_end` steps it. Lightning only saves its state.
+            schedulers.append({"scheduler": plateau, "monitor": PLATEAU, "strict": False, "frequency": sys.maxsize})
         return [optimizer], schedulers

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, RandomSampler
 
 from sgalign.data import GraphBatch, SceneGraph
 from sgalign.data.splits import SPLITS
@@ -71,15 +70,13 @@ class ScarceData(SceneGraphData):
         self.annotated = kept
         self.__dict__.pop("train", None)
 
-    def train_dataloader(self) -> DataLoader[GraphBatch]:
-        """Return batches of the training split. Images without labels, if there are any, are mixed with the others."""
-        if not self.train or not self.unlabelled:
-            return super().train_dataloader()
-        graphs = [*self.train, *self.unlabelled]
-        order = RandomSampler(range(len(graphs)), generator=torch.Generator().manual_seed(self.seed))
+    def training_graphs(self) -> list[SceneGraph]:
+        """Return the images that an epoch reads. Images without labels, if there are any, are mixed with the others."""
+        return [*self.train, *self.unlabelled]
+
+    def _training_collate_fn(self) -> Callable[..., GraphBatch]:
         ids = {graph.image_id for graph in self.unlabelled}
-        collate = partial(_collate_without_labels, self._collate_fn(), ids)
-        return self._loader(graphs, sampler=order, collate_fn=collate)
+        return partial(_collate_without_labels, self._collate_fn(), ids) if ids else self._collate_fn()
 
 
 def _collate_without_labels(collate: Any, ids: set[str], graphs: Sequence[SceneGraph]) -> GraphBatch:
