@@ -369,7 +369,7 @@ KINDS = {
         "trainer.callbacks": [
             {
                 "class_path": "lightning.pytorch.callbacks.EarlyStopping",
-                "init_args": {"monitor": "val/mR@50", "mode": "max", "patience": 1, "min_delta": 1.0},
+                "init_args": {"monitor": "val/mR@50", "mode": "max", "patience": 2, "min_delta": 1.0},
             }
         ]
     },
