@@ -51,7 +51,8 @@ class RunRecorder(Callback):
         self.folder, self.choose = Path(folder), choose
         self.curve: list[dict[str, float]] = []
         self.scores: list[float] = []  # the exact values of the figure that chooses the epoch
-        self.stopped = False  # True if another callback, such as EarlyStopping, has ended the training
+        self.stopped = False  # True if EarlyStopping had ended the training when the checkpoint was written
+        self._trainer: pl.Trainer | None = None
         self.seconds = 0.0  # of training, until the latest checkpoint
         self._steps: list[float] = []  # seconds of the latest steps
         self._memory = 0  # largest memory before the run was resumed
@@ -64,7 +65,8 @@ class RunRecorder(Callback):
     def state_dict(self) -> dict[str, Any]:
         seconds = self.seconds + time.monotonic() - self._began
         cost = {"seconds": seconds, "steps": self._steps, "memory": max(self._memory, memory(self._device))}
-        return {"curve": self.curve, "scores": self.scores, "stopped": self.stopped, **cost}
+        stopped = self._trainer is not None and self._trainer.should_stop
+        return {"curve": self.curve, "scores": self.scores, "stopped": stopped, **cost}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve, self.scores = state_dict["curve"], state_dict["scores"]
@@ -72,7 +74,7 @@ class RunRecorder(Callback):
         self._steps, self._memory = state_dict["steps"], state_dict["memory"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began, self._device = time.monotonic(), trainer.strategy.root_device
+        self._trainer, self._began, self._device = trainer, time.monotonic(), trainer.strategy.root_device
         if (self.folder / TRAINING).is_file():
             raise InputError(f"{self.folder}: the training of this run is complete. To train again, delete the folder")
         if trainer.world_size != trainer.num_devices * trainer.num_nodes:
@@ -83,9 +85,6 @@ class RunRecorder(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.should_stop = self.stopped  # checkpoints do not contain it
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stopped = trainer.should_stop
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stepped = 0.0  # the time of an epoch's first step would include the validation
