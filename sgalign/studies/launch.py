@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,8 +74,8 @@ def run_here(runs: Sequence[Run], jobs: int) -> list[Run]:
             f"{title(several[0])}: trainer.num_nodes must be 1 here. Its folder is made, so start this on each node: "
             f"torchrun ... -m sgalign.studies.execute {several[0].folder}"
         )
-    for number in (signal.SIGTERM, signal.SIGHUP):  # otherwise the runs would go on without this process
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    # Without these handlers, the runs would go on if a signal ends this process.
+    handlers = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
     free = slots(runs, jobs)
     waiting, failed = list(runs), []
     going: dict[Path, tuple[Run, subprocess.Popen[bytes], dict[str, str]]] = {}
@@ -114,7 +115,13 @@ def run_here(runs: Sequence[Run], jobs: int) -> list[Run]:
             if going:
                 progress.say("stopping the runs ...")
             stop([process for _, process, _ in going.values()])
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return failed
+
+
+def _exit(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
 
 
 def start(folder: Path, slot: dict[str, str], *, own_session: bool = True) -> subprocess.Popen[bytes]:

@@ -93,7 +93,11 @@ def _read(out: Path, name: str) -> Planned:
 def _text(out: Path, name: str, study: Planned) -> list[str]:
     """Return the lines of one study in Markdown, and draw its figures."""
     complete = sum(map(len, study.arms.values()))
-    lines = [f"## {study.title}", "", f"The tested epoch is the one with the highest {study.choose}.", ""]
+    one = next(iter(study.arms.values()))[0]
+    options = one["settings"]["trainer"] | one["settings"]["data"]["init_args"]
+    training = ", ".join(f"{name} {options[name]}" for name in ("max_epochs", "max_steps", "batch_size"))
+    lines = [f"## {study.title}", "", f"The tested epoch is the one with the highest {study.choose}."]
+    lines += [f"The test has {len(one['images'])} images. The first run has {training}.", ""]
     lines += [*tables.of_arms(study.arms, study.choose), ""]
     if differences := tables.of_differences(study.bases, study.arms):
         lines += [*differences, ""]
