@@ -30,6 +30,9 @@ class CLI(LightningCLI):
 
     checkpoint: dict[str, Any] | None = None
 
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.set_defaults({"data": "sgalign.training.SceneGraphData"})  # --data CLASS chooses another class
+
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the arguments, and read the checkpoint before any object is made."""
         super().parse_arguments(parser, args)
