@@ -747,8 +747,8 @@ BREAKS = {
     ),
     "content of files in a run's identity": Break(
         "sgalign/studies/plan.py",
-        "return _with_paths(settings, fingerprint)",
-        "return settings",
+        '"model": _with_paths(config["model"], fingerprint),',
+        '"model": config["model"],',
         "tests/test_studies.py -k content_of_files",
     ),
     "edited results": Break(

@@ -6,6 +6,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,11 +19,12 @@ import yaml
 pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from target import ROOT  # noqa: E402
 from trainers import CONFIGS, SMALL_MOTIFS, SMALL_SGTR  # noqa: E402
 
 from sgalign.commands.main import main  # noqa: E402
 from sgalign.files import read_tensors  # noqa: E402
-from sgalign.studies import cluster, execute, launch, plan, recording  # noqa: E402
+from sgalign.studies import claims, cluster, execute, launch, plan, recording  # noqa: E402
 from sgalign.studies.plan import resolve, settings_of  # noqa: E402
 from sgalign.studies.recording import RunRecorder  # noqa: E402
 from sgalign.studies.results import read_result  # noqa: E402
@@ -481,6 +485,48 @@ def test_jobs_of_submitit_do_the_runs(data, tmp_path, monkeypatch, capsys):
     )
     assert ablate(study, data, out, "--cluster", "local", "--seeds", "2", "--slurm", "nonsense=1") == 1
     assert "--cluster local: submitit refuses" in capsys.readouterr().err
+
+
+def test_a_job_that_is_preempted_ends_its_run_and_releases_the_claim(data, tmp_path):
+    helpers = pytest.importorskip("submitit.helpers")
+    options = SMALL | QUIET | {"trainer.max_epochs": 10000}
+    run = plan.plan(read_study(write_study(tmp_path, set=options), {"data.root": str(data)}), tmp_path)[1][0]
+    run.write()
+    job, codes = cluster.Job(str(run.folder)), []
+    thread = threading.Thread(target=lambda: codes.append(job()))
+    thread.start()
+    while not (run.folder / "last.ckpt").exists():
+        assert thread.is_alive(), (run.folder / "log.txt").read_text()
+        time.sleep(0.05)
+    assert isinstance(job.checkpoint(), helpers.DelayedSubmission)
+    assert claims.holder(run.folder) is None and not list(run.folder.glob("claim.*"))
+    thread.join()
+    assert codes == [128 + signal.SIGTERM] and not (run.folder / "training.json").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_command_and_its_runs(data, tmp_path):
+    study = write_study(tmp_path, set=SMALL | QUIET | {"trainer.max_epochs": 10000}, arms=[{"name": "only"}])
+    command = [sys.executable, "-m", "sgalign", "ablate", str(study), "--set", f"data.root={data}"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], cwd=ROOT)
+    while not list(tmp_path.glob("out/runs/*/last.ckpt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    assert claims.holder(folder) is None
+
+
+def test_files_that_callbacks_write_do_not_change_the_identity(tmp_path):
+    path = str(tmp_path / "written" / "by.callback")
+    monitor = {"class_path": "sgalign.studies.estimate.Meter", "init_args": {"path": path, "max_steps": 1}}
+    monitor["init_args"] |= {"max_epochs": 1, "validations": 1}
+    changes = {"set": SMALL | QUIET | {"trainer.callbacks": [monitor]}}
+    before = identity(tmp_path, {}, **changes)
+    Path(path).parent.mkdir()
+    Path(path).touch()
+    assert identity(tmp_path, {}, **changes) == before
 
 
 # ---- report

@@ -14,9 +14,10 @@ from sgalign.files import whole_number
 from sgalign.studies import claims, launch
 from sgalign.studies.plan import Run
 from sgalign.studies.progress import Progress, title
+from sgalign.studies.recording import PROGRESS
 from sgalign.studies.results import RESULT, digest
 
-PAUSE = 5.0  # seconds between two looks at the jobs
+PAUSE = 10.0  # seconds between two looks at the jobs
 NUMBERS = ("timeout_min", "nodes", "gpus_per_node", "cpus_per_task", "tasks_per_node")  # submitit's general options
 FAILED = -1000  # code of a job in which submitit itself failed
 PATIENCE = 60.0  # seconds after which a job that has left the queue without a result counts as ended
@@ -34,16 +35,29 @@ class Job:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
         """Do the run in a process of its own, so the job also ends well if that is killed, and return its exit code."""
         folder = Path(self.folder)
-        return 0 if (folder / RESULT).is_file() else launch.start(folder, {}, own_session=False).wait()
+        if (folder / RESULT).is_file():
+            return 0
+        self._process = launch.start(folder, {}, own_session=False)
+        return self._process.wait()
 
     def checkpoint(self) -> Any:
-        """Return the submission that goes on with the run. Submitit calls this before the job ends."""
+        """End the run's process, and return the submission that goes on with the run.
+
+        Submitit calls this in a signal handler before the job ends. The process releases its claim. Otherwise the next
+        job, on another machine, would find the run claimed.
+        """
         from submitit.helpers import DelayedSubmission
 
+        if self._process is not None:
+            self._process.terminate()
+            end = time.monotonic() + launch.PATIENCE
+            while claims.holder(Path(self.folder)) and time.monotonic() < end:
+                time.sleep(0.5)
         return DelayedSubmission(Job(self.folder))
 
 
@@ -92,7 +106,7 @@ def run_on_cluster(runs: Sequence[Run], out: Path, kind: str, options: Mapping[s
                 pending.remove(run)
                 failed += [run] if error else []
                 progress.finished(run, error)
-            progress.update({run.folder: run for run in pending if (run.folder / "progress.json").is_file()})
+            progress.update({run.folder: run for run in pending if (run.folder / PROGRESS).is_file()})
             time.sleep(PAUSE if pending else 0)
     _cancel_waiting(kind, jobs.values())
     return failed

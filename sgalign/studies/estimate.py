@@ -1,6 +1,7 @@
 """Estimates of the time and memory of runs, from a few measured steps.
 
-`python -m sgalign.studies.estimate CONFIG FILE` measures one run in a process of its own, as `estimate` starts it.
+`python -m sgalign.studies.estimate CONFIG` measures one run in a process of its own, as `estimate` starts it. The
+estimate assumes one validation per epoch and no limits on the number of batches.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from pathlib import Path
 from sgalign.errors import InputError
 from sgalign.files import read_tensors
 from sgalign.studies import claims
-from sgalign.studies.recording import BEST, LAST, TRAINING, WITHIN
+from sgalign.studies.recording import BEST, LAST, PROGRESS, TRAINING, WITHIN
 from sgalign.studies.results import RESULT
 from sgalign.training.lightning_cli import main as lightning
 
@@ -39,8 +39,8 @@ def execute(folder: Path) -> int:
     if claim is None:
         return claims.LOST
     try:
-        for partial in folder.glob("*.ckpt.*.partial"):  # left by a kill
-            partial.unlink()
+        for left in [*folder.glob("*.ckpt.*.partial"), folder / PROGRESS]:  # left by a kill
+            left.unlink(missing_ok=True)
         return 0 if (folder / RESULT).is_file() else _execute(folder)
     finally:
         claim.release()

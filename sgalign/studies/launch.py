@@ -97,7 +97,8 @@ def run_here(runs: Sequence[Run], jobs: int) -> list[Run]:
                     if not free:
                         break
                 progress.update({folder: run for folder, (run, _, _) in going.items()})
-                time.sleep(PAUSE)
+                # If a process could start, other processes hold all waiting runs. Looking at claims writes files.
+                time.sleep(5 * PAUSE if free and waiting else PAUSE)
                 for folder, (run, process, slot) in list(going.items()):
                     if (code := process.poll()) is None:
                         continue

@@ -29,7 +29,7 @@ ANNOTATIONS = (  # files of VRD, of VG150 and of COCO with relations
 )
 # Options that do not change what a run computes. Callbacks that write checkpoints or predictions are left out, too.
 IRRELEVANT = {
-    "data.init_args": {"num_workers", "root"},
+    "data.init_args": {"num_workers", "root", "seed"},  # the annotations stand for `root`, and each seed is a run
     "trainer": {
         *("logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"),
         *("log_every_n_steps", "profiler", "enable_autolog_hparams", "model_registry"),
@@ -109,21 +109,24 @@ def resolve(study: Study, arm: Arm) -> dict[str, Any]:
     except argparse.ArgumentError as error:
         raise InputError(f"{study.name}, arm {arm.name!r}: sgalign fit refuses its options: {_short(error)}") from error
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"]
-    for name in ("config", "ckpt_path", "weights_only", "optimizer", "lr_scheduler"):
-        if config.pop(name, None) not in (None, []) and name != "config":
+    config.pop("config", None)
+    for name in ("ckpt_path", "weights_only", "optimizer", "lr_scheduler"):
+        if config.pop(name, None) is not None:
             raise InputError(f"{study.name}, arm {arm.name!r}: {name} must not be set, because the study sets it")
     trainer = config["trainer"]
-    trainer["devices"] = 1 if trainer["devices"] == "auto" else whole_number(trainer["devices"])
+    given = trainer["devices"]
+    trainer["devices"] = 1 if given == "auto" else whole_number(given)
     if not trainer["devices"] or trainer["devices"] < 1:
         raise InputError(
-            f"{study.name}, arm {arm.name!r}: trainer.devices must be a number of at least 1. To choose devices, set "
-            "CUDA_VISIBLE_DEVICES"
+            f"{study.name}, arm {arm.name!r}: trainer.devices must be a number of at least 1, got {given!r}. To choose "
+            "devices, set CUDA_VISIBLE_DEVICES"
         )
     if trainer["fast_dev_run"]:
         raise InputError(
             f"{study.name}, arm {arm.name!r}: trainer.fast_dev_run must be false, because it tests nothing"
         )
-    return _with_paths(config, lambda path: str(path.resolve()))
+    absolute = {part: _with_paths(config[part], lambda path: str(path.resolve())) for part in ("model", "data")}
+    return config | absolute
 
 
 def _short(error: Exception) -> str:
@@ -142,7 +145,7 @@ def _short(error: Exception) -> str:
 
 def _run(study: Study, arm: Arm, seed: int, out: Path, config: dict[str, Any], settings: dict[str, Any]) -> Run:
     folder = run_folder(out, settings, seed).resolve()
-    model, data, trainer = config["model"], config["data"], config["trainer"]
+    data, trainer = config["data"], config["trainer"]
     data = data | {"init_args": data["init_args"] | {"seed": seed}}
     trainer = trainer | {
         "default_root_dir": str(folder),
@@ -159,7 +162,7 @@ def _run(study: Study, arm: Arm, seed: int, out: Path, config: dict[str, Any], s
         ],
         "callbacks": [*_kept_callbacks(trainer), *_callbacks(folder, study.choose)],
     }
-    config = config | {"seed_everything": seed, "model": model, "data": data, "trainer": trainer}
+    config = config | {"seed_everything": seed, "data": data, "trainer": trainer}
     return Run(study.name, arm.name, seed, folder, config, settings)
 
 
@@ -203,16 +206,20 @@ def settings_of(config: Mapping[str, Any], choose: str) -> dict[str, Any]:
     """
     data, trainer = config["data"], config["trainer"]
     root = data["init_args"].get("root")
-    init_args = {k: v for k, v in data["init_args"].items() if k not in IRRELEVANT["data.init_args"] | {"seed"}}
+    init_args = {k: v for k, v in data["init_args"].items() if k not in IRRELEVANT["data.init_args"]}
     kept = {k: v for k, v in trainer.items() if k not in IRRELEVANT["trainer"]}
-    settings = {
-        "model": config["model"],
-        "data": {"annotations": annotations_of(root), "class_path": data["class_path"], "init_args": init_args},
+    # Paths of callbacks are not replaced, because callbacks write files, and the identity must stay the same.
+    return {
+        "model": _with_paths(config["model"], fingerprint),
+        "data": {
+            "annotations": annotations_of(root),
+            "class_path": data["class_path"],
+            "init_args": _with_paths(init_args, fingerprint),
+        },
         "trainer": kept | {"callbacks": _kept_callbacks(trainer)},
         "choose": choose,
         "sgalign": __version__,
     }
-    return _with_paths(settings, fingerprint)
 
 
 def annotations_of(root: str | None) -> str:
@@ -258,7 +265,7 @@ def _ends(path: Path) -> str:
 
 
 def _with_paths(value: Any, replace: Callable[[Path], str], key: str = "") -> Any:
-    """Return a config with every existing file or folder in it replaced by `replace(path)`."""
+    """Return a part of a config with every existing file or folder in it replaced by `replace(path)`."""
     if isinstance(value, dict):
         return {name: _with_paths(entry, replace, name) for name, entry in value.items()}
     if isinstance(value, list):

@@ -9,6 +9,7 @@ import re
 import resource
 import statistics
 import time
+from collections import deque
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -54,7 +55,7 @@ class RunRecorder(Callback):
         self.stopped = False  # True if EarlyStopping had ended the training when the checkpoint was written
         self._trainer: pl.Trainer | None = None
         self.seconds = 0.0  # of training, until the latest checkpoint
-        self._steps: list[float] = []  # seconds of the latest steps
+        self._steps: deque[float] = deque(maxlen=TIMED)  # seconds of the latest steps
         self._memory = 0  # largest memory before the run was resumed
         self._began = self._stepped = self._shown = 0.0
         self._device = torch.device("cpu")
@@ -64,14 +65,15 @@ class RunRecorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         seconds = self.seconds + time.monotonic() - self._began
-        cost = {"seconds": seconds, "steps": self._steps, "memory": max(self._memory, memory(self._device))}
+        cost = {"seconds": seconds, "steps": list(self._steps), "memory": max(self._memory, memory(self._device))}
         stopped = self._trainer is not None and self._trainer.should_stop
         return {"curve": self.curve, "scores": self.scores, "stopped": stopped, **cost}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve, self.scores = state_dict["curve"], state_dict["scores"]
         self.stopped, self.seconds = state_dict["stopped"], state_dict["seconds"]
-        self._steps, self._memory = state_dict["steps"], state_dict["memory"]
+        self._steps.extend(state_dict["steps"])
+        self._memory = state_dict["memory"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._trainer, self._began, self._device = trainer, time.monotonic(), trainer.strategy.root_device
@@ -92,7 +94,7 @@ class RunRecorder(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         now = time.monotonic()
         if self._stepped:
-            self._steps = [*self._steps[-TIMED:], now - self._stepped]
+            self._steps.append(now - self._stepped)
         self._stepped = now
         if self._due(trainer):
             self._show(trainer, "training", trainer.global_step, trainer.estimated_stepping_batches)
@@ -160,7 +162,7 @@ class RunRecorder(Callback):
         outputs: Any,
         batch: GraphBatch,
         batch_idx: int,
-        *a: Any,
+        *args: Any,
     ) -> None:
         if self._due(trainer):
             self._show(trainer, "test", batch_idx + 1, sum(trainer.num_test_batches))
@@ -181,7 +183,9 @@ class RunRecorder(Callback):
             return
         best = self.folder / f"{BEST}.ckpt"
         if (self.folder / RESULT).is_file() or Path(trainer.ckpt_path or "").resolve() != best.resolve():
-            rank_zero_info(f"{self.folder / RESULT} is not written: it is there, or this is not a test of {best.name}")
+            rank_zero_info(
+                f"{self.folder / RESULT} is not written, because it exists or because this did not test {best.name}"
+            )
             return
         training = read_json(self.folder / TRAINING, REMEDY)
         settings = read_json(self.folder / "settings.json", REMEDY)

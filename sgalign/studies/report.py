@@ -25,15 +25,13 @@ class Planned(NamedTuple):
         title: title of the study.
         choose: name of the figure that chose the tested epochs.
         bases: name of the base of each arm, or "".
-        runs: number of planned runs.
         arms: the results of each arm.
-        folders: folder of each run.
+        folders: folders of the planned runs of each arm.
     """
 
     title: str
     choose: str
     bases: dict[str, str]
-    runs: int
     arms: tables.Arms
     folders: dict[str, list[Path]]
 
@@ -87,12 +85,12 @@ def _read(out: Path, name: str) -> Planned:
         raise InputError(f"{path}: must be a file that sgalign ablate wrote: run it again") from error
     results = {arm: [found for run in runs if (found := read_result(run))] for arm, runs in folders.items()}
     arms = {arm: sorted(runs, key=lambda run: run["seed"]) for arm, runs in results.items() if runs}
-    return Planned(title, choose, bases, sum(map(len, folders.values())), arms, folders)
+    return Planned(title, choose, bases, arms, folders)
 
 
 def _text(out: Path, name: str, study: Planned) -> list[str]:
     """Return the lines of one study in Markdown, and draw its figures."""
-    complete = sum(map(len, study.arms.values()))
+    complete, planned = (sum(map(len, runs.values())) for runs in (study.arms, study.folders))
     one = next(iter(study.arms.values()))[0]
     options = one["settings"]["trainer"] | one["settings"]["data"]["init_args"]
     training = ", ".join(f"{name} {options[name]}" for name in ("max_epochs", "max_steps", "batch_size"))
@@ -101,10 +99,10 @@ def _text(out: Path, name: str, study: Planned) -> list[str]:
     lines += [*tables.of_arms(study.arms, study.choose), ""]
     if differences := tables.of_differences(study.bases, study.arms):
         lines += [*differences, ""]
-    if complete < study.runs:
+    if complete < planned:
         missing = [arm for arm in study.bases if arm not in study.arms]
         without = f" No run yet: {', '.join(missing)}." if missing else ""
-        lines += [f"{complete} of {study.runs} runs are complete.{without}", ""]
+        lines += [f"{complete} of {planned} runs are complete.{without}", ""]
     drawn = {"curves": "validation by epoch"}
     figures.draw_curves(out / f"{name}_curves.png", study.arms, study.choose.removeprefix("val/"))
     if tables.compared(study.bases, study.arms) and any(next(iter(study.arms.values()))[0]["predicates"]):

@@ -16,7 +16,7 @@ REMEDY = "delete the folder and run sgalign ablate again"
 
 
 class Cost(TypedDict, total=False):
-    """What a run costs. Other programs on the machine make the times longer."""
+    """The time and memory that a run takes. Other programs on the machine make the times longer."""
 
     device: str  # name of the processor or GPU
     parameters: int  # number of trained parameters

@@ -85,6 +85,7 @@ def of_differences(bases: Mapping[str, str], arms: Arms) -> list[str]:
         return []
     headers = [f"{metric}@{k}" for metric, k in PAIRED]
     lines = ["| | minus | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 2)]
+    starred = False
     for name, base in pairs.items():
         if arms[name][0]["predicates"] != arms[base][0]["predicates"]:
             lines.append(f"| {name} | {base} |" + " other test images |" * len(PAIRED))
@@ -92,13 +93,14 @@ def of_differences(bases: Mapping[str, str], arms: Arms) -> list[str]:
         cells = []
         for metric, k in PAIRED:
             difference, low, high = paired_difference(arms[name], arms[base], metric, k)
-            beyond = "" if low <= 0 <= high else " *"
+            starred |= (is_beyond := not low <= 0 <= high)
+            beyond = " *" if is_beyond else ""
             cells.append(f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}){beyond}")
         lines.append(f"| {name} | {base} | " + " | ".join(cells) + " |")
     one = all(len(runs) == 1 for runs in arms.values())
-    over = "images (one seed says nothing about the spread over seeds)" if one else "seeds and images"
-    starred = any(line.rstrip(" |").endswith("*") or "* |" in line for line in lines)
-    return [*lines, "", f"\\* the 95 % interval over {over} excludes 0"] if starred else lines
+    over = "test images. One seed says nothing about the spread over seeds" if one else "seeds and test images"
+    star = " A star marks the intervals that exclude 0." if starred else ""
+    return [*lines, "", f"In parentheses are 95 % intervals over {over}.{star}"]
 
 
 def of_costs(bases: Mapping[str, str], arms: Arms) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sgalign.errors import InputError
 from sgalign.training.base import SavedModule
@@ -124,5 +125,8 @@ def make_cli(arguments: Sequence[str], kind: type[CLI] = CLI, **options: Any) ->
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command that the first argument names (fit, validate, test or predict), and return the exit code."""
-    cli = make_cli(arguments)
-    return 128 + signal.SIGTERM if cli.trainer.received_sigterm else 0  # Lightning ends without an error on SIGTERM
+    try:
+        ended = make_cli(arguments).trainer.received_sigterm
+    except SIGTERMException:  # a SystemExit without a code, so the process would end as if all had gone well
+        ended = True
+    return 128 + signal.SIGTERM if ended else 0
