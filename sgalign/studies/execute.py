@@ -1,7 +1,7 @@
 """One run of a study: `python -m sgalign.studies.execute FOLDER`.
 
 The command does what is left of the run: `sgalign fit` with the config in the folder, from the run's latest checkpoint
-if it has one, then `sgalign test` with the best checkpoint. It also works under torchrun and srun.
+if it has one, then `sgalign test` with the best checkpoint. It also works under torchrun.
 """
 
 from __future__ import annotations
