@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sgalign import nn
 from sgalign._version import __version__
+from sgalign.nn.alignment import RelationAlignment
 from sgalign.ops._registration import add_flop_formulas
 from sgalign.ops.alignment import relation_alignment_loss
 from sgalign.ops.attention import attention_weights, dual_branch_attention, fused_masked_attention
@@ -25,6 +26,7 @@ if not Path(__file__).with_name("kernels").exists() and _kernels.exists():
     _spec.loader.exec_module(kernels)
 
 __all__ = [
+    "RelationAlignment",
     "__version__",
     "attention_weights",
     "dual_branch_attention",

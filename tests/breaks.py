@@ -298,16 +298,16 @@ BREAKS = {
         "tests/test_attention_torch.py -k attention_weights",
     ),
     "bias of a module from the meta device": Break(
-        "sgalign/nn.py",
+        "sgalign/nn/attention.py",
         "            nn.init.zeros_(self.in_proj_bias)",
         "            pass",
         "tests/test_nn.py -k meta_device",
     ),
     "floating-point mask of a transformer layer": Break(
-        "sgalign/nn.py", "return mask == -math.inf", "return mask == 0", "tests/test_nn.py -k transformer"
+        "sgalign/nn/attention.py", "return mask == -math.inf", "return mask == 0", "tests/test_nn.py -k transformer"
     ),
     "mask ratio in evaluation": Break(
-        "sgalign/nn.py",
+        "sgalign/nn/attention.py",
         "self.mask_ratio if self.training else 0.0",
         "self.mask_ratio",
         "tests/test_nn.py",
@@ -638,7 +638,7 @@ BREAKS = {
         "tests/test_training.py -k loss",
     ),
     "rank in the seed": Break(
-        "sgalign/training/seeds.py",
+        "sgalign/ops/seeds.py",
         "for value in (run_seed, step, micro_batch, rank)",
         "for value in (run_seed, step, micro_batch, 0)",
         "tests/test_training.py -k seed",

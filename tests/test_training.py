@@ -20,6 +20,7 @@ from sgalign import random_attention_mask  # noqa: E402
 from sgalign.commands import compare, doctor  # noqa: E402
 from sgalign.commands import main as cli  # noqa: E402
 from sgalign.data import Detections, SeenBatch, collate  # noqa: E402
+from sgalign.ops.seeds import step_seed  # noqa: E402
 from sgalign.training import (  # noqa: E402
     AlignMotifsModule,
     AveragedTeacherModule,
@@ -32,7 +33,6 @@ from sgalign.training import (  # noqa: E402
 )
 from sgalign.training.checkpoints import WholeCheckpointIO  # noqa: E402
 from sgalign.training.resuming import GivenOptions  # noqa: E402
-from sgalign.training.seeds import step_seed  # noqa: E402
 
 CONFIG_FILES = sorted(CONFIGS.glob("*.yaml"))
 

@@ -85,7 +85,7 @@ def relation_alignment_loss(
         ImportError: if the compiled core is not built or was built from other sources, or the backend is not installed.
         RuntimeError: in the backward pass, if second-order gradients are requested and the backend is not "reference".
     """
-    _check_choices(kind, reduction, direction)
+    check_choices(kind, reduction, direction)
     plain = is_plain(logits, mirrored_logits, weight)
     _check_logits(plain, logits, mirrored_logits, weight)
     dtype = torch.promote_types(logits.dtype, mirrored_logits.dtype)
@@ -134,7 +134,8 @@ def _reference(
 # ------------------------------------------------------------------------------------------------------ checks
 
 
-def _check_choices(kind: str, reduction: str, direction: str) -> None:
+def check_choices(kind: str, reduction: str, direction: str) -> None:
+    """Raise InputError unless the options of `relation_alignment_loss` have allowed values."""
     for name, value, allowed in (
         ("kind", kind, KINDS),
         ("reduction", reduction, REDUCTIONS),

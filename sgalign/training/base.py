@@ -19,6 +19,7 @@ from sgalign.data import GraphBatch
 from sgalign.data.transfer import HostCopy
 from sgalign.errors import InputError
 from sgalign.models import predicate_counts
+from sgalign.ops.seeds import step_seed
 from sgalign.training.checkpoints import (
     WholeCheckpointIO,
     check_ours,
@@ -31,7 +32,6 @@ from sgalign.training.checkpoints import (
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.options import Options
 from sgalign.training.resuming import GivenOptions, check_fixed, differing
-from sgalign.training.seeds import step_seed
 
 
 class _Report(NamedTuple):

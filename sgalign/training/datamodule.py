@@ -36,8 +36,8 @@ from sgalign.data.splits import SPLITS, Split, ValidationChoice
 from sgalign.data.triplets import zero_shot_triplets
 from sgalign.errors import InputError
 from sgalign.metrics import predicate_groups
+from sgalign.ops.seeds import step_seed
 from sgalign.training.longtail import RepeatSampler, drop_repeated, repeat_factors
-from sgalign.training.seeds import step_seed
 
 log = logging.getLogger("sgalign")
 

@@ -1,4 +1,4 @@
-"""The `torch.nn` modules on top of the fused operations."""
+"""Multi-head attention on the fused operations, in the place of torch's module."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sgalign.errors import InputError
+from sgalign.nn.branches import attend
 from sgalign.ops import backends
 from sgalign.ops._operands import check_bool, check_device, check_tensor, differs, readable
-from sgalign.ops.attention import attention_weights, dual_branch_attention, fused_masked_attention
+from sgalign.ops.attention import attention_weights, dual_branch_attention
 from sgalign.ops.random_mask import checked_ratio
 
 
@@ -166,7 +167,7 @@ class MaskedMultiheadAttention(nn.Module):
             raise InputError("attn_mask must be given if is_causal is True, as in torch.nn.MultiheadAttention")
         batched, (queries, keys, values) = self._project(query=query, key=key, value=value)
         options = self._options(queries, keys, key_padding_mask, attn_mask, mask_seed, mask_stream, batched)
-        out = fused_masked_attention(queries, keys, values, backend=self.backend, **options)
+        out = attend(self, queries, keys, values, backend=self.backend, **options)
         return self.out_proj(self._merge_heads(out, batched)), None
 
     def attention_weights(
@@ -283,9 +284,7 @@ class MaskedMultiheadAttention(nn.Module):
         if attn_mask is not None:
             check_tensor("attn_mask", attn_mask)
             check_device("attn_mask", attn_mask, queries.device, "the query's device")
-            attn_mask = self._mask_by_head(
-                _bool_mask("attn_mask", attn_mask), keys.shape[0], queries.shape[2], keys.shape[2]
-            )
+            attn_mask = self._mask_by_head(_bool_mask("attn_mask", attn_mask), queries, keys)
         return {
             "mask": attn_mask,
             "mask_ratio": self.mask_ratio if self.training else 0.0,
@@ -295,16 +294,18 @@ class MaskedMultiheadAttention(nn.Module):
             "dropout_p": self.dropout if self.training else 0.0,
         }
 
-    def _mask_by_head(self, attn_mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
-        if attn_mask.shape == (queries, keys):
+    def _mask_by_head(self, attn_mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return an explicit mask as ``[Lq, Lk]`` or ``[B, H, Lq, Lk]``."""
+        shape = queries.shape[2], keys.shape[2]
+        if attn_mask.shape == shape:
             return attn_mask
-        by_head = (batch * self.num_heads, queries, keys)
-        if attn_mask.shape != by_head:
-            raise InputError(
-                f"attn_mask must be {[queries, keys]} or {list(by_head)} ([B * num_heads, Lq, Lk]), "
-                f"got {list(attn_mask.shape)}"
-            )
-        return attn_mask.unflatten(0, (batch, self.num_heads))
+        for batch in (queries.shape[0], keys.shape[0]):  # they differ inside a mirror
+            if attn_mask.shape == (batch * self.num_heads, *shape):
+                return attn_mask.unflatten(0, (batch, self.num_heads))
+        by_head = [queries.shape[0] * self.num_heads, *shape]
+        raise InputError(
+            f"attn_mask must be {list(shape)} or {by_head} ([B * num_heads, Lq, Lk]), got {list(attn_mask.shape)}"
+        )
 
     def _projection_weights(self) -> tuple[Tensor, ...]:
         if self.in_proj_weight is not None:

@@ -1,0 +1,78 @@
+"""Replacing torch's multi-head attention in a model that already exists."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sgalign.errors import InputError
+from sgalign.nn.attention import MaskedMultiheadAttention
+from sgalign.ops._attention_arguments import MAX_DIM
+
+
+def replace_attention(module: nn.Module, *names: str) -> list[str]:
+    """Turn `torch.nn.MultiheadAttention` modules into `MaskedMultiheadAttention`, in place.
+
+    The modules stay the same Python objects. They keep their parameters, so an optimizer that holds them goes on
+    working, and also their hooks, dtypes, devices, modes and the names in the state dict. Modules that were replaced
+    before are left as they are.
+
+    A `torch.nn.TransformerEncoder` with a replaced attention gets ``use_nested_tensor = False``, because the kernels
+    refuse the nested tensors that it would make of padded input.
+
+    Args:
+        module: the model, or any part of it.
+        names: the attention modules to replace. A name is an attribute, such as ``"multihead_attn"``, which stands for
+            all modules of this name, or a full name within `module`, such as ``"layers.0.multihead_attn"``. Without
+            names, all are replaced.
+
+    Returns:
+        The full names of all attention modules that are now `MaskedMultiheadAttention`, in the order of
+        `module.named_modules()`.
+
+    Raises:
+        ValueError: if a name fits no attention module, or a module uses an option that `MaskedMultiheadAttention` does
+            not support. Nothing is replaced then.
+    """
+    known = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, (nn.MultiheadAttention, MaskedMultiheadAttention))
+    }
+    listed = ", ".join(known) or "none"
+    if not known:
+        raise InputError("module must contain a torch.nn.MultiheadAttention, got a module without one")
+    for name in names:
+        if not any(fits(name, found) for found in known):
+            raise InputError(f"names must be among the attention modules ({listed}), got {name!r}")
+    chosen = {found: part for found, part in known.items() if not names or any(fits(name, found) for name in names)}
+    for found, part in chosen.items():
+        if reason := _unsupported(part):
+            raise InputError(f"module {found!r} cannot be replaced: {reason}")
+    for part in chosen.values():
+        if isinstance(part, nn.MultiheadAttention):
+            # Setting the class keeps the object, which other modules, hooks and FSDP may refer to.
+            part.__class__ = MaskedMultiheadAttention  # type: ignore[assignment]
+            part.__dict__.update(mask_ratio=0.0, backend=None, _qkv_same_embed_dim=False)
+    for encoder in module.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(part in chosen.values() for part in encoder.modules()):
+            encoder.use_nested_tensor = False
+    return list(chosen)
+
+
+def fits(name: str, full_name: str) -> bool:
+    """Return True if `name` is a module's full name or the last part of it."""
+    return full_name == name or full_name.rpartition(".")[2] == name
+
+
+def _unsupported(attention: nn.Module) -> str | None:
+    """Return the reason why an attention module cannot be replaced, or None."""
+    if isinstance(attention, MaskedMultiheadAttention):
+        return None
+    assert isinstance(attention, nn.MultiheadAttention)
+    if type(attention) is not nn.MultiheadAttention:
+        return f"its class {type(attention).__name__} may compute something else than torch.nn.MultiheadAttention"
+    if attention.bias_k is not None or attention.add_zero_attn:
+        return "add_bias_kv and add_zero_attn are not supported"
+    if attention.head_dim > MAX_DIM:
+        return f"the kernels support at most {MAX_DIM} channels per head, got {attention.head_dim}"
+    return None

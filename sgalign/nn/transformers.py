@@ -1,0 +1,124 @@
+"""The fused attention as an attention implementation of the library transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sgalign.errors import InputError
+from sgalign.nn.branches import attend
+from sgalign.ops._operands import readable
+
+NAME = "sgalign"  # value of attn_implementation
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "output_attentions")  # arguments of some models' attention
+
+
+def register_with_transformers() -> None:
+    """Make ``attn_implementation="sgalign"`` available in the library transformers.
+
+    Afterwards, pass it to ``from_pretrained`` or to a configuration, or call ``model.set_attn_implementation``. It
+    serves every model whose attention goes through transformers' `AttentionInterface`. Calling this function again has
+    no effect.
+
+    The function raises an InputError in a model that changes the scores (a position bias, attention sinks, a soft cap),
+    that asks for the attention weights, or whose mask holds other floating-point values than 0 and -inf or the lowest
+    number of its dtype.
+
+    Raises:
+        ImportError: if transformers is not installed.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def uses_sgalign(module: nn.Module) -> bool:
+    """Return True if a module of transformers may call our attention function."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
+
+
+def _mask(*, q_length: int, kv_length: int, **options: Any) -> Tensor | None:
+    """Return the bool mask of a model's attention, True = kept, or None if all entries are kept.
+
+    It is transformers' mask for `scaled_dot_product_attention`, except for padding among the keys, for which it is a
+    view of the ``[B, Lk]`` padding. Inside a mirror, this B is that of the keys, and may differ from the batch size
+    that transformers passes.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, prepare_padding_mask, sdpa_mask
+
+    if options["mask_function"] is bidirectional_mask_function and options["attention_mask"] is not None:
+        padding: Tensor = prepare_padding_mask(options["attention_mask"], kv_length, options["kv_offset"])
+        return padding[:, None, None].expand(-1, 1, q_length, -1)
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, **options)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention as transformers' function for `scaled_dot_product_attention` does.
+
+    Args:
+        module: the attention module.
+        query: the queries, ``[B, H, Lq, D]``.
+        key, value: the keys and values, ``[B, H', Lk, D]``. H' divides H. The value may have another D.
+        attention_mask: the mask, broadcastable to ``[B, H, Lq, Lk]``. It is bool (True means kept), or floating point
+            and added to the scores.
+        dropout, scaling, is_causal, options: as transformers passes them.
+
+    Returns:
+        The output, ``[B, Lq, H, D]``, and None in place of the weights.
+
+    Raises:
+        ValueError: if the model needs something that the kernels do not have.
+    """
+    for name in _UNSUPPORTED:
+        if options.get(name) is not None and options[name] is not False:
+            raise InputError(
+                f'attn_implementation must not be "{NAME}" for {type(module).__name__}, which uses {name}: the kernels'
+                " do not support it"
+            )
+    if query.shape[1] != key.shape[1]:  # several heads of queries share the keys and values of one head
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and is_causal and query.shape[2] > 1:
+        attention_mask = query.new_ones((query.shape[2], key.shape[2]), dtype=torch.bool).tril()
+    dim, value_dim = query.shape[3], value.shape[3]
+    scaling = dim**-0.5 if scaling is None else scaling
+    if dim != value_dim:  # The kernels need equal numbers of channels. Zeros add nothing to scores and outputs.
+        query, key, value = (functional.pad(x, (0, max(dim, value_dim) - x.shape[3])) for x in (query, key, value))
+    out = attend(module, query, key, value, **_masks(attention_mask), dropout_p=dropout, scale=scaling)
+    return out[..., :value_dim].transpose(1, 2), None
+
+
+def _masks(mask: Tensor | None) -> dict[str, Tensor]:
+    """Return transformers' mask as the arguments `mask` or `key_padding_mask` of `fused_masked_attention`."""
+    if mask is None:
+        return {}
+    dropped = ~mask if mask.dtype == torch.bool else _dropped(mask)
+    if mask.dim() == 4 and mask.shape[1] == 1 and mask.stride(2) == 0:  # the same for all queries
+        return {"key_padding_mask": dropped[:, 0, 0]}
+    return {"mask": dropped}
+
+
+def _dropped(mask: Tensor) -> Tensor:
+    """Return a floating-point mask as bool, True = dropped."""
+    lowest = torch.finfo(mask.dtype).min
+    rule = f"attention_mask must be bool (True = kept), or hold only 0 (kept) and {lowest:.3g} or -inf (dropped)"
+    values = readable(mask)
+    if values is None:
+        torch._assert_async(((mask == 0) | (mask <= lowest)).all(), rule)
+    elif (wrong := ~((values == 0) | (values <= lowest))).any():  # NaN is wrong, too
+        raise InputError(f"{rule}, got {values[wrong][0].item()}")
+    return mask <= lowest
