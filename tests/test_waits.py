@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("torchvision")
 pl = pytest.importorskip("lightning.pytorch")
@@ -23,6 +24,7 @@ from sgalign.data.transfer import HostCopy, send, to_host  # noqa: E402
 from sgalign.models import ImageFeatures  # noqa: E402
 from sgalign.models.entity_loss import EntityLoss  # noqa: E402
 from sgalign.models.graph_assembly import Annotations, Entities, assign, relation_costs  # noqa: E402
+from sgalign.nn import RelationAlignment, replace_attention  # noqa: E402
 from sgalign.ops import backends  # noqa: E402
 from sgalign.training import (  # noqa: E402
     AlignMotifsModule,
@@ -361,3 +363,27 @@ def test_image_that_is_not_finite_is_named():
         match="the loss must be finite, got .* at step 1: lower learning_rate, or check .* images .*, ",
     ):
         trainers.trainer(limit_train_batches=3, num_sanity_val_steps=0).fit(module, data)
+
+
+def test_mirror_of_a_decoder_adds_no_wait(monkeypatch):
+    choose = backends.choose
+    monkeypatch.setattr(
+        backends,
+        "choose",
+        lambda backend, device, dtype: "cpu" if device.type == "pretend" else choose(backend, device, dtype),
+    )
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32, batch_first=True), 2)
+    replace_attention(decoder)
+    align = RelationAlignment(heads={"predicate": nn.Linear(16, 3)})
+    queries, memory, padding = torch.randn(2, 5, 16), torch.randn(2, 9, 16), torch.arange(9).expand(2, 9) > 6
+    gpu, device = pretend_gpu.PretendGPU(), pretend_gpu.device()
+    with gpu:
+        decoder, align = decoder.to(device), align.to(device)
+        queries, memory, padding = (x.to(device) for x in (queries, memory, padding))
+        with gpu.count():
+            with align.mirror(decoder, step=3) as mirror:
+                hidden, mirrored = mirror.both(
+                    decoder, mirror.mask_rows(queries), memory, memory_key_padding_mask=padding
+                )
+            mirror.loss(predicate=(hidden, mirrored)).backward()
+    assert gpu.calls > 100 and not gpu.waits, gpu.waits

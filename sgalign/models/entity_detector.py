@@ -9,10 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AutoBackbone, DetrConfig, DetrForObjectDetection, ResNetConfig
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import AutoBackbone, DetrConfig, DetrForObjectDetection, ResNetConfig
 
-from sgalign.ops.attention import fused_masked_attention
+from sgalign.nn import register_with_transformers
 
 # Mean and standard deviation of ImageNet's pixels, RGB in 0 to 1. The weights of `transformers` and torchvision were
 # trained on images normalized with these numbers.
@@ -26,28 +25,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """Call `fused_masked_attention` with the arguments that `transformers` passes.
-
-    The mask of `transformers` is True for keys that are attended to, and the mask of `fused_masked_attention` is True
-    for keys that are ignored.
-    """
-    mask = None if attention_mask is None else ~attention_mask
-    out = fused_masked_attention(query, key, value, mask=mask, dropout_p=dropout, scale=scaling)
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register("sgalign", _attention)
-AttentionMaskInterface.register("sgalign", sdpa_mask)
+register_with_transformers()  # `EntityDetector` uses attn_implementation="sgalign"
 
 
 class DetectedEntities(NamedTuple):

@@ -51,7 +51,8 @@ def _mask(*, q_length: int, kv_length: int, **options: Any) -> Tensor | None:
     from transformers.masking_utils import bidirectional_mask_function, prepare_padding_mask, sdpa_mask
 
     if options["mask_function"] is bidirectional_mask_function and options["attention_mask"] is not None:
-        padding: Tensor = prepare_padding_mask(options["attention_mask"], kv_length, options["kv_offset"])
+        padding = prepare_padding_mask(options["attention_mask"], kv_length, options["kv_offset"])
+        assert padding is not None
         return padding[:, None, None].expand(-1, 1, q_length, -1)
     return sdpa_mask(q_length=q_length, kv_length=kv_length, **options)
 
@@ -98,16 +99,17 @@ def _attention(
     scaling = dim**-0.5 if scaling is None else scaling
     if dim != value_dim:  # The kernels need equal numbers of channels. Zeros add nothing to scores and outputs.
         query, key, value = (functional.pad(x, (0, max(dim, value_dim) - x.shape[3])) for x in (query, key, value))
-    out = attend(module, query, key, value, **_masks(attention_mask), dropout_p=dropout, scale=scaling)
+    out = attend(module, query, key, value, **_masks(attention_mask, key), dropout_p=dropout, scale=scaling)
     return out[..., :value_dim].transpose(1, 2), None
 
 
-def _masks(mask: Tensor | None) -> dict[str, Tensor]:
-    """Return transformers' mask as the arguments `mask` or `key_padding_mask` of `fused_masked_attention`."""
+def _masks(mask: Tensor | None, key: Tensor) -> dict[str, Tensor]:
+    """Return transformers' mask as the argument `mask` or `key_padding_mask` of `fused_masked_attention`."""
     if mask is None:
         return {}
     dropped = ~mask if mask.dtype == torch.bool else _dropped(mask)
-    if mask.dim() == 4 and mask.shape[1] == 1 and mask.stride(2) == 0:  # the same for all queries
+    same_for_all = mask.dim() == 4 and mask.shape[1] == 1 and (mask.shape[2] == 1 or mask.stride(2) == 0)
+    if same_for_all and mask.shape[0] == key.shape[0]:
         return {"key_padding_mask": dropped[:, 0, 0]}
     return {"mask": dropped}
 
