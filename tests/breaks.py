@@ -312,6 +312,76 @@ BREAKS = {
         "self.mask_ratio",
         "tests/test_nn.py",
     ),
+    # ---- the mirror of any model
+    "mask of the supervised half": Break(
+        "sgalign/nn/branches.py", "zip(queries, (0.0, ratio),", "zip(queries, (ratio, ratio),", "tests/test_mirror.py"
+    ),
+    "stream of an attention module": Break(
+        "sgalign/nn/branches.py", '"mask_stream": self.stream', '"mask_stream": 0', "tests/test_mirror.py -k two_calls"
+    ),
+    "self-attention without a mask": Break(
+        "sgalign/nn/branches.py",
+        "(key.shape[0] == query.shape[0] and not self.masked)",
+        "False",
+        "tests/test_mirror.py -k evaluation or masked",
+    ),
+    "attention that the user did not choose": Break(
+        "sgalign/nn/branches.py",
+        "0.0 if self.masked is False else self.step.ratio",
+        "self.step.ratio",
+        "tests/test_mirror.py -k masked_chooses",
+    ),
+    "two-dimensional mask with as many rows as images": Break(
+        "sgalign/nn/branches.py", "mask = mask[(None,) * (4 - mask.dim())]", "pass", "tests/test_mirror.py -k as_many"
+    ),
+    "mirror of a checkpointed layer": Break(
+        "sgalign/nn/alignment.py",
+        "output.register_hook(self._attach_for_backward)",
+        "pass",
+        "tests/test_mirror.py -k two_forwards",
+    ),
+    "mirror that ends with its block": Break(
+        "sgalign/nn/branches.py",
+        "not (branches.step.active or torch._C._current_graph_task_id() >= 0)",
+        "False",
+        "tests/test_mirror.py -k failed_backward",
+    ),
+    "seed of a compiled decoder": Break(
+        "sgalign/nn/branches.py",
+        '"mask_seed": self.step.seed.to(query.device)',
+        '"mask_seed": int(self.step.seed)',
+        "tests/test_mirror.py -k compiled",
+    ),
+    "unmasked mirror": Break(
+        "sgalign/nn/alignment.py",
+        "self._branches and not self._step.drew and",
+        "False and",
+        "tests/test_mirror.py -k wrong_use",
+    ),
+    "warm-up of the alignment": Break(
+        "sgalign/nn/alignment.py",
+        "min(1.0, self.step / warmup)",
+        "self.step / warmup",
+        "tests/test_mirror.py -k weighted_sum",
+    ),
+    "fast path of torch's encoder": Break(
+        "sgalign/nn/replace.py",
+        "encoder.use_nested_tensor = False",
+        "pass",
+        "tests/test_mirror.py -k padded_input",
+    ),
+    "padding of transformers' keys": Break(
+        "sgalign/nn/transformers.py",
+        "if same_for_all and mask.shape[0] == key.shape[0]:",
+        "if False:",
+        "tests/test_transformers.py -k detr_decoders",
+    ),
+    "causal attention of transformers": Break(
+        "sgalign/nn/transformers.py",
+        "dtype=torch.bool).tril()",
+        "dtype=torch.bool)",
+        "tests/test_transformers.py -k causal",
+    ),
     # ---- metrics
     "recall of a predicate in an image": Break(
         "sgalign/metrics/recall.py",

@@ -248,7 +248,8 @@ def test_compiled_decoder_needs_no_new_graph_for_a_new_step():
             with align.mirror(decoder, step=step) as mirror:
                 found.append(mirror.both(model, queries, memory))
         close(*found)
-    assert counter.frame_count <= 2
+        close(compiled(queries, memory), decoder(queries, memory))
+    assert counter.frame_count == 2, "one graph inside the mirror and one outside"
 
 
 # ------------------------------------------------------------------------------------------ the masks
@@ -316,6 +317,16 @@ def test_empty_batch_has_both_branches():
     with align.mirror(decoder, step=0) as mirror:
         hidden, mirrored = mirror.both(decoder, queries, memory)
     assert hidden.shape == mirrored.shape == (0, Q, E)
+
+
+def test_mirror_works_under_autocast():
+    decoder, (queries, memory) = make_decoder().float(), inputs()
+    replace_attention(decoder, "multihead_attn")
+    with torch.autocast("cpu", torch.bfloat16), RelationAlignment(mask_ratio=0.0).mirror(decoder, step=0) as mirror:
+        hidden, mirrored = mirror.both(decoder, queries.float(), memory.float())
+        loss = mirror.loss(predicate=(hidden, mirrored))
+    assert loss.isfinite() and not torch.equal(hidden, decoder(queries.float(), memory.float()))
+    torch.testing.assert_close(hidden, mirrored)
 
 
 # ------------------------------------------------------------------------------------------ rows of features
@@ -614,3 +625,47 @@ def test_wrong_use_of_a_mirror_is_refused():
     assert isinstance(mirror, Mirror)
     with pytest.raises(ValueError, match="kind must have an entry for 'predicate', got none"):
         RelationAlignment(kind={}).losses(predicate=(queries, queries))
+
+
+# ------------------------------------------------------------------------------------------ Lightning
+
+
+def test_mirror_in_a_lightning_module_repeats_after_a_resume(tmp_path):
+    pl = pytest.importorskip("lightning.pytorch")
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.seeds = Trained(), []
+
+        def training_step(self, batch, batch_idx):
+            where = {"step": self.global_step, "micro_batch": batch_idx, "rank": self.global_rank}
+            with self.model.align.mirror(self.model.decoder, **where) as mirror:
+                hidden, mirrored = mirror.both(self.model.decoder, *batch)
+            self.seeds.append(mirror.seed)
+            logits, align = self.model.head(hidden), self.model.align
+            return logits.square().mean() + mirror.loss(predicate=(logits, align.heads["predicate"](mirrored)))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    def fit(module, epochs, path=None):
+        quiet = {name: False for name in ("logger", "enable_progress_bar", "enable_model_summary")}
+        trainer = pl.Trainer(
+            max_epochs=epochs, accelerator="cpu", accumulate_grad_batches=2, default_root_dir=tmp_path, **quiet
+        )
+        trainer.fit(module, data, ckpt_path=path)
+        return trainer
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(B, Q, E).double(), torch.randn(B, L, E).double()) for _ in range(4)]
+    data = torch.utils.data.DataLoader(batches, batch_size=None)
+    whole, first = Module(), Module()
+    second = Module()
+    for module in (first, second):
+        module.load_state_dict(whole.state_dict())
+    fit(whole, 2)
+    fit(first, 1).save_checkpoint(tmp_path / "model.ckpt")
+    fit(second, 2, tmp_path / "model.ckpt")
+    assert whole.seeds == first.seeds + second.seeds and len(set(whole.seeds)) == 8
+    close(second.state_dict(), whole.state_dict())
