@@ -346,11 +346,11 @@ BREAKS = {
         "False",
         "tests/test_mirror.py -k failed_backward",
     ),
-    "seed of a compiled decoder": Break(
+    "seed that the host reads": Break(
         "sgalign/nn/branches.py",
         '"mask_seed": self.step.seed.to(query.device)',
         '"mask_seed": int(self.step.seed)',
-        "tests/test_mirror.py -k compiled",
+        "tests/test_waits.py -k mirror_of",
     ),
     "unmasked mirror": Break(
         "sgalign/nn/alignment.py",
@@ -372,8 +372,8 @@ BREAKS = {
     ),
     "padding of transformers' keys": Break(
         "sgalign/nn/transformers.py",
-        "if same_for_all and mask.shape[0] == key.shape[0]:",
-        "if False:",
+        'options["mask_function"] is bidirectional_mask_function',
+        "False",
         "tests/test_transformers.py -k detr_decoders",
     ),
     "causal attention of transformers": Break(

@@ -130,6 +130,8 @@ def test_failed_backward_leaves_nothing_in_force():
     with pytest.raises(KeyboardInterrupt):
         (hidden + mirrored).sum().backward()
     close(decoder(queries.detach(), memory), expected)
+    with pytest.raises(ValueError, match="query must have the batch size of key"):
+        decoder(torch.cat([queries, queries]).detach(), memory)
     with RelationAlignment(mask_ratio=RATIO).mirror(decoder, step=0) as mirror:
         mirror.both(decoder, queries, memory)
 
