@@ -1,9 +1,11 @@
 """The mirrored branch of any model: `RelationAlignment`, `Mirror` and `replace_attention`."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -101,7 +103,12 @@ def test_two_forwards_can_share_a_checkpointed_backward():
                 total += mirror.both(decoder, queries, memory)
         found.append(gradients(total, [queries, memory, *decoder.parameters()]))
     close(*found)
-    assert not any(hasattr(part, "_sgalign_branches") for part in decoder.modules())
+    assert not in_force(decoder)
+
+
+def in_force(model):
+    """Return the names of the attributes that mirrors have left on a model."""
+    return [name for part in model.modules() for name in vars(part) if name.startswith("_sgalign")]
 
 
 def test_checkpointed_outputs_that_were_not_split_are_refused():
@@ -110,13 +117,46 @@ def test_checkpointed_outputs_that_were_not_split_are_refused():
     decoder.checkpointed = False
     with RelationAlignment().mirror(decoder, step=0) as mirror:
         out = decoder(mirror.double(queries), memory)
-    with pytest.raises(ValueError, match="computed again.*`split`"):
+    with pytest.raises(ValueError, match="With activation checkpointing, split"):
         out.sum().backward()
     with RelationAlignment().mirror(decoder, step=0) as mirror:
         decoder(mirror.double(queries), memory).sum().backward()
 
 
-def test_failed_backward_leaves_nothing_in_force():
+@pytest.mark.parametrize("checkpointed", [None, False, True])
+def test_backward_can_run_inside_the_block_of_the_next_mirror(checkpointed):
+    decoder, (queries, memory) = make_decoder(), inputs()
+    replace_attention(decoder)
+    align = RelationAlignment(mask_ratio=RATIO, masked=["self_attn", "multihead_attn"])
+    found = []
+    for decoder.checkpointed in (None, checkpointed):
+        with align.mirror(decoder, step=0) as first:
+            losses = first.both(decoder, queries, memory)
+        with align.mirror(decoder, step=1) as second:
+            given = gradients(losses, [queries, memory, *decoder.parameters()])
+            found.append([*given, *second.both(decoder, queries, memory)])
+        assert not in_force(decoder)
+    close(*found)
+    assert (found[0][-1] - found[0][-2]).abs().max() > 1e-3
+
+
+def test_checkpointed_layers_can_be_compiled():
+    decoder, (queries, memory) = make_decoder(), inputs()
+    replace_attention(decoder, "multihead_attn")
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            for layer in decoder.layers:
+                layer.compile(backend="aot_eager", fullgraph=True)
+        decoder.checkpointed = False if compiled else None
+        for step in (0, 1):
+            with RelationAlignment(mask_ratio=RATIO).mirror(decoder, step=step) as mirror:
+                outputs = mirror.both(decoder, queries, memory)
+        found.append(gradients(outputs, [queries, memory, *decoder.parameters()]))
+    close(*found)
+
+
+def test_failed_backward_leaves_nothing_behind():
     decoder, (queries, memory) = make_decoder(), inputs()
     replace_attention(decoder, "multihead_attn")
     expected = decoder(queries, memory)
@@ -129,6 +169,7 @@ def test_failed_backward_leaves_nothing_in_force():
     queries.register_hook(fail)
     with pytest.raises(KeyboardInterrupt):
         (hidden + mirrored).sum().backward()
+    assert not in_force(decoder)
     close(decoder(queries.detach(), memory), expected)
     with pytest.raises(ValueError, match="query must have the batch size of key"):
         decoder(torch.cat([queries, queries]).detach(), memory)
@@ -220,18 +261,25 @@ def test_mirror_leaves_nothing_behind():
     assert list(align.state_dict()) == ["heads.predicate.weight", "heads.predicate.bias"]
     for other in (copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))):
         assert torch.equal(other(queries, memory), before)
-        assert not any(hasattr(part, "_sgalign_branches") for part in other.modules())
+        assert not in_force(other)
     with pytest.raises(ZeroDivisionError), align.mirror(decoder, step=0):
         raise ZeroDivisionError
     assert torch.equal(decoder(queries, memory), before)
 
 
-def test_model_outside_the_mirror_compiles_and_exports():
+def test_model_outside_the_mirror_compiles_exports_and_copies():
     decoder, (queries, memory) = make_decoder(), inputs()
     replace_attention(decoder, "multihead_attn")
     expected = decoder(queries, memory)
     with RelationAlignment(mask_ratio=RATIO).mirror(decoder, step=0) as mirror:
         mirror.both(decoder, queries, memory)
+        copies = copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))
+    for other in copies:
+        close(other(queries, memory), expected)
+        with pytest.raises(ValueError, match="query must have the batch size of key"):
+            other(torch.cat([queries, queries]), memory)
+        with RelationAlignment(mask_ratio=RATIO).mirror(other, step=0) as mirror:
+            mirror.both(other, queries, memory)
     close(torch.compile(decoder, backend="aot_eager", fullgraph=True)(queries, memory), expected)
     saved = io.BytesIO()
     torch.export.save(torch.export.export(decoder, (queries, memory)), saved)
@@ -314,7 +362,7 @@ def test_empty_batch_has_both_branches():
     decoder, align = make_decoder(), RelationAlignment(mask_ratio=0.0)
     replace_attention(decoder)
     queries, memory = torch.zeros(0, Q, E).double(), torch.zeros(0, L, E).double()
-    with pytest.raises(ValueError, match="got none that drew"), align.mirror(decoder, step=0):
+    with pytest.raises(ValueError, match="must apply the random mask"), align.mirror(decoder, step=0):
         pass
     with align.mirror(decoder, step=0) as mirror:
         hidden, mirrored = mirror.both(decoder, queries, memory)
@@ -368,7 +416,7 @@ def test_loss_is_the_weighted_sum():
         )
         for name, pair in pairs.items()
     }
-    close(align.losses(**pairs), expected)
+    close(align.mirror(step=0).losses(**pairs), expected)
     for step, share in ((0, 0.0), (1, 0.25), (4, 1.0), (9, 1.0)):
         close(align.mirror(step=step).loss(**pairs), 3 * share * sum(expected.values()), atol=1e-6, rtol=1e-6)
     close(RelationAlignment().mirror(step=0).weight, 10.0)
@@ -465,6 +513,11 @@ def test_replaced_attention_on_the_meta_device_can_be_initialized():
             if hasattr(part, name):
                 getattr(part, name)()
                 break
+        if isinstance(part, nn.MultiheadAttention):
+            part.out_proj.bias.data.zero_()  # torch leaves it as `Linear` initializes it
+    for part in decoder.modules():
+        if isinstance(part, MaskedMultiheadAttention):
+            assert not part.out_proj.bias.any() and part.in_proj_weight.abs().max() > 0
     assert decoder(torch.randn(B, Q, E), torch.randn(B, L, E)).isfinite().all()
 
 
@@ -475,7 +528,7 @@ class Other(nn.MultiheadAttention):
 @pytest.mark.parametrize(
     "make, names, message",
     [
-        (lambda: nn.Linear(2, 2), (), "must contain a torch.nn.MultiheadAttention"),
+        (lambda: nn.Linear(2, 2), (), "must contain a torch.nn.MultiheadAttention, got none"),
         (lambda: make_decoder(), ("cross",), r"names must be among .*layers.0.self_attn.* got 'cross'"),
         (lambda: nn.MultiheadAttention(E, H, add_bias_kv=True), (), "'' cannot be replaced: add_bias_kv"),
         (lambda: nn.Sequential(nn.MultiheadAttention(E, H, add_zero_attn=True)), (), "'0' cannot be .*add_zero_attn"),
@@ -543,6 +596,91 @@ def test_model_with_mirror_trains_under_fsdp(one_process):
     close([parameter.grad.full_tensor() for parameter in model.parameters()], list(expected))
 
 
+# ------------------------------------------------------------------------------------------ other uses
+
+
+def test_weights_of_relations_leave_out_padding():
+    logits, mirrored, valid = torch.randn(B, Q, 4), torch.randn(B, Q, 4), torch.rand(B, Q) < 0.5
+    mirror = RelationAlignment().mirror(step=0)
+    close(mirror.losses(p=(logits, mirrored, valid)), mirror.losses(p=(logits[valid], mirrored[valid])), atol=1e-6)
+    close(mirror.loss(p=(logits, mirrored, torch.zeros(B, Q))), torch.zeros(()))
+
+
+def test_attention_weights_in_a_mirror_are_those_of_both_branches():
+    attention = MaskedMultiheadAttention(E, H, batch_first=True).double()
+    queries, memory = torch.randn(B, Q, E).double(), torch.randn(B, L, E).double()
+    masks = torch.rand(2 * B * H, Q, L) < 0.3
+    for mask in (None, masks):
+        with RelationAlignment(mask_ratio=RATIO).mirror(attention, step=0) as mirror:
+            doubled = mirror.double(queries)
+            out, _ = attention(doubled, memory, memory, attn_mask=mask)
+            weights = attention.attention_weights(doubled, memory, attn_mask=mask, average_attn_weights=False)
+        assert weights.shape == (2 * B, H, Q, L) and (weights[B:] == 0).sum() > (weights[:B] == 0).sum()
+        values = attention._project(query=queries, key=memory, value=memory)[1][2]
+        close(attention.out_proj(attention._merge_heads(weights @ torch.cat([values, values]), True)), out)
+
+
+def test_output_dim_of_stacked_layers():
+    decoder, (queries, memory) = make_decoder(batch_first=False), inputs(batch_first=False)
+    replace_attention(decoder, "multihead_attn")
+    with RelationAlignment().mirror(decoder, step=0) as mirror:
+        stacked = mirror.both(lambda *x: torch.stack([decoder(*x)] * 4), queries, memory, dim=1, output_dim=2)
+    assert [half.shape for half in stacked] == [(4, Q, B, E)] * 2
+
+
+def test_outputs_may_be_nested():
+    with RelationAlignment().mirror(step=0) as mirror:
+        both = mirror.double(torch.arange(B))
+        first, second = mirror.split({"a": (both, None), "b": [both + 1, 3, "text"]})
+    assert first["a"][1] is None and first["b"][1:] == second["b"][1:] == [3, "text"]
+    assert torch.equal(second["b"][0], torch.arange(B) + 1)
+
+
+def test_rank_is_that_of_the_process_group(one_process, monkeypatch):
+    align = RelationAlignment()
+    assert align.mirror(step=0).seed == align.mirror(step=0, rank=0).seed
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    assert align.mirror(step=0).seed == align.mirror(step=0, rank=3).seed != align.mirror(step=0, rank=0).seed
+
+
+def test_numbers_may_be_of_any_integer_type():
+    align = RelationAlignment(seed=np.int64(3), warmup_steps=np.int32(2))
+    given = align.mirror(step=np.int64(1), micro_batch=np.uint8(1), rank=np.int32(0))
+    assert given.seed == RelationAlignment(seed=3).mirror(step=1, micro_batch=1).seed and given.weight == 5.0
+
+
+def test_heads_that_share_parameters_share_them_in_the_mirror():
+    head = nn.Linear(E, 4)
+    heads = RelationAlignment(heads={"subject": head, "object": head}).heads
+    assert heads["subject"] is heads["object"] is not head
+
+
+def test_alignment_survives_the_initialization_of_a_model():
+    model = nn.Sequential(RelationAlignment(heads={"predicate": nn.Linear(E, 4)}))
+    model.apply(lambda part: nn.init.ones_(part.weight) if hasattr(part, "weight") else None)
+    assert "kind='softmax'" in repr(model)
+
+
+class Skipping(Decoder):
+    skipped = False
+
+    def forward(self, queries, memory):
+        return queries if self.skipped else super().forward(queries, memory)
+
+
+def test_layers_may_be_left_out_at_random():
+    decoder, (queries, memory) = make_decoder(), inputs()
+    replace_attention(decoder, "multihead_attn")
+    decoder.__class__ = Skipping
+    align = RelationAlignment()
+    decoder.skipped = True
+    with pytest.raises(ValueError, match="must apply the random mask"), align.mirror(decoder, step=0) as mirror:
+        mirror.both(decoder, queries, memory)
+    for decoder.skipped in (False, True):
+        with align.mirror(decoder, step=0) as mirror:
+            mirror.both(decoder, queries, memory)
+
+
 # ------------------------------------------------------------------------------------------ errors
 
 
@@ -550,7 +688,7 @@ def test_model_with_mirror_trains_under_fsdp(one_process):
     "options, error, message",
     [
         ({"mask_ratio": 1.5}, ValueError, "mask_ratio must be in"),
-        ({"weight": -1}, ValueError, "weight must be a number of at least 0, got -1"),
+        ({"weight": -1}, ValueError, "weight must be finite and at least 0, got -1"),
         ({"weight": float("nan")}, ValueError, "weight must be .* got nan"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps must be at least 0, got -1"),
         ({"warmup_steps": 1.0}, TypeError, "warmup_steps must be an int"),
@@ -560,6 +698,14 @@ def test_model_with_mirror_trains_under_fsdp(one_process):
         ({"reduction": "mean"}, ValueError, "reduction must be one of"),
         ({"direction": "both"}, ValueError, "direction must be one of"),
         ({"masked": [3]}, TypeError, "masked must hold names and classes, got int"),
+        ({"masked": 3}, TypeError, "masked must hold names and classes, got int"),
+        ({"masked": []}, ValueError, "masked must choose at least one"),
+        ({"weight": "1"}, TypeError, "weight must be a number, got str"),
+        ({"kind": {}, "reduction": "mean"}, ValueError, "reduction must be one of"),
+        ({"heads": nn.Linear(1, 1)}, TypeError, "heads must be a dict of modules, got Linear"),
+        ({"heads": {"a": None}}, TypeError, r"heads\['a'\] must be a torch.nn.Module, got NoneType"),
+        ({"heads": {"a.b": nn.Linear(1, 1)}}, ValueError, "heads must have names .* got 'a.b'"),
+        ({"heads": {"keys": nn.Linear(1, 1)}}, ValueError, "heads must have names .* got 'keys'"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, error, message):
@@ -575,8 +721,13 @@ class DeformableAttention(nn.Module):
     "options, modules, error, message",
     [
         ({}, ["decoder"], TypeError, "modules must be torch.nn.Module, got str"),
-        ({}, [nn.Linear(2, 2)], ValueError, "must contain MaskedMultiheadAttention, .*got neither$"),
-        ({}, [make_decoder()], ValueError, "call sgalign.nn.replace_attention for layers.0.self_attn, "),
+        (
+            {},
+            [nn.Linear(2, 2)],
+            ValueError,
+            "must contain MaskedMultiheadAttention, .*got neither: .*set_attn_implementation",
+        ),
+        ({}, [make_decoder()], ValueError, "call sgalign.nn.replace_attention for .'layers.0.self_attn', "),
         ({}, [nn.ModuleList([MaskedMultiheadAttention(E, H), DeformableAttention()])], ValueError, "'1' .*sampled"),
         ({"masked": "x"}, [MaskedMultiheadAttention(E, H)], ValueError, r"masked must be among .*\[''\], got 'x'"),
     ],
@@ -586,24 +737,93 @@ def test_modules_that_cannot_be_mirrored_are_refused(options, modules, error, me
         RelationAlignment(**options).mirror(*modules, step=0)
 
 
+@pytest.mark.parametrize(
+    "logits, error, message",
+    [
+        (torch.zeros(2, 3, 4), TypeError, "logits of 'p' must be a tuple of two tensors, .* got Tensor"),
+        ((torch.zeros(3, 4), None), TypeError, "logits of 'p' must be a tensor, got NoneType"),
+        ((torch.zeros(3, 5, 7), torch.zeros(5, 3, 7)), ValueError, r"got \[3, 5, 7\] and \[5, 3, 7\]"),
+        ((torch.zeros(4), torch.zeros(4)), ValueError, r"must be \[..., K\] in both branches, got \[4\]"),
+        (
+            (torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4)),
+            ValueError,
+            r"weights of 'p' must be \[3\], got \[4\]",
+        ),
+        ((torch.zeros(3, 1), torch.zeros(3, 1)), ValueError, "kind of 'p' must be \"sigmoid\" for a single class"),
+    ],
+)
+def test_bad_logits_are_refused_by_name(logits, error, message):
+    with pytest.raises(error, match=message):
+        RelationAlignment().mirror(step=0).loss(p=logits)
+
+
+@dataclasses.dataclass
+class Output:
+    hidden: torch.Tensor
+
+
+def test_chosen_modules_must_be_masked():
+    decoder, (queries, memory) = make_decoder(), inputs()
+    replace_attention(decoder)
+    for masked, given in ((None, 2), ("multihead_attn", 1)):
+        align = RelationAlignment(masked=masked)
+        mirror = align.mirror(decoder, step=0)
+        with pytest.raises(ValueError, match="multihead_attn.*do not double the keys and values"), mirror:
+            mirror.double(queries)
+            decoder(torch.cat([queries] * given), torch.cat([memory] * given))
+        with mirror:
+            mirror.both(decoder, queries, memory)
+        with pytest.raises(ValueError, match="multihead_attn.*do not double the keys and values"), mirror:
+            decoder(queries, memory)
+
+
+def test_outputs_that_cannot_be_split_are_refused():
+    mirror = RelationAlignment().mirror(step=0)
+    both = mirror.double(torch.zeros(B, Q))
+    with pytest.raises(TypeError, match="outputs must be a tensor, got Output"):
+        mirror.split(Output(both))
+    with pytest.raises(TypeError, match=r"outputs\['a'\] must be a tensor, got ndarray"):
+        mirror.split({"a": both.numpy()})
+    with pytest.raises(TypeError, match="outputs must contain a tensor, got tuple without one"):
+        mirror.split((None, 3))
+    with pytest.raises(
+        ValueError, match=r"outputs\['memory'\] must have the size 6 in dimension dim=0, .*only outputs of"
+    ):
+        mirror.split({"hidden": both, "memory": torch.zeros(B, L)})
+
+
 def test_wrong_use_of_a_mirror_is_refused():
     attention, align = MaskedMultiheadAttention(E, H, batch_first=True), RelationAlignment()
     queries, memory = torch.randn(B, Q, E), torch.randn(B, L, E)
     with pytest.raises(TypeError, match="step must be an int, got Tensor"):
         align.mirror(attention, step=torch.tensor(3))
-    with pytest.raises(ValueError, match=r"query must have the batch size of key, 3, got 6.*inside a mirror"):
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        align.mirror(attention, step=-1)
+    with pytest.raises(ValueError, match="must be called inside the `with` block"):
+        align.mirror(attention, step=0).double(queries)
+    with pytest.raises(TypeError, match="module must be a torch.nn.Module, got str"):
+        replace_attention("decoder")
+    with pytest.raises(ValueError, match=r"query must have the batch size of key, 3, got 6.*inside the mirror"):
         attention(torch.cat([queries, queries]), memory, memory)
-    with pytest.raises(ValueError, match="another mirror"), align.mirror(attention, step=0) as mirror:
+    with pytest.raises(ValueError, match="block of another mirror, got ''"), align.mirror(attention, step=0) as mirror:
         mirror.both(lambda x: attention(x, memory, memory)[0], queries)
         with align.mirror(attention, step=0):
             pass
-    with pytest.raises(ValueError, match="got none that drew the random mask"), align.mirror(attention, step=0):
+    with (
+        pytest.raises(ValueError, match=r"the attention modules \[''\] must apply the random mask"),
+        align.mirror(attention, step=0),
+    ):
         attention(queries, memory, memory)
     with align.mirror(attention, step=0) as mirror:
         for bad in (mirror.split, lambda out: mirror.both(lambda x: out, queries)):
-            with pytest.raises(ValueError, match="split only after|outputs must have the size 6 in dimension 0, got"):
+            with pytest.raises(
+                ValueError,
+                match="split only after|outputs must have the size 6 in dimension dim=0, twice the batch size, got",
+            ):
                 bad(queries)
-        with pytest.raises(ValueError, match=r"the size 3 of the first doubled tensor in dimension 1, got \[3, 5, 24"):
+        with pytest.raises(
+            ValueError, match=r"the size 3 of the first doubled tensor in dimension dim=1, got \[3, 5, 24"
+        ):
             mirror.double(queries, dim=1)
         with pytest.raises(ValueError, match=r"dim must be a dimension of batch \[3\], got 1"):
             mirror.double(torch.zeros(3), dim=1)
@@ -617,7 +837,7 @@ def test_wrong_use_of_a_mirror_is_refused():
             mirror.mask_rows(torch.zeros(3))
         with pytest.raises(ValueError, match="stream must be in"):
             mirror.mask_rows(queries, stream=-1)
-        with pytest.raises(ValueError, match="at least one pair"):
+        with pytest.raises(ValueError, match="at least one entry"):
             mirror.loss()
         attention.mask_ratio = 0.1
         with pytest.raises(ValueError, match="mask_ratio of an attention module must be 0 inside a mirror.* got 0.1"):
@@ -625,8 +845,8 @@ def test_wrong_use_of_a_mirror_is_refused():
         attention.mask_ratio = 0.0
         mirror.both(lambda x: attention(x, memory, memory)[0], queries)
     assert isinstance(mirror, Mirror)
-    with pytest.raises(ValueError, match="kind must have an entry for 'predicate', got none"):
-        RelationAlignment(kind={}).losses(predicate=(queries, queries))
+    with pytest.raises(ValueError, match="kind must have an entry for 'predicate', got entries for"):
+        RelationAlignment(kind={}).mirror(step=0).losses(predicate=(queries, queries))
 
 
 # ------------------------------------------------------------------------------------------ Lightning

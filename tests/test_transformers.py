@@ -128,6 +128,17 @@ def add_mask(stream, seed):
     return hook
 
 
+def test_causal_mask_of_a_module_that_does_not_call_itself_causal():
+    sizes = {"d_model": E, "decoder_layers": 2, "decoder_attention_heads": H, "decoder_ffn_dim": 48, "vocab_size": 50}
+    config = transformers.BigBirdPegasusConfig(**sizes, pad_token_id=0, attn_implementation="eager")
+    model = transformers.models.bigbird_pegasus.modeling_bigbird_pegasus.BigBirdPegasusDecoder(config).double().eval()
+    tokens, memory = random(2, 5, E), random(2, 9, E)
+    expected = model(inputs_embeds=tokens, encoder_hidden_states=memory, use_cache=False).last_hidden_state
+    model.set_attn_implementation("sgalign")
+    found = model(inputs_embeds=tokens, encoder_hidden_states=memory, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, expected)
+
+
 def test_deformable_attention_is_refused_with_the_reason():
     config = transformers.DeformableDetrConfig(
         d_model=E, decoder_attention_heads=H, decoder_layers=1, attn_implementation="sgalign"
@@ -173,9 +184,11 @@ def test_masks_of_floats_are_masks(lowest):
         mask[0, 0, 0, 0] = wrong
         with pytest.raises(ValueError, match=r"attention_mask must be bool \(True = kept\), or hold only 0"):
             ours._attention(Module(), query, key, key, mask)
+    with pytest.raises(TypeError, match="attention_mask must be bool or floating point, got torch.int64"):
+        ours._attention(Module(), query, key, key, mask.long())
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "output_attentions"])
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "sinks", "position_bias", "output_attentions"])
 def test_other_scores_are_refused_by_name(name):
     query = random(B, H, Q, 8)
     with pytest.raises(ValueError, match=f'must not be "sgalign" for Module, which uses {name}'):

@@ -4,6 +4,7 @@
 - `replace`: `replace_attention`, which puts it in the place of torch's module
 - `transformers`: `register_with_transformers`, which adds ``attn_implementation="sgalign"`` to transformers
 - `alignment`: `RelationAlignment` and `Mirror`, which align a mirrored branch of a model
+- `selection`: the attention modules that a mirror masks
 - `branches`: the attention of these modules inside a mirror
 """
 

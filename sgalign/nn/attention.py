@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sgalign.errors import InputError
-from sgalign.nn.branches import attend
+from sgalign.nn.branches import attend, branches_of
 from sgalign.ops import backends
 from sgalign.ops._operands import check_bool, check_device, check_tensor, differs, readable
 from sgalign.ops.attention import attention_weights, dual_branch_attention
 from sgalign.ops.random_mask import checked_ratio
 
 
-class _OutputProjection(nn.Linear):
+class OutputProjection(nn.Linear):
     """A linear layer whose bias is initialized to zero, as in `torch.nn.MultiheadAttention`."""
 
     def reset_parameters(self) -> None:
@@ -100,7 +100,7 @@ class MaskedMultiheadAttention(nn.Module):
             self.in_proj_bias = parameter(3 * embed_dim)
         else:
             self.register_parameter("in_proj_bias", None)
-        self.out_proj = _OutputProjection(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = OutputProjection(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self._reset_input_projections()
 
     def reset_parameters(self) -> None:
@@ -184,7 +184,7 @@ class MaskedMultiheadAttention(nn.Module):
         """Compute, in plain PyTorch, the weights that `torch.nn.MultiheadAttention` returns as its second output.
 
         They are the weights of `forward` with the same arguments and the same `mask_seed`. In training mode, they have
-        the random mask and dropout.
+        the random mask and dropout. Inside a mirror, they are those of both branches.
 
         Args:
             query, key, key_padding_mask, attn_mask, mask_seed, mask_stream: as in `forward`.
@@ -199,7 +199,8 @@ class MaskedMultiheadAttention(nn.Module):
         """
         batched, (queries, keys) = self._project(query=query, key=key)
         options = self._options(queries, keys, key_padding_mask, attn_mask, mask_seed, mask_stream, batched)
-        weights = attention_weights(queries, keys, **options)
+        branches = branches_of(self)
+        weights = (attention_weights if branches is None else branches.weights)(queries, keys, **options)
         if average_attn_weights:
             weights = weights.mean(1)
         return weights if batched else weights[0]

@@ -1,80 +1,106 @@
 """The attention of a module, alone or inside a mirror.
 
-A mirror leaves a `Branches` on each attention module, which `attend` looks for. It is an attribute of the module, not a
-global variable, so a mirror affects only the modules that it was made for. Threads and compiled code see it, too.
+A mirror stores a `Branches` in an attribute of each attention module. `attend` reads it. Because it is not a global
+variable, a mirror affects only its own modules, and threads and compiled code see it, too.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sgalign.errors import InputError
-from sgalign.ops.attention import dual_branch_attention, fused_masked_attention
+from sgalign.ops.attention import attention_weights, dual_branch_attention, fused_masked_attention
 
-_ATTRIBUTE = "_sgalign_branches"
+_OPEN = "_sgalign_branches"  # attribute of a module inside the `with` block of a mirror
+_AGAIN = "_sgalign_branches_again"  # attribute of a module while the backward pass computes it again
 
 
 @dataclass
-class Step:
-    """The state of one step's mirror, which all attention modules share."""
+class BranchState:
+    """The state of a mirror that its attention modules share."""
 
-    ratio: float
-    active: bool = False  # True inside the mirror's `with` block
-    images: int | None = None  # size of the batch before it was doubled. None until then
-    seed: Tensor | None = None  # int64 scalar. None until the batch is doubled, on whose device it is
-    drew: bool = False  # True once an attention has applied the random mask
+    ratio: float  # drop probability of the random mask
+    batch_size: int | None = None  # batch size before the doubling. None until then
+    seed: Tensor | None = None  # int64 scalar. None until the doubling
 
 
-@dataclass(frozen=True)
+@dataclass
 class Branches:
-    """How an attention module computes a batch of both branches, first the supervised half, then the mirrored half.
+    """The rule by which an attention module computes a batch of both branches, the supervised half first.
 
     Args:
-        step: the state of the mirror.
+        name: the name of the module.
+        state: the state of the mirror.
         stream: the stream of the random mask, different for each attention module.
         masked: True or False if the user has chosen the masked modules. If None, the random mask is applied if both
             branches have the same keys, as in cross-attention to an image.
+        drew: True once the module has applied the random mask, False if it has run without, None if it has not run.
     """
 
-    step: Step
+    name: str
+    state: BranchState
     stream: int
     masked: bool | None
+    drew: bool | None = None
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of the module is outside of the mirror
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Return `fused_masked_attention` of both halves. The mirrored half has the random mask."""
-        images = self.step.images
-        has_both = images is not None and query.shape[0] == 2 * images
-        if not has_both or (key.shape[0] == query.shape[0] and not self.masked):
-            return _alone(query, key, value, mask=mask, key_padding_mask=key_padding_mask, **options)
-        assert self.step.seed is not None
-        ratio = 0.0 if self.masked is False else self.step.ratio
-        self.step.drew |= self.masked is not False
-        options |= {"mask_seed": self.step.seed.to(query.device), "mask_stream": self.stream}
-        if mask is not None:
-            mask = mask[(None,) * (4 - mask.dim())]
-        queries, operands = query.chunk(2), (key, value, mask, key_padding_mask)
-        if any(x is not None and x.shape[0] == query.shape[0] for x in operands):
-            outs = [
-                fused_masked_attention(q, *own[:2], mask=own[2], key_padding_mask=own[3], **options | {"mask_ratio": p})
-                for q, p, own in zip(queries, (0.0, ratio), zip(*(_halves(x, query.shape[0]) for x in operands)))
-            ]
+        if not self._has_both(query, key):
+            return _alone(query, key, value, **options)
+        options = self._with_seed(query, options)
+        if not _has_own(query, key, value, options):
+            outs: Iterable[Tensor] = dual_branch_attention(*query.chunk(2), key, value, **options)  # type: ignore[arg-type, call-arg]
         else:
-            options |= {"mask": mask, "key_padding_mask": key_padding_mask, "mask_ratio": ratio}
-            outs = list(dual_branch_attention(queries[0], queries[1], key, value, **options))
+            outs = [
+                fused_masked_attention(query, key, value, **options)
+                for query, key, value, options in _branches(query, key, value, options)
+            ]
         # Joined in the order [B, L, H, D], in which the modules read the result. No other copy is then needed.
         return torch.cat([out.transpose(1, 2) for out in outs]).transpose(1, 2)
+
+    def weights(self, query: Tensor, key: Tensor, **options: Any) -> Tensor:
+        """Return the weights of `attend`."""
+        if not self._has_both(query, key):
+            return attention_weights(query, key, **options)
+        halves = _branches(query, key, key, self._with_seed(query, options))
+        return torch.cat([attention_weights(query, key, **options) for query, key, _, options in halves])
+
+    def _has_both(self, query: Tensor, key: Tensor) -> bool:
+        """Return True if the query holds both branches, and the branches differ by the mask or share the keys."""
+        size = self.state.batch_size
+        doubled = size is not None and query.shape[0] == 2 * size
+        own_keys = key.shape[0] == query.shape[0]
+        if doubled and self.masked is not False and (self.masked or not own_keys):
+            self.drew = True
+        elif self.drew is None:
+            self.drew = False
+        return doubled and (bool(self.masked) or not own_keys)
+
+    def _with_seed(self, query: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the options of an attention with the random mask of the mirrored branch."""
+        if options.get("mask_ratio"):
+            raise InputError(
+                f"mask_ratio of an attention module must be 0 inside a mirror, which has its own mask_ratio, got"
+                f" {options['mask_ratio']}"
+            )
+        assert self.state.seed is not None
+        mask = options.get("mask")
+        return options | {
+            "mask": mask if mask is None else mask[(None,) * (4 - mask.dim())],
+            "mask_ratio": 0.0 if self.masked is False else self.state.ratio,
+            "mask_seed": self.state.seed.to(query.device),
+            "mask_stream": self.stream,
+        }
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -87,51 +113,86 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **optio
     Raises:
         TypeError, ValueError, ImportError, RuntimeError: as in `fused_masked_attention`.
     """
-    branches: Branches | None = getattr(module, _ATTRIBUTE, None)
-    # A backward pass that fails leaves the attribute behind. It has no effect outside of backward passes.
-    if branches is None or not (branches.step.active or torch._C._current_graph_task_id() >= 0):
-        return _alone(query, key, value, **options)
-    if options.get("mask_ratio"):
-        raise InputError(
-            f"mask_ratio of an attention module must be 0 inside a mirror, which has its own mask_ratio, got"
-            f" {options['mask_ratio']}"
-        )
-    return branches.attend(query, key, value, **options)
+    branches = branches_of(module)
+    run = _alone if branches is None else branches.attend
+    return run(query, key, value, **options)
+
+
+def branches_of(module: nn.Module) -> Branches | None:
+    """Return the `Branches` that an attention module must use, or None if it is outside of a mirror."""
+    again: Branches | None = getattr(module, _AGAIN, None)
+    return getattr(module, _OPEN, None) if again is None else again
+
+
+def enter(branches: dict[nn.Module, Branches]) -> None:
+    """Store the `Branches` at the beginning of a `with` block.
+
+    Raises:
+        ValueError: if a module is inside another mirror.
+    """
+    for module, own in branches.items():
+        if getattr(module, _OPEN, None) is not None:
+            raise InputError(f"modules must not be inside the `with` block of another mirror, got {own.name!r}")
+    for module, own in branches.items():
+        own.drew = None
+        setattr(module, _OPEN, own)
+
+
+def leave(branches: dict[nn.Module, Branches]) -> None:
+    """Remove the `Branches` at the end of a `with` block."""
+    for module in branches:
+        delattr(module, _OPEN)
+
+
+def use_in_backward(branches: dict[nn.Module, Branches]) -> None:
+    """Store the `Branches` until the running backward pass ends or fails.
+
+    Activation checkpointing computes the modules again in the backward pass, when the `with` block may have ended.
+    """
+
+    def end() -> None:
+        pass
+
+    for module, own in branches.items():
+        setattr(module, _AGAIN, own)
+    # The engine keeps `end` until the backward pass ends or fails.
+    weakref.finalize(end, _forget, weakref.WeakKeyDictionary(branches))
+    torch.autograd.Variable._execution_engine.queue_callback(end)
+
+
+def _forget(branches: weakref.WeakKeyDictionary[nn.Module, Branches]) -> None:
+    for module, own in branches.items():
+        if getattr(module, _AGAIN, None) is own:  # not if the pass went on to the outputs of another mirror
+            delattr(module, _AGAIN)
 
 
 def _alone(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     if not torch.compiler.is_compiling() and query.shape[0] == 2 * key.shape[0] > 0:
         raise InputError(
-            f"query must have the batch size of key, {key.shape[0]}, got {query.shape[0]}. The query may hold both"
-            " branches only inside a mirror whose method `double` has doubled it. If the attention is computed again"
-            " during the backward pass (activation checkpointing), the mirror's method `split` must have split the"
-            " model's output"
+            f"query must have the batch size of key, {key.shape[0]}, got {query.shape[0]}. Only `Mirror.double` may"
+            " double the query, inside the mirror's `with` block. With activation checkpointing, split the model's"
+            " output by `Mirror.split`"
         )
     return fused_masked_attention(query, key, value, **options)
 
 
-def _halves(tensor: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return the operands of both branches. `batch` is the batch size of an operand that has both."""
-    if tensor is None or tensor.shape[0] != batch:
-        return tensor, tensor
-    first, second = tensor.chunk(2)
-    return first, second
+def _has_own(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
+    """Return True if the branches have different keys or explicit masks."""
+    operands = key, value, options["mask"], options.get("key_padding_mask")
+    return any(operand is not None and operand.shape[0] == query.shape[0] for operand in operands)
 
 
-def attach(modules: dict[nn.Module, Branches]) -> None:
-    """Leave the `Branches` on their modules."""
-    for module, branches in modules.items():
-        setattr(module, _ATTRIBUTE, branches)
+def _branches(
+    query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Any]]]:
+    """Yield query, key, value and options of each branch."""
 
+    def halves(operand: Tensor | None) -> Iterable[Tensor | None]:
+        has_both = operand is not None and operand.shape[0] == query.shape[0]
+        return operand.chunk(2) if has_both else repeat(operand)  # type: ignore[union-attr]
 
-def detach(modules: dict[nn.Module, Branches]) -> None:
-    """Remove the `Branches` from their modules, except where another mirror has replaced them."""
-    for module, branches in modules.items():
-        if module.__dict__.get(_ATTRIBUTE) is branches:
-            delattr(module, _ATTRIBUTE)
-
-
-def active_branches(module: nn.Module) -> Branches | None:
-    """Return the `Branches` of a mirror whose `with` block is running, or None."""
-    branches: Branches | None = getattr(module, _ATTRIBUTE, None)
-    return branches if branches is not None and branches.step.active else None
+    operands = map(halves, (query, key, value, options["mask"], options.get("key_padding_mask")))
+    for ratio, (own_query, own_key, own_value, mask, padding) in zip((0.0, options["mask_ratio"]), zip(*operands)):
+        assert own_query is not None and own_key is not None and own_value is not None
+        own_options = options | {"mask": mask, "key_padding_mask": padding, "mask_ratio": ratio}
+        yield own_query, own_key, own_value, own_options

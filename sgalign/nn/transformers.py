@@ -13,19 +13,26 @@ from sgalign.nn.branches import attend
 from sgalign.ops._operands import readable
 
 NAME = "sgalign"  # value of attn_implementation
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "output_attentions")  # arguments of some models' attention
+_UNSUPPORTED = (
+    "softcap",
+    "s_aux",
+    "sinks",
+    "position_bias",
+    "output_attentions",
+)  # arguments of some models' attention
 
 
 def register_with_transformers() -> None:
     """Make ``attn_implementation="sgalign"`` available in the library transformers.
 
-    Afterwards, pass it to ``from_pretrained`` or to a configuration, or call ``model.set_attn_implementation``. It
-    serves every model whose attention goes through transformers' `AttentionInterface`. Calling this function again has
-    no effect.
+    Afterwards, call ``model.set_attn_implementation("sgalign")``, or pass it to ``from_pretrained``. It works for every
+    model whose attention goes through transformers' `AttentionInterface`. Calling this function again has no effect.
 
-    The function raises an InputError in a model that changes the scores (a position bias, attention sinks, a soft cap),
-    that asks for the attention weights, or whose mask holds other floating-point values than 0 and -inf or the lowest
-    number of its dtype.
+    The attention raises InputError in these cases:
+
+    - The model changes the scores by a position bias, attention sinks or a soft cap.
+    - It asks for the attention weights.
+    - A floating-point mask holds other values than 0, -inf and the lowest number of its dtype.
 
     Raises:
         ImportError: if transformers is not installed.
@@ -44,17 +51,18 @@ def uses_sgalign(module: nn.Module) -> bool:
 def _mask(*, q_length: int, kv_length: int, **options: Any) -> Tensor | None:
     """Return the bool mask of a model's attention, True = kept, or None if all entries are kept.
 
-    It is transformers' mask for `scaled_dot_product_attention`, except for padding among the keys, for which it is a
-    view of the ``[B, Lk]`` padding. Inside a mirror, this B is that of the keys, and may differ from the batch size
-    that transformers passes.
+    It is the mask that transformers makes for `scaled_dot_product_attention`. Padding among the keys is returned as a
+    view of the given ``[B, Lk]`` padding. Inside a mirror, this B is the batch size of the keys. It may differ from the
+    batch size that transformers passes.
     """
-    from transformers.masking_utils import bidirectional_mask_function, prepare_padding_mask, sdpa_mask
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
-    if options["mask_function"] is bidirectional_mask_function and options["attention_mask"] is not None:
-        padding = prepare_padding_mask(options["attention_mask"], kv_length, options["kv_offset"])
-        assert padding is not None
-        return padding[:, None, None].expand(-1, 1, q_length, -1)
-    return sdpa_mask(q_length=q_length, kv_length=kv_length, **options)
+    padding = options.get("attention_mask")
+    only_padding = options.get("mask_function") is bidirectional_mask_function and not options.get("kv_offset")
+    if only_padding and padding is not None and padding.dim() == 2 and padding.shape[1] == kv_length:
+        return padding.bool()[:, None, None].expand(-1, 1, q_length, -1)
+    # Not every causal model has the attribute `is_causal`, so a causal mask is never left out.
+    return sdpa_mask(q_length=q_length, kv_length=kv_length, **options | {"allow_is_causal_skip": False})
 
 
 def _attention(
@@ -107,15 +115,18 @@ def _masks(mask: Tensor | None, key: Tensor) -> dict[str, Tensor]:
     """Return transformers' mask as the argument `mask` or `key_padding_mask` of `fused_masked_attention`."""
     if mask is None:
         return {}
-    dropped = ~mask if mask.dtype == torch.bool else _dropped(mask)
     same_for_all = mask.dim() == 4 and mask.shape[1] == 1 and (mask.shape[2] == 1 or mask.stride(2) == 0)
     if same_for_all and mask.shape[0] == key.shape[0]:
-        return {"key_padding_mask": dropped[:, 0, 0]}
-    return {"mask": dropped}
+        return {"key_padding_mask": _dropped(mask[:, 0, 0])}
+    return {"mask": _dropped(mask)}
 
 
 def _dropped(mask: Tensor) -> Tensor:
-    """Return a floating-point mask as bool, True = dropped."""
+    """Return a mask, bool (True = kept) or floating point, as bool (True = dropped)."""
+    if mask.dtype == torch.bool:
+        return ~mask
+    if not mask.is_floating_point():
+        raise TypeError(f"attention_mask must be bool or floating point, got {mask.dtype}")
     lowest = torch.finfo(mask.dtype).min
     rule = f"attention_mask must be bool (True = kept), or hold only 0 (kept) and {lowest:.3g} or -inf (dropped)"
     values = readable(mask)
