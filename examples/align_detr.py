@@ -32,10 +32,10 @@ class Model(nn.Module):
         self.query = nn.Linear(2 * OBJECT_FEATURES, WIDTH)
         self.predicate = nn.Linear(WIDTH, PREDICATES)
 
-    def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the memory as arguments of the decoder. These are the first lines of DetrModel.forward."""
-        detr, seen = self.detr, torch.ones(len(images), *images.shape[2:])
-        features, mask = detr.backbone(images, seen)[-1]
+    def encode(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the memory as arguments of the decoder. The steps are those of DetrModel.forward."""
+        detr, images = self.detr, batch.images
+        features, mask = detr.backbone(images, torch.ones(len(images), *images.shape[2:]))[-1]
         position = detr.position_embedding(features.shape, features.device, features.dtype, mask).flatten(2).mT
         memory = detr.encoder(
             inputs_embeds=detr.input_projection(features).flatten(2).mT,
@@ -48,7 +48,10 @@ class Model(nn.Module):
             "spatial_position_embeddings": position,
         }
 
-    def decode(self, contents: Tensor, queries: Tensor, memory: dict[str, Tensor]) -> Tensor:
+    def decode(self, batch: Batch, memory: dict[str, Tensor]) -> Tensor:
+        return self.decode_queries(*self.queries(batch), memory)
+
+    def decode_queries(self, contents: Tensor, queries: Tensor, memory: dict[str, Tensor]) -> Tensor:
         decoder = self.detr.decoder
         output = decoder(inputs_embeds=contents, object_queries_position_embeddings=queries, **memory)
         return output.last_hidden_state
@@ -71,36 +74,15 @@ align = sgalign.RelationAlignment(mask_ratio=RATIO, weight=10.0, heads={"predica
 
 
 def aligned(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-    memory, (contents, queries) = model.encode(batch.images), model.queries(batch)
+    memory, (contents, queries) = model.encode(batch), model.queries(batch)
     # 3. Run the decoder once for both branches. Double all inputs that belong to the queries.
     with align.mirror(model.detr.decoder, step=step) as mirror:
-        hidden, mirrored = mirror.both(model.decode, contents, mirror.double(queries), memory)
+        hidden, mirrored = mirror.both(model.decode_queries, contents, mirror.double(queries), memory)
     logits = model.predicate(hidden)
-    # 4. Add the alignment loss. Padding among the pairs has no predictions to align.
-    pairs = ~batch.no_pair
-    mirrored_logits = align.heads["predicate"](mirrored[pairs])
-    return predicate_loss(logits, batch.targets), mirror.loss(predicate=(logits[pairs], mirrored_logits))
-
-
-def without_mirror(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-    hidden = plain.decode(*plain.queries(batch), plain.encode(batch.images))
-    return predicate_loss(plain.predicate(hidden), batch.targets), torch.zeros(())
-
-
-def called_twice(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-    memory, (contents, queries) = plain.encode(batch.images), plain.queries(batch)
-    kept = memory["encoder_attention_mask"][:, None, None]
-    random = torch.rand(len(kept), HEADS, queries.shape[1], kept.shape[3]) >= RATIO
-    hidden = plain.decode(contents, queries, memory)
-    mirrored = plain.decode(contents, queries, memory | {"encoder_attention_mask": kept & random})
-    logits, pairs = plain.predicate(hidden), ~batch.no_pair
-    losses = align.losses(predicate=(logits[pairs], align.heads["predicate"](mirrored[pairs])))
-    return predicate_loss(logits, batch.targets), align.weight * losses["predicate"]
+    # 4. Add the alignment loss. Padding has the weight 0.
+    mirrored_logits = align.heads["predicate"](mirrored)
+    return predicate_loss(logits, batch.targets), mirror.loss(predicate=(logits, mirrored_logits, ~batch.no_pair))
 
 
 if __name__ == "__main__":
-    train_and_compare(
-        [*model.parameters(), *align.parameters()],
-        aligned,
-        {"without a mirror": without_mirror, "decoder called twice with dense masks": called_twice},
-    )
+    train_and_compare(model, align, aligned, plain, masked=["encoder_attn"])

@@ -22,7 +22,6 @@ from scenes import (
     WIDTH,
     Batch,
     ImageEncoder,
-    dense_masks,
     predicate_loss,
     train_and_compare,
 )
@@ -75,6 +74,12 @@ class Model(nn.Module):
         self.query = nn.Linear(2 * OBJECT_FEATURES, WIDTH)
         self.predicate = nn.Linear(WIDTH, PREDICATES)
 
+    def encode(self, batch: Batch) -> Tensor:
+        return self.encoder(batch.images)
+
+    def decode(self, batch: Batch, memory: Tensor) -> Tensor:
+        return self.decoder(self.queries(batch), batch.no_pair, memory, memory)
+
     def queries(self, batch: Batch) -> Tensor:
         return self.query(batch.pairs.flatten(2))
 
@@ -90,36 +95,16 @@ align = sgalign.RelationAlignment(mask_ratio=RATIO, weight=10.0, heads={"predica
 
 
 def aligned(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-    queries, memory = model.queries(batch), model.encoder(batch.images)
+    queries, memory = model.queries(batch), model.encode(batch)
     # 3. Run the decoder once for both branches. The features that are multiplied with the queries are doubled, too.
     with align.mirror(model.decoder, step=step) as mirror:
         padding, pixels = mirror.double(batch.no_pair), mirror.double(memory)
         hidden, mirrored = mirror.both(model.decoder, queries, padding, pixels, memory)
     logits = model.predicate(hidden)
-    # 4. Add the alignment loss. Padding has no predictions to align.
-    pairs = ~batch.no_pair
-    mirrored_logits = align.heads["predicate"](mirrored[pairs])
-    return predicate_loss(logits, batch.targets), mirror.loss(predicate=(logits[pairs], mirrored_logits))
-
-
-def without_mirror(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-    memory = plain.encoder(batch.images)
-    hidden = plain.decoder(plain.queries(batch), batch.no_pair, memory, memory)
-    return predicate_loss(plain.predicate(hidden), batch.targets), torch.zeros(())
-
-
-def called_twice(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-    queries, memory, pairs = plain.queries(batch), plain.encoder(batch.images), ~batch.no_pair
-    logits = plain.predicate(plain.decoder(queries, batch.no_pair, memory, memory))
-    with dense_masks(*(layer.cross for layer in plain.decoder.layers)):
-        mirrored = plain.decoder(queries, batch.no_pair, memory, memory)
-    losses = align.losses(predicate=(logits[pairs], align.heads["predicate"](mirrored[pairs])))
-    return predicate_loss(logits, batch.targets), align.weight * losses["predicate"]
+    # 4. Add the alignment loss. Padding has the weight 0.
+    mirrored_logits = align.heads["predicate"](mirrored)
+    return predicate_loss(logits, batch.targets), mirror.loss(predicate=(logits, mirrored_logits, ~batch.no_pair))
 
 
 if __name__ == "__main__":
-    train_and_compare(
-        [*model.parameters(), *align.parameters()],
-        aligned,
-        {"without a mirror": without_mirror, "decoder called twice with dense masks": called_twice},
-    )
+    train_and_compare(model, align, aligned, plain, masked=["cross"])

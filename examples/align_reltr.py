@@ -22,7 +22,6 @@ from scenes import (
     WIDTH,
     Batch,
     ImageEncoder,
-    dense_masks,
     predicate_loss,
     train_and_compare,
 )
@@ -91,9 +90,12 @@ class Model(nn.Module):
         """Return the queries of subjects and objects."""
         return self.subject(batch.pairs[:, :, 0]), self.object(batch.pairs[:, :, 1])
 
-    def shared(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what both branches share: the entities, their padding, and the memory of the image."""
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the inputs that both branches share: the entities, their padding, and the memory of the image."""
         return self.entity(batch.objects), batch.no_object, self.encoder(batch.images)
+
+    def decode(self, batch: Batch, shared: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return self.decoder(*self.queries(batch), batch.no_pair, *shared)
 
 
 torch.manual_seed(0)
@@ -109,35 +111,16 @@ align = sgalign.RelationAlignment(mask_ratio=RATIO, weight=10.0, heads={"predica
 
 def aligned(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
     subject, object_ = model.queries(batch)
-    # 3. Run both decoders once for both branches. Only subjects, objects and their padding are doubled.
+    # 3. Run both decoders once for both branches. Only subjects, objects and their padding are doubled. The layers of
+    #    entities are not in the mirror, and run as always.
     with align.mirror(triplets, step=step) as mirror:
         doubled = [mirror.double(queries) for queries in (subject, object_, batch.no_pair)]
-        hidden, mirrored = mirror.split(model.decoder(*doubled, *model.shared(batch)))
+        hidden, mirrored = mirror.split(model.decoder(*doubled, *model.encode(batch)))
     logits = model.predicate(hidden)
-    # 4. Add the alignment loss. Padding has no predictions to align.
-    pairs = ~batch.no_pair
-    mirrored_logits = align.heads["predicate"](mirrored[pairs])
-    return predicate_loss(logits, batch.targets), mirror.loss(predicate=(logits[pairs], mirrored_logits))
-
-
-def without_mirror(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-    hidden = plain.decoder(*plain.queries(batch), batch.no_pair, *plain.shared(batch))
-    return predicate_loss(plain.predicate(hidden), batch.targets), torch.zeros(())
-
-
-def called_twice(batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-    queries, shared, pairs = plain.queries(batch), plain.shared(batch), ~batch.no_pair
-    logits = plain.predicate(plain.decoder(*queries, batch.no_pair, *shared))
-    layers = plain.decoder.triplet_layers
-    with dense_masks(*(part for layer in layers for part in (*layer.visual, *layer.entity))):
-        mirrored = plain.decoder(*queries, batch.no_pair, *shared)
-    losses = align.losses(predicate=(logits[pairs], align.heads["predicate"](mirrored[pairs])))
-    return predicate_loss(logits, batch.targets), align.weight * losses["predicate"]
+    # 4. Add the alignment loss. Padding has the weight 0.
+    mirrored_logits = align.heads["predicate"](mirrored)
+    return predicate_loss(logits, batch.targets), mirror.loss(predicate=(logits, mirrored_logits, ~batch.no_pair))
 
 
 if __name__ == "__main__":
-    train_and_compare(
-        [*model.parameters(), *align.parameters()],
-        aligned,
-        {"without a mirror": without_mirror, "decoder called twice with dense masks": called_twice},
-    )
+    train_and_compare(model, align, aligned, plain, masked=["visual", "entity"])

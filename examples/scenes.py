@@ -1,4 +1,4 @@
-"""What the examples share: batches of generated scenes, two small networks, and the comparison of training steps.
+"""Shared parts of the examples: batches of generated scenes, a small encoder, and the comparison of training steps.
 
 The task is to predict the predicate of each given pair of objects (PredCls) from an image and the classes and boxes of
 the two objects.
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torchvision.transforms.functional import pil_to_tensor
 
+import sgalign
 from sgalign.data import SceneGraph, ScenesDataset
 
 SIDE, PAIRS, OBJECTS = 128, 24, 12  # width and height of an image; pairs and objects per image, with padding
@@ -78,59 +79,87 @@ def predicate_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @contextmanager
-def dense_masks(*attentions: nn.MultiheadAttention) -> Iterator[None]:
-    """Give torch's attention modules a random mask as a tensor. This is the plain way to mask the mirror."""
+def dense_masks(model: nn.Module, *names: str) -> Iterator[None]:
+    """Give the attention modules with these names a random mask as a tensor."""
 
-    def add_mask(module: nn.MultiheadAttention, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+    def add_mask(module: nn.Module, inputs: tuple, named: dict) -> tuple[tuple, dict]:
+        if not isinstance(module, nn.MultiheadAttention):  # DETR's attention, whose mask is True for kept entries
+            lengths = named["hidden_states"].shape[1], named["key_value_states"].shape[1]
+            kept, given = torch.rand(len(named["hidden_states"]), HEADS, *lengths) >= RATIO, named["attention_mask"]
+            return inputs, named | {"attention_mask": kept if given is None else kept & given}
         query, key = inputs[:2]
-        batch, length = (0, 1) if module.batch_first else (1, 0)
-        shape = query.shape[batch] * module.num_heads, query.shape[length], key.shape[length]
-        mask, given = torch.rand(shape) < RATIO, named.get("attn_mask")
+        mask, given = torch.rand(len(query) * HEADS, query.shape[1], key.shape[1]) < RATIO, named.get("attn_mask")
         return inputs, named | {"attn_mask": mask if given is None else mask | given}
 
-    hooks = [attention.register_forward_pre_hook(add_mask, with_kwargs=True) for attention in attentions]
-    yield
-    for hook in hooks:
-        hook.remove()
+    chosen = [module for name, module in model.named_modules() if set(name.split(".")[-2:]) & set(names)]
+    hooks = [module.register_forward_pre_hook(add_mask, with_kwargs=True) for module in chosen if is_attention(module)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-Losses = Callable[[Batch, int], tuple[Tensor, Tensor]]  # from a batch and a step to supervised and alignment loss
+def is_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) or type(module).__name__.endswith("CrossAttention")
 
 
-def train_and_compare(parameters: Sequence[nn.Parameter], aligned: Losses, others: dict[str, Losses]) -> None:
-    """Train with `aligned`, then compare the time of its steps with that of the others.
+def train_and_compare(
+    model: nn.Module,
+    align: sgalign.RelationAlignment,
+    aligned: Callable[[Batch, int], tuple[Tensor, Tensor]],
+    plain: nn.Module,
+    masked: Sequence[str],
+) -> None:
+    """Train a model with its mirror. Then compare the time of a step with two other kinds of steps.
 
     Args:
-        parameters: the parameters to train.
-        aligned: the losses of a step with sgalign's mirror.
-        others: other kinds of steps by name. Ratios are relative to the first.
+        model: the model.
+        align: the mirror's heads.
+        aligned: a function from a batch and a step to the supervised and the alignment loss, with the mirror.
+        plain: a copy of the model with its own attention. It has the methods `encode` and `decode`.
+        masked: names of the attention modules that the mirror masks.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200, help="training steps")
     steps = parser.parse_args().steps
     data = batches(min(steps, 40))
-    optimizer = torch.optim.AdamW(parameters, 5e-4)
-
-    trained = []
-    for number in range(steps):
-        supervised, alignment = aligned(data[number % len(data)], number)
+    optimizer = torch.optim.AdamW([*model.parameters(), *align.parameters()], 5e-4)
+    losses = []
+    for step in range(steps):
+        supervised, alignment = aligned(data[step % len(data)], step)
         optimizer.zero_grad()
         (supervised + alignment).backward()
         optimizer.step()
-        trained.append((supervised.item(), alignment.item()))
-    for name, several in (("first", trained[:10]), ("last", trained[-10:])):
-        means = [statistics.fmean(losses) for losses in zip(*several)]
+        losses.append((supervised.item(), alignment.item()))
+    for name, several in (("first", losses[:10]), ("last", losses[-10:])):
+        means = [statistics.fmean(each) for each in zip(*several)]
         print(f"{name} 10 of {steps} steps: supervised loss {means[0]:.3f}, weighted alignment loss {means[1]:.4f}")
 
-    times: dict[str, list[float]] = {}
-    kinds = others | {"with sgalign's mirror": aligned}
-    for number in range(10):
-        for name, losses in kinds.items():
+    def without_mirror(batch: Batch, step: int) -> Tensor:
+        return predicate_loss(plain.predicate(plain.decode(batch, plain.encode(batch))), batch.targets)
+
+    def plain_way(batch: Batch, step: int) -> Tensor:
+        memory = plain.encode(batch)
+        logits = plain.predicate(plain.decode(batch, memory))
+        with dense_masks(plain, *masked):
+            mirrored_logits = align.heads["predicate"](plain.decode(batch, memory))
+        alignment = align.mirror(step=step).loss(predicate=(logits, mirrored_logits, ~batch.no_pair))
+        return predicate_loss(logits, batch.targets) + alignment
+
+    kinds = {
+        "without a mirror": without_mirror,
+        "the plain way (decoder called twice)": plain_way,
+        "with sgalign's mirror": lambda batch, step: sum(aligned(batch, step)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for step in range(10):
+        for name, loss in kinds.items():
             start = time.perf_counter()
-            sum(losses(data[number % len(data)], number)).backward()
-            times.setdefault(name, []).append(time.perf_counter() - start)
-    medians = {name: 1000 * statistics.median(several) for name, several in times.items()}
-    first = next(iter(medians.values()))
+            loss(data[step % len(data)], step).backward()
+            times[name].append(1000 * (time.perf_counter() - start))
     print("forward and backward of a training step, median of 10:")
-    for name, median in medians.items():
-        print(f"    {name:<42} {median:6.1f} ms   {median / first:.2f}")
+    first = statistics.median(times["without a mirror"])
+    for name, several in times.items():
+        median = statistics.median(several)
+        print(f"    {name:<38} {median:6.1f} ms   {median / first:.2f}")
