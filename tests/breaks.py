@@ -324,8 +324,8 @@ BREAKS = {
     ),
     "self-attention without a mask": Break(
         "sgalign/nn/branches.py",
-        "return doubled and (bool(self.masked) or not own_keys)",
-        "return doubled",
+        "2 * size and (bool(self.masked) or shares_keys)",
+        "2 * size",
         "tests/test_mirror.py -k evaluation or masked",
     ),
     "attention that the user did not choose": Break(
@@ -396,7 +396,7 @@ BREAKS = {
     ),
     "padding of transformers' keys": Break(
         "sgalign/nn/transformers.py",
-        'options["mask_function"] is bidirectional_mask_function',
+        'options.get("mask_function") is bidirectional_mask_function',
         "False",
         "tests/test_transformers.py -k detr_decoders",
     ),

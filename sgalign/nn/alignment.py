@@ -337,7 +337,7 @@ class Mirror:
 
     def _check_masked(self) -> None:
         """Raise InputError if an attention that should have applied the random mask has not."""
-        ran = [branches for branches in self._branches.values() if branches.drew is not None]
+        ran = [branches for branches in self._branches.values() if branches.ran]
         drew = any(branches.drew for branches in ran)
         # Chosen modules must all draw. Modules that have not run may have been left out at random (layer drop).
         missing = [branches.name for branches in ran if branches.masked and not branches.drew]

@@ -41,50 +41,53 @@ class Branches:
         stream: the stream of the random mask, different for each attention module.
         masked: True or False if the user has chosen the masked modules. If None, the random mask is applied if both
             branches have the same keys, as in cross-attention to an image.
-        drew: True once the module has applied the random mask, False if it has run without, None if it has not run.
+        ran: True once the module has run.
+        drew: True once the module has applied the random mask.
     """
 
     name: str
     state: BranchState
     stream: int
     masked: bool | None
-    drew: bool | None = None
+    ran: bool = False
+    drew: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the module is outside of the mirror
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Return `fused_masked_attention` of both halves. The mirrored half has the random mask."""
-        if not self._has_both(query, key):
+        if not self._is_mirrored(query, key):
             return _alone(query, key, value, **options)
         options = self._with_seed(query, options)
-        if not _has_own(query, key, value, options):
-            outs: Iterable[Tensor] = dual_branch_attention(*query.chunk(2), key, value, **options)  # type: ignore[arg-type, call-arg]
+        if _has_own(query, key, value, options):
+            outs = [fused_masked_attention(q, k, v, **own) for q, k, v, own in _branches(query, key, value, options)]
         else:
-            outs = [
-                fused_masked_attention(query, key, value, **options)
-                for query, key, value, options in _branches(query, key, value, options)
-            ]
+            first, second = query.chunk(2)
+            outs = list(dual_branch_attention(first, second, key, value, **options))
         # Joined in the order [B, L, H, D], in which the modules read the result. No other copy is then needed.
         return torch.cat([out.transpose(1, 2) for out in outs]).transpose(1, 2)
 
     def weights(self, query: Tensor, key: Tensor, **options: Any) -> Tensor:
         """Return the weights of `attend`."""
-        if not self._has_both(query, key):
+        if not self._is_mirrored(query, key):
             return attention_weights(query, key, **options)
-        halves = _branches(query, key, key, self._with_seed(query, options))
-        return torch.cat([attention_weights(query, key, **options) for query, key, _, options in halves])
+        branches = _branches(query, key, key, self._with_seed(query, options))
+        return torch.cat([attention_weights(q, k, **own) for q, k, _, own in branches])
 
-    def _has_both(self, query: Tensor, key: Tensor) -> bool:
-        """Return True if the query holds both branches, and the branches differ by the mask or share the keys."""
+    def _is_mirrored(self, query: Tensor, key: Tensor) -> bool:
+        """Return True if the query holds both branches, and their masks differ or they share the keys.
+
+        This also sets `ran` and `drew`.
+        """
         size = self.state.batch_size
-        doubled = size is not None and query.shape[0] == 2 * size
-        own_keys = key.shape[0] == query.shape[0]
-        if doubled and self.masked is not False and (self.masked or not own_keys):
+        shares_keys = key.shape[0] != query.shape[0]
+        mirrored = size is not None and query.shape[0] == 2 * size and (bool(self.masked) or shares_keys)
+        # Set, but never read here. Compiled code would need another graph once a flag has changed.
+        self.ran = True
+        if mirrored and self.masked is not False:
             self.drew = True
-        elif self.drew is None:
-            self.drew = False
-        return doubled and (bool(self.masked) or not own_keys)
+        return mirrored
 
     def _with_seed(self, query: Tensor, options: dict[str, Any]) -> dict[str, Any]:
         """Return the options of an attention with the random mask of the mirrored branch."""
@@ -134,7 +137,7 @@ def enter(branches: dict[nn.Module, Branches]) -> None:
         if getattr(module, _OPEN, None) is not None:
             raise InputError(f"modules must not be inside the `with` block of another mirror, got {own.name!r}")
     for module, own in branches.items():
-        own.drew = None
+        own.ran = own.drew = False
         setattr(module, _OPEN, own)
 
 
