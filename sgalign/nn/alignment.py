@@ -200,8 +200,9 @@ class Mirror:
     def split(self, outputs: Any, dim: int = 0) -> tuple[Any, Any]:
         """Return the supervised half and the mirrored half of a model's outputs.
 
-        With activation checkpointing, split the decoder's output with this method. Otherwise the backward pass raises
-        an error if it runs after the `with` block.
+        With activation checkpointing, split the decoder's output with this method, outside of the checkpointed
+        function. Otherwise a backward pass after the `with` block does not find the mirror. Cross-attention then raises
+        an error, but a masked self-attention is computed without its mask.
 
         Args:
             outputs: a tensor, or tensors in tuples, lists, dicts or outputs of transformers.

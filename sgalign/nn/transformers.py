@@ -13,13 +13,8 @@ from sgalign.nn.branches import attend
 from sgalign.ops._operands import readable
 
 NAME = "sgalign"  # value of attn_implementation
-_UNSUPPORTED = (
-    "softcap",
-    "s_aux",
-    "sinks",
-    "position_bias",
-    "output_attentions",
-)  # arguments of some models' attention
+# arguments that some models pass to their attention
+_UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "output_attentions")
 
 
 def register_with_transformers() -> None:
