@@ -21,6 +21,13 @@ E, H, B, Q, L = 24, 4, 3, 5, 60
 RATIO = 0.3
 
 
+@pytest.fixture(autouse=True)
+def no_graphs():
+    """Forget compiled graphs, because torch allows only eight for each function of its own decoder."""
+    yield
+    torch.compiler.reset()
+
+
 class Decoder(nn.TransformerDecoder):
     """torch's decoder, which computes its layers again in the backward pass if `checkpointed`."""
 

@@ -41,8 +41,8 @@ class RelationAlignment(nn.Module):
 
     Args:
         mask_ratio: the probability that the random mask drops an entry, p in the paper.
-        weight: the weight of the alignment loss, lambda in the paper. The attribute is called `alignment_weight`,
-            because functions that initialize models take an attribute `weight` for a parameter.
+        weight: the weight of the alignment loss, lambda in the paper. The attribute is called `alignment_weight`. Code
+            that initializes each module's `weight` would fail on a number.
         heads: heads of the model, by name, that the mirror does not share. `self.heads` has a copy of each. In the
             paper these are the predicate head and, for SGTR, the entity class heads.
         masked: names or classes of the attention modules to mask. Names work as in `replace_attention`. If None, the
@@ -104,7 +104,7 @@ class RelationAlignment(nn.Module):
                 be `MaskedMultiheadAttention`, or modules of transformers with ``attn_implementation="sgalign"``. Leave
                 them out if only rows of features are masked (`Mirror.mask_rows`).
             step: the index of the training step, at least 0.
-            micro_batch: the index of the micro-batch within an accumulated step, or any other number that differs.
+            micro_batch: a number of at least 0 that differs between the micro-batches of one step, such as their index.
             rank: the rank of the process. If None, the rank in torch's default process group, or 0 without one.
 
         Raises:
@@ -134,6 +134,7 @@ class Mirror:
     the same dropout of the attention weights.
 
     Attributes:
+        alignment: the `RelationAlignment`.
         step: the index of the training step.
         seed: the seed of the masks.
     """
@@ -176,7 +177,7 @@ class Mirror:
 
         Raises:
             TypeError, ValueError: if an argument is not a tensor, has no such dimension, or its batch size differs from
-                that of the first doubled tensor, or if the `with` block has not begun.
+                that of the first doubled tensor, or if the mirror has modules and its `with` block is not running.
         """
         if self._branches and not self._is_open:
             raise InputError("`double` must be called inside the `with` block of the mirror, got a call outside")
@@ -201,11 +202,12 @@ class Mirror:
         """Return the supervised half and the mirrored half of a model's outputs.
 
         With activation checkpointing, split the decoder's output with this method, outside of the checkpointed
-        function. Otherwise a backward pass after the `with` block does not find the mirror. Cross-attention then raises
-        an error, but a masked self-attention is computed without its mask.
+        function. If you slice it instead, call `backward` inside the `with` block. Otherwise cross-attention raises an
+        error, and a masked self-attention silently loses its mask.
 
         Args:
-            outputs: a tensor, or tensors in tuples, lists, dicts or outputs of transformers.
+            outputs: a tensor, or tensors in tuples, lists, dicts or outputs of transformers. None, numbers and text
+                are returned for both halves.
             dim: the dimension of the batch in all tensors.
 
         Raises:

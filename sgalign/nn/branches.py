@@ -33,7 +33,7 @@ class BranchState:
 
 @dataclass
 class Branches:
-    """The rule by which an attention module computes a batch of both branches, the supervised half first.
+    """The attention of a module inside a mirror. The first half of a doubled batch is supervised.
 
     Args:
         name: the name of the module.
@@ -76,7 +76,7 @@ class Branches:
         return torch.cat([attention_weights(q, k, **own) for q, k, _, own in branches])
 
     def _is_mirrored(self, query: Tensor, key: Tensor) -> bool:
-        """Return True if the query holds both branches, and their masks differ or they share the keys.
+        """Return True if the query is doubled, and the user has chosen this module or the keys are not doubled.
 
         This also sets `ran` and `drew`.
         """
@@ -180,7 +180,7 @@ def _alone(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
 
 
 def _has_own(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
-    """Return True if the branches have different keys or explicit masks."""
+    """Return True if keys, an explicit mask or padding are also doubled, so one kernel call cannot serve both."""
     operands = key, value, options["mask"], options.get("key_padding_mask")
     return any(operand is not None and operand.shape[0] == query.shape[0] for operand in operands)
 

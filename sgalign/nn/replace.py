@@ -27,8 +27,8 @@ def replace_attention(module: nn.Module, *names: str) -> list[str]:
             names, all are replaced.
 
     Returns:
-        The full names of all attention modules that are now `MaskedMultiheadAttention`, in the order of
-        `module.named_modules()`.
+        The full names of the chosen modules, in the order of `module.named_modules()`. They are now
+        `MaskedMultiheadAttention`.
 
     Raises:
         TypeError: if `module` is not a module.
@@ -62,7 +62,7 @@ def replace_attention(module: nn.Module, *names: str) -> list[str]:
             # The last one is True in torch's module, which lets torch's encoder layer bypass the module.
             part.__dict__.update(mask_ratio=0.0, backend=None, _qkv_same_embed_dim=False)
             if type(part.out_proj) is NonDynamicallyQuantizableLinear:
-                part.out_proj.__class__ = OutputProjection  # type: ignore[assignment]  # resets its bias to zero
+                part.out_proj.__class__ = OutputProjection  # type: ignore[assignment]  # its `reset_parameters` zeroes the bias
     for encoder in module.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(part in chosen.values() for part in encoder.modules()):
             encoder.use_nested_tensor = False

@@ -49,7 +49,7 @@ def find_attention(
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Return True if a module of transformers calls our attention. Models and layers only contain such modules."""
+    """Return True for the innermost modules with our attention, not for the layers and models around them."""
     return uses_sgalign(module) and not any(uses_sgalign(part) for part in module.modules() if part is not module)
 
 

@@ -20,14 +20,16 @@ _UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias", "output_attentions
 def register_with_transformers() -> None:
     """Make ``attn_implementation="sgalign"`` available in the library transformers.
 
-    Afterwards, call ``model.set_attn_implementation("sgalign")``, or pass it to ``from_pretrained``. It works for every
-    model whose attention goes through transformers' `AttentionInterface`. Calling this function again has no effect.
+    Afterwards, call ``model.set_attn_implementation("sgalign")``, or pass ``attn_implementation`` to
+    ``from_pretrained``. It works for every model whose attention goes through transformers' `AttentionInterface`.
+    Calling this function again has no effect.
 
     The attention raises InputError in these cases:
 
     - The model changes the scores by a position bias, attention sinks or a soft cap.
     - It asks for the attention weights.
-    - A floating-point mask holds other values than 0, -inf and the lowest number of its dtype.
+    - A floating-point mask holds other values than 0, -inf and the lowest number of its dtype. On a GPU, a device-side
+      assertion fails.
 
     Raises:
         ImportError: if transformers is not installed.
@@ -46,9 +48,8 @@ def uses_sgalign(module: nn.Module) -> bool:
 def _mask(*, q_length: int, kv_length: int, **options: Any) -> Tensor | None:
     """Return the bool mask of a model's attention, True = kept, or None if all entries are kept.
 
-    It is the mask that transformers makes for `scaled_dot_product_attention`. Padding among the keys is returned as a
-    view of the given ``[B, Lk]`` padding. Inside a mirror, this B is the batch size of the keys. It may differ from the
-    batch size that transformers passes.
+    It is the mask that transformers makes for `scaled_dot_product_attention`, except for padding among the keys. That
+    mask is a view of the padding ``[B, Lk]``, because transformers may pass the doubled batch size of a mirror.
     """
     from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
