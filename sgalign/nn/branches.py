@@ -123,8 +123,9 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **optio
 
 def branches_of(module: nn.Module) -> Branches | None:
     """Return the `Branches` that an attention module must use, or None if it is outside of a mirror."""
-    again: Branches | None = getattr(module, _AGAIN, None)
-    return getattr(module, _OPEN, None) if again is None else again
+    attributes = module.__dict__  # `getattr` takes 50 times as long to find that a module lacks an attribute
+    again: Branches | None = attributes.get(_AGAIN)
+    return attributes.get(_OPEN) if again is None else again
 
 
 def enter(branches: dict[nn.Module, Branches]) -> None:
