@@ -61,8 +61,9 @@ def replace_attention(module: nn.Module, *names: str) -> list[str]:
             part.__class__ = MaskedMultiheadAttention  # type: ignore[assignment]
             # The last one is True in torch's module, which lets torch's encoder layer bypass the module.
             part.__dict__.update(mask_ratio=0.0, backend=None, _qkv_same_embed_dim=False)
+            # The `reset_parameters` of our output projection sets its bias to zero.
             if type(part.out_proj) is NonDynamicallyQuantizableLinear:
-                part.out_proj.__class__ = OutputProjection  # type: ignore[assignment]  # its `reset_parameters` zeroes the bias
+                part.out_proj.__class__ = OutputProjection  # type: ignore[assignment]
     for encoder in module.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(part in chosen.values() for part in encoder.modules()):
             encoder.use_nested_tensor = False
