@@ -100,6 +100,23 @@ def test_both_branches_equal_two_calls_with_dense_masks(batch_first, checkpointe
     close(given, gradients(expected, [queries, memory, *theirs.parameters()]))
 
 
+def test_decoder_of_torch_takes_causal_and_floating_point_masks():
+    theirs, (queries, memory) = make_decoder(), inputs()
+    theirs.__class__ = nn.TransformerDecoder
+    ours = copy.deepcopy(theirs)
+    replace_attention(ours)
+    causal = nn.Transformer.generate_square_subsequent_mask(Q).double()
+    given = torch.zeros(Q, L).double().masked_fill(torch.rand(Q, L) < 0.3, -torch.inf)
+    masks = {"tgt_mask": causal, "tgt_is_causal": True, "memory_mask": given}
+    for training in (True, False):
+        with RelationAlignment(mask_ratio=RATIO).mirror(ours.train(training), step=0) as mirror:
+            found = mirror.both(ours, queries, memory, **masks)
+        # All four attention modules are replaced, so those of the memory have the streams 1 and 3.
+        masked = {"tgt_mask": causal, "tgt_is_causal": True, "memory_mask": given == -torch.inf}
+        dense = with_dense_masks(theirs, queries, memory, step_seed(0, 0, 0, 0), streams=(1, 3), **masked)
+        close(found, (theirs.train(training)(queries, memory, **masks), dense))
+
+
 def test_two_forwards_can_share_a_checkpointed_backward():
     decoder, (queries, memory) = make_decoder(), inputs()
     replace_attention(decoder, "multihead_attn")

@@ -303,8 +303,8 @@ class Mirror:
         for name, given in logits.items():
             own, mirrored, weight = _checked_logits(name, given)
             losses[name] = relation_alignment_loss(
-                own.reshape(-1, own.shape[-1]),
-                mirrored.reshape(-1, own.shape[-1]),
+                own.flatten(0, -2),
+                mirrored.flatten(0, -2),
                 kind=self._kind(name, own.shape[-1]),
                 reduction=self.alignment.reduction,
                 direction=self.alignment.direction,
@@ -333,7 +333,7 @@ class Mirror:
                 f"{name} must have the size {size} in dimension dim={dim}, twice the batch size, got"
                 f" {list(output.shape)}. Split only outputs of doubled inputs"
             )
-        if output.requires_grad and not torch.compiler.is_compiling():
+        if self._branches and output.requires_grad and not torch.compiler.is_compiling():
             output.register_hook(lambda grad: None if self._is_open else use_in_backward(self._branches))
         supervised, mirrored = output.chunk(2, dim)
         return supervised, mirrored

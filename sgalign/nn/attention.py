@@ -13,7 +13,7 @@ from torch.nn import functional
 from sgalign.errors import InputError
 from sgalign.nn.branches import attend, branches_of
 from sgalign.ops import backends
-from sgalign.ops._operands import check_bool, check_device, check_tensor, differs, readable
+from sgalign.ops._operands import check_bool, check_device, check_tensor, differs, dropped_entries
 from sgalign.ops.attention import attention_weights, dual_branch_attention
 from sgalign.ops.random_mask import checked_ratio
 
@@ -348,9 +348,4 @@ def _bool_mask(name: str, mask: Tensor) -> Tensor:
         check_bool(name, mask)
         return mask
     rule = f"{name} must be bool (True = dropped), or hold only 0 (kept) and -inf (dropped)"
-    values = readable(mask)
-    if values is None:
-        torch._assert_async(((mask == 0) | (mask == -math.inf)).all(), rule)
-    elif (wrong := (values != 0) & (values != -math.inf)).any():
-        raise InputError(f"{rule}, got {values[wrong][0].item()}")
-    return mask == -math.inf
+    return dropped_entries(mask, -math.inf, rule)

@@ -135,7 +135,7 @@ def enter(branches: dict[nn.Module, Branches]) -> None:
         ValueError: if a module is inside another mirror.
     """
     for module, own in branches.items():
-        if getattr(module, _OPEN, None) is not None:
+        if module.__dict__.get(_OPEN) is not None:
             raise InputError(f"modules must not be inside the `with` block of another mirror, got {own.name!r}")
     for module, own in branches.items():
         own.ran = own.drew = False
@@ -166,7 +166,7 @@ def use_in_backward(branches: dict[nn.Module, Branches]) -> None:
 
 def _forget(branches: weakref.WeakKeyDictionary[nn.Module, Branches]) -> None:
     for module, own in branches.items():
-        if getattr(module, _AGAIN, None) is own:  # not if the pass went on to the outputs of another mirror
+        if module.__dict__.get(_AGAIN) is own:  # not if the pass went on to the outputs of another mirror
             delattr(module, _AGAIN)
 
 

@@ -25,7 +25,7 @@ def find_attention(
     named = [(name, part) for module in modules for name, part in module.named_modules()]
     found: dict[nn.Module, str] = {}
     for name, part in named:
-        if isinstance(part, MaskedMultiheadAttention) or _is_leaf(part):
+        if isinstance(part, MaskedMultiheadAttention) or (uses_sgalign(part) and _is_innermost(part)):
             found.setdefault(part, name)
     if not found:
         theirs = [name for name, part in named if isinstance(part, nn.MultiheadAttention)]
@@ -48,9 +48,9 @@ def find_attention(
     return branches
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    """Return True for the innermost modules with our attention, not for the layers and models around them."""
-    return uses_sgalign(module) and not any(uses_sgalign(part) for part in module.modules() if part is not module)
+def _is_innermost(module: nn.Module) -> bool:
+    """Return True for attention modules of transformers, not for the layers and models around them."""
+    return not any(uses_sgalign(part) for part in module.modules() if part is not module)
 
 
 def _refuse_deformable(named: Sequence[tuple[str, nn.Module]]) -> None:

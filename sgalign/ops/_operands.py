@@ -90,6 +90,20 @@ def readable(tensor: Tensor) -> Tensor | None:
     return tensor if type(tensor) in (Tensor, Parameter) else None  # a fake tensor has no values
 
 
+def dropped_entries(mask: Tensor, lowest: float, rule: str) -> Tensor:
+    """Return a floating-point mask as bool, True = dropped.
+
+    The mask must hold only 0 (kept) and numbers up to `lowest` (dropped). If it holds another, this raises InputError
+    with the message `rule`, or where the values cannot be read, `torch._assert_async` fails.
+    """
+    values = readable(mask)
+    if values is None:
+        torch._assert_async(((mask == 0) | (mask <= lowest)).all(), rule)
+    elif (wrong := ~((values == 0) | (values <= lowest))).any():  # NaN is wrong, too
+        raise InputError(f"{rule}, got {values[wrong][0].item()}")
+    return mask <= lowest
+
+
 def differs(shape: Sequence[int], expected: Sequence[int]) -> bool:
     """Return True if a shape is not the expected one.
 
