@@ -40,6 +40,7 @@ def device() -> torch.device:
     # Afterwards torch saves and restores the device's random state in this process, also in other tests.
     module: Any = torch.get_device_module("pretend")
     module.get_rng_state, module.set_rng_state = lambda *_: torch.get_rng_state(), lambda *_: None
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]  # activation checkpointing enters the device's autocast
     # Two calls create tensors that no dispatch mode sees: `torch.tensor(numbers, device=...)` and indexing by a list.
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
     library.impl("copy_", _copy, "PrivateUse1")
