@@ -3,13 +3,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc kernels sgalign -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json')
+SOURCES := pyproject.toml setup.py sgalign_command.py constraints.txt $(shell find csrc kernels sgalign -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json')
 DATA ?=
 
 .PHONY: demo test test-all reproduce-small lint benchmark doctor clean
 
+# Two epochs show the difference to the baseline. They keep the demo short.
 demo: $(VENV)/train
-	$(BIN)/sgalign compare $(if $(DATA),--data $(DATA))
+	@echo '== Training Motifs and Align-Motifs, which takes one or two minutes on 2 free cores'
+	$(BIN)/sgalign compare $(if $(DATA),--data $(DATA),--epochs 2)
 
 # Two processes with one thread each. With more threads, the threads of the two processes would wait for each other.
 test: $(VENV)/test
@@ -38,13 +40,21 @@ doctor: $(VENV)/train
 # Each of these stamp files stands for one set of extras. After a source has changed, `make` installs the package again.
 $(VENV)/train $(VENV)/test $(VENV)/lint: $(SOURCES) | $(VENV)/bin/pip
 	rm -rf build/lib*  # otherwise this folder would keep modules that have moved
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[$(EXTRAS)]'
-	touch $@
+	@echo '== Installing sgalign with the packages of [$(EXTRAS)] in $(VENV). The first time, this downloads about 3 GB'
+	@echo '== and then compiles and unpacks for some minutes. SGALIGN_CUDA=$(SGALIGN_CUDA): $(CUDA_KERNELS)'
+	$(BIN)/pip install --constraint constraints.txt '.[$(EXTRAS)]'
+	cd $(VENV) && touch $(subst $(comma), ,$(EXTRAS))
+comma := ,
+CUDA_KERNELS = $(if $(filter 0,$(SGALIGN_CUDA)),no CUDA kernels,CUDA kernels if nvcc is found)
+export SGALIGN_CUDA ?= auto
+# Training and the command line can use the CUDA kernels only on a GPU. They take several minutes to compile.
+$(VENV)/train: SGALIGN_CUDA := $(if $(filter auto,$(SGALIGN_CUDA)),$(if $(shell nvidia-smi -L 2>/dev/null),auto,0),$(SGALIGN_CUDA))
 $(VENV)/train: EXTRAS := train
 $(VENV)/test: EXTRAS := train,test
 $(VENV)/lint: EXTRAS := train,test,lint
 
 $(VENV)/bin/pip:
+	@echo '== Making a virtual environment in $(VENV)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 

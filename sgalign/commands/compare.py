@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from sgalign.commands.drawing import draw_scene_graph
 from sgalign.commands.reading_options import add_reading_options, reading_options
-from sgalign.data import GraphBatch, count_predicates
+from sgalign.data import GraphBatch, SceneGraph, collate, count_predicates
+from sgalign.errors import InputError
 from sgalign.files import save_figure, write_json
-from sgalign.training import AlignMotifsModule, FrequencyModule, MotifsModule, RelationModule, SceneGraphData
+from sgalign.training import (
+    AlignMotifsModule,
+    FrequencyModule,
+    MotifsModule,
+    RelationModule,
+    SceneGraphData,
+    describe,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 METRICS = ("R@20", "R@50", "R@100", "mR@20", "mR@50", "mR@100")
 COST_STEPS = 40  # timed training steps of each module
+DRAWN_IMAGES = 3
+MOST_DRAWN = 10  # triplets of an image
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -77,7 +93,6 @@ def main(arguments: Sequence[str]) -> int:
     report: dict[str, Any] = {"data": data.name, "epochs": options.epochs, "seed": options.seed}
     report |= {"test": results, "validation": history, "step_seconds": dict(zip(("Motifs", "Align-Motifs"), seconds))}
     write_json(out / "results.json", report, indent=1)
-    draw(out / "comparison.png", data, history, results)
 
     print(f"\n{table(results)}\n")
     print(
@@ -90,6 +105,9 @@ def main(arguments: Sequence[str]) -> int:
         end="",
     )
     print(f"{seconds[1] / seconds[0]:.2f} times as long.")
+    draw(out / "comparison.png", data, history, results)
+    draw_predictions(out / "predictions.png", data, mirrored)
+    print(f"pictures    {out / 'predictions.png'}, test images with the graphs that Align-Motifs predicts")
     print(f"figure      {out / 'comparison.png'}")
     print(f"numbers     {out / 'results.json'}")
     for name in ("Motifs", "Align-Motifs"):
@@ -185,3 +203,39 @@ def draw(
         ylabel="points of R@50", title="Align-Motifs minus Motifs on the test split, most frequent predicate first"
     )
     save_figure(figure, path)
+
+
+@torch.no_grad()
+def draw_predictions(path: Path, data: SceneGraphData, module: MotifsModule) -> None:
+    """Draw the first test images that have relations, each with its predicted graph below.
+
+    A graph has as many triplets as the image has annotated relations, but at most `MOST_DRAWN`. Arrows of annotated
+    triplets are green.
+    """
+    from matplotlib.figure import Figure
+
+    related = (graph for graph in data.test if len(graph.relations))
+    graphs = list(itertools.islice(related, DRAWN_IMAGES))
+    figure = Figure(figsize=(6 * len(graphs), 11), layout="constrained")
+    axes = figure.subplots(2, len(graphs), squeeze=False)
+    for column, graph in enumerate(graphs):
+        batch = collate([graph], len(data.predicate_names) - 1)
+        (prediction,) = module.eval().predictions(module.transfer_batch_to_device(batch, module.device, 0))
+        annotated = {(s, data.predicate_names[predicate], o) for s, o, predicate in graph.relations.tolist()}
+        described = describe(prediction, data.object_names, data.predicate_names, min(len(annotated), MOST_DRAWN))
+        triplets = described["triplets"]
+        scene, drawn = axes[:, column]
+        draw_scene_graph(scene, drawn, described, triplets, _pixels(graph), annotated)
+        right = sum((t["subject"], t["predicate"], t["object"]) in annotated for t in triplets)
+        scene.set_title(graph.image_id, parse_math=False)
+        drawn.set_title(f"{right} of the best {len(triplets)} triplets are annotated (green)")
+    save_figure(figure, path)
+
+
+def _pixels(graph: SceneGraph) -> Image.Image | None:
+    """Return the image of a scene graph, or None if it has none or its file cannot be read."""
+    try:
+        return graph.image() if graph.image else None
+    except (OSError, InputError) as error:
+        print(f"sgalign: drawn without its image: {error}", file=sys.stderr)
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from sgalign import _version, dual_branch_attention
 from sgalign.errors import InputError
 from sgalign.ops import _core, backends
+from sgalign_command import WAITING
 
 EXTRAS = "train", "test"
 REQUIREMENT = re.compile(r"([\w.-]+).*;.*\bextra\s*==\s*['\"]([\w.-]+)['\"]")
@@ -43,6 +45,7 @@ def main() -> int:
         print(f"  CUDA C++ kernels for compute capability {', '.join(f'{int(arch) / 10}' for arch in archs.split())}")
     print(f"  instruction set {core.instruction_set()} (this processor also runs {', '.join(sets[1:]) or 'no other'})")
     print(f"  {_threads(core.openmp)}")
+    print(f"  {waiting()}")
     tried = [
         "cpu",
         *(name for name in backends.ON_GPU if torch.cuda.is_available() and not backends.unavailable(name)),
@@ -103,6 +106,13 @@ def _threads(openmp: bool) -> str:
     if len(runtimes) == 1:
         return f"{count}. The core and torch share one OpenMP runtime, {runtimes[0]}"
     return f"{count}. The core and torch do not share threads: {len(runtimes)} OpenMP runtimes, {', '.join(runtimes)}"
+
+
+def waiting() -> str:
+    """Return a sentence that says how the threads of OpenMP wait for each other in this process."""
+    settings = [f"{name}={os.environ[name]}" for name in WAITING if name in os.environ]
+    how = f"do as {', '.join(settings)} says" if settings else f"spin, because none of {', '.join(WAITING)} is set"
+    return f"threads that wait for each other {how} (docs/training.md, Busy machines)"
 
 
 def openmp_runtimes() -> list[str] | None:

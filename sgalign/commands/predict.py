@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from sgalign.commands.drawing import MOST_TRIPLETS, draw_scene_graph
 from sgalign.data import SceneGraph, collate, collate_detected, load_image, read_detections
 from sgalign.data.images import is_image
 from sgalign.errors import InputError
 from sgalign.files import check_writable, save_figure, write_json
-from sgalign.training import MotifsModule, SGTRModule, load_module
+from sgalign.training import MotifsModule, SGTRModule, describe, load_module
 from sgalign.training.checkpoints import some_of
-from sgalign.training.writers import describe
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-DRAWN = 12  # triplets per picture, because more would be hard to tell apart
 EPILOG = """\
 A model with protocol sgdet finds the objects itself. Any other model needs --detections, a file of boxes and classes.
 docs/data.md describes its format."""
@@ -164,62 +159,9 @@ def predict_image(
 
 def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
     """Draw the image with the boxes of its objects, and beside it the graph of the best triplets."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
-    pixels = load_image(image)
-    triplets = graph["triplets"][:DRAWN]
-    used = sorted({end for triplet in triplets for end in (triplet["subject"], triplet["object"])})
-    colors = {index: colormaps["tab20"](place % 20) for place, index in enumerate(used)}
     figure = Figure(figsize=(14, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.imshow(pixels)
-    for index in used:
-        x1, y1, x2, y2 = graph["objects"][index]["box"]
-        left.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=2, edgecolor=colors[index]))
-        box = {"facecolor": colors[index], "pad": 1}
-        left.text(x1, y1, _name(graph, index), fontsize=8, va="bottom", bbox=box, parse_math=False)
-    left.set_axis_off()
-    _draw_graph(right, graph, triplets, colors)
+    draw_scene_graph(left, right, graph, graph["triplets"][:MOST_TRIPLETS], load_image(image))
     save_figure(figure, out)
-
-
-def _draw_graph(axes: Axes, graph: dict[str, Any], triplets: list[dict[str, Any]], colors: dict[int, Any]) -> None:
-    """Draw the objects on a ring and the relations as arrows.
-
-    Around the ring, the objects are sorted by the direction of their box centers, seen from the mean of all centers.
-    """
-    middles = {i: [sum(graph["objects"][i]["box"][axis::2]) / 2 for axis in (0, 1)] for i in colors}
-    centre = [sum(middle[axis] for middle in middles.values()) / max(len(middles), 1) for axis in (0, 1)]
-    around = sorted(middles, key=lambda i: math.atan2(middles[i][1] - centre[1], middles[i][0] - centre[0]))
-    angles = {index: 2 * math.pi * place / len(around) - math.pi for place, index in enumerate(around)}
-    at = {index: (math.cos(angle), math.sin(angle)) for index, angle in angles.items()}
-    bend = 0.15
-    for triplet in triplets:
-        (x1, y1), (x2, y2) = at[triplet["subject"]], at[triplet["object"]]
-        style = {"arrowstyle": "->", "color": "gray", "shrinkA": 16, "shrinkB": 16}
-        axes.annotate("", (x2, y2), (x1, y1), arrowprops=style | {"connectionstyle": f"arc3,rad={bend}"})
-        # Put the label nearer to the subject, because the labels of two opposite arrows would overlap otherwise.
-        x, y = 0.6 * x1 + 0.4 * x2 - bend / 2 * (y2 - y1), 0.6 * y1 + 0.4 * y2 + bend / 2 * (x2 - x1)
-        label = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-        axes.text(
-            x,
-            y,
-            triplet["predicate"],
-            fontsize=9,
-            ha="center",
-            va="center",
-            color="darkblue",
-            bbox=label,
-            parse_math=False,
-        )
-    for index, (x, y) in at.items():
-        box = {"facecolor": colors[index], "pad": 4}
-        axes.text(x, y, _name(graph, index), ha="center", va="center", bbox=box, parse_math=False)
-    axes.set(xlim=(-1.2, 1.2), ylim=(1.2, -1.2), aspect="equal")
-    axes.set_axis_off()
-
-
-def _name(graph: dict[str, Any], index: int) -> str:
-    return f"{graph['objects'][index]['label']} {index}"

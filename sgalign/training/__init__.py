@@ -13,7 +13,7 @@ from sgalign.training.frequency import FrequencyModule
 from sgalign.training.motifs import MotifsModule
 from sgalign.training.scarce import ScarceData
 from sgalign.training.sgtr import SGTRModule
-from sgalign.training.writers import DetectionWriter, PredictionWriter, TripletWriter
+from sgalign.training.writers import DetectionWriter, PredictionWriter, TripletWriter, describe
 
 __all__ = [
     "AlignMotifsModule",
@@ -33,6 +33,7 @@ __all__ = [
     "SavedModule",
     "SceneGraphData",
     "TripletWriter",
+    "describe",
     "load_module",
     "read_checkpoint",
 ]

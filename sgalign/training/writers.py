@@ -171,11 +171,22 @@ def describe(
     *,
     all_predicates: bool = False,
 ) -> dict[str, Any]:
-    """Return one image's prediction with class names instead of indices, as plain Python values, best triplets first.
+    """Return one image's prediction as plain Python values, with class names instead of indices.
 
-    A triplet's score is the product of the scores of both objects and the predicate. By default, each pair has only its
-    best predicate (the graph constraint). With `all_predicates`, all predicates of a pair compete. SGTR ranks its
-    triplets itself, and several of them may belong to one pair.
+    A triplet's score is the product of the scores of both objects and the predicate. SGTR ranks its triplets itself,
+    and several of them may belong to one pair.
+
+    Args:
+        prediction: one element of the list that a module's `predictions` returns.
+        object_names: names of the object classes. Index 0 is the background.
+        predicate_names: names of the predicates. Index 0 is the background.
+        top_k: maximum number of triplets.
+        all_predicates: if False, each pair has only its best predicate (the graph constraint). If True, all predicates
+            of a pair compete.
+
+    Returns:
+        A dict with `image_id`, `objects` (each with `label`, `box` in pixels, `score`) and `triplets`, best first (each
+        with `subject` and `object`, which are indices of `objects`, `predicate`, `score`).
     """
     best = rank_triplets(prediction, top_k, len(predicate_names) - 1 if all_predicates else 1)
     return {
