@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py sgalign_command.py constraints.txt $(shell find csrc kernels sgalign -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json')
 DATA ?=
 
-.PHONY: demo test test-all reproduce-small lint benchmark doctor clean
+.PHONY: demo test test-all reproduce-small lint docs benchmark doctor clean
 
 # Two epochs show the difference to the baseline. They keep the demo short.
 demo: $(VENV)/train
@@ -34,6 +34,12 @@ lint: $(VENV)/lint
 	cd $(VENV) && bin/lint-imports --no-logo $(CURDIR)/pyproject.toml  # checks the installed package, including kernels/
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')
 
+# With --quiet, mkdocs would not count the warnings that --strict forbids. Its output is shown only if it fails.
+docs: $(VENV)/docs
+	@mkdir -p build
+	@$(BIN)/mkdocs build --strict >build/site.log 2>&1 || { cat build/site.log; exit 1; }
+	@echo "The site is in build/site/index.html"
+
 doctor: $(VENV)/train
 	$(BIN)/sgalign doctor
 
@@ -52,6 +58,11 @@ $(VENV)/train: SGALIGN_CUDA := $(if $(filter auto,$(SGALIGN_CUDA)),$(if $(shell 
 $(VENV)/train: EXTRAS := train
 $(VENV)/test: EXTRAS := train,test
 $(VENV)/lint: EXTRAS := train,test,lint
+
+# The site is built from the sources, so it needs neither the package nor torch.
+$(VENV)/docs: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --group docs
+	touch $@
 
 $(VENV)/bin/pip:
 	@echo '== Making a virtual environment in $(VENV)'
