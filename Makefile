@@ -8,10 +8,10 @@ DATA ?=
 
 .PHONY: demo test test-all reproduce-small lint docs benchmark doctor clean
 
-# Two epochs show the difference to the baseline. They keep the demo short.
+# Two epochs show the difference to the baseline. A second thread would not speed up such small models.
 demo: $(VENV)/train
-	@echo '== Training Motifs and Align-Motifs, which takes one or two minutes on 2 free cores'
-	$(BIN)/sgalign compare $(if $(DATA),--data $(DATA),--epochs 2)
+	@echo '== Training Motifs and Align-Motifs, which takes one or two minutes'
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/sgalign compare $(if $(DATA),--data $(DATA),--epochs 2)
 
 # Two processes with one thread each. With more threads, the threads of the two processes would wait for each other.
 test: $(VENV)/test

@@ -7,23 +7,24 @@ loaded.
 import os
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # each decides how OpenMP's threads wait
+SPINS = "10000"  # turns of the loop in which a thread waits before it sleeps (docs/training.md has the measurements)
 
 
-def wait_passively() -> bool:
-    """Set OpenMP's threads to sleep while they wait, and return True unless the user has already chosen how they wait.
+def shorten_spinning() -> bool:
+    """Let OpenMP's threads sleep soon while they wait. Return False if the user has chosen how they wait.
 
-    By default, OpenMP's threads spin while they wait for each other. If other programs use the same cores, each thread
-    then often holds a core that the thread it waits for needs.
+    By default, GNU's OpenMP lets threads spin for milliseconds while they wait for each other. If other programs use
+    the same cores, a spinning thread often holds the core that the thread it waits for needs.
     """
     if any(name in os.environ for name in WAITING):
         return False
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["GOMP_SPINCOUNT"] = SPINS
     return True
 
 
 def main() -> int:
     """Run the command line and return its exit code."""
-    wait_passively()
+    shorten_spinning()
     from sgalign.commands.main import main
 
     return main()

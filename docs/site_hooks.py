@@ -28,13 +28,10 @@ MARKUP = re.compile(
     ^[ ]*(?P<fence>`{3,}|~{3,})[^\n]*\n.*?^[ ]*(?P=fence)
     | <!--.*?-->
     | (?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\n).)+?(?<!`)(?P=ticks)(?!`)
-    | (?P<tag><(?:a|img|source)\b[^>]*>)
     | (?P<link>!?\[(?P<text>(?:[^][]|\[[^][]*\])*)\]\((?P<target>[^)\s]+)(?P<title>[^)]*)\))
     """,
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 )
-ATTRIBUTE = re.compile(r'\b(?P<name>href|src|srcset)="(?P<value>[^"]*)"')
-
 log = logging.getLogger("mkdocs.hooks.sgalign")  # in strict mode, mkdocs counts the warnings of its loggers
 
 
@@ -79,11 +76,10 @@ def source(uri: str) -> str:
 
 
 def rewrite(text: str, path: str, root: Path = ROOT) -> Rewritten:
-    """Return a page for the site, in which each link leads to the place of its file.
+    """Return a page for the site, in which each link of the Markdown leads to the place of its file.
 
-    Links in the text and in the HTML tags a, img and source are rewritten. Links in fenced and inline code are left
-    alone, and so are URLs. A link to a folder outside docs/ becomes plain text. A link to a folder inside docs/ leads
-    to the folder's README.md.
+    Links in fenced and inline code are left alone, and so are URLs. A link to a folder outside docs/ becomes plain
+    text. A link to a folder inside docs/ leads to the folder's README.md.
 
     Args:
         text: the Markdown of the page.
@@ -93,7 +89,7 @@ def rewrite(text: str, path: str, root: Path = ROOT) -> Rewritten:
     files: list[str] = []
     missing: list[str] = []
 
-    def lead(link: str, in_html: bool) -> str | None:
+    def lead(link: str) -> str | None:
         """Return the link as the site needs it, or None for a folder outside docs/."""
         if not link or re.match(r"[a-zA-Z][\w+.-]*:|[/#]", link):
             return link
@@ -107,27 +103,13 @@ def rewrite(text: str, path: str, root: Path = ROOT) -> Rewritten:
             missing.append(link)
             return link
         files.append(file)
-        found = posixpath.relpath(place(file), posixpath.dirname(place(path)) or ".")
-        if in_html and found.endswith(".md"):  # mkdocs does this for links in Markdown
-            found = re.sub(r"(README|index)\.md$", "index.md", found).removesuffix(".md") + ".html"
-        return found + mark + anchor
-
-    def attribute(match: re.Match[str]) -> str:
-        """Return an attribute of a tag. A srcset has several links, and a size may follow each."""
-        name, value = match["name"], match["value"]
-        if name != "srcset":
-            link = lead(value, in_html=True)
-            return f'{name}="{link}"' if link is not None else ""
-        entries = [entry.split(maxsplit=1) for entry in value.split(",")]
-        return f'{name}="{", ".join(" ".join([lead(link, True) or link, *size]) for link, *size in entries)}"'
+        return posixpath.relpath(place(file), posixpath.dirname(place(path)) or ".") + mark + anchor
 
     def replace(match: re.Match[str]) -> str:
-        if match["tag"]:
-            return ATTRIBUTE.sub(attribute, match["tag"])
         if not match["link"]:
             return match[0]
         inner = MARKUP.sub(replace, match["text"])  # may contain a picture
-        link = lead(match["target"], in_html=False)
+        link = lead(match["target"])
         if link is None:
             return inner
         return f"{'!' if match[0].startswith('!') else ''}[{inner}]({link}{match['title']})"

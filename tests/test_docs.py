@@ -1,9 +1,15 @@
 """Checks that README and docs are right: marked Python blocks run, and links, commands and extras exist."""
 
 import ast
+import json
+import os
 import re
+import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 from target import ROOT
@@ -12,11 +18,15 @@ from sgalign.commands import doctor
 from sgalign.commands import main as cli
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARK = "<!-- run as a test -->\n"
+WALKTHROUGHS = [page for page in PAGES if f"{MARK}```sh" in page.read_text()]
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES
-    for number, block in enumerate(re.findall(r"<!-- run as a test -->\n```python\n(.*?)```", page.read_text(), re.S))
+    if page not in WALKTHROUGHS
+    for number, block in enumerate(re.findall(MARK + r"```python\n(.*?)```", page.read_text(), re.S))
 ]
+START = "import sys; from sgalign_command import main; sys.exit(main())"
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -29,8 +39,44 @@ def test_marked_blocks_run(block):
         pytest.skip(f"needs {error.name}")
 
 
+@pytest.mark.parametrize("page", WALKTHROUGHS, ids=lambda page: page.name)
+def test_walkthroughs_run(page, tmp_path):
+    """A page with marked shell blocks is a walkthrough. All its marked blocks run one after the other in one folder."""
+    if missing := doctor.missing("train"):
+        pytest.skip(missing[0])
+    command = tmp_path / "bin" / "sgalign"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore -c "{START}" "$@"\n')
+    command.chmod(0o755)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    environment = os.environ | {"PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for language, block in re.findall(MARK + r"```(sh|python)\n(.*?)```", page.read_text(), re.S):
+        shell = ["bash", "-euo", "pipefail", "-c"] if language == "sh" else [sys.executable, "-c"]
+        result = subprocess.run([*shell, block], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, f"{block}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+        for name in re.findall(r"--(?:out|json|csv) (\S+)", block):
+            assert (tmp_path / name).stat().st_size > 0, name
+
+
 def test_marked_blocks_are_found():
-    assert len(BLOCKS) >= 3
+    assert len(BLOCKS) >= 10 and len(WALKTHROUGHS) >= 3
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_pictures_of_the_readme_are_drawn(tmp_path):
+    """The script draws each picture, and the bars of the chart have the numbers of the committed report."""
+    pytest.importorskip("matplotlib")
+    script = runpy.run_path(str(ROOT / "docs" / "pictures" / "draw.py"))
+    script["main"](tmp_path)
+    linked = re.findall(r"\]\((docs/pictures/[^)]+)\)", (ROOT / "README.md").read_text())
+    assert {path.name for path in tmp_path.iterdir()} == {Path(link).name for link in linked}
+    rows = json.loads(script["REPORT"].read_text())["attention bfloat16"]["rows"]
+    times = rows["8, 8, 180, 1024, 32, bfloat16, forward and backward"]["contenders"]
+    texts = [text.get_text() for text in script["speed"]().axes[0].texts]
+    assert f"{times['sdpa twice']['graph'] / times['triton dual']['graph']:.1f}" in texts
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

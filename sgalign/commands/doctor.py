@@ -110,9 +110,9 @@ def _threads(openmp: bool) -> str:
 
 def waiting() -> str:
     """Return a sentence that says how the threads of OpenMP wait for each other in this process."""
-    settings = [f"{name}={os.environ[name]}" for name in WAITING if name in os.environ]
-    how = f"do as {', '.join(settings)} says" if settings else f"spin, because none of {', '.join(WAITING)} is set"
-    return f"threads that wait for each other {how} (docs/training.md, Busy machines)"
+    if settings := [f"{name}={os.environ[name]}" for name in WAITING if name in os.environ]:
+        return f"threads wait for each other as {', '.join(settings)} says (docs/training.md, Busy machines)"
+    return f"threads spin for milliseconds while they wait, because none of {', '.join(WAITING)} is set"
 
 
 def openmp_runtimes() -> list[str] | None:

@@ -1,0 +1,55 @@
+"""Checks of the start of the command line: how OpenMP's threads wait for each other."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from target import ROOT
+
+import sgalign_command
+
+SCRIPT = "import sys; from sgalign_command import main; sys.exit(main())"  # what the installed command does
+
+
+def run(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run Python without the settings of this process, but with the given ones."""
+    environment = {name: value for name, value in os.environ.items() if name not in sgalign_command.WAITING}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE"} | variables
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("start", "given", "expected"),
+    [
+        (["-c", SCRIPT], {}, sgalign_command.SPINS),
+        (["-m", "sgalign"], {}, sgalign_command.SPINS),
+        (["-c", SCRIPT], {"GOMP_SPINCOUNT": "7"}, "7"),
+        (["-m", "sgalign"], {"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"),
+    ],
+)
+def test_threads_of_the_command_line_soon_sleep_unless_the_user_decides(start, given, expected):
+    counts = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", run([*start, "--version"], **given).stderr)
+    if not counts:
+        pytest.skip("torch does not use GNU's OpenMP here")
+    assert counts[-1] == expected  # `python -m` loads torch twice
+
+
+def test_importing_the_package_changes_nothing():
+    result = run(["-c", "import os; before = dict(os.environ); import sgalign; assert os.environ == before"])
+    assert result.returncode == 0
+
+
+def test_the_entry_point_loads_no_torch():
+    run(["-c", "import sys; import sgalign_command; assert 'torch' not in sys.modules"])
+
+
+def test_doctor_says_how_threads_wait(monkeypatch):
+    from sgalign.commands import doctor
+
+    for name in sgalign_command.WAITING:
+        monkeypatch.delenv(name, raising=False)
+    assert "spin for milliseconds" in doctor.waiting()
+    monkeypatch.setenv("KMP_BLOCKTIME", "0")
+    assert "KMP_BLOCKTIME=0" in doctor.waiting()
