@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import MethodType
 
 import pytest
@@ -558,7 +559,7 @@ def test_motifs_beats_the_frequency_baseline_on_vrd(vrd_root):
 # ---- command line
 
 
-def test_compare_prints_its_table_and_writes_results_checkpoints_and_a_figure(tmp_path, capfd, monkeypatch):
+def test_compare_prints_its_table_and_writes_results_checkpoints_and_pictures(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "COST_STEPS", 2)
     monkeypatch.setattr("sgalign.data.scenes.SIZES", {"train": 48, "validation": 16, "test": 16})
@@ -566,11 +567,51 @@ def test_compare_prints_its_table_and_writes_results_checkpoints_and_a_figure(tm
     printed = capfd.readouterr().out
     for name in ("Frequency", "Motifs", "Align-Motifs"):
         assert f"\n{name} " in printed
-    for path in ("comparison.png", "results.json", "Motifs/last.ckpt", "Align-Motifs/last.ckpt", "Motifs/metrics.csv"):
+    written = ("comparison.png", "predictions.png", "results.json", "Motifs/metrics.csv")
+    for path in (*written, "Motifs/last.ckpt", "Align-Motifs/last.ckpt"):
         assert (tmp_path / "out" / path).stat().st_size > 100
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(results["validation"]["Motifs"]) == 2 and 0 < results["test"]["Motifs"]["R@50"] < 1
     assert "times as long" in printed and results["step_seconds"]["Motifs"] > 0
+
+
+def test_predicted_graphs_are_drawn_even_if_an_image_is_missing(tmp_path, capsys, monkeypatch):
+    """The first scene has no image file, and its predictions are right. Those of the second scene are wrong."""
+
+    class Predictor:
+        device = torch.device("cpu")
+
+        def eval(self):
+            return self
+
+        def transfer_batch_to_device(self, batch, device, index):
+            return batch
+
+        def predictions(self, batch):
+            graph = scenes[len(figures)]
+            figures.append(graph)
+            right = torch.nn.functional.one_hot(graph.relations[:, 2], len(data.predicate_names)).double()
+            shared = {"image_id": graph.image_id, "boxes": graph.boxes, "labels": graph.labels}
+            scores = right if graph is scenes[0] else right.roll(1, 1).clamp(min=0.01)
+            return [
+                shared
+                | {"scores": torch.ones(len(graph.labels)), "pairs": graph.relations[:, :2], "predicate_scores": scores}
+            ]
+
+    def no_file():
+        raise FileNotFoundError("no such image")
+
+    monkeypatch.setattr("sgalign.data.scenes.SIZES", {"train": 16, "validation": 4, "test": 3})
+    monkeypatch.setattr(compare, "save_figure", lambda figure, path: figures.append(figure))
+    data, figures = SceneGraphData(), []
+    scenes = [replace(graph, image=no_file) if place == 0 else graph for place, graph in enumerate(data.test)]
+    monkeypatch.setattr(data, "test", scenes)
+    compare.draw_predictions(tmp_path / "predictions.png", data, Predictor())
+    assert capsys.readouterr().err.count("drawn without its image: no such image") == 1
+    titles = [axes.get_title() for axes in figures[-1].axes[3:]]
+    shown = [min(len(graph.relations), compare.MOST_DRAWN) for graph in scenes]
+    assert titles[0] == f"{shown[0]} of the best {shown[0]} triplets are annotated (green)"
+    assert titles[1] == f"0 of the best {shown[1]} triplets are annotated (green)"
 
 
 def test_compare_needs_a_new_or_empty_folder(tmp_path, capfd, monkeypatch):

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         f"PredCls recall on the test split of {data.name}, in percent. "
         f"Motifs and Align-Motifs were each trained once, with seed {options.seed}."
     )
-    print("Differences below one point are within the spread between seeds (docs/training.md).")
+    print("One run does not show whether alignment helps. docs/results/README.md has runs with several seeds.")
     print(
         f"A training step takes {1e3 * seconds[0]:.1f} ms without the mirror and {1e3 * seconds[1]:.1f} ms with it, ",
         end="",
