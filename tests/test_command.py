@@ -17,7 +17,8 @@ def run(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[s
     """Run Python without the settings of this process, but with the given ones."""
     environment = {name: value for name, value in os.environ.items() if name not in sgalign_command.WAITING}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE"} | variables
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
