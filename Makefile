@@ -1,5 +1,4 @@
-# `make demo` and `make test` need only Python 3.10 to 3.13 and a C++ compiler. README.md has the pip commands that do
-# the same.
+# `make demo` and `make test` need only Python 3.10 to 3.13 and a C++ compiler.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +9,7 @@ DATA ?=
 
 # Two epochs show the difference to the baseline. A second thread would not speed up such small models.
 demo: $(VENV)/train
-	@echo '== Training Motifs and Align-Motifs, which takes one or two minutes'
+	@echo '== Training Motifs and Align-Motifs$(if $(DATA),, for one or two minutes)'
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/sgalign compare $(if $(DATA),--data $(DATA),--epochs 2)
 
 # Two processes with one thread each. With more threads, the threads of the two processes would wait for each other.
@@ -44,17 +43,15 @@ doctor: $(VENV)/train
 	$(BIN)/sgalign doctor
 
 # Each of these stamp files stands for one set of extras. After a source has changed, `make` installs the package again.
+comma := ,
 $(VENV)/train $(VENV)/test $(VENV)/lint: $(SOURCES) | $(VENV)/bin/pip
 	rm -rf build/lib*  # otherwise this folder would keep modules that have moved
-	@echo '== Installing sgalign with the packages of [$(EXTRAS)] in $(VENV). The first time, this downloads about 3 GB'
-	@echo '== and then compiles and unpacks for some minutes. SGALIGN_CUDA=$(SGALIGN_CUDA): $(CUDA_KERNELS)'
+	@echo '== Installing sgalign with the packages of [$(EXTRAS)] in $(VENV). The first time, pip downloads about 3 GB,'
+	@echo '== and then compiles and unpacks for some minutes.$(if $(filter 0,$(SGALIGN_CUDA)), It leaves out the CUDA kernels.)'
 	$(BIN)/pip install --constraint constraints.txt '.[$(EXTRAS)]'
 	cd $(VENV) && touch $(subst $(comma), ,$(EXTRAS))
-comma := ,
-CUDA_KERNELS = $(if $(filter 0,$(SGALIGN_CUDA)),no CUDA kernels,CUDA kernels if nvcc is found)
-export SGALIGN_CUDA ?= auto
-# Training and the command line can use the CUDA kernels only on a GPU. They take several minutes to compile.
-$(VENV)/train: SGALIGN_CUDA := $(if $(filter auto,$(SGALIGN_CUDA)),$(if $(shell nvidia-smi -L 2>/dev/null),auto,0),$(SGALIGN_CUDA))
+# Training can use the CUDA kernels only on a GPU. They take several minutes to compile.
+$(VENV)/train: export SGALIGN_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
 $(VENV)/train: EXTRAS := train
 $(VENV)/test: EXTRAS := train,test
 $(VENV)/lint: EXTRAS := train,test,lint

@@ -6,17 +6,17 @@ loaded.
 
 import os
 
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # each decides how OpenMP's threads wait
+WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # each decides how the threads of GNU's OpenMP wait
 SPINS = "10000"  # turns of the loop in which a thread waits before it sleeps (docs/training.md has the measurements)
 
 
 def shorten_spinning() -> bool:
-    """Let OpenMP's threads sleep soon while they wait. Return False if the user has chosen how they wait.
+    """Let OpenMP's threads sleep sooner while they wait. Return False if the user has chosen how they wait.
 
-    By default, GNU's OpenMP lets threads spin for milliseconds while they wait for each other. If other programs use
-    the same cores, a spinning thread often holds the core that the thread it waits for needs.
+    By default, the threads of GNU's OpenMP spin for milliseconds while they wait for each other. If other programs use
+    the same cores, a spinning thread may occupy the core that the other thread needs.
     """
-    if any(name in os.environ for name in WAITING):
+    if any(name in os.environ for name in WAIT_SETTINGS):
         return False
     os.environ["GOMP_SPINCOUNT"] = SPINS
     return True
@@ -25,6 +25,6 @@ def shorten_spinning() -> bool:
 def main() -> int:
     """Run the command line and return its exit code."""
     shorten_spinning()
-    from sgalign.commands.main import main
+    from sgalign.commands import main as command_line
 
-    return main()
+    return command_line.main()

@@ -886,14 +886,14 @@ BREAKS = {
     ),
     "the user's choice of waiting": Break(
         "sgalign_command.py",
-        "if any(name in os.environ for name in WAITING):",
+        "if any(name in os.environ for name in WAIT_SETTINGS):",
         "if False:",
         "tests/test_command.py -k sleep",
     ),
     "green arrows of annotated triplets": Break(
-        "sgalign/commands/compare.py",
-        '(t["subject"], t["predicate"], t["object"]) in annotated',
-        't["predicate"] in data.predicate_names',
+        "sgalign/training/drawing.py",
+        '"tab:green" if (subject, predicate, object_) in annotated else "gray"',
+        '"tab:green" if annotated else "gray"',
         "tests/test_training.py -k predicted_graphs",
     ),
     "links to files outside docs/": Break(

@@ -14,6 +14,7 @@ pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
+from matplotlib.colors import to_rgba  # noqa: E402
 from trainers import CONFIGS, trainer  # noqa: E402
 from trainers import SMALL_MOTIFS as SMALL  # noqa: E402
 
@@ -576,7 +577,7 @@ def test_compare_prints_its_table_and_writes_results_checkpoints_and_pictures(tm
 
 
 def test_predicted_graphs_are_drawn_even_if_an_image_is_missing(tmp_path, capsys, monkeypatch):
-    """The first scene has no image file, and its predictions are right. Those of the second scene are wrong."""
+    """The first scene has no image file, and its predictions are right. Those of the other scenes are wrong."""
 
     class Predictor:
         device = torch.device("cpu")
@@ -588,30 +589,31 @@ def test_predicted_graphs_are_drawn_even_if_an_image_is_missing(tmp_path, capsys
             return batch
 
         def predictions(self, batch):
-            graph = scenes[len(figures)]
-            figures.append(graph)
-            right = torch.nn.functional.one_hot(graph.relations[:, 2], len(data.predicate_names)).double()
-            shared = {"image_id": graph.image_id, "boxes": graph.boxes, "labels": graph.labels}
-            scores = right if graph is scenes[0] else right.roll(1, 1).clamp(min=0.01)
-            return [
-                shared
-                | {"scores": torch.ones(len(graph.labels)), "pairs": graph.relations[:, :2], "predicate_scores": scores}
-            ]
+            graph = next(graph for graph in scenes if graph.image_id == batch.image_ids[0])
+            scores = torch.nn.functional.one_hot(graph.relations[:, 2], len(data.predicate_names)).double()
+            if graph is not scenes[0]:
+                scores = scores.roll(1, 1).clamp(min=0.01)
+            found = {"image_id": graph.image_id, "boxes": graph.boxes, "labels": graph.labels}
+            found |= {"scores": torch.ones(len(graph.labels)), "pairs": graph.relations[:, :2]}
+            return [found | {"predicate_scores": scores}]
 
     def no_file():
         raise FileNotFoundError("no such image")
 
     monkeypatch.setattr("sgalign.data.scenes.SIZES", {"train": 16, "validation": 4, "test": 3})
+    figures = []
     monkeypatch.setattr(compare, "save_figure", lambda figure, path: figures.append(figure))
-    data, figures = SceneGraphData(), []
+    data = SceneGraphData()
     scenes = [replace(graph, image=no_file) if place == 0 else graph for place, graph in enumerate(data.test)]
     monkeypatch.setattr(data, "test", scenes)
     compare.draw_predictions(tmp_path / "predictions.png", data, Predictor())
-    assert capsys.readouterr().err.count("drawn without its image: no such image") == 1
-    titles = [axes.get_title() for axes in figures[-1].axes[3:]]
-    shown = [min(len(graph.relations), compare.MOST_DRAWN) for graph in scenes]
-    assert titles[0] == f"{shown[0]} of the best {shown[0]} triplets are annotated (green)"
-    assert titles[1] == f"0 of the best {shown[1]} triplets are annotated (green)"
+    assert capsys.readouterr().err.count("only its boxes are drawn: no such image") == 1
+    shown = [min(len(graph.relations), compare.MOST_TRIPLETS) for graph in scenes]
+    for axes, count, right in zip(figures[0].axes[3:], shown, (shown[0], 0, 0), strict=True):
+        assert axes.get_title() == f"{right} of the best {count} triplets are annotated (green)"
+        arrows = [text.arrow_patch for text in axes.texts if getattr(text, "arrow_patch", None)]
+        green = [arrow for arrow in arrows if arrow.get_edgecolor() == to_rgba("tab:green")]
+        assert (len(arrows), len(green)) == (count, right)
 
 
 def test_compare_needs_a_new_or_empty_folder(tmp_path, capfd, monkeypatch):

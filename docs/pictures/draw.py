@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from sgalign.commands.drawing import draw_scene_graph
 from sgalign.data import ScenesDataset
 from sgalign.files import save_figure
+from sgalign.training import describe_annotations, draw_scene_graph
 
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "benchmarks" / "results" / "nvidia-h200" / "report.json"
 SCENE = 25  # a generated scene with few objects and several kinds of relation
-SHAPES = {
-    "8, 8, 180, 100, 32": "180 queries,\n100 keys",
-    "8, 8, 180, 475, 32": "180 queries,\n475 keys",
-    "8, 8, 180, 1024, 32": "180 queries,\n1024 keys",
-    "1, 8, 180, 16384, 32": "180 queries,\n16384 keys",
-    "1, 8, 16384, 16384, 64": "16384 queries,\n16384 keys",
-    "1, 8, 4096, 4096, 128": "4096 queries, 4096\nkeys, 128 channels",
-}
+SHAPES = (
+    "8, 8, 180, 100, 32",
+    "8, 8, 180, 475, 32",
+    "8, 8, 180, 608, 32",
+    "8, 8, 180, 1024, 32",
+    "1, 8, 180, 16384, 32",
+    "1, 8, 16384, 16384, 64",
+    "1, 8, 4096, 4096, 128",
+)
 CONTENDERS = {
     "triton dual": ("sgalign", "tab:orange"),
     "flex": ("FlexAttention, mask from a hash", "tab:blue"),
     "sdpa twice": ("SDPA twice, dense mask", "tab:gray"),
-    "eager": ("plain PyTorch", "lightgray"),
+    "sdpa concatenated": ("SDPA once on both queries, dense mask", "lightgray"),
 }
 SHARED, SUPERVISED, MIRRORED, LOSS = "#dbe9f6", "#e3f1de", "#fde5cf", "#f3e3f3"
 
@@ -40,18 +40,10 @@ def scene_graph() -> Figure:
     """Return a picture of a generated scene beside its annotated scene graph."""
     scenes = ScenesDataset("test")
     scene = scenes[SCENE]
-    objects = [
-        {"label": scenes.object_names[label], "box": box}
-        for label, box in zip(scene.labels.tolist(), scene.boxes.tolist())
-    ]
-    triplets = [
-        {"subject": subject, "predicate": scenes.predicate_names[predicate], "object": object_}
-        for subject, object_, predicate in scene.relations.tolist()
-    ]
     assert scene.image is not None
     figure = Figure(figsize=(12, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw_scene_graph(left, right, {"objects": objects}, triplets, scene.image())
+    graph = describe_annotations(scene, scenes.object_names, scenes.predicate_names)
+    draw_scene_graph(*figure.subplots(1, 2), graph, scene.image())
     return figure
 
 
@@ -62,11 +54,19 @@ def branches() -> Figure:
     axes.set(xlim=(0, 120), ylim=(0, 42))
     axes.set_axis_off()
     axes.add_patch(FancyBboxPatch((41, 4.5), 43, 33, "round,pad=1", facecolor="none", edgecolor="gray", linestyle="--"))
-    axes.text(62.5, 39.5, "one pass of fused kernels", ha="center", va="center", color="dimgray", style="italic")
+    axes.text(
+        62.5,
+        39.5,
+        "attention or relation head of both branches in one pass",
+        ha="center",
+        va="center",
+        color="dimgray",
+        style="italic",
+    )
     _box(axes, 2, 16, 14, 10, "image", "white")
     _box(axes, 21, 16, 15, 10, "detector and\nshared layers", SHARED)
-    _box(axes, 43, 24, 39, 11, "supervised branch\nattention to all objects", SUPERVISED)
-    _box(axes, 43, 7, 39, 11, "mirrored branch, same weights\neach entry dropped with p = 0.1", MIRRORED)
+    _box(axes, 43, 24, 39, 11, "supervised branch:\nrelation layers", SUPERVISED)
+    _box(axes, 43, 7, 39, 11, "mirrored branch: the same weights,\ninput masked with p = 0.1", MIRRORED)
     _box(axes, 89, 24, 12, 11, "predicates", SUPERVISED)
     _box(axes, 89, 7, 12, 11, "predicates", MIRRORED)
     _box(axes, 106.5, 24, 12, 11, "loss on the\nlabels", LOSS)
@@ -90,24 +90,22 @@ def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str,
 def speed() -> Figure:
     """Return a chart of the times of attention for both branches in the report of the NVIDIA H200."""
     rows: dict[str, Any] = json.loads(REPORT.read_text())["attention bfloat16"]["rows"]
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(CONTENDERS)
     for place, (contender, (label, color)) in enumerate(CONTENDERS.items()):
-        at, ratios = [], []
-        for group, shape in enumerate(SHAPES):
-            times = rows[f"{shape}, bfloat16, forward and backward"]["contenders"]
-            if contender not in times:
-                continue  # not measured at this shape
-            at.append(group + (place - (len(CONTENDERS) - 1) / 2) * width)
-            ratios.append(times[contender]["graph"] / times["triton dual"]["graph"])
+        times = [rows[f"{shape}, bfloat16, forward and backward"]["contenders"] for shape in SHAPES]
+        ratios = [
+            time[contender]["graph"] / time["triton dual"]["graph"] if contender in time else 0.0 for time in times
+        ]
+        at = [group + (place - (len(CONTENDERS) - 1) / 2) * width for group in range(len(SHAPES))]
         bars = axes.bar(at, ratios, width, label=label, color=color)
-        axes.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], fontsize=9)
-    axes.set_xticks(range(len(SHAPES)), SHAPES.values())
-    axes.set(ylabel="time, in multiples of sgalign's")
+        axes.bar_label(bars, [f"{ratio:.1f}" if ratio else "not\nmeasured" for ratio in ratios], fontsize=8)
+    axes.set_xticks(range(len(SHAPES)), SHAPES)
+    axes.set(ylabel="time, in multiples of sgalign's", xlabel="B, H, Lq, Lk, D. The first four are SGTR's shapes.")
     axes.set_title("Attention of both branches, forward and backward, bfloat16, NVIDIA H200, CUDA graph")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")
     return figure
 
 
@@ -119,4 +117,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    main(Path(__file__).parent)

@@ -18,7 +18,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from sgalign.commands.drawing import draw_scene_graph
 from sgalign.commands.reading_options import add_reading_options, reading_options
 from sgalign.data import GraphBatch, SceneGraph, collate, count_predicates
 from sgalign.errors import InputError
@@ -30,7 +29,10 @@ from sgalign.training import (
     RelationModule,
     SceneGraphData,
     describe,
+    describe_annotations,
+    draw_scene_graph,
 )
+from sgalign.training.drawing import MOST_TRIPLETS, count_annotated
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 METRICS = ("R@20", "R@50", "R@100", "mR@20", "mR@50", "mR@100")
 COST_STEPS = 40  # timed training steps of each module
 DRAWN_IMAGES = 3
-MOST_DRAWN = 10  # triplets of an image
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -209,33 +210,32 @@ def draw(
 def draw_predictions(path: Path, data: SceneGraphData, module: MotifsModule) -> None:
     """Draw the first test images that have relations, each with its predicted graph below.
 
-    A graph has as many triplets as the image has annotated relations, but at most `MOST_DRAWN`. Arrows of annotated
+    A graph has as many triplets as the image has annotated relations, but at most `MOST_TRIPLETS`. Arrows of annotated
     triplets are green.
     """
     from matplotlib.figure import Figure
 
+    names = data.object_names, data.predicate_names
     related = (graph for graph in data.test if len(graph.relations))
     graphs = list(itertools.islice(related, DRAWN_IMAGES))
     figure = Figure(figsize=(6 * len(graphs), 11), layout="constrained")
     axes = figure.subplots(2, len(graphs), squeeze=False)
-    for column, graph in enumerate(graphs):
+    for (above, below), graph in zip(axes.T, graphs, strict=True):
         batch = collate([graph], len(data.predicate_names) - 1)
         (prediction,) = module.eval().predictions(module.transfer_batch_to_device(batch, module.device, 0))
-        annotated = {(s, data.predicate_names[predicate], o) for s, o, predicate in graph.relations.tolist()}
-        described = describe(prediction, data.object_names, data.predicate_names, min(len(annotated), MOST_DRAWN))
-        triplets = described["triplets"]
-        scene, drawn = axes[:, column]
-        draw_scene_graph(scene, drawn, described, triplets, _pixels(graph), annotated)
-        right = sum((t["subject"], t["predicate"], t["object"]) in annotated for t in triplets)
-        scene.set_title(graph.image_id, parse_math=False)
-        drawn.set_title(f"{right} of the best {len(triplets)} triplets are annotated (green)")
+        described = describe(prediction, *names, min(len(graph.relations), MOST_TRIPLETS))
+        annotated = describe_annotations(graph, *names)
+        draw_scene_graph(above, below, described, _image(graph), annotated)
+        right, shown = count_annotated(described, annotated), len(described["triplets"])
+        above.set_title(graph.image_id, parse_math=False)
+        below.set_title(f"{right} of the best {shown} triplets are annotated (green)")
     save_figure(figure, path)
 
 
-def _pixels(graph: SceneGraph) -> Image.Image | None:
+def _image(graph: SceneGraph) -> Image.Image | None:
     """Return the image of a scene graph, or None if it has none or its file cannot be read."""
     try:
         return graph.image() if graph.image else None
     except (OSError, InputError) as error:
-        print(f"sgalign: drawn without its image: {error}", file=sys.stderr)
+        print(f"sgalign: cannot read an image, so only its boxes are drawn: {error}", file=sys.stderr)
         return None

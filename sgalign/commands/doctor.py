@@ -13,7 +13,7 @@ import torch
 from sgalign import _version, dual_branch_attention
 from sgalign.errors import InputError
 from sgalign.ops import _core, backends
-from sgalign_command import WAITING
+from sgalign_command import WAIT_SETTINGS
 
 EXTRAS = "train", "test"
 REQUIREMENT = re.compile(r"([\w.-]+).*;.*\bextra\s*==\s*['\"]([\w.-]+)['\"]")
@@ -45,7 +45,8 @@ def main() -> int:
         print(f"  CUDA C++ kernels for compute capability {', '.join(f'{int(arch) / 10}' for arch in archs.split())}")
     print(f"  instruction set {core.instruction_set()} (this processor also runs {', '.join(sets[1:]) or 'no other'})")
     print(f"  {_threads(core.openmp)}")
-    print(f"  {waiting()}")
+    if any("libgomp" in runtime for runtime in openmp_runtimes() or []):
+        print(f"  {waiting()}")
     tried = [
         "cpu",
         *(name for name in backends.ON_GPU if torch.cuda.is_available() and not backends.unavailable(name)),
@@ -109,10 +110,10 @@ def _threads(openmp: bool) -> str:
 
 
 def waiting() -> str:
-    """Return a sentence that says how the threads of OpenMP wait for each other in this process."""
-    if settings := [f"{name}={os.environ[name]}" for name in WAITING if name in os.environ]:
+    """Return a sentence that says how the threads of GNU's OpenMP wait for each other in this process."""
+    if settings := [f"{name}={os.environ[name]}" for name in WAIT_SETTINGS if name in os.environ]:
         return f"threads wait for each other as {', '.join(settings)} says (docs/training.md, Busy machines)"
-    return f"threads spin for milliseconds while they wait, because none of {', '.join(WAITING)} is set"
+    return f"threads spin for milliseconds while they wait, because neither {' nor '.join(WAIT_SETTINGS)} is set"
 
 
 def openmp_runtimes() -> list[str] | None:

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from sgalign.commands.drawing import MOST_TRIPLETS, draw_scene_graph
 from sgalign.data import SceneGraph, collate, collate_detected, load_image, read_detections
 from sgalign.data.images import is_image
 from sgalign.errors import InputError
 from sgalign.files import check_writable, save_figure, write_json
-from sgalign.training import MotifsModule, SGTRModule, describe, load_module
+from sgalign.training import MotifsModule, SGTRModule, describe, draw_scene_graph, load_module
 from sgalign.training.checkpoints import some_of
 
 EPILOG = """\
@@ -163,5 +162,5 @@ def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
 
     figure = Figure(figsize=(14, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
-    draw_scene_graph(left, right, graph, graph["triplets"][:MOST_TRIPLETS], load_image(image))
+    draw_scene_graph(left, right, graph, load_image(image))
     save_figure(figure, out)

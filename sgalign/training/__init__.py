@@ -8,12 +8,19 @@ from sgalign.training.controls import AveragedTeacherModule, GrowingMaskModule, 
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.detector import DetectorModule
 from sgalign.training.detr import EntityDetectorModule
+from sgalign.training.drawing import draw_scene_graph
 from sgalign.training.evaluation import RelationModule
 from sgalign.training.frequency import FrequencyModule
 from sgalign.training.motifs import MotifsModule
 from sgalign.training.scarce import ScarceData
 from sgalign.training.sgtr import SGTRModule
-from sgalign.training.writers import DetectionWriter, PredictionWriter, TripletWriter, describe
+from sgalign.training.writers import (
+    DetectionWriter,
+    PredictionWriter,
+    TripletWriter,
+    describe,
+    describe_annotations,
+)
 
 __all__ = [
     "AlignMotifsModule",
@@ -34,6 +41,8 @@ __all__ = [
     "SceneGraphData",
     "TripletWriter",
     "describe",
+    "describe_annotations",
+    "draw_scene_graph",
     "load_module",
     "read_checkpoint",
 ]

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from sgalign.data import SceneGraph
 from sgalign.data.predictions import PredictionFile
 from sgalign.errors import InputError
 from sgalign.files import check_writable, write_json, written_whole
@@ -185,8 +186,8 @@ def describe(
             of a pair compete.
 
     Returns:
-        A dict with `image_id`, `objects` (each with `label`, `box` in pixels, `score`) and `triplets`, best first (each
-        with `subject` and `object`, which are indices of `objects`, `predicate`, `score`).
+        A dict with `image_id`, `objects` and `triplets`, best first. An object has `label`, `box` (x1, y1, x2, y2 in
+        pixels) and `score`. A triplet has `subject` and `object` (indices into `objects`), `predicate` and `score`.
     """
     best = rank_triplets(prediction, top_k, len(predicate_names) - 1 if all_predicates else 1)
     return {
@@ -205,5 +206,26 @@ def describe(
                 "score": round(score, 6),
             }
             for (subject, object_), predicate, score in zip(*(field.tolist() for field in best), strict=True)
+        ],
+    }
+
+
+def describe_annotations(graph: SceneGraph, object_names: list[str], predicate_names: list[str]) -> dict[str, Any]:
+    """Return the annotations of an image in the form that `describe` returns, without scores.
+
+    Args:
+        graph: the annotated scene graph.
+        object_names: names of the object classes. Index 0 is the background.
+        predicate_names: names of the predicates. Index 0 is the background.
+    """
+    return {
+        "image_id": graph.image_id,
+        "objects": [
+            {"label": object_names[label], "box": box}
+            for label, box in zip(graph.labels.tolist(), graph.boxes.tolist(), strict=True)
+        ],
+        "triplets": [
+            {"subject": subject, "predicate": predicate_names[predicate], "object": object_}
+            for subject, object_, predicate in graph.relations.tolist()
         ],
     }
