@@ -10,7 +10,7 @@ DATA ?=
 # Two epochs show the difference to the baseline. A second thread would not speed up such small models.
 demo: $(VENV)/train
 	@echo '== Training Motifs and Align-Motifs$(if $(DATA),, for one or two minutes)'
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/sgalign compare $(if $(DATA),--data $(DATA),--epochs 2)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/sgalign compare $(if $(DATA),--data '$(DATA)',--epochs 2)
 
 # Two processes with one thread each. With more threads, the threads of the two processes would wait for each other.
 test: $(VENV)/test

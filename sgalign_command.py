@@ -16,7 +16,7 @@ def shorten_spinning() -> bool:
     By default, the threads of GNU's OpenMP spin for milliseconds while they wait for each other. If other programs use
     the same cores, a spinning thread may occupy the core that the other thread needs.
     """
-    if any(name in os.environ for name in WAIT_SETTINGS):
+    if any(os.environ.get(name) for name in WAIT_SETTINGS):
         return False
     os.environ["GOMP_SPINCOUNT"] = SPINS
     return True

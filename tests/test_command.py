@@ -38,6 +38,13 @@ def test_threads_of_the_command_line_soon_sleep_unless_the_user_decides(start, g
     assert counts[-1] == expected  # `python -m` loads torch twice
 
 
+def test_a_program_that_runs_the_module_does_not_start_again(tmp_path):
+    script = tmp_path / "script.py"
+    module = 'runpy.run_module("sgalign", run_name="__main__", alter_sys=True)'
+    script.write_text(f'import runpy, sys\nprint("started")\nsys.argv = ["sgalign", "--version"]\n{module}\n')
+    assert run([str(script)]).stdout.count("started") == 1
+
+
 def test_importing_the_package_changes_nothing():
     run(["-c", "import os; before = dict(os.environ); import sgalign; assert os.environ == before"])
 

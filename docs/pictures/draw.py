@@ -1,4 +1,4 @@
-"""Draw the pictures of README.md. Run from the root of the source tree: python docs/pictures/draw.py"""
+"""Draw the pictures of README.md. Run from the root of the source tree: python -m docs.pictures.draw"""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def branches() -> Figure:
     _box(axes, 2, 16, 14, 10, "image", "white")
     _box(axes, 21, 16, 15, 10, "detector and\nshared layers", SHARED)
     _box(axes, 43, 24, 39, 11, "supervised branch:\nrelation layers", SUPERVISED)
-    _box(axes, 43, 7, 39, 11, "mirrored branch: the same weights,\ninput masked with p = 0.1", MIRRORED)
+    mirror = "mirrored branch: the same weights,\ninput masked with p = 0.1,\nleft out after training"
+    _box(axes, 43, 7, 39, 11, mirror, MIRRORED)
     _box(axes, 89, 24, 12, 11, "predicates", SUPERVISED)
     _box(axes, 89, 7, 12, 11, "predicates", MIRRORED)
     _box(axes, 106.5, 24, 12, 11, "loss on the\nlabels", LOSS)
@@ -78,6 +79,7 @@ def branches() -> Figure:
     )  # fmt: skip
     for start, end in arrows:
         axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "black", "shrinkA": 2, "shrinkB": 2})
+    axes.text(105, 21, "no gradient", va="center", fontsize=10, style="italic")
     return figure
 
 

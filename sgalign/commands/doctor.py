@@ -111,7 +111,7 @@ def _threads(openmp: bool) -> str:
 
 def waiting() -> str:
     """Return a sentence that says how the threads of GNU's OpenMP wait for each other in this process."""
-    if settings := [f"{name}={os.environ[name]}" for name in WAIT_SETTINGS if name in os.environ]:
+    if settings := [f"{name}={os.environ[name]}" for name in WAIT_SETTINGS if os.environ.get(name)]:
         return f"threads wait for each other as {', '.join(settings)} says (docs/training.md, Busy machines)"
     return f"threads spin for milliseconds while they wait, because neither {' nor '.join(WAIT_SETTINGS)} is set"
 
