@@ -48,11 +48,13 @@ $(VENV)/train $(VENV)/test $(VENV)/lint: $(SOURCES) | $(VENV)/bin/pip
 	rm -rf build/lib*  # otherwise this folder would keep modules that have moved
 	@echo '== Installing sgalign with the packages of [$(EXTRAS)] in $(VENV). The first time, pip downloads about 3 GB,'
 	@echo '== and then compiles and unpacks for some minutes.$(if $(filter 0,$(SGALIGN_CUDA)), It leaves out the CUDA kernels.)'
-	$(BIN)/pip install --constraint constraints.txt '.[$(EXTRAS)]'
+	$(BIN)/pip install $(PIP_OPTIONS) --constraint constraints.txt '.[$(EXTRAS)]'
 	cd $(VENV) && touch $(subst $(comma), ,$(EXTRAS))
 # Training can use the CUDA kernels only on a GPU. They take several minutes to compile.
 $(VENV)/train: export SGALIGN_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
 $(VENV)/train: EXTRAS := train
+# Python compiles the modules that the demo imports. Compiling all installed modules would take longer.
+$(VENV)/train: PIP_OPTIONS := --no-compile
 $(VENV)/test: EXTRAS := train,test
 $(VENV)/lint: EXTRAS := train,test,lint
 
