@@ -7,7 +7,7 @@ DATA ?=
 
 .PHONY: demo test test-all reproduce-small lint docs benchmark doctor clean
 
-# Two epochs show the difference to the baseline. A second thread would not speed up such small models.
+# Two epochs show the difference to the frequency baseline. A second thread would not speed up such small models.
 demo: $(VENV)/train
 	@echo '== Training Motifs and Align-Motifs$(if $(DATA),, for one or two minutes)'
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/sgalign compare $(if $(DATA),--data '$(DATA)',--epochs 2)

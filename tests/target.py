@@ -15,6 +15,7 @@ import torch
 from sgalign.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMAND = "import sys; from sgalign_command import main; sys.exit(main())"  # what the installed `sgalign` does
 BACKEND = os.environ.get("SGALIGN_TEST_BACKEND", "cpu")
 CASES_INTERPRETED = 2  # cases per test under Triton's interpreter, which takes seconds instead of milliseconds
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

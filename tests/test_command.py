@@ -6,12 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from target import ROOT
+from target import COMMAND, ROOT
 
 import sgalign_command
 from sgalign.commands import doctor
-
-SCRIPT = "import sys; from sgalign_command import main; sys.exit(main())"  # what the installed command does
 
 
 def run(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
@@ -25,9 +23,9 @@ def run(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize(
     ("start", "given", "expected"),
     [
-        (["-c", SCRIPT], {}, sgalign_command.SPINS),
+        (["-c", COMMAND], {}, sgalign_command.SPINS),
         (["-m", "sgalign"], {}, sgalign_command.SPINS),
-        (["-c", SCRIPT], {"GOMP_SPINCOUNT": "7"}, "7"),
+        (["-c", COMMAND], {"GOMP_SPINCOUNT": "7"}, "7"),
         (["-m", "sgalign"], {"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"),
     ],
 )

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
-from target import ROOT
+from target import COMMAND, ROOT
 
 from sgalign.commands import doctor
 from sgalign.commands import main as cli
@@ -25,7 +25,6 @@ BLOCKS = [
     if page not in WALKTHROUGHS
     for number, block in enumerate(re.findall(MARK + r"```python\n(.*?)```", page.read_text(), re.S))
 ]
-START = "import sys; from sgalign_command import main; sys.exit(main())"
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -45,7 +44,7 @@ def test_walkthroughs_run(page, tmp_path):
         pytest.skip(missing[0])
     command = tmp_path / "bin" / "sgalign"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore -c "{START}" "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore -c "{COMMAND}" "$@"\n')
     command.chmod(0o755)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     environment = os.environ | {"PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}

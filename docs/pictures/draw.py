@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -54,15 +53,8 @@ def branches() -> Figure:
     axes.set(xlim=(0, 120), ylim=(0, 42))
     axes.set_axis_off()
     axes.add_patch(FancyBboxPatch((41, 4.5), 43, 33, "round,pad=1", facecolor="none", edgecolor="gray", linestyle="--"))
-    axes.text(
-        62.5,
-        39.5,
-        "attention or relation head of both branches in one pass",
-        ha="center",
-        va="center",
-        color="dimgray",
-        style="italic",
-    )
+    fused = "attention or relation head of both branches in one pass"
+    axes.text(62.5, 39.5, fused, ha="center", va="center", color="dimgray", style="italic")
     _box(axes, 2, 16, 14, 10, "image", "white")
     _box(axes, 21, 16, 15, 10, "detector and\nshared layers", SHARED)
     _box(axes, 43, 24, 39, 11, "supervised branch:\nrelation layers", SUPERVISED)
@@ -113,7 +105,6 @@ def speed() -> Figure:
 
 def main(folder: Path) -> None:
     """Write all pictures into a folder."""
-    rcParams["font.family"] = "DejaVu Sans"
     for draw in (scene_graph, branches, speed):
         save_figure(draw(), folder / f"{draw.__name__}.png")
 
