@@ -891,7 +891,7 @@ BREAKS = {
         "tests/test_command.py -k sleep",
     ),
     "green arrows of annotated triplets": Break(
-        "sgalign/training/drawing.py",
+        "sgalign/viewing/drawing.py",
         '"tab:green" if (subject, predicate, object_) in annotated else "gray"',
         '"tab:green" if annotated else "gray"',
         "tests/test_training.py -k predicted_graphs",

@@ -32,7 +32,7 @@ from sgalign.models.regions import rectangle_masks  # noqa: E402
 from sgalign.training import AlignMotifsModule, DetectionWriter, DetectorModule, MotifsModule  # noqa: E402
 from sgalign.training.datamodule import SceneGraphData, collate_for  # noqa: E402
 from sgalign.training.vision import with_detections  # noqa: E402
-from sgalign.training.writers import describe  # noqa: E402
+from sgalign.viewing import describe  # noqa: E402
 
 CLASSES = 17
 SIZES = {"backbone": "resnet18", "min_size": 64, "max_size": 96}

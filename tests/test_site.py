@@ -13,7 +13,15 @@ import yaml
 from target import ROOT
 
 API = ROOT / "docs" / "api"
-PACKAGES = ["sgalign", "sgalign.nn", "sgalign.data", "sgalign.metrics", "sgalign.models", "sgalign.training"]
+PACKAGES = [
+    "sgalign",
+    "sgalign.nn",
+    "sgalign.data",
+    "sgalign.metrics",
+    "sgalign.models",
+    "sgalign.training",
+    "sgalign.viewing",
+]
 
 
 def load_hooks() -> ModuleType:

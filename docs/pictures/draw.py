@@ -12,7 +12,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from sgalign.data import ScenesDataset
 from sgalign.files import save_figure
-from sgalign.training import describe_annotations, draw_scene_graph
+from sgalign.viewing import describe_annotations, draw_scene_graph
 
 ROOT = Path(__file__).parents[2]
 REPORT = ROOT / "benchmarks" / "results" / "nvidia-h200" / "report.json"

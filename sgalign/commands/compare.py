@@ -28,11 +28,9 @@ from sgalign.training import (
     MotifsModule,
     RelationModule,
     SceneGraphData,
-    describe,
-    describe_annotations,
-    draw_scene_graph,
 )
-from sgalign.training.drawing import MOST_TRIPLETS, count_annotated
+from sgalign.viewing import describe, describe_annotations, draw_scene_graph
+from sgalign.viewing.drawing import MOST_TRIPLETS, count_annotated
 
 if TYPE_CHECKING:
     from PIL import Image

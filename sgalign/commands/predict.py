@@ -15,8 +15,9 @@ from sgalign.data import SceneGraph, collate, collate_detected, load_image, read
 from sgalign.data.images import is_image
 from sgalign.errors import InputError
 from sgalign.files import check_writable, save_figure, write_json
-from sgalign.training import MotifsModule, SGTRModule, describe, draw_scene_graph, load_module
+from sgalign.training import MotifsModule, SGTRModule, load_module
 from sgalign.training.checkpoints import some_of
+from sgalign.viewing import describe, draw_scene_graph
 
 EPILOG = """\
 A model with protocol sgdet finds the objects itself. Any other model needs --detections, a file of boxes and classes.

@@ -8,7 +8,6 @@ from sgalign.training.controls import AveragedTeacherModule, GrowingMaskModule, 
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.detector import DetectorModule
 from sgalign.training.detr import EntityDetectorModule
-from sgalign.training.drawing import draw_scene_graph
 from sgalign.training.evaluation import RelationModule
 from sgalign.training.frequency import FrequencyModule
 from sgalign.training.motifs import MotifsModule
@@ -18,8 +17,6 @@ from sgalign.training.writers import (
     DetectionWriter,
     PredictionWriter,
     TripletWriter,
-    describe,
-    describe_annotations,
 )
 
 __all__ = [
@@ -40,9 +37,6 @@ __all__ = [
     "SavedModule",
     "SceneGraphData",
     "TripletWriter",
-    "describe",
-    "describe_annotations",
-    "draw_scene_graph",
     "load_module",
     "read_checkpoint",
 ]
