@@ -245,7 +245,7 @@ def test_image_ids_that_hdf5_cannot_tell_apart_are_refused(tmp_path, graphs, ids
 def test_results_do_not_overwrite_the_file_of_predictions(tmp_path, annotations, capsys):
     with pytest.raises(SystemExit):
         evaluate(tmp_path / "p.json", annotations, "--json", str(tmp_path / "p.json"))
-    assert "must be two files" in capsys.readouterr().err
+    assert "must all be different files" in capsys.readouterr().err
 
 
 def test_labels_beyond_the_classes_are_refused(tmp_path, annotations, graphs, capsys):

@@ -12,7 +12,6 @@ pytest.importorskip("lightning")
 from PIL import Image  # noqa: E402
 from trainers import SMALL_MOTIFS, scenes, trainer_without_sanity_check  # noqa: E402
 
-from sgalign.commands.predict import image_files  # noqa: E402
 from sgalign.data import SceneGraph, collate  # noqa: E402
 from sgalign.data.images import (  # noqa: E402
     image_size,
@@ -22,6 +21,7 @@ from sgalign.data.images import (  # noqa: E402
     read_images,
     same_proportions,
 )
+from sgalign.prediction import find_images  # noqa: E402
 from sgalign.training import MotifsModule, SceneGraphData, datamodule  # noqa: E402
 
 # A photograph of 40 x 30 pixels in upright position, of 12 gray squares.
@@ -228,18 +228,18 @@ def test_every_entry_of_a_folder_is_an_image_or_is_named(tmp_path):
         (tmp_path / name).write_bytes(b"\x89HDF\r\n\x1a\n")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "broken link.png").symlink_to("nowhere")
-    found, left = image_files(tmp_path)
-    assert [path.name for path in found] == [*"a.PNG b.jfif c.gif d.tiff e.jp2 f.webp g.mpo h i.jpg".split()]
+    found, left = find_images([tmp_path])
+    assert [path.name for path, _ in found] == [*"a.PNG b.jfif c.gif d.tiff e.jp2 f.webp g.mpo h i.jpg".split()]
     assert [path.name for path in left] == sorted([*others, "folder.png", "broken link.png"])
-    for path in found[:-1]:
+    for path, _ in found[:-1]:
         assert load_image(path).size == (40, 30)
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(FileNotFoundError, match="must be an image or a folder of images"):
-            image_files(path)
+        with pytest.raises(FileNotFoundError, match="must be an image, a folder of images or a pattern"):
+            find_images([path])
 
 
 def test_the_suffixes_are_those_of_pictures():

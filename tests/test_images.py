@@ -6,7 +6,6 @@ No network here was trained on more than a few images.
 import copy
 import dataclasses
 import itertools
-import json
 import pickle
 
 import pytest
@@ -21,7 +20,6 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn  # noqa: E402
 from torchvision.ops import box_iou, roi_align  # noqa: E402
 from trainers import trainer_without_sanity_check  # noqa: E402
 
-from sgalign.commands import main as cli  # noqa: E402
 from sgalign.commands.cache_features import cache_features  # noqa: E402
 from sgalign.data import SceneGraph, ScenesDataset, VisualFeatures, collate, read_detections  # noqa: E402
 from sgalign.data.features import FeatureCache  # noqa: E402
@@ -564,97 +562,6 @@ def test_a_model_that_reads_images_needs_data_with_images(data):
     module, _ = fitted(MotifsModule, data, protocol="predcls")
     with pytest.raises(ValueError, match="data.images must be true"):
         module.see(collate(data.test, 20))
-
-
-@pytest.fixture(scope="module", params=["predcls", "sgdet"])
-def protocol(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def checkpoint(protocol, data, tmp_path_factory):
-    """The checkpoint of a model of the protocol."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    fitted(MotifsModule, data, folder, protocol=protocol)
-    return folder / "model.ckpt"
-
-
-@pytest.fixture
-def photographs(data, tmp_path):
-    """A folder with two images, one unreadable image and another file."""
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for number, graph in enumerate(data.test):
-        graph.image().save(folder / f"{number}.jpg")
-    (folder / "notes.txt").write_text("not an image")
-    (folder / "torn.png").write_bytes(b"\x89PNG torn")
-    return folder
-
-
-@pytest.fixture
-def command(protocol, checkpoint, photographs, data, tmp_path):
-    """The command that predicts the photographs. PredCls needs detections."""
-    command = ["predict", str(photographs), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "g.json")]
-    if protocol == "predcls":
-        boxes = [graph.boxes.tolist() for graph in data.test]
-        found = {
-            f"{i}.jpg": {"boxes_xyxy": b, "labels": [1] * len(b), "scores": [0.5] * len(b)} for i, b in enumerate(boxes)
-        }
-        (tmp_path / "d.json").write_text(json.dumps(found))
-        command += ["--detections", str(tmp_path / "d.json")]
-    return command
-
-
-def test_predict_writes_and_draws_graphs_and_skips_unreadable_images(command, tmp_path, capsys):
-    assert cli.main([*command, "--draw", "--top-k", "5"]) == 1  # because of the unreadable image
-    error = capsys.readouterr().err
-    assert "skipped: " in error and "torn.png" in error
-    assert "sgalign: skipped 1 entry that is not an image: notes.txt\n" in error
-    graphs = json.loads((tmp_path / "g.json").read_text())
-    assert [graph["image_id"] for graph in graphs] == ["0.jpg", "1.jpg"]
-    for graph in graphs:
-        assert len(graph["triplets"]) <= 5 and graph["objects"][0].keys() == {"label", "box", "score"}
-        for triplet in graph["triplets"]:
-            assert 0 <= triplet["subject"] < len(graph["objects"]) and 0 <= triplet["score"] <= 1
-    assert sorted(p.name for p in (tmp_path / "g").iterdir()) == ["0.jpg.png", "1.jpg.png"]
-
-
-def test_predict_succeeds_if_all_images_can_be_read(command, photographs, capsys):
-    (photographs / "torn.png").unlink()
-    command[command.index("--out") + 1] = str(photographs / "graphs.json")
-    for _ in range(2):  # the second command finds the first one's JSON file in the folder
-        assert cli.main(command) == 0
-        assert "not an image: notes.txt\n" in capsys.readouterr().err
-
-
-def test_predict_does_not_write_into_the_folder_of_the_images(checkpoint, photographs, capsys):
-    before = sorted((p.name, p.read_bytes()) for p in photographs.iterdir())
-    over = ["predict", str(photographs), "--checkpoint", str(checkpoint), "--draw", "--out"]
-    for out, message in (
-        (f"{photographs}.json", "must not name the folder of the images"),
-        ("graphs", "must have a suffix"),
-    ):
-        with pytest.raises(SystemExit):
-            cli.main([*over, out])
-        assert message in capsys.readouterr().err
-    assert sorted((p.name, p.read_bytes()) for p in photographs.iterdir()) == before
-
-
-@pytest.mark.parametrize("protocol", ["predcls"], indirect=True)
-def test_predict_needs_detections_for_predcls(checkpoint, photographs, tmp_path, capsys):
-    arguments = ["predict", str(photographs), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "g.json")]
-    assert cli.main(arguments) == 1
-    assert "a model with protocol predcls needs --detections FILE" in capsys.readouterr().err
-
-
-def test_predict_reports_a_missing_checkpoint(capsys):
-    assert cli.main(["predict", "nowhere", "--checkpoint", "none.ckpt"]) == 1
-    assert "none.ckpt: no such checkpoint" in capsys.readouterr().err
-
-
-def test_predict_needs_a_checkpoint():
-    with pytest.raises(SystemExit):
-        cli.main(["predict", "nowhere"])
 
 
 PREDICTION = {

@@ -17,7 +17,7 @@ from sgalign.data import SceneGraph, count_predicates, open_dataset
 from sgalign.data.box_checks import PredictedBoxes
 from sgalign.data.findings import counted, warn
 from sgalign.data.open import NO_TRAINING, splits_of
-from sgalign.data.predictions import Predictions
+from sgalign.data.predictions import PredictionFiles
 from sgalign.data.scene_graph import check_has_relations, check_range
 from sgalign.data.splits import SPLITS
 from sgalign.data.triplets import read_zero_shot_triplets
@@ -41,7 +41,7 @@ EPILOG = "docs/evaluation.md describes the format of the file, every rule, and t
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign evaluate", description=__doc__, epilog=EPILOG)
-    parser.add_argument("predictions", type=Path, help="HDF5 or JSON file of predictions")
+    parser.add_argument("predictions", nargs="+", type=Path, help="HDF5 or JSON files of predictions")
     parser.add_argument("--annotations", metavar="FOLDER", required=True, help="data set: VRD, VG150 or COCO layout")
     parser.add_argument(
         "--split",
@@ -89,21 +89,23 @@ def main(arguments: Sequence[str]) -> int:
         parser().error("--zero-shot cannot be used with --protocol open-images")
     if not special and options.predicates_per_pair != 1:
         parser().error(f"--predicates-per-pair cannot be used with --protocol {options.protocol}")
-    files = [path for path in (options.predictions, options.json, options.csv) if path is not None]
+    written = [path for path in (options.json, options.csv) if path is not None]
+    files = options.predictions + written
     if len({path.resolve() for path in files}) < len(files):
-        parser().error("--json and --csv must be two files, other than the file of predictions")
-    for path in files[1:]:
+        parser().error("the files of predictions, --json and --csv must all be different files")
+    for path in written:
         check_writable(path)
     # Predictions may contain images without relations, which do not count. Only training boxes are clipped.
     keep: Keep = "objects" if options.split == "train" else "everything"
     dataset = open_dataset(options.annotations, options.split, keep=keep, **reading_options(options))
-    predictions = Predictions(options.predictions, len(dataset.predicate_names) - 1)
+    predictions = PredictionFiles(options.predictions, len(dataset.predicate_names) - 1)
     graphs = list(dataset)
     check_has_relations(graphs, f"{options.annotations}: the {options.split} split")
     known = {graph.image_id for graph in graphs}
+    read = ", ".join(map(str, options.predictions))
     if unknown := predictions.image_ids - known:
         raise InputError(
-            f"{options.predictions}: image ids must be in the {options.split} split of {options.annotations}, such as "
+            f"{read}: image ids must be in the {options.split} split of {options.annotations}, such as "
             f"{min(known)!r}, got {counted(len(unknown), 'other')}, such as {min(unknown)!r}"
         )
     metric = make_evaluator(options, dataset, graphs)
@@ -113,12 +115,12 @@ def main(arguments: Sequence[str]) -> int:
         missing += prediction is None and len(graph.relations) > 0
         metric.update([nothing() if prediction is None else prediction], [graph.truth])
         if prediction is not None:
-            where = f"{options.predictions}, image {graph.image_id!r}: "
+            where = f"{read}, image {graph.image_id!r}: "
             check_range(where, "labels", prediction["labels"], 1, len(dataset.object_names) - 1)
             boxes.add(graph, prediction["boxes"])
     figures = {name: value.item() for name, value in metric.compute().items()}
     for cause in boxes.causes():
-        warn(f"{options.predictions}: {cause}")
+        warn(f"{read}: {cause}")
     if missing:
         result = "they are skipped" if options.skip_missing else "their recall is 0"
         print(f"sgalign: {missing} images with relations have no prediction: {result}", file=sys.stderr)

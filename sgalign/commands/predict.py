@@ -1,167 +1,170 @@
-"""Predict the scene graphs of images with a trained model, and write them as JSON and as pictures."""
+"""Predict the scene graphs of images with a trained model.
+
+The results go to a file with one line of JSON per image. If a run is stopped, the same command goes on where it was.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from sgalign.data import SceneGraph, collate, collate_detected, load_image, read_detections
-from sgalign.data.images import is_image
+from sgalign.data import read_detections
+from sgalign.data.findings import counted
 from sgalign.errors import InputError
-from sgalign.files import check_writable, save_figure, write_json
+from sgalign.prediction.image_paths import ImageFile, Shard, find_images
+from sgalign.prediction.outputs import (
+    Failures,
+    GraphLines,
+    PredictionParts,
+    digest,
+    parts_folder,
+    read_graphs,
+    start_or_continue,
+)
+from sgalign.prediction.running import draw_graphs, ended_by_sigterm, over_processes, predict_to_files
 from sgalign.training import MotifsModule, SGTRModule, load_module
 from sgalign.training.checkpoints import some_of
-from sgalign.viewing import describe, draw_scene_graph
 
 EPILOG = """\
 A model with protocol sgdet finds the objects itself. Any other model needs --detections, a file of boxes and classes.
-docs/data.md describes its format."""
+docs/predict_photographs.md describes all files. The exit code is 0 if all images have a result."""
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign predict", description=__doc__, epilog=EPILOG)
-    parser.add_argument("images", type=Path, help="image or folder of images")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint written by sgalign fit")
-    parser.add_argument("--out", type=Path, default=Path("graphs.json"), help="JSON file (default: %(default)s)")
-    parser.add_argument("--draw", action="store_true", help="also write pictures, in a folder named like the JSON file")
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="image, folder of images, or quoted pattern with *")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint written by sgalign fit")
+    parser.add_argument(
+        "--out", type=Path, default=Path("graphs.jsonl"), help="file of the results (default: %(default)s)"
+    )
+    parser.add_argument("--hdf5", type=Path, metavar="FILE", help="also write all scores, for sgalign evaluate")
+    parser.add_argument("--draw", action="store_true", help="also write pictures, in a folder named like --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
     parser.add_argument("--detections", metavar="FILE", help="file of the images' objects")
     parser.add_argument("--top-k", type=int, default=20, help="triplets per image (default: %(default)s)")
+    parser.add_argument(
+        "--threshold", type=float, default=0.0, help="lowest score of a triplet in --out, from 0 to 1 (default: 0)"
+    )
     parser.add_argument("--all-predicates", action="store_true", help="for Motifs: allow several predicates per pair")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="images that the model gets together (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    parser.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="predict one of N parts of the images, from 1/N to N/N"
+    )
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `sgalign predict IMAGE_OR_FOLDER` and return the exit code.
+    """Run `sgalign predict IMAGES... --checkpoint CHECKPOINT` and return the exit code.
 
-    Images that cannot be read are reported and skipped. The exit code is then 1. Subfolders and files that are not
-    images are also reported, but do not change the exit code.
+    The code is 0 if all images have a result, 1 if some have none, 130 after Ctrl-C and 143 after SIGTERM. Files that
+    are not images are reported, but do not change the exit code.
     """
     options = parser().parse_args(arguments)
-    if options.top_k < 1:
-        parser().error(f"--top-k must be at least 1, got {options.top_k}")
-    folder = options.out.with_suffix("")
-    if options.draw and not options.out.suffix:
-        parser().error(
-            "--out must have a suffix such as .json, because --draw writes to a folder without the suffix, "
-            f"got {options.out}"
-        )
-    read = options.images if options.images.is_dir() else options.images.parent
-    if options.draw and folder.resolve() == read.resolve():
+    _check(options)
+    shard = options.shard or Shard(int(os.environ.get("RANK", 0)) + 1, int(os.environ.get("WORLD_SIZE", 1)))
+    out, hdf5 = (path and shard.path(path) for path in (options.out, options.hdf5))
+    options_file, failed_file = (out.with_suffix(f".{name}") for name in ("options.json", "failed.jsonl"))
+    files, others = find_images(options.images)
+    if options.draw and any(file.path.parent.resolve() == out.with_suffix("").resolve() for file in files):
         parser().error(f"--out must not name the folder of the images, because --draw writes to it, got {options.out}")
+    _report(others, {out, hdf5, options_file, failed_file, out.with_suffix(""), out.with_suffix(".html")})
+    files = [file for file in files if shard.has(file)]
     module = _load(options.checkpoint, options.detections)
     detections = None
     if options.detections is not None:
         detections = read_detections(options.detections, len(module.object_names) - 1)
-    paths, others = image_files(options.images)
-    own = options.out.resolve(), folder.resolve()
-    if names := [path.name for path in others if path.resolve() not in own]:
+    described = {name: getattr(options, name) for name in ("top_k", "threshold", "all_predicates")}
+    made_from = {"model": digest(module), "detections": _digest(options.detections), "shard": str(shard)}
+    results = [out, *([hdf5, parts_folder(hdf5)] if hdf5 else [])]
+    start_or_continue(options_file, results, made_from | described, overwrite=options.overwrite)
+
+    lines = GraphLines(out, module, **described)
+    parts = PredictionParts(hdf5) if hdf5 else None
+    failures = Failures(failed_file)
+    reading = {"detections": detections, "batch_size": options.batch_size, "workers": options.workers}
+    try:
+        with ended_by_sigterm():
+            predict_to_files(module, files, [lines, parts] if parts else [lines], failures, **reading)
+            if parts is not None:
+                parts.finish()
+            not_drawn = _pictures(options, out, options_file, files)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        done = sum(file.image_id in lines.done for file in files)
+        print(f"sgalign: stopped after {done} of {len(files)} images. The same command goes on.", file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+    done = len(files) - failures.count
+    print(f"wrote {out}: {done} of {len(files)} images")
+    if failures.count:
+        print(f"sgalign: {counted(failures.count, 'image')} without a result: see {failed_file}", file=sys.stderr)
+    return 1 if over_processes(failures.count + not_drawn) else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """End the program with the code 2 if an option has a wrong value."""
+    for name, least in (("top_k", 1), ("batch_size", 1), ("workers", 0)):
+        if (value := getattr(options, name)) < least:
+            parser().error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not 0 <= options.threshold <= 1:
+        parser().error(f"--threshold must be from 0 to 1, got {options.threshold}")
+    if options.out.suffix != ".jsonl":
+        parser().error(f"--out must end in .jsonl, got {options.out}")
+    if options.hdf5 and options.hdf5.suffix not in (".h5", ".hdf5"):
+        parser().error(f"--hdf5 must end in .h5 or .hdf5, got {options.hdf5}")
+    if options.shard and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser().error(f"--shard must be left out under torchrun, which chooses the parts itself, got {options.shard}")
+
+
+def _shard(text: str) -> Shard:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, such as 1/4, got {text!r}")
+    return Shard(int(match[1]), int(match[2]))
+
+
+def _report(others: Sequence[Path], own: set[Path | None]) -> None:
+    """Report the files that are not images, except for the command's own files."""
+    paths = {path.resolve() for path in own if path}
+    if names := [path.name for path in others if path.resolve() not in paths]:
         what = "1 entry that is not an image" if len(names) == 1 else f"{len(names)} entries that are not images"
         print(f"sgalign: skipped {what}: {some_of(names)}", file=sys.stderr)
-    check_writable(options.out)
-    if options.draw:
-        folder.mkdir(parents=True, exist_ok=True)
-    graphs, failed = [], 0
-    for path in paths:
-        try:
-            graph = predict_image(module, path, detections, options.top_k, options.all_predicates)
-        except InputError as error:
-            reason = str(error) if str(path) in str(error) else f"{path}: {error}"
-            print(f"sgalign: skipped: {reason}", file=sys.stderr)
-            failed += 1
-            continue
-        graphs.append(graph)
-        if options.draw:
-            try:
-                draw(path, graph, folder / f"{path.name}.png")
-            except OSError as error:  # the name is too long with .png added, or the disk is full
-                print(f"sgalign: not drawn: {path}: {error}", file=sys.stderr)
-                failed += 1
-    if not graphs:
-        print(f"sgalign: {options.out} was not written, because there is no result for any image", file=sys.stderr)
-        return 1
-    write_json(options.out, graphs, indent=1)
-    print(
-        f"wrote {options.out}: {len(graphs)} of {len(paths)} images" + (f", drawn in {folder}" if options.draw else "")
-    )
-    return 1 if failed else 0
 
 
-def _load(path: Path, detections: str | None) -> MotifsModule | SGTRModule:
+def _digest(path: str | None) -> str | None:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if path else None
+
+
+def _load(checkpoint: str, detections: str | None) -> MotifsModule | SGTRModule:
     """Return the model of a checkpoint, after checking that it can predict with or without a file of detections."""
-    module = load_module(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    module = load_module(checkpoint)
     if not isinstance(module, MotifsModule | SGTRModule):
-        raise InputError(f"{path} must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
+        raise InputError(f"{checkpoint} must be a checkpoint of Motifs or SGTR, got {type(module).__name__}")
     if isinstance(module, MotifsModule) and module.options.vision == "cached":
-        raise InputError(f"{path}: the model must read images, but it was trained on cached features")
+        raise InputError(f"{checkpoint}: the model must read images, but it was trained on cached features")
     if detections is None and module.protocol != "sgdet":
-        raise InputError(f"{path}: a model with protocol {module.protocol} needs --detections FILE")
+        raise InputError(f"{checkpoint}: a model with protocol {module.protocol} needs --detections FILE")
     if detections is not None and module.protocol == "sgdet":
-        raise InputError(f"{path}: a model with protocol sgdet finds objects itself, so leave out --detections")
-    return module
+        raise InputError(f"{checkpoint}: a model with protocol sgdet finds objects itself, so leave out --detections")
+    return module.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
-def image_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Return the images and the other entries of a folder, sorted by name. Hidden ones are left out.
-
-    If `path` is a file, it is taken for an image.
-
-    Raises:
-        FileNotFoundError: if `path` is neither a file nor a folder with images.
-    """
-    if path.is_file():
-        return [path], []
-    entries = sorted(p for p in path.glob("*") if not p.name.startswith("."))
-    images = [p for p in entries if p.is_file() and is_image(p)]
-    if not images:
-        raise FileNotFoundError(f"{path}: must be an image or a folder of images")
-    return images, sorted(set(entries) - set(images))
-
-
-@torch.no_grad()
-def predict_image(
-    module: MotifsModule | SGTRModule, path: Path, detections: dict[str, Any] | None, top_k: int, all_predicates: bool
-) -> dict[str, Any]:
-    """Return the scene graph of an image file in the form of `describe`.
-
-    Args:
-        module: trained model.
-        path: image file.
-        detections: objects of each image by file name. If None, the model finds them.
-        top_k: maximum number of triplets.
-        all_predicates: if True, a pair may have several predicates.
-
-    Raises:
-        ValueError: if the image cannot be read, or is not in `detections`.
-    """
-    image = load_image(path)
-    objects = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)
-    # JSON cannot hold bytes of a file name that are not UTF-8.
-    name = os.fsencode(path.name).decode("utf-8", "backslashreplace")
-    graph = SceneGraph(name, *image.size, *objects, lambda: image)
-    predicates, pixels = len(module.predicate_names) - 1, module.looks_at_images
-    if detections is None:
-        batch = collate([graph], predicates, pixels=pixels)
-    elif name in detections:
-        batch = collate_detected([graph], detections, predicates, pixels=pixels)
-    else:
-        raise InputError(f"{path}: there is no image {path.name!r} in --detections")
-    (prediction,) = module.predictions(module.transfer_batch_to_device(batch, module.device, 0))
-    names = module.object_names, module.predicate_names
-    return describe(prediction, *names, top_k, all_predicates=all_predicates)
-
-
-def draw(image: Path, graph: dict[str, Any], out: Path) -> None:
-    """Draw the image with the boxes of its objects, and beside it the graph of the best triplets."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 7), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw_scene_graph(left, right, graph, load_image(image))
-    save_figure(figure, out)
+def _pictures(options: argparse.Namespace, out: Path, options_file: Path, files: Sequence[ImageFile]) -> int:
+    """Draw the graphs in `out` of the given files, if asked for. Return the number of graphs that were not drawn."""
+    if not options.draw:
+        return 0
+    paths = {file.image_id: file.path for file in files}
+    graphs = ((paths[graph["image_id"]], graph) for graph in read_graphs(out) if graph["image_id"] in paths)
+    folder = out.with_suffix("")
+    not_drawn = draw_graphs(graphs, len(paths), folder, options_file.stat().st_mtime)
+    print(f"drew the graphs in {folder}")
+    return not_drawn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,6 +76,19 @@ class PredictionFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._written.__exit__(kind, error, trace)
+
+
+def prediction_ids(path: Path) -> list[str]:
+    """Return the ids of the images in an HDF5 file of predictions.
+
+    Raises:
+        ValueError: if the file is not HDF5, or is cut short. The error names the file.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            return list(_image_ids(file))
+    except HDF5_DAMAGE as error:
+        raise InputError(f"{path}: must be a complete HDF5 file, but is cut short or damaged ({error})") from error
 
 
 class Predictions:
@@ -161,6 +174,32 @@ class Predictions:
             raise InputError(f"{where}: {field} must be real numbers, got {value.dtype}")
         value = value.long() if whole else value if value.is_floating_point() else value.float()
         return value.reshape(0, self._widths[field]) if field in self._widths and value.shape == (0,) else value
+
+
+class PredictionFiles:
+    """The predictions of several files by image id, such as the files of the parts of a data set.
+
+    Args:
+        paths: the files, as for `Predictions`.
+        num_predicates: number of predicate classes without the background.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if an image is in several of the files, or as for `Predictions`.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], num_predicates: int) -> None:
+        self._file_of: dict[str, Predictions] = {}
+        for file in [Predictions(path, num_predicates) for path in paths]:
+            for image_id in file.image_ids:
+                if (other := self._file_of.setdefault(image_id, file)) is not file:
+                    where = f"{other.path} and {file.path}"
+                    raise InputError(f"image {image_id!r} must be in one file only, but is in {where}")
+        self.image_ids = set(self._file_of)
+
+    def __getitem__(self, image_id: str) -> dict[str, Tensor]:
+        """Return the fields for an image, as `Predictions` does."""
+        return self._file_of[image_id][image_id]
 
 
 def _image_ids(group: h5py.Group, prefix: str = "") -> Iterator[str]:

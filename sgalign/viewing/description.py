@@ -14,6 +14,7 @@ def describe(
     predicate_names: list[str],
     top_k: int,
     *,
+    threshold: float = 0.0,
     all_predicates: bool = False,
 ) -> dict[str, Any]:
     """Return one image's prediction as plain Python values, with class names instead of indices.
@@ -26,6 +27,7 @@ def describe(
         object_names: names of the object classes. Index 0 is the background.
         predicate_names: names of the predicates. Index 0 is the background.
         top_k: maximum number of triplets.
+        threshold: lowest score of a triplet, from 0 to 1.
         all_predicates: if False, each pair has only its best predicate (the graph constraint). If True, all predicates
             of a pair compete.
 
@@ -50,6 +52,7 @@ def describe(
                 "score": round(score, 6),
             }
             for (subject, object_), predicate, score in zip(*(field.tolist() for field in best), strict=True)
+            if score >= threshold
         ],
     }
 

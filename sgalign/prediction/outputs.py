@@ -1,0 +1,238 @@
+"""The files that a prediction run writes. A run that is stopped can continue them."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import h5py
+import torch
+
+from sgalign.data.predictions import PredictionFile, prediction_ids
+from sgalign.errors import InputError
+from sgalign.files import HDF5_DAMAGE, check_writable, hdf5_written_whole, read_json, write_json
+from sgalign.prediction.predicting import FailedImage, PredictedImage
+from sgalign.training import RelationModule
+from sgalign.viewing import describe
+
+PART_SECONDS = 60.0  # a kill loses at most the HDF5 predictions of this time
+
+
+class Output(Protocol):
+    """A file of results, to which a run adds one image at a time."""
+
+    done: set[str]  # ids of the images that the file has
+
+    def write(self, image: PredictedImage) -> None:
+        """Add an image that the file does not have."""
+
+    def close(self) -> None:
+        """Save what was written. A later run can go on."""
+
+
+class GraphLines:
+    """A file with one line of JSON per image. After a kill or on a full disk, it still has all complete lines.
+
+    A line has the fields of `describe`, and before them `image_id`, `file`, `width` and `height`.
+
+    Args:
+        path: the file. If it exists, the new lines are added to it. An incomplete last line is removed.
+        module: the model, for the names of its classes.
+        top_k, threshold, all_predicates: as for `describe`.
+
+    Raises:
+        OSError: if the file cannot be written, or if another process writes it.
+        ValueError: if the file has a line that is not a graph.
+    """
+
+    def __init__(
+        self, path: Path, module: RelationModule, *, top_k: int, threshold: float, all_predicates: bool
+    ) -> None:
+        check_writable(path)
+        self.path = path
+        self._names = module.object_names, module.predicate_names
+        self._options: dict[str, Any] = {"top_k": top_k, "threshold": threshold, "all_predicates": all_predicates}
+        self._file = path.open("ab", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(f"{path}: another process is writing this file") from error
+        self.done, self._size = _complete_lines(path)
+        self._file.truncate(self._size)
+
+    def write(self, image: PredictedImage) -> None:
+        graph = describe(image.prediction, *self._names, **self._options)
+        where = {"image_id": graph.pop("image_id"), "file": printable(image.file.path)}
+        line = json.dumps(where | {"width": image.width, "height": image.height} | graph, ensure_ascii=False)
+        data = line.encode() + b"\n"
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            self._file.truncate(self._size)  # removes the part of the line that fit on the disk
+            raise
+        self._size += len(data)
+        self.done.add(image.file.image_id)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _complete_lines(path: Path) -> tuple[set[str], int]:
+    """Return the ids of the images in a file of `GraphLines`, and the number of bytes of its complete lines."""
+    done, size = set(), 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                done.add(json.loads(line)["image_id"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{path}, line {number}: must be the graph of an image in JSON ({error})") from error
+            size += len(line)
+    return done, size
+
+
+class PredictionParts:
+    """An HDF5 file for `sgalign evaluate`, with the complete predictions.
+
+    HDF5 files that are being written do not survive a kill. So the predictions go to a folder of small files, each of
+    which appears when it is complete. `finish` joins them.
+
+    Args:
+        path: the HDF5 file. If it exists, its images count as done, and `finish` adds the new ones.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_writable(path)
+        self.path, self._folder = path, parts_folder(path)
+        self._folder.mkdir(exist_ok=True)
+        self.done = {image_id for source in self._sources() for image_id in prediction_ids(source)}
+        self._part: PredictionFile | None = None
+        self._started = 0.0
+
+    def _sources(self) -> list[Path]:
+        return [path for path in (self.path, *sorted(self._folder.glob("*.h5"))) if path.exists()]
+
+    def write(self, image: PredictedImage) -> None:
+        if self._part is not None and time.monotonic() - self._started > PART_SECONDS:
+            self.close()
+        if self._part is None:
+            number = 1 + max((int(path.stem) for path in self._folder.glob("*.h5")), default=0)
+            self._part, self._started = PredictionFile(self._folder / f"{number:06}.h5").__enter__(), time.monotonic()
+        self._part.write(image.file.image_id, image.prediction)
+        self.done.add(image.file.image_id)
+
+    def close(self) -> None:
+        part, self._part = self._part, None
+        if part is not None:
+            part.__exit__(None, None, None)
+
+    def finish(self) -> None:
+        """Join the parts into one file, and delete them."""
+        self.close()
+        sources = self._sources()
+        if sources != [self.path]:
+            with hdf5_written_whole(self.path) as joined:
+                for source in sources:
+                    with _opened(source) as part:
+                        for image_id in prediction_ids(source):
+                            if image_id not in joined:
+                                part.copy(part[image_id], joined, name=image_id)
+        shutil.rmtree(self._folder)
+
+
+class Failures:
+    """A file that lists the images without a result, one line of JSON per image. It exists only if there are any.
+
+    Args:
+        path: the file. One of an earlier run is deleted, because the run tries its images again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        path.unlink(missing_ok=True)
+
+    def write(self, failed: FailedImage) -> None:
+        """Add an image."""
+        self.count += 1
+        line = {"image_id": failed.file.image_id, "file": printable(failed.file.path), "reason": failed.reason}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read_graphs(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the graphs of a file of `GraphLines`."""
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def parts_folder(path: Path) -> Path:
+    """Return the folder in which `PredictionParts` collects the predictions for a file."""
+    return path.with_name(f"{path.name}.parts")
+
+
+def printable(path: Path) -> str:
+    """Return a path as text that JSON can hold. Bytes that are not UTF-8 become `\\x..`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def start_or_continue(options_file: Path, results: Sequence[Path], options: dict[str, Any], *, overwrite: bool) -> None:
+    """Check that a run may write its results, and write its options to a file.
+
+    If there are results already, the run continues them. So they must come from the same model and options.
+
+    Args:
+        options_file: the JSON file of the options.
+        results: the files and folders of the run's results.
+        options: the options that determine the results.
+        overwrite: if True, delete the old results first.
+
+    Raises:
+        ValueError: if there are results with other options, or with unknown ones.
+    """
+    there = [path for path in results if path.is_dir() or (path.exists() and path.stat().st_size)]
+    if overwrite:
+        for path in there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        there = []
+    if not there:
+        write_json(options_file, options, indent=1)
+        return
+    remedy = "choose other names for the results, or replace them with --overwrite"
+    if not options_file.exists():
+        raise InputError(f"{there[0]} exists, but not {options_file}, which says how it was made: {remedy}")
+    before = read_json(options_file, remedy)
+    if not isinstance(before, dict):
+        raise InputError(f"{options_file}: must be a JSON object, got {type(before).__name__}: {remedy}")
+    differ = [
+        f"{name} was {before.get(name)!r} and is now {now!r}"
+        for name, now in options.items()
+        if before.get(name) != now
+    ]
+    if differ:
+        raise InputError(f"{there[0]} comes from a run with other options ({'; '.join(differ)}): {remedy}")
+
+
+def digest(module: RelationModule) -> str:
+    """Return a digest of a model's class names and weights, to recognize the same model."""
+    hashed = hashlib.sha256(repr((type(module).__name__, module.object_names, module.predicate_names)).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        hashed.update(name.encode())
+        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hashed.hexdigest()[:16]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return h5py.File(path, "r")
+    except HDF5_DAMAGE as error:
+        raise InputError(f"{path}: must be a complete HDF5 file of predictions ({error}); delete it") from error

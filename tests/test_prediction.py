@@ -1,0 +1,481 @@
+"""Tests of `sgalign predict` on image files: what it finds, writes, continues and refuses."""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("lightning")
+from PIL import Image  # noqa: E402
+from trainers import SMALL_MOTIFS, SMALL_SGTR, scenes  # noqa: E402
+
+from sgalign.commands import main as cli  # noqa: E402
+from sgalign.data.scenes import OBJECT_NAMES, PREDICATE_NAMES  # noqa: E402
+from sgalign.prediction import FailedImage, ImageFile, find_images, outputs, predict_images, running  # noqa: E402
+from sgalign.prediction.image_paths import Shard  # noqa: E402
+from sgalign.training import MotifsModule, SGTRModule, load_module  # noqa: E402
+
+IMAGES = 6
+
+
+def save_checkpoint(module, path):
+    """Write the checkpoint of an untrained module for the classes of the generated scenes."""
+    module._set_classes(OBJECT_NAMES, PREDICATE_NAMES, "the test")
+    module.make_network(torch.ones(len(OBJECT_NAMES), len(OBJECT_NAMES), len(PREDICATE_NAMES)))
+    for weights in module.parameters():
+        if weights.dim() == 2:
+            weights.data *= 3  # otherwise all queries of SGTR would find the same object
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "global_step": 0}
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Checkpoints of a model that finds the objects itself, and of one that does not."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    save_checkpoint(SGTRModule(**SMALL_SGTR, protocol="sgdet"), folder / "sgdet.ckpt")
+    save_checkpoint(MotifsModule(**SMALL_MOTIFS), folder / "predcls.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of six images."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, graph in enumerate(scenes("validation", 40, 0)[:IMAGES]):
+        graph.image().save(folder / f"{number}.jpg")
+    return folder
+
+
+@pytest.fixture
+def photographs(pictures, tmp_path):
+    """A folder with links to six images, an unreadable image and another file."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for path in pictures.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "torn.png").write_bytes(b"\x89PNG torn")
+    return folder
+
+
+@pytest.fixture
+def command(checkpoints, photographs, tmp_path):
+    """The command that predicts the photographs in this process."""
+    out = tmp_path / "g.jsonl"
+    return ["predict", str(photographs), "--checkpoint", str(checkpoints / "sgdet.ckpt"), "--out", str(out), *WORKERS]
+
+
+WORKERS = ["--workers", "0"]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def ids(path):
+    return [graph["image_id"] for graph in lines(path)]
+
+
+NAMES = [f"{number}.jpg" for number in range(IMAGES)]
+
+
+# ---- what it writes
+
+
+def test_predict_writes_a_line_per_image_and_lists_unreadable_images(command, photographs, tmp_path, capsys):
+    assert cli.main([*command, "--top-k", "5"]) == 1
+    error = capsys.readouterr().err
+    assert "torn.png: must be an image" in error and "skipped 1 entry that is not an image: notes.txt\n" in error
+    assert ids(tmp_path / "g.jsonl") == NAMES
+    for graph in lines(tmp_path / "g.jsonl"):
+        assert Image.open(graph["file"]).size == (graph["width"], graph["height"])
+        assert len(graph["triplets"]) <= 5 and graph["objects"][0].keys() == {"label", "box", "score"}
+    (failed,) = lines(tmp_path / "g.failed.jsonl")
+    assert failed["image_id"] == "torn.png" and "must be an image" in failed["reason"]
+    (photographs / "torn.png").unlink()
+    assert cli.main([*command, "--top-k", "5"]) == 0
+    assert not (tmp_path / "g.failed.jsonl").exists()
+
+
+def test_worker_processes_and_a_python_loop_give_the_same_graphs(command, checkpoints, photographs, tmp_path):
+    cli.main(command)
+    one = (tmp_path / "g.jsonl").read_bytes()
+    cli.main([*command, "--overwrite", "--workers", "2"])
+    assert (tmp_path / "g.jsonl").read_bytes() == one
+    module = load_module(checkpoints / "sgdet.ckpt")
+    results = list(predict_images(module, find_images([photographs])[0]))
+    assert isinstance(results.pop(), FailedImage)
+    for result, graph in zip(results, lines(tmp_path / "g.jsonl"), strict=True):
+        assert [object_["box"] for object_ in graph["objects"]] == result.prediction["boxes"].tolist()
+
+
+def test_images_of_one_size_do_not_change_each_other_in_a_batch(checkpoints, pictures):
+    module = load_module(checkpoints / "sgdet.ckpt")
+    files = [
+        ImageFile(file.path, f"{turn} {file.image_id}") for file in find_images([pictures])[0] for turn in range(2)
+    ]
+    for one, other in zip(predict_images(module, files), predict_images(module, files, batch_size=2), strict=True):
+        assert one.file == other.file
+        torch.testing.assert_close(one.prediction["boxes"], other.prediction["boxes"], atol=1e-2, rtol=1e-3)
+
+
+def test_a_threshold_leaves_out_lower_triplets_of_the_lines_only(command, tmp_path):
+    cli.main([*command, "--hdf5", str(tmp_path / "p.h5")])
+    scores = sorted(triplet["score"] for graph in lines(tmp_path / "g.jsonl") for triplet in graph["triplets"])
+    middle = scores[len(scores) // 2]
+    cli.main(
+        [*command, "--hdf5", str(tmp_path / "q.h5"), "--threshold", str(middle), "--out", str(tmp_path / "t.jsonl")]
+    )
+    left = [triplet["score"] for graph in lines(tmp_path / "t.jsonl") for triplet in graph["triplets"]]
+    assert len(left) < len(scores) and min(left) >= middle - 1e-6
+    assert_same_predictions(tmp_path / "p.h5", tmp_path / "q.h5")
+
+
+def assert_same_predictions(path, other):
+    with h5py.File(path) as a, h5py.File(other) as b:
+        assert sorted(a) == sorted(b) == NAMES
+        for name in NAMES:
+            assert a[name].keys() == b[name].keys() >= {"boxes", "triplets", "triplet_scores"}
+            assert all((a[name][field][()] == b[name][field][()]).all() for field in a[name])
+
+
+def test_a_model_for_given_boxes_reads_the_detections(checkpoints, photographs, tmp_path, capsys):
+    command = ["predict", str(photographs), "--checkpoint", str(checkpoints / "predcls.ckpt"), *WORKERS]
+    command += ["--out", str(tmp_path / "g.jsonl")]
+    assert cli.main(command) == 1
+    assert "a model with protocol predcls needs --detections FILE" in capsys.readouterr().err
+    found = {
+        name: {"boxes_xyxy": [[0, 0, 9, 9], [5, 5, 20, 20]], "labels": [0, 3], "scores": [1, 0.5]} for name in NAMES
+    }
+    del found["5.jpg"]
+    (tmp_path / "d.json").write_text(json.dumps(found))
+    assert cli.main([*command, "--detections", str(tmp_path / "d.json")]) == 1
+    assert "there is no image '5.jpg' in --detections" in capsys.readouterr().err
+    assert ids(tmp_path / "g.jsonl") == NAMES[:5]
+    assert [object_["label"] for object_ in lines(tmp_path / "g.jsonl")[0]["objects"]] == ["person", "bird"]
+
+
+# ---- runs that were stopped
+
+
+def start(command, tmp_path, images=2000):
+    """Start the command on many images, wait until some have a result, and return its process."""
+    first = tmp_path / "photographs" / "0.jpg"
+    for number in range(images):
+        (tmp_path / "photographs" / f"{number:04}.jpg").symlink_to(first)
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sgalign", *command], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "g.jsonl").exists() or not (tmp_path / "g.jsonl").stat().st_size:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_says_how_far_it_came_and_keeps_everything(number, command, tmp_path):
+    process = start([*command, "--hdf5", str(tmp_path / "p.h5"), "--workers", "1"], tmp_path)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    done = ids(tmp_path / "g.jsonl")
+    assert process.returncode == 128 + number, error
+    assert f"stopped after {len(done)} of 2007 images" in error and "Traceback" not in error
+    (part,) = (tmp_path / "p.h5.parts").iterdir()
+    with h5py.File(part) as file:
+        assert sorted(file) == sorted(done) and 0 < len(done) < 2006
+
+
+def test_after_a_kill_the_same_command_predicts_only_what_is_missing(command, tmp_path, monkeypatch):
+    process = start([*command, "--hdf5", str(tmp_path / "p.h5")], tmp_path, images=200)
+    process.kill()
+    process.communicate(timeout=60)
+    for path in (tmp_path / "photographs").glob("0*.jpg"):
+        path.unlink(missing_ok=True)  # 0.jpg and all links to it
+    with (tmp_path / "g.jsonl").open("a") as file:
+        file.write('{"image_id": "1.jpg", "objects": [{"la')  # as a kill may leave it
+    before = (tmp_path / "g.jsonl").read_bytes().rpartition(b"\n")[0]
+    assert cli.main([*command, "--hdf5", str(tmp_path / "p.h5")]) == 1  # torn.png
+    after = (tmp_path / "g.jsonl").read_bytes()
+    assert after.startswith(before + b"\n")
+    assert len(set(ids(tmp_path / "g.jsonl"))) == len(ids(tmp_path / "g.jsonl"))
+    assert set(NAMES[1:]) <= set(ids(tmp_path / "g.jsonl"))
+    with h5py.File(tmp_path / "p.h5") as file:
+        assert set(NAMES[1:]) <= set(file)
+    assert not (tmp_path / "p.h5.parts").exists()
+
+
+def test_a_second_run_predicts_new_images_only(command, photographs, pictures, tmp_path, monkeypatch):
+    (photographs / "torn.png").unlink()
+    (photographs / "5.jpg").unlink()
+    command += ["--hdf5", str(tmp_path / "p.h5")]
+    assert cli.main(command) == 0
+    first = (tmp_path / "g.jsonl").read_bytes()
+    (photographs / "5.jpg").symlink_to(pictures / "5.jpg")
+    read = []
+    monkeypatch.setattr(
+        running, "predict_images", lambda module, files, **options: read.append(files) or predict_images(module, files)
+    )
+    assert cli.main(command) == 0
+    assert [file.image_id for file in read[0]] == ["5.jpg"]
+    assert (tmp_path / "g.jsonl").read_bytes().startswith(first) and ids(tmp_path / "g.jsonl") == NAMES
+    cli.main([*command, "--out", str(tmp_path / "whole.jsonl"), "--hdf5", str(tmp_path / "whole.h5")])
+    assert_same_predictions(tmp_path / "p.h5", tmp_path / "whole.h5")
+
+
+def test_parts_are_closed_after_some_time(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "PART_SECONDS", 0.0)
+    closed = []
+    close = outputs.PredictionParts.close
+    monkeypatch.setattr(outputs.PredictionParts, "close", lambda self: closed.append(1) or close(self))
+    cli.main([*command, "--hdf5", str(tmp_path / "p.h5")])
+    assert len(closed) > IMAGES - 1
+    with h5py.File(tmp_path / "p.h5") as file:
+        assert sorted(file) == NAMES
+
+
+def test_a_full_disk_leaves_complete_lines(command, tmp_path, capsys, monkeypatch):
+    cli.main(command)
+    whole = (tmp_path / "g.jsonl").read_bytes()
+    monkeypatch.setattr(outputs, "describe", limited(outputs.describe, 3))
+    assert cli.main([*command, "--overwrite"]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert whole.startswith((tmp_path / "g.jsonl").read_bytes()) and ids(tmp_path / "g.jsonl") == NAMES[:3]
+    monkeypatch.undo()
+    assert cli.main(command) == 1  # torn.png
+    assert (tmp_path / "g.jsonl").read_bytes() == whole
+
+
+def limited(describe, count):
+    """Return `describe`, after `count` calls of which the file cannot grow."""
+    calls = []
+
+    def described(*arguments, **options):
+        calls.append(1)
+        if len(calls) > count:
+            raise OSError(28, "No space left on device")
+        return describe(*arguments, **options)
+
+    return described
+
+
+def test_the_part_of_a_line_that_fit_on_the_disk_is_removed(checkpoints, pictures, tmp_path, monkeypatch):
+    module = load_module(checkpoints / "sgdet.ckpt")
+    file = outputs.GraphLines(tmp_path / "g.jsonl", module, top_k=3, threshold=0, all_predicates=False)
+    first, second = predict_images(module, find_images([pictures])[0][:2])
+    file.write(first)
+    whole = (tmp_path / "g.jsonl").read_bytes()
+
+    class Full:
+        def __init__(self, raw):
+            self.raw, self.truncate = raw, raw.truncate
+
+        def write(self, data):
+            if len(data) < 100:
+                raise OSError(28, "No space left on device")
+            return self.raw.write(data[: len(data) // 2])
+
+    file._file = Full(file._file)
+    with pytest.raises(OSError, match="No space left"):
+        file.write(second)
+    assert (tmp_path / "g.jsonl").read_bytes() == whole
+
+
+# ---- what it refuses
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--top-k", "3"], "top_k was 20 and is now 3"),
+        (["--threshold", "0.5"], "threshold was 0.0 and is now 0.5"),
+        (["--all-predicates"], "all_predicates was False and is now True"),
+    ],
+)
+def test_results_of_other_options_are_not_continued(change, message, command, tmp_path, capsys):
+    cli.main(command)
+    before = (tmp_path / "g.jsonl").read_bytes()
+    assert cli.main([*command, *change]) == 1
+    assert message in capsys.readouterr().err and (tmp_path / "g.jsonl").read_bytes() == before
+    cli.main([*command, *change, "--overwrite"])
+    assert (tmp_path / "g.jsonl").read_bytes() != before or change == ["--all-predicates"]  # SGTR ranks by itself
+
+
+def test_results_of_another_model_are_not_continued(command, checkpoints, tmp_path, capsys):
+    cli.main(command)
+    torch.manual_seed(1)
+    save_checkpoint(SGTRModule(**SMALL_SGTR, protocol="sgdet"), tmp_path / "other.ckpt")
+    command[command.index("--checkpoint") + 1] = str(tmp_path / "other.ckpt")
+    assert cli.main(command) == 1
+    assert "model was " in capsys.readouterr().err
+
+
+def test_a_file_of_unknown_origin_is_not_continued(command, tmp_path, capsys):
+    (tmp_path / "g.jsonl").write_text('{"image_id": "x"}\n')
+    assert cli.main(command) == 1
+    assert "g.jsonl exists, but not" in capsys.readouterr().err
+    assert (tmp_path / "g.jsonl").read_text() == '{"image_id": "x"}\n'
+
+
+def test_two_runs_cannot_write_the_same_file(command, checkpoints, tmp_path, capsys):
+    module = load_module(checkpoints / "sgdet.ckpt")
+    file = outputs.GraphLines(tmp_path / "g.jsonl", module, top_k=3, threshold=0, all_predicates=False)
+    assert cli.main(command) == 1
+    assert "another process is writing this file" in capsys.readouterr().err
+    file.close()
+
+
+def test_a_damaged_line_is_named(command, tmp_path, capsys):
+    cli.main(command)
+    text = (tmp_path / "g.jsonl").read_text()
+    (tmp_path / "g.jsonl").write_text(text.replace('{"image_id": "1.jpg"', "{image", 1))
+    assert cli.main(command) == 1
+    assert "g.jsonl, line 2: must be the graph of an image in JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--out", "g.json", "--out must end in .jsonl"),
+        ("--hdf5", "p.json", "--hdf5 must end in .h5 or .hdf5"),
+        ("--top-k", "0", "--top-k must be at least 1"),
+        ("--batch-size", "0", "--batch-size must be at least 1"),
+        ("--workers", "-1", "--workers must be at least 0"),
+        ("--threshold", "nan", "--threshold must be from 0 to 1"),
+        ("--shard", "0/2", "must be I/N with I from 1 to N"),
+        ("--shard", "3/2", "must be I/N with I from 1 to N"),
+    ],
+)
+def test_wrong_options_are_refused(option, value, message, command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command, option, value])
+    assert message in capsys.readouterr().err
+
+
+def test_predict_reports_a_missing_checkpoint(photographs, capsys):
+    assert cli.main(["predict", str(photographs), "--checkpoint", "none.ckpt"]) == 1
+    assert "none.ckpt" in capsys.readouterr().err
+
+
+def test_predict_needs_a_checkpoint(photographs):
+    with pytest.raises(SystemExit):
+        cli.main(["predict", str(photographs)])
+
+
+# ---- which images
+
+
+def test_patterns_and_several_paths_name_images(tmp_path):
+    for name in ("a/1.jpg", "a/b/2.jpg", "a/b/3.txt", "c/4.png", "c/.hidden.png", "5.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found, others = find_images([f"{tmp_path}/a/**/*", tmp_path / "c", str(tmp_path / "5.jpg"), tmp_path / "5.jpg"])
+    assert [image_id for _, image_id in found] == ["1.jpg", "4.png", "5.jpg", "b/2.jpg"]
+    assert all(path.name == Path(image_id).name for path, image_id in found)
+    assert [path.name for path in others] == ["3.txt"]
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / folder / "1.png")
+    with pytest.raises(ValueError, match="two images have the id '1.png'"):
+        find_images([tmp_path / "a", tmp_path / "b"])
+    assert [image_id for _, image_id in find_images([f"{tmp_path}/*/1.png"])[0]] == ["a/1.png", "b/1.png"]
+
+
+def test_a_file_name_may_contain_the_characters_of_patterns(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "[1].png")
+    assert find_images([tmp_path / "[1].png"])[0] == [ImageFile(tmp_path / "[1].png", "[1].png")]
+
+
+def test_shards_share_the_images_without_overlap(command, tmp_path):
+    cli.main(command)
+    names = []
+    for number in (1, 2):
+        cli.main([*command, "--shard", f"{number}/2"])
+        names += ids(tmp_path / f"g.{number}-of-2.jsonl")
+    assert sorted(names) == NAMES
+    files = [ImageFile(Path(str(number)), str(number)) for number in range(4000)]
+    counts = [sum(Shard(part, 4).has(file) for file in files) for part in (1, 2, 3, 4)]
+    assert sum(counts) == 4000 and min(counts) > 900
+
+
+def test_torchrun_gives_each_process_a_part(command, photographs, tmp_path):
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "sgalign",
+            *command,
+        ],
+        env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 1 and "exitcode  : 1" in process.stderr  # torn.png
+    both = [ids(tmp_path / f"g.{number}-of-2.jsonl") for number in (1, 2)]
+    assert sorted(sum(both, [])) == NAMES
+
+
+# ---- pictures
+
+
+def test_pictures_are_drawn_once(command, photographs, tmp_path, capsys):
+    (photographs / "torn.png").unlink()
+    command = [*command, "--draw"]
+    assert cli.main(command) == 0
+    pictures = sorted((tmp_path / "g").iterdir())
+    assert [path.name for path in pictures] == [f"{name}.png" for name in NAMES]
+    times = [path.stat().st_mtime_ns for path in pictures]
+    pictures[0].unlink()
+    assert cli.main(command) == 0
+    assert [path.stat().st_mtime_ns for path in pictures][1:] == times[1:] and pictures[0].exists()
+    time.sleep(0.01)
+    cli.main([*command, "--overwrite"])
+    assert min(path.stat().st_mtime_ns for path in pictures) > max(times)
+
+
+def test_pictures_are_not_written_into_the_folder_of_the_images(command, photographs, capsys):
+    before = sorted((path.name, path.read_bytes()) for path in photographs.iterdir())
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--draw", "--out", f"{photographs}.jsonl"])
+    assert "must not name the folder of the images" in capsys.readouterr().err
+    assert sorted((path.name, path.read_bytes()) for path in photographs.iterdir()) == before
+
+
+# ---- memory
+
+
+def test_the_memory_does_not_grow_with_the_number_of_images(checkpoints, pictures, tmp_path):
+    module = load_module(checkpoints / "sgdet.ckpt")
+    file = outputs.GraphLines(tmp_path / "g.jsonl", module, top_k=20, threshold=0, all_predicates=False)
+    files = [ImageFile(pictures / "0.jpg", f"{number}.jpg") for number in range(120)]
+    tracemalloc.start()
+    held = []
+    for number, result in enumerate(predict_images(module, files)):
+        file.write(result)
+        if number in (20, 119):
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert held[1] - held[0] < 100 * 500, "bytes for 99 images, of which only the ids may stay"
