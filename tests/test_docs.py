@@ -59,7 +59,7 @@ def test_walkthroughs_run(page, tmp_path):
 
 
 def test_marked_blocks_are_found():
-    tutorials = "train_your_data.md", "evaluate_any_system.md", "predict_photographs.md"
+    tutorials = "train_your_data.md", "evaluate_any_system.md", "predict_photographs.md", "view_predictions.md"
     assert {page.name for page in WALKTHROUGHS} == set(tutorials)
     pages = {block.id.rpartition("-")[0] for block in BLOCKS}
     assert pages >= {"README.md", "call_the_kernels.md", "align_your_model.md", "attention.md", "evaluation.md"}
