@@ -463,6 +463,13 @@ def test_pictures_are_not_written_into_the_folder_of_the_images(command, photogr
     assert sorted((path.name, path.read_bytes()) for path in photographs.iterdir()) == before
 
 
+def test_a_page_shows_all_images_of_the_run(command, tmp_path, capsys):
+    cli.main([*command, "--html"])
+    assert f"wrote {tmp_path / 'g.html'}: 6 images\n" in capsys.readouterr().out
+    page = (tmp_path / "g.html").read_text()
+    assert page.count("data:image/jpeg") >= IMAGES and all(f'"{name}"' in page for name in NAMES)
+
+
 # ---- memory
 
 

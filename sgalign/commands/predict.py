@@ -10,13 +10,16 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sgalign.data import read_detections
+from sgalign.data import load_image, read_detections
 from sgalign.data.findings import counted
+from sgalign.data.graph_lines import read_graph_lines
 from sgalign.errors import InputError
 from sgalign.prediction.image_paths import ImageFile, Shard, find_images
 from sgalign.prediction.outputs import (
@@ -25,12 +28,12 @@ from sgalign.prediction.outputs import (
     PredictionParts,
     digest,
     parts_folder,
-    read_graphs,
     start_or_continue,
 )
 from sgalign.prediction.running import draw_graphs, ended_by_sigterm, over_processes, predict_to_files
 from sgalign.training import MotifsModule, SGTRModule, load_module
 from sgalign.training.checkpoints import some_of
+from sgalign.viewing import PageImage, write_page
 
 EPILOG = """\
 A model with protocol sgdet finds the objects itself. Any other model needs --detections, a file of boxes and classes.
@@ -46,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("graphs.jsonl"), help="file of the results (default: %(default)s)"
     )
     parser.add_argument("--hdf5", type=Path, metavar="FILE", help="also write all scores, for sgalign evaluate")
+    parser.add_argument("--html", action="store_true", help="also write a page for the browser, named like --out")
     parser.add_argument("--draw", action="store_true", help="also write pictures, in a folder named like --out")
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
     parser.add_argument("--detections", metavar="FILE", help="file of the images' objects")
@@ -98,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
             predict_to_files(module, files, [lines, parts] if parts else [lines], failures, **reading)
             if parts is not None:
                 parts.finish()
-            not_drawn = _pictures(options, out, options_file, files)
+            not_drawn = _pictures(options, out, options_file.stat().st_mtime, files) if lines.done else 0
     except (KeyboardInterrupt, SystemExit) as stop:
         done = sum(file.image_id in lines.done for file in files)
         print(f"sgalign: stopped after {done} of {len(files)} images. The same command goes on.", file=sys.stderr)
@@ -158,13 +162,28 @@ def _load(checkpoint: str, detections: str | None) -> MotifsModule | SGTRModule:
     return module.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
 
 
-def _pictures(options: argparse.Namespace, out: Path, options_file: Path, files: Sequence[ImageFile]) -> int:
-    """Draw the graphs in `out` of the given files, if asked for. Return the number of graphs that were not drawn."""
+def _pictures(options: argparse.Namespace, out: Path, since: float, files: Sequence[ImageFile]) -> int:
+    """Make the page and the drawings of the given files from their graphs in `out`, if the options ask for them.
+
+    Return the number of graphs that could not be drawn.
+    """
+    paths = {file.image_id: file.path for file in files}
+
+    def graphs() -> Iterator[tuple[Path, dict[str, Any]]]:
+        for _, graph in read_graph_lines(out):
+            if graph["image_id"] in paths:
+                yield paths[graph["image_id"]], graph
+
+    if options.html:
+        page = out.with_suffix(".html")
+        images = (
+            PageImage(graph["image_id"], partial(load_image, path), graph["width"], graph["height"], graph)
+            for path, graph in graphs()
+        )
+        print(f"wrote {page}: {write_page(page, images, f'Scene graphs of {out.name}')}")
     if not options.draw:
         return 0
-    paths = {file.image_id: file.path for file in files}
-    graphs = ((paths[graph["image_id"]], graph) for graph in read_graphs(out) if graph["image_id"] in paths)
     folder = out.with_suffix("")
-    not_drawn = draw_graphs(graphs, len(paths), folder, options_file.stat().st_mtime)
+    not_drawn = draw_graphs(graphs(), len(paths), folder, since)
     print(f"drew the graphs in {folder}")
     return not_drawn

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -167,12 +167,6 @@ class Failures:
         line = {"image_id": failed.file.image_id, "file": printable(failed.file.path), "reason": failed.reason}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def read_graphs(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the graphs of a file of `GraphLines`."""
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
 
 
 def parts_folder(path: Path) -> Path:
