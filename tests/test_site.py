@@ -20,6 +20,7 @@ PACKAGES = [
     "sgalign.metrics",
     "sgalign.models",
     "sgalign.training",
+    "sgalign.prediction",
     "sgalign.viewing",
 ]
 
