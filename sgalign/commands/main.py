@@ -27,15 +27,16 @@ usage: sgalign COMMAND ...
   cache-features
             store the features that a model computes from the images of a data set, for fast training
   check     list the faults of a data set, all at once
+  export    write a trained model as a folder in the Hugging Face layout, with a model card
   evaluate  score any system's predictions, read from a file
-  predict   predict the scene graphs of an image or a folder of images with a trained model
+  predict   predict the scene graphs of images with a trained model
   view      write a page that shows predicted scene graphs, or those of a data set, in a browser
   fit, validate, test, predict --config FILE
             train or run one system: sgalign fit --config configs/align_motifs_small.yaml
 
 sgalign COMMAND --help shows the options of a command."""
 
-COMMANDS = ("ablate", "cache-features", "check", "compare", "evaluate", "make-dataset", "report", "view")
+COMMANDS = ("ablate", "cache-features", "check", "compare", "evaluate", "export", "make-dataset", "report", "view")
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 # `predict` with one of these options is Lightning's. Without them it is `predict` on image files.
 LIGHTNING_OPTIONS = {"-c", "--config", "--model", "--data", "--trainer", "--ckpt_path"}

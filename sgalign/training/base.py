@@ -30,7 +30,9 @@ from sgalign.training.checkpoints import (
     some_of,
 )
 from sgalign.training.datamodule import SceneGraphData
+from sgalign.training.model_card import model_card
 from sgalign.training.options import Options
+from sgalign.training.pretrained import write_pretrained
 from sgalign.training.resuming import GivenOptions, check_fixed, differing
 
 
@@ -313,7 +315,7 @@ class SavedModule(pl.LightningModule):
         Lightning's, which would pass options that the module does not have to its `__init__`.
 
         Args:
-            checkpoint_path: the file of the checkpoint.
+            checkpoint_path: as `source` of `read_checkpoint`.
             map_location: the device that the module is moved to.
             options: options that override the options in the checkpoint. Options that determine what the weights
                 compute must be the same.
@@ -323,6 +325,27 @@ class SavedModule(pl.LightningModule):
             ValueError: if the file is not a checkpoint of this package, or belongs to another module.
         """
         return cls._of_checkpoint(read_checkpoint(checkpoint_path), **options).to(map_location)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
+        """Return a module in evaluation mode, as `load_from_checkpoint` loads it.
+
+        Args:
+            source: as for `read_checkpoint`, for example a folder of `save_pretrained`.
+            options: as for `load_from_checkpoint`.
+        """
+        return cls.load_from_checkpoint(source, **options).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model as a folder in the Hugging Face layout: weights, options, class names and a model card.
+
+        Args:
+            folder: the folder, which must be new or empty.
+        """
+        checkpoint: dict[str, Any] = {"state_dict": self.state_dict(), "hyper_parameters": dict(self.hparams)}
+        checkpoint["global_step"] = 0 if self._trainer is None else self.global_step
+        self.on_save_checkpoint(checkpoint)
+        write_pretrained(checkpoint, folder, model_card(checkpoint, Path(folder).resolve().name))
 
     @classmethod
     def _of_checkpoint(cls, checkpoint: dict[str, Any], **options: Any) -> Self:
@@ -396,11 +419,14 @@ def module_named(name: str) -> type[SavedModule] | None:
 
 
 def load_module(path: str | Path) -> SavedModule:
-    """Return the module that a checkpoint belongs to, on the CPU and in evaluation mode.
+    """Return the module that a checkpoint or a folder of `save_pretrained` belongs to, on the CPU in evaluation mode.
+
+    Args:
+        path: as `source` of `read_checkpoint`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is not a checkpoint of this package.
+        FileNotFoundError: if there is no such file, folder or model.
+        ValueError: if it is not a model of this package.
     """
     checkpoint = read_checkpoint(path)
     name = checkpoint["sgalign"]["module"]

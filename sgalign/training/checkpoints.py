@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from sgalign.errors import InputError
 from sgalign.files import read_tensors, written_whole
+from sgalign.training.pretrained import find_pretrained, read_pretrained, shipped_models
 
 
 def random_states() -> list[Tensor]:
@@ -69,15 +70,29 @@ def some_of(names: Sequence[Any]) -> str:
     return ", ".join(map(str, names[:4])) + more
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint that this package saved. Only tensors and plain values are unpickled from the file.
+def read_checkpoint(source: str | Path) -> dict[str, Any]:
+    """Return the content of a checkpoint or of a model's folder.
+
+    From a checkpoint, only tensors and plain values are unpickled.
+
+    Args:
+        source: a checkpoint that this package saved, or one of the sources of `find_pretrained`: a folder that
+            `sgalign export` wrote, the name of a model that comes with the package, or its id on the Hugging Face Hub.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file, folder or model.
         ValueError: if the file is not a checkpoint, is cut short or was written by another program.
     """
-    checkpoint = read_tensors(path, "checkpoint")
-    check_ours(checkpoint, str(path))
+    if not Path(source).is_file():
+        folder = find_pretrained(source)
+        if folder is None:
+            raise FileNotFoundError(
+                f"{source}: no such checkpoint. It must be a file of sgalign fit, a folder of sgalign export, a model "
+                f"that comes with the package ({', '.join(shipped_models())}), or owner/name on the Hugging Face Hub"
+            )
+        return read_pretrained(folder)
+    checkpoint = read_tensors(source, "checkpoint")
+    check_ours(checkpoint, str(source))
     return checkpoint
 
 

@@ -22,6 +22,7 @@ from sgalign.training.augmentation import TrainingImages, annotations_of, augmen
 from sgalign.training.base import SavedModule, warmup
 from sgalign.training.checkpoints import read_checkpoint, some_of
 from sgalign.training.options import DetrOptions
+from sgalign.training.pretrained import is_pretrained
 
 
 class DetrModule(SavedModule):
@@ -259,7 +260,7 @@ def read_detector(options: DetrOptions, object_names: Sequence[str]) -> tuple[di
         return {}, {}
     if not Path(source).exists() and (Path(source).suffix == ".ckpt" or len(Path(source).parts) > 2):
         raise FileNotFoundError(f"detector_weights: no such file or folder, {source}")  # nor a name for `transformers`
-    if not Path(source).is_file():
+    if not Path(source).is_file() and not is_pretrained(Path(source)):
         return {}, {}
     checkpoint = read_checkpoint(source)
     if "detector" not in checkpoint["sgalign"]:

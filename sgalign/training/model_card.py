@@ -1,0 +1,142 @@
+"""The model card of a model: what it is, how it was trained, what it reached and how to use it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sgalign._version import __version__
+from sgalign.errors import InputError
+from sgalign.files import read_json
+from sgalign.metrics.results import is_of_predicate
+from sgalign.training.pretrained import without_paths
+
+SYSTEMS = {
+    "AlignMotifsModule": "Neural Motifs with a mirrored relation branch (Align-Motifs)",
+    "AlignSGTRModule": "SGTR with a mirrored relation branch (Align-SGTR)",
+    "DetectorModule": "Faster R-CNN, the object detector of Motifs",
+    "EntityDetectorModule": "DETR, the object detector of SGTR",
+    "MotifsModule": "Neural Motifs",
+    "SGTRModule": "SGTR",
+}
+PROTOCOLS = {
+    "predcls": "PredCls: it gets the boxes and classes of the objects, and predicts the relations",
+    "sgcls": "SGCls: it gets the boxes of the objects, and predicts their classes and relations",
+    "sgdet": "SGDet: it gets only the image, and predicts objects and relations",
+}
+
+
+def model_card(
+    checkpoint: Mapping[str, Any], name: str, results: Mapping[str, float] | None = None, license: str | None = None
+) -> str:
+    """Return the text of a model card, made from a checkpoint.
+
+    Args:
+        checkpoint: the content of a checkpoint. `datamodule_hyper_parameters`, `epoch` and `callbacks` may be missing.
+        name: title of the card.
+        results: figures of the test split by name, such as `R@50`, from 0 to 1. If None, the card says that there are
+            none.
+        license: license of the weights, as an identifier such as `apache-2.0`. If None, the card names no license.
+    """
+    saved, options = checkpoint["sgalign"], without_paths(checkpoint["hyper_parameters"])
+    head = ["---", "library_name: sgalign", "tags:", "- scene-graph-generation"]
+    if license is not None:
+        head.append(f"license: {json.dumps(license)}")
+    objects, predicates = saved["object_names"][1:], saved["predicate_names"][1:]
+    protocol = PROTOCOLS.get(str(options.get("protocol")), "")
+    parts = [
+        "\n".join([*head, "---"]),
+        f"# {name}",
+        f"{SYSTEMS.get(saved['module'], saved['module'])}, trained with sgalign {__version__} for "
+        f"{checkpoint.get('global_step', 0)} steps" + (f". Protocol {protocol}." if protocol else "."),
+        _usage(name, str(options.get("protocol"))),
+        "## Results",
+        _results(checkpoint, results),
+        "## Classes",
+        f"{len(objects)} object classes: {', '.join(objects)}.",
+        f"{len(predicates)} predicates: {', '.join(predicates)}.",
+        "The model knows no other classes. Do not expect useful predictions on images that differ from its training "
+        "data.",
+        "## Training",
+        _table("option", without_paths(checkpoint.get("datamodule_hyper_parameters", {})), prefix="data."),
+        _table("option", options, prefix="model."),
+        "Options that are paths are reduced to their last part.",
+        "## Source",
+        "Bicheng Xu, Renjie Liao and Leonid Sigal: Self-Supervised Relation Alignment for Scene Graph Generation, WACV "
+        "2024. This model comes from an implementation by others, and is not the authors' model.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _usage(name: str, protocol: str) -> str:
+    given = "" if protocol == "sgdet" else " --detections FILE"
+    return f"""## Use
+
+Give the folder of this file, or its id on the Hugging Face Hub, as `--checkpoint`:
+
+```sh
+pip install 'sgalign[train]'
+sgalign predict IMAGES --checkpoint FOLDER{given} --html
+```
+
+In Python, `sgalign.training.load_module("FOLDER")` returns the model. A training run cannot resume from it."""
+
+
+def _results(checkpoint: Mapping[str, Any], results: Mapping[str, float] | None) -> str:
+    lines = []
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict) and state.get("best_model_score") is not None and state.get("monitor"):
+            lines.append(
+                f"Best validation figure of the run: {state['monitor']} = {float(state['best_model_score']):.4f}."
+            )
+    if results is None:
+        lines.append("This card has no figures of the test split.")
+        return " ".join(lines)
+    shown = {name: f"{100 * value:.1f}" for name, value in results.items() if not is_of_predicate(name)}
+    return "\n\n".join([*lines, "On the test split, in percent:", _table("figure", shown)])
+
+
+def _table(kind: str, values: Mapping[str, Any], prefix: str = "") -> str:
+    if not values:
+        return ""
+    rows = [f"| {prefix}{name} | {_cell(value)} |" for name, value in values.items()]
+    return "\n".join([f"| {kind} | value |", "|---|---|", *rows])
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def read_results(path: Path) -> dict[str, float]:
+    """Return the figures of the test split in a file.
+
+    Args:
+        path: `metrics.csv` of `sgalign test`, or the JSON file of `sgalign evaluate --json`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file has no figures of the test split.
+    """
+    if path.suffix == ".json":
+        content = read_json(path)
+        figures = content if isinstance(content, dict) else {}
+    else:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        figures = {
+            name.removeprefix("test/"): row[name]
+            for row in rows
+            for name in row
+            if name and name.startswith("test/") and row[name]
+        }
+    try:
+        numbers = {name: float(value) for name, value in figures.items()}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: figures must be numbers ({error})") from error
+    if not numbers:
+        raise InputError(f"{path}: must have figures of the test split, got none")
+    return numbers

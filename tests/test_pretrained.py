@@ -1,0 +1,232 @@
+"""Tests of models as folders in the Hugging Face layout: what is written, read and refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("torchvision")
+pytest.importorskip("lightning")
+pytest.importorskip("safetensors")
+from safetensors.torch import load_file, save_file  # noqa: E402
+from test_prediction import save_checkpoint  # noqa: E402
+from trainers import SMALL_MOTIFS, SMALL_SGTR, scenes  # noqa: E402
+
+from sgalign.commands import main as cli  # noqa: E402
+from sgalign.data import collate  # noqa: E402
+from sgalign.training import (  # noqa: E402
+    AlignMotifsModule,
+    AlignSGTRModule,
+    MotifsModule,
+    SceneGraphData,
+    load_module,
+    pretrained,
+)
+
+
+@pytest.fixture(scope="module", params=["motifs", "sgtr"])
+def checkpoint(request, tmp_path_factory):
+    """The checkpoint of a small model with a mirror."""
+    path = tmp_path_factory.mktemp("checkpoint") / f"{request.param}.ckpt"
+    torch.manual_seed(0)
+    sgtr = request.param == "sgtr"
+    save_checkpoint(AlignSGTRModule(**SMALL_SGTR) if sgtr else AlignMotifsModule(**SMALL_MOTIFS), path)
+    return path
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    """The folder of the model."""
+    assert cli.main(["export", str(checkpoint), str(tmp_path / "model")]) == 0
+    return tmp_path / "model"
+
+
+def predictions(module):
+    batch = collate(scenes("validation", 40, 0)[:2], 20, pixels=module.looks_at_images)
+    with torch.no_grad():
+        return module.eval().predictions(batch)
+
+
+def assert_same(module, other):
+    assert type(module) is type(other) and module.object_names == other.object_names
+    assert module.predicate_names == other.predicate_names
+    for (name, ours), (their_name, theirs) in zip(module.state_dict().items(), other.state_dict().items(), strict=True):
+        assert name == their_name and ours.dtype == theirs.dtype and ours.equal(theirs)
+    for one, two in zip(predictions(module), predictions(other), strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one if isinstance(one[name], torch.Tensor))
+
+
+# ---- the folder
+
+
+def test_a_model_is_the_same_after_the_way_through_a_folder(checkpoint, folder, tmp_path):
+    module = load_module(checkpoint)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert_same(module, load_module(folder))
+    module.save_pretrained(tmp_path / "again")
+    assert_same(module, load_module(tmp_path / "again"))
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_class_without_a_mirror_loads_the_folder_of_one_with_a_mirror(folder, checkpoint):
+    if "motifs" in checkpoint.name:
+        module = MotifsModule.from_pretrained(folder)
+        assert type(module) is MotifsModule and not module.training
+        with pytest.raises(ValueError, match="checkpoint must belong to AlignSGTRModule"):
+            AlignSGTRModule.from_pretrained(folder)
+
+
+def test_the_card_names_the_system_its_classes_options_and_results(checkpoint, tmp_path):
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text("epoch,test/R@50,test/mR@50\n1,0.51234,0.25\n")
+    command = ["export", str(checkpoint), str(tmp_path / "my model"), "--results", str(metrics), "--license", "mit"]
+    assert cli.main(command) == 0
+    card = (tmp_path / "my model" / "README.md").read_text()
+    _, head, text = card.split("---\n", 2)
+    assert yaml.safe_load(head) == {"library_name": "sgalign", "tags": ["scene-graph-generation"], "license": "mit"}
+    for part in ("# my model", "mirrored", "16 object classes: person,", "20 predicates: near,", "| R@50 | 51.2 |"):
+        assert part in text
+    assert "| model.mask_ratio | 0.1 |" in text
+
+
+def test_the_card_and_the_configuration_name_no_path_of_the_training_machine(tmp_path):
+    (tmp_path / "home").mkdir()
+    weights = tmp_path / "home" / "vectors.txt"
+    weights.touch()
+    module = MotifsModule(**SMALL_MOTIFS, word_vectors=str(weights))
+    save_checkpoint(module, tmp_path / "m.ckpt")
+    assert cli.main(["export", str(tmp_path / "m.ckpt"), str(tmp_path / "model")]) == 0
+    texts = [(tmp_path / "model" / name).read_text() for name in ("README.md", "config.json")]
+    assert all("vectors.txt" in text and str(tmp_path) not in text for text in texts)
+
+
+def test_results_can_be_those_of_evaluate(checkpoint, tmp_path, capsys):
+    (tmp_path / "r.json").write_text('{"R@50": 0.5, "R@50/on": 0.25}')
+    cli.main(["export", str(checkpoint), str(tmp_path / "model"), "--results", str(tmp_path / "r.json")])
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| R@50 | 50.0 |" in card and "R@50/on" not in card
+    (tmp_path / "none.csv").write_text("epoch,val/R@50\n1,0.5\n")
+    assert cli.main(["export", str(checkpoint), str(tmp_path / "m"), "--results", str(tmp_path / "none.csv")]) == 1
+    assert "must have figures of the test split" in capsys.readouterr().err and not (tmp_path / "m").exists()
+
+
+def test_a_folder_with_files_is_not_overwritten(checkpoint, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert cli.main(["export", str(checkpoint), str(tmp_path)]) == 1
+    assert "must be a new or an empty folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_failed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert cli.main(["export", str(checkpoint), str(tmp_path / "model")]) == 1
+    assert "No space left" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+# ---- sources
+
+
+def test_models_of_the_package_have_names(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "shipped" / "tiny")
+    monkeypatch.setattr(pretrained, "SHIPPED", tmp_path / "shipped")
+    assert pretrained.shipped_models() == ["tiny"]
+    assert_same(load_module("tiny"), load_module(folder))
+
+
+def test_a_model_of_the_hub_is_downloaded_only_if_nothing_local_has_its_name(folder, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def download(repository, revision, allow_patterns):
+        asked.append((repository, revision, sorted(allow_patterns)))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert_same(load_module("owner/name@v1.0"), load_module(folder))
+    assert asked == [("owner/name", "v1.0", ["README.md", "config.json", "model.safetensors"])]
+    assert "owner/name@v1.0 is not a local path" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    for source in ("owner/name", "runs/last.ckpt", "./owner/name", "a/b/c", "name"):
+        with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+            load_module(source)
+    shutil.copytree(folder, tmp_path / "owner" / "name")
+    assert_same(load_module("owner/name"), load_module(folder))
+    assert len(asked) == 1
+
+
+def test_a_failed_download_is_one_sentence(monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise RuntimeError("no connection\nmany\nmore lines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    assert cli.main(["predict", __file__, "--checkpoint", "owner/name"]) == 1
+    assert "owner/name: must be a local path or a model that the Hugging Face Hub has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("checkpoint", ["sgtr"], indirect=True)
+def test_sgtr_starts_from_the_detector_in_a_folder(folder):
+    data = SceneGraphData()
+    module = AlignSGTRModule(**SMALL_SGTR, detector_weights=str(folder), frozen=["detector"])
+    module._set_classes(data.object_names, data.predicate_names, "the data")
+    module.make_network(torch.ones(17, 17, 21))
+    theirs = load_module(folder).detector.state_dict()
+    assert all(value.equal(theirs[name]) for name, value in module.detector.state_dict().items())
+
+
+# ---- what is refused
+
+
+def changed(name, value):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        place = config if name in config else config["model"]
+        place[name] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def cut(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def with_weights(change):
+    def rewrite(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights, next(name for name, value in weights.items() if value.is_floating_point() and value.dim() == 2))
+        save_file(weights, folder / "model.safetensors")
+
+    return rewrite
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "must be a JSON file"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "got one of another library"),
+        (changed("library_name", "transformers"), "got one of another library"),
+        (changed("format", 2), "format must be 1, got 2"),
+        (changed("options", None), "options must be a dict"),
+        (changed("model", None), "model must be a dict"),
+        (changed("object_names", "person"), "object_names must be a list"),
+        (changed("predicate_names", [1]), "predicate_names must be a list of names"),
+        (changed("module", "os.system"), "must be a checkpoint of a module of this package"),
+        (cut, "must be a complete file of safetensors"),
+        (with_weights(lambda weights, name: weights.pop(name)), "but it lacks"),
+        (with_weights(lambda weights, name: weights.update({name: weights[name][:1].clone()})), "has shape"),
+        (with_weights(lambda weights, name: weights[name].fill_(float("nan"))), "must have finite weights"),
+    ],
+)
+@pytest.mark.parametrize("checkpoint", ["motifs"], indirect=True)
+def test_a_damaged_folder_is_refused(damage, message, folder):
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_module(folder)
