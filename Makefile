@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py sgalign_command.py constraints.txt $(shell find csrc kernels sgalign -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json')
 DATA ?=
 
-.PHONY: demo test test-all reproduce-small lint docs benchmark doctor clean
+.PHONY: demo test test-all reproduce-small lint docs benchmark doctor wheel clean
 
 # Two epochs show the difference to the frequency baseline. A second thread would not speed up such small models.
 demo: $(VENV)/train
@@ -42,6 +42,24 @@ docs: $(VENV)/docs
 doctor: $(VENV)/train
 	$(BIN)/sgalign doctor
 
+# The source archive, and from it the wheel of this Python without CUDA kernels. Each is then installed and tried in an
+# empty environment. docs/release.md describes the other wheels. torch brings its own libgomp (docs/building.md), so the
+# wheel must not bring another one.
+wheel: export SGALIGN_CUDA := 0
+wheel: $(VENV)/release
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --sdist --outdir dist
+	$(BIN)/pip wheel --no-deps --wheel-dir build/wheel dist/sgalign-*.tar.gz
+	PATH='$(abspath $(BIN))':"$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	$(BIN)/twine check --strict dist/*
+	for package in dist/*; do \
+		rm -rf build/empty && $(PYTHON) -m venv build/empty && \
+		build/empty/bin/pip install --quiet --constraint constraints.txt "$$package" && \
+		build/empty/bin/python -I tests/try_installed.py || exit 1; \
+	done
+	rm -rf build/empty
+	@ls -l dist
+
 # Each of these stamp files stands for one set of extras. After a source has changed, `make` installs the package again.
 comma := ,
 $(VENV)/train $(VENV)/test $(VENV)/lint: $(SOURCES) | $(VENV)/bin/pip
@@ -63,10 +81,14 @@ $(VENV)/docs: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --group docs
 	touch $@
 
+$(VENV)/release: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --group release
+	touch $@
+
 $(VENV)/bin/pip:
 	@echo '== Making a virtual environment in $(VENV)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 
 clean:
-	rm -rf build $(VENV) sgalign/_C.*.so *.egg-info
+	rm -rf build dist $(VENV) sgalign/_C.*.so *.egg-info
