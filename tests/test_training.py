@@ -15,6 +15,7 @@ import lightning.pytorch as pl  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 from matplotlib.colors import to_rgba  # noqa: E402
+from matplotlib.patches import FancyArrowPatch  # noqa: E402
 from trainers import CONFIGS, trainer  # noqa: E402
 from trainers import SMALL_MOTIFS as SMALL  # noqa: E402
 
@@ -611,7 +612,7 @@ def test_predicted_graphs_are_drawn_even_if_an_image_is_missing(tmp_path, capsys
     shown = [min(len(graph.relations), compare.MOST_TRIPLETS) for graph in scenes]
     for axes, count, right in zip(figures[0].axes[3:], shown, (shown[0], 0, 0), strict=True):
         assert axes.get_title() == f"{right} of the best {count} triplets are annotated (green)"
-        arrows = [text.arrow_patch for text in axes.texts if getattr(text, "arrow_patch", None)]
+        arrows = [patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)]
         green = [arrow for arrow in arrows if arrow.get_edgecolor() == to_rgba("tab:green")]
         assert (len(arrows), len(green)) == (count, right)
 

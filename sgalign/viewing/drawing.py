@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from sgalign.viewing.fonts import UNKNOWN, families_for
+from sgalign.viewing.graph_layout import Rectangle, free_place, place_nodes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Text
     from PIL import Image
 
 MOST_TRIPLETS = 12  # more triplets in one picture would be hard to tell apart
-BEND = 0.15  # curvature of the arrows. It keeps two opposite arrows apart
+BEND = 0.16  # curvature of the arrows. It keeps two opposite arrows apart
+HEAD = 16  # size of an arrowhead and its surroundings
+LONGEST_NAME = 24  # letters
+LABEL_PLACES = (0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74)  # of a label on its arrow, from the subject to the object
 
 
 def draw_scene_graph(
@@ -22,7 +30,8 @@ def draw_scene_graph(
 ) -> None:
     """Draw an image with the boxes of its objects, and beside it the graph of their relations.
 
-    Only the 12 best triplets and their objects are drawn.
+    Only the 12 best triplets and their objects are drawn. Objects of one class have the same color. Boxes are clipped
+    to the image.
 
     Args:
         left: axes for the image.
@@ -30,16 +39,27 @@ def draw_scene_graph(
         graph: an image's objects and triplets, as `describe` and `describe_annotations` return them.
         image: the image. If None, only the boxes are drawn.
         annotated: the annotations of the same objects, as `describe_annotations` returns them. Arrows of annotated
-            triplets are green, and all others are gray.
+            triplets are green. All others are gray and dashed.
     """
     from matplotlib import colormaps
 
     triplets = graph["triplets"][:MOST_TRIPLETS]
     used = sorted({end for triplet in triplets for end in (triplet["subject"], triplet["object"])})
-    colors = {index: colormaps["tab20"](place % 20) for place, index in enumerate(used)}
+    classes = list(dict.fromkeys(graph["objects"][index]["label"] for index in used))
+    colors = {index: colormaps["tab20"](classes.index(graph["objects"][index]["label"]) % 20) for index in used}
+    names = {index: f"{_short(graph['objects'][index]['label'])} {index}" for index in used}
+    families, missing = families_for([*names.values(), *(_short(triplet["predicate"]) for triplet in triplets)])
+    style = {"fontfamily": families, "parse_math": False}
+    unknown = str.maketrans(dict.fromkeys(missing, UNKNOWN))
+    names = {index: name.translate(unknown) for index, name in names.items()}
+    _draw_boxes(left, graph, names, colors, image, style)
+    groups: dict[tuple[int, int, bool | None], list[str]] = {}
     right_ones = {_parts(triplet) for triplet in annotated["triplets"]} if annotated else set()
-    _draw_boxes(left, graph, colors, image)
-    _draw_relations(right, graph, triplets, colors, right_ones)
+    for triplet in triplets:
+        is_right = None if annotated is None else _parts(triplet) in right_ones
+        group = groups.setdefault((triplet["subject"], triplet["object"], is_right), [])
+        group.append(_short(triplet["predicate"]).translate(unknown))
+    _draw_relations(right, graph, names, colors, groups, style)
 
 
 def _parts(triplet: dict[str, Any]) -> tuple[int, str, int]:
@@ -51,60 +71,154 @@ def count_annotated(graph: dict[str, Any], annotated: dict[str, Any]) -> int:
     return len({_parts(triplet) for triplet in graph["triplets"]} & {_parts(t) for t in annotated["triplets"]})
 
 
-def _draw_boxes(axes: Axes, graph: dict[str, Any], colors: dict[int, Any], image: Image.Image | None) -> None:
-    from matplotlib.patches import Rectangle
+def _short(name: str) -> str:
+    """Return a name on one line, cut to `LONGEST_NAME` letters."""
+    name = " ".join(name.split())
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
+
+def _draw_boxes(
+    axes: Axes,
+    graph: dict[str, Any],
+    names: dict[int, str],
+    colors: dict[int, Any],
+    image: Image.Image | None,
+    style: dict[str, Any],
+) -> None:
+    """Draw the boxes on the image, larger ones first, and then their labels."""
+    from matplotlib.patches import Rectangle as Box
+
+    boxes = {index: graph["objects"][index]["box"] for index in names}
     if image is not None:
         axes.imshow(image)
-    for index, color in colors.items():
-        x1, y1, x2, y2 = graph["objects"][index]["box"]
-        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=2, edgecolor=color))
-        label = {"facecolor": color, "pad": 1}
-        axes.text(x1, y1, _name(graph, index), fontsize=8, va="bottom", bbox=label, parse_math=False)
-    if image is None:
-        axes.autoscale_view()
-        axes.set_aspect("equal")
-        axes.invert_yaxis()
+        width, height = image.size
+    else:
+        ends = [(box[2], box[3]) for box in boxes.values()]
+        width = graph.get("width") or max([1, *(x for x, _ in ends)])
+        height = graph.get("height") or max([1, *(y for _, y in ends)])
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     axes.set_axis_off()
+    area = axes.get_window_extent()
+    pixel = max(width / area.width, height / area.height)  # pixels of the image per pixel of the figure
+    clipped = {}
+    for index, (x1, y1, x2, y2) in boxes.items():
+        x1, x2 = max(x1, 0), min(x2, width)
+        y1, y2 = max(y1, 0), min(y2, height)
+        if x1 <= x2 and y1 <= y2:
+            clipped[index] = x1, y1, x2, y2
+    taken: list[Rectangle] = []
+    for index, (x1, y1, x2, y2) in sorted(clipped.items(), key=lambda item: -_area(item[1])):
+        axes.add_patch(Box((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=2, edgecolor=colors[index]))
+        label = _label(axes, names[index], colors[index], {"fontsize": 8} | style)
+        w, h = (pixel * side for side in _size(label))
+        corners = [(x1 + w / 2, y1 - h / 2), (x1 + w / 2, y1 + h / 2), (x2 - w / 2, y1 + h / 2)]
+        corners += [(x1 + w / 2, y2 - h / 2), (x2 - w / 2, y2 - h / 2), ((x1 + x2) / 2, (y1 + y2) / 2)]
+        inside = [Rectangle(x, y, w, h).moved_into(width, height) for x, y in corners]
+        taken.append(free_place(inside, taken))
+        label.set_position(taken[-1][:2])
+
+
+def _area(box: tuple[float, float, float, float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _label(axes: Axes, text: str, color: Any, style: dict[str, Any]) -> Text:
+    light = [0.5 + 0.5 * channel for channel in color[:3]]  # black letters are readable on it
+    box = {"facecolor": light, "edgecolor": color, "pad": 2, "linewidth": 1.2}
+    return axes.text(0, 0, text, ha="center", va="center", bbox=box, zorder=4, **style)
+
+
+def _size(text: Text) -> tuple[float, float]:
+    """Return the width and height of a text with its box, in pixels of the figure."""
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    figure = text.get_figure(root=True)
+    assert figure is not None
+    extent = text.get_window_extent(RendererAgg(1, 1, figure.dpi))  # measures the text without drawing the figure
+    return extent.width + 6, extent.height + 6
 
 
 def _draw_relations(
     axes: Axes,
     graph: dict[str, Any],
-    triplets: list[dict[str, Any]],
+    names: dict[int, str],
     colors: dict[int, Any],
-    annotated: set[tuple[int, str, int]],
+    groups: dict[tuple[int, int, bool | None], list[str]],
+    style: dict[str, Any],
 ) -> None:
-    """Draw the objects on a ring and the relations as arrows.
-
-    Around the ring, the objects are sorted by the direction of their box centers, seen from the mean of all centers.
-    """
-    middles = {i: [sum(graph["objects"][i]["box"][axis::2]) / 2 for axis in (0, 1)] for i in colors}
-    center = [sum(middle[axis] for middle in middles.values()) / max(len(middles), 1) for axis in (0, 1)]
-    order = sorted(middles, key=lambda i: math.atan2(middles[i][1] - center[1], middles[i][0] - center[0]))
-    angles = {index: 2 * math.pi * place / len(order) - math.pi for place, index in enumerate(order)}
-    points = {index: (math.cos(angle), math.sin(angle)) for index, angle in angles.items()}
-    labels = {}
-    for index, (x, y) in points.items():
-        box = {"facecolor": colors[index], "pad": 4}
-        labels[index] = axes.text(
-            x, y, _name(graph, index), ha="center", va="center", bbox=box, parse_math=False, zorder=4
-        )
-    for triplet in triplets:
-        subject, predicate, object_ = _parts(triplet)
-        (x1, y1), (x2, y2) = points[subject], points[object_]
-        color = "tab:green" if (subject, predicate, object_) in annotated else "gray"
-        arrow: dict[str, Any] = {"arrowstyle": "->", "color": color, "connectionstyle": f"arc3,rad={BEND}"}
-        arrow |= {"patchA": labels[subject].get_bbox_patch(), "patchB": labels[object_].get_bbox_patch()}
-        axes.annotate("", (x2, y2), (x1, y1), arrowprops=arrow)
-        # Put the label nearer to the subject, because the labels of two opposite arrows would overlap otherwise.
-        x, y = 0.6 * x1 + 0.4 * x2 - BEND / 2 * (y2 - y1), 0.6 * y1 + 0.4 * y2 + BEND / 2 * (x2 - x1)
-        style: dict[str, Any] = {"fontsize": 9, "ha": "center", "va": "center", "color": "darkblue"}
-        label = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-        axes.text(x, y, predicate, bbox=label, parse_math=False, **style)
-    axes.set(xlim=(-1.2, 1.2), ylim=(1.2, -1.2), aspect="equal")
+    """Draw the objects as nodes and the relations as arrows. Relations of one pair share an arrow."""
+    area = axes.get_window_extent()
+    axes.set(xlim=(0, area.width), ylim=(area.height, 0), aspect="equal")
     axes.set_axis_off()
+    labels = {index: _label(axes, name, colors[index], {"fontsize": 10} | style) for index, name in names.items()}
+    boxes = {index: graph["objects"][index]["box"] for index in names}
+    nodes = place_nodes(
+        {index: ((x1 + x2) / 2, (y1 + y2) / 2) for index, (x1, y1, x2, y2) in boxes.items()},
+        {index: _size(label) for index, label in labels.items()},
+        [(subject, object_) for subject, object_, _ in groups],
+        (area.width, area.height),
+    )
+    for index, label in labels.items():
+        label.set_position(nodes[index][:2])
+    arrows = []
+    seen: dict[tuple[int, int], int] = {}
+    for (subject, object_, is_right), predicates in groups.items():
+        nth = seen[subject, object_] = seen.get((subject, object_), -1) + 1
+        color = "tab:green" if is_right else "dimgray"
+        points = _arrow(axes, nodes[subject], nodes[object_], nth, color, dashed=is_right is False)
+        arrows.append((points, predicates))
+    heads = [Rectangle(*points[-1], HEAD, HEAD) for points, _ in arrows]
+    taken = [*nodes.values(), *heads]
+    for points, predicates in arrows:
+        text = axes.text(0, 0, "\n".join(predicates), fontsize=9, ha="center", va="center", color="darkblue", **style)
+        text.set_bbox({"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
+        text.set_zorder(5)
+        on_arrow = [Rectangle(*points[round(t * (len(points) - 1))], *_size(text)) for t in LABEL_PLACES]
+        taken.append(free_place([place.moved_into(area.width, area.height) for place in on_arrow], taken))
+        text.set_position(taken[-1][:2])
 
 
-def _name(graph: dict[str, Any], index: int) -> str:
-    return f"{graph['objects'][index]['label']} {index}"
+def _arrow(
+    axes: Axes, start: Rectangle, end: Rectangle, nth: int, color: str, *, dashed: bool
+) -> list[tuple[float, float]]:
+    """Draw an arrow between the edges of two nodes, and return points along it.
+
+    Args:
+        axes: axes in which one unit is equally long in both directions.
+        start, end: the nodes. If they are equal, the arrow is a loop above the node.
+        nth: number of the arrow among those from `start` to `end`. Each bends more than the one before.
+        color: color of the arrow.
+        dashed: if True, the line is dashed.
+    """
+    from matplotlib.patches import FancyArrowPatch
+    from matplotlib.path import Path
+
+    if start == end:
+        size = 26 + 14 * nth
+        controls = [(start.x + 8, start.y), (start.x + 2 * size, start.y - 2 * size)]
+        controls += [(start.x - 2 * size, start.y - 2 * size), (start.x - 8, start.y)]
+    else:
+        bend = BEND * (1 + 1.5 * nth)
+        dx, dy = end.x - start.x, end.y - start.y
+        middle = (start.x + end.x) / 2 - 2 * bend * dy, (start.y + end.y) / 2 + 2 * bend * dx
+        controls = [start[:2], middle, end[:2]]
+    points = [_bezier(controls, step / 80) for step in range(81)]
+    outside = [point for point in points if not (_inside(point, start, 1) or _inside(point, end, 3))]
+    if len(outside) < 4:  # the nodes are too near for an arrow between their edges
+        outside = points
+    arrow = FancyArrowPatch(path=Path(outside), arrowstyle="-|>,head_length=0.5,head_width=0.28", mutation_scale=HEAD)
+    arrow.set(clip_on=False, color=color, linewidth=1.4, linestyle="--" if dashed else "-", zorder=3)
+    axes.add_patch(arrow)
+    return outside
+
+
+def _bezier(controls: Iterable[tuple[float, ...]], t: float) -> tuple[float, float]:
+    """Return the point of a Bezier curve at `t`, from 0 to 1."""
+    controls = list(controls)
+    last = len(controls) - 1
+    weights = [math.comb(last, k) * t**k * (1 - t) ** (last - k) for k in range(last + 1)]
+    return sum(w * p[0] for w, p in zip(weights, controls)), sum(w * p[1] for w, p in zip(weights, controls))
+
+
+def _inside(point: tuple[float, float], node: Rectangle, margin: float) -> bool:
+    return abs(point[0] - node.x) < node.width / 2 + margin and abs(point[1] - node.y) < node.height / 2 + margin
