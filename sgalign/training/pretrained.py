@@ -52,7 +52,7 @@ def find_pretrained(source: str | Path) -> Path | None:
         return path
     if name in shipped_models():
         return SHIPPED / name
-    match = HUB_ID.fullmatch(name)
+    match = HUB_ID.fullmatch(name) if isinstance(source, str) else None
     if match is None or path.parts[0] in (".", "..") or Path(path.parts[0]).exists() or path.suffix in (".ckpt", ".pt"):
         return None
     return _download(name, match[1], match[2])
