@@ -21,7 +21,7 @@ def test_example_trains_and_prints_the_cost_of_the_mirror(path, monkeypatch, cap
     printed = capsys.readouterr().out
     first, last = re.findall(r"supervised loss ([\d.]+), weighted alignment loss [\d.]+", printed)
     assert float(last) < float(first)
-    for row in ("without a mirror", "the plain way \(decoder called twice\)", "with sgalign's mirror"):
+    for row in ("without a mirror", r"the plain way \(decoder called twice\)", "with sgalign's mirror"):
         assert re.search(rf"{row} +[\d.]+ ms +[\d.]+\n", printed), printed
     assert len(path.read_text().splitlines()) < 150
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import sgalign
+from sgalign.commands.doctor import openmp_runtimes
 
 
 def main() -> None:
@@ -22,6 +23,9 @@ def main() -> None:
     if version != sgalign.__version__:
         sys.exit(f"`sgalign --version` must print {sgalign.__version__}, got {version}")
     print(subprocess.run([command, "doctor"], check=True, capture_output=True, text=True).stdout, end="")
+    runtimes = openmp_runtimes()
+    if runtimes is not None and len(runtimes) != 1:
+        sys.exit(f"the core and torch must share one OpenMP runtime, got {runtimes}")
     tensors = [torch.randn(2, 4, 100, 32, requires_grad=True) for _ in range(4)]
     gradients = {}
     for backend in ("cpu", "reference"):
