@@ -16,7 +16,7 @@ sizes=(--model.init_args.dim 64 --model.init_args.heads 4 --model.init_args.ffn_
 # The detector trains twice. The second run starts from the weights of the first, and keeps its batch normalization.
 "$sgalign" fit --config "$configs/detr_small.yaml" "${sizes[@]}" --trainer.max_steps 5264 \
     --model.init_args.learning_rate_drops "[5000]" --trainer.check_val_every_n_epoch 4 ${EXTRA:-}
-"$sgalign" fit --config "$configs/detr_small.yaml" "${sizes[@]}" --trainer.max_steps 5264 \
+"$sgalign" fit --config "$configs/detr_small.yaml" "${sizes[@]}" --trainer.max_steps 4512 \
     --model.init_args.detector_weights runs/detr_small/version_0/checkpoints/last.ckpt \
     --model.init_args.learning_rate 1.0e-3 --model.init_args.backbone_learning_rate 1.0e-3 \
     --model.init_args.learning_rate_drops "[4500]" --trainer.check_val_every_n_epoch 4 ${EXTRA:-}

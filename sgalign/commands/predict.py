@@ -82,7 +82,8 @@ def main(arguments: Sequence[str]) -> int:
     files, others = find_images(options.images)
     if options.draw and any(file.path.parent.resolve() == out.with_suffix("").resolve() for file in files):
         parser().error(f"--out must not name the folder of the images, because --draw writes to it, got {options.out}")
-    _report(others, {out, hdf5, options_file, failed_file, out.with_suffix(""), out.with_suffix(".html")})
+    results = [out, *([hdf5, parts_folder(hdf5)] if hdf5 else [])]
+    _report(others, {*results, options_file, failed_file, out.with_suffix(""), out.with_suffix(".html")})
     files = [file for file in files if shard.has(file)]
     module = _load(options.checkpoint, options.detections)
     detections = None
@@ -90,7 +91,6 @@ def main(arguments: Sequence[str]) -> int:
         detections = read_detections(options.detections, len(module.object_names) - 1)
     described = {name: getattr(options, name) for name in ("top_k", "threshold", "all_predicates")}
     made_from = {"model": digest(module), "detections": _digest(options.detections), "shard": str(shard)}
-    results = [out, *([hdf5, parts_folder(hdf5)] if hdf5 else [])]
     start_or_continue(options_file, results, made_from | described, overwrite=options.overwrite)
 
     lines = GraphLines(out, module, **described)
@@ -136,9 +136,9 @@ def _shard(text: str) -> Shard:
     return Shard(int(match[1]), int(match[2]))
 
 
-def _report(others: Sequence[Path], own: set[Path | None]) -> None:
+def _report(others: Sequence[Path], own: set[Path]) -> None:
     """Report the files that are not images, except for the command's own files."""
-    paths = {path.resolve() for path in own if path}
+    paths = {path.resolve() for path in own}
     if names := [path.name for path in others if path.resolve() not in paths]:
         what = "1 entry that is not an image" if len(names) == 1 else f"{len(names)} entries that are not images"
         print(f"sgalign: skipped {what}: {some_of(names)}", file=sys.stderr)
