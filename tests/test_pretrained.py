@@ -219,6 +219,8 @@ def with_weights(change):
         (changed("object_names", "person"), "object_names must be a list"),
         (changed("predicate_names", [1]), "predicate_names must be a list of names"),
         (changed("module", "os.system"), "must be a checkpoint of a module of this package"),
+        (changed("options", {"hidden_dim": "8"}), "must have valid options and names"),
+        (changed("predicate_names", []), "must have valid options and names"),
         (cut, "must be a complete file of safetensors"),
         (with_weights(lambda weights, name: weights.pop(name)), "but it lacks"),
         (with_weights(lambda weights, name: weights.update({name: weights[name][:1].clone()})), "has shape"),

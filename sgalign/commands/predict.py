@@ -27,6 +27,7 @@ from sgalign.prediction.outputs import (
     GraphLines,
     PredictionParts,
     digest,
+    options_of,
     parts_folder,
     start_or_continue,
 )
@@ -78,23 +79,25 @@ def main(arguments: Sequence[str]) -> int:
     _check(options)
     shard = options.shard or Shard(int(os.environ.get("RANK", 0)) + 1, int(os.environ.get("WORLD_SIZE", 1)))
     out, hdf5 = (path and shard.path(path) for path in (options.out, options.hdf5))
-    options_file, failed_file = (out.with_suffix(f".{name}") for name in ("options.json", "failed.jsonl"))
+    written = [out, *([hdf5] if hdf5 else [])]
+    failed_file = out.with_suffix(".failed.jsonl")
     files, others = find_images(options.images)
-    if options.draw and any(file.path.parent.resolve() == out.with_suffix("").resolve() for file in files):
-        parser().error(f"--out must not name the folder of the images, because --draw writes to it, got {options.out}")
-    results = [out, *([hdf5, parts_folder(hdf5)] if hdf5 else [])]
-    _report(others, {*results, options_file, failed_file, out.with_suffix(""), out.with_suffix(".html")})
+    _check_pictures(options, files)
+    beside = [place(path) for path in written for place in (options_of, parts_folder)]
+    _report(others, {*written, *beside, failed_file, out.with_suffix(""), out.with_suffix(".html")})
     files = [file for file in files if shard.has(file)]
     module = _load(options.checkpoint, options.detections)
     detections = None
     if options.detections is not None:
         detections = read_detections(options.detections, len(module.object_names) - 1)
     described = {name: getattr(options, name) for name in ("top_k", "threshold", "all_predicates")}
+    lines = GraphLines(out, module, **described, overwrite=options.overwrite)
     made_from = {"model": digest(module), "detections": _digest(options.detections), "shard": str(shard)}
-    start_or_continue(options_file, results, made_from | described, overwrite=options.overwrite)
+    for path in written:
+        start_or_continue(path, made_from | (described if path == out else {}), overwrite=options.overwrite)
+    lines.check_files(files)
+    parts = PredictionParts(hdf5, overwrite=options.overwrite) if hdf5 else None
 
-    lines = GraphLines(out, module, **described)
-    parts = PredictionParts(hdf5) if hdf5 else None
     failures = Failures(failed_file)
     reading = {"detections": detections, "batch_size": options.batch_size, "workers": options.workers}
     try:
@@ -102,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
             predict_to_files(module, files, [lines, parts] if parts else [lines], failures, **reading)
             if parts is not None:
                 parts.finish()
-            not_drawn = _pictures(options, out, options_file.stat().st_mtime, files) if lines.done else 0
+            not_drawn = _pictures(options, out, options_of(out).stat().st_mtime, files) if lines.done else 0
     except (KeyboardInterrupt, SystemExit) as stop:
         done = sum(file.image_id in lines.done for file in files)
         print(f"sgalign: stopped after {done} of {len(files)} images. The same command goes on.", file=sys.stderr)
@@ -129,6 +132,18 @@ def _check(options: argparse.Namespace) -> None:
         parser().error(f"--shard must be left out under torchrun, which chooses the parts itself, got {options.shard}")
 
 
+def _check_pictures(options: argparse.Namespace, files: Sequence[ImageFile]) -> None:
+    """End the program with the code 2 if --draw would write to a folder with images, or to a file."""
+    folder = options.out.with_suffix("")
+    if options.draw and folder.exists() and not folder.is_dir():
+        parser().error(f"--draw writes to the folder {folder}, which must not be a file: choose another --out")
+    places = {os.path.realpath(file.path.parent) for file in files}
+    if options.draw and any(os.path.realpath((folder / file.image_id).parent) in places for file in files):
+        parser().error(
+            f"--out must not name a folder of the images, because --draw writes to {folder}, got {options.out}"
+        )
+
+
 def _shard(text: str) -> Shard:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -138,8 +153,8 @@ def _shard(text: str) -> Shard:
 
 def _report(others: Sequence[Path], own: set[Path]) -> None:
     """Report the files that are not images, except for the command's own files."""
-    paths = {path.resolve() for path in own}
-    if names := [path.name for path in others if path.resolve() not in paths]:
+    paths = {os.path.realpath(path) for path in own}
+    if names := [path.name for path in others if os.path.realpath(path) not in paths]:
         what = "1 entry that is not an image" if len(names) == 1 else f"{len(names)} entries that are not images"
         print(f"sgalign: skipped {what}: {some_of(names)}", file=sys.stderr)
 

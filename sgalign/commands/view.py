@@ -124,6 +124,8 @@ class Source:
             return
         for path in self.options.files:
             yield from self._of_lines(path) if self.kind == "lines" else self._of_predictions(path)
+        if not self.seen:
+            raise InputError(f"{', '.join(map(str, self.options.files))}: must have at least one image, got none")
 
     def unpredicted(self) -> int:
         """Return the number of annotated images that no file has. Call it after `images` has ended."""

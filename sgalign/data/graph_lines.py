@@ -44,12 +44,10 @@ def read_graph_lines(path: Path) -> Iterator[GraphLine]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a line is not JSON or not a graph, or if the file has no graphs. The error names the file and the
-            line.
+        ValueError: if a line is not JSON or not a graph. The error names the file and the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of graphs")
-    empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
@@ -63,10 +61,7 @@ def read_graph_lines(path: Path) -> Iterator[GraphLine]:
                     break
                 raise InputError(f"{where}: must be a JSON object, but is damaged ({error})") from error
             _check_graph(where, graph)
-            empty = False
             yield GraphLine(where, graph)
-    if empty:
-        raise InputError(f"{path}: must have a line for each image, got no complete line")
 
 
 def _check_graph(where: str, graph: Any) -> None:

@@ -32,6 +32,8 @@ class ImageFiles:
 
     def find(self, name: str) -> Path | None:
         """Return the path of an image file, or None if there is none."""
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return None  # it would lie outside the folders
         if len(Path(name).parts) > 1:
             return next((path for folder in self._folders if is_file(path := folder / name)), None)
         found = self._by_name.get(name)

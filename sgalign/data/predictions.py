@@ -69,8 +69,15 @@ class PredictionFile:
         self._folders |= folders
         fields = {name: torch.as_tensor(prediction[name]).detach().cpu() for name in FIELDS if name in prediction}
         group = self._file.create_group(image_id)
-        for name, tensor in fields.items():
-            group[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        try:
+            for name, tensor in fields.items():
+                group[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        except BaseException:  # also an interruption, after which the file may be kept
+            del self._file[image_id]
+            for folder in sorted(folders, key=len, reverse=True):
+                if not len(self._file[folder]):
+                    del self._file[folder]
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -6,7 +6,7 @@ import glob
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from sgalign.data.images import is_image
@@ -36,7 +36,7 @@ def find_images(sources: Sequence[str | Path]) -> tuple[list[ImageFile], list[Pa
 
     Raises:
         FileNotFoundError: if a source has no image.
-        ValueError: if two files would have the same id.
+        ValueError: if two files would have the same id, or one id is the folder of another.
     """
     by_id: dict[str, Path] = {}
     others: set[Path] = set()
@@ -49,13 +49,19 @@ def find_images(sources: Sequence[str | Path]) -> tuple[list[ImageFile], list[Pa
             found = True
             image_id = os.fsencode(name).decode("utf-8", "backslashreplace")
             known = by_id.setdefault(image_id, path)
-            if known != path and known.resolve() != path.resolve():
+            if os.path.realpath(known) != os.path.realpath(path):
                 raise InputError(
                     f"two images have the id {image_id!r}: {known} and {path}. Predict them into two files, or give "
                     "a pattern in quotation marks such as 'photographs/**/*.jpg', so the ids contain the folders"
                 )
         if not found:
             raise FileNotFoundError(f"{source}: {WANTED}")
+    for image_id, path in by_id.items():
+        if parent := next((str(parent) for parent in PurePosixPath(image_id).parents if str(parent) in by_id), None):
+            raise InputError(
+                f"an id must not extend another one by a slash, but {path} has {image_id!r}, and {by_id[parent]} has "
+                f"{parent!r}. Predict them into two files"
+            )
     return [ImageFile(by_id[image_id], image_id) for image_id in sorted(by_id)], sorted(others)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +17,10 @@ import torch
 from sgalign.data.predictions import PredictionFile, prediction_ids
 from sgalign.errors import InputError
 from sgalign.files import HDF5_DAMAGE, check_writable, hdf5_written_whole, read_json, write_json
+from sgalign.prediction.image_paths import ImageFile
 from sgalign.prediction.predicting import FailedImage, PredictedImage
 from sgalign.training import RelationModule
+from sgalign.training.pretrained import without_paths
 from sgalign.viewing import describe
 
 PART_SECONDS = 60.0  # a kill loses at most the HDF5 predictions of this time
@@ -43,29 +44,47 @@ class GraphLines:
     A line has the fields of `describe`, and before them `image_id`, `file`, `width` and `height`.
 
     Args:
-        path: the file. If it exists, the new lines are added to it. An incomplete last line is removed.
+        path: the file. If it exists, the new lines are added to it. An incomplete last line is then removed.
         module: the model, for the names of its classes.
         top_k, threshold, all_predicates: as for `describe`.
+        overwrite: if True, the lines in the file are deleted.
 
     Raises:
         OSError: if the file cannot be written, or if another process writes it.
-        ValueError: if the file has a line that is not a graph.
+        ValueError: if the file is not a regular one, or has a line that is not a graph.
     """
 
     def __init__(
-        self, path: Path, module: RelationModule, *, top_k: int, threshold: float, all_predicates: bool
+        self,
+        path: Path,
+        module: RelationModule,
+        *,
+        top_k: int,
+        threshold: float,
+        all_predicates: bool,
+        overwrite: bool = False,
     ) -> None:
         check_writable(path)
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: must be a regular file")
         self.path = path
         self._names = module.object_names, module.predicate_names
         self._options: dict[str, Any] = {"top_k": top_k, "threshold": threshold, "all_predicates": all_predicates}
-        self._file = path.open("ab", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(f"{path}: another process is writing this file") from error
-        self.done, self._size = _complete_lines(path)
-        self._file.truncate(self._size)
+        self._file = _locked(path)
+        if overwrite:
+            self._file.truncate(0)
+        self._files, self._size = _complete_lines(path)
+        self.done = set(self._files)
+
+    def check_files(self, files: Sequence[ImageFile]) -> None:
+        """Raise InputError if the file has a graph for another image of the same id."""
+        for file in files:
+            before = Path(self._files.get(file.image_id, ""))
+            if before.is_file() and not before.samefile(file.path):
+                raise InputError(
+                    f"{self.path} has the graph of {before} under the id {file.image_id!r}, which {file.path} now has: "
+                    "choose another --out"
+                )
 
     def write(self, image: PredictedImage) -> None:
         graph = describe(image.prediction, *self._names, **self._options)
@@ -73,6 +92,7 @@ class GraphLines:
         line = json.dumps(where | {"width": image.width, "height": image.height} | graph, ensure_ascii=False)
         data = line.encode() + b"\n"
         left = memoryview(data)
+        self._file.truncate(self._size)  # removes an incomplete last line of an earlier run
         try:
             while left:
                 left = left[self._file.write(left) :]
@@ -86,19 +106,35 @@ class GraphLines:
         self._file.close()
 
 
-def _complete_lines(path: Path) -> tuple[set[str], int]:
-    """Return the ids of the images in a file of `GraphLines`, and the number of bytes of its complete lines."""
-    done, size = set(), 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+def _locked(path: Path) -> FileIO:
+    """Open a file for appending that no other process may open in this way at the same time."""
+    file = path.open("ab", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise OSError(f"{path}: another process is writing this file") from error
+    return file
+
+
+def _complete_lines(path: Path) -> tuple[dict[str, str], int]:
+    """Return the image file of each id in a file of `GraphLines`, and the number of bytes of its complete lines."""
+    files, size = {}, 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 break
-            try:
-                done.add(json.loads(line)["image_id"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise InputError(f"{path}, line {number}: must be the graph of an image in JSON ({error})") from error
+            if line.strip():
+                try:
+                    graph = json.loads(line)
+                    files[graph["image_id"]] = graph.get("file", "")
+                except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+                    where = f"{path}, line {number}"
+                    raise InputError(
+                        f"{where}: must be the graph of an image in JSON ({error}); correct or delete this line"
+                    ) from error
             size += len(line)
-    return done, size
+    return files, size
 
 
 class PredictionParts:
@@ -109,24 +145,30 @@ class PredictionParts:
 
     Args:
         path: the HDF5 file. If it exists, its images count as done, and `finish` adds the new ones.
+        overwrite: if True, the file and its parts are deleted first.
     """
 
-    def __init__(self, path: Path) -> None:
-        check_writable(path)
+    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+        if overwrite:
+            _delete(path)
         self.path, self._folder = path, parts_folder(path)
         self._folder.mkdir(exist_ok=True)
-        self.done = {image_id for source in self._sources() for image_id in prediction_ids(source)}
+        self._lock = _locked(self._folder / "lock")
+        try:
+            self.done = {image_id for source in self._sources() for image_id in prediction_ids(source)}
+        except InputError as error:
+            raise InputError(f"{error}; delete this file, and its images are predicted again") from error
         self._part: PredictionFile | None = None
         self._started = 0.0
 
     def _sources(self) -> list[Path]:
-        return [path for path in (self.path, *sorted(self._folder.glob("*.h5"))) if path.exists()]
+        return [path for path in (self.path, *_parts(self._folder)) if path.exists()]
 
     def write(self, image: PredictedImage) -> None:
         if self._part is not None and time.monotonic() - self._started > PART_SECONDS:
             self.close()
         if self._part is None:
-            number = 1 + max((int(path.stem) for path in self._folder.glob("*.h5")), default=0)
+            number = 1 + max((int(path.stem) for path in _parts(self._folder)), default=0)
             self._part, self._started = PredictionFile(self._folder / f"{number:06}.h5").__enter__(), time.monotonic()
         self._part.write(image.file.image_id, image.prediction)
         self.done.add(image.file.image_id)
@@ -147,7 +189,23 @@ class PredictionParts:
                         for image_id in prediction_ids(source):
                             if image_id not in joined:
                                 part.copy(part[image_id], joined, name=image_id)
-        shutil.rmtree(self._folder)
+        _delete(self.path, parts_only=True)
+        self._lock.close()
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.h5") if path.stem.isdecimal())
+
+
+def _delete(path: Path, *, parts_only: bool = False) -> None:
+    """Delete a file of results and the parts of `PredictionParts` for it, but no other files in their folder."""
+    if not parts_only:
+        path.unlink(missing_ok=True)
+    folder = parts_folder(path)
+    for part in [*_parts(folder), *folder.glob("*.h5.*.partial"), folder / "lock"]:
+        part.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 class Failures:
@@ -164,9 +222,18 @@ class Failures:
     def write(self, failed: FailedImage) -> None:
         """Add an image."""
         self.count += 1
-        line = {"image_id": failed.file.image_id, "file": printable(failed.file.path), "reason": failed.reason}
+        line = {
+            "image_id": failed.file.image_id,
+            "file": printable(failed.file.path),
+            "reason": printable(failed.reason),
+        }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def options_of(path: Path) -> Path:
+    """Return the file with the options of the run that wrote a file of results."""
+    return path.with_name(f"{path.name}.options.json")
 
 
 def parts_folder(path: Path) -> Path:
@@ -174,36 +241,34 @@ def parts_folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.parts")
 
 
-def printable(path: Path) -> str:
-    """Return a path as text that JSON can hold. Bytes that are not UTF-8 become `\\x..`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def printable(text: str | Path) -> str:
+    """Return a path or a message as text that JSON can hold. Bytes of file names that are not UTF-8 become `\\x..`."""
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def start_or_continue(options_file: Path, results: Sequence[Path], options: dict[str, Any], *, overwrite: bool) -> None:
-    """Check that a run may write its results, and write its options to a file.
+def start_or_continue(path: Path, options: dict[str, Any], *, overwrite: bool) -> None:
+    """Check that a run may write a file of results, and write the run's options beside it.
 
     If there are results already, the run continues them. So they must come from the same model and options.
 
     Args:
-        options_file: the JSON file of the options.
-        results: the files and folders of the run's results.
+        path: the file of results.
         options: the options that determine the results.
-        overwrite: if True, delete the old results first.
+        overwrite: if True, the results are replaced.
 
     Raises:
+        OSError: if the file cannot be written.
         ValueError: if there are results with other options, or with unknown ones.
     """
-    there = [path for path in results if path.is_dir() or (path.exists() and path.stat().st_size)]
-    if overwrite:
-        for path in there:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        there = []
-    if not there:
+    check_writable(path)
+    options_file = options_of(path)
+    has_results = (path.exists() and path.stat().st_size > 0) or bool(_parts(parts_folder(path)))
+    if overwrite or not has_results:
         write_json(options_file, options, indent=1)
         return
     remedy = "choose other names for the results, or replace them with --overwrite"
     if not options_file.exists():
-        raise InputError(f"{there[0]} exists, but not {options_file}, which says how it was made: {remedy}")
+        raise InputError(f"{path} exists, but not {options_file}, which says how it was made: {remedy}")
     before = read_json(options_file, remedy)
     if not isinstance(before, dict):
         raise InputError(f"{options_file}: must be a JSON object, got {type(before).__name__}: {remedy}")
@@ -213,12 +278,14 @@ def start_or_continue(options_file: Path, results: Sequence[Path], options: dict
         if before.get(name) != now
     ]
     if differ:
-        raise InputError(f"{there[0]} comes from a run with other options ({'; '.join(differ)}): {remedy}")
+        raise InputError(f"{path} comes from a run with other options ({'; '.join(differ)}): {remedy}")
 
 
 def digest(module: RelationModule) -> str:
-    """Return a digest of a model's class names and weights, to recognize the same model."""
-    hashed = hashlib.sha256(repr((type(module).__name__, module.object_names, module.predicate_names)).encode())
+    """Return a digest of a model's class names, options and weights, to recognize the same model."""
+    options = json.dumps(without_paths(module.hparams), sort_keys=True, default=str)
+    what = type(module).__name__, options, module.object_names, module.predicate_names
+    hashed = hashlib.sha256(repr(what).encode())
     for name, tensor in sorted(module.state_dict().items()):
         hashed.update(name.encode())
         hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -433,7 +433,10 @@ def load_module(path: str | Path) -> SavedModule:
     kind = module_named(name)
     if kind is None:
         raise InputError(f"{path}: must be a checkpoint of a module of this package, got {name!r}")
-    return kind._of_checkpoint(checkpoint).eval()
+    try:
+        return kind._of_checkpoint(checkpoint).eval()
+    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:  # options of the wrong type or range
+        raise InputError(f"{path}: must have valid options and names ({type(error).__name__}: {error})") from error
 
 
 def warmup(optimizer: torch.optim.Optimizer, steps: int) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,11 @@ def read_results(path: Path) -> dict[str, float]:
         content = read_json(path)
         figures = content if isinstance(content, dict) else {}
     else:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path}: must be a CSV file in UTF-8 ({error})") from error
         figures = {
             name.removeprefix("test/"): row[name]
             for row in rows
@@ -137,6 +141,8 @@ def read_results(path: Path) -> dict[str, float]:
         numbers = {name: float(value) for name, value in figures.items()}
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: figures must be numbers ({error})") from error
+    if not all(map(math.isfinite, numbers.values())):
+        raise InputError(f"{path}: figures must be finite numbers")
     if not numbers:
         raise InputError(f"{path}: must have figures of the test split, got none")
     return numbers

@@ -48,7 +48,7 @@ def find_pretrained(source: str | Path) -> Path | None:
         ValueError: if the model cannot be downloaded.
     """
     path, name = Path(source), str(source)
-    if path.is_dir():
+    if path.is_dir() and ((path / CONFIG).exists() or name not in shipped_models()):
         return path
     if name in shipped_models():
         return SHIPPED / name
@@ -129,9 +129,9 @@ def without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
     def reduced(value: Any) -> Any:
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        if isinstance(value, str) and (os.path.isabs(value) or value.count("/") > 1 or os.path.exists(value)):
+        if isinstance(value, str) and "/" in value:
             return Path(value).name
-        return list(value) if isinstance(value, tuple) else value
+        return [reduced(item) for item in value] if isinstance(value, list | tuple) else value
 
     return {name: reduced(value) for name, value in options.items()}
 
