@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,11 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
+from fontTools.fontBuilder import FontBuilder  # noqa: E402
+from fontTools.pens.ttGlyphPen import TTGlyphPen  # noqa: E402
+from matplotlib import get_data_path  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.font_manager import fontManager  # noqa: E402
 from matplotlib.patches import FancyArrowPatch  # noqa: E402
 from PIL import Image  # noqa: E402
 from trainers import scenes  # noqa: E402
@@ -167,11 +172,52 @@ def test_a_script_without_a_font_gives_one_warning(warned, monkeypatch):
     assert len(warned) == 1 and "'猫'" in warned[0]
 
 
+def test_matplotlibs_font_of_boxes_does_not_hide_a_missing_character(warned, monkeypatch):
+    """One font of matplotlib has a box for every character. A lone surrogate cannot be drawn at all."""
+    own = [entry for entry in fontManager.ttflist if Path(entry.fname).is_relative_to(get_data_path())]
+    monkeypatch.setattr(fontManager, "ttflist", own)
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
+    fonts._find_new_fonts.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, right = drawn(graph_of(TWO, [(0, "\ud800n", 1)], {0: "猫", 1: "dog"}))
+    assert [text.get_text() for text in right.texts] == [f"{fonts.UNKNOWN} 0", "dog 1", f"{fonts.UNKNOWN}n"]
+    assert len(warned) == 1 and "猫" in warned[0] and "fonts-noto-cjk" in warned[0]
+
+
+def test_a_font_that_was_installed_after_matplotlibs_list_is_found(warned, monkeypatch, tmp_path):
+    path = tmp_path / "cat.ttf"
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", "cat"])
+    builder.setupCharacterMap({ord("\U000f0000"): "cat"})
+    pen = TTGlyphPen(None)
+    for point, move in zip([(0, 0), (0, 700), (700, 700)], [pen.moveTo, pen.lineTo, pen.lineTo]):
+        move(point)
+    pen.closePath()
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (700, 0), "cat": (700, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Cat Test Font", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+    monkeypatch.setattr(fontManager, "ttflist", list(fontManager.ttflist))
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: [str(path)])
+    fonts._find_new_fonts.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, right = drawn(graph_of(TWO, [(0, "on", 1)], {0: "\U000f0000", 1: "dog"}))
+    fonts._find_new_fonts.cache_clear()
+    assert right.texts[0].get_text() == "\U000f0000 0" and "Cat Test Font" in right.texts[0].get_fontfamily()
+    assert warned == []
+
+
 def test_a_font_that_has_the_characters_is_used(warned, monkeypatch):
     has = {"DejaVu Sans": "abc", "Cat Font": "猫a", "Dog Font": "犬"}
     monkeypatch.setattr(fonts, "_characters", lambda path: frozenset(has[path]))
     entries = [type("Entry", (), {"name": name, "fname": name}) for name in has]
-    monkeypatch.setattr("matplotlib.font_manager.fontManager.ttflist", entries)
+    monkeypatch.setattr(fontManager, "ttflist", entries)
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
     assert fonts.families_for(["ab"]) == (["DejaVu Sans"], "")
     assert fonts.families_for(["a猫"]) == (["DejaVu Sans", "Cat Font"], "")
     assert fonts.families_for(["猫犬x"]) == (["DejaVu Sans", "Cat Font", "Dog Font"], "x")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from functools import cache
 
 from sgalign.data.findings import warn
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # DejaVu Sans, which comes with matplotlib, has it
+BOXES = "Last Resort", "LastResort", ".LastResort"  # fonts that have a box for every character. One is matplotlib's
 _warned: set[str] = set()
 
 
@@ -23,8 +25,12 @@ def families_for(texts: Iterable[str]) -> tuple[list[str], str]:
     families, missing = ["DejaVu Sans"], {letter for text in texts for letter in text}
     for path in (entry.fname for entry in fontManager.ttflist if entry.name == families[0]):
         missing -= _characters(path)
+    if missing:
+        _find_new_fonts()
     candidates = sorted((entry.name, entry.fname) for entry in fontManager.ttflist) if missing else []
     for family, path in candidates:
+        if family.startswith(BOXES):
+            continue
         if found := missing & _characters(path):
             families.append(family)
             missing -= found
@@ -32,11 +38,21 @@ def families_for(texts: Iterable[str]) -> tuple[list[str], str]:
     if unseen and not _warned:
         some = "".join(sorted(unseen)[:10])
         warn(
-            f"no installed font has the characters {some!r}, so pictures show {UNKNOWN} instead. Install a font for "
-            "them, such as one of the Noto fonts"
+            f"no installed font has the characters {some!r}, so pictures show {UNKNOWN} instead. Install fonts for "
+            "them, for example Debian's packages fonts-noto-core, fonts-noto-cjk and fonts-symbola"
         )
     _warned.update(unseen)
     return families, "".join(sorted(missing))
+
+
+@cache
+def _find_new_fonts() -> None:
+    """Add fonts that were installed after matplotlib wrote its list of fonts to a file."""
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    for path in sorted(set(findSystemFonts()) - {entry.fname for entry in fontManager.ttflist}):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # matplotlib cannot read fonts of color bitmaps
+            fontManager.addfont(path)
 
 
 @cache
