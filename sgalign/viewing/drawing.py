@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sgalign.viewing.fonts import UNKNOWN, families_for
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 MOST_TRIPLETS = 12  # more triplets in one picture would be hard to tell apart
 BEND = 0.16  # curvature of the arrows. It keeps two opposite arrows apart
-HEAD = 16  # size of an arrowhead and its surroundings
+HEAD = 16  # size of an arrowhead, in points, and of its surroundings, in pixels of the figure
 LONGEST_NAME = 24  # letters
 LABEL_PLACES = (0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74)  # of a label on its arrow, from the subject to the object
 
@@ -113,6 +114,8 @@ def _draw_boxes(
         w, h = (pixel * side for side in _size(label))
         corners = [(x1 + w / 2, y1 - h / 2), (x1 + w / 2, y1 + h / 2), (x2 - w / 2, y1 + h / 2)]
         corners += [(x1 + w / 2, y2 - h / 2), (x2 - w / 2, y2 - h / 2), ((x1 + x2) / 2, (y1 + y2) / 2)]
+        corners += [(x2 - w / 2, y1 - h / 2), (x1 + w / 2, y2 + h / 2), (x2 - w / 2, y2 + h / 2)]
+        corners += [(x, y) for x in (x1 - w / 2, x2 + w / 2) for y in (y1 + h / 2, y2 - h / 2)]
         inside = [Rectangle(x, y, w, h).moved_into(width, height) for x, y in corners]
         taken.append(free_place(inside, taken))
         label.set_position(taken[-1][:2])
@@ -161,55 +164,90 @@ def _draw_relations(
     for index, label in labels.items():
         label.set_position(nodes[index][:2])
     arrows = []
-    seen: dict[tuple[int, int], int] = {}
+    number = Counter(frozenset(group[:2]) for group in groups)
+    seen: Counter[tuple[int, int]] = Counter()
     for (subject, object_, is_right), predicates in groups.items():
-        nth = seen[subject, object_] = seen.get((subject, object_), -1) + 1
-        color = "tab:green" if is_right else "dimgray"
-        points = _arrow(axes, nodes[subject], nodes[object_], nth, color, dashed=is_right is False)
+        ends = nodes[subject], nodes[object_]
+        alone = number[frozenset((subject, object_))] == 1
+        others = [node for index, node in nodes.items() if index not in (subject, object_)]
+        points = _route(*ends, seen[subject, object_], others, alone)
+        seen[subject, object_] += 1
+        _draw_arrow(axes, points, "tab:green" if is_right else "dimgray", dashed=is_right is False)
         arrows.append((points, predicates))
-    heads = [Rectangle(*points[-1], HEAD, HEAD) for points, _ in arrows]
-    taken = [*nodes.values(), *heads]
+    taken = [*nodes.values(), *(_head(points) for points, _ in arrows)]
     for points, predicates in arrows:
         text = axes.text(0, 0, "\n".join(predicates), fontsize=9, ha="center", va="center", color="darkblue", **style)
         text.set_bbox({"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
         text.set_zorder(5)
-        on_arrow = [Rectangle(*points[round(t * (len(points) - 1))], *_size(text)) for t in LABEL_PLACES]
-        taken.append(free_place([place.moved_into(area.width, area.height) for place in on_arrow], taken))
+        places = _places_along(points, *_size(text))
+        taken.append(free_place([place.moved_into(area.width, area.height) for place in places], taken))
         text.set_position(taken[-1][:2])
 
 
-def _arrow(
-    axes: Axes, start: Rectangle, end: Rectangle, nth: int, color: str, *, dashed: bool
+def _route(
+    start: Rectangle, end: Rectangle, nth: int, others: Sequence[Rectangle], alone: bool
 ) -> list[tuple[float, float]]:
-    """Draw an arrow between the edges of two nodes, and return points along it.
+    """Return points of an arrow between the edges of two nodes. It avoids other nodes if one of its curves does.
 
     Args:
-        axes: axes in which one unit is equally long in both directions.
         start, end: the nodes. If they are equal, the arrow is a loop above the node.
         nth: number of the arrow among those from `start` to `end`. Each bends more than the one before.
-        color: color of the arrow.
-        dashed: if True, the line is dashed.
+        others: the other nodes.
+        alone: if True, no other arrow joins the two nodes, so this one may bend to both sides.
     """
-    from matplotlib.patches import FancyArrowPatch
-    from matplotlib.path import Path
-
     if start == end:
         size = 26 + 14 * nth
         controls = [(start.x + 8, start.y), (start.x + 2 * size, start.y - 2 * size)]
         controls += [(start.x - 2 * size, start.y - 2 * size), (start.x - 8, start.y)]
-    else:
-        bend = BEND * (1 + 1.5 * nth)
+        return _between(controls, start, end)
+    bend = BEND * (1 + 1.5 * nth)
+    routes = []
+    for curvature in (bend, -bend, 2 * bend, -2 * bend) if alone else (bend, 2 * bend):
         dx, dy = end.x - start.x, end.y - start.y
-        middle = (start.x + end.x) / 2 - 2 * bend * dy, (start.y + end.y) / 2 + 2 * bend * dx
-        controls = [start[:2], middle, end[:2]]
+        middle = (start.x + end.x) / 2 - 2 * curvature * dy, (start.y + end.y) / 2 + 2 * curvature * dx
+        routes.append(_between([start[:2], middle, end[:2]], start, end))
+    return min(routes, key=lambda route: sum(_inside(point, node, 0) for point in route for node in others))
+
+
+def _between(controls: list[tuple[float, ...]], start: Rectangle, end: Rectangle) -> list[tuple[float, float]]:
+    """Return the points of a Bezier curve that lie outside the nodes at its ends."""
     points = [_bezier(controls, step / 80) for step in range(81)]
     outside = [point for point in points if not (_inside(point, start, 1) or _inside(point, end, 3))]
-    if len(outside) < 4:  # the nodes are too near for an arrow between their edges
-        outside = points
-    arrow = FancyArrowPatch(path=Path(outside), arrowstyle="-|>,head_length=0.5,head_width=0.28", mutation_scale=HEAD)
+    return outside if len(outside) >= 4 else points  # the nodes may be too near for an arrow between their edges
+
+
+def _draw_arrow(axes: Axes, points: list[tuple[float, float]], color: str, *, dashed: bool) -> None:
+    from matplotlib.patches import FancyArrowPatch
+    from matplotlib.path import Path
+
+    arrow = FancyArrowPatch(path=Path(points), arrowstyle="-|>,head_length=0.5,head_width=0.28", mutation_scale=HEAD)
     arrow.set(clip_on=False, color=color, linewidth=1.4, linestyle="--" if dashed else "-", zorder=3)
     axes.add_patch(arrow)
-    return outside
+
+
+def _head(points: list[tuple[float, float]]) -> Rectangle:
+    """Return the surroundings of an arrow's head, which lies before the end of the arrow."""
+    (x, y), (dx, dy) = points[-1], _direction(points, len(points) - 1)
+    return Rectangle(x - HEAD / 2 * dx, y - HEAD / 2 * dy, HEAD, HEAD)
+
+
+def _direction(points: list[tuple[float, float]], place: int) -> tuple[float, float]:
+    """Return the direction of an arrow at one of its points, as a vector of length 1."""
+    (x1, y1), (x2, y2) = points[max(place - 2, 0)], points[min(place + 2, len(points) - 1)]
+    length = math.hypot(x2 - x1, y2 - y1) or 1.0
+    return (x2 - x1) / length, (y2 - y1) / length
+
+
+def _places_along(points: list[tuple[float, float]], width: float, height: float) -> list[Rectangle]:
+    """Return places for a label on its arrow, and then places on both sides of it."""
+    on_arrow, beside = [], []
+    for t in LABEL_PLACES:
+        place = round(t * (len(points) - 1))
+        (x, y), (dx, dy) = points[place], _direction(points, place)
+        on_arrow.append(Rectangle(x, y, width, height))
+        reach = (abs(dy) * width + abs(dx) * height) / 2  # half of the label's extent across the arrow
+        beside += [Rectangle(x - side * reach * dy, y + side * reach * dx, width, height) for side in (1, -1)]
+    return on_arrow + beside
 
 
 def _bezier(controls: Iterable[tuple[float, ...]], t: float) -> tuple[float, float]:

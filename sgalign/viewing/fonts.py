@@ -17,8 +17,8 @@ def families_for(texts: Iterable[str]) -> tuple[list[str], str]:
     """Return the fonts that together show the most characters of some texts, and the characters that none has.
 
     The first font is DejaVu Sans. Others are added only for the characters that it lacks. matplotlib takes each
-    character from the first font that has it. Letters of scripts that are written from right to left, or that change
-    their form beside others, appear in the order and form of the text.
+    character from the first font that has it. Before matplotlib 3.11, scripts that are written from right to left are
+    drawn from left to right, and letters do not change their form beside others.
     """
     from matplotlib.font_manager import fontManager
 
