@@ -209,7 +209,7 @@ def _route(
     return min(routes, key=lambda route: sum(_inside(point, node, 0) for point in route for node in others))
 
 
-def _between(controls: list[tuple[float, ...]], start: Rectangle, end: Rectangle) -> list[tuple[float, float]]:
+def _between(controls: Iterable[tuple[float, ...]], start: Rectangle, end: Rectangle) -> list[tuple[float, float]]:
     """Return the points of a Bezier curve that lie outside the nodes at its ends."""
     points = [_bezier(controls, step / 80) for step in range(81)]
     outside = [point for point in points if not (_inside(point, start, 1) or _inside(point, end, 3))]
