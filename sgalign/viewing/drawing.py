@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MOST_TRIPLETS = 12  # more triplets in one picture would be hard to tell apart
 BEND = 0.16  # curvature of the arrows. It keeps two opposite arrows apart
 HEAD = 16  # size of an arrowhead, in points, and of its surroundings, in pixels of the figure
+LINE = 4  # width of the surroundings of an arrow's line, in pixels of the figure
 LONGEST_NAME = 24  # letters
 LABEL_PLACES = (0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74)  # of a label on its arrow, from the subject to the object
 
@@ -180,7 +181,9 @@ def _draw_relations(
         text.set_bbox({"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
         text.set_zorder(5)
         places = _places_along(points, *_size(text))
-        taken.append(free_place([place.moved_into(area.width, area.height) for place in places], taken))
+        # A label on another arrow would seem to belong to that one.
+        crossed = [Rectangle(*point, LINE, LINE) for other, _ in arrows if other is not points for point in other[::3]]
+        taken.append(free_place([place.moved_into(area.width, area.height) for place in places], taken + crossed))
         text.set_position(taken[-1][:2])
 
 
