@@ -43,8 +43,9 @@ doctor: $(VENV)/train
 	$(BIN)/sgalign doctor
 
 # The source archive, and from it the wheel of this Python without CUDA kernels. Each is then installed and tried in an
-# empty environment. docs/release.md describes the other wheels. torch brings its own libgomp (docs/building.md), so the
-# wheel must not bring another one.
+# empty environment. docs/release.md describes the other wheels. torch brings its own libgomp (docs/release.md), so the
+# wheel must not bring another one. TRIAL names the file with the versions for the environments, torch's among them.
+TRIAL ?= constraints.txt
 wheel: export SGALIGN_CUDA := 0
 wheel: $(VENV)/release
 	rm -rf dist build/wheel
@@ -54,7 +55,7 @@ wheel: $(VENV)/release
 	$(BIN)/twine check --strict dist/*
 	for package in dist/*; do \
 		rm -rf build/empty && $(PYTHON) -m venv build/empty && \
-		build/empty/bin/pip install --quiet --constraint constraints.txt "$$package" && \
+		build/empty/bin/pip install --quiet --constraint '$(TRIAL)' "$$package" && \
 		build/empty/bin/python -I tests/try_installed.py || exit 1; \
 	done
 	rm -rf build/empty

@@ -183,7 +183,7 @@ def _draw_relations(
         places = _places_along(points, *_size(text))
         # A label on another arrow would seem to belong to that one.
         crossed = [Rectangle(*point, LINE, LINE) for other, _ in arrows if other is not points for point in other[::3]]
-        taken.append(free_place([place.moved_into(area.width, area.height) for place in places], taken + crossed))
+        taken.append(free_place([place.moved_into(area.width, area.height) for place in places], taken, crossed))
         text.set_position(taken[-1][:2])
 
 

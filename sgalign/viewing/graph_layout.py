@@ -101,6 +101,15 @@ def _apart(points: np.ndarray, extents: np.ndarray, low: np.ndarray, high: np.nd
     return points
 
 
-def free_place(candidates: Sequence[Rectangle], taken: Sequence[Rectangle]) -> Rectangle:
-    """Return the candidate that covers the least of the taken rectangles. The first of equal ones wins."""
-    return min(candidates, key=lambda candidate: sum(candidate.overlap(other) for other in taken))
+def free_place(
+    candidates: Sequence[Rectangle], taken: Sequence[Rectangle], lines: Sequence[Rectangle] = ()
+) -> Rectangle:
+    """Return the candidate that covers the least of the taken rectangles, and among equal ones the least of the lines.
+
+    If several candidates cover the same, the first of them wins.
+    """
+
+    def covered(candidate: Rectangle) -> tuple[float, float]:
+        return sum(map(candidate.overlap, taken)), sum(map(candidate.overlap, lines))
+
+    return min(candidates, key=covered)
