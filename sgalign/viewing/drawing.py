@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MOST_TRIPLETS = 12  # more triplets in one picture would be hard to tell apart
 BEND = 0.16  # curvature of the arrows. It keeps two opposite arrows apart
-HEAD = 16  # size of an arrowhead, in points, and of its surroundings, in pixels of the figure
+HEAD = 16  # size of an arrowhead, in points
 LINE = 4  # width of the surroundings of an arrow's line, in pixels of the figure
 LONGEST_NAME = 24  # letters
 LABEL_PLACES = (0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74)  # of a label on its arrow, from the subject to the object
@@ -231,7 +231,7 @@ def _draw_arrow(axes: Axes, points: list[tuple[float, float]], color: str, *, da
 def _head(points: list[tuple[float, float]]) -> Rectangle:
     """Return the surroundings of an arrow's head, which lies before the end of the arrow."""
     (x, y), (dx, dy) = points[-1], _direction(points, len(points) - 1)
-    return Rectangle(x - HEAD / 2 * dx, y - HEAD / 2 * dy, HEAD, HEAD)
+    return Rectangle(x - HEAD / 2 * dx, y - HEAD / 2 * dy, 1.4 * HEAD, 1.4 * HEAD)
 
 
 def _direction(points: list[tuple[float, float]], place: int) -> tuple[float, float]:
