@@ -10,20 +10,25 @@ import yaml
 pytest.importorskip("torchvision")
 pytest.importorskip("lightning")
 pytest.importorskip("safetensors")
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_prediction import save_checkpoint  # noqa: E402
-from trainers import SMALL_MOTIFS, SMALL_SGTR, scenes  # noqa: E402
+from trainers import CONFIGS, SMALL_MOTIFS, SMALL_SGTR, scenes, trainer  # noqa: E402
 
 from sgalign.commands import main as cli  # noqa: E402
 from sgalign.data import collate  # noqa: E402
 from sgalign.training import (  # noqa: E402
     AlignMotifsModule,
     AlignSGTRModule,
+    DetectorModule,
     MotifsModule,
     SceneGraphData,
+    SGTRModule,
     load_module,
     pretrained,
 )
+from sgalign.training.checkpoints import load_detector  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=["motifs", "sgtr"])
@@ -102,6 +107,54 @@ def test_the_card_and_the_configuration_name_no_path_of_the_training_machine(tmp
     assert all("vectors.txt" in text and str(tmp_path) not in text for text in texts)
 
 
+@pytest.mark.parametrize("path", ["secret/vectors.txt", "../secret/vectors.txt", "~/secret/vectors.txt"])
+def test_no_path_of_an_option_is_written_wherever_the_command_runs(path, tmp_path, capsys):
+    save_checkpoint(MotifsModule(**SMALL_MOTIFS, word_vectors=path), tmp_path / "m.ckpt")
+    assert cli.main(["export", str(tmp_path / "m.ckpt"), str(tmp_path / "model")]) == 0
+    texts = [(tmp_path / "model" / name).read_text() for name in ("README.md", "config.json")]
+    assert all("vectors.txt" in text and "secret" not in text for text in texts)
+    assert "reduced to the last part of a path: model.word_vectors\n" in capsys.readouterr().out
+
+
+def test_the_folder_of_pretrained_weights_that_transformers_notes_is_left_out(tmp_path):
+    module = SGTRModule(**SMALL_SGTR)
+    save_checkpoint(module, tmp_path / "m.ckpt")
+    module.detector.detr.config._name_or_path = '/secret/"weights'
+    module.save_pretrained(tmp_path / "model")
+    assert "secret" not in (tmp_path / "model" / "config.json").read_text()
+    assert_same(load_module(tmp_path / "model"), module)
+
+
+def test_a_model_keeps_the_record_of_its_run_when_it_is_loaded_and_saved_again(tmp_path):
+    data = SceneGraphData(batch_size=3)
+    data.train, data.validation = data.train[:6], data.validation[:4]
+    best = ModelCheckpoint(tmp_path, monitor="val/R@50", mode="max", filename="best")
+    module = MotifsModule(**SMALL_MOTIFS)
+    run = trainer(max_steps=2, callbacks=[best], enable_checkpointing=True)
+    run.fit(module, data)
+    module.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["step"] == 2 and config["training"]["data"]["batch_size"] == 3
+    assert config["training"]["best"] == {"val/R@50": pytest.approx(float(best.best_model_score))}
+    load_module(tmp_path / "model").save_pretrained(tmp_path / "other" / "model")
+    for name in ("README.md", "config.json"):
+        text = (tmp_path / "model" / name).read_text()
+        assert (tmp_path / "other" / "model" / name).read_text() == text and "batch_size" in text
+
+
+def test_the_command_says_what_the_folder_lacks(checkpoint, tmp_path, capsys):
+    cli.main(["export", str(checkpoint), str(tmp_path / "model")])
+    printed = capsys.readouterr().out
+    assert "Left out: the states of the optimizer" in printed and "reduced" not in printed
+
+
+def test_a_module_without_a_network_is_not_saved(tmp_path):
+    for module in (MotifsModule(**SMALL_MOTIFS), SGTRModule(**SMALL_SGTR)):
+        with pytest.raises(ValueError, match="Module must have a network to be saved"):
+            module.save_pretrained(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_results_can_be_those_of_evaluate(checkpoint, tmp_path, capsys):
     (tmp_path / "r.json").write_text('{"R@50": 0.5, "R@50/on": 0.25}')
     cli.main(["export", str(checkpoint), str(tmp_path / "model"), "--results", str(tmp_path / "r.json")])
@@ -119,9 +172,10 @@ def test_a_folder_with_files_is_not_overwritten(checkpoint, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_failed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_failed_export_leaves_nothing(kind, checkpoint, tmp_path, monkeypatch, capsys):
     def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
+        raise kind("No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     assert cli.main(["export", str(checkpoint), str(tmp_path / "model")]) == 1
@@ -133,6 +187,7 @@ def test_a_failed_export_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsy
 
 def test_models_of_the_package_have_names(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "shipped" / "tiny")
+    shutil.copytree(folder, tmp_path / "shipped" / "tiny.x7.partial")  # as after a kill
     monkeypatch.setattr(pretrained, "SHIPPED", tmp_path / "shipped")
     assert pretrained.shipped_models() == ["tiny"]
     assert_same(load_module("tiny"), load_module(folder))
@@ -169,13 +224,57 @@ def test_a_failed_download_is_one_sentence(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("checkpoint", ["sgtr"], indirect=True)
-def test_sgtr_starts_from_the_detector_in_a_folder(folder):
+def test_sgtr_starts_from_the_detector_in_a_folder_or_of_a_model_of_the_package(folder, monkeypatch):
     data = SceneGraphData()
-    module = AlignSGTRModule(**SMALL_SGTR, detector_weights=str(folder), frozen=["detector"])
-    module._set_classes(data.object_names, data.predicate_names, "the data")
-    module.make_network(torch.ones(17, 17, 21))
+    monkeypatch.setattr(pretrained, "SHIPPED", folder.parent)
     theirs = load_module(folder).detector.state_dict()
-    assert all(value.equal(theirs[name]) for name, value in module.detector.state_dict().items())
+    for source in (str(folder), folder.name):
+        module = AlignSGTRModule(**SMALL_SGTR, detector_weights=source, frozen=["detector"])
+        module._set_classes(data.object_names, data.predicate_names, "the data")
+        module.make_network(torch.ones(17, 17, 21))
+        assert all(value.equal(theirs[name]) for name, value in module.detector.state_dict().items())
+
+
+def test_motifs_starts_from_the_detector_in_a_folder(tmp_path):
+    options = {"backbone": "resnet18", "head_dim": 8}
+    theirs, ours = DetectorModule(**options), DetectorModule(**options)
+    for module, name in ((theirs, "theirs.ckpt"), (ours, "ours.ckpt")):
+        save_checkpoint(module, tmp_path / name)
+    theirs.save_pretrained(tmp_path / "detector")
+    load_detector(ours.network, str(tmp_path / "detector"))
+    own = ours.network.state_dict()
+    assert all(value.equal(own[name]) for name, value in theirs.network.state_dict().items())
+    other = DetectorModule(**options | {"head_dim": 9})
+    save_checkpoint(other, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="detector: must hold a detector with .* head_dim 9"):
+        load_detector(other.network, str(tmp_path / "detector"))
+
+
+@pytest.mark.parametrize("checkpoint", ["motifs"], indirect=True)
+def test_a_folder_can_be_tested_but_no_run_can_resume_from_it(folder, tmp_path, capsys):
+    data = SceneGraphData()
+    data.test = data.test[:4]
+    (figures,) = trainer().test(load_module(folder), data, verbose=False)
+    assert trainer().test(AlignMotifsModule(**SMALL_MOTIFS), data, str(folder), verbose=False) == [figures]
+    with pytest.raises(ValueError, match="to resume a run, but it has no state of the optimizer"):
+        trainer(max_steps=1).fit(AlignMotifsModule(**SMALL_MOTIFS), data, ckpt_path=str(folder))
+    command = ["fit", "--config", str(CONFIGS / "align_motifs_small.yaml"), "--ckpt_path", str(folder)]
+    assert cli.main([*command, "--seed_everything", "5", "--trainer.logger", "false"]) == 1
+    assert "to resume a run, but it has no state of the optimizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("detector", [None, [1], {}])
+@pytest.mark.parametrize("checkpoint", ["sgtr"], indirect=True)
+def test_the_folder_of_sgtr_needs_the_config_of_its_detector(detector, folder, monkeypatch):
+    """Otherwise the detector would be built from the option `detector_weights`, which can name a model to download."""
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["detector_weights"] = "someone/model"
+    config["model"] |= {"detector": detector}
+    if detector is None:
+        del config["model"]["detector"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="checkpoint must have the config of its detector"):
+        load_module(folder)
 
 
 # ---- what is refused

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -137,7 +137,18 @@ class Detector(nn.Module):
             self._download()
             return
         state = read_tensors(source, "file of detector weights")
-        state = state.get("state_dict", state) if isinstance(state, dict) else {}
+        self.load_state(state.get("state_dict", state) if isinstance(state, dict) else {}, source)
+
+    def load_state(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Load a state_dict of this module, or of a Lightning module that includes a detector.
+
+        Args:
+            state: the state_dict.
+            source: the name of its file or folder, for error messages.
+
+        Raises:
+            ValueError: if the tensors do not fit this detector. The message says which.
+        """
         for prefix in ("vision.detector.", "network."):  # in checkpoints of MotifsModule and of DetectorModule
             if any(str(name).startswith(prefix + "model.") for name in state):
                 state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}

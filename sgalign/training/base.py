@@ -23,6 +23,8 @@ from sgalign.ops.seeds import step_seed
 from sgalign.training.checkpoints import (
     WholeCheckpointIO,
     check_ours,
+    check_resumable,
+    check_weights,
     not_finite,
     random_states,
     read_checkpoint,
@@ -32,7 +34,7 @@ from sgalign.training.checkpoints import (
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.model_card import model_card
 from sgalign.training.options import Options
-from sgalign.training.pretrained import write_pretrained
+from sgalign.training.pretrained import training_of, write_pretrained
 from sgalign.training.resuming import GivenOptions, check_fixed, differing
 
 
@@ -69,6 +71,7 @@ class SavedModule(pl.LightningModule):
         self.differences: dict[str, tuple[Any, Any]] = {}  # options that differ from that checkpoint, and both values
         self.given: GivenOptions | None = None
         self.image_ids: Sequence[Any] = []  # ids of the images in this step
+        self.origin: dict[str, Any] = {}  # of loaded weights: their step and the result of `training_of`
         self._report: _Report | None = None
 
     def make_network(self, counts: Tensor) -> None:
@@ -281,6 +284,7 @@ class SavedModule(pl.LightningModule):
         resumes = self._trainer is not None and self.trainer.training
         check_fixed(self.options, checkpoint["hyper_parameters"], resumes=resumes)
         if resumes:
+            check_resumable(checkpoint)
             self.loaded_step = checkpoint["global_step"]
             self._note_differences(checkpoint)
             for callback in self.trainer.early_stopping_callbacks:  # Lightning would restore the old patience
@@ -342,8 +346,14 @@ class SavedModule(pl.LightningModule):
         Args:
             folder: the folder, which must be new or empty.
         """
-        checkpoint: dict[str, Any] = {"state_dict": self.state_dict(), "hyper_parameters": dict(self.hparams)}
-        checkpoint["global_step"] = 0 if self._trainer is None else self.global_step
+        if self.network is None:
+            raise InputError(f"{type(self).__name__} must have a network to be saved: train it, or load its weights")
+        checkpoint = self.origin | {"state_dict": self.state_dict(), "hyper_parameters": dict(self.hparams)}
+        if self._trainer is not None and self.global_step:
+            callbacks = {callback.state_key: callback.state_dict() for callback in self.trainer.checkpoint_callbacks}
+            run: dict[str, Any] = {"epoch": self.current_epoch, "callbacks": callbacks}
+            run["datamodule_hyper_parameters"] = self.data.hparams
+            checkpoint |= {"global_step": self.global_step, "training": training_of(run)}
         self.on_save_checkpoint(checkpoint)
         write_pretrained(checkpoint, folder, model_card(checkpoint, Path(folder).resolve().name))
 
@@ -356,6 +366,7 @@ class SavedModule(pl.LightningModule):
         module = cls(**(saved | options))
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
+        module.origin = {"global_step": checkpoint.get("global_step", 0), "training": training_of(checkpoint)}
         return module
 
     @classmethod
@@ -401,13 +412,6 @@ class SavedModule(pl.LightningModule):
             raise InputError(f"checkpoint must have the same weights as {type(self).__name__}, but it {what}")
         if names := not_finite(weights):
             raise InputError(f"checkpoint must have finite weights, but these are not finite: {some_of(names)}")
-
-
-def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
-    """Raise InputError if any weights are not finite. The error names them."""
-    if names := not_finite(weights):
-        remedy = ". Lower learning_rate and resume from an earlier checkpoint" if step else ""
-        raise InputError(f"weights must be finite, but at step {step} these are not finite: {some_of(names)}{remedy}")
 
 
 def module_named(name: str) -> type[SavedModule] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import __version__ as lightning_version
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch.nn.utils import get_total_norm
 
 from sgalign.errors import InputError
 from sgalign.files import read_tensors, written_whole
-from sgalign.training.pretrained import find_pretrained, read_pretrained, shipped_models
+from sgalign.models import Detector
+from sgalign.training.pretrained import find_pretrained, is_pretrained, read_pretrained, shipped_models
 
 
 def random_states() -> list[Tensor]:
@@ -52,6 +54,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
         with written_whole(path) as partial:
             super().save_checkpoint(checkpoint, partial, storage_options)
 
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint, or a model's folder for evaluation. Lightning's own reader handles checkpoints."""
+        if "://" in str(path) or Path(path).is_file():
+            return super().load_checkpoint(path, *args, **kwargs)
+        return read_checkpoint(path) | {"pytorch-lightning_version": lightning_version}
+
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the tensors that hold infinity or NaN.
@@ -62,6 +70,13 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     if get_total_norm(list(floating.values()), float("inf")).isfinite():
         return []
     return [name for name, tensor in floating.items() if not tensor.isfinite().all()]
+
+
+def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
+    """Raise InputError if any weights are not finite. The error names them."""
+    if names := not_finite(weights):
+        remedy = ". Lower learning_rate and resume from an earlier checkpoint" if step else ""
+        raise InputError(f"weights must be finite, but at step {step} these are not finite: {some_of(names)}{remedy}")
 
 
 def some_of(names: Sequence[Any]) -> str:
@@ -94,6 +109,33 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
     checkpoint = read_tensors(source, "checkpoint")
     check_ours(checkpoint, str(source))
     return checkpoint
+
+
+def check_resumable(checkpoint: Mapping[str, Any]) -> None:
+    """Raise InputError unless a checkpoint has the states that a resumed run needs."""
+    if "optimizer_states" not in checkpoint:
+        raise InputError(
+            "ckpt_path must be a whole checkpoint of sgalign fit to resume a run, but it has no state of the "
+            "optimizer. The folders of sgalign export have none"
+        )
+
+
+def load_detector(detector: Detector, source: str) -> None:
+    """Load the weights of Motifs' detector.
+
+    Args:
+        detector: the detector.
+        source: as for `Detector.load_weights`, or a folder that `sgalign export` wrote, or the name of a model that
+            comes with the package.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder.
+        ValueError: if it has no weights of this detector.
+    """
+    if is_pretrained(source):
+        detector.load_state(read_checkpoint(source)["state_dict"], source)
+    else:
+        detector.load_weights(source)
 
 
 def check_ours(checkpoint: Any, what: str) -> None:

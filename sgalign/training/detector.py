@@ -12,6 +12,7 @@ from sgalign.data.transfer import send
 from sgalign.metrics.matching import find_objects
 from sgalign.models import Detector, ObjectDetections
 from sgalign.training.base import SavedModule
+from sgalign.training.checkpoints import load_detector
 from sgalign.training.options import DetectorOptions
 
 
@@ -43,7 +44,7 @@ class DetectorModule(SavedModule):
 
     def load_initial_weights(self) -> None:
         if self.options.weights is not None:
-            self.network.load_weights(self.options.weights)
+            load_detector(self.network, self.options.weights)
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
         boxes, labels = batch.boxes_by_image(), batch.labels.split(batch.lengths.tolist())

@@ -54,6 +54,11 @@ class DetrModule(SavedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._detector_saved = checkpoint.get("sgalign", {}).get("detector", {})
+        # Without the config, `detector_weights` would be read, which may be a name that is downloaded.
+        if not isinstance(self._detector_saved, dict) or (
+            self.network is None and "config" not in self._detector_saved
+        ):
+            raise InputError("checkpoint must have the config of its detector, but has none")
         # A network that exists already was built from the options, so they must agree with the checkpoint. A network
         # that is built now follows the checkpoint.
         trains_norms = self._detector_saved.get("trains_norms")
@@ -260,7 +265,7 @@ def read_detector(options: DetrOptions, object_names: Sequence[str]) -> tuple[di
         return {}, {}
     if not Path(source).exists() and (Path(source).suffix == ".ckpt" or len(Path(source).parts) > 2):
         raise FileNotFoundError(f"detector_weights: no such file or folder, {source}")  # nor a name for `transformers`
-    if not Path(source).is_file() and not is_pretrained(Path(source)):
+    if not Path(source).is_file() and not is_pretrained(source):
         return {}, {}
     checkpoint = read_checkpoint(source)
     if "detector" not in checkpoint["sgalign"]:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sgalign.errors import InputError
 from sgalign.training.base import SavedModule
-from sgalign.training.checkpoints import read_checkpoint
+from sgalign.training.checkpoints import check_resumable, read_checkpoint
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.frequency import FrequencyModule
 
@@ -44,6 +44,8 @@ class CLI(LightningCLI):
     def _read(self, path: str) -> None:
         # Read it before Lightning does, because Lightning's errors do not say what is wrong with the file.
         self.checkpoint = read_checkpoint(path)
+        if self.config.subcommand == "fit":
+            check_resumable(self.checkpoint)
         self._check_seed(self.checkpoint["sgalign"]["run_seed"])
 
     def _find_last(self) -> None:

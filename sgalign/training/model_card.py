@@ -13,7 +13,7 @@ from sgalign._version import __version__
 from sgalign.errors import InputError
 from sgalign.files import read_json
 from sgalign.metrics.results import is_of_predicate
-from sgalign.training.pretrained import without_paths
+from sgalign.training.pretrained import training_of, without_paths
 
 SYSTEMS = {
     "AlignMotifsModule": "Neural Motifs with a mirrored relation branch (Align-Motifs)",
@@ -36,13 +36,14 @@ def model_card(
     """Return the text of a model card, made from a checkpoint.
 
     Args:
-        checkpoint: the content of a checkpoint. `datamodule_hyper_parameters`, `epoch` and `callbacks` may be missing.
+        checkpoint: the content of a checkpoint or of a folder, as for `write_pretrained`.
         name: title of the card.
         results: figures of the test split by name, such as `R@50`, from 0 to 1. If None, the card says that there are
             none.
         license: license of the weights, as an identifier such as `apache-2.0`. If None, the card names no license.
     """
     saved, options = checkpoint["sgalign"], without_paths(checkpoint["hyper_parameters"])
+    training = training_of(checkpoint)
     head = ["---", "library_name: sgalign", "tags:", "- scene-graph-generation"]
     if license is not None:
         head.append(f"license: {json.dumps(license)}")
@@ -55,14 +56,14 @@ def model_card(
         f"{checkpoint.get('global_step', 0)} steps" + (f". Protocol {protocol}." if protocol else "."),
         _usage(name, str(options.get("protocol"))),
         "## Results",
-        _results(checkpoint, results),
+        _results(training.get("best", {}), results),
         "## Classes",
         f"{len(objects)} object classes: {', '.join(objects)}.",
         f"{len(predicates)} predicates: {', '.join(predicates)}.",
         "The model knows no other classes. Do not expect useful predictions on images that differ from its training "
         "data.",
         "## Training",
-        _table("option", without_paths(checkpoint.get("datamodule_hyper_parameters", {})), prefix="data."),
+        _table("option", training.get("data", {}), prefix="data."),
         _table("option", options, prefix="model."),
         "Options that are paths are reduced to their last part.",
         "## Source",
@@ -86,13 +87,8 @@ sgalign predict IMAGES --checkpoint FOLDER{given} --html
 In Python, `sgalign.training.load_module("FOLDER")` returns the model. A training run cannot resume from it."""
 
 
-def _results(checkpoint: Mapping[str, Any], results: Mapping[str, float] | None) -> str:
-    lines = []
-    for state in checkpoint.get("callbacks", {}).values():
-        if isinstance(state, dict) and state.get("best_model_score") is not None and state.get("monitor"):
-            lines.append(
-                f"Best validation figure of the run: {state['monitor']} = {float(state['best_model_score']):.4f}."
-            )
+def _results(best: Mapping[str, float], results: Mapping[str, float] | None) -> str:
+    lines = [f"Best validation figure of the run so far: {name} = {value:.4f}." for name, value in best.items()]
     if results is None:
         lines.append("This card has no figures of the test split.")
         return " ".join(lines)

@@ -74,7 +74,7 @@ class DetectorOptions(FasterRCNNOptions):
     """Options of Faster R-CNN and its training.
 
     Args:
-        weights: source of the initial weights (see `source` of `sgalign.models.Detector.load_weights`). It is read when
+        weights: source of the initial weights (see `sgalign.training.checkpoints.load_detector`). It is read when
             training starts. If None, the detector starts from scratch, and batch normalization is trained too.
         learning_rate: learning rate of Adam.
     """
@@ -105,8 +105,8 @@ class MotifsOptions(FasterRCNNOptions):
             numbers. If None, the embeddings are initialized at random. The file is read when training starts, not when
             a checkpoint is loaded.
         detections_per_image: largest number of detected objects per image (SGDet).
-        detector_weights: source of the detector's weights (see `source` of `sgalign.models.Detector.load_weights`). It
-            is read when training starts. If None, the detector is random, which is useful only for tests.
+        detector_weights: source of the detector's weights (see `sgalign.training.checkpoints.load_detector`). It is
+            read when training starts. If None, the detector is random, which is useful only for tests.
         relations_per_image: largest number of pairs sampled per training image. Related pairs make up at most a quarter
             of this number, as in the public code.
         optimizer: "adam" or "sgd". The published optimizer is "sgd", with momentum 0.9 and weight decay 1e-4 (none for
@@ -180,10 +180,10 @@ class DetrOptions(Options):
         entity_layers: number of layers of DETR's encoder, and of its decoder.
         entity_queries: number of DETR's object queries per image.
         detector_weights: source of the detector's initial weights. It is a folder or name of weights (see `weights` of
-            `sgalign.models.entity_detector.EntityDetector`), or a checkpoint of `EntityDetectorModule` or SGTR. The
-            weights determine the detector's sizes, so they are read when the network is built. They are not read when a
-            checkpoint of this module is loaded. SGTR's subject and object heads start as copies of the detector's
-            heads.
+            `sgalign.models.entity_detector.EntityDetector`), or a checkpoint or exported folder of
+            `EntityDetectorModule` or SGTR. The weights determine the detector's sizes, so they are read when the
+            network is built. They are not read when a checkpoint of this module is loaded. SGTR's subject and object
+            heads start as copies of the detector's heads.
         frozen: parts of the detector that are not trained, any of "backbone", "encoder" and "decoder". If the decoder
             is frozen, the relation losses do not reach the detector. The detector's own losses still train its input
             projection, queries and heads, as in the public code. SGTR also takes "detector", which freezes the whole

@@ -25,6 +25,7 @@ from sgalign.files import read_json
 
 SHIPPED = Path(__file__).resolve().parents[1] / "pretrained"  # one folder per model that comes with the package
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+PARTIAL = ".partial"  # ending of a folder that is being written, which a kill leaves behind
 FORMAT = 1  # of CONFIG; a change that older versions cannot read raises it
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 FIELDS = {"options": dict, "model": dict}
@@ -34,7 +35,8 @@ OF_RUNS = {"run_seed", "random_states"}  # what only a run that resumes needs fr
 
 def shipped_models() -> list[str]:
     """Return the names of the models that come with the package."""
-    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
+    names = (path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
+    return sorted(name for name in names if not name.endswith(PARTIAL))
 
 
 def find_pretrained(source: str | Path) -> Path | None:
@@ -58,8 +60,14 @@ def find_pretrained(source: str | Path) -> Path | None:
     return _download(name, match[1], match[2])
 
 
-def is_pretrained(path: Path) -> bool:
-    """Return True if a path is a folder that this package wrote, and not one of another library."""
+def is_pretrained(source: str | Path) -> bool:
+    """Return True for a folder that this package wrote, and for the name of a model that comes with it.
+
+    Folders of other libraries, and names on the Hugging Face Hub, give False.
+    """
+    path = Path(source)
+    if not path.exists():
+        return str(source) in shipped_models()
     try:
         return json.loads((path / CONFIG).read_text(encoding="utf-8")).get("library_name") == "sgalign"
     except (OSError, ValueError, AttributeError):
@@ -86,13 +94,16 @@ def write_pretrained(checkpoint: Mapping[str, Any], folder: str | Path, card: st
     Options that are paths are reduced to their last part, so the folder does not name those of the training machine.
 
     Args:
-        checkpoint: the entries `state_dict`, `hyper_parameters`, `global_step` and `sgalign` of a checkpoint.
+        checkpoint: the content of a checkpoint. `state_dict`, `hyper_parameters` and `sgalign` must be there. The other
+            entries that `training_of` reads may be missing.
         folder: the folder, which must be new or empty.
         card: text of the model card.
 
     Raises:
         FileExistsError: if the folder is not empty.
+        OSError: if the folder cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -106,11 +117,12 @@ def write_pretrained(checkpoint: Mapping[str, Any], folder: str | Path, card: st
         "torch_version": torch.__version__,
         "step": checkpoint.get("global_step", 0),
         "options": without_paths(checkpoint["hyper_parameters"]),
-        "model": {name: value for name, value in checkpoint["sgalign"].items() if name not in OF_RUNS},
+        "training": training_of(checkpoint),
+        "model": _of_model(checkpoint["sgalign"]),
     }
     # safetensors refuses tensors that share memory.
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint["state_dict"].items()}
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.resolve().parent))
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=PARTIAL, dir=folder.resolve().parent))
     try:
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -118,20 +130,53 @@ def write_pretrained(checkpoint: Mapping[str, Any], folder: str | Path, card: st
         for path, mode in ((partial, 0o755), (partial / WEIGHTS, 0o644)):  # the defaults allow only the owner to read
             path.chmod(mode)
         os.rename(partial, folder.resolve())
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # for example, if the disk is full
+            raise OSError(f"{folder}: {error}") from error
         raise
 
 
+def training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model card tells about the run, without paths.
+
+    The entries are the `epoch`, the options of the `data`, and the `best` value of each monitored validation figure.
+
+    Args:
+        checkpoint: the content of a checkpoint or of a folder.
+    """
+    if "training" in checkpoint:
+        return checkpoint["training"]
+    best = {
+        state["monitor"]: float(state["best_model_score"])
+        for state in checkpoint.get("callbacks", {}).values()
+        if isinstance(state, dict) and state.get("monitor") and state.get("best_model_score") is not None
+    }
+    data = without_paths(checkpoint.get("datamodule_hyper_parameters", {}))
+    data.pop("_instantiator", None)  # a function of Lightning
+    return {"epoch": checkpoint.get("epoch"), "data": data, "best": best}
+
+
+def _of_model(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry `sgalign` of a checkpoint without the states of the run, and without a path in DETR's config."""
+    kept = {name: value for name, value in saved.items() if name not in OF_RUNS}
+    if "detector" in kept:  # the library transformers notes the folder of pretrained weights in the config
+        config = re.sub(r'("_name_or_path": )"(?:[^"\\]|\\.)*"', r'\1""', kept["detector"]["config"])
+        kept["detector"] = kept["detector"] | {"config": config}
+    return kept
+
+
 def without_paths(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options in which paths of files and folders are reduced to their last part."""
+    """Return options in which text with a slash is reduced to its last part, because it may be a path."""
 
     def reduced(value: Any) -> Any:
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
-        if isinstance(value, str) and "/" in value:
-            return Path(value).name
-        return [reduced(item) for item in value] if isinstance(value, list | tuple) else value
+        if isinstance(value, Mapping):
+            return {name: reduced(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [reduced(part) for part in value]
+        return Path(value).name if isinstance(value, str) and "/" in value else value
 
     return {name: reduced(value) for name, value in options.items()}
 
@@ -148,6 +193,7 @@ def read_pretrained(folder: Path) -> dict[str, Any]:
         "state_dict": _read_weights(folder / WEIGHTS),
         "hyper_parameters": config["options"],
         "global_step": config.get("step", 0),
+        "training": config.get("training", {}),
         "sgalign": config["model"] | {"run_seed": 0, "random_states": []},
     }
 

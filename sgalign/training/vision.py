@@ -12,6 +12,7 @@ from sgalign.data import GraphBatch, Objects, SeenBatch, VisualFeatures
 from sgalign.data.transfer import send
 from sgalign.errors import InputError
 from sgalign.models import Detector, ImageFeatures, ObjectDetections, RegionFeatures
+from sgalign.training.checkpoints import load_detector
 from sgalign.training.options import MotifsOptions
 from sgalign.training.sampling import match_detections, sample_pairs
 
@@ -113,7 +114,7 @@ class ImageVision(Vision):
                 "detector_weights is null, so the frozen detector has random weights, which is useful only for tests"
             )
         else:
-            self.detector.load_weights(self.options.detector_weights)
+            load_detector(self.detector, self.options.detector_weights)
             self.regions.load_box_head(self.detector)
 
     def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
