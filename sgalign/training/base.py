@@ -441,13 +441,3 @@ def load_module(path: str | Path) -> SavedModule:
         return kind._of_checkpoint(checkpoint).eval()
     except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:  # options of the wrong type or range
         raise InputError(f"{path}: must have valid options and names ({type(error).__name__}: {error})") from error
-
-
-def warmup(optimizer: torch.optim.Optimizer, steps: int) -> list[dict[str, Any]]:
-    """Return a list with the scheduler of the warm-up. The list is empty if `steps` is 0.
-
-    The learning rate grows linearly from a tenth to its full value over `steps` optimizer steps.
-    """
-    if not steps:
-        return []
-    return [{"scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=steps), "interval": "step"}]

@@ -19,10 +19,11 @@ from sgalign.models.entity_detector import BACKBONES, DetectedEntities, EntityDe
 from sgalign.models.entity_loss import EntityLoss, TrueObjects
 from sgalign.models.graph_assembly import Entities, assign
 from sgalign.training.augmentation import TrainingImages, annotations_of, augment
-from sgalign.training.base import SavedModule, warmup
+from sgalign.training.base import SavedModule
 from sgalign.training.checkpoints import read_checkpoint, some_of
 from sgalign.training.options import DetrOptions
 from sgalign.training.pretrained import is_pretrained
+from sgalign.training.schedules import warmup
 
 
 class DetrModule(SavedModule):

@@ -13,10 +13,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from sgalign.data import GraphBatch, SeenBatch, read_word_vectors
 from sgalign.models import Motifs, Prediction
-from sgalign.training.base import warmup
 from sgalign.training.longtail import RelationLoss
 from sgalign.training.options import MotifsOptions
 from sgalign.training.pairs import PairModule
+from sgalign.training.schedules import warmup
 from sgalign.training.vision import CachedVision, Vision, make_vision
 
 PLATEAU = "val/R@100"  # figure whose plateau lowers the learning rate of SGD
