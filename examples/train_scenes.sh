@@ -11,6 +11,7 @@ out=${1:?the folder for all files}
 mkdir "$out"
 cd "$out"
 sizes=(--model.init_args.dim 64 --model.init_args.heads 4 --model.init_args.ffn_dim 128)
+sizes+=(--model.init_args.padded_size "[168, 168]")
 
 # Checkpoints are written after each validation, so the numbers of steps are multiples of the steps between two of them.
 # The detector trains twice. The second run starts from the weights of the first, and keeps its batch normalization.

@@ -1,5 +1,6 @@
 """Tests of `sgalign predict` on image files: what it finds, writes, continues and refuses."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -131,6 +132,21 @@ def test_images_of_one_size_do_not_change_each_other_in_a_batch(checkpoints, pic
     for one, other in zip(predict_images(module, files), predict_images(module, files, batch_size=2), strict=True):
         assert one.file == other.file
         torch.testing.assert_close(one.prediction["boxes"], other.prediction["boxes"], atol=1e-2, rtol=1e-3)
+
+
+def test_with_padding_to_one_size_no_image_changes_another(pictures):
+    torch.manual_seed(0)
+    module = SGTRModule(**SMALL_SGTR, protocol="sgdet", padded_size=[96, 96])  # 96 is the long side
+    module._set_classes(OBJECT_NAMES, PREDICATE_NAMES, "the test")
+    module.make_network(torch.ones(len(OBJECT_NAMES), len(OBJECT_NAMES), len(PREDICATE_NAMES)))
+    files = find_images([pictures])[0]
+    assert len({Image.open(file.path).size for file in files}) > 1
+    alone, together = (list(predict_images(module.eval(), files, batch_size=size)) for size in (1, IMAGES))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one.prediction["boxes"], other.prediction["boxes"], atol=1e-2, rtol=1e-3)
+    module.options = dataclasses.replace(module.options, padded_size=(0, 0))
+    without = [result.prediction["boxes"] for result in predict_images(module, files)]
+    assert any((one.prediction["boxes"] - boxes).abs().max() > 0.1 for one, boxes in zip(alone, without, strict=True))
 
 
 def test_a_threshold_leaves_out_lower_triplets_of_the_lines_only(command, tmp_path):

@@ -21,6 +21,7 @@ from sgalign.data import load_image, read_detections
 from sgalign.data.findings import counted
 from sgalign.data.graph_lines import read_graph_lines
 from sgalign.errors import InputError
+from sgalign.files import check_writable
 from sgalign.prediction.image_paths import ImageFile, Shard, find_images
 from sgalign.prediction.outputs import (
     Failures,
@@ -81,6 +82,8 @@ def main(arguments: Sequence[str]) -> int:
     out, hdf5 = (path and shard.path(path) for path in (options.out, options.hdf5))
     written = [out, *([hdf5] if hdf5 else [])]
     failed_file = out.with_suffix(".failed.jsonl")
+    for path in written:
+        check_writable(path)
     files, others = find_images(options.images)
     _check_pictures(options, files)
     beside = [place(path) for path in written for place in (options_of, parts_folder)]

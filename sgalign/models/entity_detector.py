@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -144,13 +145,17 @@ class EntityDetector(nn.Module):
             backbone.eval()
         return self
 
-    def batch(self, pixels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def batch(self, pixels: list[Tensor], padded_size: Sequence[int] = (0, 0)) -> tuple[Tensor, Tensor]:
         """Normalize images `[3, H, W]` in 0 to 1, and pad them with zeros to one size.
+
+        Args:
+            pixels: the images.
+            padded_size: smallest height and width of the batch.
 
         Returns:
             The batch `[B, 3, H, W]`, and a mask bool `[B, H, W]` that is False for padding.
         """
-        height, width = (max(image.shape[axis] for image in pixels) for axis in (1, 2))
+        height, width = (max(padded_size[axis], *(image.shape[axis + 1] for image in pixels)) for axis in (0, 1))
         batch = pixels[0].new_zeros(len(pixels), 3, height, width)
         seen = torch.zeros(len(pixels), height, width, dtype=torch.bool, device=batch.device)
         for row, image in enumerate(pixels):
@@ -158,14 +163,21 @@ class EntityDetector(nn.Module):
             seen[row, : image.shape[1], : image.shape[2]] = True
         return batch, seen
 
-    def forward(self, pixels: list[Tensor]) -> DetectedEntities:
-        """Detect entities in images `[3, H, W]`, float32 in 0 to 1. Sizes may differ."""
+    def forward(self, pixels: list[Tensor], padded_size: Sequence[int] = (0, 0)) -> DetectedEntities:
+        """Detect entities in images `[3, H, W]`, float32 in 0 to 1. Sizes may differ.
+
+        Args:
+            pixels: the images.
+            padded_size: smallest height and width to which images are padded.
+        """
         model = self.detr.model
-        feature_map, seen = model.backbone(*self.batch(pixels))[-1]
+        batch, seen = self.batch(pixels, padded_size)
+        sizes = {tuple(image.shape[1:]) for image in pixels}
+        feature_map, seen = model.backbone(batch, seen)[-1]
         position = model.position_embedding(feature_map.shape, feature_map.device, feature_map.dtype, mask=seen)
         position, seen = position.flatten(2).mT, seen.flatten(1)
         # Images of one size have no padding. Comparing the shapes avoids a copy of `seen` to the host.
-        mask = None if len({image.shape for image in pixels}) == 1 else seen[:, None, None]
+        mask = None if sizes == {tuple(batch.shape[2:])} else seen[:, None, None]
         memory = self._encode(model.input_projection(feature_map).flatten(2).mT, position, mask)
         features = self._decode(memory, position, mask)
         logits = self.detr.class_labels_classifier(features)

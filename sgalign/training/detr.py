@@ -74,7 +74,7 @@ class DetrModule(SavedModule):
         """Return the batch's images, resized for evaluation, and the entities that DETR finds in them."""
         options = self.options
         pixels = [resize(image, options.short_sides[-1], options.long_side) for image in batch.require_pixels()]
-        entities = self.detector(pixels)
+        entities = self.detector(pixels, options.padded_size)
         if not torch.stack([entities.logits[-1].isfinite().all(), entities.boxes[-1].isfinite().all()]).all():
             raise InputError(
                 "DETR's logits and boxes must be finite, got infinity or NaN in this batch of images: "

@@ -193,6 +193,9 @@ class DetrOptions(Options):
         short_sides: lengths of the short side of training images in pixels. One is drawn for each batch. Validation and
             test images are resized to the last one.
         long_side: largest length of the long side of images in pixels.
+        padded_size: smallest height and width to which images are padded at evaluation. A model that was trained on
+            small images in padded batches finds less in images without padding. If all images fit into this size, the
+            results of an image do not depend on the other images of its batch.
         flip: probability of flipping a training image horizontally. In a flipped image, a predicate with "left" in its
             name is replaced by its counterpart with "right", and the reverse.
         learning_rate: learning rate of AdamW, with a weight decay of 1e-4.
@@ -221,6 +224,7 @@ class DetrOptions(Options):
     entity_loss_weights: tuple[float, float, float] = (1.0, 5.0, 2.0)
     short_sides: Sequence[int] = (480, 500, 520, 540, 560, 580, 600)
     long_side: int = 1000
+    padded_size: Sequence[int] = (0, 0)
     flip: float = 0.5
     learning_rate: float = 1e-4
     backbone_learning_rate: float = 1e-5
@@ -242,6 +246,8 @@ class DetrOptions(Options):
         if len(self.entity_loss_weights) != 3:
             weights = list(self.entity_loss_weights)
             raise InputError(f"entity_loss_weights must be 3 numbers, for classes, boxes and overlaps, got {weights}")
+        if len(self.padded_size) != 2 or min(self.padded_size) < 0:
+            raise InputError(f"padded_size must be a height and a width of at least 0, got {list(self.padded_size)}")
         if not self.short_sides or min(self.short_sides) < 32 or self.long_side < max(self.short_sides):
             raise InputError(
                 "short_sides must be at least 32 and at most long_side, "
