@@ -40,17 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         process = subprocess.Popen([*command, "--hdf5", Path(name) / "p.h5", "--workers", str(options.workers)])
         print("| images | MiB | images per second |\n|---|---|---|")
         steps, start = iter(range(step, options.images + 1, step)), 0.0
-        wanted, done = next(steps), 0
+        wanted, done, lines = next(steps), 0, None
         with process:
             while process.poll() is None:
                 time.sleep(0.2)
                 if out.exists():
+                    lines = lines or out.open("rb")
                     start = start or time.monotonic()
-                    done = out.read_bytes().count(b"\n")
+                    done += lines.read().count(b"\n")
                     memory = resident(process.pid)
                     if done >= wanted and memory is not None:
                         print(f"| {done} | {memory:.0f} | {done / (time.monotonic() - start):.1f} |", flush=True)
                         wanted = next(steps, options.images + 1)
+        if process.returncode:
+            sys.exit(f"sgalign predict ended with the exit code {process.returncode}")
 
 
 def resident(pid: int) -> float | None:

@@ -576,7 +576,7 @@ def test_a_page_shows_all_images_of_the_run(command, tmp_path, capsys):
     cli.main([*command, "--html"])
     assert f"wrote {tmp_path / 'g.html'}: 6 images\n" in capsys.readouterr().out
     page = (tmp_path / "g.html").read_text()
-    assert page.count("data:image/jpeg") >= IMAGES and all(f'"{name}"' in page for name in NAMES)
+    assert page.count("data:image/jpeg") == 2 * IMAGES and all(f'"{name}"' in page for name in NAMES)
 
 
 # ---- memory

@@ -76,11 +76,11 @@ def test_a_model_is_the_same_after_the_way_through_a_folder(checkpoint, folder, 
 
 
 def test_a_class_without_a_mirror_loads_the_folder_of_one_with_a_mirror(folder, checkpoint):
-    if "motifs" in checkpoint.name:
-        module = MotifsModule.from_pretrained(folder)
-        assert type(module) is MotifsModule and not module.training
-        with pytest.raises(ValueError, match="checkpoint must belong to AlignSGTRModule"):
-            AlignSGTRModule.from_pretrained(folder)
+    kinds = (MotifsModule, AlignSGTRModule) if "motifs" in checkpoint.name else (SGTRModule, AlignMotifsModule)
+    module = kinds[0].from_pretrained(folder)
+    assert type(module) is kinds[0] and not module.training
+    with pytest.raises(ValueError, match=f"checkpoint must belong to {kinds[1].__name__}"):
+        kinds[1].from_pretrained(folder)
 
 
 def test_the_card_names_the_system_its_classes_options_and_results(checkpoint, tmp_path):

@@ -1,4 +1,4 @@
-"""Try the installed package: its command, and attention of both branches on the CPU. Run it outside the source folder.
+"""Try the installed package: its command, and attention of both branches on the CPU. Run it with `python -I`.
 
 `make wheel` and cibuildwheel run this script in an environment that has only the built package and what it needs.
 """

@@ -73,8 +73,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run `sgalign predict IMAGES... --checkpoint CHECKPOINT` and return the exit code.
 
-    The code is 0 if all images have a result, 1 if some have none, 130 after Ctrl-C and 143 after SIGTERM. Files that
-    are not images are reported, but do not change the exit code.
+    The code is 0 if all images have a result, 1 if some have none or could not be drawn, 130 after Ctrl-C and 143 after
+    SIGTERM. Files that are not images are reported, but do not change the exit code.
     """
     options = parser().parse_args(arguments)
     _check(options)

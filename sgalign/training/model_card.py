@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sgalign._version import __version__
 from sgalign.errors import InputError
 from sgalign.files import read_json
 from sgalign.metrics.results import is_of_predicate
@@ -52,7 +51,7 @@ def model_card(
     parts = [
         "\n".join([*head, "---"]),
         f"# {name}",
-        f"{SYSTEMS.get(saved['module'], saved['module'])}, trained with sgalign {__version__} for "
+        f"{SYSTEMS.get(saved['module'], saved['module'])}, trained for "
         f"{checkpoint.get('global_step', 0)} steps" + (f". Protocol {protocol}." if protocol else "."),
         _usage(name, str(options.get("protocol"))),
         "## Results",
