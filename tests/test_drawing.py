@@ -114,6 +114,16 @@ def test_objects_of_a_class_have_one_color_in_both_panels():
         assert colors["cat 0"] == colors["cat 1"] != colors["dog 2"]
 
 
+def test_ten_classes_have_ten_strong_colors():
+    from matplotlib.colors import TABLEAU_COLORS, to_hex
+
+    boxes = [(20 * i, 10, 20 * i + 15, 40) for i in range(10)]
+    triplets = [(i, "on", i + 1) for i in range(9)]
+    for axes in drawn(graph_of(boxes, triplets, {i: f"class {i}" for i in range(10)})):
+        colors = {to_hex(text.get_bbox_patch().get_edgecolor()) for text in nodes(axes, 10)}
+        assert colors == set(TABLEAU_COLORS.values())
+
+
 def test_opposite_arrows_lie_apart_and_predicates_of_one_pair_share_an_arrow():
     _, right = drawn(graph_of(TWO, [(0, "on", 1), (0, "near", 1), (1, "under", 0)]))
     there, back = arrows(right)

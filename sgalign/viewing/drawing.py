@@ -48,7 +48,9 @@ def draw_scene_graph(
     triplets = graph["triplets"][:MOST_TRIPLETS]
     used = sorted({end for triplet in triplets for end in (triplet["subject"], triplet["object"])})
     classes = list(dict.fromkeys(graph["objects"][index]["label"] for index in used))
-    colors = {index: colormaps["tab20"](classes.index(graph["objects"][index]["label"]) % 20) for index in used}
+    shades = [*range(0, 20, 2), *range(1, 20, 2)]  # tab20 has pairs of a strong and a pale color. Strong ones first
+    palette = {name: colormaps["tab20"](shades[number % 20]) for number, name in enumerate(classes)}
+    colors = {index: palette[graph["objects"][index]["label"]] for index in used}
     names = {index: f"{_short(graph['objects'][index]['label'])} {index}" for index in used}
     families, missing = families_for([*names.values(), *(_short(triplet["predicate"]) for triplet in triplets)])
     style = {"fontfamily": families, "parse_math": False}
