@@ -138,7 +138,7 @@ def _size(text: Text) -> tuple[float, float]:
     """Return the width and height of a text with its box, in pixels of the figure."""
     from matplotlib.backends.backend_agg import RendererAgg
 
-    figure = text.get_figure(root=True)
+    figure = text.get_figure()
     assert figure is not None
     extent = text.get_window_extent(RendererAgg(1, 1, figure.dpi))  # measures the text without drawing the figure
     return extent.width + 6, extent.height + 6
