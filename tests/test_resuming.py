@@ -42,7 +42,7 @@ START = "word_vectors detector_weights"
 CHANGEABLE = """protocol min_size max_size detections_per_image relations_per_image learning_rate learning_rate_images
     predicate_weights predicate_weight_power effective_number_beta logit_adjustment logit_adjustment_test compile
     mask_ratio alignment_weight reduction direction mask_granularity supervise_mirror dropout entity_loss_weights
-    short_sides long_side flip backbone_learning_rate learning_rate_drops distinct_matching pairs"""
+    short_sides long_side padded_size flip backbone_learning_rate learning_rate_drops distinct_matching pairs"""
 KINDS = {
     name: kind
     for kind, names in {"network": NETWORK, "training": TRAINING, "start": START, None: CHANGEABLE}.items()

@@ -292,9 +292,15 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "sgalign"):
         assert len(list(read_graph_lines(path))) == 1
     assert "line 2: left out" in caplog.text
-    path.write_text("")
-    with pytest.raises(ValueError, match="got no complete line"):
-        list(read_graph_lines(path))
+
+
+def test_an_empty_file_is_accepted_only_beside_one_with_graphs(tmp_path, capsys):
+    path, empty = write_lines(tmp_path / "p.jsonl", graph()), tmp_path / "empty.jsonl"
+    empty.touch()
+    page = tmp_path / "page.html"
+    assert main(["view", str(empty), "--out", str(page)]) == 1
+    assert "must have at least one image, got none" in capsys.readouterr().err and not page.exists()
+    assert main(["view", str(empty), str(path), "--out", str(page)]) == 0
 
 
 def test_images_and_classes_must_fit_the_annotations(scenes, tmp_path, capsys):
