@@ -39,7 +39,8 @@ from sgalign.viewing import PageImage, write_page
 
 EPILOG = """\
 A model with protocol sgdet finds the objects itself. Any other model needs --detections, a file of boxes and classes.
-docs/predict_photographs.md describes all files. The exit code is 0 if all images have a result."""
+docs/predict_photographs.md describes all files. The exit code is 0 if all images have a result
+and, with --draw, a picture."""
 
 
 def parser() -> argparse.ArgumentParser:

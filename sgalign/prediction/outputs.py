@@ -16,7 +16,7 @@ import torch
 
 from sgalign.data.predictions import PredictionFile, prediction_ids
 from sgalign.errors import InputError
-from sgalign.files import HDF5_DAMAGE, check_writable, hdf5_written_whole, read_json, write_json
+from sgalign.files import check_writable, hdf5_written_whole, read_json, write_json
 from sgalign.prediction.image_paths import ImageFile
 from sgalign.prediction.predicting import FailedImage, PredictedImage
 from sgalign.training import RelationModule
@@ -149,11 +149,12 @@ class PredictionParts:
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
-        if overwrite:
-            _delete(path)
         self.path, self._folder = path, parts_folder(path)
         self._folder.mkdir(exist_ok=True)
         self._lock = _locked(self._folder / "lock")
+        if overwrite:
+            path.unlink(missing_ok=True)
+            self._delete_parts()
         try:
             self.done = {image_id for source in self._sources() for image_id in prediction_ids(source)}
         except InputError as error:
@@ -185,27 +186,24 @@ class PredictionParts:
         if sources != [self.path]:
             with hdf5_written_whole(self.path) as joined:
                 for source in sources:
-                    with _opened(source) as part:
+                    with h5py.File(source, "r") as part:
                         for image_id in prediction_ids(source):
                             if image_id not in joined:
                                 part.copy(part[image_id], joined, name=image_id)
-        _delete(self.path, parts_only=True)
+        self._delete_parts()
+        (self._folder / "lock").unlink()
         self._lock.close()
+        if not any(self._folder.iterdir()):
+            self._folder.rmdir()
+
+    def _delete_parts(self) -> None:
+        """Delete the parts and what kills have left of them, but no other files in their folder."""
+        for part in [*_parts(self._folder), *self._folder.glob("*.h5.*.partial")]:
+            part.unlink()
 
 
 def _parts(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.h5") if path.stem.isdecimal())
-
-
-def _delete(path: Path, *, parts_only: bool = False) -> None:
-    """Delete a file of results and the parts of `PredictionParts` for it, but no other files in their folder."""
-    if not parts_only:
-        path.unlink(missing_ok=True)
-    folder = parts_folder(path)
-    for part in [*_parts(folder), *folder.glob("*.h5.*.partial"), folder / "lock"]:
-        part.unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 class Failures:
@@ -290,10 +288,3 @@ def digest(module: RelationModule) -> str:
         hashed.update(name.encode())
         hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return hashed.hexdigest()[:16]
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return h5py.File(path, "r")
-    except HDF5_DAMAGE as error:
-        raise InputError(f"{path}: must be a complete HDF5 file of predictions ({error}); delete it") from error

@@ -40,7 +40,7 @@ def predict_images(
     batch_size: int = 1,
     workers: int = 0,
 ) -> Iterator[PredictedImage | FailedImage]:
-    """Yield the result of each image file, in the order of `files` within each batch.
+    """Yield the result of each image file, in the order of `files`. In each batch, the failures come first.
 
     Only a few batches are in memory at a time. An image that cannot be read does not stop the others.
 

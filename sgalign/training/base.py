@@ -439,5 +439,7 @@ def load_module(path: str | Path) -> SavedModule:
         raise InputError(f"{path}: must be a checkpoint of a module of this package, got {name!r}")
     try:
         return kind._of_checkpoint(checkpoint).eval()
-    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:  # options of the wrong type or range
+    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+        if Path(path).is_file():
+            raise  # no user has edited a checkpoint, so this is a defect
         raise InputError(f"{path}: must have valid options and names ({type(error).__name__}: {error})") from error

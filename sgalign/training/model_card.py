@@ -53,7 +53,7 @@ def model_card(
         f"# {name}",
         f"{SYSTEMS.get(saved['module'], saved['module'])}, trained for "
         f"{checkpoint.get('global_step', 0)} steps" + (f". Protocol {protocol}." if protocol else "."),
-        _usage(name, str(options.get("protocol"))),
+        _usage(str(options.get("protocol"))),
         "## Results",
         _results(training.get("best", {}), results),
         "## Classes",
@@ -72,7 +72,7 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _usage(name: str, protocol: str) -> str:
+def _usage(protocol: str) -> str:
     given = "" if protocol == "sgdet" else " --detections FILE"
     return f"""## Use
 
