@@ -135,10 +135,10 @@ def test_keys_choose_images_and_relations(opened):
 def test_hostile_names_are_text(opened):
     objects = [item(HOSTILE, [0, 0, 9, 9]), item("b", [5, 5, 30, 30])]
     hostile = graph(objects=objects, triplets=[triplet(0, HOSTILE, 1)])
-    tab = opened(PageImage(HOSTILE, None, 100, 100, hostile), title=HOSTILE, notes=[HOSTILE])
+    tab = opened(PageImage(HOSTILE, None, 100, 100, hostile), title=HOSTILE)
     for place in ("h1", "#name", ".thumbnails .name"):
         assert tab.text_content(place) == HOSTILE
-    assert HOSTILE in tab.text_content("#notes") and HOSTILE in tab.text_content(".relations .predicate")
+    assert HOSTILE in tab.text_content("h1") and HOSTILE in tab.text_content(".relations .predicate")
     assert tab.text_content(".relations .chip >> nth=0") == f"{HOSTILE} 0"
     assert tab.title() != "run" and tab.locator("img[src=x]").count() == 0
 

@@ -7,7 +7,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import resources
@@ -87,9 +87,7 @@ class PageContent:
         return ", ".join(parts)
 
 
-def write_page(
-    path: str | Path, images: Iterable[PageImage], title: str, *, top_k: int | None = None, notes: Sequence[str] = ()
-) -> PageContent:
+def write_page(path: str | Path, images: Iterable[PageImage], title: str, *, top_k: int | None = None) -> PageContent:
     """Write a page that shows scene graphs. It is one HTML file that needs no other file and no network.
 
     Photographs are scaled to 800 pixels. The images are read one at a time. The page has the first 200 of them.
@@ -99,7 +97,6 @@ def write_page(
         images: the images of the page.
         title: heading of the page.
         top_k: number of predicted triplets per image, the first ones of each graph. If None, all of them.
-        notes: sentences for the top of the page.
 
     Returns:
         The numbers of images and relations on the page, and of those left out.
@@ -130,7 +127,7 @@ def write_page(
             overview.append({"id": image.image_id, "thumbnail": thumbnail, "top": max(scores, default=0)})
             predicts |= image.predicted is not None
         page = {
-            "notes": [*_sentences(content, top_k), *notes],
+            "notes": _sentences(content, top_k),
             "images": overview,
             "predicts": predicts,
             "compares": content.compared > 0,
