@@ -6,9 +6,12 @@ import errno
 import json
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -82,8 +85,41 @@ def hdf5_written_whole(path: str | Path) -> Iterator[h5py.File]:
     HDF5 writes through a Python file object. HDF5's own driver crashes with a segmentation fault if a full disk or a
     quota stops the file from growing. The Python object raises an OSError instead.
     """
-    with written_whole(path) as partial, partial.open("w+b") as raw, h5py.File(raw, "w") as file:
-        yield file
+    with written_whole(path) as partial, partial.open("w+b") as raw:
+        file = None
+        try:
+            with uninterrupted():
+                file = h5py.File(raw, "w")
+            yield file
+        finally:
+            if file is not None:
+                with uninterrupted():
+                    file.close()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let SIGINT and SIGTERM that arrive in the block take effect at its end.
+
+    An exception in the middle of a call of h5py can leave the HDF5 file half open, or with half of a new item. The
+    block should be short.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals interrupt the main thread only
+        yield
+        return
+    arrived: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 def read_json(path: Path, remedy: str = "download or write it again") -> Any:

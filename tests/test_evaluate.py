@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import signal
 
 import h5py
 import numpy as np
@@ -116,6 +117,17 @@ def test_an_interrupted_file_of_predictions_does_not_appear(tmp_path, graphs):
         file.write("a", perfect(graphs[0]))
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_writer_has_each_prediction_whole(tmp_path, graphs, monkeypatch):
+    create = h5py.Group.create_group
+    monkeypatch.setattr(
+        h5py.Group, "create_group", lambda *where: (create(*where), signal.raise_signal(signal.SIGINT))[0]
+    )
+    with PredictionFile(tmp_path / "p.h5") as file:
+        with pytest.raises(KeyboardInterrupt):
+            file.write("a", perfect(graphs[0]))
+    assert Predictions(tmp_path / "p.h5", 20)["a"].keys() == perfect(graphs[0]).keys()
 
 
 def test_a_repeated_image_id_is_refused_and_no_file_appears(tmp_path, graphs):

@@ -2,12 +2,22 @@
 
 import os
 import resource
+import signal
 
 import numpy as np
 import pytest
 
 pytest.importorskip("h5py")
-from sgalign.files import check_writable, hdf5_written_whole, read_json, read_tensors, write_json, written_whole
+import h5py  # noqa: E402
+
+from sgalign.files import (  # noqa: E402
+    check_writable,
+    hdf5_written_whole,
+    read_json,
+    read_tensors,
+    write_json,
+    written_whole,
+)
 
 LIMIT = 1 << 20
 
@@ -74,6 +84,32 @@ def test_hdf5_that_does_not_fit_leaves_the_old_file(size, tmp_path, full_disk):
         for number in range(100):
             file[str(number)] = np.zeros(size, np.uint8)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("when", ["opening", "closing"])
+def test_an_interruption_waits_until_hdf5_is_ready(when, tmp_path, monkeypatch):
+    class Interrupted(h5py.File):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            opened.append(self)
+            self.finish("opening")
+
+        def close(self):
+            super().close()
+            self.finish("closing")
+
+        def finish(self, what):
+            if what == when:
+                signal.raise_signal(signal.SIGINT)
+                finished.append(what)
+
+    finished, opened = [], []
+    monkeypatch.setattr(h5py, "File", Interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), hdf5_written_whole(tmp_path / "a.h5") as file:
+        file["x"] = 1
+    assert finished == [when] and not opened[0] and signal.getsignal(signal.SIGINT) is handler
+    assert not list(tmp_path.iterdir())
 
 
 def test_places_that_cannot_be_written_are_known_at_once(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sgalign.errors import InputError
-from sgalign.files import HDF5_DAMAGE, hdf5_written_whole, read_json
+from sgalign.files import HDF5_DAMAGE, hdf5_written_whole, read_json, uninterrupted
 
 FIELDS = {
     "boxes": torch.float32,
@@ -68,16 +68,17 @@ class PredictionFile:
             raise InputError(f"image_id must be new, but {image_id!r} has already been written")
         self._folders |= folders
         fields = {name: torch.as_tensor(prediction[name]).detach().cpu() for name in FIELDS if name in prediction}
-        group = self._file.create_group(image_id)
-        try:
-            for name, tensor in fields.items():
-                group[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        except BaseException:  # also an interruption, after which the file may be kept
-            del self._file[image_id]
-            for folder in sorted(folders, key=len, reverse=True):
-                if not len(self._file[folder]):
-                    del self._file[folder]
-            raise
+        with uninterrupted():
+            group = self._file.create_group(image_id)
+            try:
+                for name, tensor in fields.items():
+                    group[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+            except Exception:  # such as a full disk, after which the file may be kept
+                del self._file[image_id]
+                for folder in sorted(folders, key=len, reverse=True):
+                    if not len(self._file[folder]):
+                        del self._file[folder]
+                raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -42,7 +43,8 @@ def predict_images(
 ) -> Iterator[PredictedImage | FailedImage]:
     """Yield the result of each image file, in the order of `files`. In each batch, the failures come first.
 
-    Only a few batches are in memory at a time. An image that cannot be read does not stop the others.
+    Only a few batches are in memory at a time. An image that cannot be read does not stop the others,
+    nor does one that needs more memory than the GPU has.
 
     Args:
         module: trained model in evaluation mode, on the device that shall compute.
@@ -58,7 +60,7 @@ def predict_images(
         batch_size,
         num_workers=workers,
         collate_fn=reader.collate,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_stay_silent,
         pin_memory=module.device.type == "cuda",
         generator=torch.Generator(),  # draws the workers' seeds instead of torch's global generator
     )
@@ -67,15 +69,22 @@ def predict_images(
         if loaded.batch is None:
             continue
         batch = module.transfer_batch_to_device(loaded.batch, module.device, 0)
-        with torch.no_grad():
-            predictions = module.predictions(batch)
+        try:
+            with torch.no_grad():
+                predictions = module.predictions(batch)
+        except torch.OutOfMemoryError:
+            what = "this image" if len(loaded.files) == 1 else f"this batch of {len(loaded.files)} images"
+            reason = f"the GPU has too little free memory for {what}"
+            yield from (FailedImage(file, f"{file.path}: {reason}") for file in loaded.files)
+            continue
         sizes = loaded.batch.sizes.int().tolist()
         for file, (width, height), prediction in zip(loaded.files, sizes, predictions, strict=True):
             yield PredictedImage(file, width, height, prediction)
 
 
-def _ignore_signals(worker: int) -> None:
-    """Let only the main process handle Ctrl-C and SIGTERM. It ends the workers."""
+def _stay_silent(worker: int) -> None:
+    """Let only the main process handle Ctrl-C and SIGTERM and print errors. It ends the workers."""
+    sys.excepthook = lambda *error: None  # the main process gets an error from torch, and may end while one talks to it
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
