@@ -225,7 +225,8 @@ def test_shards_of_lines_are_compared_with_annotations(scenes, tmp_path, monkeyp
     total = len(one["triplets"]) + len(two["triplets"])
     assert main(["view", *map(str, shards), "--annotations", str(scenes), "--top-k", "100"]) == 0
     out = capsys.readouterr().out
-    assert f"wrote a.html: 2 images, annotated relations found: {total} of {total}\n" in out
+    found = "Annotated relations that the predictions on the page find"
+    assert f"wrote a.html: 2 images. {found}: {total} of {total}.\n" in out
     assert "1 image of the split test without a prediction left out" in out
     assert (tmp_path / "a.html").read_text().count("data:image/jpeg") == 4
 
@@ -243,15 +244,30 @@ def test_files_of_predictions_get_names_from_the_annotations(scenes, tmp_path, c
     page = tmp_path / "page.html"
     assert main(["view", str(path), "--annotations", str(scenes), "--top-k", "99", "--out", str(page)]) == 0
     count = len(first.relations)
-    assert f"1 image, annotated relations found: {count} of {count}\n" in capsys.readouterr().out
+    assert f"1 image. Annotated relations that the predictions on the page find: {count} of {count}.\n" in (
+        capsys.readouterr().out
+    )
+    assert main(["view", str(path), "--annotations", str(scenes), "--top-k", "1", "--out", str(page)]) == 0
+    assert f"{count - 1} others are left out. Annotated" in capsys.readouterr().out
     assert main(["view", str(path), "--out", str(page)]) == 1
     assert "needs --annotations" in capsys.readouterr().err
+
+
+def test_lines_for_another_size_of_an_image_are_not_compared(scenes, tmp_path, capsys):
+    annotated = open_dataset(scenes, "test")[0]
+    line = perfect(scenes)[0] | {"width": annotated.width, "height": annotated.height}
+    command = ["view", str(tmp_path / "p.jsonl"), "--annotations", str(scenes), "--out", str(tmp_path / "page.html")]
+    write_lines(tmp_path / "p.jsonl", line)
+    assert main(command) == 0
+    write_lines(tmp_path / "p.jsonl", line | {"width": 2 * annotated.width, "height": 2 * annotated.height})
+    assert main(command) == 1
+    assert f"line 1: width and height must be {annotated.width} x {annotated.height}" in capsys.readouterr().err
 
 
 def test_a_folder_shows_its_annotations(scenes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["view", str(scenes), "--split", "train"]) == 0
-    assert capsys.readouterr().out == "wrote coco.html: 2 images\n"
+    assert capsys.readouterr().out == "wrote coco.html: 2 images.\n"
 
 
 def test_photographs_come_from_the_line_or_the_folder(tmp_path, capsys):
@@ -260,10 +276,10 @@ def test_photographs_come_from_the_line_or_the_folder(tmp_path, capsys):
     lines = write_lines(tmp_path / "p.jsonl", graph(file="photos/a.jpg", width=1600, height=900), graph(image_id="b"))
     arguments = ["view", str(lines), "--out", str(tmp_path / "page.html")]
     assert main(arguments) == 0
-    assert "2 images, 1 of them as boxes only" in capsys.readouterr().out
+    assert "2 images. Boxes only: 1 image, because the image file is missing" in capsys.readouterr().out
     lines = write_lines(tmp_path / "p.jsonl", graph())
     assert main([*arguments, "--images", str(tmp_path / "photos")]) == 0
-    assert capsys.readouterr().out.endswith("page.html: 1 image\n")
+    assert capsys.readouterr().out.endswith("page.html: 1 image.\n")
 
 
 @pytest.mark.parametrize(

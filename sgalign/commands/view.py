@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ class Source:
                 file = self.files.find(Path(graph["file"]).name) or _beside(Path(graph["file"]), path)
             if self.dataset is not None:
                 self._check_names(line)
+                self._check_size(line)
                 yield self._annotated(self.dataset[self.places[image_id]], graph, file)
                 continue
             load = None if file is None else partial(load_image, file)
@@ -157,7 +159,9 @@ class Source:
             graph = describe(unscored | prediction, *self.names, self.options.top_k)
             if "scores" not in prediction:
                 graph["objects"] = [{"label": item["label"], "box": item["box"]} for item in graph["objects"]]
-            yield self._annotated(self.dataset[self.places[image_id]], graph)
+            page_image = self._annotated(self.dataset[self.places[image_id]], graph)
+            ranked = prediction["triplets" if "triplets" in prediction else "pairs"]
+            yield replace(page_image, triplets=len(ranked))
 
     def _checked(self, where: str, prediction: dict[str, Any]) -> dict[str, Any]:
         check_prediction(where, prediction, len(self.names[1]) - 1)
@@ -196,6 +200,17 @@ class Source:
                     f"{line.where}: every {field} must be a class of {self.folder}, such as {known[0]!r}, "
                     f"got {min(unknown)!r}"
                 )
+
+    def _check_size(self, line: GraphLine) -> None:
+        """Raise InputError if the boxes of a graph refer to an image of another size than the annotations."""
+        assert self.dataset is not None
+        annotated = self.dataset[self.places[line.graph["image_id"]]]
+        size = line.graph.get("width"), line.graph.get("height")
+        if size not in ((None, None), (annotated.width, annotated.height)):
+            raise InputError(
+                f"{line.where}: width and height must be {annotated.width} x {annotated.height}, the size of the image "
+                f"in {self.folder}, got {size[0]} x {size[1]}"
+            )
 
 
 def _kind(path: Path) -> str:

@@ -40,6 +40,7 @@ class PageImage:
         height: height in pixels, as `width`.
         predicted: the predictions, as `describe` returns them, or None.
         annotated: the annotations, as `describe_annotations` returns them, or None.
+        triplets: number of predicted triplets, if `predicted` has only the best of them.
     """
 
     image_id: str
@@ -48,19 +49,20 @@ class PageImage:
     height: int | None = None
     predicted: dict[str, Any] | None = None
     annotated: dict[str, Any] | None = None
+    triplets: int | None = None
 
 
 @dataclass
 class PageContent:
     """The content of a page that was written.
 
-    `str` returns it as a phrase for messages.
+    `str` returns it as sentences.
 
     Attributes:
         images: number of images on the page.
         left_out: number of images beyond `MOST_IMAGES`.
         boxes_only: number of images on the page without a photograph.
-        triplets_left_out: number of predicted triplets beyond `top_k`.
+        triplets_left_out: number of predicted triplets that are not on the page, because others are better.
         compared: number of images with both graphs.
         annotated: number of annotated relations in these images.
         found: number of them that the predicted triplets on the page find.
@@ -74,17 +76,28 @@ class PageContent:
     annotated: int = 0
     found: int = 0
 
-    def __str__(self) -> str:
-        parts = [counted(self.images, "image")]
+    def sentences(self) -> list[str]:
+        """Return what a user should know about the page."""
+        sentences = [f"{counted(self.images, 'image')}."]
         if self.left_out:
-            parts.append(f"{self.left_out:,} more left out, because a page has at most {MOST_IMAGES}")
+            sentences.append(f"Left out: {counted(self.left_out, 'image')}, because a page has at most {MOST_IMAGES}.")
         if self.boxes_only:
-            parts.append(f"{self.boxes_only:,} of them as boxes only, because the image file is missing or unreadable")
+            sentences.append(
+                f"Boxes only: {counted(self.boxes_only, 'image')}, because the image file is missing or cannot be read."
+            )
         if self.triplets_left_out:
-            parts.append(f"{counted(self.triplets_left_out, 'triplet')} of low rank left out")
+            sentences.append(
+                "The page has the best predicted relations of each image. "
+                f"{self.triplets_left_out:,} others are left out."
+            )
         if self.compared:
-            parts.append(f"annotated relations found: {self.found:,} of {self.annotated:,}")
-        return ", ".join(parts)
+            sentences.append(
+                f"Annotated relations that the predictions on the page find: {self.found:,} of {self.annotated:,}."
+            )
+        return sentences
+
+    def __str__(self) -> str:
+        return " ".join(self.sentences())
 
 
 def write_page(path: str | Path, images: Iterable[PageImage], title: str, *, top_k: int | None = None) -> PageContent:
@@ -127,7 +140,7 @@ def write_page(path: str | Path, images: Iterable[PageImage], title: str, *, top
             overview.append({"id": image.image_id, "thumbnail": thumbnail, "top": max(scores, default=0)})
             predicts |= image.predicted is not None
         page = {
-            "notes": _sentences(content, top_k),
+            "notes": content.sentences(),
             "images": overview,
             "predicts": predicts,
             "compares": content.compared > 0,
@@ -140,27 +153,6 @@ def write_page(path: str | Path, images: Iterable[PageImage], title: str, *, top
 def _json(value: Any) -> str:
     """Return a value as JSON that cannot end the script element that contains it."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def _sentences(content: PageContent, top_k: int | None) -> list[str]:
-    """Return the sentences at the top of the page."""
-    sentences = [f"{counted(content.images, 'image')}."]
-    if content.left_out:
-        sentences.append(f"Left out: {counted(content.left_out, 'image')}, because a page has at most {MOST_IMAGES}.")
-    if content.boxes_only:
-        sentences.append(
-            f"Boxes only: {counted(content.boxes_only, 'image')}, because the image file is missing or cannot be read."
-        )
-    if content.triplets_left_out:
-        sentences.append(
-            f"The page has the {top_k} best predicted relations of each image. "
-            f"{content.triplets_left_out:,} others are left out."
-        )
-    if content.compared:
-        sentences.append(
-            f"Annotated relations that the predictions on this page find: {content.found:,} of {content.annotated:,}."
-        )
-    return sentences
 
 
 def _entry(image: PageImage, top_k: int | None, content: PageContent) -> tuple[dict[str, Any], str | None]:
@@ -180,9 +172,10 @@ def _entry(image: PageImage, top_k: int | None, content: PageContent) -> tuple[d
         boxes = [item["box"] for graph in graphs for item in graph["objects"]]
         size = max((box[2] for box in boxes), default=1), max((box[3] for box in boxes), default=1)
     predicted = image.predicted
-    if predicted is not None and top_k is not None:
-        content.triplets_left_out += max(len(predicted["triplets"]) - top_k, 0)
+    if predicted is not None:
+        total = len(predicted["triplets"]) if image.triplets is None else image.triplets
         predicted = predicted | {"triplets": predicted["triplets"][:top_k]}
+        content.triplets_left_out += total - len(predicted["triplets"])
     entry: dict[str, Any] = {
         "photograph": photograph,
         "problem": None if photograph else problem,
