@@ -5,6 +5,7 @@ loaded.
 """
 
 import os
+import sys
 
 WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # each decides how the threads of GNU's OpenMP wait
 SPINS = "10000"  # turns of the loop in which a thread waits before it sleeps (docs/training.md has the measurements)
@@ -23,8 +24,12 @@ def shorten_spinning() -> bool:
 
 
 def main() -> int:
-    """Run the command line and return its exit code."""
+    """Run the command line and return its exit code. It is 130 after Ctrl-C."""
     shorten_spinning()
-    from sgalign.commands import main as command_line
+    try:
+        from sgalign.commands import main as command_line
 
-    return command_line.main()
+        return command_line.main()
+    except KeyboardInterrupt:
+        print("sgalign: interrupted", file=sys.stderr)
+        return 130

@@ -3,8 +3,7 @@
 import os
 import sys
 
-from sgalign.commands.main import main
-from sgalign_command import shorten_spinning
+from sgalign_command import main, shorten_spinning
 
 # If another program runs this module, such as a profiler or a notebook, that program must not start again.
 options = len(sys.orig_argv) - len(sys.argv) - 1  # number of words before "-m sgalign ..."

@@ -107,19 +107,29 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # signals interrupt the main thread only
         yield
         return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     arrived: list[int] = []
+    waits = True
 
     def note(number: int, frame: FrameType | None) -> None:
-        arrived.append(number)
+        handler = handlers[signal.Signals(number)]
+        if waits:
+            arrived.append(number)
+        elif callable(handler):  # a signal between the end of the block and the return of its own handler
+            handler(number, frame)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number, handler in handlers.items():
+            if handler is not None:  # None means a handler that Python can neither call nor restore
+                signal.signal(number, note)
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if arrived:
-            signal.raise_signal(arrived[0])
+        waits = False
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        for arrival in arrived:
+            signal.raise_signal(arrival)
 
 
 def read_json(path: Path, remedy: str = "download or write it again") -> Any:

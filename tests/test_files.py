@@ -15,6 +15,7 @@ from sgalign.files import (  # noqa: E402
     hdf5_written_whole,
     read_json,
     read_tensors,
+    uninterrupted,
     write_json,
     written_whole,
 )
@@ -110,6 +111,19 @@ def test_an_interruption_waits_until_hdf5_is_ready(when, tmp_path, monkeypatch):
         file["x"] = 1
     assert finished == [when] and not opened[0] and signal.getsignal(signal.SIGINT) is handler
     assert not list(tmp_path.iterdir())
+
+
+def test_all_signals_of_the_block_arrive_and_the_handlers_return():
+    received = []
+    before = {number: signal.signal(number, lambda *got: received.append(got[0])) for number in (2, 15)}
+    handlers = signal.getsignal(2), signal.getsignal(15)
+    with uninterrupted():
+        for number in (15, 2, 15):
+            signal.raise_signal(number)
+        assert not received
+    assert received == [15, 2, 15] and (signal.getsignal(2), signal.getsignal(15)) == handlers
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_places_that_cannot_be_written_are_known_at_once(tmp_path):

@@ -237,9 +237,13 @@ def test_every_entry_of_a_folder_is_an_image_or_is_named(tmp_path):
 
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(FileNotFoundError, match="must be an image, a folder of images or a pattern"):
-            find_images([path])
+    for source, problem in (
+        (tmp_path, "has no image directly in it"),
+        (f"{tmp_path}/*.jpg", "no image matches"),
+        (tmp_path / "missing", "must be an image, a folder of images or a pattern"),
+    ):
+        with pytest.raises(FileNotFoundError, match=problem):
+            find_images([source])
 
 
 def test_the_suffixes_are_those_of_pictures():

@@ -1,12 +1,14 @@
 """Tests of `sgalign predict` on image files: what it finds, writes, continues and refuses."""
 
 import dataclasses
+import fcntl
 import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -26,6 +28,7 @@ from sgalign.data.scenes import OBJECT_NAMES, PREDICATE_NAMES  # noqa: E402
 from sgalign.prediction import FailedImage, ImageFile, find_images, outputs, predict_images, running  # noqa: E402
 from sgalign.prediction.image_paths import Shard  # noqa: E402
 from sgalign.training import MotifsModule, SGTRModule, load_module  # noqa: E402
+from sgalign.viewing import describe  # noqa: E402
 
 IMAGES = 6
 
@@ -121,7 +124,8 @@ def test_worker_processes_and_a_python_loop_give_the_same_graphs(command, checkp
     results = list(predict_images(module, find_images([photographs])[0]))
     assert isinstance(results.pop(), FailedImage)
     for result, graph in zip(results, lines(tmp_path / "g.jsonl"), strict=True):
-        assert [object_["box"] for object_ in graph["objects"]] == result.prediction["boxes"].tolist()
+        described = describe(result.prediction, module.object_names, module.predicate_names, 20)
+        assert (graph["objects"], graph["triplets"]) == (described["objects"], described["triplets"])
 
 
 def test_images_of_one_size_do_not_change_each_other_in_a_batch(checkpoints, pictures):
@@ -310,7 +314,7 @@ def limited(describe, count):
 
 def test_the_part_of_a_line_that_fit_on_the_disk_is_removed(checkpoints, pictures, tmp_path, monkeypatch):
     module = load_module(checkpoints / "sgdet.ckpt")
-    file = outputs.GraphLines(tmp_path / "g.jsonl", module, top_k=3, threshold=0, all_predicates=False)
+    file = outputs.GraphLines(tmp_path / "g.jsonl", module, {}, top_k=3, threshold=0, all_predicates=False)
     first, second = predict_images(module, find_images([pictures])[0][:2])
     file.write(first)
     whole = (tmp_path / "g.jsonl").read_bytes()
@@ -366,12 +370,39 @@ def test_a_file_of_unknown_origin_is_not_continued(command, tmp_path, capsys):
     assert (tmp_path / "g.jsonl").read_text() == '{"image_id": "x"}\n'
 
 
-def test_two_runs_cannot_write_the_same_file(command, checkpoints, tmp_path, capsys):
+def test_two_runs_cannot_write_the_same_file(command, checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
     module = load_module(checkpoints / "sgdet.ckpt")
-    file = outputs.GraphLines(tmp_path / "g.jsonl", module, top_k=3, threshold=0, all_predicates=False)
+    file = outputs.GraphLines(tmp_path / "g.jsonl", module, {}, top_k=3, threshold=0, all_predicates=False)
     assert cli.main(command) == 1
     assert "another process is writing this file" in capsys.readouterr().err
     file.close()
+
+
+def test_a_run_waits_for_the_lock_that_the_workers_of_a_killed_run_still_hold(tmp_path):
+    with open(tmp_path / "lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = threading.Timer(0.5, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        end.start()
+        outputs._locked(tmp_path / "lock").close()
+        end.join()
+
+
+def test_a_run_that_is_refused_does_not_change_what_the_other_one_writes(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
+    parts = outputs.PredictionParts(tmp_path / "p.h5", {"model": "first"})
+    options = (tmp_path / "p.h5.options.json").read_bytes()
+    for more in ([], ["--overwrite"]):
+        assert cli.main([*command, "--hdf5", str(tmp_path / "p.h5"), *more]) == 1
+        assert "another process is writing this file" in capsys.readouterr().err
+        assert (tmp_path / "p.h5.options.json").read_bytes() == options
+    parts.close()
+
+
+def test_a_refused_run_leaves_no_folder_of_parts(command, tmp_path):
+    (tmp_path / "p.h5").write_bytes(b"mine")
+    assert cli.main([*command, "--hdf5", str(tmp_path / "p.h5")]) == 1
+    assert (tmp_path / "p.h5").read_bytes() == b"mine" and not (tmp_path / "p.h5.parts").exists()
 
 
 def test_a_damaged_line_is_named(command, tmp_path, capsys):
@@ -393,6 +424,7 @@ def test_a_damaged_line_is_named(command, tmp_path, capsys):
         ("--threshold", "nan", "--threshold must be from 0 to 1"),
         ("--shard", "0/2", "must be I/N with I from 1 to N"),
         ("--shard", "3/2", "must be I/N with I from 1 to N"),
+        ("--out", "a.failed.jsonl", "--out must not end in .failed.jsonl"),
     ],
 )
 def test_wrong_options_are_refused(option, value, message, command, capsys):
@@ -425,6 +457,34 @@ def test_another_image_of_the_same_name_is_not_taken_for_the_old_one(command, ph
     assert ids(tmp_path / "g.jsonl") == NAMES
 
 
+def test_an_image_that_has_changed_is_not_taken_for_the_old_one(command, photographs, pictures, tmp_path, capsys):
+    cli.main(command)
+    (photographs / "0.jpg").unlink()
+    (photographs / "0.jpg").write_bytes((pictures / "1.jpg").read_bytes())
+    assert cli.main(command) == 1
+    assert "but this image now has" in capsys.readouterr().err
+
+
+def test_what_earlier_runs_have_left_is_said(command, photographs, tmp_path, capsys):
+    (photographs / "torn.png").unlink()
+    cli.main([*command, "--html"])
+    (photographs / "0.jpg").unlink()
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "5 of 5 images" in out and "g.jsonl also has 1 image of earlier runs" in out
+    assert "g.html comes from an earlier run. --html renews it" in out
+
+
+def test_an_incomplete_last_line_is_removed_even_if_nothing_is_left_to_predict(command, photographs, tmp_path):
+    (photographs / "torn.png").unlink()
+    cli.main(command)
+    before = (tmp_path / "g.jsonl").read_bytes()
+    (tmp_path / "g.jsonl").write_bytes(before + b'{"image_id": "to')
+    assert cli.main(command) == 0
+    assert (tmp_path / "g.jsonl").read_bytes() == before
+
+
 def test_the_hdf5_file_of_another_model_is_not_continued(command, tmp_path, capsys):
     cli.main([*command, "--hdf5", str(tmp_path / "p.h5")])
     torch.manual_seed(1)
@@ -445,7 +505,7 @@ def test_overwriting_does_not_delete_folders_or_results_that_are_being_written(c
     cli.main(command)
     before = (tmp_path / "g.jsonl").read_bytes()
     module = load_module(checkpoints / "sgdet.ckpt")
-    file = outputs.GraphLines(tmp_path / "g.jsonl", module, top_k=20, threshold=0, all_predicates=False)
+    file = outputs.GraphLines(tmp_path / "g.jsonl", module, {}, top_k=20, threshold=0, all_predicates=False)
     assert cli.main([*command, "--overwrite"]) == 1
     assert (tmp_path / "g.jsonl").read_bytes() == before
     file.close()
@@ -533,9 +593,9 @@ def test_shards_share_the_images_without_overlap(command, tmp_path):
         cli.main([*command, "--shard", f"{number}/2"])
         names += ids(tmp_path / f"g.{number}-of-2.jsonl")
     assert sorted(names) == NAMES
-    files = [ImageFile(Path(str(number)), str(number)) for number in range(4000)]
-    counts = [sum(Shard(part, 4).has(file) for file in files) for part in (1, 2, 3, 4)]
-    assert sum(counts) == 4000 and min(counts) > 900
+    files = [ImageFile(Path(name), name) for name in (f"IMG_{number:04}.JPG" for number in range(4000))]
+    counts = [sum(Shard(part, 8).has(file) for file in files) for part in range(1, 9)]
+    assert sum(counts) == 4000 and min(counts) > 420 and max(counts) < 580
 
 
 def test_torchrun_gives_each_process_a_part(command, photographs, tmp_path):
@@ -599,7 +659,7 @@ def test_a_page_shows_all_images_of_the_run(command, tmp_path, capsys):
 
 def test_the_memory_does_not_grow_with_the_number_of_images(checkpoints, pictures, tmp_path):
     module = load_module(checkpoints / "sgdet.ckpt")
-    file = outputs.GraphLines(tmp_path / "g.jsonl", module, top_k=20, threshold=0, all_predicates=False)
+    file = outputs.GraphLines(tmp_path / "g.jsonl", module, {}, top_k=20, threshold=0, all_predicates=False)
     files = [ImageFile(pictures / "0.jpg", f"{number}.jpg") for number in range(120)]
     tracemalloc.start()
     held = []

@@ -1,6 +1,7 @@
 """Tests of models as folders in the Hugging Face layout: what is written, read and refused."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -172,6 +173,20 @@ def test_a_folder_with_files_is_not_overwritten(checkpoint, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_the_current_folder_is_not_replaced(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", str(checkpoint), "."]) == 1
+    assert "must not be the current folder" in capsys.readouterr().err
+
+
+def test_the_files_have_the_permissions_that_the_umask_wants(checkpoint, tmp_path):
+    before = os.umask(0o027)
+    cli.main(["export", str(checkpoint), str(tmp_path / "model")])
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o640}
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750
+
+
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
 def test_a_failed_export_leaves_nothing(kind, checkpoint, tmp_path, monkeypatch, capsys):
     def full(*arguments, **options):
@@ -277,6 +292,14 @@ def test_the_folder_of_sgtr_needs_the_config_of_its_detector(detector, folder, m
         load_module(folder)
 
 
+@pytest.mark.parametrize("config", ["x", "{}"])
+@pytest.mark.parametrize("checkpoint", ["sgtr"], indirect=True)
+def test_a_damaged_config_of_sgtrs_detector_is_refused(config, folder):
+    changed("detector", {"config": config})(folder)
+    with pytest.raises(ValueError, match="must have valid options and names"):
+        load_module(folder)
+
+
 # ---- what is refused
 
 
@@ -317,12 +340,16 @@ def with_weights(change):
         (changed("model", None), "model must be a dict"),
         (changed("object_names", "person"), "object_names must be a list"),
         (changed("predicate_names", [1]), "predicate_names must be a list of names"),
+        (changed("training", [1]), "training must be a dict"),
+        (changed("training", {"data": "x"}), "training.data must be a dict"),
+        (changed("training", {"best": {"R@50": "high"}}), "training.best: R@50 must be a number"),
         (changed("module", "os.system"), "must be a checkpoint of a module of this package"),
         (changed("options", {"hidden_dim": "8"}), "must have valid options and names"),
         (changed("predicate_names", []), "must have valid options and names"),
         (cut, "must be a complete file of safetensors"),
         (with_weights(lambda weights, name: weights.pop(name)), "but it lacks"),
         (with_weights(lambda weights, name: weights.update({name: weights[name][:1].clone()})), "has shape"),
+        (with_weights(lambda weights, name: weights.update({name: weights[name].int()})), "has type torch.int32"),
         (with_weights(lambda weights, name: weights[name].fill_(float("nan"))), "must have finite weights"),
     ],
 )

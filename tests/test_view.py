@@ -152,7 +152,7 @@ def test_found_and_missed_relations_are_marked_at_every_threshold(opened):
         return tab.locator(marks.format(side)).all_text_contents()
 
     assert texts("Annotations") == ["✓ found", "✗ missed"]
-    assert texts("Prediction") == ["not annotated", "✓ found", "not annotated"]
+    assert texts("Prediction") == ["no match", "✓ found", "no match"]
     assert tab.text_content("#found") == "Found 1 of 2 annotated relations."
     assert "find: 1 of 2" in tab.text_content("#notes")
     tab.click('[aria-label="Annotations: relations"] button >> nth=0')
@@ -223,11 +223,15 @@ def test_shards_of_lines_are_compared_with_annotations(scenes, tmp_path, monkeyp
     one, two, _ = perfect(scenes)
     shards = [write_lines(tmp_path / f"{name}.jsonl", shard) for name, shard in (("a", one), ("b", two))]
     total = len(one["triplets"]) + len(two["triplets"])
-    assert main(["view", *map(str, shards), "--annotations", str(scenes), "--top-k", "100"]) == 0
+    command = ["view", *map(str, shards), "--annotations", str(scenes), "--top-k", "100"]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "--out must be given" in capsys.readouterr().err
+    assert main([*command, "--out", "a.html"]) == 0
     out = capsys.readouterr().out
     found = "Annotated relations that the predictions on the page find"
     assert f"wrote a.html: 2 images. {found}: {total} of {total}.\n" in out
-    assert "1 image of the split test without a prediction left out" in out
+    assert "Left out: 1 image of the test split, because no file has a prediction." in out
     assert (tmp_path / "a.html").read_text().count("data:image/jpeg") == 4
 
 
@@ -248,9 +252,20 @@ def test_files_of_predictions_get_names_from_the_annotations(scenes, tmp_path, c
         capsys.readouterr().out
     )
     assert main(["view", str(path), "--annotations", str(scenes), "--top-k", "1", "--out", str(page)]) == 0
-    assert f"{count - 1} others are left out. Annotated" in capsys.readouterr().out
+    assert f"Left out: {count - 1} triplets, because each image shows its 1 best." in (capsys.readouterr().out)
     assert main(["view", str(path), "--out", str(page)]) == 1
     assert "needs --annotations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -1.0])
+def test_scores_of_objects_must_be_numbers_that_a_page_can_show(scenes, tmp_path, capsys, score):
+    first = open_dataset(scenes, "test")[0]
+    scores = torch.full((len(first.labels),), score)
+    ranked = {"boxes": first.boxes, "labels": first.labels, "scores": scores, "triplets": first.relations}
+    with PredictionFile(tmp_path / "p.h5") as file:
+        file.write(first.image_id, ranked | {"triplet_scores": torch.ones(len(first.relations))})
+    assert main(["view", str(tmp_path / "p.h5"), "--annotations", str(scenes), "--out", str(tmp_path / "a.html")]) == 1
+    assert "scores must be finite and at least 0" in capsys.readouterr().err
 
 
 def test_lines_for_another_size_of_an_image_are_not_compared(scenes, tmp_path, capsys):
@@ -293,6 +308,7 @@ def test_photographs_come_from_the_line_or_the_folder(tmp_path, capsys):
         (graph(triplets=[triplet(0, "on", 3)]), r"triplets\[0\].object must be the index of one of 3 objects, got 3"),
         (graph(triplets=[triplet(0, "on", 1, float("nan"))]), r"triplets\[0\].score must be a finite number"),
         (graph(width=0, height=4), "line 2: width and height must be"),
+        (graph(objects=[item("man", [0, 0, 10**400, 9])]), r"line 2: objects\[0\].box must be x1, y1, x2, y2"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, second, message):

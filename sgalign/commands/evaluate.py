@@ -152,10 +152,10 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
         return OpenImagesEvaluator(predicates, predicates_per_pair=options.predicates_per_pair)
     before = SPLITS[: SPLITS.index(options.split)]
     others = [split for split in splits_of(options.annotations) if split in before]
-    if len(others) < len(before) and options.zero_shot is None:
-        warn(f"{options.annotations}: {NO_TRAINING}")
     parts = [open_dataset(options.annotations, other, **reading_options(options)) for other in others]
     seen: list[SceneGraph] = sum(map(list, parts), [])
+    if (len(others) < len(before) or (before and not seen)) and options.zero_shot is None:
+        warn(f"{options.annotations}: {NO_TRAINING}")
     for kind in ("object_names", "predicate_names"):
         if any(getattr(part, kind) != getattr(dataset, kind) for part in parts):
             raise InputError(
@@ -168,7 +168,7 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
         where = f"{options.zero_shot}: "
         check_range(where, "classes of objects", zero_shot[:, [0, 2]], 1, len(dataset.object_names) - 1)
         check_range(where, "predicates", zero_shot[:, 1], 1, predicates)
-    elif "train" in others:
+    elif "train" in others and seen:
         zero_shot = zero_shot_triplets(seen, graphs)
         if not len(zero_shot):
             warn(f"{options.annotations}: the {options.split} split has no zero-shot relations and no zero-shot recall")
@@ -179,7 +179,7 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
     # `seen` may include the validation split. The groups use the training split only, as in training.
     training: Sequence[SceneGraph] | None = graphs
     if options.split != "train":
-        training = seen[: len(parts[0])] if parts else None
+        training = seen[: len(parts[0])] if seen else None
     counts = None if training is None else count_predicates(training, predicates)[1:]
     return SceneGraphEvaluator(
         options.protocol,

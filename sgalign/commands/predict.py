@@ -30,7 +30,6 @@ from sgalign.prediction.outputs import (
     digest,
     options_of,
     parts_folder,
-    start_or_continue,
 )
 from sgalign.prediction.running import draw_graphs, ended_by_sigterm, over_processes, predict_to_files
 from sgalign.training import MotifsModule, SGTRModule, load_module
@@ -47,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign predict", description=__doc__, epilog=EPILOG)
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="image, folder of images, or quoted pattern with *")
-    parser.add_argument("--checkpoint", required=True, help="checkpoint written by sgalign fit")
+    parser.add_argument(
+        "--checkpoint", required=True, help="checkpoint, folder of an exported model, scenes, or OWNER/NAME on the Hub"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("graphs.jsonl"), help="file of the results (default: %(default)s)"
     )
@@ -95,12 +96,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.detections is not None:
         detections = read_detections(options.detections, len(module.object_names) - 1)
     described = {name: getattr(options, name) for name in ("top_k", "threshold", "all_predicates")}
-    lines = GraphLines(out, module, **described, overwrite=options.overwrite)
     made_from = {"model": digest(module), "detections": _digest(options.detections), "shard": str(shard)}
-    for path in written:
-        start_or_continue(path, made_from | (described if path == out else {}), overwrite=options.overwrite)
+    lines = GraphLines(out, module, made_from, **described, overwrite=options.overwrite)
     lines.check_files(files)
-    parts = PredictionParts(hdf5, overwrite=options.overwrite) if hdf5 else None
+    parts = PredictionParts(hdf5, made_from, overwrite=options.overwrite) if hdf5 else None
 
     failures = Failures(failed_file)
     reading = {"detections": detections, "batch_size": options.batch_size, "workers": options.workers}
@@ -112,10 +111,12 @@ def main(arguments: Sequence[str]) -> int:
             not_drawn = _pictures(options, out, options_of(out).stat().st_mtime, files) if lines.done else 0
     except (KeyboardInterrupt, SystemExit) as stop:
         done = sum(file.image_id in lines.done for file in files)
-        print(f"sgalign: stopped after {done} of {len(files)} images. The same command goes on.", file=sys.stderr)
+        where = f"after {done} of {len(files)} images" if done < len(files) else "before all files were written"
+        print(f"sgalign: stopped {where}. The same command goes on.", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     done = len(files) - failures.count
     print(f"wrote {out}: {done} of {len(files)} images")
+    _report_earlier(lines, files, out.with_suffix(".html"), renewed=options.html)
     if failures.count:
         print(f"sgalign: {counted(failures.count, 'image')} without a result: see {failed_file}", file=sys.stderr)
     return 1 if over_processes(failures.count + not_drawn) else 0
@@ -130,6 +131,8 @@ def _check(options: argparse.Namespace) -> None:
         parser().error(f"--threshold must be from 0 to 1, got {options.threshold}")
     if options.out.suffix != ".jsonl":
         parser().error(f"--out must end in .jsonl, got {options.out}")
+    if options.out.name.endswith(".failed.jsonl"):
+        parser().error(f"--out must not end in .failed.jsonl, which lists failures, got {options.out}")
     if options.hdf5 and options.hdf5.suffix not in (".h5", ".hdf5"):
         parser().error(f"--hdf5 must end in .h5 or .hdf5, got {options.hdf5}")
     if options.shard and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -161,6 +164,14 @@ def _report(others: Sequence[Path], own: set[Path]) -> None:
     if names := [path.name for path in others if os.path.realpath(path) not in paths]:
         what = "1 entry that is not an image" if len(names) == 1 else f"{len(names)} entries that are not images"
         print(f"sgalign: skipped {what}: {some_of(names)}", file=sys.stderr)
+
+
+def _report_earlier(lines: GraphLines, files: Sequence[ImageFile], page: Path, *, renewed: bool) -> None:
+    """Report what earlier runs have left."""
+    if others := len(lines.done.difference(file.image_id for file in files)):
+        print(f"{lines.path} also has {counted(others, 'image')} of earlier runs")
+    if page.exists() and not renewed:
+        print(f"{page} comes from an earlier run. --html renews it")
 
 
 def _digest(path: str | None) -> str | None:
@@ -196,7 +207,7 @@ def _pictures(options: argparse.Namespace, out: Path, since: float, files: Seque
     if options.html:
         page = out.with_suffix(".html")
         images = (
-            PageImage(graph["image_id"], partial(load_image, path), graph["width"], graph["height"], graph)
+            PageImage(graph["image_id"], partial(load_image, path), graph.get("width"), graph.get("height"), graph)
             for path, graph in graphs()
         )
         print(f"wrote {page}: {write_page(page, images, f'Scene graphs of {out.name}')}")

@@ -57,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     if options.top_k < 1:
         parser().error(f"--top-k must be at least 1, got {options.top_k}")
+    if len(options.files) > 1 and options.out is None:
+        parser().error("--out must be given for several files")
     first = options.files[0].resolve()
     out = options.out or Path((first.name if first.is_dir() else first.stem) + ".html")
     if out.suffix.lower() not in (".html", ".htm"):
@@ -73,7 +75,8 @@ def main(arguments: Sequence[str]) -> int:
     content = write_page(out, source.images(), title, top_k=options.top_k)
     print(f"wrote {out}: {content}")
     if unpredicted := source.unpredicted():
-        print(f"{counted(unpredicted, 'image')} of the split {options.split} without a prediction left out")
+        what = counted(unpredicted, "image")
+        print(f"Left out: {what} of the {options.split} split, because no file has a prediction.")
     return 0
 
 
@@ -169,6 +172,8 @@ class Source:
         if "scores" in prediction:
             scores = prediction["scores"]
             check_tensor(where, "scores", scores, (len(prediction["labels"]),), (torch.float32, torch.float64))
+            if not (scores.isfinite() & (scores >= 0)).all():
+                raise InputError(f"{where}scores must be finite and at least 0")
         return prediction
 
     def _annotated(self, graph: SceneGraph, predicted: dict[str, Any] | None, file: Path | None = None) -> PageImage:

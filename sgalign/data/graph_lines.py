@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from sgalign.data.findings import warn
 from sgalign.data.images import parse_size
 from sgalign.errors import InputError, shown
+
+MOST = sys.float_info.max
 
 
 class GraphLine(NamedTuple):
@@ -111,4 +113,5 @@ def _check_score(where: str, field: str, score: Any) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) is int or (type(value) is float and math.isfinite(value))
+    """Return True for a number that a float, and so a browser, can hold."""
+    return type(value) in (int, float) and -MOST <= value <= MOST

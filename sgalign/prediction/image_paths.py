@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
-import zlib
 from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from sgalign.data.images import is_image
 from sgalign.errors import InputError
-
-WANTED = "must be an image, a folder of images or a pattern such as 'photographs/**/*.jpg'"
 
 
 class ImageFile(NamedTuple):
@@ -55,7 +53,7 @@ def find_images(sources: Sequence[str | Path]) -> tuple[list[ImageFile], list[Pa
                     "a pattern in quotation marks such as 'photographs/**/*.jpg', so the ids contain the folders"
                 )
         if not found:
-            raise FileNotFoundError(f"{source}: {WANTED}")
+            raise FileNotFoundError(_nothing_in(source))
     for image_id, path in by_id.items():
         if parent := next((str(parent) for parent in PurePosixPath(image_id).parents if str(parent) in by_id), None):
             raise InputError(
@@ -63,6 +61,14 @@ def find_images(sources: Sequence[str | Path]) -> tuple[list[ImageFile], list[Pa
                 f"{parent!r}. Predict them into two files"
             )
     return [ImageFile(by_id[image_id], image_id) for image_id in sorted(by_id)], sorted(others)
+
+
+def _nothing_in(source: str) -> str:
+    if os.path.isdir(source):
+        return f"{source}: this folder has no image directly in it. For those in its subfolders, give '{source}/**/*'"
+    if glob.has_magic(source):
+        return f"{source}: no image matches this pattern"
+    return f"{source}: must be an image, a folder of images or a pattern, but there is no such file or folder"
 
 
 def _entries(source: str) -> Iterator[tuple[Path, str, bool]]:
@@ -96,7 +102,8 @@ class Shard(NamedTuple):
 
         This depends on the id alone. So an image stays in its part when other images are added or removed.
         """
-        return zlib.crc32(image.image_id.encode()) % self.total == self.number - 1
+        digest = blake2b(image.image_id.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") % self.total == self.number - 1
 
     def path(self, path: Path) -> Path:
         """Return the path of this part's file, such as `graphs.1-of-4.jsonl` for `graphs.jsonl`."""

@@ -6,10 +6,10 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import h5py
 import torch
@@ -24,6 +24,8 @@ from sgalign.training.pretrained import without_paths
 from sgalign.viewing import describe
 
 PART_SECONDS = 60.0  # a kill loses at most the HDF5 predictions of this time
+LOCK_SECONDS = 10.0  # the workers of a killed run keep its lock for some seconds
+REMEDY = "choose other names for the results, or replace them with --overwrite"
 
 
 class Output(Protocol):
@@ -41,23 +43,26 @@ class Output(Protocol):
 class GraphLines:
     """A file with one line of JSON per image. After a kill or on a full disk, it still has all complete lines.
 
-    A line has the fields of `describe`, and before them `image_id`, `file`, `width` and `height`.
+    A line has the fields of `describe`, and before them `image_id`, `file`, `bytes` (size of this file), `width` and
+    `height`.
 
     Args:
         path: the file. If it exists, the new lines are added to it. An incomplete last line is then removed.
         module: the model, for the names of its classes.
+        made_from: what determines the predictions. A run that continues the file must have the same.
         top_k, threshold, all_predicates: as for `describe`.
         overwrite: if True, the lines in the file are deleted.
 
     Raises:
         OSError: if the file cannot be written, or if another process writes it.
-        ValueError: if the file is not a regular one, or has a line that is not a graph.
+        ValueError: if the file is not a regular one, has a line that is not a graph, or comes from other options.
     """
 
     def __init__(
         self,
         path: Path,
         module: RelationModule,
+        made_from: Mapping[str, Any],
         *,
         top_k: int,
         threshold: float,
@@ -73,26 +78,35 @@ class GraphLines:
         self._file = _locked(path)
         if overwrite:
             self._file.truncate(0)
-        self._files, self._size = _complete_lines(path)
-        self.done = set(self._files)
+        _start_or_continue(path, {**made_from, **self._options}, path.stat().st_size > 0)
+        self._origins, self._size = _complete_lines(path)
+        self._file.truncate(self._size)  # removes an incomplete last line
+        self.done = set(self._origins)
 
     def check_files(self, files: Sequence[ImageFile]) -> None:
-        """Raise InputError if the file has a graph for another image of the same id."""
+        """Raise InputError if the file has a graph for another image of the same id, or for an older version of it."""
         for file in files:
-            before = Path(self._files.get(file.image_id, ""))
+            if (origin := self._origins.get(file.image_id)) is None:
+                continue
+            before = Path(origin.file)
             if before.is_file() and not before.samefile(file.path):
                 raise InputError(
                     f"{self.path} has the graph of {before} under the id {file.image_id!r}, which {file.path} now has: "
-                    "choose another --out"
+                    f"{REMEDY}"
+                )
+            if origin.bytes not in (None, size := _size(file.path)):
+                raise InputError(
+                    f"{self.path} has a graph for {file.path} of {origin.bytes:,} bytes, but this image now has "
+                    f"{size or 0:,} bytes: {REMEDY}"
                 )
 
     def write(self, image: PredictedImage) -> None:
         graph = describe(image.prediction, *self._names, **self._options)
-        where = {"image_id": graph.pop("image_id"), "file": printable(image.file.path)}
+        path = image.file.path
+        where = {"image_id": graph.pop("image_id"), "file": printable(path), "bytes": _size(path)}
         line = json.dumps(where | {"width": image.width, "height": image.height} | graph, ensure_ascii=False)
         data = line.encode() + b"\n"
         left = memoryview(data)
-        self._file.truncate(self._size)  # removes an incomplete last line of an earlier run
         try:
             while left:
                 left = left[self._file.write(left) :]
@@ -109,17 +123,36 @@ class GraphLines:
 def _locked(path: Path) -> FileIO:
     """Open a file for appending that no other process may open in this way at the same time."""
     file = path.open("ab", buffering=0)
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                file.close()
+                raise OSError(f"{path}: another process is writing this file") from error
+            time.sleep(0.2)
+
+
+class _Origin(NamedTuple):
+    """The image file from which a line was made."""
+
+    file: str
+    bytes: int | None  # None if unknown
+
+
+def _size(path: Path) -> int | None:
+    """Return the size of a file in bytes, or None if it is gone."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise OSError(f"{path}: another process is writing this file") from error
-    return file
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
-def _complete_lines(path: Path) -> tuple[dict[str, str], int]:
-    """Return the image file of each id in a file of `GraphLines`, and the number of bytes of its complete lines."""
-    files, size = {}, 0
+def _complete_lines(path: Path) -> tuple[dict[str, _Origin], int]:
+    """Return the origin of each id in a file of `GraphLines`, and the number of bytes of its complete lines."""
+    origins, size = {}, 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
@@ -127,14 +160,14 @@ def _complete_lines(path: Path) -> tuple[dict[str, str], int]:
             if line.strip():
                 try:
                     graph = json.loads(line)
-                    files[graph["image_id"]] = graph.get("file", "")
+                    origins[graph["image_id"]] = _Origin(str(graph.get("file", "")), graph.get("bytes"))
                 except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
                     where = f"{path}, line {number}"
                     raise InputError(
                         f"{where}: must be the graph of an image in JSON ({error}); correct or delete this line"
                     ) from error
             size += len(line)
-    return files, size
+    return origins, size
 
 
 class PredictionParts:
@@ -145,22 +178,36 @@ class PredictionParts:
 
     Args:
         path: the HDF5 file. If it exists, its images count as done, and `finish` adds the new ones.
+        made_from: what determines the predictions. A run that continues the file must have the same.
         overwrite: if True, the file and its parts are deleted first.
+
+    Raises:
+        OSError: if the file cannot be written, or if another process writes it.
+        ValueError: if the file or a part is damaged, or comes from other options.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, made_from: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        check_writable(path)
         self.path, self._folder = path, parts_folder(path)
         self._folder.mkdir(exist_ok=True)
         self._lock = _locked(self._folder / "lock")
-        if overwrite:
-            path.unlink(missing_ok=True)
-            self._delete_parts()
         try:
-            self.done = {image_id for source in self._sources() for image_id in prediction_ids(source)}
-        except InputError as error:
-            raise InputError(f"{error}; delete this file, and its images are predicted again") from error
+            if overwrite:
+                path.unlink(missing_ok=True)
+                self._delete_parts()
+            _start_or_continue(path, made_from, bool(self._sources()))
+            self.done = self._ids()
+        except BaseException:
+            self._unlock()
+            raise
         self._part: PredictionFile | None = None
         self._started = 0.0
+
+    def _ids(self) -> set[str]:
+        try:
+            return {image_id for source in self._sources() for image_id in prediction_ids(source)}
+        except InputError as error:
+            raise InputError(f"{error}; delete this file, and its images are predicted again") from error
 
     def _sources(self) -> list[Path]:
         return [path for path in (self.path, *_parts(self._folder)) if path.exists()]
@@ -191,7 +238,10 @@ class PredictionParts:
                             if image_id not in joined:
                                 part.copy(part[image_id], joined, name=image_id)
         self._delete_parts()
-        (self._folder / "lock").unlink()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        (self._folder / "lock").unlink(missing_ok=True)
         self._lock.close()
         if not any(self._folder.iterdir()):
             self._folder.rmdir()
@@ -244,39 +294,31 @@ def printable(text: str | Path) -> str:
     return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def start_or_continue(path: Path, options: dict[str, Any], *, overwrite: bool) -> None:
-    """Check that a run may write a file of results, and write the run's options beside it.
+def _start_or_continue(path: Path, made_from: Mapping[str, Any], has_results: bool) -> None:
+    """Write what determines the results of a run beside its file. If it has results, check that it is the same.
 
-    If there are results already, the run continues them. So they must come from the same model and options.
-
-    Args:
-        path: the file of results.
-        options: the options that determine the results.
-        overwrite: if True, the results are replaced.
+    The caller has locked the file, so another run cannot change either of them at the same time.
 
     Raises:
         OSError: if the file cannot be written.
-        ValueError: if there are results with other options, or with unknown ones.
+        ValueError: if there are results that come from something else or something unknown.
     """
-    check_writable(path)
     options_file = options_of(path)
-    has_results = (path.exists() and path.stat().st_size > 0) or bool(_parts(parts_folder(path)))
-    if overwrite or not has_results:
-        write_json(options_file, options, indent=1)
+    if not has_results:
+        write_json(options_file, made_from, indent=1)
         return
-    remedy = "choose other names for the results, or replace them with --overwrite"
     if not options_file.exists():
-        raise InputError(f"{path} exists, but not {options_file}, which says how it was made: {remedy}")
-    before = read_json(options_file, remedy)
+        raise InputError(f"{path} exists, but not {options_file}, which says how it was made: {REMEDY}")
+    before = read_json(options_file, REMEDY)
     if not isinstance(before, dict):
-        raise InputError(f"{options_file}: must be a JSON object, got {type(before).__name__}: {remedy}")
+        raise InputError(f"{options_file}: must be a JSON object, got {type(before).__name__}: {REMEDY}")
     differ = [
         f"{name} was {before.get(name)!r} and is now {now!r}"
-        for name, now in options.items()
+        for name, now in made_from.items()
         if before.get(name) != now
     ]
     if differ:
-        raise InputError(f"{path} comes from a run with other options ({'; '.join(differ)}): {remedy}")
+        raise InputError(f"{path} comes from a run with other options ({'; '.join(differ)}): {REMEDY}")
 
 
 def digest(module: RelationModule) -> str:

@@ -404,6 +404,9 @@ class SavedModule(pl.LightningModule):
         """Raise InputError unless the weights are finite and have the names and shapes of this module's weights."""
         of_model = self.state_dict()
         for name, own in of_model.items():
+            if name in weights and weights[name].is_floating_point() != own.is_floating_point():
+                types = f"{name} has type {weights[name].dtype} instead of {own.dtype}"
+                raise InputError(f"checkpoint must come from a model with the same options, but its {types}")
             if name in weights and weights[name].shape != own.shape:
                 shapes = f"{name} has shape {list(weights[name].shape)} instead of {list(own.shape)}"
                 raise InputError(f"checkpoint must come from a model with the same options, but its {shapes}")
@@ -439,7 +442,7 @@ def load_module(path: str | Path) -> SavedModule:
         raise InputError(f"{path}: must be a checkpoint of a module of this package, got {name!r}")
     try:
         return kind._of_checkpoint(checkpoint).eval()
-    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
-        if Path(path).is_file():
-            raise  # no user has edited a checkpoint, so this is a defect
+    except Exception as error:
+        if isinstance(error, InputError | OSError) or Path(path).is_file():
+            raise  # no user has edited a checkpoint, so other errors are defects
         raise InputError(f"{path}: must have valid options and names ({type(error).__name__}: {error})") from error

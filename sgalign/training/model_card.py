@@ -27,6 +27,12 @@ PROTOCOLS = {
     "sgcls": "SGCls: it gets the boxes of the objects, and predicts their classes and relations",
     "sgdet": "SGDet: it gets only the image, and predicts objects and relations",
 }
+FIGURES = (
+    "R@K is the recall of the K best triplets, mR@K its mean over the predicates, F@K the harmonic mean of both, and "
+    "A@K the accuracy on pairs that have a relation. `z` stands for triplets that training does not have, `ng` for no "
+    "graph constraint. `found` and `relations_found` are the shares of objects and of relations whose boxes and "
+    "classes are found."
+)
 
 
 def model_card(
@@ -87,12 +93,23 @@ In Python, `sgalign.training.load_module("FOLDER")` returns the model. A trainin
 
 
 def _results(best: Mapping[str, float], results: Mapping[str, float] | None) -> str:
-    lines = [f"Best validation figure of the run so far: {name} = {value:.4f}." for name, value in best.items()]
+    lines = [
+        f"Best figure on the validation split: {name.removeprefix('val/')} {100 * value:.1f} %."
+        for name, value in best.items()
+    ]
     if results is None:
         lines.append("This card has no figures of the test split.")
         return " ".join(lines)
-    shown = {name: f"{100 * value:.1f}" for name, value in results.items() if not is_of_predicate(name)}
-    return "\n\n".join([*lines, "On the test split, in percent:", _table("figure", shown)])
+    names = sorted((name for name in results if not is_of_predicate(name)), key=_place)
+    shown = {name: f"{100 * results[name]:.1f}" for name in names}
+    return "\n\n".join([*lines, "On the test split, in percent:", _table("figure", shown), FIGURES])
+
+
+def _place(name: str) -> tuple[bool, str, str, int]:
+    """Return the place of a figure in the table: recall and mean recall first, each with rising numbers of triplets."""
+    figure, _, group = name.partition("/")
+    kind, _, depth = figure.partition("@")
+    return kind not in ("R", "mR"), kind, group, int(depth) if depth.isdecimal() else 0
 
 
 def _table(kind: str, values: Mapping[str, Any], prefix: str = "") -> str:

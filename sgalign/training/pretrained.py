@@ -109,6 +109,8 @@ def write_pretrained(checkpoint: Mapping[str, Any], folder: str | Path, card: st
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: must be a new or an empty folder")
+    if folder.resolve() == Path.cwd():
+        raise FileExistsError(f"{folder}: must not be the current folder, because a new folder takes its place")
     folder.resolve().parent.mkdir(parents=True, exist_ok=True)
     config = {
         "library_name": "sgalign",
@@ -127,8 +129,11 @@ def write_pretrained(checkpoint: Mapping[str, Any], folder: str | Path, card: st
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         (partial / CARD).write_text(card, encoding="utf-8")
-        for path, mode in ((partial, 0o755), (partial / WEIGHTS, 0o644)):  # the defaults allow only the owner to read
-            path.chmod(mode)
+        mode = (
+            (partial / CARD).stat().st_mode
+        )  # as the user's umask wants it. Folder and weights have their own defaults
+        (partial / WEIGHTS).chmod(mode)
+        partial.chmod(0o700 | mode | (mode & 0o444) >> 2)
         os.rename(partial, folder.resolve())
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -193,7 +198,7 @@ def read_pretrained(folder: Path) -> dict[str, Any]:
         "state_dict": _read_weights(folder / WEIGHTS),
         "hyper_parameters": config["options"],
         "global_step": config.get("step", 0),
-        "training": config.get("training", {}),
+        "training": config["training"],
         "sgalign": config["model"] | {"run_seed": 0, "random_states": []},
     }
 
@@ -217,6 +222,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 raise InputError(f"{path}: {name} must be a {kind.__name__}, got {shown(got)}")
             if kind is list and not all(isinstance(text, str) for text in value):
                 raise InputError(f"{path}: {name} must be a list of names, got {shown(value)}")
+    training = config.setdefault("training", {})
+    if not isinstance(training, dict):
+        raise InputError(f"{path}: training must be a dict, got {shown(training)}")
+    for name in ("data", "best"):
+        if not isinstance(training.get(name, {}), dict):
+            raise InputError(f"{path}: training.{name} must be a dict, got {shown(training[name])}")
+    for name, value in training.get("best", {}).items():
+        if type(value) not in (int, float):
+            raise InputError(f"{path}: training.best: {name} must be a number, got {shown(value)}")
     return config
 
 

@@ -33,13 +33,14 @@ def describe(
 
     Returns:
         A dict with `image_id`, `objects` and `triplets`, best first. An object has `label`, `box` (x1, y1, x2, y2 in
-        pixels) and `score`. A triplet has `subject` and `object` (indices into `objects`), `predicate` and `score`.
+        pixels, to 2 decimals) and `score`. A triplet has `subject` and `object` (indices into `objects`), `predicate`
+        and `score`.
     """
     best = rank_triplets(prediction, top_k, len(predicate_names) - 1 if all_predicates else 1)
     return {
         "image_id": prediction["image_id"],
         "objects": [
-            {"label": object_names[label], "box": box, "score": round(score, 6)}
+            {"label": object_names[label], "box": [round(side, 2) for side in box], "score": round(score, 6)}
             for label, box, score in zip(
                 prediction["labels"].tolist(), prediction["boxes"].tolist(), prediction["scores"].tolist(), strict=True
             )

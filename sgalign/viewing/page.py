@@ -62,7 +62,8 @@ class PageContent:
         images: number of images on the page.
         left_out: number of images beyond `MOST_IMAGES`.
         boxes_only: number of images on the page without a photograph.
-        triplets_left_out: number of predicted triplets that are not on the page, because others are better.
+        top_k: number of predicted triplets that an image has at most, or None if there is no limit.
+        triplets_left_out: number of predicted triplets beyond `top_k`.
         compared: number of images with both graphs.
         annotated: number of annotated relations in these images.
         found: number of them that the predicted triplets on the page find.
@@ -71,6 +72,7 @@ class PageContent:
     images: int = 0
     left_out: int = 0
     boxes_only: int = 0
+    top_k: int | None = None
     triplets_left_out: int = 0
     compared: int = 0
     annotated: int = 0
@@ -87,8 +89,8 @@ class PageContent:
             )
         if self.triplets_left_out:
             sentences.append(
-                "The page has the best predicted relations of each image. "
-                f"{self.triplets_left_out:,} others are left out."
+                f"Left out: {counted(self.triplets_left_out, 'triplet')}, because each image shows its "
+                f"{self.top_k} best."
             )
         if self.compared:
             sentences.append(
@@ -127,14 +129,14 @@ def write_page(path: str | Path, images: Iterable[PageImage], title: str, *, top
     digest = base64.b64encode(sha256(script[1].encode()).digest()).decode()
     start, end = template.split("<!-- data -->\n")
     start = start.replace("SCRIPT_HASH", digest).replace("PAGE_TITLE", html.escape(title))
-    content, overview, predicts = PageContent(), [], False
+    content, overview, predicts = PageContent(top_k=top_k), [], False
     with written_whole(path) as partial, partial.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
         file.write(start)
         for image in images:
             if content.images == MOST_IMAGES:
                 content.left_out += 1
                 continue
-            entry, thumbnail = _entry(image, top_k, content)
+            entry, thumbnail = _entry(image, content)
             file.write(f'<script type="application/json" class="image">{_json(entry)}</script>\n')
             scores = [triplet["score"] for triplet in (entry["predicted"] or {"triplets": []})["triplets"]]
             overview.append({"id": image.image_id, "thumbnail": thumbnail, "top": max(scores, default=0)})
@@ -155,7 +157,7 @@ def _json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _entry(image: PageImage, top_k: int | None, content: PageContent) -> tuple[dict[str, Any], str | None]:
+def _entry(image: PageImage, content: PageContent) -> tuple[dict[str, Any], str | None]:
     """Return the data of an image for the page and its thumbnail, and add the image to the content."""
     photograph, thumbnail, problem, size = None, None, "There is no image file for this image.", None
     if image.image is not None:
@@ -174,7 +176,7 @@ def _entry(image: PageImage, top_k: int | None, content: PageContent) -> tuple[d
     predicted = image.predicted
     if predicted is not None:
         total = len(predicted["triplets"]) if image.triplets is None else image.triplets
-        predicted = predicted | {"triplets": predicted["triplets"][:top_k]}
+        predicted = predicted | {"triplets": predicted["triplets"][: content.top_k]}
         content.triplets_left_out += total - len(predicted["triplets"])
     entry: dict[str, Any] = {
         "photograph": photograph,
