@@ -160,7 +160,10 @@ def _complete_lines(path: Path) -> tuple[dict[str, _Origin], int]:
             if line.strip():
                 try:
                     graph = json.loads(line)
-                    origins[graph["image_id"]] = _Origin(str(graph.get("file", "")), graph.get("bytes"))
+                    file_size = graph.get("bytes")
+                    origins[graph["image_id"]] = _Origin(
+                        str(graph.get("file", "")), file_size if isinstance(file_size, int) else None
+                    )
                 except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
                     where = f"{path}, line {number}"
                     raise InputError(
