@@ -388,6 +388,16 @@ def test_a_run_waits_for_the_lock_that_the_workers_of_a_killed_run_still_hold(tm
         end.join()
 
 
+def test_a_run_that_waited_does_not_lock_a_file_that_was_deleted_meanwhile(tmp_path):
+    first = outputs.PredictionParts(tmp_path / "p.h5", {})
+    end = threading.Timer(0.5, first.finish)
+    end.start()
+    second = outputs._locked(tmp_path / "p.h5.parts" / "lock")
+    end.join()
+    assert os.path.samestat(os.fstat(second.fileno()), (tmp_path / "p.h5.parts" / "lock").stat())
+    second.close()
+
+
 def test_a_run_that_is_refused_does_not_change_what_the_other_one_writes(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(outputs, "LOCK_SECONDS", 0.1)
     parts = outputs.PredictionParts(tmp_path / "p.h5", {"model": "first"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from io import FileIO
@@ -122,17 +123,19 @@ class GraphLines:
 
 def _locked(path: Path) -> FileIO:
     """Open a file for appending that no other process may open in this way at the same time."""
-    file = path.open("ab", buffering=0)
     end = time.monotonic() + LOCK_SECONDS
     while True:
+        path.parent.mkdir(exist_ok=True)
+        file = path.open("ab", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file  # otherwise, the process that had the lock has deleted the file
         except BlockingIOError as error:
             if time.monotonic() > end:
-                file.close()
                 raise OSError(f"{path}: another process is writing this file") from error
             time.sleep(0.2)
+        file.close()
 
 
 class _Origin(NamedTuple):
@@ -192,7 +195,6 @@ class PredictionParts:
     def __init__(self, path: Path, made_from: Mapping[str, Any], *, overwrite: bool = False) -> None:
         check_writable(path)
         self.path, self._folder = path, parts_folder(path)
-        self._folder.mkdir(exist_ok=True)
         self._lock = _locked(self._folder / "lock")
         try:
             if overwrite:

@@ -443,6 +443,6 @@ def load_module(path: str | Path) -> SavedModule:
     try:
         return kind._of_checkpoint(checkpoint).eval()
     except Exception as error:
-        if isinstance(error, InputError | OSError) or Path(path).is_file():
+        if isinstance(error, InputError | ModuleNotFoundError | OSError) or Path(path).is_file():
             raise  # no user has edited a checkpoint, so other errors are defects
         raise InputError(f"{path}: must have valid options and names ({type(error).__name__}: {error})") from error
