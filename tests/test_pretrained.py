@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ pytest.importorskip("safetensors")
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from target import ROOT  # noqa: E402
 from test_prediction import save_checkpoint  # noqa: E402
 from trainers import CONFIGS, SMALL_MOTIFS, SMALL_SGTR, scenes, trainer  # noqa: E402
 
 from sgalign.commands import main as cli  # noqa: E402
+from sgalign.commands.export import parser as export_parser  # noqa: E402
 from sgalign.data import collate  # noqa: E402
 from sgalign.training import (  # noqa: E402
     AlignMotifsModule,
@@ -198,6 +201,29 @@ def test_a_failed_export_leaves_nothing(kind, checkpoint, tmp_path, monkeypatch,
 
 
 # ---- sources
+
+
+def test_the_script_for_the_model_of_the_package_has_its_options_and_valid_commands(tmp_path, capsys):
+    recorder, record = tmp_path / "sgalign", tmp_path / "commands"
+    recorder.write_text('#!/bin/sh\nprintf "%s\\0" "$@" >> "$RECORD"\nprintf "\\n" >> "$RECORD"\n')
+    recorder.chmod(0o755)
+    environment = os.environ | {"SGALIGN": str(recorder), "RECORD": str(record)}
+    script = ROOT / "examples" / "train_scenes.sh"
+    subprocess.run(["bash", str(script), str(tmp_path / "out")], env=environment, check=True, timeout=60)
+    *trainings, testing, exporting = [line.split("\0")[:-1] for line in record.read_text().splitlines()]
+    for command in (*trainings, testing):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main([*command, "--print_config"])
+        assert exit.value.code == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        if command == trainings[-1]:
+            made = config["model"]["init_args"], config["trainer"]["max_steps"], config["data"]["init_args"]
+    options, steps, data = made
+    shipped = json.loads((ROOT / "sgalign" / "pretrained" / "scenes" / "config.json").read_text())
+    assert options | {"detector_weights": "last.ckpt"} == options | shipped["options"]
+    assert (steps, data["batch_size"]) == (shipped["step"], shipped["training"]["data"]["batch_size"])
+    export_parser().parse_args(exporting[1:])
 
 
 def test_models_of_the_package_have_names(folder, tmp_path, monkeypatch):
