@@ -55,7 +55,7 @@ def test_walkthroughs_run(page, tmp_path):
         for name in re.findall(r"--(?:out|json|csv) (\S+)", block):
             assert (tmp_path / name).stat().st_size > 0, name
         if "--draw" in block:
-            assert len(list((tmp_path / "given").glob("*.png"))) == 3
+            assert len(list((tmp_path / "given.pictures").glob("*.png"))) == 3
 
 
 def test_marked_blocks_are_found():

@@ -638,7 +638,7 @@ def test_pictures_are_drawn_once(command, photographs, tmp_path, capsys):
     (photographs / "torn.png").unlink()
     command = [*command, "--draw"]
     assert cli.main(command) == 0
-    pictures = sorted((tmp_path / "g").iterdir())
+    pictures = sorted((tmp_path / "g.pictures").iterdir())
     assert [path.name for path in pictures] == [f"{name}.png" for name in NAMES]
     times = [path.stat().st_mtime_ns for path in pictures]
     pictures[0].unlink()
@@ -649,12 +649,20 @@ def test_pictures_are_drawn_once(command, photographs, tmp_path, capsys):
     assert min(path.stat().st_mtime_ns for path in pictures) > max(times)
 
 
-def test_pictures_are_not_written_into_the_folder_of_the_images(command, photographs, capsys):
+def test_pictures_are_not_written_into_the_folder_of_the_images(command, photographs):
+    (photographs / "torn.png").unlink()
     before = sorted((path.name, path.read_bytes()) for path in photographs.iterdir())
-    with pytest.raises(SystemExit):
-        cli.main([*command, "--draw", "--out", f"{photographs}.jsonl"])
-    assert "must not name a folder of the images" in capsys.readouterr().err
+    assert cli.main([*command, "--draw", "--out", f"{photographs}.jsonl"]) == 0
     assert sorted((path.name, path.read_bytes()) for path in photographs.iterdir()) == before
+    assert sorted(path.stem for path in Path(f"{photographs}.pictures").iterdir()) == NAMES
+
+
+def test_a_file_with_the_name_of_the_folder_of_pictures_is_kept(command, tmp_path, capsys):
+    (tmp_path / "g.pictures").write_text("mine")
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--draw"])
+    assert "g.pictures, which must not be a file" in capsys.readouterr().err
+    assert (tmp_path / "g.pictures").read_text() == "mine"
 
 
 def test_a_page_shows_all_images_of_the_run(command, tmp_path, capsys):

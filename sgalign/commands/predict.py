@@ -54,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--hdf5", type=Path, metavar="FILE", help="also write all scores, for sgalign evaluate")
     parser.add_argument("--html", action="store_true", help="also write a page for the browser, named like --out")
-    parser.add_argument("--draw", action="store_true", help="also write pictures, in a folder named like --out")
+    parser.add_argument(
+        "--draw", action="store_true", help="also write pictures, in a folder named like --out, but with .pictures"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
     parser.add_argument("--detections", metavar="FILE", help="file of the images' objects")
     parser.add_argument("--top-k", type=int, default=20, help="triplets per image (default: %(default)s)")
@@ -86,10 +88,11 @@ def main(arguments: Sequence[str]) -> int:
     failed_file = out.with_suffix(".failed.jsonl")
     for path in written:
         check_writable(path)
+    if options.draw and _drawings(out).exists() and not _drawings(out).is_dir():
+        parser().error(f"--draw writes to the folder {_drawings(out)}, which must not be a file: choose another --out")
     files, others = find_images(options.images)
-    _check_pictures(options, files)
     beside = [place(path) for path in written for place in (options_of, parts_folder)]
-    _report(others, {*written, *beside, failed_file, out.with_suffix(""), out.with_suffix(".html")})
+    _report(others, {*written, *beside, failed_file, _drawings(out), out.with_suffix(".html")})
     files = [file for file in files if shard.has(file)]
     module = _load(options.checkpoint, options.detections)
     detections = None
@@ -139,16 +142,9 @@ def _check(options: argparse.Namespace) -> None:
         parser().error(f"--shard must be left out under torchrun, which chooses the parts itself, got {options.shard}")
 
 
-def _check_pictures(options: argparse.Namespace, files: Sequence[ImageFile]) -> None:
-    """End the program with the code 2 if --draw would write to a folder with images, or to a file."""
-    folder = options.out.with_suffix("")
-    if options.draw and folder.exists() and not folder.is_dir():
-        parser().error(f"--draw writes to the folder {folder}, which must not be a file: choose another --out")
-    places = {os.path.realpath(file.path.parent) for file in files}
-    if options.draw and any(os.path.realpath((folder / file.image_id).parent) in places for file in files):
-        parser().error(
-            f"--out must not name a folder of the images, because --draw writes to {folder}, got {options.out}"
-        )
+def _drawings(out: Path) -> Path:
+    """Return the folder of the pictures of the graphs in `out`."""
+    return out.with_suffix(".pictures")
 
 
 def _shard(text: str) -> Shard:
@@ -213,7 +209,6 @@ def _pictures(options: argparse.Namespace, out: Path, since: float, files: Seque
         print(f"wrote {page}: {write_page(page, images, f'Scene graphs of {out.name}')}")
     if not options.draw:
         return 0
-    folder = out.with_suffix("")
-    not_drawn = draw_graphs(graphs(), len(paths), folder, since)
-    print(f"drew the graphs in {folder}")
+    not_drawn = draw_graphs(graphs(), len(paths), _drawings(out), since)
+    print(f"drew the graphs in {_drawings(out)}")
     return not_drawn
