@@ -420,16 +420,16 @@ BREAKS = {
         "sgalign/metrics/recall.py", "if not len(relations) or (", "if (", "tests/test_metrics.py"
     ),
     "pixel that boxes have more": Break(
-        "sgalign/metrics/matching.py", "(extent + int(plus_one))", "(extent + 1)", "tests/test_metrics.py"
+        "sgalign/matching.py", "(extent + int(plus_one))", "(extent + 1)", "tests/test_metrics.py"
     ),
     "scores in float64": Break(
-        "sgalign/metrics/matching.py",
+        "sgalign/matching.py",
         'prediction["scores"].double()[pairs].prod(1)',
         'prediction["scores"][pairs].prod(1).double()',
         "tests/test_metrics.py",
     ),
     "order of equal scores": Break(
-        "sgalign/metrics/matching.py",
+        "sgalign/matching.py",
         "rows = first(best, min(depth, competing)).sort().values",
         "rows = first(best, min(depth, competing))",
         "tests/test_metrics.py",

@@ -51,6 +51,13 @@ def test_the_entry_point_loads_no_torch():
     run(["-c", "import sys; import sgalign_command; assert 'torch' not in sys.modules"])
 
 
+@pytest.mark.parametrize("command", ["view", "check", "make_dataset"])
+def test_commands_without_a_model_load_none_of_the_libraries_that_take_seconds(command):
+    pytest.importorskip("h5py")
+    slow = {"lightning", "torchmetrics", "torchvision", "transformers", "scipy", "matplotlib"}
+    run(["-c", f"import sys; import sgalign.commands.{command}; assert not {slow} & set(sys.modules)"])
+
+
 def test_doctor_says_how_threads_wait(monkeypatch):
     for name in sgalign_command.WAIT_SETTINGS:
         monkeypatch.delenv(name, raising=False)

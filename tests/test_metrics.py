@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("torchmetrics")
 from sgalign.data import SceneGraph  # noqa: E402
 from sgalign.data.scene_graph import BACKGROUND  # noqa: E402
+from sgalign.matching import find_objects  # noqa: E402
 from sgalign.metrics import (  # noqa: E402
     OpenImagesEvaluator,
     SceneGraphEvaluator,
@@ -19,7 +20,6 @@ from sgalign.metrics import (  # noqa: E402
     predicate_groups,
     zero_shot_triplets,
 )
-from sgalign.metrics.matching import find_objects  # noqa: E402
 from sgalign.metrics.open_images import average_precision  # noqa: E402
 
 PREDICATES = 3

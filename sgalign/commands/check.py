@@ -25,7 +25,7 @@ from sgalign.data.scene_graph import check_range, without_apart
 from sgalign.data.splits import Split
 from sgalign.errors import InputError
 from sgalign.files import check_writable, write_json
-from sgalign.metrics.matching import check_prediction
+from sgalign.matching import check_prediction
 
 LISTED = 10  # names per line of text; --json has all of them
 EPILOG = "The exit code is 1 if anything is refused. docs/data.md explains the findings."

@@ -20,7 +20,7 @@ from sgalign.data.predictions import Predictions
 from sgalign.data.scene_graph import check_range, check_tensor
 from sgalign.data.splits import SPLITS
 from sgalign.errors import InputError
-from sgalign.metrics.matching import check_prediction
+from sgalign.matching import check_prediction
 from sgalign.viewing import PageImage, describe, describe_annotations, write_page
 
 EPILOG = "The page is one file that needs no network. docs/view_predictions.md describes it."

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sgalign.errors import InputError
-from sgalign.metrics.matching import ImageMetric, rank_triplets, relation_overlaps
+from sgalign.matching import rank_triplets, relation_overlaps
+from sgalign.metrics.image_metric import ImageMetric
 
 _DEPTH = 100  # number of best triplets per image that count
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sgalign.data.triplets import TripletSet
 from sgalign.errors import InputError
-from sgalign.metrics.matching import ImageMetric, check_top_k, rank_triplets, relation_overlaps
+from sgalign.matching import rank_triplets, relation_overlaps
+from sgalign.metrics.image_metric import ImageMetric, check_top_k
 
 
 class VRDEvaluator(ImageMetric):

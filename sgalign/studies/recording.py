@@ -25,7 +25,7 @@ from torch import Tensor
 from sgalign.data import GraphBatch
 from sgalign.errors import InputError
 from sgalign.files import read_json, write_json
-from sgalign.metrics.matching import rank_triplets, relation_overlaps
+from sgalign.matching import rank_triplets, relation_overlaps
 from sgalign.studies.results import DEPTH, REMEDY, RESULT, Cost, Result, write_result
 from sgalign.training import RelationModule, SceneGraphData
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sgalign.data import GraphBatch
 from sgalign.data.transfer import send
-from sgalign.metrics.matching import find_objects
+from sgalign.matching import find_objects
 from sgalign.models import Detector, ObjectDetections
 from sgalign.training.base import SavedModule
 from sgalign.training.checkpoints import load_detector

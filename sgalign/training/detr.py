@@ -14,7 +14,7 @@ from torchvision.ops import box_convert
 from sgalign.data import GraphBatch
 from sgalign.data.transfer import send, to_host
 from sgalign.errors import InputError
-from sgalign.metrics.matching import find_objects
+from sgalign.matching import find_objects
 from sgalign.models.entity_detector import BACKBONES, DetectedEntities, EntityDetector, resize
 from sgalign.models.entity_loss import EntityLoss, TrueObjects
 from sgalign.models.graph_assembly import Entities, assign

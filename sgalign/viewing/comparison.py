@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sgalign.metrics.matching import Triplets, relation_overlaps
+from sgalign.matching import Triplets, relation_overlaps
 
 
 def finders(predicted: dict[str, Any], annotated: dict[str, Any]) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sgalign.data import SceneGraph
-from sgalign.metrics.matching import rank_triplets
+from sgalign.matching import rank_triplets
 
 
 def describe(

@@ -1,18 +1,17 @@
-"""Functions and a base class that rank predicted triplets and match them with annotated relations."""
+"""Functions that check and rank predicted triplets, and match them with annotated relations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from sgalign.data.scene_graph import check_objects, check_range, check_tensor
 from sgalign.errors import InputError
 
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Triplets(NamedTuple):
@@ -132,99 +131,14 @@ def relation_overlaps(
     return overlap.where(same, -1)
 
 
-class ImageMetric(Metric):
-    """A base class for metrics that are updated with images.
-
-    A subclass implements `_add`, which adds one image to the state.
-    """
-
-    full_state_update = False
-    higher_is_better = True
-    is_differentiable = False
-
-    num_predicates: int
-    _settings: tuple[str, ...]  # names of the attributes that must be equal when two evaluators are merged
-
-    def update(self, predictions: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> None:
-        """Add images to the metric.
-
-        Args:
-            predictions: one dict per image, with `boxes` float `[N, 4]` (x1, y1, x2, y2 in pixels of the original
-                image), `labels` int64 `[N]` from 1, and either
-
-                - `scores` float `[N]`, `pairs` int64 `[R, 2]` (subject and object index) and `predicate_scores` float
-                  `[R, num_predicates + 1]`, where column 0 is the background, which is never predicted; or
-                - `triplets` int64 `[T, 3]` (subject index, object index, predicate from 1), best first, and
-                  `triplet_scores` float `[T]`. All metrics then use this ranking. SGTR's predictions have this form.
-            targets: one dict per image, with `boxes`, `labels`, and `relations` int64 `[M, 3]` (subject index, object
-                index, predicate from 1). If the target or the prediction has an `image_id`, error messages use it.
-
-        Raises:
-            TypeError: if `predictions` or `targets` is not a list of dicts.
-            ValueError: if a field is missing or malformed. The message names the field and the image. The metric is
-                then unchanged.
-        """
-        for name, images in (("predictions", predictions), ("targets", targets)):
-            kinds = {type(image) for image in images} if isinstance(images, Sequence) else {type(images)}
-            if not isinstance(images, Sequence) or not all(issubclass(kind, Mapping) for kind in kinds):
-                got = ", ".join(sorted(kind.__name__ for kind in kinds))
-                raise TypeError(f"{name} must be a list with a dict for each image, got {got}")
-        if len(predictions) != len(targets):
-            raise InputError(
-                f"predictions and targets must have the same length, got {len(predictions)} and {len(targets)}"
-            )
-        for where, prediction, target in self._named(predictions, targets):
-            self._check(where, prediction, target)
-        for prediction, target in zip(predictions, targets, strict=True):
-            self._add(_to(prediction, self.device), _to(target, self.device))
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the images of another evaluator with the same settings, for example from another file or process.
-
-        Raises:
-            ValueError: if the settings differ.
-        """
-        for name in self._settings if isinstance(incoming_state, type(self)) else ():
-            own, other = getattr(self, name), getattr(incoming_state, name)
-            if own != other:
-                raise InputError(f"incoming_state must have the same {name}, {own!r}, got {other!r}")
-        super().merge_state(incoming_state)
-        self._computed = None  # otherwise compute would return the results from before the merge
-        self._update_count += getattr(incoming_state, "_update_count", 1)
-
-    def _named(
-        self, predictions: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]
-    ) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-        for position, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
-            image = target.get("image_id", prediction.get("image_id"))
-            where = f"image at index {position}: " if image is None else f"image {image!r}: "
-            yield where, prediction, target
-
-    def _check(self, where: str, prediction: Mapping[str, Any], target: Mapping[str, Any]) -> None:
-        check_prediction(where + "prediction ", prediction, self.num_predicates)
-        _check_target(where + "target ", target, self.num_predicates)
-
-    def _add(self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-        raise NotImplementedError(f"{type(self).__name__} must override _add")
-
-
-def check_top_k(top_k: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(top_k, Sequence) or not top_k or any(type(k) is not int or k < 1 for k in top_k):
-        raise InputError(f"top_k must be integers of at least 1, got {top_k!r}")
-    return tuple(top_k)
-
-
-def _to(fields: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in fields.items() if isinstance(value, Tensor)}
-
-
-def _check_fields(where: str, fields: Mapping[str, Any], names: Iterable[str]) -> None:
+def check_fields(where: str, fields: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise InputError unless a prediction or an annotated image has the named fields."""
     if missing := [name for name in names if name not in fields]:
         raise InputError(f"{where}must have {', '.join(missing)}, got only {', '.join(fields) or 'an empty dict'}")
 
 
 def _check_scores(where: str, field: str, value: Any, shape: tuple[int, ...]) -> None:
-    check_tensor(where, field, value, shape, _FLOATS)
+    check_tensor(where, field, value, shape, FLOATS)
     if not value.numel():
         return
     # One pass checks for NaN too: if any element is NaN, the lowest and the highest are NaN.
@@ -235,11 +149,11 @@ def _check_scores(where: str, field: str, value: Any, shape: tuple[int, ...]) ->
 
 
 def check_prediction(where: str, prediction: Mapping[str, Any], num_predicates: int) -> None:
-    """Raise InputError unless a prediction has the fields that `ImageMetric.update` describes."""
+    """Raise InputError unless a prediction has the fields that `SceneGraphEvaluator.update` describes."""
     ranked = "triplets" in prediction
     fields = ("triplets", "triplet_scores") if ranked else ("scores", "pairs", "predicate_scores")
-    _check_fields(where, prediction, ("boxes", "labels", *fields))
-    check_objects(where, prediction["boxes"], prediction["labels"], _FLOATS)
+    check_fields(where, prediction, ("boxes", "labels", *fields))
+    check_objects(where, prediction["boxes"], prediction["labels"], FLOATS)
     count = len(prediction["labels"])
     if ranked:
         check_triplets(where, "triplets", prediction["triplets"], count, num_predicates)
@@ -250,12 +164,6 @@ def check_prediction(where: str, prediction: Mapping[str, Any], num_predicates: 
     check_range(where, "pairs", pairs, 0, count - 1)
     _check_scores(where, "scores", prediction["scores"], (count,))
     _check_scores(where, "predicate_scores", prediction["predicate_scores"], (len(pairs), num_predicates + 1))
-
-
-def _check_target(where: str, target: Mapping[str, Any], num_predicates: int) -> None:
-    _check_fields(where, target, ("boxes", "labels", "relations"))
-    check_objects(where, target["boxes"], target["labels"], _FLOATS)
-    check_triplets(where, "relations", target["relations"], len(target["labels"]), num_predicates)
 
 
 def check_triplets(where: str, field: str, triplets: Any, objects: int, num_predicates: int) -> None:
