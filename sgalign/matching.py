@@ -137,7 +137,8 @@ def check_fields(where: str, fields: Mapping[str, Any], names: Iterable[str]) ->
         raise InputError(f"{where}must have {', '.join(missing)}, got only {', '.join(fields) or 'an empty dict'}")
 
 
-def _check_scores(where: str, field: str, value: Any, shape: tuple[int, ...]) -> None:
+def check_scores(where: str, field: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Raise InputError unless `value` is a tensor of finite scores of at least 0 with this shape."""
     check_tensor(where, field, value, shape, FLOATS)
     if not value.numel():
         return
@@ -157,13 +158,13 @@ def check_prediction(where: str, prediction: Mapping[str, Any], num_predicates: 
     count = len(prediction["labels"])
     if ranked:
         check_triplets(where, "triplets", prediction["triplets"], count, num_predicates)
-        _check_scores(where, "triplet_scores", prediction["triplet_scores"], (len(prediction["triplets"]),))
+        check_scores(where, "triplet_scores", prediction["triplet_scores"], (len(prediction["triplets"]),))
         return
     pairs = prediction["pairs"]
     check_tensor(where, "pairs", pairs, (None, 2), (torch.int64,))
     check_range(where, "pairs", pairs, 0, count - 1)
-    _check_scores(where, "scores", prediction["scores"], (count,))
-    _check_scores(where, "predicate_scores", prediction["predicate_scores"], (len(pairs), num_predicates + 1))
+    check_scores(where, "scores", prediction["scores"], (count,))
+    check_scores(where, "predicate_scores", prediction["predicate_scores"], (len(pairs), num_predicates + 1))
 
 
 def check_triplets(where: str, field: str, triplets: Any, objects: int, num_predicates: int) -> None:

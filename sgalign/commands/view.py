@@ -17,10 +17,10 @@ from sgalign.data.findings import counted
 from sgalign.data.graph_lines import GraphLine, is_graph_lines, read_graph_lines
 from sgalign.data.image_files import ImageFiles, is_file
 from sgalign.data.predictions import Predictions
-from sgalign.data.scene_graph import check_range, check_tensor
+from sgalign.data.scene_graph import check_range
 from sgalign.data.splits import SPLITS
 from sgalign.errors import InputError
-from sgalign.matching import check_prediction
+from sgalign.matching import check_prediction, check_scores
 from sgalign.viewing import PageImage, describe, describe_annotations, write_page
 
 EPILOG = "The page is one file that needs no network. docs/view_predictions.md describes it."
@@ -170,10 +170,7 @@ class Source:
         check_prediction(where, prediction, len(self.names[1]) - 1)
         check_range(where, "labels", prediction["labels"], 1, len(self.names[0]) - 1)
         if "scores" in prediction:
-            scores = prediction["scores"]
-            check_tensor(where, "scores", scores, (len(prediction["labels"]),), (torch.float32, torch.float64))
-            if not (scores.isfinite() & (scores >= 0)).all():
-                raise InputError(f"{where}scores must be finite and at least 0")
+            check_scores(where, "scores", prediction["scores"], (len(prediction["labels"]),))
         return prediction
 
     def _annotated(self, graph: SceneGraph, predicted: dict[str, Any] | None, file: Path | None = None) -> PageImage:

@@ -32,11 +32,11 @@ def table(figures: Mapping[str, float]) -> str:
 def split_name(name: str) -> tuple[str, int | None, str]:
     """Split a result's name into metric, K and subset, such as "mR", 50 and "head" for "mR@50/head".
 
-    K is None if the name has none. The subset is empty if the name has none.
+    K is None if the name has no number there. The subset is empty if the name has none.
     """
     name, _, of = name.partition("/")
     metric, _, k = name.partition("@")
-    return metric, int(k) if k else None, of
+    return metric, int(k) if k.isdecimal() else None, of
 
 
 def is_of_predicate(name: str) -> bool:

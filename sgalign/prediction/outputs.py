@@ -129,8 +129,10 @@ def _locked(path: Path) -> FileIO:
         file = path.open("ab", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file  # otherwise, the process that had the lock has deleted the file
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass  # the process that had the lock has deleted the file
         except BlockingIOError as error:
             if time.monotonic() > end:
                 raise OSError(f"{path}: another process is writing this file") from error

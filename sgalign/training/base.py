@@ -442,7 +442,7 @@ def load_module(path: str | Path) -> SavedModule:
         raise InputError(f"{path}: must be a checkpoint of a module of this package, got {name!r}")
     try:
         return kind._of_checkpoint(checkpoint).eval()
-    except Exception as error:
-        if isinstance(error, InputError | ModuleNotFoundError | OSError) or Path(path).is_file():
+    except Exception as error:  # a wrong configuration raises errors of transformers without a common base class
+        if isinstance(error, InputError | MemoryError | ModuleNotFoundError | OSError) or Path(path).is_file():
             raise  # no user has edited a checkpoint, so other errors are defects
         raise InputError(f"{path}: must have valid options and names ({type(error).__name__}: {error})") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from sgalign.errors import InputError
 from sgalign.files import read_json
-from sgalign.metrics.results import is_of_predicate
+from sgalign.metrics.results import is_of_predicate, split_name
 from sgalign.training.pretrained import training_of, without_paths
 
 SYSTEMS = {
@@ -107,9 +107,8 @@ def _results(best: Mapping[str, float], results: Mapping[str, float] | None) -> 
 
 def _place(name: str) -> tuple[bool, str, str, int]:
     """Return the place of a figure in the table: recall and mean recall first, each with rising numbers of triplets."""
-    figure, _, group = name.partition("/")
-    kind, _, depth = figure.partition("@")
-    return kind not in ("R", "mR"), kind, group, int(depth) if depth.isdecimal() else 0
+    metric, k, group = split_name(name)
+    return metric not in ("R", "mR"), metric, group, k or 0
 
 
 def _table(kind: str, values: Mapping[str, Any], prefix: str = "") -> str:

@@ -129,9 +129,8 @@ def write_pretrained(checkpoint: Mapping[str, Any], folder: str | Path, card: st
         save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         (partial / CARD).write_text(card, encoding="utf-8")
-        mode = (
-            (partial / CARD).stat().st_mode
-        )  # as the user's umask wants it. Folder and weights have their own defaults
+        # The card has the permissions that the user's umask wants. By default, only the owner may read the others.
+        mode = (partial / CARD).stat().st_mode
         (partial / WEIGHTS).chmod(mode)
         partial.chmod(0o700 | mode | (mode & 0o444) >> 2)
         os.rename(partial, folder.resolve())
