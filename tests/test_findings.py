@@ -625,7 +625,7 @@ def test_file_names_as_keys_of_relations_are_named(tmp_path):
 def test_a_folder_without_any_part_is_reported(tmp_path, capsys):
     (tmp_path / "rel.json").write_text("{}")
     assert cli.main(["check", str(tmp_path)]) == 1
-    assert "must have train.json or test.json beside rel.json" in capsys.readouterr().err
+    assert "COCO with relations: train.json or test.json" in capsys.readouterr().err
 
 
 def test_a_folder_of_images_in_which_none_is_found_is_reported(tmp_path):
@@ -675,7 +675,7 @@ def test_a_long_row_is_cut_in_messages(tmp_path):
 
 def test_a_folder_of_two_layouts_is_refused(tmp_path):
     write_vrd(write_coco(tmp_path), {"a.jpg": [row()]})
-    with pytest.raises(ValueError, match="must be a folder with only one of"):
+    with pytest.raises(ValueError, match="the files of one layout, but has those of VRD, COCO with relations"):
         open_dataset(tmp_path, "test")
 
 

@@ -1,4 +1,4 @@
-"""Write generated scenes in one of the supported layouts, or convert a data set to COCO's format with relations."""
+"""Write generated scenes in one of three layouts, or convert a data set of any layout to COCO's with relations."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from sgalign.data.detections import Detections, read_detections
 from sgalign.data.images import load_image
 from sgalign.data.open import open_dataset
 from sgalign.data.predictions import PredictionFile
+from sgalign.data.psg import PSGDataset
 from sgalign.data.scene_graph import SceneGraph, count_predicates
 from sgalign.data.scenes import ScenesDataset
 from sgalign.data.vg150 import VG150Dataset
@@ -17,6 +18,7 @@ __all__ = [
     "Detections",
     "GraphBatch",
     "Objects",
+    "PSGDataset",
     "PredictionFile",
     "SceneGraph",
     "ScenesDataset",

@@ -1,4 +1,4 @@
-"""Data sets with boxes in COCO's format and relations in `rel.json`. Use this layout for your own data."""
+"""Data sets with boxes in COCO's format and relations beside or inside. Use this layout for your own data."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from sgalign.data.findings import EXAMPLES, BadRows, Findings
 from sgalign.data.image_files import is_file
 from sgalign.data.images import Size, check_file_name, load_image, parse_size, save_image, writable_suffixes
 from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
-from sgalign.data.splits import Split, ValidationChoice, check_has_no_validation, check_split, held_out
+from sgalign.data.splits import SPLITS, Split, ValidationChoice, check_has_no_validation, check_split, held_out
 from sgalign.errors import InputError, shown
 from sgalign.files import read_json, write_json
 
 FILES: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
+# Names of the folders of splits in the layout of annotation tools, in which each split is a folder.
+FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "validation": ("val", "valid"), "test": ("test",)}
 _IMAGE_FIELDS = ("id", "file_name", "width", "height")
 _ANNOTATION_FIELDS = ("image_id", "category_id", "bbox")
+_RELATION_FIELDS = ("subject_id", "predicate_id", "object_id")
 
 
 @dataclass
@@ -41,22 +44,29 @@ class _Image:
 
 
 class CocoDataset(SceneGraphDataset):
-    """Scene graphs of a folder with COCO files and `rel.json`, which is the layout that RelTR and EGTR read.
+    """Scene graphs of a folder with COCO files and relations, as RelTR, EGTR and SGG-Benchmark read them.
 
     `train.json`, `val.json` and `test.json` are in COCO's format. Each has `images` (`id`, `file_name`, `width`,
     `height`), `annotations` (`image_id`, `category_id`, `bbox` as x, y, width, height) and `categories` (`id`, `name`).
     The ids may be integers or text. An annotation with `iscrowd` 1 is one object, because relations count the
-    annotations of an image.
+    annotations of an image. The files may also be called `train/_annotations.coco.json`, and so on.
+
+    Relations are in `rel.json`, as RelTR and EGTR read them, or inside of each file, as SGG-Benchmark reads them.
 
     `rel.json` has `rel_categories`, the list of predicate names. For each of "train", "val" and "test", `rel.json` maps
     each image id to a list of relations `[subject, object, predicate]`. Subject and object are indices of the image's
     annotations, from 0 in file order. The predicate is an index into `rel_categories`, from 0. If `rel_categories` is a
     list of objects with `id` and `name`, the predicate is such an id.
 
+    Without `rel.json`, each file has `rel_categories` (`id`, `name`) and `rel_annotations` (`subject_id`,
+    `predicate_id`, `object_id`). Subject and object are ids of annotations. If a relation has an `image_id`, it must be
+    that of its objects.
+
     The first category and the first predicate may be the background, under any of its usual names.
 
     Args:
-        root: folder of these files. Image files are optional. They are in this folder or in its subfolder `images/`.
+        root: folder of these files. Image files are optional. They are in this folder, in its subfolder `images/`, or
+            beside the file of their split.
         split: "train", "validation" or "test". If there is no `val.json`, the validation split is held out from
             `train.json`.
         validation_images: number of images to hold out. If None, 5000, but at most a fifth of the training images. It
@@ -84,16 +94,24 @@ class CocoDataset(SceneGraphDataset):
     ) -> None:
         check_split(split)
         self.root, self._rel = Path(root), Path(root, "rel.json")
-        has_validation = (self.root / "val.json").exists()
+        has_validation = _file(self.root, "validation") is not None
         if has_validation:
             check_has_no_validation(self.root, validation_images, validation_choice)
         holds_out = split != "test" and not has_validation
-        self._part = "train" if holds_out else FILES[split]
-        self._path = self.root / f"{self._part}.json"
-        content = _read_object(self._path, {"images": list, "annotations": list, "categories": list})
-        relations = _read_object(self._rel, {"rel_categories": list, self._part: dict})
+        read: Split = "train" if holds_out else split
+        self._part = FILES[read]
+        self._path = _file(self.root, read) or self.root / f"{self._part}.json"
+        kinds: dict[str, type] = {"images": list, "annotations": list, "categories": list}
+        content = _check_object(self._path, read_json(self._path), kinds)
+        # Relations inside of the file refer to the ids of annotations. Those in rel.json count annotations.
+        self._by_id = not self._rel.exists()
+        if self._by_id and "rel_annotations" not in content:
+            raise InputError(f"{self._path}: must have rel_annotations, or a file rel.json in {self.root}")
+        source = self._path if self._by_id else self._rel
+        kinds = {"rel_categories": list} | ({"rel_annotations": list} if self._by_id else {self._part: dict})
+        relations = _check_object(source, content if self._by_id else read_json(source), kinds)
         self._objects = read_classes(f"{self._path}, categories", ((None, entry) for entry in content["categories"]))
-        self._predicates = read_classes(f"{self._rel}, rel_categories", enumerate(relations["rel_categories"]))
+        self._predicates = read_classes(f"{source}, rel_categories", enumerate(relations["rel_categories"]))
         self.object_names, self.predicate_names = self._objects.names, self._predicates.names
 
         self.findings = Findings(f"{self._path}, {split}")
@@ -101,6 +119,7 @@ class CocoDataset(SceneGraphDataset):
         # The lowest object index of all relations, and the largest distance of an index from the last valid one.
         self._lowest, self._excess = 1, 0
         images = self._read_images(content["images"])
+        self.image_names = {image_id: image.name for image_id, image in images.items() if image is not None}
         self._images = [image for image in images.values() if image is not None]
         if holds_out:
             names = [image.name for image in self._images]
@@ -111,10 +130,20 @@ class CocoDataset(SceneGraphDataset):
             if split == "validation":
                 self.findings.add("found", "image held out from train.json", count=len(self._images))
         self._read_annotations(content["annotations"], images)
-        self._read_relations(relations[self._part], images)
+        if self._by_id:
+            self._read_rel_annotations(relations["rel_annotations"], images)
+        else:
+            self._read_relations(relations[self._part], images)
         self._find_files()
         self._check_boxes()
         self.findings.raise_or_log(bad_rows)
+
+    @staticmethod
+    def splits_in(root: Path) -> list[Split]:
+        """Return the splits for which a folder has files. There is none if the folder has another layout."""
+        files = {split: _file(root, split) for split in SPLITS}
+        files["validation"] = files["validation"] or files["train"]
+        return [split for split, file in files.items() if file is not None]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -135,7 +164,8 @@ class CocoDataset(SceneGraphDataset):
     def _find_files(self) -> None:
         """Set the path of each image. Record the images without a file, if there are image files at all."""
         for image in self._images:
-            paths = self.root / image.name, self.root / "images" / image.name  # the name may contain folders
+            folders = self.root, self.root / "images", self._path.parent
+            paths = (folder / image.name for folder in folders)  # the name may contain folders
             image.path = next((path for path in paths if is_file(path)), None)
         missing = [image.name for image in self._images if image.path is None]
         if len(missing) < len(self._images) or (self.root / "images").is_dir():
@@ -178,6 +208,8 @@ class CocoDataset(SceneGraphDataset):
         return _Image(name, size)
 
     def _read_annotations(self, rows: list[Any], images: Mapping[str, _Image | None]) -> None:
+        # Image of each annotation by its id, and the annotation's place in the image. None for a refused image.
+        self._owners: dict[str, tuple[_Image | None, int]] = {}
         for number, row in enumerate(rows):
             where = f"{self._path}, annotations, row {number}"
             image_id = id_text(row.get("image_id")) if isinstance(row, dict) else None
@@ -185,6 +217,7 @@ class CocoDataset(SceneGraphDataset):
                 # Relations count the annotations of an image. Without this one, they would point to other objects.
                 raise InputError(f"{where}: must have an image_id, an integer or text, got {shown(row)}")
             image = images.get(image_id)
+            repeats = self._note_id(row.get("id"), image)
             if image_id in images and image is None:
                 self.findings.add("left out", "object of a refused image", where)
             if (image is None and image_id in images) or (image is not None and not image.is_read):
@@ -195,6 +228,8 @@ class CocoDataset(SceneGraphDataset):
                 self.findings.refuse("annotation of an unknown image", f"{where}: {got}")
                 continue
             try:
+                if repeats:
+                    raise InputError(f"{where}: id must be unique, but {row['id']!r} occurs twice")
                 box, label = self._parse_annotation(where, row)
             except InputError as error:
                 self.findings.refuse("object with a malformed annotation", str(error))
@@ -209,6 +244,15 @@ class CocoDataset(SceneGraphDataset):
             self.findings.causes.append(
                 f"{unknown[0]} may belong to a known one. Relations of that image then point to other objects"
             )
+
+    def _note_id(self, value: Any, image: _Image | None) -> bool:
+        """Remember the image of an annotation, and return True if relations by id could mean an earlier annotation."""
+        annotation_id = id_text(value)
+        if not self._by_id or annotation_id is None:
+            return False
+        repeats = annotation_id in self._owners
+        self._owners[annotation_id] = image, 0 if image is None else len(image.places)
+        return repeats
 
     def _parse_annotation(self, where: str, row: Any) -> tuple[list[float], int]:
         if not isinstance(row, dict) or not row.keys() >= set(_ANNOTATION_FIELDS):
@@ -243,6 +287,30 @@ class CocoDataset(SceneGraphDataset):
             self.findings.causes.append("rel.json has file names as keys, but must have image ids")
         if self._lowest == 1 and self._excess == 1:
             self.findings.causes.append("subject and object are counted from 1, but must be counted from 0")
+
+    def _read_rel_annotations(self, rows: list[Any], images: Mapping[str, _Image | None]) -> None:
+        for number, row in enumerate(rows):
+            where = f"{self._path}, rel_annotations, row {number}"
+            if not isinstance(row, dict) or not row.keys() >= set(_RELATION_FIELDS):
+                got = f"must have {', '.join(_RELATION_FIELDS)}, got {shown(row)}"
+                self.findings.refuse("relation with a malformed row", f"{where}: {got}")
+                continue
+            ids = [id_text(row[end]) or "" for end in ("subject_id", "object_id")]
+            if missing := [annotation_id for annotation_id in ids if annotation_id not in self._owners]:
+                got = f"subject_id and object_id must be ids of annotations, got {missing[0]!r}"
+                self.findings.refuse("relation to a missing object", f"{where}: {got}")
+                continue
+            (image, subject), (other, object_) = (self._owners[annotation_id] for annotation_id in ids)
+            if "image_id" in row and images.get(id_text(row["image_id"]) or "") is not image:
+                got = f"image_id must be that of its objects, got {shown(row)}"
+                self.findings.refuse("relation with another image than its objects", f"{where}: {got}")
+            elif image is not other:
+                got = f"subject and object must be in the same image, got {shown(row)}"
+                self.findings.refuse("relation between objects of two images", f"{where}: {got}")
+            elif image is None:
+                self.findings.add("left out", "relation of a refused image", where)
+            elif image.is_read:
+                self._read_triplet(where, [subject, object_, row["predicate_id"]], image)
 
     def _read_triplets(self, where: str, triplets: list[Any], image: _Image) -> None:
         last = len(image.places) - 1
@@ -287,9 +355,14 @@ class CocoDataset(SceneGraphDataset):
         self.findings.causes += likely_causes(beyond, sizes, numbers, "x, y, width, height")
 
 
-def _read_object(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """Return the content of a JSON file, which must be an object that has a list or an object for each of some keys."""
-    content = read_json(path)
+def _file(root: Path, split: Split) -> Path | None:
+    """Return the path of a split's file, or None if there is none."""
+    paths = [root / f"{FILES[split]}.json", *(root / name / "_annotations.coco.json" for name in FOLDERS[split])]
+    return next((path for path in paths if path.exists()), None)
+
+
+def _check_object(path: Path, content: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """Return the content of a JSON file if it is an object that has a list or an object for each of some keys."""
     if missing := [name for name in kinds if not isinstance(content, dict) or name not in content]:
         raise InputError(
             f"{path}: must have {', '.join(kinds)}, but lacks {', '.join(missing)} (an empty one is allowed)"

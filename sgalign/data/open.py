@@ -5,14 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sgalign.data.coco import FILES, CocoDataset
+from sgalign.data.coco import CocoDataset
 from sgalign.data.findings import BadRows
-from sgalign.data.splits import SPLITS, Split, ValidationChoice
+from sgalign.data.gqa import GQADataset
+from sgalign.data.open_images import OpenImagesDataset
+from sgalign.data.psg import PSGDataset
+from sgalign.data.splits import Split, ValidationChoice
 from sgalign.data.vg150 import Keep, VG150Dataset
 from sgalign.data.vrd import VRDDataset
 from sgalign.errors import InputError
 
 NO_TRAINING = "there is no training split to find zero-shot triplets and groups by frequency"
+# The data sets by layout, with the files that a folder of the layout has.
+LAYOUTS: dict[str, tuple[type[Any], str]] = {
+    "VRD": (VRDDataset, "annotations_train.json or annotations_test.json"),
+    "VG150": (VG150Dataset, "a .h5 file"),
+    "COCO with relations": (CocoDataset, "train.json or test.json, or train/_annotations.coco.json"),
+    "PSG": (PSGDataset, "psg.json"),
+    "Open Images": (OpenImagesDataset, "a file that ends in -vrd.csv, or vrd-train-anno.json"),
+    "GQA": (GQADataset, "train_sceneGraphs.json"),
+}
 
 
 def open_dataset(
@@ -24,7 +36,7 @@ def open_dataset(
     bad_rows: BadRows = "error",
     keep: Keep = "related",
 ) -> Any:
-    """Return one split of a data set in the layout of VRD, of VG150, or of COCO with `rel.json`.
+    """Return one split of a data set in any of the layouts: VRD, VG150, COCO with relations, PSG, Open Images or GQA.
 
     The files in the folder determine the layout.
 
@@ -56,31 +68,15 @@ def splits_of(root: str | Path) -> list[Split]:
         FileNotFoundError: as in `open_dataset`.
     """
     root = Path(root)
-    kind = _layout(root)
-    if kind is VG150Dataset:
-        return list(SPLITS)
-    if kind is VRDDataset:
-        files = {split: f"annotations_{'test' if split == 'test' else 'train'}.json" for split in SPLITS}
-    else:
-        files = {split: f"{name}.json" for split, name in FILES.items()}
-        if not (root / files["validation"]).exists():
-            files["validation"] = files["train"]
-    splits = [split for split in SPLITS if (root / files[split]).exists()]
-    if not splits:
-        raise FileNotFoundError(f"{root}: must have {' or '.join(dict.fromkeys(files.values()))} beside rel.json")
+    splits: list[Split] = _layout(root).splits_in(root)
     return splits
 
 
 def _layout(root: Path) -> type[Any]:
-    signs = {
-        VRDDataset: any((root / f"annotations_{part}.json").exists() for part in ("train", "test")),
-        CocoDataset: (root / "rel.json").exists(),
-        VG150Dataset: any(root.glob("*.h5")),
-    }
-    kinds = [kind for kind, found in signs.items() if found]
-    wanted = "annotations_train.json (VRD), a .h5 file (VG150) or rel.json (COCO)"
-    if not kinds:
-        raise FileNotFoundError(f"{root}: must be a folder with {wanted}")
-    if len(kinds) > 1:
-        raise InputError(f"{root}: must be a folder with only one of {wanted}, but has several of them")
-    return kinds[0]
+    found = {name: kind for name, (kind, _) in LAYOUTS.items() if kind.splits_in(root)}
+    if not found:
+        files = "\n".join(f"  {name}: {files}" for name, (_, files) in LAYOUTS.items())
+        raise FileNotFoundError(f"{root}: must be a folder with the files of a known layout:\n{files}")
+    if len(found) > 1:
+        raise InputError(f"{root}: must be a folder with the files of one layout, but has those of {', '.join(found)}")
+    return next(iter(found.values()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +63,17 @@ class SceneGraph:
 
 
 class SceneGraphDataset(Dataset[SceneGraph]):
-    """The base class of data sets. Subclasses implement `__len__` and `__getitem__`."""
+    """The base class of data sets. Subclasses implement `__len__` and `__getitem__`.
+
+    Attributes:
+        object_names: names of the object classes, background first.
+        predicate_names: names of the predicates, background first.
+        image_names: names of images by their ids as text, if the files of the data set give ids to images.
+    """
 
     object_names: list[str]
     predicate_names: list[str]
+    image_names: Mapping[str, str] = {}
 
     def __len__(self) -> int:
         raise NotImplementedError(f"{type(self).__name__} must override __len__")

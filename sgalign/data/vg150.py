@@ -109,6 +109,11 @@ class VG150Dataset(SceneGraphDataset):
         self._count_missing()
         self.findings.raise_or_log(bad_rows)
 
+    @staticmethod
+    def splits_in(root: Path) -> list[Split]:
+        """Return the splits for which a folder has files. There is none if the folder has another layout."""
+        return list(SPLITS) if any(root.glob("*.h5")) else []
+
     def __len__(self) -> int:
         return len(self._images)
 

@@ -17,7 +17,7 @@ from sgalign.data.findings import BadRows, Findings
 from sgalign.data.image_files import ImageFiles
 from sgalign.data.images import check_file_name, image_size, image_sizes, load_image, save_image
 from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
-from sgalign.data.splits import Split, ValidationChoice, check_split, held_out
+from sgalign.data.splits import SPLITS, Split, ValidationChoice, check_split, held_out
 from sgalign.errors import InputError, shown
 from sgalign.files import read_json, write_json
 
@@ -68,7 +68,7 @@ class VRDDataset(SceneGraphDataset):
         self._objects, self._predicates = (self._read_names(name) for name in ("objects", "predicates"))
         self.object_names, self.predicate_names = self._objects.names, self._predicates.names
         self._files = ImageFiles([self.root / folder for folder in IMAGE_FOLDERS])
-        path = self.root / f"annotations_{'test' if split == 'test' else 'train'}.json"
+        path = self.root / _file(split)
         annotations = read_json(path, REMEDY)
         if not isinstance(annotations, dict):
             raise InputError(
@@ -86,6 +86,11 @@ class VRDDataset(SceneGraphDataset):
             beyond = are_beyond(graph.boxes.numpy(), np.array((graph.width, graph.height)))
             self.findings.add("found", "box beyond the image", graph.image_id, int(beyond.sum()))
         self.findings.raise_or_log(bad_rows)
+
+    @staticmethod
+    def splits_in(root: Path) -> list[Split]:
+        """Return the splits for which a folder has files. There is none if the folder has another layout."""
+        return [split for split in SPLITS if (root / _file(split)).exists()]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -149,6 +154,10 @@ class VRDDataset(SceneGraphDataset):
         if not isinstance(names, list):
             raise InputError(f"{path}: must be a list of names; {REMEDY}")
         return read_classes(str(path), enumerate(names))
+
+
+def _file(split: Split) -> str:
+    return f"annotations_{'test' if split == 'test' else 'train'}.json"
 
 
 def _contains(size: tuple[int, int], width: int, height: int) -> bool:
