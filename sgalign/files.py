@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -187,14 +187,16 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(partial, dpi=120, format="png")
 
 
-def read_tensors(path: str | Path, what: str) -> Any:
+def read_tensors(path: str | Path, what: str, classes: Sequence[tuple[type, str]] = (), *, mapped: bool = False) -> Any:
     """Return the content of a file that `torch.save` wrote, with its tensors on the CPU.
 
-    Only tensors and plain values are unpickled.
+    Only tensors, plain values and objects of `classes` are unpickled.
 
     Args:
         path: the file.
         what: the expected kind of file, for error messages.
+        classes: classes, each with the full name of the class in the file that it replaces.
+        mapped: True to read a tensor from the disk only when it is used. The file must then stay unchanged.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -204,7 +206,8 @@ def read_tensors(path: str | Path, what: str) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such {what}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises many kinds of exception for damaged files
         raise InputError(
             f"{path}: must be a {what}, but is not one or is cut short ({type(error).__name__})"

@@ -121,7 +121,12 @@ def test_predictions_are_checked(tmp_path):
         "triplets": [[0, 1, 1]],
         "triplet_scores": [0.5],
     }
-    content = {"test0.jpg": good, "test1.jpg": good | {"labels": [1, 9]}, "2": good, "test3.jpg": {"boxes": []}}
+    content = {
+        "test0.jpg": good,
+        "test1.jpg": good | {"labels": [1, 9]},
+        "nowhere.jpg": good,
+        "test3.jpg": {"boxes": []},
+    }
     path = tmp_path / "p.json"
     path.write_text(json.dumps(content))
     report = report_of(root, "--predictions", path, tmp_path=tmp_path, code=1)

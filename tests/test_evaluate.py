@@ -16,7 +16,8 @@ from trainers import trainer  # noqa: E402
 
 from sgalign.commands.main import main  # noqa: E402
 from sgalign.data import open_dataset  # noqa: E402
-from sgalign.data.predictions import PredictionFile, Predictions  # noqa: E402
+from sgalign.data.prediction_reading import Annotations, Predictions  # noqa: E402
+from sgalign.data.predictions import PredictionFile  # noqa: E402
 from sgalign.metrics import zero_shot_triplets  # noqa: E402
 from sgalign.metrics.results import split_name, table  # noqa: E402
 from sgalign.training import FrequencyModule, PredictionWriter  # noqa: E402
@@ -34,6 +35,10 @@ def annotations(tmp_path_factory):
 def graphs(annotations):
     dataset = open_dataset(annotations, "test")
     return [dataset[index] for index in range(len(dataset))]
+
+
+# Names for predictions with 16 classes and 20 predicates, without annotated images.
+NAMES = Annotations([f"class {n}" for n in range(17)], [f"predicate {n}" for n in range(21)], [], {})
 
 
 def perfect(graph, predicates=20):
@@ -127,7 +132,7 @@ def test_an_interrupted_writer_has_each_prediction_whole(tmp_path, graphs, monke
     with PredictionFile(tmp_path / "p.h5") as file:
         with pytest.raises(KeyboardInterrupt):
             file.write("a", perfect(graphs[0]))
-    assert Predictions(tmp_path / "p.h5", 20)["a"].keys() == perfect(graphs[0]).keys()
+    assert Predictions(tmp_path / "p.h5", NAMES)["a"].keys() == perfect(graphs[0]).keys()
 
 
 def test_a_repeated_image_id_is_refused_and_no_file_appears(tmp_path, graphs):
@@ -180,9 +185,10 @@ def test_an_interrupted_prediction_leaves_the_file_as_it_was(tmp_path, annotatio
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "is not JSON or is cut short .*; use a JSON file of predictions, or an HDF5 file"),
+        (b"", "is not JSON or is cut short .*; docs/evaluation.md lists the files"),
         (b"\x89HDF\r\n\x1a\n cut", "cut short"),
-        (b"[1, 2]", "object with image ids as keys, got list"),
+        (b"[1, 2]", "row 0: must have image_id, file_name or id"),
+        (b"7", "object with image ids as keys, or a list of images, got int"),
         (b'{"nowhere.jpg": {}}', "image ids must be in the test split .* got 1 other, such as 'nowhere.jpg'"),
         (b'{"IMAGE": 3}', "image 'IMAGE': must have fields such as boxes"),
         (b'{"IMAGE": {"boxes": [[1, 2], [3]]}}', "image 'IMAGE': boxes must be numbers in rows of equal length"),
@@ -215,7 +221,7 @@ def exact(tmp_path):
 
 @pytest.mark.parametrize("name", ["p.json", "p.h5"])
 def test_numbers_are_read_without_rounding(exact, name):
-    fields = Predictions(exact / name, 20)["a"]
+    fields = Predictions(exact / name, NAMES)["a"]
     assert fields["scores"].tolist() == SCORES and fields["labels"].tolist() == [1, 2]
 
 
@@ -226,23 +232,23 @@ def test_labels_that_are_no_whole_numbers_are_refused_by_name(tmp_path, value):
     with h5py.File(tmp_path / "p.h5", "w") as file:
         file["a/labels"] = value
     with pytest.raises(ValueError, match="image 'a': labels must be (numbers|whole numbers)"):
-        Predictions(tmp_path / "p.h5", 20)["a"]
+        Predictions(tmp_path / "p.h5", NAMES)["a"]
 
 
 def test_true_is_not_a_number_and_wide_numbers_are_read(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps({"a": {"labels": [True, False]}, "b": {"scores": [10**400]}}))
     for image_id in "ab":
         with pytest.raises(ValueError, match=f"image '{image_id}': (labels|scores) must be numbers"):
-            Predictions(tmp_path / "p.json", 20)[image_id]
+            Predictions(tmp_path / "p.json", NAMES)[image_id]
     with h5py.File(tmp_path / "p.h5", "w") as file:
         file["a/scores"], file["a/labels"] = np.array([0.5], np.longdouble), np.array([7], ">u2")
-    fields = Predictions(tmp_path / "p.h5", 20)["a"]
+    fields = Predictions(tmp_path / "p.h5", NAMES)["a"]
     assert fields["scores"].tolist() == [0.5] and fields["labels"].tolist() == [7]
 
 
 def test_complex_numbers_are_refused_by_name(exact):
     with pytest.raises(ValueError, match="image 'b': scores must be real numbers, got torch.complex64"):
-        Predictions(exact / "p.h5", 20)["b"]
+        Predictions(exact / "p.h5", NAMES)["b"]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +280,7 @@ def test_a_file_accepts_tensors_with_gradients_and_in_bfloat16(tmp_path, graphs)
     given |= {"predicate_scores": given["predicate_scores"].bfloat16()}
     with PredictionFile(tmp_path / "p.h5") as file:
         file.write("a", given)
-    fields = Predictions(tmp_path / "p.h5", 20)["a"]
+    fields = Predictions(tmp_path / "p.h5", NAMES)["a"]
     assert torch.equal(fields["scores"], given["scores"].detach())
     assert torch.equal(fields["predicate_scores"], given["predicate_scores"].float())
 
@@ -285,7 +291,7 @@ def test_image_ids_may_have_slashes(tmp_path, graphs):
     with PredictionFile(path) as file:
         for image_id in ids:
             file.write(image_id, perfect(graphs[0]))
-    predictions = Predictions(path, 20)
+    predictions = Predictions(path, NAMES)
     assert predictions.image_ids == set(ids)
     assert torch.equal(predictions["a/b/2.jpg"]["boxes"], graphs[0].boxes)
 
@@ -322,10 +328,10 @@ def test_a_damaged_hdf5_file_is_refused_in_one_sentence(tmp_path, annotations, g
     assert error.count("\n") == 1 and str(path) in error, error
 
 
-def test_a_file_of_triplet_lines_is_refused_with_the_name_of_the_right_writer(tmp_path, annotations, capsys):
+def test_lines_without_objects_are_refused(tmp_path, annotations, capsys):
     path = tmp_path / "p.jsonl"
     path.write_text('{"image_id": "a"}\n{"image_id": "b"}\n')
-    assert evaluate(path, annotations) == 1 and "sgalign.training.PredictionWriter" in capsys.readouterr().err
+    assert evaluate(path, annotations) == 1 and "line 1: objects must be a list" in capsys.readouterr().err
 
 
 def test_results_that_cannot_be_written_are_refused_before_reading_predictions(tmp_path, annotations, capsys):
@@ -336,7 +342,7 @@ def test_results_that_cannot_be_written_are_refused_before_reading_predictions(t
 def test_json_of_an_image_without_objects_keeps_shapes_and_dtypes(tmp_path):
     path = tmp_path / "p.json"
     path.write_text('{"a": {"boxes": [], "labels": [], "triplets": [], "triplet_scores": []}}')
-    fields = Predictions(path, 20)["a"]
+    fields = Predictions(path, NAMES)["a"]
     assert fields["boxes"].shape == (0, 4) and fields["triplets"].shape == (0, 3)
     assert fields["labels"].dtype == torch.int64
 

@@ -14,13 +14,14 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from sgalign.commands.reading_options import add_resized
 from sgalign.data import SceneGraph, open_dataset
 from sgalign.data.box_checks import PredictedBoxes
 from sgalign.data.class_names import first_difference
 from sgalign.data.findings import Findings, Outcome, counted
 from sgalign.data.images import same_proportions
 from sgalign.data.open import splits_of
-from sgalign.data.predictions import Predictions
+from sgalign.data.prediction_reading import Annotations, Predictions
 from sgalign.data.scene_graph import check_range, without_apart
 from sgalign.data.splits import Split
 from sgalign.errors import InputError
@@ -34,8 +35,9 @@ EPILOG = "The exit code is 1 if anything is refused. docs/data.md explains the f
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign check", description=__doc__, epilog=EPILOG)
-    parser.add_argument("folder", metavar="FOLDER", help="data set: VRD, VG150 or COCO layout")
+    parser.add_argument("folder", metavar="FOLDER", help="data set in any layout of docs/data.md")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="also check predictions of the test split")
+    add_resized(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings and class counts to this file")
     return parser
 
@@ -46,24 +48,26 @@ def main(arguments: Sequence[str]) -> int:
     if options.json is not None:
         check_writable(options.json)
     with _quiet():  # the report has the lines that the readers log
-        report = check(options.folder, options.predictions)
+        report = check(options.folder, options.predictions, resized=options.resized)
     print(text(report))
     if options.json is not None:
         write_json(options.json, report, indent=1)
     return 1 if report["refused"] else 0
 
 
-def check(folder: str, predictions: Path | None = None) -> dict[str, Any]:
+def check(folder: str, predictions: Path | None = None, *, resized: tuple[int, int] | None = None) -> dict[str, Any]:
     """Return a report on a data set, as plain values.
 
     Args:
         folder: folder of the data set.
         predictions: file of predictions for the test split. If None, only the data set is checked.
+        resized: as in `sgalign.data.prediction_reading.Predictions`.
 
     Raises:
         FileNotFoundError: if the folder has no files of a known layout.
     """
-    graphs: dict[Split, list[SceneGraph]] = {}
+    graphs: dict[Split, Sequence[SceneGraph]] = {}
+    test: Annotations | None = None
     names: dict[str, list[str]] = {}
     parts: dict[str, Any] = {}
     for split in splits_of(folder):
@@ -74,7 +78,9 @@ def check(folder: str, predictions: Path | None = None) -> dict[str, Any]:
             findings.refuse("split that cannot be read", str(error))
             parts[split] = {"counts": {}, "findings": _listed(findings), "causes": []}
             continue
-        findings, graphs[split] = dataset.findings, list(dataset)
+        findings, annotations = dataset.findings, Annotations.of(dataset)
+        graphs[split] = annotations.graphs
+        test = annotations if split == "test" else None
         for kind in ("object_names", "predicate_names"):
             if names.setdefault(kind, getattr(dataset, kind)) != getattr(dataset, kind):
                 what = first_difference(names[kind], getattr(dataset, kind))
@@ -91,7 +97,7 @@ def check(folder: str, predictions: Path | None = None) -> dict[str, Any]:
         for other in list(graphs)[place + 1 :]
     }
     if predictions is not None:
-        parts["predictions"] = _check_predictions(predictions, graphs.get("test"), names)
+        parts["predictions"] = _check_predictions(predictions, test, resized)
     outcomes = [finding["outcome"] for part in parts.values() for finding in part["findings"]]
     report["refused"] = "refused" in outcomes
     return report
@@ -156,21 +162,19 @@ def _class_counts(graphs: Mapping[Split, Sequence[SceneGraph]], names: Mapping[s
     return counts
 
 
-def _check_predictions(
-    path: Path, graphs: Sequence[SceneGraph] | None, names: Mapping[str, Sequence[str]]
-) -> dict[str, Any]:
-    """Return a part of the report about predictions of the test split. `graphs` is None if it cannot be read."""
+def _check_predictions(path: Path, test: Annotations | None, resized: tuple[int, int] | None) -> dict[str, Any]:
+    """Return a part of the report about predictions of the test split. `test` is None if it cannot be read."""
     findings, boxes = Findings(str(path)), PredictedBoxes()
-    if graphs is None:
+    if test is None:
         findings.refuse("file of predictions", "it cannot be checked, because there is no test split that can be read")
         return {"counts": {}, "findings": _listed(findings), "causes": []}
-    predicates = len(names["predicate_names"]) - 1
+    predicates = len(test.predicate_names) - 1
     try:
-        predictions = Predictions(path, predicates)
+        predictions = Predictions(path, test, resized=resized)
     except (InputError, OSError) as error:
         findings.refuse("file of predictions that cannot be read", str(error))
         return {"counts": {}, "findings": _listed(findings), "causes": []}
-    known = {graph.image_id: graph for graph in graphs}
+    known = {graph.image_id: graph for graph in test.graphs}
     for image_id in sorted(predictions.image_ids - known.keys()):
         expected = f", expected one such as {min(known)!r}" if known else ""
         findings.refuse("image outside the test split", f"{path}: image {image_id!r} is unknown{expected}")
@@ -181,7 +185,7 @@ def _check_predictions(
         try:
             prediction = predictions[image_id]
             check_prediction(where, prediction, predicates)
-            check_range(where, "labels", prediction["labels"], 1, len(names["object_names"]) - 1)
+            check_range(where, "labels", prediction["labels"], 1, len(test.object_names) - 1)
         except InputError as error:
             findings.refuse("image with a malformed prediction", str(error))
             continue

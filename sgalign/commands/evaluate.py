@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign.commands.reading_options import add_reading_options, reading_options
+from sgalign.commands.reading_options import add_reading_options, add_resized, reading_options
 from sgalign.data import SceneGraph, count_predicates, open_dataset
 from sgalign.data.box_checks import PredictedBoxes
 from sgalign.data.findings import counted, warn
 from sgalign.data.open import NO_TRAINING, splits_of
-from sgalign.data.predictions import PredictionFiles
+from sgalign.data.prediction_reading import Annotations, PredictionFiles
 from sgalign.data.scene_graph import check_has_relations, check_range
 from sgalign.data.splits import SPLITS
 from sgalign.data.triplets import read_zero_shot_triplets
@@ -41,8 +41,10 @@ EPILOG = "docs/evaluation.md describes the format of the file, every rule, and t
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign evaluate", description=__doc__, epilog=EPILOG)
-    parser.add_argument("predictions", nargs="+", type=Path, help="HDF5 or JSON files of predictions")
-    parser.add_argument("--annotations", metavar="FOLDER", required=True, help="data set: VRD, VG150 or COCO layout")
+    parser.add_argument(
+        "predictions", nargs="+", type=Path, help="files of predictions, also of other systems (docs/evaluation.md)"
+    )
+    parser.add_argument("--annotations", metavar="FOLDER", required=True, help="data set in any layout of docs/data.md")
     parser.add_argument(
         "--split",
         default="test",
@@ -50,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
         help="split of the data set to evaluate (default: test)",
     )
     add_reading_options(parser)
+    add_resized(parser)
     parser.add_argument(
         "--protocol",
         required=True,
@@ -98,8 +101,9 @@ def main(arguments: Sequence[str]) -> int:
     # Predictions may contain images without relations, which do not count. Only training boxes are clipped.
     keep: Keep = "objects" if options.split == "train" else "everything"
     dataset = open_dataset(options.annotations, options.split, keep=keep, **reading_options(options))
-    predictions = PredictionFiles(options.predictions, len(dataset.predicate_names) - 1)
-    graphs = list(dataset)
+    annotations = Annotations.of(dataset)
+    graphs = annotations.graphs
+    predictions = PredictionFiles(options.predictions, annotations, resized=options.resized)
     check_has_relations(graphs, f"{options.annotations}: the {options.split} split")
     known = {graph.image_id for graph in graphs}
     read = ", ".join(map(str, options.predictions))

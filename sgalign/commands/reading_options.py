@@ -31,6 +31,18 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_resized(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says to which size a system has resized the images of its predictions."""
+    parser.add_argument(
+        "--resized",
+        type=int,
+        nargs=2,
+        metavar=("SHORT", "LONG"),
+        help="boxes refer to images resized to this short side, with at most this long side, such as 600 1000 in "
+        "Scene-Graph-Benchmark's custom_prediction.json (default: boxes are in pixels of the original images)",
+    )
+
+
 def reading_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the values of these options as arguments of `open_dataset` and `SceneGraphData`."""
     return {name: getattr(options, name) for name in ("validation_images", "validation_choice", "bad_rows")}

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from sgalign.commands.reading_options import add_reading_options, reading_options
+from sgalign.commands.reading_options import add_reading_options, add_resized, reading_options
 from sgalign.data import SceneGraph, load_image, open_dataset
 from sgalign.data.findings import counted
 from sgalign.data.graph_lines import GraphLine, is_graph_lines, read_graph_lines
 from sgalign.data.image_files import ImageFiles, is_file
-from sgalign.data.predictions import Predictions
+from sgalign.data.prediction_reading import Annotations, Predictions
 from sgalign.data.scene_graph import check_range
 from sgalign.data.splits import SPLITS
 from sgalign.errors import InputError
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--annotations", metavar="FOLDER", help="data set with the annotations of the predicted images")
     parser.add_argument("--split", choices=SPLITS, default="test", help="split of the data set (default: %(default)s)")
     add_reading_options(parser)
+    add_resized(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -111,7 +112,8 @@ class Source:
         self.places: dict[str, int] = {}
         if self.folder is not None:
             self.dataset = open_dataset(self.folder, options.split, keep="everything", **reading_options(options))
-            self.places = {graph.image_id: place for place, graph in enumerate(self.dataset)}
+            self.annotations = Annotations.of(self.dataset)
+            self.places = {graph.image_id: place for place, graph in enumerate(self.annotations.graphs)}
             self.names = self.dataset.object_names, self.dataset.predicate_names
         self.seen: dict[str, str] = {}
 
@@ -152,7 +154,7 @@ class Source:
 
     def _of_predictions(self, path: Path) -> Iterator[PageImage]:
         assert self.dataset is not None
-        predictions = Predictions(path, len(self.names[1]) - 1)
+        predictions = Predictions(path, self.annotations, resized=self.options.resized)
         for image_id in sorted(predictions.image_ids, key=lambda name: (self.places.get(name, -1), name)):
             where = f"{path}, image {image_id!r}"
             self._note(image_id, where)

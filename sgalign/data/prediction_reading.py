@@ -1,0 +1,273 @@
+"""Predictions of any system, read from files for the images of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from sgalign.data.class_names import id_text
+from sgalign.data.findings import warn
+from sgalign.data.graph_lines import is_graph_lines, read_graph_lines
+from sgalign.data.images import Size
+from sgalign.data.prediction_fields import standard_fields
+from sgalign.data.predictions import FIELDS, image_groups
+from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
+from sgalign.data.sgb_results import is_results, read_custom, read_results
+from sgalign.errors import InputError, shown
+from sgalign.files import HDF5_DAMAGE, read_json
+
+WRITTEN = "docs/evaluation.md lists the files that are read"
+ID_KEYS = ("image_id", "file_name", "id")
+
+
+class Annotations(NamedTuple):
+    """The split of a data set that predictions belong to.
+
+    Attributes:
+        object_names, predicate_names: class names, background first.
+        graphs: the annotated scene graphs.
+        image_names: names of images by their ids in the files of the data set, see `SceneGraphDataset`.
+    """
+
+    object_names: list[str]
+    predicate_names: list[str]
+    graphs: Sequence[SceneGraph]
+    image_names: Mapping[str, str]
+
+    @classmethod
+    def of(cls, dataset: SceneGraphDataset) -> Annotations:
+        """Return the annotations of a data set, all of them in memory."""
+        return cls(dataset.object_names, dataset.predicate_names, list(dataset), dataset.image_names)
+
+
+class Predictions:
+    """The predictions of a file by image id.
+
+    An HDF5 file is read one image at a time. Other files are read as a whole. `docs/evaluation.md` describes the files,
+    and `standard_fields` the fields of an image.
+
+    The name of an image in the file may be its id in the data set, its file name with or without folders and suffix, or
+    the id that the files of the data set give it.
+
+    Args:
+        path: the file.
+        annotations: the split that the predictions belong to.
+        resized: None if boxes are in pixels of the original images. If the system resized its images, the length of the
+            short side and the maximum of the long side to which it did.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file has none of these forms or is cut short, if two predictions are of the same image, or if
+            a field is not numeric. The error names the file, the image and the field.
+    """
+
+    def __init__(self, path: str | Path, annotations: Annotations, *, resized: tuple[int, int] | None = None) -> None:
+        self.path, self.annotations, self.resized = Path(path), annotations, resized
+        # An empty JSON list has no second dimension. `_typed` adds it from these widths.
+        predicates = len(annotations.predicate_names)
+        self._widths = {"boxes": 4, "pairs": 2, "predicate_scores": predicates, "triplets": 3}
+        self._graphs = {graph.image_id: graph for graph in annotations.graphs}
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path}: no such prediction file")
+        self._images = self._opened()
+        self._keys: dict[str, str] = {}
+        ids = _ImageIds(annotations)
+        for key in image_groups(self._images) if isinstance(self._images, h5py.File) else self._images:
+            if (other := self._keys.setdefault(ids.find(key), key)) != key:
+                raise InputError(f"{self.path}: every image must occur once, but {other!r} and {key!r} are the same")
+        self.image_ids = set(self._keys)
+
+    def _opened(self) -> Mapping[str, Any]:
+        """Return the fields of each image by its name in the file."""
+        if h5py.is_hdf5(self.path):
+            try:
+                file = h5py.File(self.path, "r")
+                list(image_groups(file))
+                return file
+            except HDF5_DAMAGE as error:
+                raise InputError(
+                    f"{self.path}: must be a complete HDF5 file, but is cut short or damaged ({error})"
+                ) from error
+        if is_results(self.path):
+            return read_results(self.path, self.annotations.graphs)
+        if is_graph_lines(self.path):
+            return self._by_name([line.graph for line in read_graph_lines(self.path)])
+        content = read_json(self.path, WRITTEN)
+        if isinstance(content, dict) and isinstance(content.get("images"), list):
+            return self._by_name([_of_sgbench(image) for image in content["images"]])
+        if isinstance(content, list):
+            return self._by_name(content)
+        if not isinstance(content, dict):
+            raise InputError(
+                f"{self.path}: must be a JSON object with image ids as keys, or a list of images, got "
+                f"{type(content).__name__}; {WRITTEN}"
+            )
+        if content and all(isinstance(image, dict) and "bbox_labels" in image for image in content.values()):
+            if self.resized is None:
+                warn(
+                    f"{self.path}: boxes are read as pixels of the original images. Scene-Graph-Benchmark writes boxes "
+                    "of images that it has resized. For such boxes, add --resized 600 1000, its default sizes"
+                )
+            return read_custom(self.path, content, self.annotations.predicate_names)
+        return content
+
+    def _by_name(self, images: list[Any]) -> dict[str, Any]:
+        by_name: dict[str, Any] = {}
+        if images and isinstance(images[0], dict) and images[0].keys() >= {"category_id", "bbox", "score"}:
+            raise InputError(f"{self.path}: must have relations, but has COCO results; pass it with --detections")
+        for number, image in enumerate(images):
+            given = [image[key] for key in ID_KEYS if key in image] if isinstance(image, dict) else []
+            if not given or (name := id_text(given[0])) is None:
+                raise InputError(
+                    f"{self.path}, row {number}: must have {', '.join(ID_KEYS[:-1])} or {ID_KEYS[-1]}, a number or "
+                    f"text, got {shown(image)}; {WRITTEN}"
+                )
+            if name in by_name:
+                raise InputError(f"{self.path}, row {number}: every image must occur once, but {name!r} occurs twice")
+            by_name[name] = image
+        return by_name
+
+    def __getitem__(self, image_id: str) -> dict[str, Tensor]:
+        """Return the fields that the file has for an image, as `SceneGraphEvaluator.update` accepts them."""
+        where = f"{self.path}, image {self._keys[image_id]!r}"
+        try:
+            image = self._images[self._keys[image_id]]
+            names = self.annotations.object_names, self.annotations.predicate_names
+            given = standard_fields(where, image, names) if isinstance(image, Mapping) else None
+        except HDF5_DAMAGE as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{where}: is damaged ({error})") from error
+        if given is None:
+            raise InputError(f"{where}: must have fields such as boxes and labels, got {type(image).__name__}")
+        fields = {}
+        for field, values in given.items():
+            try:
+                value = _read(values, FIELDS[field].is_floating_point)
+            except HDF5_DAMAGE as error:
+                raise InputError(f"{where}: {field} must be numbers in rows of equal length ({error})") from error
+            fields[field] = self._typed(where, field, value)
+        if self.resized is not None and image_id in self._graphs and "boxes" in fields:
+            graph = self._graphs[image_id]
+            fields["boxes"] = _at_original_size(where, fields["boxes"], (graph.width, graph.height), self.resized)
+        return fields
+
+    def _typed(self, where: str, field: str, value: Tensor) -> Tensor:
+        whole = FIELDS[field] == torch.int64
+        if whole and value.is_floating_point() and value.numel():
+            raise InputError(f"{where}: {field} must be whole numbers, got {value.dtype}")
+        if value.dtype == torch.bool:
+            raise InputError(f"{where}: {field} must be numbers, got true and false")
+        if value.is_complex():
+            raise InputError(f"{where}: {field} must be real numbers, got {value.dtype}")
+        value = value.long() if whole else value if value.is_floating_point() else value.float()
+        return value.reshape(0, self._widths[field]) if field in self._widths and value.shape == (0,) else value
+
+
+class PredictionFiles:
+    """The predictions of several files by image id, such as the files of the parts of a data set.
+
+    Args:
+        paths: the files, as for `Predictions`.
+        annotations, resized: as for `Predictions`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if an image is in several of the files, or as for `Predictions`.
+    """
+
+    def __init__(
+        self, paths: Sequence[str | Path], annotations: Annotations, *, resized: tuple[int, int] | None = None
+    ) -> None:
+        self._file_of: dict[str, Predictions] = {}
+        for file in [Predictions(path, annotations, resized=resized) for path in paths]:
+            for image_id in file.image_ids:
+                if (other := self._file_of.setdefault(image_id, file)) is not file:
+                    where = f"{other.path} and {file.path}"
+                    raise InputError(f"image {image_id!r} must be in one file only, but is in {where}")
+        self.image_ids = set(self._file_of)
+
+    def __getitem__(self, image_id: str) -> dict[str, Tensor]:
+        """Return the fields for an image, as `Predictions` does."""
+        return self._file_of[image_id][image_id]
+
+
+class _ImageIds:
+    """The ids of annotated images by the names that files of predictions may give them."""
+
+    def __init__(self, annotations: Annotations) -> None:
+        self._known = {graph.image_id for graph in annotations.graphs}
+        self._image_names = annotations.image_names
+        # Images by file name and by file name without suffix. Names that several images have are left out.
+        self._short: dict[str, list[str]] = {}
+        for image_id in self._known:
+            for short in {Path(image_id).name, Path(image_id).stem}:
+                self._short.setdefault(short, []).append(image_id)
+
+    def find(self, name: str) -> str:
+        """Return the id of an image, or the name itself if it is unknown or stands for several images."""
+        if name in self._known:
+            return name
+        if (named := self._image_names.get(name)) in self._known:
+            return str(named)
+        for short in (Path(name).name, Path(name).stem):
+            if len(found := self._short.get(short, [])) == 1:
+                return found[0]
+        return name
+
+
+def _of_sgbench(image: Any) -> Any:
+    """Return an image of sgbench's file. Its classes count from 0, and its triplets have no scores but their order."""
+    if not isinstance(image, dict) or not image.keys() >= {"id", "bboxes", "categories", "triplets"}:
+        return image
+    triplets = image["triplets"]
+    return {
+        "id": image["id"],
+        "boxes": image["bboxes"],
+        "labels": [label + 1 if type(label) is int else label for label in image["categories"]],
+        "triplets": [[*row[:2], row[2] + 1] if _is_triplet(row) else row for row in triplets],
+        "triplet_scores": [1 - number / len(triplets) for number in range(len(triplets))],
+    }
+
+
+def _is_triplet(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == 3 and type(row[2]) is int
+
+
+def _read(values: Any, fractions: bool) -> Tensor:
+    """Return the values of an HDF5 data set, a tensor or lists. Floating-point lists become float64."""
+    if isinstance(values, (h5py.Group, Mapping)):
+        raise TypeError("the field is a group of fields")
+    if isinstance(values, h5py.Dataset):
+        array = values[()]
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "iufc":
+            raise TypeError(f"the field holds {getattr(array, 'dtype', type(array).__name__)}")
+        if array.dtype.kind == "u" and array.size and array.max() > torch.iinfo(torch.int64).max:
+            raise ValueError(f"{array.max()} does not fit in 64 bits with a sign")
+        wide = array.dtype.kind == "f" and array.dtype.itemsize > 8  # torch has no such type
+        return torch.as_tensor(array.astype(np.float64 if wide else array.dtype.newbyteorder("="), copy=False))
+    if isinstance(values, Tensor):
+        return values
+    return torch.as_tensor(values, dtype=torch.float64 if fractions else None)
+
+
+def _at_original_size(where: str, boxes: Tensor, size: Size, resized: tuple[int, int]) -> Tensor:
+    """Return boxes of an image that was resized, in pixels of the original image.
+
+    The resized size is that of `Resize` in maskrcnn-benchmark, which Scene-Graph-Benchmark uses: the short side gets
+    its length, unless the long side then exceeds its maximum.
+    """
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise InputError(f"{where}: boxes must have 4 numbers each, got shape {tuple(boxes.shape)}")
+    short, longest = resized
+    low, high = min(size), max(size)
+    if high / low * short > longest:
+        short = round(longest * low / high)
+    sides = [short if side == low else int(short * side / low) for side in size]
+    return boxes * torch.tensor([whole / side for whole, side in zip(size, sides, strict=True)] * 2)
