@@ -3,8 +3,10 @@
 from sgalign.data.batch import GraphBatch, Objects, SeenBatch, VisualFeatures, collate, collate_detected
 from sgalign.data.coco import CocoDataset
 from sgalign.data.detections import Detections, read_detections
+from sgalign.data.gqa import GQADataset
 from sgalign.data.images import load_image
 from sgalign.data.open import open_dataset
+from sgalign.data.open_images import OpenImagesDataset
 from sgalign.data.predictions import PredictionFile
 from sgalign.data.psg import PSGDataset
 from sgalign.data.scene_graph import SceneGraph, count_predicates
@@ -16,8 +18,10 @@ from sgalign.data.word_vectors import read_word_vectors
 __all__ = [
     "CocoDataset",
     "Detections",
+    "GQADataset",
     "GraphBatch",
     "Objects",
+    "OpenImagesDataset",
     "PSGDataset",
     "PredictionFile",
     "SceneGraph",

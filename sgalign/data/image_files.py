@@ -32,13 +32,14 @@ class ImageFiles:
 
     def find(self, name: str) -> Path | None:
         """Return the path of an image file, or None if there is none."""
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        wanted = Path(name)
+        if wanted.is_absolute() or ".." in wanted.parts:
             return None  # it would lie outside the folders
-        if len(Path(name).parts) > 1:
+        if len(wanted.parts) > 1:
             return next((path for folder in self._folders if is_file(path := folder / name)), None)
         found = self._by_name.get(name)
-        if found is None and Path(name).suffix.lower() in {"", *image_suffixes()}:
-            found = self._by_stem.get(Path(name).stem)
+        if found is None and wanted.suffix.lower() in {"", *image_suffixes()}:
+            found = self._by_stem.get(wanted.stem)
         return None if found is None else Path(found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +47,50 @@ def held_out(
     order = sorted(range(len(names)), key=lambda i: _stable_hash(names[i])) if choice == "hash" else range(len(names))
     chosen = set(order[:count])
     return [index in chosen for index in range(len(names))]
+
+
+def split_files(root: Path, folder: str, names: Mapping[Split, str]) -> dict[Split, Path]:
+    """Return the files of the splits that exist in `root` or in its subfolder `folder`."""
+    places = {split: (root / name, root / folder / name) for split, name in names.items()}
+    return {split: path for split, paths in places.items() for path in paths[::-1] if path.exists()}
+
+
+def splits_from(files: Mapping[Split, Path]) -> list[Split]:
+    """Return the splits that can be read from one file per split. Validation images may come from the training file."""
+    return [split for split in SPLITS if split in files or (split == "validation" and "train" in files)]
+
+
+def split_file(
+    root: Path, files: Mapping[Split, Path], split: Split, wanted: int | None, choice: ValidationChoice
+) -> Path:
+    """Return the file that has the images of a split. Without a validation file, validation images are training images.
+
+    Raises:
+        FileNotFoundError: if the folder has no such file.
+        ValueError: if there is no such split, or if options choose validation images although there is a validation
+            file.
+    """
+    check_split(split)
+    if "validation" in files:
+        check_has_no_validation(root, wanted, choice)
+    path = files.get(split, files.get("train") if split == "validation" else None)
+    if path is None:
+        has = ", ".join(str(path) for path in files.values()) or "no file of a split"
+        raise FileNotFoundError(f"{root}: must have a file of the {split} split, but has {has}")
+    return path
+
+
+def in_split(
+    names: Sequence[str], files: Mapping[Split, Path], split: Split, wanted: int | None, choice: ValidationChoice
+) -> list[bool]:
+    """Return a list with True for each image of the file of a split that belongs to the split.
+
+    Without a validation file, the validation split has 5000 of the training images, but at most a fifth of them, unless
+    `wanted` is another number.
+    """
+    if split == "test" or "validation" in files:
+        return [True] * len(names)
+    return [mark == (split == "validation") for mark in held_out(names, wanted, 5000, choice, files["train"])]
 
 
 def check_has_no_validation(path: Path, wanted: int | None, choice: ValidationChoice) -> None:
