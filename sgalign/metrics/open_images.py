@@ -18,7 +18,11 @@ _DEPTH = 100  # number of best triplets per image that count
 class OpenImagesEvaluator(ImageMetric):
     """The score of Open Images, 0.2 R@50 + 0.4 wmAP_rel + 0.4 wmAP_phr.
 
-    It follows `sgg_oi_evaluation.py` of PySGG and SGTR. `compute` returns these values:
+    It follows the script of PySGG (`oi_evaluation.py` and `ap_eval_rel.py`). SGTR's copy (`sgg_oi_evaluation.py`) reads
+    the precision envelope one position too early. It counts a right triplet with the best precision from the triplet
+    before it on, and also counts the recall that no triplet reaches. Its average precision is therefore higher.
+
+    `compute` returns these values:
 
     - `R@50`, `R@100`: the share of all relations of the data set that are found, matched as in `SceneGraphEvaluator`.
     - `mAP_rel`, `mAP_phr`: the average precision of each predicate, averaged over all predicates. Average precision is
