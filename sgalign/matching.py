@@ -42,9 +42,8 @@ def rank_triplets(
         pairs, predicates = prediction["triplets"][rows][:depth].split((2, 1), 1)
         return Triplets(pairs, predicates[:, 0], prediction["triplet_scores"][rows][:depth].double())
     pairs, foreground = prediction["pairs"], prediction["predicate_scores"][:, 1:]
-    object_scores = prediction["scores"].double()[pairs].prod(1)
     # A pair's best triplet outranks its others, so the `depth` best pairs contain the `depth` best triplets.
-    best = object_scores * foreground.amax(1).double()
+    object_scores, best = _pair_scores(prediction)
     if among is not None:
         best = best.where(among, -1)
     competing = len(best) if among is None else int(among.sum())
@@ -57,6 +56,42 @@ def rank_triplets(
         scores.scatter_(1, lesser, -1)
     ranked = first(scores.flatten(), min(depth, len(rows) * predicates_per_pair))
     return Triplets(pairs[rows[ranked // scores.shape[1]]], ranked % scores.shape[1] + 1, scores.flatten()[ranked])
+
+
+def first_of_pairs(prediction: Mapping[str, Tensor]) -> Tensor:
+    """Return a mask of the rows of `triplets` (or of `pairs`) that rank first among the rows of their pair, bool `[R]`.
+
+    A pair is a (subject index, object index). A row of `pairs` ranks by its best triplet, as in `rank_triplets`.
+
+    Args:
+        prediction: as for `SceneGraphEvaluator.update`.
+    """
+    pairs = pairs_of(prediction)
+    keys = pairs[:, 0] * len(prediction["labels"]) + pairs[:, 1]
+    if "triplets" in prediction:
+        return first_occurrences(keys)
+    order = _pair_scores(prediction)[1].sort(descending=True, stable=True).indices
+    return torch.zeros_like(keys, dtype=torch.bool).scatter(0, order, first_occurrences(keys[order]))
+
+
+def pairs_of(prediction: Mapping[str, Tensor]) -> Tensor:
+    """Return the subject and object indices of a prediction's `triplets`, or of its `pairs`, int64 `[R, 2]`."""
+    return prediction["triplets"][:, :2] if "triplets" in prediction else prediction["pairs"]
+
+
+def first_occurrences(values: Tensor) -> Tensor:
+    """Return True for each value that does not occur earlier, bool `[N]`, for int64 values `[N]`."""
+    distinct, group = values.unique(return_inverse=True)
+    rows = torch.arange(len(values), device=values.device)
+    earliest = torch.full_like(distinct, len(values)).scatter_reduce(0, group, rows, "amin")
+    return earliest[group] == rows
+
+
+def _pair_scores(prediction: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return subject score x object score and the score of the best triplet of each row of `pairs`, float64 `[R]`."""
+    pairs, foreground = prediction["pairs"], prediction["predicate_scores"][:, 1:]
+    object_scores = prediction["scores"].double()[pairs].prod(1)
+    return object_scores, object_scores * foreground.amax(1).double()
 
 
 def first(scores: Tensor, count: int) -> Tensor:

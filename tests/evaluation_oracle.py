@@ -146,6 +146,14 @@ def ranked_triplets(prediction: Arrays, num_predicates: int, predicates_per_pair
     return [triplet for _, _, _, triplet in keyed]
 
 
+def first_of_pairs(ranking: Sequence[Triplet]) -> list[Triplet]:
+    """Return the triplets whose (subject index, object index) no better triplet has."""
+    kept: dict[tuple[int, int], Triplet] = {}
+    for triplet in ranking:
+        kept.setdefault((triplet.subject_index, triplet.object_index), triplet)
+    return list(kept.values())
+
+
 def zero_shot_classes(zero_shot: np.ndarray | Sequence[Sequence[int]]) -> set[tuple[int, int, int]]:
     """Return the rows (subject class, predicate, object class) as a set."""
     return {(int(s), int(p), int(o)) for s, p, o in zero_shot}
@@ -274,11 +282,13 @@ def evaluate(
     groups: Mapping[str, Sequence[int]] | None = None,
     missing: str = "zero",
     iou_convention: float = 1.0,
+    strict_constraint: bool = False,
 ) -> dict[str, float]:
     """Return the recall metrics of scene graph generation.
 
     Images without relations never count. Images with relations but without a predicted pair count 0 (missing='zero')
-    or are left out of every metric (missing='skip'). A mean over no values is 0.
+    or are left out of every metric (missing='skip'). A mean over no values is 0. With `strict_constraint`, the ranking
+    with the graph constraint keeps only the first triplet of each (subject index, object index).
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}")
@@ -295,6 +305,8 @@ def evaluate(
         if predicts_no_pair(prediction) and missing == "skip":
             continue
         ranking = ranked_triplets(prediction, num_predicates, predicates_per_pair=1)
+        if strict_constraint:
+            ranking = first_of_pairs(ranking)
         ng_ranking = ranked_triplets(prediction, num_predicates, predicates_per_pair=num_predicates)[:num_ng]
         hits = [found_by(triplet, truths, phrase, iou_convention) for triplet in ranking]
         ng_hits = [found_by(triplet, truths, phrase, iou_convention) for triplet in ng_ranking]

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import re
+import shutil
 import signal
 
 import h5py
@@ -72,20 +74,23 @@ def evaluate(path, annotations, *options, protocol="predcls"):
 
 
 @pytest.mark.parametrize("name", ["p.h5", "p.json"])
-@pytest.mark.parametrize("protocol", ["predcls", "phrdet", "vrd-relationship", "open-images"])
+@pytest.mark.parametrize("protocol", ["predcls", "phrdet", "vrd-relationship", "open-images", "sgbench"])
 def test_the_ground_truth_as_prediction_has_perfect_figures(tmp_path, annotations, graphs, name, protocol, capsys):
     path = write(tmp_path / name, graphs)
     figures, rows = tmp_path / "figures.json", tmp_path / "figures.csv"
     assert evaluate(path, annotations, "--json", str(figures), "--csv", str(rows), protocol=protocol) == 0
     result = json.loads(figures.read_text())
-    for name in {"R@100", "ngR@100", "A@100", "relationship@100", "R@50", "wmAP_rel"} & result.keys():
+    for name in {"R@100", "ngR@100", "A@100", "relationship@100", "R@50", "wmAP_rel", "R@inf", "InstR"} & result.keys():
         assert result[name] == pytest.approx(1), name
     with rows.open() as file:
         assert {
             f"{r['metric']}{'@' if r['k'] else ''}{r['k']}": float(r["value"])
             for r in csv.DictReader(file)
             if not r["of"]
-        } == {name: value for name, value in result.items() if "/" not in name}
+        } == pytest.approx(
+            {name: math.nan if value is None else value for name, value in result.items() if "/" not in name},
+            nan_ok=True,
+        )
     assert "100.00" in capsys.readouterr().out
 
 
@@ -370,16 +375,25 @@ def test_an_image_without_fields_is_refused(annotations, tmp_path, capsys):
         (["--skip-missing"], "open-images"),
         (["--predicates-per-pair", "2"], "sgdet"),
         (["--zero-shot", "f"], "open-images"),
+        (["--top-k", "20"], "open-images"),
+        (["--strict-constraint"], "open-images"),
+        (["--strict-constraint"], "vrd-phrase"),
+        (["--strict-constraint"], "sgbench"),
+        (["--skip-missing"], "sgbench"),
+        (["--no-plus-one"], "sgbench"),
+        (["--zero-shot", "f"], "sgbench"),
+        (["--predicates-per-pair", "2"], "sgbench"),
     ],
 )
 def test_options_that_a_protocol_does_not_have_are_refused(annotations, capsys, options, protocol):
     with pytest.raises(SystemExit):
         evaluate("p.h5", annotations, *options, protocol=protocol)
-    assert f"cannot be used with --protocol {protocol}" in capsys.readouterr().err
+    assert f"{options[0]} cannot be used with --protocol {protocol}" in capsys.readouterr().err
 
 
 def test_names_of_metrics_have_a_k_and_a_group():
     assert split_name("mR@50/head") == ("mR", 50, "head") and split_name("score_wtd") == ("score_wtd", None, "")
+    assert split_name("R@inf") == ("R@inf", None, "")
 
 
 def test_the_table_has_a_row_per_metric_and_a_column_per_k():
@@ -390,6 +404,67 @@ def test_the_table_has_a_row_per_metric_and_a_column_per_k():
         ["mR", "head", "25.00"],
         ["score_wtd", "10.00"],
     ]
+
+
+def test_the_table_has_mean_ranks_and_undefined_values_as_they_are():
+    lines = table({"R@20": 0.5, "mR@20": math.nan, "R@inf": 0.75, "PRank": 1.5}).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["R", "50.00"],
+        ["mR", "nan"],
+        ["R@inf", "75.00"],
+        ["PRank", "1.50"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "protocol, names",
+    [("predcls", ["R", "ngR", "mR_pooled", "A"]), ("vrd-phrase", ["phrase"]), ("sgbench", ["R", "mR", "PairR"])],
+)
+def test_the_values_of_k_can_be_chosen(tmp_path, annotations, graphs, protocol, names):
+    path, figures = write(tmp_path / "p.h5", graphs), tmp_path / "r.json"
+    assert evaluate(path, annotations, "--top-k", "3", "70", "--json", str(figures), protocol=protocol) == 0
+    places = [split_name(name) for name in json.loads(figures.read_text())]
+    assert {k for _, k, _ in places} - {None} == {3, 70}
+    assert {(name, k) for name in names for k in (3, 70)} <= {(metric, k) for metric, k, _ in places}
+
+
+def test_values_of_k_below_1_are_refused(tmp_path, annotations, graphs, capsys):
+    assert evaluate(write(tmp_path / "p.h5", graphs), annotations, "--top-k", "0", "20") == 1
+    assert "top_k must be integers of at least 1, got [0, 20]" in capsys.readouterr().err
+
+
+def test_the_strict_constraint_keeps_one_triplet_per_pair(tmp_path, annotations, graphs):
+    """Before each triplet of the ground truth stands one of the same pair with another predicate."""
+    path, figures = tmp_path / "p.h5", tmp_path / "r.json"
+    with PredictionFile(path) as file:
+        for graph in graphs:
+            other = graph.relations.clone()
+            other[:, 2] = other[:, 2] % 20 + 1
+            triplets = torch.stack((other, graph.relations), 1).flatten(0, 1)
+            fields = {"boxes": graph.boxes, "labels": graph.labels, "triplets": triplets}
+            file.write(graph.image_id, fields | {"triplet_scores": torch.ones(len(triplets))})
+    results = []
+    for options in ((), ("--strict-constraint",)):
+        assert evaluate(path, annotations, "--json", str(figures), *options) == 0
+        results.append(json.loads(figures.read_text()))
+    assert results[0]["R@100"] == 1 and results[1]["R@100"] < 0.5
+    assert results[0]["ngR@100"] == results[1]["ngR@100"] == 1
+
+
+def test_undefined_values_are_null_in_json(tmp_path, annotations, graphs):
+    """A predicate that never occurs has no recall, so SGBench's mean recall is not defined."""
+    shutil.copytree(annotations, tmp_path / "vrd")
+    listed = tmp_path / "vrd" / "predicates.json"
+    listed.write_text(json.dumps([*json.loads(listed.read_text()), "never"]))
+    path, figures, rows = tmp_path / "p.h5", tmp_path / "r.json", tmp_path / "r.csv"
+    with PredictionFile(path) as file:
+        for graph in graphs:
+            file.write(graph.image_id, perfect(graph, predicates=21))
+    options = "--json", str(figures), "--csv", str(rows)
+    assert evaluate(path, tmp_path / "vrd", *options, protocol="sgbench") == 0
+    result = json.loads(figures.read_text(), parse_constant=lambda name: pytest.fail(f"JSON has no {name}"))
+    assert result["mR@50"] is result["mR@inf"] is None and result["R@50"] == 1 and result["PRank"] == 0
+    assert "mR,50,,nan" in rows.read_text().splitlines()
 
 
 def test_vrd_has_1170_zero_shot_relations_in_7638(vrd_root):

@@ -5,6 +5,7 @@ import math
 
 import evaluation_oracle
 import pytest
+import sgbench_oracle
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from sgalign.matching import find_objects  # noqa: E402
 from sgalign.metrics import (  # noqa: E402
     OpenImagesEvaluator,
     SceneGraphEvaluator,
+    SGBenchEvaluator,
     VRDEvaluator,
     predicate_groups,
     zero_shot_triplets,
@@ -101,8 +103,8 @@ GROUPS = {"head": [2], "tail": [3, 1]}
 
 
 @settings(max_examples=300, deadline=None)
-@given(batches, st.sampled_from(["sgdet", "phrdet"]), st.sampled_from(["zero", "skip"]), st.booleans(), st.booleans())
-def test_recall_agrees_with_the_oracle(batch, protocol, missing, plus_one, ranked):
+@given(batches, st.sampled_from(["sgdet", "phrdet"]), st.sampled_from(["zero", "skip"]), *[st.booleans()] * 3)
+def test_recall_agrees_with_the_oracle(batch, protocol, missing, plus_one, ranked, strict):
     if ranked:
         batch = [(as_triplets(prediction), target) for prediction, target in batch]
     metric = SceneGraphEvaluator(
@@ -114,6 +116,7 @@ def test_recall_agrees_with_the_oracle(batch, protocol, missing, plus_one, ranke
         predicate_names=[BACKGROUND, "1", "2", "3"],
         missing=missing,
         plus_one=plus_one,
+        strict_constraint=strict,
     )
     metric.update(*split(batch))
     expected = evaluation_oracle.evaluate(
@@ -125,27 +128,30 @@ def test_recall_agrees_with_the_oracle(batch, protocol, missing, plus_one, ranke
         groups=GROUPS,
         missing=missing,
         iou_convention=float(plus_one),
+        strict_constraint=strict,
     )
     assert {name: value.item() for name, value in metric.compute().items()} == pytest.approx(expected, abs=1e-12)
 
 
 @settings(max_examples=150, deadline=None)
-@given(batches)
-def test_recall_of_given_objects_agrees_with_the_oracle(batch):
+@given(batches, st.booleans(), st.booleans())
+def test_recall_of_given_objects_agrees_with_the_oracle(batch, ranked, strict):
     """PredCls identifies the objects of a pair by their indices."""
     given = []
     for prediction, target in batch:
         inside = (prediction["pairs"] < len(target["labels"])).all(1)
         objects = {"boxes": target["boxes"], "labels": target["labels"], "scores": torch.ones(len(target["labels"]))}
         rows = {name: prediction[name][inside] for name in ("pairs", "predicate_scores")}
-        given.append((objects | rows, target))
-    metric = SceneGraphEvaluator("predcls", PREDICATES, top_k=TOP_K)
+        rows = objects | rows
+        given.append((as_triplets(rows) if ranked else rows, target))
+    metric = SceneGraphEvaluator("predcls", PREDICATES, top_k=TOP_K, strict_constraint=strict)
     metric.update(*split(given))
     expected = evaluation_oracle.evaluate(
         [(arrays(prediction), arrays(target)) for prediction, target in given],
         PREDICATES,
         protocol="predcls",
         top_k=TOP_K,
+        strict_constraint=strict,
     )
     result = {name: value.item() for name, value in metric.compute().items()}
     assert result == pytest.approx({name: expected[name] for name in result}, abs=1e-12)
@@ -177,6 +183,18 @@ def test_open_images_score_agrees_with_the_oracle(batch):
     )
     result = {name: value.item() for name, value in metric.compute().items()}
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches, st.booleans())
+def test_sgbench_agrees_with_the_oracle(batch, ranked):
+    if ranked:
+        batch = [(as_triplets(prediction), target) for prediction, target in batch]
+    metric = SGBenchEvaluator(PREDICATES, top_k=TOP_K)
+    metric.update(*split(batch))
+    expected = sgbench_oracle.evaluate([(arrays(p), arrays(t)) for p, t in batch], PREDICATES, TOP_K)
+    result = {name: value.item() for name, value in metric.compute().items()}
+    assert result == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -560,6 +578,44 @@ def test_given_triplets_keep_their_order():
     assert [result[f"{name}@{k}"] for name in ("R", "ngR") for k in (1, 2, 3)] == [0, 0.5, 1] * 2
 
 
+def strictly(predictions, targets, **options):
+    metric = SceneGraphEvaluator("predcls", PREDICATES, top_k=(1, 2, 3), strict_constraint=True, **options)
+    metric.update(predictions, targets)
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def test_under_the_strict_constraint_only_the_first_given_triplet_of_a_pair_counts():
+    """The second triplet of (0, 1) is removed before the first K are taken, so the triplet of (1, 1) moves up."""
+    prediction = RANKED | {
+        "triplets": torch.tensor([[1, 0, 1], [0, 1, 2], [0, 1, 1], [1, 1, 3]]),
+        "triplet_scores": torch.ones(4),
+    }
+    result = strictly([prediction], [truth((0, 1, 1), (0, 1, 2), (1, 1, 3))])
+    assert [result[f"R@{k}"] for k in (1, 2, 3)] == pytest.approx([0, 1 / 3, 2 / 3])
+    assert [result[f"A@{k}"] for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 2 / 3])
+    assert result["mR@3"] == pytest.approx((0 + 1 + 1) / 3)
+    assert [result[f"ngR@{k}"] for k in (1, 2, 3)] == pytest.approx([0, 1 / 3, 2 / 3])
+
+
+def test_under_the_strict_constraint_only_the_best_of_repeated_pairs_counts():
+    """The second row of (0, 1) is better. With equal scores, the first row counts."""
+    target = truth((0, 1, 1), (0, 1, 2), (0, 1, 3))
+    for scores, predicate in (([[0, 0.4, 0, 0], [0, 0, 0.5, 0]], "near"), ([[0, 0, 0, 0.4], [0, 0, 0.4, 0]], "has")):
+        prediction = predict([(0, 1), (0, 1)], [[float(score) for score in row] for row in scores])
+        assert evaluate([prediction], [target])["R@2"] == pytest.approx(2 / 3)
+        result = strictly([prediction], [target], predicate_names=NAMES)
+        assert result["R@3"] == pytest.approx(1 / 3) and result[f"R@3/{predicate}"] == 1
+
+
+def test_without_the_graph_constraint_a_single_predicate_is_not_limited_to_one_triplet_per_pair():
+    """With one predicate, both rankings have one predicate per row of `pairs`. Only one of them is strict."""
+    of = objects_at((0, 0, 9, 9), (20, 0, 29, 9), (40, 0, 49, 9))
+    prediction = of | {"triplets": torch.tensor([[0, 1, 1], [0, 1, 1], [1, 2, 1]]), "triplet_scores": torch.ones(3)}
+    metric = SceneGraphEvaluator("predcls", 1, top_k=(2,), strict_constraint=True)
+    metric.update([prediction], [truth((1, 2, 1), of=of)])
+    assert metric.compute()["R@2"] == 1 and metric.compute()["ngR@2"] == 0
+
+
 def test_given_triplets_of_the_background_are_refused():
     with pytest.raises(ValueError, match=r"triplets\[:, 2\] must be from 1 to 3, got 0"):
         evaluate([RANKED | {"triplets": torch.tensor([[0, 1, 0]])}], [truth((0, 1, 1))])
@@ -697,6 +753,121 @@ def test_merging_into_an_empty_evaluator_gives_no_warning(recwarn):
     assert whole.compute()["R@20"] == 1 and not recwarn.list
 
 
+# ---- SGBench
+
+
+def sgbench(predictions, targets, top_k=(1, 2, 5)):
+    metric = SGBenchEvaluator(PREDICATES, top_k=top_k)
+    metric.update(predictions, targets)
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def ranked(*triplets, of=TWO):
+    return of | {
+        "triplets": torch.tensor(triplets, dtype=torch.int64).reshape(-1, 3),
+        "triplet_scores": torch.ones(len(triplets)),
+    }
+
+
+def test_sgbench_counts_repeated_relations_once():
+    assert sgbench([ranked((0, 1, 1))], [truth((0, 1, 1), (0, 1, 1), (1, 0, 2))])["R@1"] == 0.5
+
+
+def test_sgbench_boxes_stand_for_one_object_each():
+    """The box overlaps both objects by at least one half, and the second one more. The first object is not found."""
+    true = objects_at((0, 0, 10, 10), (0, 0, 10, 7), (20, 0, 30, 10), labels=[1, 1, 2])
+    prediction = ranked((0, 1, 1), of=objects_at((0, 0, 10, 8), (20, 0, 30, 10)))
+    result = sgbench([prediction], [truth((0, 2, 1), (1, 2, 1), of=true)])
+    assert result["R@1"] == 0.5 and result["R@inf"] == 0.5
+    assert result["InstR"] == pytest.approx(2 / 3) and result["PairR@5"] == 0.5
+
+
+@pytest.mark.parametrize("bottom, found", [(5, 1), (4.99, 0)])
+def test_sgbench_boxes_are_as_wide_as_the_difference_of_their_corners(bottom, found):
+    """An IoU of exactly one half is enough."""
+    prediction = ranked((0, 1, 1), of=objects_at((0, 0, 10, bottom), (20, 0, 30, 10)))
+    assert sgbench([prediction], [truth((0, 1, 1), of=objects_at((0, 0, 10, 10), (20, 0, 30, 10)))])["R@1"] == found
+
+
+def test_sgbench_counts_the_first_of_the_first_k_triplets_of_a_pair_of_objects():
+    """Boxes 0 and 2 stand for the same object. Without the cut before the removal, the third triplet would be second.
+    Boxes 3 and 4 stand for nothing, so their triplets are of one pair.
+    """
+    of = objects_at((0, 0, 9, 9), (20, 0, 29, 9), (0, 0, 9, 8), (60, 0, 69, 9), (80, 0, 89, 9), labels=[1, 2, 1, 1, 1])
+    prediction = ranked((0, 1, 2), (2, 1, 1), (1, 0, 3), of=of)
+    result = sgbench([prediction], [truth((0, 1, 1), (0, 1, 2), (1, 0, 3))])
+    assert [result[f"R@{k}"] for k in (1, 2, 5)] == pytest.approx([1 / 3, 1 / 3, 2 / 3])
+    assert result["PairR@1"] == 1 and result["PairR@2"] == 1  # the first two relations are of one pair
+    unmatched = ranked((3, 1, 1), (4, 1, 2), (0, 1, 1), of=of)
+    assert sgbench([unmatched], [truth((0, 1, 1))])["R@2"] == 0
+
+
+def test_sgbench_counts_repeated_triplets_once():
+    prediction = ranked((1, 0, 1), (1, 0, 1), (0, 1, 1))
+    assert sgbench([prediction], [truth((0, 1, 1))])["R@2"] == 1
+
+
+def test_sgbench_pair_recall_counts_the_first_k_relations():
+    """In the order of subject, object and predicate, (0, 1, 3) is the first relation."""
+    result = sgbench([ranked((1, 0, 2), (0, 1, 1))], [truth((1, 0, 1), (0, 1, 3))])
+    assert result["PairR@1"] == 0 and result["PairR@2"] == 1 and result["R@2"] == 0
+    assert sgbench([ranked((0, 1, 1))], [truth((1, 0, 1), (0, 1, 3))])["PairR@1"] == 1
+
+
+def test_sgbench_ranks_a_predicate_among_those_of_its_pair():
+    """The ranks of `near` are 1 and 0, that of `has` is 2. `on` of (1, 0) is not predicted for its pair."""
+    prediction = ranked((1, 0, 2), (0, 1, 1), (0, 1, 1), (0, 1, 2), (1, 1, 3), (0, 1, 3))
+    target = truth((0, 1, 2), (1, 0, 2), (0, 1, 3), (1, 0, 1))
+    assert sgbench([prediction], [target])["PRank"] == pytest.approx(((1 + 0) / 2 + 2) / 2)
+    scores = [[0.9, 0.2, 0.1, 0.3], [0.0, 0.1, 0.3, 0.2]]
+    every = predict([(0, 1), (1, 0)], scores)  # all predicates of a row of `pairs` have a rank
+    assert sgbench([every], [target])["PRank"] == pytest.approx(((2 + 0) / 2 + 0 + 2) / 3)
+
+
+def test_sgbench_averages_predicates_over_images_and_then_over_predicates():
+    found, other = truth((0, 1, 1)), truth((0, 1, 1), (1, 0, 1), (0, 0, 2), (1, 1, 3))
+    result = sgbench([ranked((0, 1, 1))] * 2, [found, other])
+    assert result["R@5"] == pytest.approx((1 + 1 / 4) / 2)
+    assert result["mR@5"] == pytest.approx(((1 + 1 / 2) / 2 + 0 + 0) / 3) and result["mR@inf"] == 1
+
+
+def test_sgbench_mean_recall_is_nan_if_a_predicate_never_occurs():
+    result = sgbench([ranked((0, 1, 1))], [truth((0, 1, 1), (0, 1, 2))])
+    assert math.isnan(result["mR@5"]) and math.isnan(result["mR@inf"]) and result["R@5"] == 0.5
+
+
+def test_sgbench_images_without_predictions_have_recall_0_and_no_rank():
+    nothing = ranked(of={"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)})
+    target = truth((0, 1, 1), (0, 1, 2), (0, 1, 3))
+    full = ranked((0, 1, 1))
+    result = sgbench([full, nothing, full], [target, target, truth()])
+    assert result["R@5"] == pytest.approx(1 / 6) and result["mR@5"] == pytest.approx(1 / 6)
+    assert result["R@inf"] == result["mR@inf"] == result["InstR"] == result["PairR@5"] == 0.5 and result["PRank"] == 0
+
+
+def test_sgbench_boxes_without_area_stand_for_no_object():
+    flat = objects_at((0, 0, 0, 9), (20, 0, 29, 9))
+    result = sgbench([ranked((0, 1, 1), of=flat)], [truth((0, 1, 1), of=flat)])
+    assert result["R@5"] == 0 and result["InstR"] == 0.5
+
+
+def test_sgbench_values_are_nan_before_the_first_image():
+    assert all(math.isnan(value) for value in sgbench([], []).values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches, batches)
+def test_sgbench_evaluators_are_merged(first, second):
+    whole, merged, other = (SGBenchEvaluator(PREDICATES, top_k=TOP_K) for _ in range(3))
+    whole.update(*split(first + second))
+    merged.update(*split(first))
+    other.update(*split(second))
+    merged.merge_state(other)
+    assert {k: v.item() for k, v in merged.compute().items()} == pytest.approx(
+        {k: v.item() for k, v in whole.compute().items()}, abs=1e-12, nan_ok=True
+    )
+
+
 # ---- refusals
 
 
@@ -719,6 +890,8 @@ TRIPLETS = torch.tensor([[1, 1, 2], [2, 1, 1]])
         (SceneGraphEvaluator("sgdet", 3), SceneGraphEvaluator("sgdet", 4), "num_predicates"),
         (VRDEvaluator("phrase", 3), VRDEvaluator("phrase", 3, top_k=(10, 20)), "top_k"),
         (VRDEvaluator("phrase", 3, zero_shot=TRIPLETS), VRDEvaluator("phrase", 3, zero_shot=TRIPLETS[:1]), "zero_shot"),
+        (SceneGraphEvaluator("sgdet", 3), SceneGraphEvaluator("sgdet", 3, strict_constraint=True), "strict_constraint"),
+        (SGBenchEvaluator(3), SGBenchEvaluator(3, top_k=(5,)), "top_k"),
         (OpenImagesEvaluator(3), OpenImagesEvaluator(3, predicates_per_pair=2), "predicates_per_pair"),
     ],
 )

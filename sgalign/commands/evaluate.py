@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from sgalign.metrics import (
     PROTOCOLS,
     OpenImagesEvaluator,
     SceneGraphEvaluator,
+    SGBenchEvaluator,
     VRDEvaluator,
     predicate_groups,
     zero_shot_triplets,
@@ -56,8 +58,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--protocol",
         required=True,
-        choices=(*PROTOCOLS, *(f"vrd-{task}" for task in VRD_TASKS), "open-images"),
-        help="task of the model (predcls, sgcls, sgdet, phrdet), or protocol of VRD's paper (vrd-*) or of Open Images",
+        choices=(*PROTOCOLS, *(f"vrd-{task}" for task in VRD_TASKS), "open-images", "sgbench"),
+        help="task of the model (predcls, sgcls, sgdet, phrdet), or protocol of VRD's paper (vrd-*), of Open Images or "
+        "of the package SGBench",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="values of K of recall at K; not for open-images (default: 20 50 100, and 50 100 for vrd-*)",
     )
     parser.add_argument(
         "--zero-shot",
@@ -77,6 +87,12 @@ def parser() -> argparse.ArgumentParser:
         help="leave images without a prediction out of the mean, instead of giving them a recall of 0",
     )
     parser.add_argument("--no-plus-one", action="store_true", help="take x2 - x1 as a box's width, not x2 - x1 + 1")
+    parser.add_argument(
+        "--strict-constraint",
+        action="store_true",
+        help="count only the best triplet of each pair in metrics with the graph constraint, also if the predictions "
+        "are ranked triplets",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures to this file, one per line")
     return parser
@@ -85,13 +101,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run `sgalign evaluate PREDICTIONS --annotations FOLDER --protocol PROTOCOL` and return the exit code."""
     options = parser().parse_args(arguments)
-    special = options.protocol not in PROTOCOLS
-    if special and (options.skip_missing or options.no_plus_one):
-        parser().error(f"--skip-missing and --no-plus-one cannot be used with --protocol {options.protocol}")
-    if options.protocol == "open-images" and options.zero_shot is not None:
-        parser().error("--zero-shot cannot be used with --protocol open-images")
-    if not special and options.predicates_per_pair != 1:
-        parser().error(f"--predicates-per-pair cannot be used with --protocol {options.protocol}")
+    _check_protocol(options)
     written = [path for path in (options.json, options.csv) if path is not None]
     files = options.predictions + written
     if len({path.resolve() for path in files}) < len(files):
@@ -129,7 +139,8 @@ def main(arguments: Sequence[str]) -> int:
         result = "they are skipped" if options.skip_missing else "their recall is 0"
         print(f"sgalign: {missing} images with relations have no prediction: {result}", file=sys.stderr)
     if options.json is not None:
-        write_json(options.json, figures, indent=1)
+        # JSON has no NaN, so a value that is not defined becomes null.
+        write_json(options.json, {name: None if math.isnan(v) else v for name, v in figures.items()}, indent=1)
     if options.csv is not None:
         with written_whole(options.csv) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(
@@ -137,6 +148,21 @@ def main(arguments: Sequence[str]) -> int:
             )
     print(table(figures))
     return 0
+
+
+def _check_protocol(options: argparse.Namespace) -> None:
+    """Exit with an error if an option cannot be used with the protocol."""
+    with_pairs = options.protocol == "open-images" or options.protocol.startswith("vrd-")
+    wrong = {
+        "--skip-missing": options.skip_missing and options.protocol not in PROTOCOLS,
+        "--no-plus-one": options.no_plus_one and options.protocol not in PROTOCOLS,
+        "--strict-constraint": options.strict_constraint and options.protocol not in PROTOCOLS,
+        "--zero-shot": options.zero_shot is not None and options.protocol in ("open-images", "sgbench"),
+        "--top-k": options.top_k is not None and options.protocol == "open-images",
+        "--predicates-per-pair": options.predicates_per_pair != 1 and not with_pairs,
+    }
+    for option in (option for option, given in wrong.items() if given):
+        parser().error(f"{option} cannot be used with --protocol {options.protocol}")
 
 
 def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[SceneGraph]) -> Any:
@@ -154,6 +180,9 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
     predicates = len(dataset.predicate_names) - 1
     if options.protocol == "open-images":
         return OpenImagesEvaluator(predicates, predicates_per_pair=options.predicates_per_pair)
+    top_k = {} if options.top_k is None else {"top_k": options.top_k}
+    if options.protocol == "sgbench":
+        return SGBenchEvaluator(predicates, **top_k)
     before = SPLITS[: SPLITS.index(options.split)]
     others = [split for split in splits_of(options.annotations) if split in before]
     parts = [open_dataset(options.annotations, other, **reading_options(options)) for other in others]
@@ -178,8 +207,8 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
             warn(f"{options.annotations}: the {options.split} split has no zero-shot relations and no zero-shot recall")
             zero_shot = None
     if options.protocol.startswith("vrd-"):
-        task = options.protocol.removeprefix("vrd-")
-        return VRDEvaluator(task, predicates, predicates_per_pair=options.predicates_per_pair, zero_shot=zero_shot)
+        task, per_pair = options.protocol.removeprefix("vrd-"), options.predicates_per_pair
+        return VRDEvaluator(task, predicates, predicates_per_pair=per_pair, zero_shot=zero_shot, **top_k)
     # `seen` may include the validation split. The groups use the training split only, as in training.
     training: Sequence[SceneGraph] | None = graphs
     if options.split != "train":
@@ -193,6 +222,8 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
         predicate_names=dataset.predicate_names,
         missing="skip" if options.skip_missing else "zero",
         plus_one=not options.no_plus_one,
+        strict_constraint=options.strict_constraint,
+        **top_k,
     )
 
 

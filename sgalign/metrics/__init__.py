@@ -3,11 +3,13 @@
 from sgalign.data.triplets import zero_shot_triplets
 from sgalign.metrics.open_images import OpenImagesEvaluator
 from sgalign.metrics.recall import PROTOCOLS, SceneGraphEvaluator, predicate_groups
+from sgalign.metrics.sgbench import SGBenchEvaluator
 from sgalign.metrics.vrd import VRDEvaluator
 
 __all__ = [
     "PROTOCOLS",
     "OpenImagesEvaluator",
+    "SGBenchEvaluator",
     "SceneGraphEvaluator",
     "VRDEvaluator",
     "predicate_groups",

@@ -21,7 +21,7 @@ class ImageMetric(Metric):
     """
 
     full_state_update = False
-    higher_is_better = True
+    higher_is_better: bool | None = True
     is_differentiable = False
 
     num_predicates: int

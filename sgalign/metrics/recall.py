@@ -11,7 +11,7 @@ from torch import Tensor
 from sgalign.data.scene_graph import check_range
 from sgalign.data.triplets import TripletSet
 from sgalign.errors import InputError
-from sgalign.matching import rank_triplets, relation_overlaps
+from sgalign.matching import first_of_pairs, pairs_of, rank_triplets, relation_overlaps
 from sgalign.metrics.image_metric import ImageMetric, check_top_k
 
 PROTOCOLS = ("predcls", "sgcls", "sgdet", "phrdet")
@@ -60,7 +60,8 @@ class SceneGraphEvaluator(ImageMetric):
     - An image's triplets are ranked by subject score x object score x predicate score, multiplied in float64. Ties go
       to the lower row of `pairs`, then to the lower predicate.
     - Under the graph constraint, each row of `pairs` predicts only its best predicate. Predictions with `triplets`
-      are not limited in this way. Metrics with `ng` have no graph constraint, so all predicates of a pair compete.
+      are not limited in this way, unless `strict_constraint` is True. Metrics with `ng` have no graph constraint, so
+      all predicates of a pair compete.
     - A triplet finds a relation if the three classes agree and both boxes overlap with an IoU of at least 0.5. (With
       "phrdet", the box around both objects must do so.) It may find several relations. A relation that is found several
       times counts once.
@@ -98,6 +99,10 @@ class SceneGraphEvaluator(ImageMetric):
             them, as the public code does.
         plus_one: if True, coordinates are pixel indices, and a box is x2 - x1 + 1 wide, as in Fast R-CNN's code and all
             published figures. If False, it is x2 - x1 wide.
+        strict_constraint: if True, metrics with the graph constraint count only the best triplet of each pair (subject
+            index, object index). The others are removed before the first K are taken. This changes predictions with
+            `triplets` that list a pair several times, and predictions whose `pairs` have repeated rows. The metrics
+            with `ng` do not change.
     """
 
     images: Tensor
@@ -110,7 +115,7 @@ class SceneGraphEvaluator(ImageMetric):
     predicate_found: Tensor
     accuracy_found: Tensor
 
-    _settings = ("protocol", "num_predicates", "top_k", "missing", "plus_one", "zero_shot")
+    _settings = ("protocol", "num_predicates", "top_k", "missing", "plus_one", "zero_shot", "strict_constraint")
 
     def __init__(
         self,
@@ -123,6 +128,7 @@ class SceneGraphEvaluator(ImageMetric):
         predicate_names: Sequence[str] | None = None,
         missing: Literal["zero", "skip"] = "zero",
         plus_one: bool = True,
+        strict_constraint: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -148,7 +154,7 @@ class SceneGraphEvaluator(ImageMetric):
         self.zero_shot = None if zero_shot is None else TripletSet("zero_shot", zero_shot)
         self.groups = {name: tuple(predicates) for name, predicates in (groups or {}).items()}
         self.predicate_names = None if predicate_names is None else list(predicate_names)
-        self.missing, self.plus_one = missing, plus_one
+        self.missing, self.plus_one, self.strict_constraint = missing, plus_one, strict_constraint
         depths = len(top_k)
         # A leading dimension of 2 is for metrics with and without the graph constraint.
         for state, shape in (
@@ -181,7 +187,10 @@ class SceneGraphEvaluator(ImageMetric):
         relations = target["relations"]
         if not len(relations) or (self.missing == "skip" and not _predicts(prediction)):
             return
-        found = torch.stack([self._found(prediction, target, at_most) for at_most in (1, self.num_predicates)])
+        counting = first_of_pairs(prediction) if self.strict_constraint else None
+        found = torch.stack(
+            [self._found(prediction, target, 1, counting), self._found(prediction, target, self.num_predicates)]
+        )
         predicate = relations[:, 2] - 1
         count = torch.bincount(predicate, minlength=self.num_predicates).double()
         by_predicate = torch.zeros_like(self.predicate_recalls).index_add_(2, predicate, found)
@@ -197,9 +206,9 @@ class SceneGraphEvaluator(ImageMetric):
                 self.zero_shot_images += 1
                 self.zero_shot_recalls += found[:, :, unseen].mean(2)
         if self.protocol in ("predcls", "sgcls"):
-            pairs = prediction["triplets"][:, :2] if "triplets" in prediction else prediction["pairs"]
-            related = (pairs[:, None] == relations[:, :2]).all(2).any(1)
-            self.accuracy_found += self._found(prediction, target, 1, among=related).sum(1)
+            related = (pairs_of(prediction)[:, None] == relations[:, :2]).all(2).any(1)
+            among = related if counting is None else related & counting
+            self.accuracy_found += self._found(prediction, target, 1, among).sum(1)
 
     def _found(
         self, prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], at_most: int, among: Tensor | None = None
@@ -238,4 +247,4 @@ class SceneGraphEvaluator(ImageMetric):
 
 
 def _predicts(prediction: Mapping[str, Any]) -> bool:
-    return len(prediction["triplets"] if "triplets" in prediction else prediction["pairs"]) > 0
+    return len(pairs_of(prediction)) > 0

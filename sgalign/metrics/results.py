@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+RANKS = ("PRank",)  # results that are mean ranks. All others are fractions
+
 
 def table(figures: Mapping[str, float]) -> str:
     """Return the results as a table in percent, with one line per metric and one column per K.
 
-    Results without a K follow, one per line. The recalls of single predicates are left out.
+    Results without a K follow, one per line. Of these, the mean ranks in `RANKS` are not in percent. The recalls of
+    single predicates are left out. Results that are not defined are "nan".
 
     Args:
         figures: fractions by name, from an evaluator's `compute`.
@@ -18,7 +21,7 @@ def table(figures: Mapping[str, float]) -> str:
     for name, value in figures.items():
         metric, k, of = split_name(name)
         if k is None:
-            plain[metric] = value
+            plain[metric] = value if metric in RANKS else 100 * value
         elif not is_of_predicate(name):
             rows.setdefault(f"{metric} {of}".strip(), {})[k] = value
     width = max(map(len, (*rows, *plain))) + 2
@@ -26,17 +29,18 @@ def table(figures: Mapping[str, float]) -> str:
     lines = ["".join([" " * width, *(f"{'@' + str(k):>8}" for k in columns)])]
     for name, row in rows.items():
         lines.append(f"{name:{width}}" + "".join(f"{100 * row[k]:8.2f}" if k in row else " " * 8 for k in columns))
-    return "\n".join([*lines, *(f"{name:{width}}{100 * value:8.2f}" for name, value in plain.items())])
+    return "\n".join([*lines, *(f"{name:{width}}{value:8.2f}" for name, value in plain.items())])
 
 
 def split_name(name: str) -> tuple[str, int | None, str]:
     """Split a result's name into metric, K and subset, such as "mR", 50 and "head" for "mR@50/head".
 
-    K is None if the name has no number there. The subset is empty if the name has none.
+    K is None if the name has no number there, and the metric of "R@inf" is "R@inf". The subset is empty if the name has
+    none.
     """
     name, _, of = name.partition("/")
     metric, _, k = name.partition("@")
-    return metric, int(k) if k.isdecimal() else None, of
+    return (metric, int(k), of) if k.isdecimal() else (name, None, of)
 
 
 def is_of_predicate(name: str) -> bool:
