@@ -551,7 +551,7 @@ def test_the_found_share_counts_annotated_objects_with_a_detection_of_their_clas
 def test_the_detection_writer_writes_a_file_that_can_be_read_back(data, tmp_path):
     trainer = trainer_without_sanity_check(callbacks=[DetectionWriter(tmp_path / "found.json")])
     (batch,) = trainer.predict(DetectorModule(**SIZES), datamodule=data)
-    found = read_detections(tmp_path / "found.json", CLASSES - 1)
+    found = read_detections(tmp_path / "found.json", data.object_names)
     assert list(found) == [image["image_id"] for image in batch] == [graph.image_id for graph in data.test]
     for image in batch:
         for written, expected in zip(found[image["image_id"]], (image["boxes"], image["labels"], image["scores"])):

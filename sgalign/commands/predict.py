@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from sgalign.data import load_image, read_detections
+from sgalign.data.detections import ids_of_names
 from sgalign.data.findings import counted
 from sgalign.data.graph_lines import read_graph_lines
 from sgalign.errors import InputError
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "--draw", action="store_true", help="also write pictures, in a folder named like --out, but with .pictures"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
-    parser.add_argument("--detections", metavar="FILE", help="file of the images' objects")
+    parser.add_argument("--detections", metavar="FILE", help="file of the images' objects (docs/data.md)")
     parser.add_argument("--top-k", type=int, default=20, help="triplets per image (default: %(default)s)")
     parser.add_argument(
         "--threshold", type=float, default=0.0, help="lowest score of a triplet in --out, from 0 to 1 (default: 0)"
@@ -93,11 +94,12 @@ def main(arguments: Sequence[str]) -> int:
     files, others = find_images(options.images)
     beside = [place(path) for path in written for place in (options_of, parts_folder)]
     _report(others, {*written, *beside, failed_file, _drawings(out), out.with_suffix(".html")})
-    files = [file for file in files if shard.has(file)]
     module = _load(options.checkpoint, options.detections)
     detections = None
     if options.detections is not None:
-        detections = read_detections(options.detections, len(module.object_names) - 1)
+        ids = partial(ids_of_names, [file.image_id for file in files], module.object_names)
+        detections = read_detections(options.detections, module.object_names, ids)
+    files = [file for file in files if shard.has(file)]
     described = {name: getattr(options, name) for name in ("top_k", "threshold", "all_predicates")}
     made_from = {"model": digest(module), "detections": _digest(options.detections), "shard": str(shard)}
     lines = GraphLines(out, module, made_from, **described, overwrite=options.overwrite)

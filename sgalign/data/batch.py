@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgalign.data.detections import Detections
+from sgalign.data.detections import NOTHING, Detections
 from sgalign.data.images import Size, read_images
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.data.transfer import send
@@ -255,8 +255,7 @@ def collate_detected(
     Images that are missing from `detections` get no objects. All targets are background, because detected objects have
     no annotated relations. `truth` still contains the annotations.
     """
-    nothing = Detections(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    found = [detections.get(graph.image_id, nothing) for graph in graphs]
+    found = [detections.get(graph.image_id, NOTHING) for graph in graphs]
     seen = [
         replace(graph, boxes=image.boxes, labels=image.labels, relations=graph.relations[:0])
         for graph, image in zip(graphs, found, strict=True)

@@ -76,6 +76,8 @@ class CocoDataset(SceneGraphDataset):
 
     Attributes:
         object_names, predicate_names: class names, `__background__` first. They may have any characters.
+        object_classes: the object classes, with their ids in the file.
+        image_names: name of each image of the split by its id in the file, as `id_text` writes the id.
         findings: the rows that were left out, and oddities. They are also logged.
 
     Raises:
@@ -110,16 +112,17 @@ class CocoDataset(SceneGraphDataset):
         source = self._path if self._by_id else self._rel
         kinds = {"rel_categories": list} | ({"rel_annotations": list} if self._by_id else {self._part: dict})
         relations = _check_object(source, content if self._by_id else read_json(source), kinds)
-        self._objects = read_classes(f"{self._path}, categories", ((None, entry) for entry in content["categories"]))
+        self.object_classes = read_classes(
+            f"{self._path}, categories", ((None, entry) for entry in content["categories"])
+        )
         self._predicates = read_classes(f"{source}, rel_categories", enumerate(relations["rel_categories"]))
-        self.object_names, self.predicate_names = self._objects.names, self._predicates.names
+        self.object_names, self.predicate_names = self.object_classes.names, self._predicates.names
 
         self.findings = Findings(f"{self._path}, {split}")
         self._names: set[str] = set()
         # The lowest object index of all relations, and the largest distance of an index from the last valid one.
         self._lowest, self._excess = 1, 0
         images = self._read_images(content["images"])
-        self.image_names = {image_id: image.name for image_id, image in images.items() if image is not None}
         self._images = [image for image in images.values() if image is not None]
         if holds_out:
             names = [image.name for image in self._images]
@@ -129,6 +132,7 @@ class CocoDataset(SceneGraphDataset):
             self._images = [image for image in self._images if image.is_read]
             if split == "validation":
                 self.findings.add("found", "image held out from train.json", count=len(self._images))
+        self.image_names = {key: image.name for key, image in images.items() if image is not None and image.is_read}
         self._read_annotations(content["annotations"], images)
         if self._by_id:
             self._read_rel_annotations(relations["rel_annotations"], images)
@@ -258,13 +262,10 @@ class CocoDataset(SceneGraphDataset):
         if not isinstance(row, dict) or not row.keys() >= set(_ANNOTATION_FIELDS):
             raise InputError(f"{where}: must have {', '.join(_ANNOTATION_FIELDS)}, got {shown(row)}")
         box = row["bbox"]
-        if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
-            raise InputError(f"{where}: bbox must be 4 numbers x, y, width, height, got {shown(box)}")
-        if not all(abs(value) <= LARGEST for value in box):  # also false for NaN
-            raise InputError(f"{where}: bbox must be in pixels, finite and at most {LARGEST:g}, got {box}")
+        check_bbox(where, box)
         if not (box[2] > 0 and box[3] > 0):
             raise InputError(f"{where}: bbox must have a width and a height above 0, got {box}")
-        return box, self._objects.number(f"{where}: category_id", row["category_id"])
+        return box, self.object_classes.number(f"{where}: category_id", row["category_id"])
 
     def _read_relations(self, by_id: Mapping[str, Any], images: Mapping[str, _Image | None]) -> None:
         named = 0
@@ -359,6 +360,14 @@ def _file(root: Path, split: Split) -> Path | None:
     """Return the path of a split's file, or None if there is none."""
     paths = [root / f"{FILES[split]}.json", *(root / name / "_annotations.coco.json" for name in FOLDERS[split])]
     return next((path for path in paths if path.exists()), None)
+
+
+def check_bbox(where: str, box: Any) -> None:
+    """Raise InputError unless `box` is a list of four numbers in pixels. The sign of its width is not checked."""
+    if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
+        raise InputError(f"{where}: bbox must be 4 numbers x, y, width, height, got {shown(box)}")
+    if not all(abs(value) <= LARGEST for value in box):  # also false for NaN
+        raise InputError(f"{where}: bbox must be in pixels, finite and at most {LARGEST:g}, got {box}")
 
 
 def _check_object(path: Path, content: Any, kinds: Mapping[str, type]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -25,8 +25,8 @@ from sgalign.data import (
     open_dataset,
     read_detections,
 )
-from sgalign.data.box_checks import PredictedBoxes
 from sgalign.data.class_names import first_difference
+from sgalign.data.detections import check_detections, coco_ids
 from sgalign.data.features import FeatureCache
 from sgalign.data.findings import BadRows, Findings, warn
 from sgalign.data.images import describe_stretched
@@ -72,7 +72,7 @@ class SceneGraphData(pl.LightningDataModule):
             for Motifs does for SGDet. If None, this depends on the module: true only for Motifs with protocol "sgdet".
         images: if True, also read the pixels, for models that use them.
         features: folder of features written by `sgalign cache-features`, for models with vision "cached".
-        detections: file of objects from a separate detector, in the format of `sgalign.data.read_detections`. They
+        detections: file of objects from a separate detector, in a format of `sgalign.data.read_detections`. They
             replace the annotated objects of the test split. A model that uses only labels and boxes is then evaluated
             on SGDet.
         num_workers: number of processes that read images. With 0 the training process reads them.
@@ -135,7 +135,9 @@ class SceneGraphData(pl.LightningDataModule):
             raise FileNotFoundError(
                 f"{features}: must be a folder that sgalign cache-features has filled, but it has no feature files"
             )
-        self.detections = None if detections is None else read_detections(detections, len(self.object_names) - 1)
+        self.detections: dict[str, Detections] | None = None
+        if detections is not None:
+            self.detections = read_detections(detections, self.object_names, lambda: coco_ids(self._open("test")))
 
     def prepare_for(self, *, relations: bool, overlapping_only: bool) -> None:
         """Choose the training images for a module.
@@ -311,26 +313,11 @@ class SceneGraphData(pl.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[GraphBatch]:
         """Return batches of this process's share of the test split, with the given detections if there are any."""
-        ids = [graph.image_id for graph in self.test]
-        if self.detections is not None and ids and self.detections.keys().isdisjoint(ids):
-            raise InputError(f"detections must contain images of the test split, such as {ids[0]!r}, but contain none")
         if self.detections is not None:
-            self._check_detections(self.detections)
+            check_detections(self.detections, self.test, "test")
         return self._loader(self.test, self.detections, sharded=True)
 
     predict_dataloader = test_dataloader
-
-    def _check_detections(self, detections: Mapping[str, Detections]) -> None:
-        """Log the number of images that only the test split or only the detections have, and wrong units of boxes."""
-        findings, boxes = Findings("detections"), PredictedBoxes()
-        known = {graph.image_id: graph for graph in self.test}
-        missing, unknown = sorted(known.keys() - detections.keys()), sorted(detections.keys() - known.keys())
-        findings.add("found", "image of the test split without detections", missing, len(missing))
-        findings.add("left out", "image outside the test split", unknown, len(unknown))
-        for name in known.keys() & detections.keys():
-            boxes.add(known[name], detections[name].boxes)
-        findings.causes = boxes.causes()
-        findings.log()
 
     @property
     def _feeds_gpu(self) -> bool:
