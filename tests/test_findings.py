@@ -153,10 +153,10 @@ def test_a_background_never_becomes_a_class(tmp_path):
 
 
 def test_recalls_of_predicates_are_told_from_those_of_groups():
-    from sgalign.metrics.results import is_of_predicate
+    from sgalign.metrics.results import is_of_class
 
-    assert is_of_predicate("R@50/head") and is_of_predicate("R@50/left/right")
-    assert not any(map(is_of_predicate, ["mR@50/head", "R@50", "ng-mR@50"]))
+    assert is_of_class("R@50/head") and is_of_class("R@50/left/right")
+    assert not any(map(is_of_class, ["mR@50/head", "R@50", "ng-mR@50"]))
 
 
 @pytest.mark.parametrize("form", ["idx_to", "to_idx", "with background", "any order"])

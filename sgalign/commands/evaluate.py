@@ -1,4 +1,4 @@
-"""Score the predictions of any system, read from a file, against the annotations of a data set."""
+"""Score the predictions or detections of any system, read from files, against the annotations of a data set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import csv
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from sgalign.commands.reading_options import add_reading_options, add_resized, reading_options
-from sgalign.data import SceneGraph, count_predicates, open_dataset
+from sgalign.data import SceneGraph, count_predicates, open_dataset, read_detections
 from sgalign.data.box_checks import PredictedBoxes
+from sgalign.data.detections import NOTHING, check_detections, coco_ids
 from sgalign.data.findings import counted, warn
 from sgalign.data.open import NO_TRAINING, splits_of
 from sgalign.data.prediction_reading import Annotations, PredictionFiles
@@ -27,6 +29,7 @@ from sgalign.errors import InputError
 from sgalign.files import check_writable, write_json, written_whole
 from sgalign.metrics import (
     PROTOCOLS,
+    DetectionEvaluator,
     OpenImagesEvaluator,
     SceneGraphEvaluator,
     SGBenchEvaluator,
@@ -34,9 +37,21 @@ from sgalign.metrics import (
     predicate_groups,
     zero_shot_triplets,
 )
+from sgalign.metrics.detection import MOST_DETECTIONS
 from sgalign.metrics.results import split_name, table
 
 VRD_TASKS = ("relationship", "phrase", "predicate")
+# Options that only files of predictions have.
+OF_PREDICTIONS = (
+    "protocol",
+    "top_k",
+    "zero_shot",
+    "predicates_per_pair",
+    "skip_missing",
+    "no_plus_one",
+    "strict_constraint",
+    "resized",
+)
 EPILOG = "docs/evaluation.md describes the format of the file, every rule, and the effect of each choice."
 
 
@@ -44,7 +59,13 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     parser = argparse.ArgumentParser("sgalign evaluate", description=__doc__, epilog=EPILOG)
     parser.add_argument(
-        "predictions", nargs="+", type=Path, help="files of predictions, also of other systems (docs/evaluation.md)"
+        "predictions", nargs="*", type=Path, help="files of predictions, also of other systems (docs/evaluation.md)"
+    )
+    parser.add_argument(
+        "--detections",
+        type=Path,
+        metavar="FILE",
+        help="JSON file of detected objects, for mean average precision",
     )
     parser.add_argument("--annotations", metavar="FOLDER", required=True, help="data set in any layout of docs/data.md")
     parser.add_argument(
@@ -57,7 +78,6 @@ def parser() -> argparse.ArgumentParser:
     add_resized(parser)
     parser.add_argument(
         "--protocol",
-        required=True,
         choices=(*PROTOCOLS, *(f"vrd-{task}" for task in VRD_TASKS), "open-images", "sgbench"),
         help="task of the model (predcls, sgcls, sgdet, phrdet), or protocol of VRD's paper (vrd-*), of Open Images or "
         "of the package SGBench",
@@ -101,13 +121,41 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run `sgalign evaluate PREDICTIONS --annotations FOLDER --protocol PROTOCOL` and return the exit code."""
     options = parser().parse_args(arguments)
-    _check_protocol(options)
+    _check_given(options)
     written = [path for path in (options.json, options.csv) if path is not None]
-    files = options.predictions + written
+    files = options.predictions + ([] if options.detections is None else [options.detections]) + written
     if len({path.resolve() for path in files}) < len(files):
-        parser().error("the files of predictions, --json and --csv must all be different files")
+        parser().error("the files of predictions, --detections, --json and --csv must all be different files")
     for path in written:
         check_writable(path)
+    figures: dict[str, float] = {}
+    if options.detections is not None:
+        figures |= evaluate_detections(options)
+    if options.predictions:
+        figures |= evaluate_predictions(options)
+    _write(options, figures)
+    return 0
+
+
+def _check_given(options: argparse.Namespace) -> None:
+    """End the program with the code 2 if options are missing, or if they do not belong to the given files."""
+    if not options.predictions and options.detections is None:
+        parser().error("must have files of predictions, --detections, or both")
+    if options.predictions and options.protocol is None:
+        parser().error("files of predictions need --protocol")
+    given = [name for name in OF_PREDICTIONS if getattr(options, name) != parser().get_default(name)]
+    if given and not options.predictions:
+        parser().error(f"--{given[0].replace('_', '-')} needs files of predictions")
+    if options.predictions:
+        _check_protocol(options)
+
+
+def evaluate_predictions(options: argparse.Namespace) -> dict[str, float]:
+    """Return the figures of the files of predictions.
+
+    Args:
+        options: options of the command, as `parser` returns them.
+    """
     # Predictions may contain images without relations, which do not count. Only training boxes are clipped.
     keep: Keep = "objects" if options.split == "train" else "everything"
     dataset = open_dataset(options.annotations, options.split, keep=keep, **reading_options(options))
@@ -138,16 +186,48 @@ def main(arguments: Sequence[str]) -> int:
     if missing:
         result = "they are skipped" if options.skip_missing else "their recall is 0"
         print(f"sgalign: {missing} images with relations have no prediction: {result}", file=sys.stderr)
+    return figures
+
+
+def evaluate_detections(options: argparse.Namespace) -> dict[str, float]:
+    """Return the figures of the file of detections.
+
+    The images are those of `sgalign test`: of VG150, the images with relations.
+
+    Args:
+        options: options of the command, as `parser` returns them.
+    """
+    dataset = open_dataset(options.annotations, options.split, **reading_options(options))
+    graphs = list(dataset)
+    metric = DetectionEvaluator(dataset.object_names)
+    if not any(len(graph.labels) for graph in graphs):
+        raise InputError(f"{options.annotations}: the {options.split} split must have objects, got none")
+    detections = read_detections(options.detections, dataset.object_names, partial(coco_ids, dataset))
+    check_detections(detections, graphs, options.split)
+    many = 0
+    for graph in graphs:
+        found = detections.get(graph.image_id, NOTHING)
+        many += bool((found.labels.bincount() > MOST_DETECTIONS).any())
+        metric.update([found._asdict()], [graph.truth])
+    if many:
+        warn(
+            f"{options.detections}: {counted(many, 'image')} with more than {MOST_DETECTIONS} detections of a class: "
+            f"the best {MOST_DETECTIONS} of them count"
+        )
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def _write(options: argparse.Namespace, figures: dict[str, float]) -> None:
+    """Write the figures to the files that the options name, and print the table."""
     if options.json is not None:
         # JSON has no NaN, so a value that is not defined becomes null.
         write_json(options.json, {name: None if math.isnan(v) else v for name, v in figures.items()}, indent=1)
     if options.csv is not None:
-        with written_whole(options.csv) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        with written_whole(options.csv) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(
                 [("metric", "k", "of", "value"), *(split_name(n) + (v,) for n, v in figures.items())]
             )
     print(table(figures))
-    return 0
 
 
 def _check_protocol(options: argparse.Namespace) -> None:

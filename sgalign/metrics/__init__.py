@@ -1,6 +1,7 @@
-"""Metrics of scene graph generation, as the field computes them."""
+"""Metrics of scene graph generation and of object detection, as the field computes them."""
 
 from sgalign.data.triplets import zero_shot_triplets
+from sgalign.metrics.detection import DetectionEvaluator
 from sgalign.metrics.open_images import OpenImagesEvaluator
 from sgalign.metrics.recall import PROTOCOLS, SceneGraphEvaluator, predicate_groups
 from sgalign.metrics.sgbench import SGBenchEvaluator
@@ -8,6 +9,7 @@ from sgalign.metrics.vrd import VRDEvaluator
 
 __all__ = [
     "PROTOCOLS",
+    "DetectionEvaluator",
     "OpenImagesEvaluator",
     "SGBenchEvaluator",
     "SceneGraphEvaluator",

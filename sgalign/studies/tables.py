@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sgalign.files import written_whole
-from sgalign.metrics.results import is_of_predicate, split_name
+from sgalign.metrics.results import is_of_class, split_name
 from sgalign.studies.intervals import paired_difference
 from sgalign.studies.results import DEPTH, Result
 
@@ -59,7 +59,7 @@ def of_arms(arms: Arms, choose: str) -> list[str]:
     validated = [name for name in names if name in runs[0]["curve"][0]]
     tested = [name for name in TESTED if name in runs[0]["test"]]
     if not tested:  # a detector
-        tested = [name for name in runs[0]["test"] if not is_of_predicate(name)]
+        tested = [name for name in runs[0]["test"] if not is_of_class(name)]
     headers = [*(f"validation {name}" for name in validated), *(f"test {name}" for name in tested)]
     lines = ["| | seeds | " + " | ".join(headers) + " |", "|" + "---|" * (len(headers) + 2)]
     for name, of_arm in arms.items():

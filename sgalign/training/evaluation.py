@@ -9,7 +9,7 @@ from torch import Tensor
 from sgalign.data import GraphBatch
 from sgalign.errors import InputError
 from sgalign.metrics import SceneGraphEvaluator
-from sgalign.metrics.results import is_of_predicate
+from sgalign.metrics.results import is_of_class
 from sgalign.training.base import SavedModule
 
 
@@ -76,7 +76,7 @@ class RelationModule(SavedModule):
         if self.part == "val":  # SGTR's public code chooses its model by this mean
             figures = figures | {"mean@100": (figures["R@100"] + figures["mR@100"]) / 2}
         for name, value in figures.items():
-            if not is_of_predicate(name):
+            if not is_of_class(name):
                 self.log(f"{self.part}/{name}", value.float(), prog_bar=name in ("R@50", "mR@50"), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:

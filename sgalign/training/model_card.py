@@ -11,7 +11,7 @@ from typing import Any
 
 from sgalign.errors import InputError
 from sgalign.files import read_json
-from sgalign.metrics.results import is_of_predicate, split_name
+from sgalign.metrics.results import is_of_class, split_name
 from sgalign.training.pretrained import training_of, without_paths
 
 SYSTEMS = {
@@ -100,7 +100,7 @@ def _results(best: Mapping[str, float], results: Mapping[str, float] | None) -> 
     if results is None:
         lines.append("This card has no figures of the test split.")
         return " ".join(lines)
-    names = sorted((name for name in results if not is_of_predicate(name)), key=_place)
+    names = sorted((name for name in results if not is_of_class(name)), key=_place)
     shown = {name: f"{100 * results[name]:.1f}" for name in names}
     return "\n\n".join([*lines, "On the test split, in percent:", _table("figure", shown), FIGURES])
 
