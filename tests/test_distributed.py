@@ -15,7 +15,8 @@ pytest.importorskip("lightning")
 from trainers import trainer_without_sanity_check  # noqa: E402
 
 from sgalign.data import collate  # noqa: E402
-from sgalign.training import AlignMotifsModule, MotifsModule, SGTRModule  # noqa: E402
+from sgalign.models.detector import ObjectDetections  # noqa: E402
+from sgalign.training import AlignMotifsModule, DetectorModule, MotifsModule, SGTRModule  # noqa: E402
 from sgalign.training.datamodule import SceneGraphData  # noqa: E402
 
 SMALL = {"embed_dim": 8, "hidden_dim": 8, "relation_dim": 16}
@@ -100,6 +101,30 @@ def evaluate_one(out, name):
     return logged
 
 
+def detect(out, name, *, images):
+    """Validate a detector, one image at a time, and return the logged numbers.
+
+    It finds all objects of an image and one that is wrong, also in the copy of an image that a process without an
+    image of its own gets.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    data = SceneGraphData(batch_size=1, images=True)
+    data.train, data.validation = data.train[:16], data.validation[:images]
+    known = {graph.image_id: graph for graph in data.validation}
+
+    def detected(batch):
+        graph = known[batch.image_ids[0]]
+        boxes, labels = torch.cat((graph.boxes, graph.boxes[:1])), torch.cat((graph.labels, graph.labels[1:2]))
+        scores = torch.cat((torch.full((len(graph.labels),), 0.5), torch.ones(1)))
+        return [ObjectDetections(boxes, labels, scores, *torch.zeros(2, len(labels), 1))]
+
+    module = DetectorModule(backbone="resnet18", min_size=64, max_size=96)
+    module.detect = detected
+    trainer = trainer_without_sanity_check(devices=world, strategy="ddp" if world > 1 else "auto")
+    (logged,) = trainer.validate(module, datamodule=data, verbose=False)
+    return logged
+
+
 def resume_one(out, name):
     """Resume only the first process from a checkpoint. Return the error that ends this process."""
     data = SceneGraphData(batch_size=4)
@@ -120,6 +145,8 @@ RUNS = {
     "Motifs stops": functools.partial(stop, of_images=False),
     "one resumes": resume_one,
     "one image": evaluate_one,
+    "detector, 3 images": functools.partial(detect, images=3),
+    "detector, 1 image": functools.partial(detect, images=1),
     "SGTR stops": functools.partial(stop, of_images=True),
 }
 
@@ -180,6 +207,16 @@ def test_two_processes_can_evaluate_a_single_image(folder, tmp_path):
     one = evaluate_one(tmp_path, "one")
     assert {"val/found", "val/relations_found", "val/R@50"} <= one.keys()
     for logged in both(folder, "one image"):
+        assert logged == pytest.approx(one, abs=1e-6)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_detections_of_two_processes_are_merged(folder, tmp_path, images):
+    """One process has more images than the other, or has no image of its own."""
+    one = detect(tmp_path, "one", images=images)
+    assert one.keys() >= {"val/found", "val/mAP", "val/mAP_50"} and 0.1 < one["val/mAP"] < 1
+    name = f"detector, {images} image{'s' * (images > 1)}"
+    for logged in both(folder, name):
         assert logged == pytest.approx(one, abs=1e-6)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from sgalign.data import GraphBatch
 from sgalign.data.transfer import send
 from sgalign.matching import find_objects
 from sgalign.models import Detector, ObjectDetections
-from sgalign.training.base import SavedModule
 from sgalign.training.checkpoints import load_detector
+from sgalign.training.detection import DetectionModule
 from sgalign.training.options import DetectorOptions
 
 
-class DetectorModule(SavedModule):
+class DetectorModule(DetectionModule):
     """Faster R-CNN, the object detector of Motifs with vision "images". Train it before Motifs.
 
     Args:
@@ -25,7 +26,6 @@ class DetectorModule(SavedModule):
 
     options: DetectorOptions
     options_type = DetectorOptions
-    needs_relations = False
     network: Detector
 
     def __init__(self, **options: Any) -> None:
@@ -58,20 +58,26 @@ class DetectorModule(SavedModule):
 
     def validation_step(self, batch: GraphBatch) -> None:
         """Log `found`, the share of annotated objects that a detection of their class overlaps with IoU >= 0.5."""
+        detections = self.detect(batch)
+        self.count_detections(batch, _described(batch, detections))
         found = [
             find_objects(
                 detected.boxes, detected.labels, send(truth["boxes"], self.device), send(truth["labels"], self.device)
             ).float()
-            for detected, truth in zip(self.detect(batch), batch.truth, strict=True)
+            for detected, truth in zip(detections, batch.truth, strict=True)
         ]
         self.log_share("found", torch.cat(found), prog_bar=True)
 
     def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
         """Return the objects that `DetectionWriter` writes, one dict per image of the batch."""
-        return [
-            {"image_id": image_id, "boxes": objects.boxes, "labels": objects.labels, "scores": objects.scores}
-            for image_id, objects in zip(batch.image_ids, self.detect(batch), strict=True)
-        ]
+        return _described(batch, self.detect(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.options.learning_rate, fused=True)
+
+
+def _described(batch: GraphBatch, detections: Sequence[ObjectDetections]) -> list[dict[str, Any]]:
+    return [
+        {"image_id": image_id, "boxes": objects.boxes, "labels": objects.labels, "scores": objects.scores}
+        for image_id, objects in zip(batch.image_ids, detections, strict=True)
+    ]

@@ -21,6 +21,7 @@ from sgalign.models.graph_assembly import Entities, assign
 from sgalign.training.augmentation import TrainingImages, annotations_of, augment
 from sgalign.training.base import SavedModule
 from sgalign.training.checkpoints import read_checkpoint, some_of
+from sgalign.training.detection import DetectionModule
 from sgalign.training.options import DetrOptions
 from sgalign.training.pretrained import is_pretrained
 from sgalign.training.schedules import warmup
@@ -164,18 +165,18 @@ class DetrModule(SavedModule):
         return [optimizer], schedulers
 
 
-class EntityDetectorModule(DetrModule):
+class EntityDetectorModule(DetrModule, DetectionModule):
     """DETR trained alone, as the detector that SGTR starts from.
 
     To use the trained detector, pass its checkpoint to SGTR as `detector_weights`. Validation logs the share of
-    annotated objects that are found, and the share of relations whose subject and object are both found.
+    annotated objects that are found, the share of relations whose subject and object are both found, and the mean
+    average precision.
 
     Args:
         options: the fields of `DetrOptions`.
     """
 
     options_type = DetrOptions
-    needs_relations = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(DetrOptions(**options))
@@ -191,13 +192,18 @@ class EntityDetectorModule(DetrModule):
         return self.report_sum(self.entity_losses(entities, objects, costs))
 
     def validation_step(self, batch: GraphBatch) -> None:
-        self.log_found(self.detect(batch)[1], batch)
+        entities = self.detect(batch)[1]
+        self.log_found(entities, batch)
+        self.count_detections(batch, _described(batch, entities))
 
     def predict_step(self, batch: GraphBatch) -> list[dict[str, Any]]:
         """Return one dict per image for `DetectionWriter`, with one object of the best class for each query."""
-        entities = self.detect(batch)[1]
-        candidates = Entities.detected(entities.logits[-1], entities.boxes[-1])
-        return [found_objects(batch, candidates, image) for image in range(len(batch.image_ids))]
+        return _described(batch, self.detect(batch)[1])
+
+
+def _described(batch: GraphBatch, entities: DetectedEntities) -> list[dict[str, Any]]:
+    candidates = Entities.detected(entities.logits[-1], entities.boxes[-1])
+    return [found_objects(batch, candidates, image) for image in range(len(batch.image_ids))]
 
 
 def found_objects(batch: GraphBatch, candidates: Entities, image: int) -> dict[str, Any]:
