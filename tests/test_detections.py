@@ -90,7 +90,7 @@ def test_image_ids_are_names_with_or_without_the_suffix(tmp_path, image_id):
 
 
 def test_a_whole_name_is_preferred_to_a_name_without_its_suffix():
-    assert ids_of_names(["8.jpg", "8", "8.png"], CLASSES).images["8"] == "8"
+    assert ids_of_names(["8.jpg", "8", "8.png"], CLASSES).images.find("", "8") == "8"
 
 
 @pytest.mark.parametrize(
@@ -176,8 +176,8 @@ def test_images_of_the_other_part_of_the_training_file_are_unknown(tmp_path):
     write(tmp_path / "train.json", {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]})
     write(tmp_path / "rel.json", {"rel_categories": ["on"], "train": {}})
     parts = [CocoDataset(tmp_path, part, validation_images=4) for part in ("train", "validation")]
-    assert [len(coco_ids(part).images) for part in parts] == [6, 4]
-    assert all(set(coco_ids(part).images.values()) == {graph.image_id for graph in part} for part in parts)
+    assert [len(part.image_names) for part in parts] == [6, 4]
+    assert all(set(part.image_names.values()) == {graph.image_id for graph in part} for part in parts)
 
 
 # ---- use

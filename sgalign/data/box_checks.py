@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from sgalign.data.scene_graph import SceneGraph
+from sgalign.errors import InputError, shown
 
+CORNERS, EXTENTS = "x1, y1, x2, y2", "x, y, width, height"  # the meanings that the numbers of a box can have
 LARGEST = 1e9  # largest coordinate in pixels, far beyond any image
 TOLERANCE = 1.0  # pixels, because some data sets count a box's last pixel and others do not
 MANY = 0.25  # share of boxes beyond their images that a few careless annotations do not explain
 SHRUNK = 0.7  # median reach of predicted boxes; a detector that works finds some object near the farthest edge
 NEARLY_ALL = 0.95  # share of boxes that must fit another order of the numbers before it is named as the cause
+
+
+def check_box(where: str, box: Any, order: str) -> None:
+    """Raise InputError unless `box` is a list of four numbers in pixels. The sign of its extents is not checked.
+
+    Args:
+        where: the place of the box and its name, for messages.
+        box: the value to check.
+        order: meaning that the four numbers must have, `CORNERS` or `EXTENTS`.
+    """
+    if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
+        raise InputError(f"{where} must be 4 numbers {order}, got {shown(box)}")
+    if not all(abs(value) <= LARGEST for value in box):  # also false for NaN
+        raise InputError(f"{where} must be in pixels, finite and at most {LARGEST:g}, got {box}")
 
 
 def are_beyond(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:

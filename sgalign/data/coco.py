@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sgalign.data.box_checks import LARGEST, are_beyond, likely_causes
-from sgalign.data.class_names import id_text, read_classes
+from sgalign.data.box_checks import EXTENTS, are_beyond, check_box, likely_causes
+from sgalign.data.class_names import Classes, id_text, read_classes
 from sgalign.data.findings import EXAMPLES, BadRows, Findings
 from sgalign.data.image_files import is_file
 from sgalign.data.images import Size, check_file_name, load_image, parse_size, save_image, writable_suffixes
@@ -84,6 +84,8 @@ class CocoDataset(SceneGraphDataset):
         FileNotFoundError: if a file is missing.
         ValueError: if a file is malformed. The error names the file, the image and the row.
     """
+
+    object_classes: Classes
 
     def __init__(
         self,
@@ -262,7 +264,7 @@ class CocoDataset(SceneGraphDataset):
         if not isinstance(row, dict) or not row.keys() >= set(_ANNOTATION_FIELDS):
             raise InputError(f"{where}: must have {', '.join(_ANNOTATION_FIELDS)}, got {shown(row)}")
         box = row["bbox"]
-        check_bbox(where, box)
+        check_box(f"{where}: bbox", box, EXTENTS)
         if not (box[2] > 0 and box[3] > 0):
             raise InputError(f"{where}: bbox must have a width and a height above 0, got {box}")
         return box, self.object_classes.number(f"{where}: category_id", row["category_id"])
@@ -353,21 +355,13 @@ class CocoDataset(SceneGraphDataset):
             for row in np.flatnonzero(beyond)[:EXAMPLES]
         ]
         self.findings.add("found", "box beyond the image", examples, int(beyond.sum()))
-        self.findings.causes += likely_causes(beyond, sizes, numbers, "x, y, width, height")
+        self.findings.causes += likely_causes(beyond, sizes, numbers, EXTENTS)
 
 
 def _file(root: Path, split: Split) -> Path | None:
     """Return the path of a split's file, or None if there is none."""
     paths = [root / f"{FILES[split]}.json", *(root / name / "_annotations.coco.json" for name in FOLDERS[split])]
     return next((path for path in paths if path.exists()), None)
-
-
-def check_bbox(where: str, box: Any) -> None:
-    """Raise InputError unless `box` is a list of four numbers in pixels. The sign of its width is not checked."""
-    if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
-        raise InputError(f"{where}: bbox must be 4 numbers x, y, width, height, got {shown(box)}")
-    if not all(abs(value) <= LARGEST for value in box):  # also false for NaN
-        raise InputError(f"{where}: bbox must be in pixels, finite and at most {LARGEST:g}, got {box}")
 
 
 def _check_object(path: Path, content: Any, kinds: Mapping[str, type]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sgalign.data.box_checks import PredictedBoxes
+from sgalign.data.box_checks import EXTENTS, PredictedBoxes, check_box
 from sgalign.data.class_names import Classes, id_text
-from sgalign.data.coco import CocoDataset, check_bbox
 from sgalign.data.findings import Findings, counted, warn
+from sgalign.data.image_ids import ImageIds
 from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset, check_objects
 from sgalign.errors import InputError, shown
 from sgalign.files import read_json
@@ -39,36 +38,31 @@ class CocoIds(NamedTuple):
     """The images and classes that the ids in COCO results stand for.
 
     Attributes:
-        images: name of each image by its id, as `id_text` writes the id. It is None if the id fits several images.
+        images: the images.
         classes: the object classes.
     """
 
-    images: Mapping[str, str | None]
+    images: ImageIds
     classes: Classes
 
 
 def coco_ids(dataset: SceneGraphDataset) -> CocoIds:
-    """Return the ids of a data set in COCO's format. For other data sets, return `ids_of_names` of its images."""
-    if isinstance(dataset, CocoDataset):
-        return CocoIds(dataset.image_names, dataset.object_classes)
-    return ids_of_names([graph.image_id for graph in dataset], dataset.object_names)
+    """Return the ids of a data set whose files give ids to images, such as COCO's, or `ids_of_names` for others."""
+    names = [graph.image_id for graph in dataset]
+    if dataset.object_classes is None:
+        return ids_of_names(names, dataset.object_names)
+    return CocoIds(ImageIds(names, dataset.image_names), dataset.object_classes)
 
 
 def ids_of_names(names: Sequence[str], object_names: Sequence[str]) -> CocoIds:
-    """Return ids for images without a COCO file.
-
-    The id of an image is its name, with or without its suffix. The id of a class is its number, from 1.
+    """Return ids for images whose files give no ids. The id of a class is then its number, from 1.
 
     Args:
         names: names of the images.
         object_names: class names, background first.
     """
-    images: dict[str, str | None] = {}
-    for name in names:
-        stem = os.path.splitext(name)[0]
-        images[stem] = None if stem in images else name
-    images |= {name: name for name in names}
-    return CocoIds(images, Classes(list(object_names), {str(number): number for number in range(len(object_names))}))
+    classes = Classes(list(object_names), {str(number): number for number in range(len(object_names))})
+    return CocoIds(ImageIds(names, {}), classes)
 
 
 def read_detections(
@@ -184,17 +178,17 @@ def _read_results(
     for number, row in enumerate(rows):
         where = f"{path}, row {number}"
         image_id, label = _parse_row(where, row, classes, numbers)
-        name = image_id if ids is None else ids.images.get(image_id, "")
-        if name is None:
-            raise InputError(f"{where}: image_id must be the id of one image, but {image_id!r} fits several")
-        if name:
+        name = image_id if ids is None else ids.images.find(f"{where}: image_id", image_id)
+        if name is not None:
             found.setdefault(name, []).append((row["bbox"], label, row["score"]))
         else:
             unknown[image_id] += 1
     if unknown and ids is not None:
         others = f"{counted(len(unknown), 'image')} that the data do not have, such as {next(iter(unknown))!r}"
         if not found:
-            raise InputError(f"{path}: image_id must be the id of an image, such as {min(ids.images)!r}, got {others}")
+            raise InputError(
+                f"{path}: image_id must be the id of an image, such as {ids.images.example!r}, got {others}"
+            )
         warn(f"{path}: left out {counted(unknown.total(), 'detection')} of {others}")
     return {name: _detections(rows) for name, rows in found.items()}
 
@@ -207,7 +201,7 @@ def _parse_row(where: str, row: Any, classes: Classes, numbers: Mapping[str, int
     image_id = id_text(row["image_id"])
     if not image_id:
         raise InputError(f"{where}: image_id must be an integer or text, got {row['image_id']!r}")
-    check_bbox(where, row["bbox"])
+    check_box(f"{where}: bbox", row["bbox"], EXTENTS)
     if min(row["bbox"][2:]) < 0:
         raise InputError(f"{where}: bbox must have a width and a height of at least 0, got {row['bbox']}")
     if not _is_score(row["score"]):

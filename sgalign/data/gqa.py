@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sgalign.data.box_checks import EXTENTS
 from sgalign.data.class_names import Classes, read_classes
 from sgalign.data.findings import BadRows, Findings
 from sgalign.data.image_files import ImageFiles
-from sgalign.data.records import EXTENTS, Record, RecordDataset
+from sgalign.data.records import Record, RecordDataset
 from sgalign.data.splits import Split, ValidationChoice, check_split, in_split, split_file, split_files, splits_from
 from sgalign.errors import InputError, shown
 from sgalign.files import read_json
@@ -68,7 +69,7 @@ class GQADataset(RecordDataset):
             _add_names(objects, predicates, other, _read_graphs(other))  # these graphs are large and not kept
         graphs = _read_graphs(path)
         _add_names(objects, predicates, path, graphs)
-        self._objects = _classes(f"{self.root}, names of objects", objects)
+        self.object_classes = _classes(f"{self.root}, names of objects", objects)
         self._predicates = _classes(f"{self.root}, names of relations", predicates)
         self._files = ImageFiles([self.root / "images"])
         self.findings = Findings(f"{path}, {split}")

@@ -84,13 +84,13 @@ class OpenImagesDataset(RecordDataset):
         self._files = ImageFiles([self.root / name for name in ("images", "train", "validation", "test", "")])
         rows: Relationships | _Entries
         if tables:
-            self._objects, self._predicates = (
+            self.object_classes, self._predicates = (
                 read_class_descriptions(self.root),
                 read_predicates(self.root, tables.values()),
             )
-            rows = Relationships(path, self._objects, self._predicates, self.findings)
+            rows = Relationships(path, self.object_classes, self._predicates, self.findings)
         else:
-            self._objects, self._predicates = _categories(path.parent / "categories_dict.json")
+            self.object_classes, self._predicates = _categories(path.parent / "categories_dict.json")
             rows = _Entries(path, self.findings)
         wanted = in_split(rows.names, files, split, validation_images, validation_choice)
         self._read(rows.records(wanted, self._files), bad_rows)

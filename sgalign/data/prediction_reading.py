@@ -14,6 +14,7 @@ from torch import Tensor
 from sgalign.data.class_names import id_text
 from sgalign.data.findings import warn
 from sgalign.data.graph_lines import is_graph_lines, read_graph_lines
+from sgalign.data.image_ids import ImageIds
 from sgalign.data.images import Size
 from sgalign.data.prediction_fields import standard_fields
 from sgalign.data.predictions import FIELDS, image_groups
@@ -77,9 +78,9 @@ class Predictions:
             raise FileNotFoundError(f"{self.path}: no such prediction file")
         self._images = self._opened()
         self._keys: dict[str, str] = {}
-        ids = _ImageIds(annotations)
+        ids = ImageIds(self._graphs, annotations.image_names)
         for key in image_groups(self._images) if isinstance(self._images, h5py.File) else self._images:
-            if (other := self._keys.setdefault(ids.find(key), key)) != key:
+            if (other := self._keys.setdefault(ids.find(f"{self.path}: an image", key) or key, key)) != key:
                 raise InputError(f"{self.path}: every image must occur once, but {other!r} and {key!r} are the same")
         self.image_ids = set(self._keys)
 
@@ -196,30 +197,6 @@ class PredictionFiles:
     def __getitem__(self, image_id: str) -> dict[str, Tensor]:
         """Return the fields for an image, as `Predictions` does."""
         return self._file_of[image_id][image_id]
-
-
-class _ImageIds:
-    """The ids of annotated images by the names that files of predictions may give them."""
-
-    def __init__(self, annotations: Annotations) -> None:
-        self._known = {graph.image_id for graph in annotations.graphs}
-        self._image_names = annotations.image_names
-        # Images by file name and by file name without suffix. Names that several images have are left out.
-        self._short: dict[str, list[str]] = {}
-        for image_id in self._known:
-            for short in {Path(image_id).name, Path(image_id).stem}:
-                self._short.setdefault(short, []).append(image_id)
-
-    def find(self, name: str) -> str:
-        """Return the id of an image, or the name itself if it is unknown or stands for several images."""
-        if name in self._known:
-            return name
-        if (named := self._image_names.get(name)) in self._known:
-            return str(named)
-        for short in (Path(name).name, Path(name).stem):
-            if len(found := self._short.get(short, [])) == 1:
-                return found[0]
-        return name
 
 
 def _of_sgbench(image: Any) -> Any:

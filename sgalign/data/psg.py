@@ -63,7 +63,7 @@ class PSGDataset(RecordDataset):
         self._path = _file(self.root)
         content = _content(self._path)
         names = content["thing_classes"] + content["stuff_classes"]
-        self._objects = read_classes(f"{self._path}, thing_classes and stuff_classes", enumerate(names))
+        self.object_classes = read_classes(f"{self._path}, thing_classes and stuff_classes", enumerate(names))
         self._predicates = read_classes(f"{self._path}, predicate_classes", enumerate(content["predicate_classes"]))
         self._files = ImageFiles([self.root, self.root / "coco", self.root / "images", self.root.parent / "coco"])
         self.findings = Findings(f"{self._path}, {split}")

@@ -9,15 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sgalign.data.box_checks import LARGEST, are_beyond, likely_causes
+from sgalign.data.box_checks import CORNERS, EXTENTS, are_beyond, check_box, likely_causes
 from sgalign.data.class_names import Classes
 from sgalign.data.findings import EXAMPLES, BadRows, Findings
 from sgalign.data.image_files import ImageFiles
 from sgalign.data.images import Size, check_file_name, load_image, parse_size
 from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
 from sgalign.errors import InputError, shown
-
-CORNERS, EXTENTS = "x1, y1, x2, y2", "x, y, width, height"
 
 
 class Record(NamedTuple):
@@ -41,12 +39,12 @@ class Record(NamedTuple):
 class RecordDataset(SceneGraphDataset):
     """A base class for data sets that are read image by image.
 
-    A subclass sets `findings`, `_objects`, `_predicates` and `_files`, and passes its records to `_read`.
+    A subclass sets `findings`, `object_classes`, `_predicates` and `_files`, and passes its records to `_read`.
     """
 
     box_format = CORNERS
     findings: Findings
-    _objects: Classes
+    object_classes: Classes
     _predicates: Classes
     _files: ImageFiles
 
@@ -58,7 +56,7 @@ class RecordDataset(SceneGraphDataset):
 
     def _read(self, records: Iterable[Record], bad_rows: BadRows) -> None:
         """Check the records, keep their scene graphs, and raise an error or log the findings."""
-        self.object_names, self.predicate_names = self._objects.names, self._predicates.names
+        self.object_names, self.predicate_names = self.object_classes.names, self._predicates.names
         graphs: dict[str, SceneGraph] = {}
         for record in records:
             try:
@@ -83,7 +81,7 @@ class RecordDataset(SceneGraphDataset):
         for number, (class_id, box) in enumerate(record.objects):
             where = f"{record.where}, object {number}"
             try:
-                corners, label = self._corners(where, box), self._objects.number(f"{where}: its class", class_id)
+                corners, label = self._corners(where, box), self.object_classes.number(f"{where}: its class", class_id)
             except InputError as error:
                 self.findings.refuse("object with a malformed annotation", str(error))
                 places.append(None)
@@ -108,10 +106,7 @@ class RecordDataset(SceneGraphDataset):
 
     def _corners(self, where: str, box: Any) -> list[float]:
         """Return x1, y1, x2, y2."""
-        if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
-            raise InputError(f"{where}: its box must be 4 numbers {self.box_format}, got {shown(box)}")
-        if not all(abs(value) <= LARGEST for value in box):  # also false for NaN
-            raise InputError(f"{where}: its box must be in pixels, finite and at most {LARGEST:g}, got {box}")
+        check_box(f"{where}: its box", box, self.box_format)
         x, y, right, bottom = box
         if self.box_format == EXTENTS:
             right, bottom = x + right, y + bottom

@@ -16,6 +16,8 @@ from sgalign.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from sgalign.data.class_names import Classes
+
 BACKGROUND = "__background__"
 
 
@@ -69,11 +71,13 @@ class SceneGraphDataset(Dataset[SceneGraph]):
         object_names: names of the object classes, background first.
         predicate_names: names of the predicates, background first.
         image_names: names of images by their ids as text, if the files of the data set give ids to images.
+        object_classes: object classes by their ids in the files, if the files give ids to classes.
     """
 
     object_names: list[str]
     predicate_names: list[str]
     image_names: Mapping[str, str] = {}
+    object_classes: Classes | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError(f"{type(self).__name__} must override __len__")

@@ -1,0 +1,52 @@
+"""The names of images, found by what the files of other systems call them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from sgalign.errors import InputError
+
+
+class ImageIds:
+    """The names of a data set's images.
+
+    Args:
+        names: names of the images.
+        image_names: names of images by their ids, see `SceneGraphDataset`.
+    """
+
+    def __init__(self, names: Iterable[str], image_names: Mapping[str, str]) -> None:
+        self._names = list(names)
+        self._known, self._image_names = set(self._names), image_names
+        self._by_part: dict[str, list[str]] = {}  # images by file name, and by file name without suffix
+        for name in self._names:
+            for part in {Path(name).name, Path(name).stem}:
+                self._by_part.setdefault(part, []).append(name)
+
+    @property
+    def example(self) -> str:
+        """An id or a name that an image has."""
+        return next(iter(self._image_names), None) or next(iter(self._names), "")
+
+    def find(self, where: str, given: str) -> str | None:
+        """Return the name of an image, or None if it is unknown.
+
+        Args:
+            where: the place of `given`, for messages.
+            given: the name of the image, its id in the files of the data set, or the name's last part, with or without
+                suffix. The first of these that fits counts. Folders in front of the last part are ignored.
+
+        Raises:
+            ValueError: if several images have this last part.
+        """
+        if given in self._known:
+            return given
+        if (named := self._image_names.get(given)) in self._known:
+            return named
+        for part in (Path(given).name, Path(given).stem):
+            if len(found := self._by_part.get(part, [])) > 1:
+                raise InputError(f"{where} must name one image, but {given!r} fits {found[0]!r} and {found[1]!r}")
+            if found:
+                return found[0]
+        return None
