@@ -43,11 +43,11 @@ def entry(name="aa", **other):
     return values | other
 
 
-def write_json(root, *, folder="annotations", train=(entry(),), **other):
+def write_json(root, *, folder="annotations", **splits):
     place = root / folder
     place.mkdir(parents=True, exist_ok=True)
     (place / "categories_dict.json").write_text(json.dumps({"obj": NAMES[1:], "rel": ["at", "plays"]}))
-    for split, rows in {"train": train, **other}.items():
+    for split, rows in {"train": [entry()], **splits}.items():
         (place / f"vrd-{split}-anno.json").write_text(json.dumps(rows))
     return root
 
