@@ -804,7 +804,9 @@ def test_sgbench_counts_the_first_of_the_first_k_triplets_of_a_pair_of_objects()
 
 def test_sgbench_counts_repeated_triplets_once():
     prediction = ranked((1, 0, 1), (1, 0, 1), (0, 1, 1))
-    assert sgbench([prediction], [truth((0, 1, 1))])["R@2"] == 1
+    assert sgbench([prediction], [truth((0, 1, 1))], top_k=(2,))["R@2"] == 1
+    rows = predict([(1, 0), (1, 0), (0, 1)], [[0.0, 0.9, 0, 0], [0.0, 0.8, 0, 0], [0.0, 0.7, 0, 0]])
+    assert sgbench([rows], [truth((0, 1, 1))], top_k=(2,))["R@2"] == 1
 
 
 def test_sgbench_pair_recall_counts_the_first_k_relations():

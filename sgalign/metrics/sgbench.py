@@ -90,7 +90,10 @@ class SGBenchEvaluator(ImageMetric):
             return
         objects = _true_objects(prediction, target)
         matched = torch.isin(torch.arange(len(target["labels"]), device=objects.device), objects)
-        pairs, predicates, _ = rank_triplets(prediction, len(pairs_of(prediction)), predicates_per_pair=1)
+        # Ranking all pairs is slow. It is needed only if the removal of repeated triplets can move others up.
+        repeated = not first_occurrences(_pair_keys(pairs_of(prediction))).all()
+        depth = len(pairs_of(prediction)) if repeated else max(self.top_k)
+        pairs, predicates, _ = rank_triplets(prediction, depth, predicates_per_pair=1)
         once = first_occurrences(self._triplet_keys(_pair_keys(pairs), predicates))
         pairs, predicates = objects[pairs[once]], predicates[once]
         keys, true_keys = _pair_keys(pairs), _pair_keys(relations[:, :2])
