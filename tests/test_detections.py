@@ -110,7 +110,7 @@ def test_classes_may_be_names(tmp_path, of_class):
         ({name: value for name, value in ROW.items() if name != "category_id"}, "must have .* and category_id, got"),
         (ROW | {"image_id": None}, "image_id must be an integer or text, got None"),
         (ROW | {"image_id": 1.5}, "image_id must be an integer or text, got 1.5"),
-        (ROW | {"image_id": 8}, "image_id must be the id of one image, but '8' fits several"),
+        (ROW | {"image_id": 8}, "image_id must name one image, but '8' fits '8.jpg' and '8.png'"),
         (ROW | {"category_id": 0}, "category_id must not be the background, got 0"),
         (ROW | {"category_id": 6}, "category_id must be the id of a class .*, got 6"),
         (ROW | {"category_id": -1}, "category_id must be the id of a class .*, got -1"),
@@ -147,7 +147,9 @@ def test_coco_results_of_other_images_are_counted(tmp_path, caplog):
 
 def test_coco_results_without_a_known_image_are_refused(tmp_path):
     path = write(tmp_path / "d.json", [ROW | {"image_id": 9}])
-    with pytest.raises(ValueError, match="image_id must be the id of an image, such as '7', got 1 image that the data"):
+    with pytest.raises(
+        ValueError, match="image_id must be the id of an image, such as 'a.jpg', got 1 image that the data"
+    ):
         read_detections(path, CLASSES, IDS)
 
 
@@ -168,7 +170,7 @@ def test_the_ids_of_a_coco_data_set_are_those_of_its_file(tmp_path):
     with pytest.raises(ValueError, match=r"category_id must be the id of a class \(90, x\), got 1"):
         read(write(tmp_path / "d.json", [ROW | {"category_id": 1}]))
     with pytest.raises(ValueError, match="image_id must be the id of an image, such as '5'"):
-        read(write(tmp_path / "d.json", [ROW | {"image_id": "b.jpg", "category_id": 90}]))
+        read(write(tmp_path / "d.json", [ROW | {"image_id": "c.jpg", "category_id": 90}]))
 
 
 def test_images_of_the_other_part_of_the_training_file_are_unknown(tmp_path):
