@@ -540,7 +540,10 @@ def test_the_found_share_counts_annotated_objects_with_a_detection_of_their_clas
         first, second = ((graph.boxes.clone(), graph.labels.clone()) for graph in data.validation)
         first[0][-1] += 10000
         second[1][1:] = min(set(range(1, CLASSES)) - set(second[1].tolist()))
-        return [ObjectDetections(*image, *torch.ones(3, len(image[0]), 1)) for image in (first, second)]
+        return [
+            ObjectDetections(*image, torch.ones(len(image[0])), *torch.ones(2, len(image[0]), 1))
+            for image in (first, second)
+        ]
 
     monkeypatch.setattr(Detector, "detect", detect)
     (figures,) = trainer_without_sanity_check().validate(DetectorModule(**SIZES), datamodule=data, verbose=False)
