@@ -32,7 +32,7 @@ from sgalign.training import (  # noqa: E402
     load_module,
     pretrained,
 )
-from sgalign.training.checkpoints import load_detector  # noqa: E402
+from sgalign.training.starting import load_detector  # noqa: E402
 
 
 @pytest.fixture(scope="module", params=["motifs", "sgtr"])
@@ -282,13 +282,13 @@ def test_motifs_starts_from_the_detector_in_a_folder(tmp_path):
     for module, name in ((theirs, "theirs.ckpt"), (ours, "ours.ckpt")):
         save_checkpoint(module, tmp_path / name)
     theirs.save_pretrained(tmp_path / "detector")
-    load_detector(ours.network, str(tmp_path / "detector"))
+    load_detector(ours.network, str(tmp_path / "detector"), ours.object_names)
     own = ours.network.state_dict()
     assert all(value.equal(own[name]) for name, value in theirs.network.state_dict().items())
     other = DetectorModule(**options | {"head_dim": 9})
     save_checkpoint(other, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="detector: must hold a detector with .* head_dim 9"):
-        load_detector(other.network, str(tmp_path / "detector"))
+        load_detector(other.network, str(tmp_path / "detector"), other.object_names)
 
 
 @pytest.mark.parametrize("checkpoint", ["motifs"], indirect=True)

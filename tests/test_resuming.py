@@ -38,7 +38,7 @@ OPTIONS = [
 NETWORK = """backbone head_dim vision embed_dim hidden_dim relation_dim tied_head stride dim heads ffn_dim entity_layers
     entity_queries encoder_layers layers queries focal tied_heads"""
 TRAINING = "optimizer warmup_steps frozen aligned weights"
-START = "word_vectors detector_weights"
+START = "word_vectors detector_weights start_from"
 CHANGEABLE = """protocol min_size max_size detections_per_image relations_per_image learning_rate learning_rate_images
     predicate_weights predicate_weight_power effective_number_beta logit_adjustment logit_adjustment_test compile
     mask_ratio alignment_weight reduction direction mask_granularity supervise_mirror dropout entity_loss_weights

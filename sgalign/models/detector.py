@@ -136,11 +136,24 @@ class Detector(nn.Module):
         if source == "torchvision":
             self._download()
             return
-        state = read_tensors(source, "file of detector weights")
-        self.load_state(state.get("state_dict", state) if isinstance(state, dict) else {}, source)
+        self.load_state(self.state_in(read_tensors(source, "file of detector weights")), source)
+
+    @staticmethod
+    def state_in(read: Any) -> dict[str, Tensor]:
+        """Return the state_dict of a detector in the content of a file. It is empty if the content is no dict.
+
+        Args:
+            read: the state_dict of a detector, or of a Lightning module that includes a detector, or a checkpoint of
+                such a module.
+        """
+        state = read.get("state_dict", read) if isinstance(read, dict) else {}
+        for prefix in ("vision.detector.", "network."):  # in checkpoints of MotifsModule and of DetectorModule
+            if any(str(name).startswith(prefix + "model.") for name in state):
+                state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+        return state
 
     def load_state(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Load a state_dict of this module, or of a Lightning module that includes a detector.
+        """Load a state_dict of this module.
 
         Args:
             state: the state_dict.
@@ -149,9 +162,6 @@ class Detector(nn.Module):
         Raises:
             ValueError: if the tensors do not fit this detector. The message says which.
         """
-        for prefix in ("vision.detector.", "network."):  # in checkpoints of MotifsModule and of DetectorModule
-            if any(str(name).startswith(prefix + "model.") for name in state):
-                state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
         try:
             self.load_state_dict(state)
         except RuntimeError as error:

@@ -70,6 +70,7 @@ class EntityDetector(nn.Module):
 
     mean: Tensor
     std: Tensor
+    detr: DetrForObjectDetection
 
     def __init__(
         self,
@@ -90,13 +91,16 @@ class EntityDetector(nn.Module):
         super().__init__()
         options: dict[str, Any] = {"attention_dropout": dropout, "dropout": dropout}
         self.trains_norms = trains_norms or (config is None and weights is None)
+        self.new_classes = False  # True if `weights` have another number of classes
         if config is None and weights is not None:
-            self.detr = DetrForObjectDetection.from_pretrained(
-                weights, num_labels=num_objects, ignore_mismatched_sizes=True, **options
+            read: Any = DetrForObjectDetection.from_pretrained  # its annotation lacks the loading info
+            self.detr, loaded = read(
+                weights, num_labels=num_objects, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
+            self.new_classes = bool(loaded["mismatched_keys"])
         else:
             if config is not None:
-                sizes = DetrConfig.from_dict(json.loads(config), **options)
+                sizes = DetrConfig.from_dict(json.loads(config), num_labels=num_objects, **options)
             else:
                 stages: dict[str, Any] = {"hidden_sizes": [256, 512, 1024, 2048]} | BACKBONES[backbone]
                 count = 4 if stride == 32 else 3
@@ -122,6 +126,18 @@ class EntityDetector(nn.Module):
     def config(self) -> str:
         """The JSON configuration from which `transformers` can build the same architecture."""
         return self.detr.config.to_json_string(use_diff=False)
+
+    def keeps_classes(self, names: Sequence[str]) -> bool:
+        """Return True if the class head has the weights of these classes, after it was loaded from `weights`.
+
+        If the weights name as many other classes, the class head is initialized anew. If they name none, they are taken
+        to be of these classes.
+        """
+        named = list((self.detr.config.id2label or {}).values())
+        if self.new_classes or named in (list(names), [f"LABEL_{number}" for number in range(len(named))]):
+            return not self.new_classes
+        self.detr.class_labels_classifier.reset_parameters()
+        return False
 
     def freeze(self, parts: tuple[str, ...]) -> None:
         """Exclude parts of the detector from training, and train all others.

@@ -35,7 +35,8 @@ IRRELEVANT = {
         *("log_every_n_steps", "profiler", "enable_autolog_hparams", "model_registry"),
     },
 }
-PATHS = {"root", "features", "detections", "detector_weights", "word_vectors"}  # options that name a file or a folder
+# options that name a file or a folder
+PATHS = {"root", "features", "detections", "detector_weights", "word_vectors", "start_from"}
 MINUTES = 15  # between two checkpoints within an epoch
 
 

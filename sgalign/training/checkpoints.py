@@ -16,8 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from sgalign.errors import InputError
 from sgalign.files import read_tensors, written_whole
-from sgalign.models import Detector
-from sgalign.training.pretrained import find_pretrained, is_pretrained, read_pretrained, shipped_models
+from sgalign.training.pretrained import find_pretrained, read_pretrained, shipped_models
 
 
 def random_states() -> list[Tensor]:
@@ -118,24 +117,6 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
             "ckpt_path must be a whole checkpoint of sgalign fit to resume a run, but it has no state of the "
             "optimizer. The folders of sgalign export have none"
         )
-
-
-def load_detector(detector: Detector, source: str) -> None:
-    """Load the weights of Motifs' detector.
-
-    Args:
-        detector: the detector.
-        source: as for `Detector.load_weights`, or a folder that `sgalign export` wrote, or the name of a model that
-            comes with the package.
-
-    Raises:
-        FileNotFoundError: if there is no such file or folder.
-        ValueError: if it has no weights of this detector.
-    """
-    if is_pretrained(source):
-        detector.load_state(read_checkpoint(source)["state_dict"], source)
-    else:
-        detector.load_weights(source)
 
 
 def check_ours(checkpoint: Any, what: str) -> None:

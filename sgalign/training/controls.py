@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -12,6 +12,7 @@ from sgalign.errors import InputError
 from sgalign.ops.alignment import relation_alignment_loss
 from sgalign.training.align_motifs import AlignMotifsModule
 from sgalign.training.motifs import MotifsModule
+from sgalign.training.starting import ClassRows
 
 
 class PredClsControl(AlignMotifsModule):
@@ -55,10 +56,17 @@ class AveragedTeacherModule(PredClsControl):
     is always the mean over relations and classes of KL(teacher, mirrored).
     """
 
+    class_rows: ClassVar[ClassRows] = {"teacher": None, **MotifsModule.class_rows}
+
     def make_network(self, counts: Tensor) -> None:
         super().make_network(counts)
         average = get_ema_multi_avg_fn(0.99)
         self.teacher = AveragedModel(self.network, multi_avg_fn=average, use_buffers=True).requires_grad_(False)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.teacher.n_averaged == 0:  # initial weights were loaded only into the network
+            self.teacher.module.load_state_dict(self.network.state_dict())
 
     def losses(self, batch: GraphBatch, batch_index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss to minimize and its parts by name. The part `alignment` is logged without its weight."""

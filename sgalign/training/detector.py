@@ -12,9 +12,9 @@ from sgalign.data import GraphBatch
 from sgalign.data.transfer import send
 from sgalign.matching import find_objects
 from sgalign.models import Detector, ObjectDetections
-from sgalign.training.checkpoints import load_detector
 from sgalign.training.detection import DetectionModule
 from sgalign.training.options import DetectorOptions
+from sgalign.training.starting import load_detector
 
 
 class DetectorModule(DetectionModule):
@@ -44,7 +44,7 @@ class DetectorModule(DetectionModule):
 
     def load_initial_weights(self) -> None:
         if self.options.weights is not None:
-            load_detector(self.network, self.options.weights)
+            load_detector(self.network, self.options.weights, self.object_names)
 
     def training_step(self, batch: GraphBatch, batch_index: int) -> Tensor:
         boxes, labels = batch.boxes_by_image(), batch.labels.split(batch.lengths.tolist())

@@ -25,6 +25,7 @@ from sgalign.training.detection import DetectionModule
 from sgalign.training.options import DetrOptions
 from sgalign.training.pretrained import is_pretrained
 from sgalign.training.schedules import warmup
+from sgalign.training.starting import OF_DETR, carry_classes, check_trained, tell_new
 
 
 class DetrModule(SavedModule):
@@ -54,13 +55,17 @@ class DetrModule(SavedModule):
         saved = {"config": self.detector.config, "trains_norms": self.detector.trains_norms}
         checkpoint["sgalign"]["detector"] = saved
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def set_detector(self, checkpoint: Mapping[str, Any]) -> None:
+        """Build the detector as in a checkpoint, if the network is built after this call."""
         self._detector_saved = checkpoint.get("sgalign", {}).get("detector", {})
         # Without the config, `detector_weights` would be read, which may be a name that is downloaded.
         if not isinstance(self._detector_saved, dict) or (
             self.network is None and "config" not in self._detector_saved
         ):
             raise InputError("checkpoint must have the config of its detector, but has none")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.set_detector(checkpoint)
         # A network that exists already was built from the options, so they must agree with the checkpoint. A network
         # that is built now follows the checkpoint.
         trains_norms = self._detector_saved.get("trains_norms")
@@ -226,7 +231,8 @@ def make_detector(
     Args:
         options: the options of DETR.
         num_objects: number of object classes, without the class for no object.
-        object_names: class names of the data. If `detector_weights` is a checkpoint, its class names must be the same.
+        object_names: object classes of the data, the background first. Classes that `detector_weights` lacks start
+            anew, unless the whole detector is frozen.
         saved: `config` and `trains_norms` from a checkpoint of this module whose weights are loaded next. If there is
             no such checkpoint, it is empty.
 
@@ -235,8 +241,10 @@ def make_detector(
         ValueError: if `detector_weights` does not fit the options or the data, or is missing although parts are frozen.
     """
     weights: dict[str, Tensor] = {}
-    if not saved:
-        saved, weights = read_detector(options, object_names)
+    theirs: list[str] = []
+    new_run = not saved
+    if new_run:
+        saved, weights, theirs = read_detector(options)
     detector = EntityDetector(
         num_objects,
         backbone=options.backbone,
@@ -250,8 +258,16 @@ def make_detector(
         weights=options.detector_weights,
         **saved,
     )
-    if weights:
-        detector.load_state_dict(weights)
+    if new_run and options.detector_weights is not None:
+        if weights:
+            weights, new = carry_classes(detector.state_dict(), weights, OF_DETR, object_names, theirs)
+            detector.load_state_dict(weights)
+        else:
+            new = [] if detector.keeps_classes(object_names[1:]) else list(object_names[1:])
+        if "detector" in options.frozen:
+            command = "--model EntityDetectorModule --model.detector_weights"
+            check_trained("detector_weights", options.detector_weights, new, command)
+        tell_new(options.detector_weights, new, num_objects)
     if detector.dim != options.dim:
         raise InputError(f"dim must be {detector.dim}, as in detector_weights, got {options.dim}")
     if options.detector_weights is not None:
@@ -260,30 +276,29 @@ def make_detector(
     return detector
 
 
-def read_detector(options: DetrOptions, object_names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config and weights of the checkpoint in `detector_weights`, if it is a checkpoint of this package.
+def read_detector(options: DetrOptions) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    """Return the config, weights and object classes of `detector_weights`, if it is a checkpoint of this package.
 
-    Both are empty if the option is None, or if it names weights for `transformers`, which `EntityDetector` reads.
+    All are empty if the option is None, or if it names weights for `transformers`, which `EntityDetector` reads.
     """
     source = options.detector_weights
     if source is None:
         if options.frozen:
             raise InputError(f"detector_weights must be given if frozen is {list(options.frozen)}, got None")
-        return {}, {}
+        return {}, {}, []
     if not Path(source).exists() and (Path(source).suffix == ".ckpt" or len(Path(source).parts) > 2):
         raise FileNotFoundError(f"detector_weights: no such file or folder, {source}")  # nor a name for `transformers`
     if not Path(source).is_file() and not is_pretrained(source):
-        return {}, {}
+        return {}, {}, []
     checkpoint = read_checkpoint(source)
     if "detector" not in checkpoint["sgalign"]:
         raise InputError(f"{source}: must be a checkpoint of EntityDetectorModule or SGTRModule, but it has no DETR")
-    if checkpoint["sgalign"]["object_names"] != object_names:
-        raise InputError(f"{source}: must be a detector with the data's object classes, but it has different classes")
     state, prefix = checkpoint["state_dict"], "detector."
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     # `trains_norms` is left out, so batch normalization keeps its trained statistics and stays frozen, as with weights
     # for `transformers`.
-    return {"config": checkpoint["sgalign"]["detector"]["config"]}, weights
+    saved = checkpoint["sgalign"]
+    return {"config": saved["detector"]["config"]}, weights, saved["object_names"]
 
 
 def tell_sizes(options: DetrOptions, detector: EntityDetector) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -10,7 +10,8 @@ from sgalign.data import GraphBatch
 from sgalign.errors import InputError
 from sgalign.metrics import SceneGraphEvaluator
 from sgalign.metrics.results import is_of_class
-from sgalign.training.base import SavedModule
+from sgalign.training.base import SavedModule, module_named
+from sgalign.training.starting import ClassRows, read_start, start
 
 
 class RelationModule(SavedModule):
@@ -20,6 +21,8 @@ class RelationModule(SavedModule):
     """
 
     recall: SceneGraphEvaluator
+    class_rows: ClassVar[ClassRows]  # layers of the network that depend on the classes, if a run can start from a model
+    start: dict[str, Any] | None = None  # checkpoint that a new run starts from, while the network is made
     compiler: dict[str, Any] = {"dynamic": True}  # for `torch.compile`, because batch sizes vary
 
     @property
@@ -37,7 +40,12 @@ class RelationModule(SavedModule):
             raise InputError(
                 "data.detections must be left out for protocol sgdet, because the model detects objects itself"
             )
+        if stage == "fit" and self.network is None and not self.trainer.ckpt_path:
+            self.start = read_start(self, module_named)
         super().setup(stage)
+        if self.start is not None:
+            start(self, self.start, self.options.start_from)  # type: ignore[attr-defined]
+            self.start = None
         if stage in ("validate", "test"):
             self.data.require_relations("validation" if stage == "validate" else "test")
         if stage == "fit" and getattr(self.options, "compile", False):

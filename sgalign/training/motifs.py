@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,6 +17,7 @@ from sgalign.training.longtail import RelationLoss
 from sgalign.training.options import MotifsOptions
 from sgalign.training.pairs import PairModule
 from sgalign.training.schedules import warmup
+from sgalign.training.starting import OF_MOTIFS, ClassRows
 from sgalign.training.vision import CachedVision, Vision, make_vision
 
 PLATEAU = "val/R@100"  # figure whose plateau lowers the learning rate of SGD
@@ -34,6 +35,7 @@ class MotifsModule(PairModule):
 
     options: MotifsOptions
     options_type = MotifsOptions
+    class_rows: ClassVar[ClassRows] = OF_MOTIFS
     network: Motifs
     vision: Vision
 
@@ -68,7 +70,7 @@ class MotifsModule(PairModule):
     def load_initial_weights(self) -> None:
         if self.options.word_vectors is not None:
             self.network.load_class_vectors(read_word_vectors(self.options.word_vectors, self.object_names))
-        self.vision.load_initial_weights()
+        self.vision.load_initial_weights(self.object_names)
 
     @property
     def protocol(self) -> str:

@@ -74,8 +74,9 @@ class DetectorOptions(FasterRCNNOptions):
     """Options of Faster R-CNN and its training.
 
     Args:
-        weights: source of the initial weights (see `sgalign.training.checkpoints.load_detector`). It is read when
-            training starts. If None, the detector starts from scratch, and batch normalization is trained too.
+        weights: source of the initial weights (see `sgalign.training.starting.load_detector`). It is read when
+            training starts. Classes that it lacks start anew. If None, the detector starts from scratch, and batch
+            normalization is trained too.
         learning_rate: learning rate of Adam.
     """
 
@@ -90,7 +91,22 @@ class DetectorOptions(FasterRCNNOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MotifsOptions(FasterRCNNOptions):
+class StartOptions(Options):
+    """The option of all relation models that lets a new run start from another model.
+
+    Args:
+        start_from: checkpoint, folder or name of a model whose weights a new run starts from (see `source` of
+            `sgalign.training.checkpoints.read_checkpoint`). Its classes may differ: classes of the same name keep their
+            weights, and the others start anew. It is read when training starts.
+    """
+
+    fixed: ClassVar[dict[str, str]] = {"start_from": "start"}
+
+    start_from: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MotifsOptions(FasterRCNNOptions, StartOptions):
     """Options of Neural Motifs and its training.
 
     Args:
@@ -105,8 +121,9 @@ class MotifsOptions(FasterRCNNOptions):
             numbers. If None, the embeddings are initialized at random. The file is read when training starts, not when
             a checkpoint is loaded.
         detections_per_image: largest number of detected objects per image (SGDet).
-        detector_weights: source of the detector's weights (see `sgalign.training.checkpoints.load_detector`). It is
-            read when training starts. If None, the detector is random, which is useful only for tests.
+        detector_weights: source of the detector's weights (see `sgalign.training.starting.load_detector`). It is read
+            when training starts, and must know all object classes of the data. If None, and if `start_from` has no
+            detector either, the detector is random, which is useful only for tests.
         relations_per_image: largest number of pairs sampled per training image. Related pairs make up at most a quarter
             of this number, as in the public code.
         optimizer: "adam" or "sgd". The published optimizer is "sgd", with momentum 0.9 and weight decay 1e-4 (none for
@@ -126,6 +143,7 @@ class MotifsOptions(FasterRCNNOptions):
 
     fixed: ClassVar[dict[str, str]] = (
         FasterRCNNOptions.fixed
+        | StartOptions.fixed
         | dict.fromkeys(("vision", "embed_dim", "hidden_dim", "relation_dim"), "network")
         | dict.fromkeys(("optimizer", "warmup_steps"), "training")
         | dict.fromkeys(("word_vectors", "detector_weights"), "start")
@@ -182,8 +200,9 @@ class DetrOptions(Options):
         detector_weights: source of the detector's initial weights. It is a folder or name of weights (see `weights` of
             `sgalign.models.entity_detector.EntityDetector`), or a checkpoint or exported folder of
             `EntityDetectorModule` or SGTR. The weights determine the detector's sizes, so they are read when the
-            network is built. They are not read when a checkpoint of this module is loaded. SGTR's subject and object
-            heads start as copies of the detector's heads.
+            network is built. They are not read when a checkpoint of this module is loaded. Classes that they lack start
+            anew, unless the whole detector is frozen. SGTR's subject and object heads start as copies of the detector's
+            heads.
         frozen: parts of the detector that are not trained, any of "backbone", "encoder" and "decoder". If the decoder
             is frozen, the relation losses do not reach the detector. The detector's own losses still train its input
             projection, queries and heads, as in the public code. SGTR also takes "detector", which freezes the whole
@@ -258,7 +277,7 @@ class DetrOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGTROptions(DetrOptions):
+class SGTROptions(DetrOptions, StartOptions):
     """Options of SGTR and its training, in addition to DETR's options.
 
     Args:
@@ -276,8 +295,10 @@ class SGTROptions(DetrOptions):
             `sgalign fit`, validation included.
     """
 
-    fixed: ClassVar[dict[str, str]] = DetrOptions.fixed | dict.fromkeys(
-        ("encoder_layers", "layers", "queries", "focal"), "network"
+    fixed: ClassVar[dict[str, str]] = (
+        DetrOptions.fixed
+        | StartOptions.fixed
+        | dict.fromkeys(("encoder_layers", "layers", "queries", "focal"), "network")
     )
     parts: ClassVar[tuple[str, ...]] = (*DetrOptions.parts, "detector")
 

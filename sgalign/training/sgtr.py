@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from sgalign.models.sgtr import SGTR, RelationOutputs
 from sgalign.training.detr import DetrModule, found_objects
 from sgalign.training.evaluation import RelationModule
 from sgalign.training.options import SGTROptions
+from sgalign.training.starting import OF_SGTR, ClassRows
 
 
 class SGTRModule(DetrModule, RelationModule):
@@ -28,12 +29,15 @@ class SGTRModule(DetrModule, RelationModule):
 
     options: SGTROptions
     options_type = SGTROptions
+    class_rows: ClassVar[ClassRows] = OF_SGTR
     network: SGTR
 
     def __init__(self, **options: Any) -> None:
         super().__init__(SGTROptions(**options))
 
     def make_network(self, counts: Tensor) -> None:
+        if self.start is not None and self.options.detector_weights is None:
+            self.set_detector(self.start)
         super().make_network(counts)
         options, (classes, _, predicates) = self.options, counts.shape
         self.network = SGTR(

@@ -12,9 +12,9 @@ from sgalign.data import GraphBatch, Objects, SeenBatch, VisualFeatures
 from sgalign.data.transfer import send
 from sgalign.errors import InputError
 from sgalign.models import Detector, ImageFeatures, ObjectDetections, RegionFeatures
-from sgalign.training.checkpoints import load_detector
 from sgalign.training.options import MotifsOptions
 from sgalign.training.sampling import match_detections, sample_pairs
+from sgalign.training.starting import check_trained, load_detector
 
 
 class Vision(nn.Module):
@@ -28,8 +28,12 @@ class Vision(nn.Module):
         super().__init__()
         self.options = options
 
-    def load_initial_weights(self) -> None:
-        """Load pretrained weights into this module's networks, if it has networks."""
+    def load_initial_weights(self, object_names: Sequence[str]) -> None:
+        """Load pretrained weights into this module's networks, if it has networks.
+
+        Args:
+            object_names: the object classes, the background first.
+        """
 
     def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
         """Return the objects, pairs and features of the batch.
@@ -108,14 +112,17 @@ class ImageVision(Vision):
         self.detector.freeze()
         self.regions = RegionFeatures(dim=options.relation_dim)
 
-    def load_initial_weights(self) -> None:
-        if self.options.detector_weights is None:
+    def load_initial_weights(self, object_names: Sequence[str]) -> None:
+        source = self.options.detector_weights
+        if source is not None:
+            new = load_detector(self.detector, source, object_names)
+            if source != "torchvision" or self.options.protocol != "predcls":  # PredCls uses only the backbone
+                check_trained("detector_weights", source, new, "--model DetectorModule --model.weights")
+            self.regions.load_box_head(self.detector)
+        elif self.options.start_from is None:
             rank_zero_info(
                 "detector_weights is null, so the frozen detector has random weights, which is useful only for tests"
             )
-        else:
-            load_detector(self.detector, self.options.detector_weights)
-            self.regions.load_box_head(self.detector)
 
     def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
         image = self.detector.features(batch.require_pixels())
