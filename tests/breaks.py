@@ -739,7 +739,7 @@ BREAKS = {
         "label if type(label) is int",
         "tests/test_other_systems.py -k sgbench",
     ),
-    "boxes of resized images": Break(
+    "boxes of images that a system has resized": Break(
         "sgalign/data/prediction_reading.py",
         "if high / low * short > longest:",
         "if False:",
