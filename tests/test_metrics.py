@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torchmetrics")
 from sgalign.data import SceneGraph  # noqa: E402
-from sgalign.data.scene_graph import BACKGROUND  # noqa: E402
+from sgalign.data.class_names import BACKGROUND  # noqa: E402
 from sgalign.matching import find_objects  # noqa: E402
 from sgalign.metrics import (  # noqa: E402
     OpenImagesEvaluator,

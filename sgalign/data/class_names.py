@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from sgalign.data.scene_graph import BACKGROUND
 from sgalign.errors import InputError
 from sgalign.files import whole_number
 
+BACKGROUND = "__background__"
 # Names of the background in public data sets, in lower case and without punctuation.
 BACKGROUND_NAMES = {"background", "bg", "norelation", "norel", "nopredicate", "noobject", "nothing", "none", "na"}
 

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sgalign.data.class_names import Classes
 from sgalign.data.findings import Findings
 from sgalign.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from sgalign.data.class_names import Classes
-
-BACKGROUND = "__background__"
 
 
 @dataclass(frozen=True, eq=False)

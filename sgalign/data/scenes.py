@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from sgalign.data.scene_graph import BACKGROUND, SceneGraph, SceneGraphDataset
+from sgalign.data.class_names import BACKGROUND
+from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
 from sgalign.data.splits import check_split
 from sgalign.errors import InputError
 

@@ -44,7 +44,7 @@ class RelationModule(SavedModule):
             self.start = read_start(self, module_named)
         super().setup(stage)
         if self.start is not None:
-            start(self, self.start, self.options.start_from)  # type: ignore[attr-defined]
+            start(self, self.start, self.options.start_from, self.class_rows)  # type: ignore[attr-defined]
             self.start = None
         if stage in ("validate", "test"):
             self.data.require_relations("validation" if stage == "validate" else "test")

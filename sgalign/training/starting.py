@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,13 +19,11 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from sgalign.errors import InputError
 from sgalign.files import read_tensors
 from sgalign.models import Detector
+from sgalign.training.base import SavedModule
 from sgalign.training.checkpoints import not_finite, read_checkpoint, some_of
 from sgalign.training.options import DetrOptions, Options, StartOptions
 from sgalign.training.pretrained import is_pretrained
 from sgalign.training.resuming import differing
-
-if TYPE_CHECKING:
-    from sgalign.training.evaluation import RelationModule
 
 Names = Mapping[str, Sequence[str]]  # the class names of each kind, with the background first
 MIRRORS = {"tied_head", "tied_heads"}  # options that a new run may change, because only the mirror depends on them
@@ -221,7 +219,7 @@ def check_trained(option: str, source: str, new: Sequence[str], command: str) ->
 # ---- whole models
 
 
-def read_start(module: RelationModule, kinds: Callable[[str], type | None]) -> dict[str, Any] | None:
+def read_start(module: SavedModule, kinds: Callable[[str], type | None]) -> dict[str, Any] | None:
     """Return the checkpoint that a new run starts from, or None if the options name none.
 
     Args:
@@ -260,7 +258,7 @@ def _other_network(options: Options, saved: Mapping[str, Any]) -> list[str]:
     return [f"{name} must be {other!r}, got {own!r}" for name, (own, other) in differing(determine, saved).items()]
 
 
-def start(module: RelationModule, checkpoint: Mapping[str, Any], source: str) -> None:
+def start(module: SavedModule, checkpoint: Mapping[str, Any], source: str, layers: ClassRows) -> None:
     """Load the weights of another model into a new one, and say what is kept, what starts anew and what is left out.
 
     Word vectors and detector weights are loaded before. Word vectors remain for classes that the other model lacks, and
@@ -270,6 +268,7 @@ def start(module: RelationModule, checkpoint: Mapping[str, Any], source: str) ->
         module: the new module. It has its network.
         checkpoint: result of `read_start`.
         source: name of the checkpoint, for messages.
+        layers: the layers that depend on classes.
 
     Raises:
         ValueError: if a tensor has another shape for another reason than its classes, or if a frozen detector does not
@@ -277,7 +276,7 @@ def start(module: RelationModule, checkpoint: Mapping[str, Any], source: str) ->
     """
     ours: Names = {"object": module.object_names, "predicate": module.predicate_names}
     theirs: Names = {kind: checkpoint["sgalign"][f"{kind}_names"] for kind in ours}
-    saved, layers = checkpoint["state_dict"], type(module).class_rows
+    saved = checkpoint["state_dict"]
     found: dict[str, list[str]] = defaultdict(list)
     for name, own in _unshared(module):
         layer = layer_of(name, layers)
@@ -302,7 +301,7 @@ def start(module: RelationModule, checkpoint: Mapping[str, Any], source: str) ->
     _tell(source, found, left, ours, theirs)
 
 
-def _unshared(module: RelationModule) -> Iterator[tuple[str, Tensor]]:
+def _unshared(module: SavedModule) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a module by name. A tensor with two names, such as a tied head, comes only once."""
     seen = set()
     for name, tensor in module.state_dict().items():
@@ -315,7 +314,7 @@ def _is_detector(name: str) -> bool:
     return name.startswith(("detector.", "vision.detector."))
 
 
-def _check_detector(module: RelationModule, source: str, theirs: Sequence[str]) -> None:
+def _check_detector(module: SavedModule, source: str, theirs: Sequence[str]) -> None:
     """Raise InputError if the checkpoint's detector stays frozen and does not know all classes of the data."""
     options, new = module.options, [name for name in module.object_names if name not in theirs]
     if getattr(options, "detector_weights", None) is not None:
