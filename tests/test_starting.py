@@ -301,7 +301,13 @@ def test_a_frozen_detector_must_know_the_classes(tmp_path):
     frozen = SMALL_SGTR | {"detector_weights": source, "frozen": ["detector"]}
     with pytest.raises(ValueError, match="but .*detector.ckpt lacks extra object_names. Train the detector first"):
         made(SGTRModule(**frozen), more)
-    made(SGTRModule(**frozen), shuffled)
+    sgtr = saved(SGTRModule(**frozen), shuffled, tmp_path / "sgtr.ckpt")
+    start = SMALL_SGTR | {"start_from": str(tmp_path / "sgtr.ckpt")}
+    with pytest.raises(ValueError, match="start_from must be a detector of the data's object classes"):
+        made(SGTRModule(**start, frozen=["detector"]), more)
+    made(SGTRModule(**start), more)
+    again = made(SGTRModule(**start, frozen=["detector"]), shuffled).state_dict()
+    assert all(tensor.equal(again[name]) for name, tensor in sgtr.state_dict().items())
     trained = made(SGTRModule(**SMALL_SGTR, detector_weights=source), more)
     head = trained.detector.detr.class_labels_classifier.weight
     assert all(weight.equal(head) for weight in trained.network.entity_class.weight)
