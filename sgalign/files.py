@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +210,9 @@ def read_tensors(path: str | Path, what: str, classes: Sequence[tuple[type, str]
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises many kinds of exception for damaged files
+        note = (
+            "; objects other than tensors, numbers and text are refused" if isinstance(error, UnpicklingError) else ""
+        )
         raise InputError(
-            f"{path}: must be a {what}, but is not one or is cut short ({type(error).__name__})"
+            f"{path}: must be a {what}, but is not one or is cut short ({type(error).__name__}{note})"
         ) from error

@@ -113,7 +113,7 @@ def test_relations_of_an_id_that_occurs_twice_are_left_out(tmp_path):
         open_dataset(tmp_path, "test")
     dataset = open_dataset(tmp_path, "test", bad_rows="skip")
     assert len(dataset[1].labels) == 2 and not len(dataset[1].relations)
-    assert found(dataset, "left out") == {"relation of a refused object": 1}
+    assert found(dataset, "left out") == {"relation of an id that several annotations have": 1}
 
 
 def test_relations_of_a_refused_object_or_image_are_left_out(tmp_path):
@@ -142,3 +142,40 @@ def test_it_is_checked_and_converted(tmp_path, capsys):
     before, after = open_dataset(tmp_path / "in", "test"), open_dataset(tmp_path / "out", "test")
     for one, other in zip(before, after, strict=True):
         assert one.relations.tolist() == other.relations.tolist() and one.boxes.tolist() == other.boxes.tolist()
+
+
+def test_images_of_one_name_in_two_splits_are_not_overwritten(tmp_path, capsys):
+    for name, color in (("train", "red"), ("test", "blue")):
+        write(tmp_path / "in" / name / "_annotations.coco.json")
+        Image.new("RGB", (100, 80), color).save(tmp_path / "in" / name / "a.jpg")
+    assert cli.main(["make-dataset", str(tmp_path / "out"), "--source", str(tmp_path / "in")]) == 1
+    assert "must have different file names, got 'a.jpg' twice" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert cli.main(["make-dataset", str(tmp_path / "out"), "--source", str(tmp_path / "in"), "--no-images"]) == 0
+
+
+def test_splits_with_other_numbers_of_the_classes_are_not_converted(tmp_path, capsys):
+    write(tmp_path / "in" / "train.json")
+    write(tmp_path / "in" / "test.json", categories=[{"id": 2, "name": "cat"}, {"id": 1, "name": "hat"}])
+    assert cli.main(["make-dataset", str(tmp_path / "out"), "--source", str(tmp_path / "in")]) == 1
+    assert "object_names must be the same in all splits" in capsys.readouterr().err
+
+
+def test_relations_in_two_places_and_two_files_of_a_split_are_refused(tmp_path):
+    write(tmp_path / "a" / "test.json")
+    (tmp_path / "a" / "rel.json").write_text(json.dumps({"rel_categories": ["on"], "test": {}}))
+    with pytest.raises(ValueError, match="must have no rel_annotations, because .*rel.json has the relations"):
+        open_dataset(tmp_path / "a", "test")
+    write(tmp_path / "b" / "test.json")
+    write(tmp_path / "b" / "test" / "_annotations.coco.json")
+    with pytest.raises(ValueError, match="must have one file of the test split"):
+        open_dataset(tmp_path / "b", "test")
+
+
+def test_an_annotation_without_an_image_is_refused(tmp_path):
+    write(tmp_path / "test.json", annotations=[*ANNOTATIONS, {"id": 99, "category_id": 1, "bbox": [0, 0, 5, 5]}])
+    with pytest.raises(ValueError, match="annotations, row 4: must have an image_id"):
+        open_dataset(tmp_path, "test")
+    dataset = open_dataset(tmp_path, "test", bad_rows="skip")
+    assert [len(graph.relations) for graph in dataset] == [1, 1]
+    assert found(dataset, "refused") == {"annotation without an image": 1}

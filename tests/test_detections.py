@@ -178,8 +178,17 @@ def test_images_of_the_other_part_of_the_training_file_are_unknown(tmp_path):
     write(tmp_path / "train.json", {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]})
     write(tmp_path / "rel.json", {"rel_categories": ["on"], "train": {}})
     parts = [CocoDataset(tmp_path, part, validation_images=4) for part in ("train", "validation")]
-    assert [len(part.image_names) for part in parts] == [6, 4]
-    assert all(set(part.image_names.values()) == {graph.image_id for graph in part} for part in parts)
+    for part in parts:
+        names = {graph.image_id for graph in part}
+        assert {name for n in range(10) if (name := coco_ids(part).images.find("", str(n)))} == names
+
+
+def test_the_id_of_an_image_of_another_split_is_not_taken_as_a_file_name(tmp_path):
+    images = [{"id": i, "file_name": f"{9 - i}.jpg", "width": 60, "height": 50} for i in range(10)]
+    write(tmp_path / "train.json", {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]})
+    write(tmp_path / "rel.json", {"rel_categories": ["on"], "train": {}})
+    part = CocoDataset(tmp_path, "validation", validation_images=3, validation_choice="first")
+    assert [coco_ids(part).images.find("", str(n)) for n in range(10)] == ["9.jpg", "8.jpg", "7.jpg", *[None] * 7]
 
 
 # ---- use

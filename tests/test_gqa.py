@@ -199,3 +199,19 @@ def test_a_converted_folder_reads_back_equal(tmp_path):
             assert (one.image_id, one.width, one.height) == (other.image_id, other.width, other.height)
             torch.testing.assert_close(one.boxes, other.boxes)
             assert one.labels.equal(other.labels) and one.relations.equal(other.relations)
+
+
+@pytest.mark.parametrize("name", ["none", "background", "apple"])
+def test_names_that_other_layouts_use_for_the_background_are_classes(tmp_path, name):
+    objects = {"7": related(DOG | {"name": name}, name, "3"), "3": CAR}
+    dataset = GQADataset(write(tmp_path, train={"1": graph() | {"objects": objects}}), "train", validation_images=0)
+    (read,) = dataset
+    assert [dataset.object_names[label] for label in read.labels] == [name, "car"]
+    assert [dataset.predicate_names[row[2]] for row in read.relations] == [name]
+
+
+def test_a_file_in_two_places_is_refused(tmp_path):
+    write(tmp_path)
+    write(tmp_path, folder="sceneGraphs")
+    with pytest.raises(ValueError, match="must have one file train_sceneGraphs.json"):
+        GQADataset(tmp_path, "train")

@@ -16,6 +16,7 @@ from sgalign.commands import main as cli  # noqa: E402
 from sgalign.commands import make_dataset  # noqa: E402
 from sgalign.data import SceneGraph, ScenesDataset, VRDDataset, open_dataset  # noqa: E402
 from sgalign.data.coco import CocoDataset, write_coco  # noqa: E402
+from sgalign.data.open import annotation_files  # noqa: E402
 from sgalign.data.triplets import read_zero_shot_triplets  # noqa: E402
 from sgalign.data.vg150 import VG150Dataset  # noqa: E402
 
@@ -150,7 +151,7 @@ def test_make_dataset_leaves_nothing_behind_if_the_disk_is_full(tmp_path, capsys
 
 
 def test_a_folder_without_a_known_layout_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"known layout:\n  VRD: annotations_train.json"):
+    with pytest.raises(FileNotFoundError, match=r"known layout \(VRD: annotations_train.json"):
         open_dataset(tmp_path, "train")
 
 
@@ -441,3 +442,31 @@ def test_bad_coco_files_are_refused_by_name(folders, tmp_path, change, message):
     (root / "rel.json").write_text(json.dumps(relations))
     with pytest.raises(ValueError, match=message):
         CocoDataset(root, "test")
+
+
+# ---- all layouts
+
+
+FILES_OF_LAYOUTS = {
+    "VRD": ["annotations_train.json", "annotations_test.json", "objects.json", "predicates.json"],
+    "VG150": ["VG-SGG.h5", "VG-SGG-dicts.json", "image_data.json"],
+    "COCO with rel.json": ["train.json", "val.json", "test.json", "rel.json"],
+    "COCO in folders": ["train/_annotations.coco.json", "valid/_annotations.coco.json"],
+    "PSG": ["psg.json"],
+    "Open Images": [
+        "oidv6-train-annotations-vrd.csv",
+        "class-descriptions-boxable.csv",
+        "oidv6-relationship-triplets.csv",
+    ],
+    "Open Images in JSON": ["annotations/vrd-train-anno.json", "annotations/categories_dict.json"],
+    "GQA": ["sceneGraphs/train_sceneGraphs.json", "sceneGraphs/val_sceneGraphs.json"],
+}
+
+
+@pytest.mark.parametrize("files", FILES_OF_LAYOUTS.values(), ids=FILES_OF_LAYOUTS)
+def test_annotation_files_are_all_files_that_a_layout_reads(tmp_path, files):
+    """Studies recognize a data set by the content of these files."""
+    for name in [*files, "notes.txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert annotation_files(tmp_path) == sorted(tmp_path / name for name in files)

@@ -98,16 +98,34 @@ def test_sizes_come_from_the_image_files(tmp_path):
     assert [(graph.width, graph.height) for graph in dataset] == [(1024, 1024), (80, 60)]
     torch.testing.assert_close(dataset[1].boxes[0], torch.tensor([8.0, 12, 40, 45]))
     assert dataset[1].image().size == (80, 60)
-    unknown = "image of unknown size, read as 1024 x 1024 pixels"
+    unknown = "image of unknown size, taken as 1024 x 1024 pixels"
     assert found(dataset, "found") == {unknown: 1, "image without a file": 1}
     assert found(OpenImagesDataset(write(tmp_path / "bare"), "train"), "found") == {unknown: 1}
 
 
-def test_an_image_file_that_cannot_be_read_is_refused(tmp_path):
+def test_the_labels_of_an_image_file_that_cannot_be_read_are_kept(tmp_path):
     (write(tmp_path, train=[PLAYS, PLAYS.replace("aa", "bb")]) / "aa.jpg").write_text("no image")
-    with pytest.raises(ValueError, match=r"aa\.jpg: must be an image that can be read"):
-        OpenImagesDataset(tmp_path, "train")
-    assert [graph.image_id for graph in OpenImagesDataset(tmp_path, "train", bad_rows="skip")] == ["bb.jpg"]
+    dataset = OpenImagesDataset(tmp_path, "train")
+    assert [(graph.image_id, graph.width, len(graph.relations)) for graph in dataset] == [
+        ("aa.jpg", 1024, 1),
+        ("bb.jpg", 1024, 1),
+    ]
+    assert found(dataset, "found")["image that cannot be read, taken as 1024 x 1024 pixels"] == 1
+
+
+def test_the_images_of_a_split_are_first_searched_in_its_own_folder(tmp_path):
+    write(tmp_path, test=[PLAYS])
+    for folder, color in (("train", "red"), ("test", "blue")):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 6), color).save(tmp_path / folder / "aa.png")
+    colors = [OpenImagesDataset(tmp_path, split)[0].image().getpixel((0, 0)) for split in ("train", "test")]
+    assert colors == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_a_file_whose_last_line_has_no_end_is_named(tmp_path):
+    path = write(tmp_path) / "oidv6-train-annotations-vrd.csv"
+    path.write_text(path.read_text().rstrip("\n"))
+    assert found(OpenImagesDataset(tmp_path, "train"), "found")["last line without an end, which may be cut short"] == 1
 
 
 @pytest.mark.parametrize("prefix", ["", "oidv6-", "challenge-2019-"])

@@ -111,6 +111,19 @@ def test_classes_may_be_names(tmp_path, folder, dataset, graphs):
     assert evaluate(written(tmp_path / "p.json", content), folder, tmp_path) == 1
 
 
+def test_a_file_whose_triplets_were_cut_is_named(tmp_path, folder, graphs, caplog):
+    content = {}
+    for graph in graphs:
+        triplets = graph.relations[:1].tolist() * 3
+        content[graph.image_id] = {"boxes": graph.boxes.tolist(), "labels": graph.labels.tolist(), "triplets": triplets}
+        content[graph.image_id]["triplet_scores"] = [0.5] * len(triplets)
+    evaluate(written(tmp_path / "p.json", content), folder, tmp_path)
+    assert "most images have exactly 3 triplets, so recall at a larger K counts only 3" in caplog.text
+    caplog.clear()
+    evaluate(tmp_path / "p.json", folder, tmp_path, "--top-k", "2", "3")
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
 def test_graphs_of_predict_are_read(tmp_path, folder, dataset, graphs, suffix):
     described = [describe_annotations(graph, dataset.object_names, dataset.predicate_names) for graph in graphs]
@@ -136,6 +149,34 @@ def test_the_file_of_sgbench_counts_classes_from_0(tmp_path, folder, dataset, gr
     ]
     path = written(tmp_path / "p.json", {"version": 1, "images": images})
     assert evaluate(path, folder, tmp_path)["R@100"] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"categories": 5}, {"triplets": None}, {"bboxes": {}}],
+)
+def test_a_malformed_file_of_sgbench_is_refused(tmp_path, folder, change, capsys):
+    image = {"id": 1, "bboxes": [], "categories": [], "triplets": []} | change
+    path = written(tmp_path / "p.json", {"version": 1, "images": [image]})
+    assert evaluate(path, folder, tmp_path) == 1
+    assert "images, row 0: must have id, and the lists bboxes, categories, triplets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", [("0", "1000"), ("600", "0"), ("1000", "600"), ("-1", "5")])
+def test_impossible_sizes_are_refused(tmp_path, folder, graphs, sizes, capsys):
+    path = written(tmp_path / "p.json", {graphs[0].image_id: of_egtr(graphs[0])})
+    assert evaluate(path, folder, tmp_path, "--resized", *sizes) == 1
+    assert "resized must be the short and the long side" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["pred_boxes", "pred_classes", "obj_scores", "pred_rel_inds", "rel_scores"])
+@pytest.mark.parametrize("value", [3, {"a": 1}, [True, False], [[True, 1]], None], ids=str)
+def test_wrong_values_are_refused_in_one_sentence(tmp_path, folder, graphs, field, value, capsys):
+    graph = next(graph for graph in graphs if len(graph.relations))
+    path = written(tmp_path / "p.json", {graph.image_id: of_egtr(graph) | {field: value}})
+    assert evaluate(path, folder, tmp_path) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "damaged" not in error
 
 
 @pytest.mark.parametrize(
@@ -281,21 +322,30 @@ def box_list(request, monkeypatch):
     return make
 
 
-def write_results(path, box_list, graphs, *, clip=0.0, scale=1.0, legacy=False, info=True):
+def write_results(
+    path, box_list, graphs, *, clip=0.0, scale=1.0, legacy=False, info=True, permuted=False, half=False, change=None
+):
     size = lambda graph: (graph.width * scale, graph.height * scale)  # noqa: E731
     related = [graph for graph in graphs if len(graph.relations)]
-    truths = [box_list(graph.boxes - clip, (graph.width, graph.height), labels=graph.labels) for graph in related]
+    order = torch.arange(PREDICATES + 1)
+    order[1:] = order[1:].flip(0) if permuted else order[1:]
+    truths = []
+    for graph in related:
+        relations = torch.cat([graph.relations[:, :2], order[graph.relations[:, 2:]]], 1)
+        fields = {"labels": graph.labels, "relation_tuple": relations}
+        truths.append(box_list(graph.boxes - clip, (graph.width, graph.height), **fields))
     predictions = [
         box_list(
-            graph.boxes * scale - clip,
+            (graph.boxes * scale - clip).half() if half else graph.boxes * scale - clip,
             size(graph),
             pred_labels=graph.labels,
             pred_scores=torch.ones(len(graph.labels)),
             rel_pair_idxs=graph.relations[:, :2],
-            pred_rel_scores=scores_of(graph),
+            pred_rel_scores=scores_of(graph)[:, order],
         )
         for graph in related
     ]
+    vars(predictions[0]).update(change or {})
     content = {"groundtruths": truths, "predictions": predictions}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     if info:
@@ -321,10 +371,41 @@ def test_without_visual_info_the_images_are_in_the_order_of_the_data_set(tmp_pat
     info = [{"img_file": graph.image_id} for graph in reversed(graphs) if len(graph.relations)]
     written(tmp_path / "visual_info.json", info)
     assert evaluate(path, folder, tmp_path) == 1
-    assert "its annotated classes must be those of the data set" in capsys.readouterr().err
+    assert "its annotated boxes, classes and relations must be those of the data set" in capsys.readouterr().err
     written(tmp_path / "visual_info.json", info[1:])
     assert evaluate(path, folder, tmp_path) == 1
     assert "must have a prediction for each of the" in capsys.readouterr().err
+
+
+def test_predicates_in_another_order_are_refused(tmp_path, folder, graphs, box_list, capsys):
+    path = write_results(tmp_path / "eval_results.pytorch", box_list, graphs, permuted=True)
+    assert evaluate(path, folder, tmp_path) == 1
+    assert "or the classes are in another order" in capsys.readouterr().err
+
+
+def test_half_precision_is_read_and_resized_is_refused(tmp_path, folder, graphs, box_list, capsys):
+    path = write_results(tmp_path / "eval_results.pytorch", box_list, graphs, half=True, scale=0.5)
+    assert evaluate(path, folder, tmp_path)["R@100"] == 1
+    assert evaluate(path, folder, tmp_path, "--resized", "600", "1000") == 1
+    assert "--resized must be left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": (0, 0)},
+        {"size": None},
+        {"mode": "cxcywh"},
+        {"bbox": [1, 2]},
+        {"bbox": torch.zeros(4)},
+        {"extra_fields": {}},
+    ],
+    ids=str,
+)
+def test_malformed_boxes_of_results_are_refused(tmp_path, folder, graphs, box_list, change, capsys):
+    path = write_results(tmp_path / "eval_results.pytorch", box_list, graphs, change=change)
+    assert evaluate(path, folder, tmp_path) == 1
+    assert "must have boxes, size, pred_labels" in capsys.readouterr().err
 
 
 class Evil:

@@ -132,7 +132,26 @@ def test_relations_of_a_refused_object_are_left_out(tmp_path):
 
 def test_an_image_that_occurs_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match="image names must be unique, but 'val2017/9.jpg' occurs twice"):
-        open_dataset(write(tmp_path, [entry("9"), entry("9")]), "test")
+        open_dataset(write(tmp_path, [entry("9"), entry("9") | {"image_id": "8"}], test_ids=["8", "9"]), "test")
+
+
+@pytest.mark.parametrize("image_id", [None, True, 8.5, "9", 9])
+def test_the_id_of_an_image_must_be_its_own(tmp_path, image_id):
+    root = write(tmp_path, [entry("9"), entry("8") | {"image_id": image_id}])
+    with pytest.raises(ValueError, match="row 1: image_id must be a number or text that no other image has"):
+        open_dataset(root, "test")
+
+
+def test_ids_of_test_images_must_be_ids_and_unknown_ones_are_counted(tmp_path):
+    root = write(tmp_path, [entry("9"), entry("8")], test_ids=["9", "0008", 777])
+    assert found(open_dataset(root, "test"), "found") == {"id of a test image that no image has": 2}
+    with pytest.raises(ValueError, match=r"test_image_ids: got \[8\]"):
+        open_dataset(write(tmp_path, [entry("9")], test_ids=["9", [8]]), "test")
+
+
+def test_malformed_segments_are_ignored_like_all_masks(tmp_path):
+    root = write(tmp_path, [entry("9") | {"segments_info": 5}])
+    assert found(open_dataset(root, "test"), "left out") == {}
 
 
 @pytest.mark.parametrize("key", ["thing_classes", "stuff_classes", "predicate_classes", "test_image_ids", "data"])

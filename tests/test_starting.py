@@ -125,7 +125,7 @@ def test_classes_in_another_order_are_found_by_name(system, printed):
     for mine, other, numbers in zip(*both, shuffled.numbers.values(), strict=True):
         torch.testing.assert_close(mine[:, numbers], other)
     assert printed[-1] == f"start_from {path}: the classes have the same names"
-    assert "new:" not in printed[-2] and "without a place" not in printed[-2]
+    assert "new:" not in printed[-2] and "not used" not in printed[-2]
 
 
 def test_additional_classes_start_anew_and_are_named(system, printed):
@@ -160,8 +160,8 @@ def test_of_disjoint_classes_only_the_background_is_kept(tmp_path, printed):
         else:
             assert tensor.equal(scratch[name] if name == "frequency_bias.logits" else other)
     assert "new object classes: 16 of 16 (my " in printed[-1]
-    assert "predicates without a place: 20 of 20 (" in printed[-1]
-    assert "computed from the data: 3 (network.frequency_bias, relation_loss)" in printed[-2]
+    assert "predicates that are not used: 20 of 20 (" in printed[-1]
+    assert "computed anew: 3 (network.frequency_bias, relation_loss)" in printed[-2]
 
 
 def test_the_frequency_bias_comes_from_the_new_data(tmp_path):
@@ -210,7 +210,7 @@ def test_a_mirror_starts_anew_without_one_in_the_checkpoint_and_is_left_out_with
     theirs.trainer.save_checkpoint(tmp_path / "mirror.ckpt")
     own = {"start_from": str(tmp_path / "mirror.ckpt")}
     plain = saved(MotifsModule(**SMALL_MOTIFS, **own), scenes_with(), tmp_path / "plain.ckpt", seed=1)
-    assert "without a place: 2 (mirrored_head)" in printed[-2]
+    assert "not used: 2 (mirrored_head)" in printed[-2]
     again = AlignMotifsModule(**SMALL_MOTIFS, tied_head=tied, start_from=str(tmp_path / "plain.ckpt"))
     made(again, scenes_with())
     assert ("new: 2 (mirrored_head)" in printed[-2]) != tied

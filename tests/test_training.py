@@ -689,7 +689,7 @@ def test_configs_have_the_default_values_of_the_options():
         of_images = {"backbone", "min_size", "max_size", "head_dim", "detections_per_image", "detector_weights"}
         long_tail = {"predicate_weights", "predicate_weight_power", "effective_number_beta"}
         long_tail |= {"logit_adjustment", "logit_adjustment_test"}
-        others = {"learning_rate_images", "word_vectors"}
+        others = {"learning_rate_images", "word_vectors", "start_from"}
         assert defaults.keys() - spelled.keys() == of_images | long_tail | others
         assert config["trainer"]["max_epochs"] == compare.parser().get_default("epochs")
 
@@ -728,7 +728,7 @@ def test_missing_data_are_reported_in_one_sentence(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert cli.main(["compare", "--data", str(tmp_path / "nowhere")]) == 1
     error = capsys.readouterr().err
-    assert "must be a folder with annotations_train.json" in error and error.strip().count("\n") == 0
+    assert "must be a folder with a data set, but there is no such folder" in error and error.strip().count("\n") == 0
     assert not (tmp_path / "runs").exists()
 
 

@@ -80,7 +80,8 @@ def check(folder: str, predictions: Path | None = None, *, resized: tuple[int, i
             continue
         findings, annotations = dataset.findings, Annotations.of(dataset)
         graphs[split] = annotations.graphs
-        test = annotations if split == "test" else None
+        if split == "test":
+            test = annotations
         for kind in ("object_names", "predicate_names"):
             if names.setdefault(kind, getattr(dataset, kind)) != getattr(dataset, kind):
                 what = first_difference(names[kind], getattr(dataset, kind))

@@ -6,6 +6,7 @@ import argparse
 import csv
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from sgalign.data import SceneGraph, count_predicates, open_dataset, read_detect
 from sgalign.data.box_checks import PredictedBoxes
 from sgalign.data.detections import NOTHING, check_detections, coco_ids
 from sgalign.data.findings import counted, warn
-from sgalign.data.open import NO_TRAINING, splits_of
+from sgalign.data.open import NO_TRAINING, check_same_classes, splits_of
 from sgalign.data.prediction_reading import Annotations, PredictionFiles
 from sgalign.data.scene_graph import check_has_relations, check_range
 from sgalign.data.splits import SPLITS
@@ -79,8 +80,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--protocol",
         choices=(*PROTOCOLS, *(f"vrd-{task}" for task in VRD_TASKS), "open-images", "sgbench"),
-        help="task of the model (predcls, sgcls, sgdet, phrdet), or protocol of VRD's paper (vrd-*), of Open Images or "
-        "of the package SGBench",
+        help="what the model predicts (predcls, sgcls, sgdet, phrdet), or the protocol of VRD's paper (vrd-*), of Open "
+        "Images or of the package SGBench; required for predictions",
     )
     parser.add_argument(
         "--top-k",
@@ -106,12 +107,16 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave images without a prediction out of the mean, instead of giving them a recall of 0",
     )
-    parser.add_argument("--no-plus-one", action="store_true", help="take x2 - x1 as a box's width, not x2 - x1 + 1")
+    parser.add_argument(
+        "--no-plus-one",
+        action="store_true",
+        help="take x2 - x1 as a box's width, not x2 - x1 + 1; only for predcls, sgcls, sgdet and phrdet",
+    )
     parser.add_argument(
         "--strict-constraint",
         action="store_true",
-        help="count only the best triplet of each pair in metrics with the graph constraint, also if the predictions "
-        "are ranked triplets",
+        help="count only the first triplet of each pair in metrics with the graph constraint, also if the predictions "
+        "are ranked triplets; only for predcls, sgcls, sgdet and phrdet",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures to this file, one per line")
@@ -171,7 +176,7 @@ def evaluate_predictions(options: argparse.Namespace) -> dict[str, float]:
             f"{min(known)!r}, got {counted(len(unknown), 'other')}, such as {min(unknown)!r}"
         )
     metric = make_evaluator(options, dataset, graphs)
-    missing, boxes = 0, PredictedBoxes()
+    missing, boxes, lengths = 0, PredictedBoxes(), Counter[int]()
     for graph in graphs:
         prediction = predictions[graph.image_id] if graph.image_id in predictions.image_ids else None
         missing += prediction is None and len(graph.relations) > 0
@@ -180,12 +185,16 @@ def evaluate_predictions(options: argparse.Namespace) -> dict[str, float]:
             where = f"{read}, image {graph.image_id!r}: "
             check_range(where, "labels", prediction["labels"], 1, len(dataset.object_names) - 1)
             boxes.add(graph, prediction["boxes"])
+            lengths[len(prediction.get("triplets", ()))] += 1
     figures = {name: value.item() for name, value in metric.compute().items()}
     for cause in boxes.causes():
         warn(f"{read}: {cause}")
+    most = max(lengths, default=0)
+    if 0 < most < max(getattr(metric, "top_k", (100,))) and 2 * lengths[most] > lengths.total():
+        warn(f"{read}: most images have exactly {most} triplets, so recall at a larger K counts only {most}")
     if missing:
         result = "they are skipped" if options.skip_missing else "their recall is 0"
-        print(f"sgalign: {missing} images with relations have no prediction: {result}", file=sys.stderr)
+        print(f"sgalign: no prediction for {counted(missing, 'image with relations')}: {result}", file=sys.stderr)
     return figures
 
 
@@ -269,12 +278,7 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
     seen: list[SceneGraph] = sum(map(list, parts), [])
     if (len(others) < len(before) or (before and not seen)) and options.zero_shot is None:
         warn(f"{options.annotations}: {NO_TRAINING}")
-    for kind in ("object_names", "predicate_names"):
-        if any(getattr(part, kind) != getattr(dataset, kind) for part in parts):
-            raise InputError(
-                f"{options.annotations}: {kind} must be the same in all splits, but those of {options.split} differ "
-                f"from those of {' or '.join(others)}"
-            )
+    check_same_classes(options.annotations, {**dict(zip(others, parts, strict=True)), options.split: dataset})
     zero_shot = None
     if options.zero_shot is not None:
         zero_shot = read_zero_shot_triplets(options.zero_shot)
@@ -284,7 +288,7 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
     elif "train" in others and seen:
         zero_shot = zero_shot_triplets(seen, graphs)
         if not len(zero_shot):
-            warn(f"{options.annotations}: the {options.split} split has no zero-shot relations and no zero-shot recall")
+            warn(f"{options.annotations}: no zero-shot recall, as the {options.split} split has no zero-shot relations")
             zero_shot = None
     if options.protocol.startswith("vrd-"):
         task, per_pair = options.protocol.removeprefix("vrd-"), options.predicates_per_pair

@@ -15,8 +15,8 @@ import torch
 from sgalign.commands.reading_options import add_reading_options, reading_options
 from sgalign.data import SceneGraph, ScenesDataset, open_dataset
 from sgalign.data.coco import write_coco
-from sgalign.data.open import splits_of
-from sgalign.data.splits import SPLITS
+from sgalign.data.open import check_same_classes, splits_of
+from sgalign.data.splits import SPLITS, Split
 from sgalign.data.vg150 import write_vg150
 from sgalign.data.vrd import write_vrd
 from sgalign.errors import InputError
@@ -91,13 +91,14 @@ def main(arguments: Sequence[str]) -> int:
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         parser().error(f"out must be a new or an empty folder, got {options.out}")
     if options.source is None:
-        datasets: dict[str, Any] = {s: ScenesDataset(s, size=n) for s, n in zip(SPLITS, sizes)}
+        datasets: dict[Split, Any] = {s: ScenesDataset(s, size=n) for s, n in zip(SPLITS, sizes)}
     elif options.few is not None:
         test = open_dataset(options.source, "test", bad_rows=options.bad_rows)
         datasets = dict.fromkeys(SPLITS, few_photographs(test, options.source, options.few, options.long_side))
     else:
         splits, reading = splits_of(options.source), reading_options(options)
         datasets = {split: open_dataset(options.source, split, keep="everything", **reading) for split in splits}
+        check_same_classes(options.source, datasets)
     parts: dict[str, list[SceneGraph]] = {split: list(dataset) for split, dataset in datasets.items()}
     of_names = next(iter(datasets.values())) if options.few is None else test
     names = of_names.object_names, of_names.predicate_names

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from sgalign.data.findings import EXAMPLES, Findings
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.errors import InputError, shown
 
@@ -42,6 +44,30 @@ def are_beyond(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """
     outside = (boxes[:, :2] < -TOLERANCE) | (boxes[:, 2:] > sizes + TOLERANCE)
     return np.any(outside, axis=1)
+
+
+def check_boxes(
+    findings: Findings, names: Sequence[str], sizes: Sequence[tuple[int, int]], boxes: Sequence[np.ndarray], order: str
+) -> None:
+    """Record the boxes that reach beyond their images, and likely mistakes in their unit or order.
+
+    Args:
+        findings: the record.
+        names, sizes: name of each image, and its width and height in pixels.
+        boxes: boxes of each image as the file has them, float64 `[N, 4]`.
+        order: meaning of the four numbers, `CORNERS` or `EXTENTS`.
+    """
+    owners = np.repeat(np.arange(len(boxes)), [len(of_image) for of_image in boxes])
+    of_boxes = np.array(sizes, dtype=np.float64).reshape(-1, 2)[owners]
+    numbers = np.concatenate([*boxes, np.zeros((0, 4))])
+    ends = numbers[:, 2:] + (numbers[:, :2] if order == EXTENTS else 0)
+    beyond = are_beyond(np.concatenate([numbers[:, :2], ends], axis=1), of_boxes)
+    examples = [
+        f"image {names[owners[row]]!r} of {of_boxes[row].tolist()} pixels: {order} {numbers[row].tolist()}"
+        for row in np.flatnonzero(beyond)[:EXAMPLES]
+    ]
+    findings.add("found", "box beyond the image", examples, int(beyond.sum()))
+    findings.causes += likely_causes(beyond, of_boxes, numbers, order)
 
 
 def likely_causes(beyond: np.ndarray, sizes: np.ndarray, numbers: np.ndarray, order: str) -> list[str]:

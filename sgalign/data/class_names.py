@@ -36,20 +36,25 @@ class Classes(NamedTuple):
         number = self.numbers.get(id_text(class_id) or "")
         if number is None:
             ids = [known for known, number in self.numbers.items() if number]
-            some = f"{ids[0]} to {ids[-1]}" if len(ids) > 3 else ", ".join(ids)
+            first = whole_number(ids[0])
+            if len(ids) > 3 and first is not None and ids == [str(first + place) for place in range(len(ids))]:
+                some = f"{ids[0]} to {ids[-1]}"
+            else:
+                some = ", ".join(ids[:4]) + (", ..." if len(ids) > 4 else "")
             raise InputError(f"{where} must be the id of a class ({some}), got {class_id!r}")
         if number == 0:
             raise InputError(f"{where} must not be the background, got {class_id!r}")
         return number
 
 
-def read_classes(where: str, entries: Iterable[tuple[Any, Any]]) -> Classes:
+def read_classes(where: str, entries: Iterable[tuple[Any, Any]], *, has_background: bool = True) -> Classes:
     """Return the classes of a file. The background may be the first of them, under any of its usual names.
 
     Args:
         where: the file and field, for messages.
         entries: id and name of each class. A name may also be an object with the key `name`, and then its key `id`, if
             it has one, replaces the id.
+        has_background: False if the background is never among the classes, so every name stands for a class.
 
     Raises:
         ValueError: if there is no class, a name is not text or is empty, an id or a name occurs twice, or a class other
@@ -62,8 +67,9 @@ def read_classes(where: str, entries: Iterable[tuple[Any, Any]]) -> Classes:
         if len(set(values)) < len(values):
             twice = next(value for place, value in enumerate(values) if value in values[:place])
             raise InputError(f"{where}: every class must have its own {what}, but {twice!r} occurs twice; rename one")
-    first = 0 if named and is_background(named[0][1]) else 1
-    if wrong := [name for _, name in named[1 - first :] if is_background(name)]:
+    first = 0 if has_background and named and is_background(named[0][1]) else 1
+    wrong = [name for _, name in named[1 - first :] if name == BACKGROUND or (has_background and is_background(name))]
+    if wrong:
         raise InputError(
             f"{where}: the background must be the first class, but {wrong[0]!r} is not; move it there, or rename the "
             "class if it is not the background"

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sgalign.data.box_checks import EXTENTS, are_beyond, check_box, likely_causes
+from sgalign.data.box_checks import EXTENTS, check_box, check_boxes
 from sgalign.data.class_names import Classes, id_text, read_classes
-from sgalign.data.findings import EXAMPLES, BadRows, Findings
+from sgalign.data.findings import BadRows, Findings
 from sgalign.data.image_files import is_file
 from sgalign.data.images import Size, check_file_name, load_image, parse_size, save_image, writable_suffixes
 from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
@@ -87,6 +87,8 @@ class CocoDataset(SceneGraphDataset):
 
     object_classes: Classes
 
+    annotation_files = ("train.json", "val.json", "test.json", "rel.json", "*/_annotations.coco.json")
+
     def __init__(
         self,
         root: str | Path,
@@ -109,6 +111,8 @@ class CocoDataset(SceneGraphDataset):
         content = _check_object(self._path, read_json(self._path), kinds)
         # Relations inside of the file refer to the ids of annotations. Those in rel.json count annotations.
         self._by_id = not self._rel.exists()
+        if not self._by_id and content.get("rel_annotations"):
+            raise InputError(f"{self._path}: must have no rel_annotations, because {self._rel} has the relations, too")
         if self._by_id and "rel_annotations" not in content:
             raise InputError(f"{self._path}: must have rel_annotations, or a file rel.json in {self.root}")
         source = self._path if self._by_id else self._rel
@@ -133,20 +137,23 @@ class CocoDataset(SceneGraphDataset):
                 image.is_read = mark == (split == "validation")
             self._images = [image for image in self._images if image.is_read]
             if split == "validation":
-                self.findings.add("found", "image held out from train.json", count=len(self._images))
-        self.image_names = {key: image.name for key, image in images.items() if image is not None and image.is_read}
+                self.findings.add(
+                    "found", f"image held out from {self._path.relative_to(self.root)}", count=len(self._images)
+                )
+        self.image_names = {key: image.name for key, image in images.items() if image is not None}
         self._read_annotations(content["annotations"], images)
         if self._by_id:
             self._read_rel_annotations(relations["rel_annotations"], images)
         else:
             self._read_relations(relations[self._part], images)
         self._find_files()
-        self._check_boxes()
+        boxes = [np.array(image.boxes, dtype=np.float64).reshape(-1, 4) for image in self._images]
+        names, sizes = [image.name for image in self._images], [image.size for image in self._images]
+        check_boxes(self.findings, names, sizes, boxes, EXTENTS)
         self.findings.raise_or_log(bad_rows)
 
     @staticmethod
     def splits_in(root: Path) -> list[Split]:
-        """Return the splits for which a folder has files. There is none if the folder has another layout."""
         files = {split: _file(root, split) for split in SPLITS}
         files["validation"] = files["validation"] or files["train"]
         return [split for split, file in files.items() if file is not None]
@@ -216,9 +223,14 @@ class CocoDataset(SceneGraphDataset):
     def _read_annotations(self, rows: list[Any], images: Mapping[str, _Image | None]) -> None:
         # Image of each annotation by its id, and the annotation's place in the image. None for a refused image.
         self._owners: dict[str, tuple[_Image | None, int]] = {}
+        self._repeated: set[str] = set()  # ids of several annotations
         for number, row in enumerate(rows):
             where = f"{self._path}, annotations, row {number}"
             image_id = id_text(row.get("image_id")) if isinstance(row, dict) else None
+            if image_id is None and self._by_id:
+                got = f"must have an image_id, an integer or text, got {shown(row)}"
+                self.findings.refuse("annotation without an image", f"{where}: {got}")
+                continue
             if image_id is None:
                 # Relations count the annotations of an image. Without this one, they would point to other objects.
                 raise InputError(f"{where}: must have an image_id, an integer or text, got {shown(row)}")
@@ -246,7 +258,8 @@ class CocoDataset(SceneGraphDataset):
                 if row.get("iscrowd"):
                     self.findings.add("found", "annotation of a crowd, read as one object", where)
             image.places.append(place)
-        if unknown := [f for f in self.findings.with_outcome("refused") if f.kind == "annotation of an unknown image"]:
+        unknown = [f for f in self.findings.with_outcome("refused") if f.kind == "annotation of an unknown image"]
+        if unknown and not self._by_id:
             self.findings.causes.append(
                 f"{unknown[0]} may belong to a known one. Relations of that image then point to other objects"
             )
@@ -256,9 +269,11 @@ class CocoDataset(SceneGraphDataset):
         annotation_id = id_text(value)
         if not self._by_id or annotation_id is None:
             return False
-        repeats = annotation_id in self._owners
+        if annotation_id in self._owners:
+            self._repeated.add(annotation_id)
+            return True
         self._owners[annotation_id] = image, 0 if image is None else len(image.places)
-        return repeats
+        return False
 
     def _parse_annotation(self, where: str, row: Any) -> tuple[list[float], int]:
         if not isinstance(row, dict) or not row.keys() >= set(_ANNOTATION_FIELDS):
@@ -303,6 +318,9 @@ class CocoDataset(SceneGraphDataset):
                 got = f"subject_id and object_id must be ids of annotations, got {missing[0]!r}"
                 self.findings.refuse("relation to a missing object", f"{where}: {got}")
                 continue
+            if not self._repeated.isdisjoint(ids):
+                self.findings.add("left out", "relation of an id that several annotations have", where)
+                continue
             (image, subject), (other, object_) = (self._owners[annotation_id] for annotation_id in ids)
             if "image_id" in row and images.get(id_text(row["image_id"]) or "") is not image:
                 got = f"image_id must be that of its objects, got {shown(row)}"
@@ -343,25 +361,14 @@ class CocoDataset(SceneGraphDataset):
         else:
             image.relations.append((subject, object_, predicate))
 
-    def _check_boxes(self) -> None:
-        numbers = np.array([box for image in self._images for box in image.boxes], dtype=np.float64).reshape(-1, 4)
-        counts = [len(image.boxes) for image in self._images]
-        owner = np.repeat(np.arange(len(counts)), counts)
-        sizes = np.array([image.size for image in self._images], dtype=np.float64).reshape(-1, 2)[owner]
-
-        beyond = are_beyond(np.concatenate([numbers[:, :2], numbers[:, :2] + numbers[:, 2:]], axis=1), sizes)
-        examples = [
-            f"image {self._images[owner[row]].name!r} of {sizes[row].tolist()} pixels: bbox {numbers[row].tolist()}"
-            for row in np.flatnonzero(beyond)[:EXAMPLES]
-        ]
-        self.findings.add("found", "box beyond the image", examples, int(beyond.sum()))
-        self.findings.causes += likely_causes(beyond, sizes, numbers, EXTENTS)
-
 
 def _file(root: Path, split: Split) -> Path | None:
     """Return the path of a split's file, or None if there is none."""
     paths = [root / f"{FILES[split]}.json", *(root / name / "_annotations.coco.json" for name in FOLDERS[split])]
-    return next((path for path in paths if path.exists()), None)
+    found = [path for path in paths if path.exists()]
+    if len(found) > 1:
+        raise InputError(f"{root}: must have one file of the {split} split, but has {' and '.join(map(str, found))}")
+    return found[0] if found else None
 
 
 def _check_object(path: Path, content: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
@@ -395,12 +402,13 @@ def write_coco(
             and the suffix determines the format. Other ids get the suffix .jpg, and an underscore for each slash.
 
     Raises:
-        ValueError: if two images of a split would have the same file name.
+        ValueError: if two images of a split would have the same file name, or two different images of two splits.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     categories = [{"id": index, "name": name} for index, name in enumerate(object_names)][1:]
     relations: dict[str, Any] = {"rel_categories": predicate_names}
+    saved: dict[str, SceneGraph] = {}
     for part, graphs in parts.items():
         content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
         names = set[str]()
@@ -412,7 +420,9 @@ def write_coco(
             if name in names:
                 raise InputError(f"image ids must give different file names, but {name!r} occurs twice in {part}")
             names.add(name)
-            if images:
+            if images and graph.image is not None:
+                if saved.setdefault(name, graph) is not graph:
+                    raise InputError(f"images of different splits must have different file names, got {name!r} twice")
                 save_image(graph, root / "images" / name)
             size = {"width": graph.width, "height": graph.height}
             content["images"].append({"id": number, "file_name": name} | size)

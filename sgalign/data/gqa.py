@@ -11,7 +11,7 @@ from sgalign.data.class_names import Classes, read_classes
 from sgalign.data.findings import BadRows, Findings
 from sgalign.data.image_files import ImageFiles
 from sgalign.data.records import Record, RecordDataset
-from sgalign.data.splits import Split, ValidationChoice, check_split, in_split, split_file, split_files, splits_from
+from sgalign.data.splits import Split, ValidationChoice, in_split, split_file, split_files, splits_from
 from sgalign.errors import InputError, shown
 from sgalign.files import read_json
 
@@ -51,6 +51,8 @@ class GQADataset(RecordDataset):
 
     box_format = EXTENTS
 
+    annotation_files = ("*_sceneGraphs.json", f"{_FOLDER}/*_sceneGraphs.json")
+
     def __init__(
         self,
         root: str | Path,
@@ -60,7 +62,6 @@ class GQADataset(RecordDataset):
         validation_choice: ValidationChoice = "hash",
         bad_rows: BadRows = "error",
     ) -> None:
-        check_split(split)
         self.root = Path(root)
         files = _graph_files(self.root)
         path = split_file(self.root, files, split, validation_images, validation_choice)
@@ -79,7 +80,6 @@ class GQADataset(RecordDataset):
 
     @staticmethod
     def splits_in(root: Path) -> list[Split]:
-        """Return the splits for which a folder has files. There is none if the folder has another layout."""
         return splits_from(_graph_files(root))
 
 
@@ -114,7 +114,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _classes(where: str, names: Iterable[str]) -> Classes:
-    return read_classes(where, ((name, name) for name in sorted(names)))
+    return read_classes(where, ((name, name) for name in sorted(names)), has_background=False)
 
 
 def _records(path: Path, graphs: Mapping[str, Any], findings: Findings) -> Iterator[Record]:
@@ -135,7 +135,7 @@ def _records(path: Path, graphs: Mapping[str, Any], findings: Findings) -> Itera
         ]
         annotated = [_object(entry) for entry in objects.values()]
         attributes = [entry.get("attributes") for entry in objects.values() if isinstance(entry, dict)]
-        count = sum(len(values) for values in attributes if isinstance(values, list))
+        count = sum(len(values) if isinstance(values, list) else 1 for values in attributes if values)
         findings.add("left out", "attribute of an object", count=count)
         size = graph.get("width"), graph.get("height")
         yield Record(where, _file_name(image_id), size, annotated, relations)

@@ -30,6 +30,11 @@ class ImageFiles:
                 if Path(name).suffix.lower() in image_suffixes():
                     self._by_stem.setdefault(Path(name).stem, path)
 
+    @property
+    def has_images(self) -> bool:
+        """True if there is an image file directly in one of the folders."""
+        return bool(self._by_stem)
+
     def find(self, name: str) -> Path | None:
         """Return the path of an image file, or None if there is none."""
         wanted = Path(name)

@@ -42,8 +42,9 @@ class ImageIds:
         """
         if given in self._known:
             return given
-        if (named := self._image_names.get(given)) in self._known:
-            return named
+        if given in self._image_names:  # it may be the id of an image of another split
+            named = self._image_names[given]
+            return named if named in self._known else None
         for part in (Path(given).name, Path(given).stem):
             if len(found := self._by_part.get(part, [])) > 1:
                 raise InputError(f"{where} must name one image, but {given!r} fits {found[0]!r} and {found[1]!r}")

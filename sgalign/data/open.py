@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sgalign.data.class_names import first_difference
 from sgalign.data.coco import CocoDataset
 from sgalign.data.findings import BadRows
 from sgalign.data.gqa import GQADataset
@@ -72,11 +74,36 @@ def splits_of(root: str | Path) -> list[Split]:
     return splits
 
 
+def check_same_classes(root: str | Path, datasets: Mapping[Split, Any]) -> None:
+    """Raise InputError unless the splits of a data set have the same classes and predicates in the same order."""
+    for kind in ("object_names", "predicate_names"):
+        of_split = {split: getattr(dataset, kind) for split, dataset in datasets.items()}
+        first, names = next(iter(of_split.items()))
+        for split, others in of_split.items():
+            if others != names:
+                what = first_difference(names, others)
+                raise InputError(
+                    f"{root}: {kind} must be the same in all splits, but compared with {first}, in {split} {what}"
+                )
+
+
+def annotation_files(root: str | Path) -> list[Path]:
+    """Return the files of a data set folder that its annotations are read from, sorted.
+
+    Raises:
+        FileNotFoundError: as in `open_dataset`.
+    """
+    root = Path(root)
+    return sorted({path for pattern in _layout(root).annotation_files for path in root.glob(pattern)})
+
+
 def _layout(root: Path) -> type[Any]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: must be a folder with a data set, but there is no such folder")
     found = {name: kind for name, (kind, _) in LAYOUTS.items() if kind.splits_in(root)}
     if not found:
-        files = "\n".join(f"  {name}: {files}" for name, (_, files) in LAYOUTS.items())
-        raise FileNotFoundError(f"{root}: must be a folder with the files of a known layout:\n{files}")
+        files = "; ".join(f"{name}: {files}" for name, (_, files) in LAYOUTS.items())
+        raise FileNotFoundError(f"{root}: must be a folder with the files of a known layout ({files})")
     if len(found) > 1:
         raise InputError(f"{root}: must be a folder with the files of one layout, but has those of {', '.join(found)}")
     return next(iter(found.values()))

@@ -9,9 +9,10 @@ from typing import Any
 from sgalign.data.class_names import Classes, read_classes
 from sgalign.data.findings import BadRows, Findings
 from sgalign.data.image_files import ImageFiles
+from sgalign.data.images import image_suffixes
 from sgalign.data.open_images_csv import Relationships, csv_files, read_class_descriptions, read_predicates
 from sgalign.data.records import Record, RecordDataset
-from sgalign.data.splits import Split, ValidationChoice, check_split, in_split, split_file, split_files, splits_from
+from sgalign.data.splits import SPLITS, Split, ValidationChoice, in_split, split_file, split_files, splits_from
 from sgalign.errors import InputError, shown
 from sgalign.files import read_json
 
@@ -63,6 +64,11 @@ class OpenImagesDataset(RecordDataset):
             line or row.
     """
 
+    annotation_files = (
+        *("*-vrd.csv", "*class-descriptions*.csv", "*relationship-triplets*.csv"),
+        *(f"{place}{name}" for place in ("", f"{_FOLDER}/") for name in ("vrd-*-anno.json", "categories_dict.json")),
+    )
+
     def __init__(
         self,
         root: str | Path,
@@ -72,7 +78,6 @@ class OpenImagesDataset(RecordDataset):
         validation_choice: ValidationChoice = "hash",
         bad_rows: BadRows = "error",
     ) -> None:
-        check_split(split)
         self.root = Path(root)
         tables, lists = csv_files(self.root), _json_files(self.root)
         if tables and lists:
@@ -81,7 +86,8 @@ class OpenImagesDataset(RecordDataset):
         files = tables or lists
         path = split_file(self.root, files, split, validation_images, validation_choice)
         self.findings = Findings(f"{path}, {split}")
-        self._files = ImageFiles([self.root / name for name in ("images", "train", "validation", "test", "")])
+        folders = dict.fromkeys((split, "images", *SPLITS, ""))  # the split's own folder comes first
+        self._files = ImageFiles([self.root / name for name in folders])
         rows: Relationships | _Entries
         if tables:
             self.object_classes, self._predicates = (
@@ -97,7 +103,6 @@ class OpenImagesDataset(RecordDataset):
 
     @staticmethod
     def splits_in(root: Path) -> list[Split]:
-        """Return the splits for which a folder has files. There is none if the folder has another layout."""
         return splits_from(csv_files(root) | _json_files(root))
 
 
@@ -121,7 +126,8 @@ class _Entries:
                 must = f"must have the text img_fn and the lists {', '.join(_LISTS)}, with 2 numbers in img_size"
                 got = f"{must} and as many det_labels as boxes, got {shown(row)}"
                 findings.refuse("image with a malformed entry", f"{where}: {got}")
-        self.names = [f"{row['img_fn']}.jpg" for _, row in self._rows]
+        names = [row["img_fn"] for _, row in self._rows]
+        self.names = [name if Path(name).suffix.lower() in image_suffixes() else f"{name}.jpg" for name in names]
 
     def records(self, wanted: Sequence[bool], files: ImageFiles) -> Iterator[Record]:
         for (where, row), name, is_wanted in zip(self._rows, self.names, wanted, strict=True):

@@ -19,10 +19,11 @@ from sgalign.errors import InputError, shown
 
 ATTRIBUTE = "is"  # label of the rows that say an attribute of one object, such as "table is wooden"
 UNKNOWN_SIZE = (1024, 1024)  # Open Images' files have no sizes
+_PIXELS = f"{UNKNOWN_SIZE[0]} x {UNKNOWN_SIZE[1]} pixels"
 DESCRIPTIONS = "class-descriptions-boxable.csv"
 _BOXES = [["XMin1", "YMin1", "XMax1", "YMax1"], ["XMin2", "YMin2", "XMax2", "YMax2"]]
 _COLUMNS = ["ImageID", "RelationshipLabel", "LabelName1", *_BOXES[0], "LabelName2", *_BOXES[1]]
-_HEADERS = (["LabelName", "DisplayName"], ["id", "name"])  # older files of class descriptions have no header
+_HEADERS = {"labelname", "id", "mid"}  # first words of a header; older files of class descriptions have no header
 _WIDTH = 12  # numbers that are kept of a row: image, predicate, and twice the class with its box
 
 
@@ -33,7 +34,7 @@ def csv_files(root: Path) -> dict[Split, Path]:
         ValueError: if a split has several files.
     """
     files: dict[Split, Path] = {}
-    for path in sorted(root.glob("*-vrd.csv")):
+    for path in _found(root, "*-vrd.csv"):
         for split in SPLITS:
             if split in path.name.split("-"):
                 if split in files:
@@ -49,7 +50,7 @@ def read_class_descriptions(root: Path) -> Classes:
         FileNotFoundError: if there is no such file.
         ValueError: if there are several, or if a row is malformed.
     """
-    paths = sorted(root.glob("*class-descriptions*.csv"))
+    paths = _found(root, "*class-descriptions*.csv")
     paths = [path for path in paths if "boxable" in path.name] or paths
     if not paths:
         raise FileNotFoundError(
@@ -62,7 +63,7 @@ def read_class_descriptions(root: Path) -> Classes:
     for line, row in _rows(paths[0]):
         if len(row) != 2:
             raise InputError(f"{paths[0]}, line {line}: must have the id and the name of a class, got {shown(row)}")
-        if row not in _HEADERS:
+        if line > 1 or row[0].lower() not in _HEADERS:
             entries.append((row[0], row[1]))
     return read_classes(str(paths[0]), entries)
 
@@ -72,10 +73,10 @@ def read_predicates(root: Path, files: Iterable[Path]) -> Classes:
 
     All splits of a folder therefore number them in the same way.
     """
-    paths = sorted(root.glob("*relationship-triplets*.csv")) or sorted(files)
+    paths = _found(root, "*relationship-triplets*.csv") or sorted(files)
     labels = {values[0] for path in paths for _, values in _values(path, ["RelationshipLabel"]) if values is not None}
     where = ", ".join(map(str, paths))
-    return read_classes(where, ((label, label) for label in sorted(labels - {ATTRIBUTE, ""})))
+    return read_classes(where, ((label, label) for label in sorted(labels - {ATTRIBUTE, ""})), has_background=False)
 
 
 class Relationships:
@@ -102,6 +103,8 @@ class Relationships:
             except InputError as error:
                 findings.refuse("relation with a malformed row", str(error))
         self.names = [f"{image_id}.jpg" for image_id in images]
+        if not path.read_bytes()[-1:] == b"\n":
+            findings.add("found", "last line without an end, which may be cut short", str(path))
         self._rows = np.frombuffer(numbers).reshape(-1, _WIDTH)
 
     def records(self, wanted: Sequence[bool], files: ImageFiles) -> Iterator[Record]:
@@ -110,8 +113,8 @@ class Relationships:
         ends = np.searchsorted(self._rows[order, 0], np.arange(1, len(self.names) + 1))
         start = 0
         for name, is_wanted, end in zip(self.names, wanted, ends, strict=True):
-            if is_wanted and (size := self._size(name, files)) is not None:
-                yield self._record(name, size, self._rows[order[start:end]].tolist())
+            if is_wanted:
+                yield self._record(name, self._size(name, files), self._rows[order[start:end]].tolist())
             start = end
 
     def _parse(self, where: str, values: Sequence[str]) -> list[float]:
@@ -133,18 +136,17 @@ class Relationships:
             raise InputError(f"{where}: its box XMin, YMin, XMax, YMax must have a width and a height, got {box}")
         return [_number(self._objects, f"{where}: LabelName", label), *box]
 
-    def _size(self, name: str, files: ImageFiles) -> Size | None:
-        """Return the size of an image in pixels, or None if its file cannot be read."""
+    def _size(self, name: str, files: ImageFiles) -> Size:
+        """Return the size of an image in pixels."""
         path = files.find(name)
         if path is None:
-            kind = f"image of unknown size, read as {UNKNOWN_SIZE[0]} x {UNKNOWN_SIZE[1]} pixels"
-            self._findings.add("found", kind, f"{name}: there is no image file")
+            self._findings.add("found", f"image of unknown size, taken as {_PIXELS}", f"{name}: there is no image file")
             return UNKNOWN_SIZE
         try:
             return image_size(path)
         except InputError as error:
-            self._findings.refuse("image that cannot be read", str(error))
-            return None
+            self._findings.add("found", f"image that cannot be read, taken as {_PIXELS}", str(error))
+            return UNKNOWN_SIZE
 
     def _record(self, name: str, size: Size, rows: Sequence[Sequence[float]]) -> Record:
         objects: dict[tuple[float, ...], int] = {}
@@ -161,6 +163,11 @@ class Relationships:
             for label, x1, y1, x2, y2 in objects
         ]
         return Record(f"{self._path}, image {name!r}", name, size, boxes, relations)
+
+
+def _found(root: Path, pattern: str) -> list[Path]:
+    """Return the files of a pattern, without hidden ones, which macOS adds to archives."""
+    return sorted(path for path in root.glob(pattern) if not path.name.startswith("."))
 
 
 def _number(classes: Classes, where: str, class_id: str) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+import h5py
+import numpy as np
 from torch import Tensor
 
 from sgalign.errors import InputError, shown
@@ -105,8 +106,12 @@ def _of_ends(where: str, image: Mapping[str, Any]) -> dict[str, Any]:
         if any(part is None for part in parts):
             wanted = " and ".join(f"{end}_{others[0]}" for end in _ENDS)
             raise InputError(f"{where}: must have {wanted} beside sub_boxes, got only {', '.join(image)}")
-        fields[field] = [*_listed(parts[0]), *_listed(parts[1])]
-    count = len(_listed(image["sub_boxes"]))
+        lists = [_listed(where, f"{end}_{others[0]}", part) for end, part in zip(_ENDS, parts, strict=True)]
+        if len(lists[0]) != len(lists[1]):
+            got = f"{len(lists[0])} of subjects and {len(lists[1])} of objects"
+            raise InputError(f"{where}: subjects and objects must have as many {field}, got {got}")
+        fields[field] = lists[0] + lists[1]
+    count = len(_listed(where, "sub_boxes", image["sub_boxes"]))
     fields["pairs"] = [[number, count + number] for number in range(count)]
     return fields | {name: image[name] for name in ("rel_scores", "rel_labels", "predicate_scores") if name in image}
 
@@ -115,11 +120,12 @@ def _of_relation_scores(
     where: str, image: Mapping[str, Any], fields: Mapping[str, Any], num_predicates: int
 ) -> dict[str, Any]:
     """Return `predicate_scores`, or `triplets` with their scores, from `rel_scores`."""
-    scores, pairs = _listed(image["rel_scores"]), _listed(fields.get("pairs", []))
+    scores = _listed(where, "rel_scores", image["rel_scores"])
     if all(isinstance(row, (list, tuple)) for row in scores):
         # Systems that do not score the background have a column less.
         return {"predicate_scores": [[0, *row] if len(row) == num_predicates else row for row in scores]}
-    predicates, objects = _listed(image.get("rel_labels")), _listed(fields.get("scores"))
+    given = {"pairs": fields.get("pairs"), "rel_labels": image.get("rel_labels"), "scores": fields.get("scores")}
+    pairs, predicates, objects = (_listed(where, field, values) for field, values in given.items())
     if len({len(scores), len(pairs), len(predicates)}) > 1:
         lengths = f"{len(scores)} rel_scores, {len(predicates)} rel_labels and {len(pairs)} pairs"
         raise InputError(f"{where}: rel_scores must have one number and one of rel_labels per pair, got {lengths}")
@@ -133,11 +139,11 @@ def _of_relation_scores(
     return {"triplets": [triplet for _, triplet in ranked], "triplet_scores": [score for score, _ in ranked]}
 
 
-def _listed(values: Any) -> list[Any]:
-    """Return a list of plain values from a list, a tensor, an array or an HDF5 data set."""
-    if values is None:
-        return []
-    if isinstance(values, (list, tuple)):
-        return list(values)
-    plain = values.tolist() if isinstance(values, Tensor) else torch.as_tensor(values[()]).tolist()
-    return plain if isinstance(plain, list) else [plain]
+def _listed(where: str, field: str, values: Any) -> list[Any]:
+    """Return a list of plain values from a list, a tensor or an HDF5 data set."""
+    if isinstance(values, h5py.Dataset):
+        values = values[()]
+    plain = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
+    if not isinstance(plain, list):
+        raise InputError(f"{where}: {field} must be a list, got {shown(values)}")
+    return plain

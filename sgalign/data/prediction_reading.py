@@ -17,13 +17,13 @@ from sgalign.data.graph_lines import is_graph_lines, read_graph_lines
 from sgalign.data.image_ids import ImageIds
 from sgalign.data.images import Size
 from sgalign.data.prediction_fields import standard_fields
-from sgalign.data.predictions import FIELDS, image_groups
+from sgalign.data.predictions import FIELDS, image_groups, prediction_ids
 from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
 from sgalign.data.sgb_results import is_results, read_custom, read_results
 from sgalign.errors import InputError, shown
 from sgalign.files import HDF5_DAMAGE, read_json
 
-WRITTEN = "docs/evaluation.md lists the files that are read"
+SEE = "docs/evaluation.md lists the files that are read"
 ID_KEYS = ("image_id", "file_name", "id")
 
 
@@ -70,6 +70,8 @@ class Predictions:
 
     def __init__(self, path: str | Path, annotations: Annotations, *, resized: tuple[int, int] | None = None) -> None:
         self.path, self.annotations, self.resized = Path(path), annotations, resized
+        if resized is not None and not 1 <= resized[0] <= resized[1]:
+            raise InputError(f"resized must be the short and the long side, each at least 1, got {list(resized)}")
         # An empty JSON list has no second dimension. `_typed` adds it from these widths.
         predicates = len(annotations.predicate_names)
         self._widths = {"boxes": 4, "pairs": 2, "predicate_scores": predicates, "triplets": 3}
@@ -87,27 +89,27 @@ class Predictions:
     def _opened(self) -> Mapping[str, Any]:
         """Return the fields of each image by its name in the file."""
         if h5py.is_hdf5(self.path):
-            try:
-                file = h5py.File(self.path, "r")
-                list(image_groups(file))
-                return file
-            except HDF5_DAMAGE as error:
-                raise InputError(
-                    f"{self.path}: must be a complete HDF5 file, but is cut short or damaged ({error})"
-                ) from error
+            prediction_ids(self.path)  # raises an error if the file is damaged
+            return h5py.File(self.path, "r")
+        own_size = is_results(self.path) or is_graph_lines(self.path)
+        if own_size and self.resized is not None:
+            raise InputError(
+                f"{self.path}: --resized must be left out, because such a file has boxes of the original images"
+            )
         if is_results(self.path):
             return read_results(self.path, self.annotations.graphs)
         if is_graph_lines(self.path):
             return self._by_name([line.graph for line in read_graph_lines(self.path)])
-        content = read_json(self.path, WRITTEN)
+        content = read_json(self.path, SEE)
         if isinstance(content, dict) and isinstance(content.get("images"), list):
-            return self._by_name([_of_sgbench(image) for image in content["images"]])
+            rows = enumerate(content["images"])
+            return self._by_name([_of_sgbench(f"{self.path}, images, row {number}", row) for number, row in rows])
         if isinstance(content, list):
             return self._by_name(content)
         if not isinstance(content, dict):
             raise InputError(
                 f"{self.path}: must be a JSON object with image ids as keys, or a list of images, got "
-                f"{type(content).__name__}; {WRITTEN}"
+                f"{type(content).__name__}; {SEE}"
             )
         if content and all(isinstance(image, dict) and "bbox_labels" in image for image in content.values()):
             if self.resized is None:
@@ -123,11 +125,11 @@ class Predictions:
         if images and isinstance(images[0], dict) and images[0].keys() >= {"category_id", "bbox", "score"}:
             raise InputError(f"{self.path}: must have relations, but has COCO results; pass it with --detections")
         for number, image in enumerate(images):
-            given = [image[key] for key in ID_KEYS if key in image] if isinstance(image, dict) else []
+            given = [image[key] for key in ID_KEYS if image.get(key) is not None] if isinstance(image, dict) else []
             if not given or (name := id_text(given[0])) is None:
                 raise InputError(
                     f"{self.path}, row {number}: must have {', '.join(ID_KEYS[:-1])} or {ID_KEYS[-1]}, a number or "
-                    f"text, got {shown(image)}; {WRITTEN}"
+                    f"text, got {shown(image)}; {SEE}"
                 )
             if name in by_name:
                 raise InputError(f"{self.path}, row {number}: every image must occur once, but {name!r} occurs twice")
@@ -141,9 +143,9 @@ class Predictions:
             image = self._images[self._keys[image_id]]
             names = self.annotations.object_names, self.annotations.predicate_names
             given = standard_fields(where, image, names) if isinstance(image, Mapping) else None
+        except InputError:
+            raise
         except HDF5_DAMAGE as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"{where}: is damaged ({error})") from error
         if given is None:
             raise InputError(f"{where}: must have fields such as boxes and labels, got {type(image).__name__}")
@@ -168,6 +170,9 @@ class Predictions:
         if value.is_complex():
             raise InputError(f"{where}: {field} must be real numbers, got {value.dtype}")
         value = value.long() if whole else value if value.is_floating_point() else value.float()
+        if field == "labels" and value.numel() and value.min() < 1:
+            got = f"got {value.min().item()}; add 1 if the system counts classes from 0"
+            raise InputError(f"{where}: labels must be at least 1, {got}")
         return value.reshape(0, self._widths[field]) if field in self._widths and value.shape == (0,) else value
 
 
@@ -199,13 +204,14 @@ class PredictionFiles:
         return self._file_of[image_id][image_id]
 
 
-def _of_sgbench(image: Any) -> Any:
+def _of_sgbench(where: str, image: Any) -> Any:
     """Return an image of sgbench's file. Its classes count from 0, and its triplets have no scores but their order."""
-    if not isinstance(image, dict) or not image.keys() >= {"id", "bboxes", "categories", "triplets"}:
-        return image
+    keys = ("bboxes", "categories", "triplets")
+    if not isinstance(image, dict) or not all(isinstance(image.get(key), list) for key in keys):
+        raise InputError(f"{where}: must have id, and the lists {', '.join(keys)}, got {shown(image)}")
     triplets = image["triplets"]
     return {
-        "id": image["id"],
+        "id": image.get("id"),
         "boxes": image["bboxes"],
         "labels": [label + 1 if type(label) is int else label for label in image["categories"]],
         "triplets": [[*row[:2], row[2] + 1] if _is_triplet(row) else row for row in triplets],
@@ -231,7 +237,16 @@ def _read(values: Any, fractions: bool) -> Tensor:
         return torch.as_tensor(array.astype(np.float64 if wide else array.dtype.newbyteorder("="), copy=False))
     if isinstance(values, Tensor):
         return values
+    if _has_truth(values):
+        raise TypeError("it has true or false")
     return torch.as_tensor(values, dtype=torch.float64 if fractions else None)
+
+
+def _has_truth(values: Any) -> bool:
+    """Return True if lists contain True or False, which torch would read as 1 and 0 among numbers."""
+    if isinstance(values, (list, tuple)):
+        return any(map(_has_truth, values))
+    return isinstance(values, bool)
 
 
 def _at_original_size(where: str, boxes: Tensor, size: Size, resized: tuple[int, int]) -> Tensor:

@@ -49,6 +49,8 @@ class PSGDataset(RecordDataset):
         ValueError: if the file is malformed. The error names the file and the row.
     """
 
+    annotation_files = FILES
+
     def __init__(
         self,
         root: str | Path,
@@ -68,8 +70,8 @@ class PSGDataset(RecordDataset):
         self._files = ImageFiles([self.root, self.root / "coco", self.root / "images", self.root.parent / "coco"])
         self.findings = Findings(f"{self._path}, {split}")
         rows = self._rows(content)
-        test_ids = {id_text(image_id) for image_id in content["test_image_ids"]}
-        ids = {number: id_text(row["image_id"]) for number, row in rows.items()}
+        ids = {number: str(id_text(row["image_id"])) for number, row in rows.items()}
+        test_ids = self._test_ids(content["test_image_ids"], set(ids.values()))
         if split == "test":
             chosen = [number for number in rows if ids[number] in test_ids]
         else:
@@ -79,19 +81,20 @@ class PSGDataset(RecordDataset):
             marks = held_out(names, validation_images, 1000, validation_choice, self._path)
             validation = {number for number, mark in zip(related, marks, strict=True) if mark}
             chosen = [number for number in training if (number in validation) == (split == "validation")]
-        masks = sum(len(row["segments_info"]) for number in chosen if (row := rows[number]).get("segments_info"))
+        segments = [rows[number].get("segments_info") for number in chosen]
+        masks = sum(len(of_image) for of_image in segments if isinstance(of_image, list))
         self.findings.add("left out", "mask of a segment", count=masks)
-        self.image_names = {str(ids[number]): str(rows[number]["file_name"]) for number in chosen}
+        self.image_names = {ids[number]: str(row["file_name"]) for number, row in rows.items()}
         self._read(self._records({number: rows[number] for number in chosen}), bad_rows)
 
     @staticmethod
     def splits_in(root: Path) -> list[Split]:
-        """Return the splits for which a folder has files. There is none if the folder has another layout."""
         return ["train", "validation", "test"] if any((root / name).exists() for name in FILES) else []
 
     def _rows(self, content: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
         """Return the entries of the images by their number in the file, without malformed ones."""
-        rows = {}
+        rows: dict[int, dict[str, Any]] = {}
+        known: set[str | None] = {None}  # an id that is neither a number nor text is refused like a repeated one
         for number, row in enumerate(content["data"]):
             where = f"{self._path}, data, row {number}"
             lacks = [key for key in _KEYS if not isinstance(row, dict) or key not in row]
@@ -99,9 +102,24 @@ class PSGDataset(RecordDataset):
             if lacks or not all(isinstance(value, list) for value in lists):
                 got = f"must have {', '.join(_KEYS)}, and lists of annotations and relations, got {shown(row)}"
                 self.findings.refuse("image with a malformed entry", f"{where}: {got}")
+            elif (image_id := id_text(row["image_id"])) in known:
+                got = f"image_id must be a number or text that no other image has, got {row['image_id']!r}"
+                self.findings.refuse("image with a malformed entry", f"{where}: {got}")
             else:
+                known.add(image_id)
                 rows[number] = row
         return rows
+
+    def _test_ids(self, given: list[Any], known: set[str]) -> set[str]:
+        """Return the ids of the test images, and record ids that no image has."""
+        ids = [id_text(value) for value in given]
+        where = f"{self._path}, test_image_ids"
+        wrong = [f"{where}: got {shown(value)}" for value, image_id in zip(given, ids, strict=True) if image_id is None]
+        unknown = [f"{where}: {image_id!r}" for image_id in ids if image_id is not None and image_id not in known]
+        self.findings.add("refused", "id of a test image that is neither a number nor text", wrong, len(wrong))
+        # A file of PSG's competition has only some of the test images.
+        self.findings.add("found", "id of a test image that no image has", unknown, len(unknown))
+        return {image_id for image_id in ids if image_id is not None}
 
     def _records(self, rows: Mapping[int, dict[str, Any]]) -> Iterator[Record]:
         for number, row in rows.items():

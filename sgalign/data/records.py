@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sgalign.data.box_checks import CORNERS, EXTENTS, are_beyond, check_box, likely_causes
+from sgalign.data.box_checks import CORNERS, EXTENTS, check_box, check_boxes
 from sgalign.data.class_names import Classes
-from sgalign.data.findings import EXAMPLES, BadRows, Findings
+from sgalign.data.findings import BadRows, Findings
 from sgalign.data.image_files import ImageFiles
 from sgalign.data.images import Size, check_file_name, load_image, parse_size
 from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
@@ -70,8 +70,13 @@ class RecordDataset(SceneGraphDataset):
                 graphs[record.name] = self._graph(record, size)
         self._graphs = list(graphs.values())
         missing = [graph.image_id for graph in self._graphs if graph.image is None]
-        self.findings.add("found", "image without a file", missing, len(missing) if len(missing) < len(graphs) else 0)
-        self._check_boxes()
+        if len(missing) < len(graphs) or self._files.has_images:
+            self.findings.add("found", "image without a file", missing, len(missing))
+        boxes = [graph.boxes.double().numpy() for graph in self._graphs]
+        if self.box_format == EXTENTS:
+            boxes = [np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1) for corners in boxes]
+        sizes = [(graph.width, graph.height) for graph in self._graphs]
+        check_boxes(self.findings, list(graphs), sizes, boxes, self.box_format)
         self.findings.raise_or_log(bad_rows)
 
     def _graph(self, record: Record, size: Size) -> SceneGraph:
@@ -134,18 +139,3 @@ class RecordDataset(SceneGraphDataset):
             self.findings.add("left out", "relation of a refused object", where)
             return None
         return subject, object_, predicate
-
-    def _check_boxes(self) -> None:
-        boxes = np.concatenate([graph.boxes.numpy() for graph in self._graphs] or [np.zeros((0, 4))])
-        counts = [len(graph.boxes) for graph in self._graphs]
-        owners = np.repeat(np.arange(len(counts)), counts)
-        sizes = np.array([(graph.width, graph.height) for graph in self._graphs]).reshape(-1, 2)[owners]
-        beyond = are_beyond(boxes, sizes)
-        examples = [
-            f"image {self._graphs[owners[row]].image_id!r} of {sizes[row].tolist()} pixels: {boxes[row].tolist()}"
-            for row in np.flatnonzero(beyond)[:EXAMPLES]
-        ]
-        self.findings.add("found", "box beyond the image", examples, int(beyond.sum()))
-        if self.box_format == EXTENTS:
-            boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-        self.findings.causes += likely_causes(beyond, sizes, boxes, self.box_format)

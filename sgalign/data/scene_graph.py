@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 
 from sgalign.data.class_names import Classes
 from sgalign.data.findings import Findings
+from sgalign.data.splits import Split
 from sgalign.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,6 +77,12 @@ class SceneGraphDataset(Dataset[SceneGraph]):
     predicate_names: list[str]
     image_names: Mapping[str, str] = {}
     object_classes: Classes | None = None
+    annotation_files: ClassVar[tuple[str, ...]] = ()  # patterns of the files with annotations, for `Path.glob`
+
+    @staticmethod
+    def splits_in(root: Path) -> list[Split]:
+        """Return the splits for which a folder has files. There is none if the folder has another layout."""
+        raise NotImplementedError("a data set that is read from a folder must override splits_in")
 
     def __len__(self) -> int:
         raise NotImplementedError(f"{type(self).__name__} must override __len__")

@@ -40,7 +40,7 @@ def read_results(path: Path, graphs: Sequence[SceneGraph]) -> dict[str, dict[str
 
     Only tensors, plain values and boxes are unpickled. The names of the images come from `visual_info.json` beside the
     file, which the same programs write. Without it, the images are those of the split that have relations, in order.
-    The annotations in the file must have the classes of the data set's annotations, image by image. If a system was
+    The annotations in the file must be those of the data set, image by image. If a system was
     given the boxes, they are replaced by those of the data set, because Scene-Graph-Benchmark clips them.
 
     Args:
@@ -86,32 +86,51 @@ def _image_names(path: Path, count: int, graphs: Sequence[SceneGraph]) -> list[s
 
 
 def _fields(where: str, prediction: BoxList, truth: BoxList, graph: SceneGraph | None) -> dict[str, Any]:
-    missing = [field for field in FIELDS if field not in prediction.extra_fields]
-    if missing:
-        raise InputError(f"{where}: must have {', '.join(FIELDS)}, but lacks {', '.join(missing)}")
-    boxes = _corners(prediction)
-    if graph is None:  # the evaluation refuses an image of another split
-        return {"boxes": boxes} | {field: prediction.extra_fields[field] for field in FIELDS}
-    labels = truth.extra_fields.get("labels")
-    if not isinstance(labels, Tensor) or labels.tolist() != graph.labels.tolist():
-        got = labels.tolist() if isinstance(labels, Tensor) else labels
-        raise InputError(
-            f"{where}: its annotated classes must be those of the data set, {graph.labels.tolist()}, got {got}; the "
-            "images or the classes are in another order"
+    try:
+        fields: dict[str, Any] = {field: prediction.extra_fields[field].detach() for field in FIELDS}
+        fields["boxes"] = boxes = _corners(prediction)
+        if graph is None:  # the evaluation refuses an image of another split
+            return fields
+        given, labels = _corners(truth), truth.extra_fields["labels"].tolist()
+        relations = {tuple(row) for row in truth.extra_fields["relation_tuple"].tolist()}
+        scale, true_scale = (
+            torch.tensor([graph.width / image.size[0], graph.height / image.size[1]] * 2)
+            for image in (prediction, truth)
         )
-    given = _corners(truth)
-    if boxes.shape == given.shape and torch.allclose(boxes, given, rtol=0, atol=CLIPPED):
-        boxes = graph.boxes
-    else:
-        boxes = boxes * torch.tensor([graph.width / prediction.size[0], graph.height / prediction.size[1]] * 2)
-    return {"boxes": boxes} | {field: prediction.extra_fields[field] for field in FIELDS}
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{where}: must have boxes, size, {', '.join(FIELDS)}, and annotations with boxes, size, labels and "
+            f"relation_tuple ({type(error).__name__}: {error})"
+        ) from error
+    # Repeated relations are left out of the comparison, because some forks remove them.
+    same = labels == graph.labels.tolist() and relations == {tuple(row) for row in graph.relations.tolist()}
+    if not (same and _close(given * true_scale, _clipped(graph))):
+        raise InputError(
+            f"{where}: its annotated boxes, classes and relations must be those of the data set, but differ; the "
+            "images or the classes are in another order, or the file belongs to other data"
+        )
+    fields["boxes"] = graph.boxes if _close(boxes, given) else boxes * scale
+    return fields
+
+
+def _close(boxes: Tensor, others: Tensor) -> bool:
+    return boxes.shape == others.shape and torch.allclose(boxes, others, rtol=0, atol=CLIPPED)
+
+
+def _clipped(graph: SceneGraph) -> Tensor:
+    """Return the boxes of a graph, clipped to the image as Scene-Graph-Benchmark does."""
+    last = torch.tensor([graph.width - 1.0, graph.height - 1.0] * 2)
+    return graph.boxes.clamp(min=0).minimum(last)
 
 
 def _corners(boxes: BoxList) -> Tensor:
-    """Return x1, y1, x2, y2. An extent counts the last pixel, as in Scene-Graph-Benchmark."""
+    """Return x1, y1, x2, y2, float32 `[N, 4]`. An extent counts the last pixel, as in Scene-Graph-Benchmark."""
+    numbers = boxes.bbox.detach().float()
+    if boxes.mode not in ("xyxy", "xywh") or numbers.dim() != 2 or numbers.shape[1] != 4:
+        raise ValueError(f"mode {boxes.mode!r} and boxes of shape {list(numbers.shape)}")
     if boxes.mode == "xyxy":
-        return boxes.bbox
-    return torch.cat([boxes.bbox[:, :2], boxes.bbox[:, :2] + (boxes.bbox[:, 2:] - 1).clamp(min=0)], 1)
+        return numbers
+    return torch.cat([numbers[:, :2], numbers[:, :2] + (numbers[:, 2:] - 1).clamp(min=0)], 1)
 
 
 def read_custom(path: Path, images: Mapping[str, Any], predicate_names: Sequence[str]) -> dict[str, Any]:
@@ -136,6 +155,8 @@ def read_custom(path: Path, images: Mapping[str, Any], predicate_names: Sequence
     if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
         raise InputError(f"{info}: must have {', '.join(keys)}, which are lists of names, got {shown(content)}")
     files, classes, predicates = lists
+    if len(set(predicates)) < len(predicates):
+        raise InputError(f"{info}: ind_to_predicates must have different names, got {shown(predicates)}")
     if set(predicates[1:]) != set(predicate_names[1:]):
         differ = set(predicates[1:]) ^ set(predicate_names[1:])
         raise InputError(f"{info}: ind_to_predicates must be those of the data set, but differ in {min(differ)!r}")
@@ -147,9 +168,11 @@ def read_custom(path: Path, images: Mapping[str, Any], predicate_names: Sequence
             fields: dict[str, Any] = {"bbox_labels": [_at(classes, label) for label in image["bbox_labels"]]}
             if "rel_labels" in image:
                 fields["rel_labels"] = [_at(predicates, label) for label in image["rel_labels"]]
+            if any(len(row) != len(predicates) for row in image.get("rel_all_scores", ())):
+                raise ValueError(f"rows of rel_all_scores must have {len(predicates)} numbers")
             if "rel_all_scores" in image:
                 fields["rel_all_scores"] = [[row[column] for column in columns] for row in image["rel_all_scores"]]
-        except (IndexError, TypeError, ValueError) as error:
+        except (IndexError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}, image {key!r}: must fit the lists of {info.name} ({error})") from error
         if name in read:
             raise InputError(f"{info}: every image must have its own file name, but {name!r} occurs twice")
@@ -159,6 +182,6 @@ def read_custom(path: Path, images: Mapping[str, Any], predicate_names: Sequence
 
 def _at(names: Sequence[str], number: int) -> str:
     """Return a name by its number. Python would count a negative number from the end."""
-    if number < 0:
-        raise IndexError(f"{number} is below 0")
+    if type(number) is not int or number < 0:
+        raise IndexError(f"{number!r} is no number of a name")
     return names[number]

@@ -50,9 +50,19 @@ def held_out(
 
 
 def split_files(root: Path, folder: str, names: Mapping[Split, str]) -> dict[Split, Path]:
-    """Return the files of the splits that exist in `root` or in its subfolder `folder`."""
-    places = {split: (root / name, root / folder / name) for split, name in names.items()}
-    return {split: path for split, paths in places.items() for path in paths[::-1] if path.exists()}
+    """Return the files of the splits that exist in `root` or in its subfolder `folder`.
+
+    Raises:
+        ValueError: if a file is in both.
+    """
+    files: dict[Split, Path] = {}
+    for split, name in names.items():
+        found = [path for path in (root / name, root / folder / name) if path.exists()]
+        if len(found) > 1:
+            raise InputError(f"{root}: must have one file {name}, but has {' and '.join(map(str, found))}")
+        if found:
+            files[split] = found[0]
+    return files
 
 
 def splits_from(files: Mapping[Split, Path]) -> list[Split]:

@@ -81,6 +81,8 @@ class VG150Dataset(SceneGraphDataset):
         ValueError: if a file is malformed. The error names the file, the array and the row.
     """
 
+    annotation_files = ("*.h5", "*dicts*.json", "image_data.json")
+
     def __init__(
         self,
         root: str | Path,
@@ -111,7 +113,6 @@ class VG150Dataset(SceneGraphDataset):
 
     @staticmethod
     def splits_in(root: Path) -> list[Split]:
-        """Return the splits for which a folder has files. There is none if the folder has another layout."""
         return list(SPLITS) if any(root.glob("*.h5")) else []
 
     def __len__(self) -> int:

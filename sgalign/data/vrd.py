@@ -54,6 +54,8 @@ class VRDDataset(SceneGraphDataset):
         ValueError: if a file is malformed. The error names the file, the image and the row.
     """
 
+    annotation_files = ("annotations_*.json", "objects.json", "predicates.json")
+
     def __init__(
         self,
         root: str | Path,
@@ -89,7 +91,6 @@ class VRDDataset(SceneGraphDataset):
 
     @staticmethod
     def splits_in(root: Path) -> list[Split]:
-        """Return the splits for which a folder has files. There is none if the folder has another layout."""
         return [split for split in SPLITS if (root / _file(split)).exists()]
 
     def __len__(self) -> int:

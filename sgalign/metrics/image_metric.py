@@ -91,8 +91,8 @@ class ImageMetric(Metric):
 
 
 def check_top_k(top_k: Sequence[int]) -> tuple[int, ...]:
-    if not isinstance(top_k, Sequence) or not top_k or any(type(k) is not int or k < 1 for k in top_k):
-        raise InputError(f"top_k must be integers of at least 1, got {top_k!r}")
+    if not isinstance(top_k, Sequence) or not top_k or any(type(k) is not int or not 1 <= k < 1 << 31 for k in top_k):
+        raise InputError(f"top_k must be integers from 1 to 2^31 - 1, got {top_k!r}")
     return tuple(top_k)
 
 

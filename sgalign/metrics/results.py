@@ -10,8 +10,8 @@ RANKS = ("PRank",)  # results that are mean ranks. All others are fractions
 def table(figures: Mapping[str, float]) -> str:
     """Return the results as a table in percent, with one line per metric and one column per K.
 
-    Results without a K follow, one per line. Of these, the mean ranks in `RANKS` are not in percent. The results of
-    single classes are left out. Results that are not defined are "nan".
+    Results without a K follow after an empty line, one per line. Of these, the mean ranks in `RANKS` are not in
+    percent. The results of single classes are left out. Results that are not defined are "nan".
 
     Args:
         figures: fractions by name, from an evaluator's `compute`.
@@ -31,7 +31,8 @@ def table(figures: Mapping[str, float]) -> str:
     lines = ["".join([" " * width, *(f"{'@' + str(k):>8}" for k in columns)])] if rows else []
     for name, row in rows.items():
         lines.append(f"{name:{width}}" + "".join(f"{100 * row[k]:8.2f}" if k in row else " " * 8 for k in columns))
-    return "\n".join([*lines, *(f"{name:{width}}{value:8.2f}" for name, value in plain.items())])
+    between = [""] if lines and plain else []
+    return "\n".join([*lines, *between, *(f"{name:{width}}{value:8.2f}" for name, value in plain.items())])
 
 
 def split_name(name: str) -> tuple[str, int | None, str]:

@@ -100,7 +100,10 @@ class EntityDetector(nn.Module):
             self.new_classes = bool(loaded["mismatched_keys"])
         else:
             if config is not None:
-                sizes = DetrConfig.from_dict(json.loads(config), num_labels=num_objects, **options)
+                read_config = json.loads(config)
+                for names in ("id2label", "label2id"):  # transformers would compare them with `num_labels`
+                    read_config.pop(names, None)
+                sizes = DetrConfig.from_dict(read_config, num_labels=num_objects, **options)
             else:
                 stages: dict[str, Any] = {"hidden_sizes": [256, 512, 1024, 2048]} | BACKBONES[backbone]
                 count = 4 if stride == 32 else 3

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 
 from sgalign._version import __version__
 from sgalign.data.findings import counted
+from sgalign.data.open import annotation_files
 from sgalign.errors import InputError
 from sgalign.files import read_json, whole_number, write_json, written_whole
 from sgalign.studies.recording import BEST, LAST
@@ -22,11 +23,6 @@ from sgalign.studies.results import digest, run_folder
 from sgalign.studies.study import Arm, Study
 from sgalign.training.lightning_cli import CLI, make_cli
 
-ANNOTATIONS = (  # files of VRD, of VG150 and of COCO with relations
-    *("annotations_*.json", "objects.json", "predicates.json"),
-    *("*.h5", "*dicts*.json", "image_data.json"),
-    *("train.json", "val.json", "test.json", "rel.json"),
-)
 # Options that do not change what a run computes. Callbacks that write checkpoints or predictions are left out, too.
 IRRELEVANT = {
     "data.init_args": {"num_workers", "root", "seed"},  # the annotations stand for `root`, and each seed is a run
@@ -230,14 +226,11 @@ def annotations_of(root: str | None) -> str:
         root: folder of the data. If None, the generated scenes.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: if there is no such folder, or if it has no files of a known layout.
     """
     if root is None:
         return "generated scenes"
-    if not Path(root).is_dir():
-        raise FileNotFoundError(f"data.root must be a folder, got {root}, which does not exist")
-    found = sorted({path for pattern in ANNOTATIONS for path in Path(root).glob(pattern) if path.is_file()})
-    return digest([[path.name, fingerprint(path)] for path in found])
+    return digest([[str(path.relative_to(root)), fingerprint(path)] for path in annotation_files(root)])
 
 
 @functools.cache

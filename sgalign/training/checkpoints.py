@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.files import read_tensors, written_whole
 from sgalign.training.pretrained import find_pretrained, read_pretrained, shipped_models
 
@@ -129,6 +129,9 @@ def check_ours(checkpoint: Any, what: str) -> None:
     saved = checkpoint.get("sgalign") if isinstance(checkpoint, dict) else None
     if not isinstance(saved, dict) or not saved.keys() >= {"module", "object_names", "predicate_names"}:
         raise InputError(f"{what}: must be a checkpoint that sgalign fit has written, but it has no class names")
+    for kind in ("object_names", "predicate_names"):
+        if not isinstance(saved[kind], list) or not all(isinstance(name, str) for name in saved[kind]):
+            raise InputError(f"{what}: must have {kind}, a list of names, got {shown(saved[kind])}")
     missing = {"run_seed", "random_states"} - saved.keys() | {"state_dict", "hyper_parameters"} - checkpoint.keys()
     if missing:
         raise InputError(

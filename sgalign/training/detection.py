@@ -20,10 +20,10 @@ class DetectionModule(SavedModule):
     """
 
     needs_relations = False
-    precision: DetectionEvaluator
+    average_precision: DetectionEvaluator
 
     def on_validation_epoch_start(self) -> None:
-        self.precision = DetectionEvaluator()
+        self.average_precision = DetectionEvaluator()
 
     def on_test_epoch_start(self) -> None:
         self.on_validation_epoch_start()
@@ -38,10 +38,10 @@ class DetectionModule(SavedModule):
         images = self.data.validation if self.part == "val" else self.data.test
         if self.global_rank >= len(images):  # this process has a copy of another one's image, see `with_idle_images`
             found = [NOTHING._asdict() for _ in found]
-        self.precision.update(found, batch.truth)
+        self.average_precision.update(found, batch.truth)
 
     def on_validation_epoch_end(self) -> None:
-        figures = self.precision.compute()
+        figures = self.average_precision.compute()
         for name in LOGGED:
             if name in figures:
                 self.log(f"{self.part}/{name}", figures[name].to(self.device), sync_dist=True)

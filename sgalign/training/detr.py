@@ -265,7 +265,7 @@ def make_detector(
         else:
             new = [] if detector.keeps_classes(object_names[1:]) else list(object_names[1:])
         if "detector" in options.frozen:
-            command = "--model EntityDetectorModule --model.detector_weights"
+            command = "--config configs/detr_small.yaml --model.detector_weights"
             check_trained("detector_weights", options.detector_weights, new, command)
         tell_new(options.detector_weights, new, num_objects)
     if detector.dim != options.dim:

@@ -10,7 +10,7 @@ from sgalign.data import GraphBatch
 from sgalign.errors import InputError
 from sgalign.metrics import SceneGraphEvaluator
 from sgalign.metrics.results import is_of_class
-from sgalign.training.base import SavedModule, module_named
+from sgalign.training.base import SavedModule
 from sgalign.training.starting import ClassRows, read_start, start
 
 
@@ -41,7 +41,7 @@ class RelationModule(SavedModule):
                 "data.detections must be left out for protocol sgdet, because the model detects objects itself"
             )
         if stage == "fit" and self.network is None and not self.trainer.ckpt_path:
-            self.start = read_start(self, module_named)
+            self.start = read_start(self)
         super().setup(stage)
         if self.start is not None:
             start(self, self.start, self.options.start_from, self.class_rows)  # type: ignore[attr-defined]

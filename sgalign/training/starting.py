@@ -19,7 +19,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from sgalign.errors import InputError
 from sgalign.files import read_tensors
 from sgalign.models import Detector
-from sgalign.training.base import SavedModule
+from sgalign.training.base import SavedModule, module_named
 from sgalign.training.checkpoints import not_finite, read_checkpoint, some_of
 from sgalign.training.options import DetrOptions, Options, StartOptions
 from sgalign.training.pretrained import is_pretrained
@@ -57,7 +57,7 @@ class Rows(NamedTuple):
     axis: int = 0  # dimension of the layer's tensors in which the rows lie
 
     def carry(self, name: str, own: Tensor, saved: Tensor, ours: Sequence[str], theirs: Sequence[str]) -> Tensor:
-        """Return a copy of `own` in which rows of classes that `saved` has too are replaced by its rows.
+        """Return a copy of `own` with the rows of `saved` for all classes that both have.
 
         Args:
             name: the tensor's name, for errors.
@@ -118,7 +118,8 @@ def carry_classes(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Fit the class layers of a saved detector to the classes of another one.
 
-    If the saved detector has no names, it has the same classes if it has as many of them. Otherwise all start anew.
+    A saved detector without class names is assumed to have the same classes if their number is the same. Otherwise all
+    classes start anew.
 
     Args:
         own: the state of the detector that is loaded.
@@ -134,17 +135,16 @@ def carry_classes(
     Raises:
         ValueError: if a class layer differs in another way than in its classes.
     """
-    state = dict(saved)
     of_classes = [(name, layers[layer]) for name in own if name in saved and (layer := layer_of(name, layers))]
     if theirs is None:
-        same = all(own[name].shape == saved[name].shape for name, _ in of_classes)
-        theirs = ours if same else ours[:1]
-        state |= {} if same else {name: own[name] for name, _ in of_classes}
-    if list(theirs) != list(ours):
-        for name, rows in of_classes:
-            # If a width differs, the tensor stays, and loading it raises an error that names the option.
-            if rows is not None and state[name] is saved[name] and saved[name].shape[1:] == own[name].shape[1:]:
-                state[name] = rows.carry(name, own[name], saved[name], ours, theirs)
+        if all(own[name].shape == saved[name].shape for name, _ in of_classes):
+            return dict(saved), []
+        return dict(saved) | {name: own[name] for name, _ in of_classes}, list(ours[1:])
+    state = dict(saved)
+    for name, rows in of_classes if list(theirs) != list(ours) else []:
+        # If a width differs, the tensor stays, and loading it raises an error that names the option.
+        if rows is not None and saved[name].shape[1:] == own[name].shape[1:]:
+            state[name] = rows.carry(name, own[name], saved[name], ours, theirs)
     return state, [name for name in ours if name not in theirs]
 
 
@@ -176,6 +176,8 @@ def load_detector(detector: Detector, source: str, object_names: Sequence[str]) 
     else:
         read = read_checkpoint(source) if is_pretrained(source) else read_tensors(source, "file of detector weights")
         saved = Detector.state_in(read)
+        if names := not_finite(saved):
+            raise InputError(f"{source} must have finite weights, but these are not finite: {some_of(names)}")
         state, new = carry_classes(own, saved, OF_FASTER_RCNN, object_names, classes_in(read))
         detector.load_state(state, source)
         if classes_in(read) is None and not new:
@@ -211,20 +213,19 @@ def check_trained(option: str, source: str, new: Sequence[str], command: str) ->
     if new:
         raise InputError(
             f"{option} must be a detector of the data's object classes, because it stays frozen, but {source} lacks "
-            f"{some_of(new)}. Train the detector first: sgalign fit {command} {source}, and give its checkpoint as "
-            "detector_weights"
+            f"{some_of(new)}. Train the detector first, with sgalign fit {command} {source} and the options of its "
+            "sizes, and give its checkpoint as detector_weights"
         )
 
 
 # ---- whole models
 
 
-def read_start(module: SavedModule, kinds: Callable[[str], type | None]) -> dict[str, Any] | None:
+def read_start(module: SavedModule) -> dict[str, Any] | None:
     """Return the checkpoint that a new run starts from, or None if the options name none.
 
     Args:
         module: the module of the new run, which has no network yet.
-        kinds: function that returns the module class of a name.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -235,7 +236,7 @@ def read_start(module: SavedModule, kinds: Callable[[str], type | None]) -> dict
     source = module.options.start_from
     checkpoint = read_checkpoint(source)
     name, own = checkpoint["sgalign"]["module"], _first_with_layers(type(module))
-    kind = kinds(name)
+    kind = module_named(name)
     if kind is None or not issubclass(kind, own):
         raise InputError(
             f"start_from must be a checkpoint of {own.__name__} or a variant of it, but {source} is of {name}"
@@ -277,6 +278,8 @@ def start(module: SavedModule, checkpoint: Mapping[str, Any], source: str, layer
     ours: Names = {"object": module.object_names, "predicate": module.predicate_names}
     theirs: Names = {kind: checkpoint["sgalign"][f"{kind}_names"] for kind in ours}
     saved = checkpoint["state_dict"]
+    if not any(name in saved for name in module.state_dict()):
+        raise InputError(f"start_from must have weights of the model, but {source} has none of its tensors")
     found: dict[str, list[str]] = defaultdict(list)
     for name, own in _unshared(module):
         layer = layer_of(name, layers)
@@ -284,7 +287,7 @@ def start(module: SavedModule, checkpoint: Mapping[str, Any], source: str, layer
         if _is_detector(name) and module.options.detector_weights is not None:  # type: ignore[attr-defined]
             found["from detector_weights"].append(name)
         elif layer is not None and rows is None:
-            found["computed from the data"].append(name)
+            found["computed anew"].append(name)
         elif name not in saved:
             found["new"].append(name)
         elif rows is not None and ours[rows.kind] != list(theirs[rows.kind]):
@@ -315,21 +318,24 @@ def _is_detector(name: str) -> bool:
 
 
 def _check_detector(module: SavedModule, source: str, theirs: Sequence[str]) -> None:
-    """Raise InputError if the checkpoint's detector stays frozen and does not know all classes of the data."""
+    """Raise InputError if the checkpoint's detector stays frozen and does not know all classes of the data.
+
+    Under PredCls, Motifs uses only the backbone of its detector.
+    """
     options, new = module.options, [name for name in module.object_names if name not in theirs]
     if getattr(options, "detector_weights", None) is not None:
         return
     if isinstance(options, DetrOptions):
         if "detector" in options.frozen:
-            check_trained("start_from", source, new, "--model EntityDetectorModule --model.detector_weights")
-    elif any(_is_detector(name) for name, _ in module.named_parameters()):
-        check_trained("start_from", source, new, "--model DetectorModule --model.weights")
+            check_trained("start_from", source, new, "--config configs/detr_small.yaml --model.detector_weights")
+    elif module.protocol != "predcls" and any(_is_detector(name) for name, _ in module.named_parameters()):
+        check_trained("start_from", source, new, "--config configs/faster_rcnn.yaml --model.weights")
 
 
 def _tell(source: str, found: Mapping[str, list[str]], left: Sequence[str], ours: Names, theirs: Names) -> None:
     """Print what a new model has from another one, in one line for tensors and one for classes."""
     counts = []
-    for what, tensors in {**found, **({"without a place": left} if left else {})}.items():
+    for what, tensors in {**found, **({"not used": left} if left else {})}.items():
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
         counts.append(f"{what}: {len(tensors)}" + ("" if what == "kept" else f" ({some_of(layers)})"))
     rank_zero_info(f"start_from {source}: tensors {', '.join(counts)}")
@@ -337,7 +343,7 @@ def _tell(source: str, found: Mapping[str, list[str]], left: Sequence[str], ours
     for kind, plural in (("object", "object classes"), ("predicate", "predicates")):
         for what, known, names in (
             (f"new {plural}", theirs[kind], ours[kind]),
-            (f"{plural} without a place", ours[kind], theirs[kind]),
+            (f"{plural} that are not used", ours[kind], theirs[kind]),
         ):
             if only := [name for name in names if name not in known]:
                 parts.append(f"{what}: {len(only)} of {len(names) - 1} ({some_of(only)})")

@@ -116,8 +116,8 @@ class ImageVision(Vision):
         source = self.options.detector_weights
         if source is not None:
             new = load_detector(self.detector, source, object_names)
-            if source != "torchvision" or self.options.protocol != "predcls":  # PredCls uses only the backbone
-                check_trained("detector_weights", source, new, "--model DetectorModule --model.weights")
+            if self.options.protocol != "predcls":  # PredCls uses only the backbone
+                check_trained("detector_weights", source, new, "--config configs/faster_rcnn.yaml --model.weights")
             self.regions.load_box_head(self.detector)
         elif self.options.start_from is None:
             rank_zero_info(
