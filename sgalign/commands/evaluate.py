@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `sgalign evaluate PREDICTIONS --annotations FOLDER --protocol PROTOCOL` and return the exit code."""
+    """Run `sgalign evaluate --annotations FOLDER` for predictions, detections or both, and return the exit code."""
     options = parser().parse_args(arguments)
     _check_given(options)
     written = [path for path in (options.json, options.csv) if path is not None]

@@ -47,7 +47,7 @@ class CocoIds(NamedTuple):
 
 
 def coco_ids(dataset: SceneGraphDataset) -> CocoIds:
-    """Return the ids of a data set whose files give ids to images, such as COCO's, or `ids_of_names` for others."""
+    """Return what the ids in COCO results mean for a data set."""
     names = [graph.image_id for graph in dataset]
     if dataset.object_classes is None:
         return ids_of_names(names, dataset.object_names)

@@ -1,4 +1,4 @@
-"""A writer of files of predictions, one image at a time, and a reader of the ids in them."""
+"""A writer of HDF5 files of predictions, one image at a time, and a reader of the ids in them."""
 
 from __future__ import annotations
 

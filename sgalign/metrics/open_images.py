@@ -19,8 +19,9 @@ class OpenImagesEvaluator(ImageMetric):
     """The score of Open Images, 0.2 R@50 + 0.4 wmAP_rel + 0.4 wmAP_phr.
 
     It follows the script of PySGG (`oi_evaluation.py` and `ap_eval_rel.py`). SGTR's copy (`sgg_oi_evaluation.py`) reads
-    the precision envelope one position too early. It counts a right triplet with the best precision from the triplet
-    before it on, and also counts the recall that no triplet reaches. Its average precision is therefore higher.
+    the precision envelope one position too early. For a right triplet, it takes the best precision at this triplet,
+    at the one before, or at any later one. It also counts the recall that no triplet reaches. Its average precision is
+    therefore higher.
 
     `compute` returns these values:
 

@@ -33,7 +33,7 @@ class SGBenchEvaluator(ImageMetric):
     - `R@K`: the fraction of the image's relations that are found, averaged over images.
     - `mR@K`: the recall of each predicate is averaged over the images that contain it, and then over all predicates.
       It is NaN if a predicate never occurs.
-    - `R@inf`, `mR@inf`: the same, if a relation is found as soon as boxes stand for both of its objects.
+    - `R@inf`, `mR@inf`: the same, but a relation counts as found if boxes stand for both of its objects.
     - `PairR@K`: the fraction of the related pairs of objects that are among the first K triplets with any predicate,
       averaged over images. As in SGBench's `pair_recall`, only the first K relations of an image count, in the order of
       subject, object and predicate.

@@ -122,8 +122,8 @@ class MotifsOptions(FasterRCNNOptions, StartOptions):
             a checkpoint is loaded.
         detections_per_image: largest number of detected objects per image (SGDet).
         detector_weights: source of the detector's weights (see `sgalign.training.starting.load_detector`). It is read
-            when training starts, and must know all object classes of the data. If None, and if `start_from` has no
-            detector either, the detector is random, which is useful only for tests.
+            when training starts. Except under PredCls, it must know all object classes of the data. If None, and if
+            `start_from` has no detector either, the detector is random, which is useful only for tests.
         relations_per_image: largest number of pairs sampled per training image. Related pairs make up at most a quarter
             of this number, as in the public code.
         optimizer: "adam" or "sgd". The published optimizer is "sgd", with momentum 0.9 and weight decay 1e-4 (none for
