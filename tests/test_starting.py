@@ -161,7 +161,7 @@ def test_of_disjoint_classes_only_the_background_is_kept(tmp_path, printed):
             assert tensor.equal(scratch[name] if name == "frequency_bias.logits" else other)
     assert "new object classes: 16 of 16 (my " in printed[-1]
     assert "predicates that are not used: 20 of 20 (" in printed[-1]
-    assert "computed anew: 3 (network.frequency_bias, relation_loss)" in printed[-2]
+    assert "computed by the run: 3 (network.frequency_bias, relation_loss)" in printed[-2]
 
 
 def test_the_frequency_bias_comes_from_the_new_data(tmp_path):

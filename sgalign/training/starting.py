@@ -287,7 +287,7 @@ def start(module: SavedModule, checkpoint: Mapping[str, Any], source: str, layer
         if _is_detector(name) and module.options.detector_weights is not None:  # type: ignore[attr-defined]
             found["from detector_weights"].append(name)
         elif layer is not None and rows is None:
-            found["computed anew"].append(name)
+            found["computed by the run"].append(name)
         elif name not in saved:
             found["new"].append(name)
         elif rows is not None and ours[rows.kind] != list(theirs[rows.kind]):
