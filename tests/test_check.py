@@ -158,3 +158,10 @@ def test_a_turned_photograph_is_no_fault(tmp_path):
     Image.new("RGB", (160, 120)).save(root / "a.jpg", exif=exif)
     report = check.check(str(root))
     assert report["parts"]["test"]["counts"]["image files"] == 1 and not report["parts"]["test"]["findings"]
+
+
+def test_the_validation_images_of_a_training_can_be_checked(tmp_path):
+    root = many_images(tmp_path / "data", "train", 10)
+    options = "--validation-images", "3", "--validation-choice", "first"
+    report = report_of(root, *options, tmp_path=tmp_path, code=0)
+    assert [report["parts"][part]["counts"]["images"] for part in ("train", "validation")] == [7, 3]

@@ -13,6 +13,7 @@ from trainers import SMALL_DETR, SMALL_MOTIFS, SMALL_SGTR, trainer_without_sanit
 
 from sgalign.commands import main as cli  # noqa: E402
 from sgalign.data import collate  # noqa: E402
+from sgalign.files import read_tensors  # noqa: E402
 from sgalign.models import Detector  # noqa: E402
 from sgalign.models.entity_detector import EntityDetector  # noqa: E402
 from sgalign.training import (  # noqa: E402
@@ -363,3 +364,27 @@ def test_weights_of_transformers_keep_their_classes_only_if_they_may_be_the_same
     with pytest.raises(ValueError, match="must be a detector of the data's object classes, because it stays frozen"):
         options = SMALL_SGTR | {"detector_weights": str(tmp_path / "detr"), "frozen": ["detector"]}
         made(SGTRModule(**options), scenes_with())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "option"),
+    [(DetectorModule, SMALL_DETECTOR, "weights"), (EntityDetectorModule, SMALL_DETR, "detector_weights")],
+)
+def test_weights_of_a_detector_must_be_finite(tmp_path, kind, options, option):
+    source = str(tmp_path / "detector.ckpt")
+    saved(kind(**options), scenes_with(), source)
+    content = read_tensors(source, "checkpoint")
+    name = next(name for name in content["state_dict"] if name.endswith("weight"))
+    content["state_dict"][name].fill_(float("nan"))
+    torch.save(content, source)
+    with pytest.raises(ValueError, match="detector weights must be finite"):
+        made(kind(**options, **{option: source}), scenes_with())
+
+
+def test_a_model_without_any_of_the_tensors_is_refused(tmp_path):
+    source = tmp_path / "empty.ckpt"
+    saved(MotifsModule(**SMALL_MOTIFS), scenes_with(), source)
+    content = read_tensors(source, "checkpoint")
+    torch.save(content | {"state_dict": {}}, source)
+    with pytest.raises(ValueError, match="start_from must have weights of the model"):
+        made(MotifsModule(**SMALL_MOTIFS, start_from=str(source)), scenes_with())

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from sgalign.commands.reading_options import add_resized
+from sgalign.commands.reading_options import add_resized, add_validation_options
 from sgalign.data import SceneGraph, open_dataset
 from sgalign.data.box_checks import PredictedBoxes
 from sgalign.data.class_names import first_difference
@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", metavar="FOLDER", help="data set in any layout of docs/data.md")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="also check predictions of the test split")
     add_resized(parser)
+    add_validation_options(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings and class counts to this file")
     return parser
 
@@ -48,20 +49,24 @@ def main(arguments: Sequence[str]) -> int:
     if options.json is not None:
         check_writable(options.json)
     with _quiet():  # the report has the lines that the readers log
-        report = check(options.folder, options.predictions, resized=options.resized)
+        validation = {name: getattr(options, name) for name in ("validation_images", "validation_choice")}
+        report = check(options.folder, options.predictions, resized=options.resized, **validation)
     print(text(report))
     if options.json is not None:
         write_json(options.json, report, indent=1)
     return 1 if report["refused"] else 0
 
 
-def check(folder: str, predictions: Path | None = None, *, resized: tuple[int, int] | None = None) -> dict[str, Any]:
+def check(
+    folder: str, predictions: Path | None = None, *, resized: tuple[int, int] | None = None, **validation: Any
+) -> dict[str, Any]:
     """Return a report on a data set, as plain values.
 
     Args:
         folder: folder of the data set.
         predictions: file of predictions for the test split. If None, only the data set is checked.
         resized: as in `sgalign.data.prediction_reading.Predictions`.
+        validation: `validation_images` and `validation_choice`, as for `open_dataset`.
 
     Raises:
         FileNotFoundError: if the folder has no files of a known layout.
@@ -72,7 +77,7 @@ def check(folder: str, predictions: Path | None = None, *, resized: tuple[int, i
     parts: dict[str, Any] = {}
     for split in splits_of(folder):
         try:
-            dataset = open_dataset(folder, split, bad_rows="skip", keep="everything")
+            dataset = open_dataset(folder, split, bad_rows="skip", keep="everything", **validation)
         except (InputError, OSError) as error:
             findings = Findings(split)
             findings.refuse("split that cannot be read", str(error))

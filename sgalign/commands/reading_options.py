@@ -11,6 +11,17 @@ from sgalign.data.splits import ValidationChoice
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the validation images and the treatment of malformed rows."""
+    add_validation_options(parser)
+    parser.add_argument(
+        "--bad-rows",
+        choices=get_args(BadRows),
+        default="error",
+        help="treatment of malformed rows: stop, or leave them out and count them (default: %(default)s)",
+    )
+
+
+def add_validation_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the validation images."""
     parser.add_argument(
         "--validation-images",
         type=int,
@@ -22,12 +33,6 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
         choices=get_args(ValidationChoice),
         default="hash",
         help="images to hold out: those whose names have the lowest hashes, or the first ones (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--bad-rows",
-        choices=get_args(BadRows),
-        default="error",
-        help="treatment of malformed rows: stop, or leave them out and count them (default: %(default)s)",
     )
 
 

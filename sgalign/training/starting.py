@@ -133,8 +133,10 @@ def carry_classes(
         does not know.
 
     Raises:
-        ValueError: if a class layer differs in another way than in its classes.
+        ValueError: if weights are not finite, or a class layer differs in another way than in its classes.
     """
+    if names := not_finite(saved):
+        raise InputError(f"detector weights must be finite, but these are not: {some_of(names)}")
     of_classes = [(name, layers[layer]) for name in own if name in saved and (layer := layer_of(name, layers))]
     if theirs is None:
         if all(own[name].shape == saved[name].shape for name, _ in of_classes):
@@ -176,8 +178,6 @@ def load_detector(detector: Detector, source: str, object_names: Sequence[str]) 
     else:
         read = read_checkpoint(source) if is_pretrained(source) else read_tensors(source, "file of detector weights")
         saved = Detector.state_in(read)
-        if names := not_finite(saved):
-            raise InputError(f"{source} must have finite weights, but these are not finite: {some_of(names)}")
         state, new = carry_classes(own, saved, OF_FASTER_RCNN, object_names, classes_in(read))
         detector.load_state(state, source)
         if classes_in(read) is None and not new:
