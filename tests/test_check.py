@@ -14,7 +14,7 @@ from test_layouts import small_vg150  # noqa: E402
 from sgalign.commands import check  # noqa: E402
 from sgalign.commands import main as cli  # noqa: E402
 from sgalign.data import CocoDataset, ScenesDataset  # noqa: E402
-from sgalign.data.coco import write_coco as write_scenes  # noqa: E402
+from sgalign.data.coco_writing import write_coco as write_scenes  # noqa: E402
 
 
 def findings(report, part):

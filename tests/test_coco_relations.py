@@ -154,6 +154,14 @@ def test_images_of_one_name_in_two_splits_are_not_overwritten(tmp_path, capsys):
     assert cli.main(["make-dataset", str(tmp_path / "out"), "--source", str(tmp_path / "in"), "--no-images"]) == 0
 
 
+def test_an_image_that_is_in_two_splits_is_converted(tmp_path):
+    for name in ("train", "test"):
+        write(tmp_path / "in" / f"{name}.json")
+    Image.new("RGB", (100, 80), "red").save(tmp_path / "in" / "a.jpg")
+    assert cli.main(["make-dataset", str(tmp_path / "out"), "--source", str(tmp_path / "in")]) == 0
+    assert (tmp_path / "out" / "images" / "a.jpg").exists()
+
+
 def test_splits_with_other_numbers_of_the_classes_are_not_converted(tmp_path, capsys):
     write(tmp_path / "in" / "train.json")
     write(tmp_path / "in" / "test.json", categories=[{"id": 2, "name": "cat"}, {"id": 1, "name": "hat"}])

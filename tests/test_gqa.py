@@ -13,6 +13,7 @@ from PIL import Image  # noqa: E402
 from sgalign.commands import check  # noqa: E402
 from sgalign.commands import main as cli  # noqa: E402
 from sgalign.data import CocoDataset, GQADataset, open_dataset  # noqa: E402
+from sgalign.data.coco_writing import write_coco
 from sgalign.data.open import splits_of  # noqa: E402
 
 DOG = {"name": "dog", "x": 10, "y": 20, "w": 30, "h": 15, "attributes": ["brown", "small"], "relations": []}
@@ -208,6 +209,13 @@ def test_names_that_other_layouts_use_for_the_background_are_classes(tmp_path, n
     (read,) = dataset
     assert [dataset.object_names[label] for label in read.labels] == [name, "car"]
     assert [dataset.predicate_names[row[2]] for row in read.relations] == [name]
+
+
+def test_such_names_are_not_written_where_they_would_be_lost(tmp_path):
+    objects = {"7": related(DOG | {"name": "none"}, "near", "3"), "3": CAR}
+    write(tmp_path / "in", train={"1": graph() | {"objects": objects}})
+    with pytest.raises(ValueError, match="must not be those of the background in this layout, got 'none'"):
+        write_coco({"train": GQADataset(tmp_path / "in", "train")}, ["", "none"], ["", "near"], tmp_path / "out")
 
 
 def test_a_file_in_two_places_is_refused(tmp_path):

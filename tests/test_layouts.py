@@ -15,7 +15,8 @@ import numpy as np  # noqa: E402
 from sgalign.commands import main as cli  # noqa: E402
 from sgalign.commands import make_dataset  # noqa: E402
 from sgalign.data import SceneGraph, ScenesDataset, VRDDataset, open_dataset  # noqa: E402
-from sgalign.data.coco import CocoDataset, write_coco  # noqa: E402
+from sgalign.data.coco import CocoDataset  # noqa: E402
+from sgalign.data.coco_writing import write_coco  # noqa: E402
 from sgalign.data.open import annotation_files  # noqa: E402
 from sgalign.data.triplets import read_zero_shot_triplets  # noqa: E402
 from sgalign.data.vg150 import VG150Dataset  # noqa: E402

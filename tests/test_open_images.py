@@ -277,7 +277,7 @@ def test_validation_images_are_held_out_of_a_json_file(tmp_path):
         ({"det_labels": [0, 3]}, "row 1, object 1: its class must be the id of a class"),
         ({"bbox": [[8, 12, 40, 45], [20, 30, 10, 45]]}, "row 1, object 1: its box .* must have a width"),
         ({"bbox": [[8, 12, 40, "x"], [20, 30, 40, 45]]}, "row 1, object 0: its box must be 4 numbers"),
-        ({"rel": [[0, 2, 1]]}, "row 1, relation 0: its objects must be from 0 to 1"),
+        ({"rel": [[0, 2, 1]]}, "row 1, relation 0: its objects must be two of the image's 2"),
         ({"rel": [[0, 1, 2]]}, "row 1, relation 0: its predicate must be the id of a class"),
         ({"rel": [[0, 1]]}, r"row 1, relation 0: must be \[subject, object, predicate\]"),
     ],

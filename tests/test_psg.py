@@ -79,6 +79,13 @@ def test_images_are_found_where_openpsg_keeps_them(tmp_path, folder):
     assert open_dataset(root, "test")[0].image().size == (100, 80)
 
 
+def test_missing_images_are_counted_if_their_folder_exists(tmp_path):
+    root = write(tmp_path, [entry("9")])
+    assert found(open_dataset(root, "test"), "found") == {}
+    (root / "coco" / "val2017").mkdir(parents=True)
+    assert found(open_dataset(root, "test"), "found") == {"image without a file": 1}
+
+
 def test_the_first_of_several_files_is_read(tmp_path):
     write(tmp_path, [entry("9")], name="psg_train_val.json")
     assert len(open_dataset(tmp_path, "test")) == 1
@@ -103,8 +110,8 @@ ANNOTATION = {"bbox": [0, 0, 5, 5], "category_id": 0}
         ({"annotations": [{"bbox": [0, 0, float("nan"), 5], "category_id": 0}], "relations": []}, "finite"),
         ({"annotations": [ANNOTATION | {"category_id": 4}], "relations": []}, "its class must be the id of a class"),
         ({"annotations": ["person"], "relations": []}, "its class must be|its box must be"),
-        ({"relations": [[0, 3, 0]]}, "row 0, relation 0: its objects must be from 0 to 2"),
-        ({"relations": [[0, -1, 0]]}, "its objects must be from 0 to 2"),
+        ({"relations": [[0, 3, 0]]}, "row 0, relation 0: its objects must be two of the image's 3, from 0"),
+        ({"relations": [[0, -1, 0]]}, "its objects must be two of the image's 3, from 0"),
         ({"relations": [[0, 1]]}, r"must be \[subject, object, predicate\]"),
         ({"relations": [[0, 1, 2]]}, "its predicate must be the id of a class"),
         ({"relations": 3}, "lists of annotations and relations"),
@@ -145,7 +152,7 @@ def test_the_id_of_an_image_must_be_its_own(tmp_path, image_id):
 def test_ids_of_test_images_must_be_ids_and_unknown_ones_are_counted(tmp_path):
     root = write(tmp_path, [entry("9"), entry("8")], test_ids=["9", "0008", 777])
     assert found(open_dataset(root, "test"), "found") == {"id of a test image that no image has": 2}
-    with pytest.raises(ValueError, match=r"test_image_ids: got \[8\]"):
+    with pytest.raises(ValueError, match=r"test_image_ids: must be numbers or text, got \[8\]"):
         open_dataset(write(tmp_path, [entry("9")], test_ids=["9", [8]]), "test")
 
 

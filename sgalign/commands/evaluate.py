@@ -93,7 +93,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--zero-shot",
         metavar="FILE",
-        help="public list of zero-shot triplets (default: the class triplets that no split before --split contains)",
+        help="public list of zero-shot triplets; not for open-images and sgbench (default: the class triplets that no "
+        "split before --split contains)",
     )
     parser.add_argument(
         "--predicates-per-pair",
@@ -105,7 +106,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-missing",
         action="store_true",
-        help="leave images without a prediction out of the mean, instead of giving them a recall of 0",
+        help="leave images without a prediction out of the mean, instead of giving them a recall of 0; only for "
+        "predcls, sgcls, sgdet and phrdet",
     )
     parser.add_argument(
         "--no-plus-one",
@@ -148,7 +150,8 @@ def _check_given(options: argparse.Namespace) -> None:
         parser().error("must have files of predictions, --detections, or both")
     if options.predictions and options.protocol is None:
         parser().error("files of predictions need --protocol")
-    given = [name for name in OF_PREDICTIONS if getattr(options, name) != parser().get_default(name)]
+    defaults = parser()
+    given = [name for name in OF_PREDICTIONS if getattr(options, name) != defaults.get_default(name)]
     if given and not options.predictions:
         parser().error(f"--{given[0].replace('_', '-')} needs files of predictions")
     if options.predictions:

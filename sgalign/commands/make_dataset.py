@@ -14,7 +14,7 @@ import torch
 
 from sgalign.commands.reading_options import add_reading_options, reading_options
 from sgalign.data import SceneGraph, ScenesDataset, open_dataset
-from sgalign.data.coco import write_coco
+from sgalign.data.coco_writing import write_coco
 from sgalign.data.open import check_same_classes, splits_of
 from sgalign.data.splits import SPLITS, Split
 from sgalign.data.vg150 import write_vg150

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,11 @@ from sgalign.data.box_checks import EXTENTS, check_box, check_boxes
 from sgalign.data.class_names import Classes, id_text, read_classes
 from sgalign.data.findings import BadRows, Findings
 from sgalign.data.image_files import is_file
-from sgalign.data.images import Size, check_file_name, load_image, parse_size, save_image, writable_suffixes
+from sgalign.data.images import Size, check_file_name, load_image, parse_size
 from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
 from sgalign.data.splits import SPLITS, Split, ValidationChoice, check_has_no_validation, check_split, held_out
 from sgalign.errors import InputError, shown
-from sgalign.files import read_json, write_json
+from sgalign.files import read_json
 
 FILES: dict[Split, str] = {"train": "train", "validation": "val", "test": "test"}
 # Names of the folders of splits in the layout of annotation tools, in which each split is a folder.
@@ -77,7 +77,8 @@ class CocoDataset(SceneGraphDataset):
     Attributes:
         object_names, predicate_names: class names, `__background__` first. They may have any characters.
         object_classes: the object classes, with their ids in the file.
-        image_names: name of each image of the split by its id in the file, as `id_text` writes the id.
+        image_names: name of each image of the file by its id, as `id_text` writes the id. It includes images that are
+            in the other split of `train.json`.
         findings: the rows that were left out, and oddities. They are also logged.
 
     Raises:
@@ -228,6 +229,7 @@ class CocoDataset(SceneGraphDataset):
             where = f"{self._path}, annotations, row {number}"
             image_id = id_text(row.get("image_id")) if isinstance(row, dict) else None
             if image_id is None and self._by_id:
+                self._note_id(row.get("id") if isinstance(row, dict) else None, None)
                 got = f"must have an image_id, an integer or text, got {shown(row)}"
                 self.findings.refuse("annotation without an image", f"{where}: {got}")
                 continue
@@ -318,11 +320,12 @@ class CocoDataset(SceneGraphDataset):
                 got = f"subject_id and object_id must be ids of annotations, got {missing[0]!r}"
                 self.findings.refuse("relation to a missing object", f"{where}: {got}")
                 continue
+            (image, subject), (other, object_) = (self._owners[annotation_id] for annotation_id in ids)
+            if image is not None and not image.is_read:
+                continue
             if not self._repeated.isdisjoint(ids):
                 self.findings.add("left out", "relation of an id that several annotations have", where)
-                continue
-            (image, subject), (other, object_) = (self._owners[annotation_id] for annotation_id in ids)
-            if "image_id" in row and images.get(id_text(row["image_id"]) or "") is not image:
+            elif "image_id" in row and images.get(id_text(row["image_id"]) or "") is not image:
                 got = f"image_id must be that of its objects, got {shown(row)}"
                 self.findings.refuse("relation with another image than its objects", f"{where}: {got}")
             elif image is not other:
@@ -330,7 +333,7 @@ class CocoDataset(SceneGraphDataset):
                 self.findings.refuse("relation between objects of two images", f"{where}: {got}")
             elif image is None:
                 self.findings.add("left out", "relation of a refused image", where)
-            elif image.is_read:
+            else:
                 self._read_triplet(where, [subject, object_, row["predicate_id"]], image)
 
     def _read_triplets(self, where: str, triplets: list[Any], image: _Image) -> None:
@@ -382,67 +385,3 @@ def _check_object(path: Path, content: Any, kinds: Mapping[str, type]) -> dict[s
             wanted = "a list" if kind is list else "a JSON object with image ids as keys"
             raise InputError(f"{path}: {name} must be {wanted}, got {type(content[name]).__name__}")
     return content
-
-
-def write_coco(
-    parts: Mapping[Split, Iterable[SceneGraph]],
-    object_names: list[str],
-    predicate_names: list[str],
-    root: str | Path,
-    *,
-    images: bool = False,
-) -> None:
-    """Write scene graphs of any data set in the layout that `CocoDataset` reads.
-
-    Args:
-        parts: scene graphs by split: "train", "validation" and "test".
-        object_names, predicate_names: class names of the data set, background first.
-        root: output folder, created if it does not exist.
-        images: if True, also write the images into `images/`. An image id with the suffix of an image is the file name,
-            and the suffix determines the format. Other ids get the suffix .jpg, and an underscore for each slash.
-
-    Raises:
-        ValueError: if two images of a split would have the same file name, or two different images of two splits.
-    """
-    root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    categories = [{"id": index, "name": name} for index, name in enumerate(object_names)][1:]
-    relations: dict[str, Any] = {"rel_categories": predicate_names}
-    saved: dict[str, SceneGraph] = {}
-    for part, graphs in parts.items():
-        content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
-        names = set[str]()
-        of_part: dict[str, Any] = {}
-        relations[FILES[part]] = of_part
-        for number, graph in enumerate(graphs):
-            name = _file_name(graph.image_id)
-            check_file_name("image_id", name)
-            if name in names:
-                raise InputError(f"image ids must give different file names, but {name!r} occurs twice in {part}")
-            names.add(name)
-            if images and graph.image is not None:
-                if saved.setdefault(name, graph) is not graph:
-                    raise InputError(f"images of different splits must have different file names, got {name!r} twice")
-                save_image(graph, root / "images" / name)
-            size = {"width": graph.width, "height": graph.height}
-            content["images"].append({"id": number, "file_name": name} | size)
-            for (x1, y1, x2, y2), label in zip(graph.boxes.tolist(), graph.labels.tolist(), strict=True):
-                content["annotations"].append(
-                    {
-                        "id": len(content["annotations"]),
-                        "image_id": number,
-                        "category_id": label,
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "area": (x2 - x1) * (y2 - y1),
-                        "iscrowd": 0,
-                    }
-                )
-            of_part[str(number)] = graph.relations.tolist()
-        write_json(root / f"{FILES[part]}.json", content)
-    write_json(root / "rel.json", relations)
-
-
-def _file_name(image_id: str) -> str:
-    if Path(image_id).suffix.lower() in writable_suffixes():
-        return image_id
-    return f"{image_id.replace('/', '_')}.jpg"

@@ -30,10 +30,13 @@ class ImageFiles:
                 if Path(name).suffix.lower() in image_suffixes():
                     self._by_stem.setdefault(Path(name).stem, path)
 
-    @property
-    def has_images(self) -> bool:
-        """True if there is an image file directly in one of the folders."""
-        return bool(self._by_stem)
+    def expects(self, name: str) -> bool:
+        """Return True if there are images where an image of this name would be.
+
+        That is the case if a folder has image files, or has the subfolder in which the name lies.
+        """
+        parent = Path(name).parent
+        return bool(self._by_stem) or (bool(parent.name) and any((f / parent).is_dir() for f in self._folders))
 
     def find(self, name: str) -> Path | None:
         """Return the path of an image file, or None if there is none."""

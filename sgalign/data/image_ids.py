@@ -27,7 +27,8 @@ class ImageIds:
     @property
     def example(self) -> str:
         """An id or a name that an image has."""
-        return next(iter(self._image_names), None) or next(iter(self._names), "")
+        ids = (given for given, name in self._image_names.items() if name in self._known)
+        return next(ids, None) or next(iter(self._names), "")
 
     def find(self, where: str, given: str) -> str | None:
         """Return the name of an image, or None if it is unknown.

@@ -53,8 +53,8 @@ def open_dataset(
     Raises:
         FileNotFoundError: if the folder does not exist or has no files of a known layout. The error names the files of
             the known layouts.
-        ValueError: if a file is malformed, or if validation images are chosen in a data set with its own validation
-            split.
+        ValueError: if a file is malformed, if the folder has files of several layouts or several files of a split, or
+            if validation images are chosen in a data set with its own validation split.
     """
     kind = _layout(Path(root))
     options: dict[str, Any] = {"validation_images": validation_images, "validation_choice": validation_choice}
@@ -67,7 +67,7 @@ def splits_of(root: str | Path) -> list[Split]:
     """Return the splits for which a data set folder has files. A folder may have only a test split, for example.
 
     Raises:
-        FileNotFoundError: as in `open_dataset`.
+        FileNotFoundError, ValueError: as in `open_dataset`.
     """
     root = Path(root)
     splits: list[Split] = _layout(root).splits_in(root)
@@ -91,10 +91,11 @@ def annotation_files(root: str | Path) -> list[Path]:
     """Return the files of a data set folder that its annotations are read from, sorted.
 
     Raises:
-        FileNotFoundError: as in `open_dataset`.
+        FileNotFoundError, ValueError: as in `open_dataset`.
     """
     root = Path(root)
-    return sorted({path for pattern in _layout(root).annotation_files for path in root.glob(pattern)})
+    found = {path for pattern in _layout(root).annotation_files for path in root.glob(pattern)}
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def _layout(root: Path) -> type[Any]:

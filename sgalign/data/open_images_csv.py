@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -103,7 +104,10 @@ class Relationships:
             except InputError as error:
                 findings.refuse("relation with a malformed row", str(error))
         self.names = [f"{image_id}.jpg" for image_id in images]
-        if not path.read_bytes()[-1:] == b"\n":
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            ends = file.read() == b"\n"
+        if not ends:
             findings.add("found", "last line without an end, which may be cut short", str(path))
         self._rows = np.frombuffer(numbers).reshape(-1, _WIDTH)
 

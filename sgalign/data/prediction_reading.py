@@ -94,7 +94,7 @@ class Predictions:
         own_size = is_results(self.path) or is_graph_lines(self.path)
         if own_size and self.resized is not None:
             raise InputError(
-                f"{self.path}: --resized must be left out, because such a file has boxes of the original images"
+                f"{self.path}: --resized must be left out, because the sizes of the images in such a file are known"
             )
         if is_results(self.path):
             return read_results(self.path, self.annotations.graphs)

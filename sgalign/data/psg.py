@@ -114,7 +114,8 @@ class PSGDataset(RecordDataset):
         """Return the ids of the test images, and record ids that no image has."""
         ids = [id_text(value) for value in given]
         where = f"{self._path}, test_image_ids"
-        wrong = [f"{where}: got {shown(value)}" for value, image_id in zip(given, ids, strict=True) if image_id is None]
+        pairs = zip(given, ids, strict=True)
+        wrong = [f"{where}: must be numbers or text, got {shown(value)}" for value, one in pairs if one is None]
         unknown = [f"{where}: {image_id!r}" for image_id in ids if image_id is not None and image_id not in known]
         self.findings.add("refused", "id of a test image that is neither a number nor text", wrong, len(wrong))
         # A file of PSG's competition has only some of the test images.

@@ -70,7 +70,7 @@ class RecordDataset(SceneGraphDataset):
                 graphs[record.name] = self._graph(record, size)
         self._graphs = list(graphs.values())
         missing = [graph.image_id for graph in self._graphs if graph.image is None]
-        if len(missing) < len(graphs) or self._files.has_images:
+        if len(missing) < len(graphs) or (missing and self._files.expects(missing[0])):
             self.findings.add("found", "image without a file", missing, len(missing))
         boxes = [graph.boxes.double().numpy() for graph in self._graphs]
         if self.box_format == EXTENTS:
@@ -126,7 +126,7 @@ class RecordDataset(SceneGraphDataset):
             self.findings.refuse("relation with a malformed row", f"{where}: {got}")
             return None
         if not 0 <= min(row[:2]) <= max(row[:2]) < len(places):
-            got = f"its objects must be from 0 to {len(places) - 1}, got {list(row[:2])}"
+            got = f"its objects must be two of the image's {len(places)}, from 0, got {list(row[:2])}"
             self.findings.refuse("relation to a missing object", f"{where}: {got}")
             return None
         try:

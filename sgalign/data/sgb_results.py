@@ -109,7 +109,7 @@ def _fields(where: str, prediction: BoxList, truth: BoxList, graph: SceneGraph |
             f"{where}: its annotated boxes, classes and relations must be those of the data set, but differ; the "
             "images or the classes are in another order, or the file belongs to other data"
         )
-    fields["boxes"] = graph.boxes if _close(boxes, given) else boxes * scale
+    fields["boxes"] = graph.boxes if _close(boxes * scale, given * true_scale) else boxes * scale
     return fields
 
 

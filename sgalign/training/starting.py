@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from sgalign.errors import InputError
 from sgalign.files import read_tensors
@@ -135,7 +134,7 @@ def carry_classes(
     Raises:
         ValueError: if weights are not finite, or a class layer differs in another way than in its classes.
     """
-    if names := not_finite(saved):
+    if names := not_finite({name: value for name, value in saved.items() if isinstance(value, Tensor)}):
         raise InputError(f"detector weights must be finite, but these are not: {some_of(names)}")
     of_classes = [(name, layers[layer]) for name in own if name in saved and (layer := layer_of(name, layers))]
     if theirs is None:
@@ -169,10 +168,7 @@ def load_detector(detector: Detector, source: str, object_names: Sequence[str]) 
     own = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     if source == "torchvision":
         detector.load_weights(source)
-        of_coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-        if detector.backbone_name == "resnet50" and list(object_names) == of_coco:
-            return []
-        # The number of classes may be COCO's by chance.
+        # The number of classes may be COCO's by chance, so no class of torchvision's weights is kept.
         detector.load_state_dict({name: own[name] for name in own if layer_of(name, OF_FASTER_RCNN)}, strict=False)
         new = list(object_names[1:])
     else:
