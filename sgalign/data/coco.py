@@ -112,13 +112,8 @@ class CocoDataset(SceneGraphDataset):
         content = _check_object(self._path, read_json(self._path), kinds)
         # Relations inside of the file refer to the ids of annotations. Those in rel.json count annotations.
         self._by_id = not self._rel.exists()
-        if not self._by_id and content.get("rel_annotations"):
-            raise InputError(f"{self._path}: must have no rel_annotations, because {self._rel} has the relations, too")
-        if self._by_id and "rel_annotations" not in content:
-            raise InputError(f"{self._path}: must have rel_annotations, or a file rel.json in {self.root}")
         source = self._path if self._by_id else self._rel
-        kinds = {"rel_categories": list} | ({"rel_annotations": list} if self._by_id else {self._part: dict})
-        relations = _check_object(source, content if self._by_id else read_json(source), kinds)
+        relations = self._with_relations(content)
         self.object_classes = read_classes(
             f"{self._path}, categories", ((None, entry) for entry in content["categories"])
         )
@@ -174,6 +169,16 @@ class CocoDataset(SceneGraphDataset):
             torch.tensor(image.relations, dtype=torch.int64).reshape(-1, 3),
             None if image.path is None else partial(load_image, image.path, image.size),
         )
+
+    def _with_relations(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of the file that has the relations, which may be this split's file itself."""
+        if self._by_id and "rel_annotations" not in content:
+            raise InputError(f"{self._path}: must have rel_annotations, or a file rel.json in {self.root}")
+        if self._by_id:
+            return _check_object(self._path, content, {"rel_categories": list, "rel_annotations": list})
+        if content.get("rel_annotations"):
+            raise InputError(f"{self._path}: must have no rel_annotations, because {self._rel} has the relations, too")
+        return _check_object(self._rel, read_json(self._rel), {"rel_categories": list, self._part: dict})
 
     def _find_files(self) -> None:
         """Set the path of each image. Record the images without a file, if there are image files at all."""
