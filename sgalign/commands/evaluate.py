@@ -76,6 +76,14 @@ def parser() -> argparse.ArgumentParser:
         help="split of the data set to evaluate (default: test)",
     )
     add_reading_options(parser)
+    _add_options_of_predictions(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures to this file, one per line")
+    return parser
+
+
+def _add_options_of_predictions(parser: argparse.ArgumentParser) -> None:
+    """Add the options in `OF_PREDICTIONS`."""
     add_resized(parser)
     parser.add_argument(
         "--protocol",
@@ -120,9 +128,6 @@ def parser() -> argparse.ArgumentParser:
         help="count only the first triplet of each pair in metrics with the graph constraint, also if the predictions "
         "are ranked triplets; only for predcls, sgcls, sgdet and phrdet",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures to this file, one per line")
-    return parser
 
 
 def main(arguments: Sequence[str]) -> int:
