@@ -46,7 +46,7 @@ def evaluated(predictions, targets, names=NAMES):
 
 
 def test_average_precision_is_as_computed_by_hand():
-    """Of three cats, the first and the third detection find one each.
+    """The first and the third detection find one of three cats each.
 
     Precision is 1 up to a recall of 1/3 (34 of the 101 points from 0 to 1) and 2/3 up to a recall of 2/3 (33 points).
     The dog is found at the thresholds 0.5, 0.55, 0.6, 0.65 and 0.7 of ten. Hats are not annotated.

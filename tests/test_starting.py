@@ -356,7 +356,7 @@ def test_weights_of_transformers_keep_their_classes_only_if_they_may_be_the_same
         first.detr.save_pretrained(tmp_path / "detr")
         second = EntityDetector(len(others), weights=tmp_path / "detr")
         kept = len(others) == 16 and labels in (None, others)
-        assert second.keeps_classes(others) == kept
+        assert second.reset_other_classes(others) != kept
         head, theirs = (one.detr.class_labels_classifier.weight for one in (second, first))
         assert (head.shape == theirs.shape and head.equal(theirs)) == kept
     frozen = EntityDetectorModule(**SMALL_DETR, detector_weights=str(tmp_path / "detr"), frozen=["decoder"])

@@ -70,6 +70,7 @@ def check(
 
     Raises:
         FileNotFoundError: if the folder has no files of a known layout.
+        ValueError: if the folder has files of several layouts, or several files of a split.
     """
     graphs: dict[Split, Sequence[SceneGraph]] = {}
     test: Annotations | None = None

@@ -42,17 +42,6 @@ from sgalign.metrics.detection import MOST_DETECTIONS
 from sgalign.metrics.results import split_name, table
 
 VRD_TASKS = ("relationship", "phrase", "predicate")
-# Options that only files of predictions have.
-OF_PREDICTIONS = (
-    "protocol",
-    "top_k",
-    "zero_shot",
-    "predicates_per_pair",
-    "skip_missing",
-    "no_plus_one",
-    "strict_constraint",
-    "resized",
-)
 EPILOG = "docs/evaluation.md describes the format of the file, every rule, and the effect of each choice."
 
 
@@ -83,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_options_of_predictions(parser: argparse.ArgumentParser) -> None:
-    """Add the options in `OF_PREDICTIONS`."""
+    """Add the options that only files of predictions have."""
     add_resized(parser)
     parser.add_argument(
         "--protocol",
@@ -155,8 +144,9 @@ def _check_given(options: argparse.Namespace) -> None:
         parser().error("must have files of predictions, --detections, or both")
     if options.predictions and options.protocol is None:
         parser().error("files of predictions need --protocol")
-    defaults = parser()
-    given = [name for name in OF_PREDICTIONS if getattr(options, name) != defaults.get_default(name)]
+    of_predictions = argparse.ArgumentParser()
+    _add_options_of_predictions(of_predictions)
+    given = [name for name, value in vars(of_predictions.parse_args([])).items() if getattr(options, name) != value]
     if given and not options.predictions:
         parser().error(f"--{given[0].replace('_', '-')} needs files of predictions")
     if options.predictions:
@@ -286,7 +276,8 @@ def make_evaluator(options: argparse.Namespace, dataset: Any, graphs: Sequence[S
     seen: list[SceneGraph] = sum(map(list, parts), [])
     if (len(others) < len(before) or (before and not seen)) and options.zero_shot is None:
         warn(f"{options.annotations}: {NO_TRAINING}")
-    check_same_classes(options.annotations, {**dict(zip(others, parts, strict=True)), options.split: dataset})
+    for other, part in zip(others, parts, strict=True):
+        check_same_classes(options.annotations, dataset, other, part)
     zero_shot = None
     if options.zero_shot is not None:
         zero_shot = read_zero_shot_triplets(options.zero_shot)

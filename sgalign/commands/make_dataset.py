@@ -98,7 +98,8 @@ def main(arguments: Sequence[str]) -> int:
     else:
         splits, reading = splits_of(options.source), reading_options(options)
         datasets = {split: open_dataset(options.source, split, keep="everything", **reading) for split in splits}
-        check_same_classes(options.source, datasets)
+        for split, dataset in datasets.items():
+            check_same_classes(options.source, datasets[splits[0]], split, dataset)
     parts: dict[str, list[SceneGraph]] = {split: list(dataset) for split, dataset in datasets.items()}
     of_names = next(iter(datasets.values())) if options.few is None else test
     names = of_names.object_names, of_names.predicate_names

@@ -56,9 +56,11 @@ def write_coco(
                 raise InputError(f"image ids must give different file names, but {name!r} occurs twice in {part}")
             names.add(name)
             if images and graph.image is not None:
-                if saved.setdefault(name, source := _source(graph)) != source:
+                if saved.get(name, source := _source(graph)) != source:
                     raise InputError(f"images of different splits must have different file names, got {name!r} twice")
-                save_image(graph, root / "images" / name)
+                if name not in saved:
+                    save_image(graph, root / "images" / name)
+                saved[name] = source
             size = {"width": graph.width, "height": graph.height}
             content["images"].append({"id": number, "file_name": name} | size)
             for (x1, y1, x2, y2), label in zip(graph.boxes.tolist(), graph.labels.tolist(), strict=True):

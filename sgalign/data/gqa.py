@@ -50,7 +50,6 @@ class GQADataset(RecordDataset):
     """
 
     box_format = EXTENTS
-
     annotation_files = ("*_sceneGraphs.json", f"{_FOLDER}/*_sceneGraphs.json")
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +73,19 @@ def splits_of(root: str | Path) -> list[Split]:
     return splits
 
 
-def check_same_classes(root: str | Path, datasets: Mapping[Split, Any]) -> None:
-    """Raise InputError unless the splits of a data set have the same classes and predicates in the same order."""
+def check_same_classes(where: str, reference: Any, split: Split, dataset: Any) -> None:
+    """Raise InputError unless a split has the classes and predicates of a reference, in the same order.
+
+    Args:
+        where: the data set, for messages.
+        reference: another split, or anything with `object_names` and `predicate_names`.
+        split, dataset: the split.
+    """
     for kind in ("object_names", "predicate_names"):
-        of_split = {split: getattr(dataset, kind) for split, dataset in datasets.items()}
-        first, names = next(iter(of_split.items()))
-        for split, others in of_split.items():
-            if others != names:
-                what = first_difference(names, others)
-                raise InputError(
-                    f"{root}: {kind} must be the same in all splits, but compared with {first}, in {split} {what}"
-                )
+        names, others = getattr(reference, kind), getattr(dataset, kind)
+        if others != names:
+            difference = first_difference(names, others)
+            raise InputError(f"{where}: {kind} must be the same in all splits, but in {split}, {difference}")
 
 
 def annotation_files(root: str | Path) -> list[Path]:

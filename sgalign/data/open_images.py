@@ -26,7 +26,7 @@ _LISTS = ("img_size", "bbox", "det_labels", "rel")
 
 
 class OpenImagesDataset(RecordDataset):
-    """Open Images' scene graphs. Version 6 has 600 object classes and 30 predicates in the public JSON files.
+    """Open Images' scene graphs. Version 6 has 601 object classes and 30 predicates in the public JSON files.
 
     The folder has one of two forms:
 
@@ -36,7 +36,8 @@ class OpenImagesDataset(RecordDataset):
       in its order. The predicates are those of `oidv6-relationship-triplets.csv`, or else of all `-vrd.csv` files,
       sorted. Rows with the label `is` are attributes of one object. The object is read, the attribute is left out.
       Objects of an image with the same class and box become one object. The size of an image comes from its file. An
-      image without a file is read as 1024 x 1024 pixels, so its proportions are unknown.
+      image without a file, or whose file cannot be read, is taken as 1024 x 1024 pixels. Its proportions are then
+      unknown.
     - The JSON files of PySGG, SGTR and BGNN: `vrd-train-anno.json`, `vrd-val-anno.json`, `vrd-test-anno.json` and
       `categories_dict.json`, in this folder or in `annotations/`. Boxes are x1, y1, x2, y2 in pixels. Classes,
       predicates and objects start at 0 in the files.

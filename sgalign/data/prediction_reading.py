@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from sgalign.data.graph_lines import is_graph_lines, read_graph_lines
 from sgalign.data.image_ids import ImageIds
 from sgalign.data.images import Size
 from sgalign.data.prediction_fields import standard_fields
-from sgalign.data.predictions import FIELDS, image_groups, prediction_ids
+from sgalign.data.predictions import FIELDS, prediction_ids
 from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
 from sgalign.data.sgb_results import is_results, read_custom, read_results
 from sgalign.errors import InputError, shown
@@ -78,19 +79,21 @@ class Predictions:
         self._graphs = {graph.image_id: graph for graph in annotations.graphs}
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such prediction file")
-        self._images = self._opened()
+        if h5py.is_hdf5(self.path):
+            keys = prediction_ids(self.path)  # raises an error if the file is damaged
+            self._images: Mapping[str, Any] = h5py.File(self.path, "r")
+        else:
+            self._images = self._read_whole()
+            keys = list(self._images)
         self._keys: dict[str, str] = {}
         ids = ImageIds(self._graphs, annotations.image_names)
-        for key in image_groups(self._images) if isinstance(self._images, h5py.File) else self._images:
+        for key in keys:
             if (other := self._keys.setdefault(ids.find(f"{self.path}: an image", key) or key, key)) != key:
                 raise InputError(f"{self.path}: every image must occur once, but {other!r} and {key!r} are the same")
         self.image_ids = set(self._keys)
 
-    def _opened(self) -> Mapping[str, Any]:
-        """Return the fields of each image by its name in the file."""
-        if h5py.is_hdf5(self.path):
-            prediction_ids(self.path)  # raises an error if the file is damaged
-            return h5py.File(self.path, "r")
+    def _read_whole(self) -> Mapping[str, Any]:
+        """Return the fields of each image by its name in the file, which is not HDF5."""
         own_size = is_results(self.path) or is_graph_lines(self.path)
         if own_size and self.resized is not None:
             raise InputError(
@@ -244,8 +247,11 @@ def _read(values: Any, fractions: bool) -> Tensor:
 
 def _has_truth(values: Any) -> bool:
     """Return True if lists contain True or False, which torch would read as 1 and 0 among numbers."""
-    if isinstance(values, (list, tuple)):
-        return any(map(_has_truth, values))
+    while isinstance(values, list):
+        kinds = set(map(type, values))
+        if bool in kinds:
+            return True
+        values = list(chain.from_iterable(values)) if kinds == {list} else None
     return isinstance(values, bool)
 
 

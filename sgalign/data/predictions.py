@@ -91,15 +91,15 @@ def prediction_ids(path: Path) -> list[str]:
     """
     try:
         with h5py.File(path, "r") as file:
-            return list(image_groups(file))
+            return list(_image_ids(file))
     except HDF5_DAMAGE as error:
         raise InputError(f"{path}: must be a complete HDF5 file, but is cut short or damaged ({error})") from error
 
 
-def image_groups(group: h5py.Group, prefix: str = "") -> Iterator[str]:
+def _image_ids(group: h5py.Group, prefix: str = "") -> Iterator[str]:
     """Yield the ids of all images. An id with slashes is stored as nested groups in HDF5."""
     for name, item in group.items():
         if isinstance(item, h5py.Group) and len(item) and all(isinstance(c, h5py.Group) for c in item.values()):
-            yield from image_groups(item, f"{prefix}{name}/")
+            yield from _image_ids(item, f"{prefix}{name}/")
         else:
             yield prefix + name

@@ -40,8 +40,8 @@ def read_results(path: Path, graphs: Sequence[SceneGraph]) -> dict[str, dict[str
 
     Only tensors, plain values and boxes are unpickled. The names of the images come from `visual_info.json` beside the
     file, which the same programs write. Without it, the images are those of the split that have relations, in order.
-    The annotations in the file must be those of the data set, image by image. If a system was
-    given the boxes, they are replaced by those of the data set, because Scene-Graph-Benchmark clips them.
+    The annotations in the file must be those of the data set, image by image. If a system was given the boxes, they are
+    replaced by those of the data set, because Scene-Graph-Benchmark clips them.
 
     Args:
         path: the file.

@@ -130,17 +130,19 @@ class EntityDetector(nn.Module):
         """The JSON configuration from which `transformers` can build the same architecture."""
         return self.detr.config.to_json_string(use_diff=False)
 
-    def keeps_classes(self, names: Sequence[str]) -> bool:
-        """Return True if the class head has the weights of these classes, after it was loaded from `weights`.
+    def reset_other_classes(self, names: Sequence[str]) -> bool:
+        """Initialize the class head anew if `weights` are of other classes, and return True if it is new.
 
-        If the weights name as many other classes, the class head is initialized anew. If they name none, they are taken
-        to be of these classes.
+        Weights that name no classes are assumed to be of these classes if their number is the same.
+
+        Args:
+            names: the object classes, without the background.
         """
         named = list((self.detr.config.id2label or {}).values())
         if self.new_classes or named in (list(names), [f"LABEL_{number}" for number in range(len(named))]):
-            return not self.new_classes
+            return self.new_classes
         self.detr.class_labels_classifier.reset_parameters()
-        return False
+        return True
 
     def freeze(self, parts: tuple[str, ...]) -> None:
         """Exclude parts of the detector from training, and train all others.

@@ -25,12 +25,11 @@ from sgalign.data import (
     open_dataset,
     read_detections,
 )
-from sgalign.data.class_names import first_difference
 from sgalign.data.detections import check_detections, coco_ids
 from sgalign.data.features import FeatureCache
 from sgalign.data.findings import BadRows, Findings, warn
 from sgalign.data.images import describe_stretched
-from sgalign.data.open import NO_TRAINING, splits_of
+from sgalign.data.open import NO_TRAINING, check_same_classes, splits_of
 from sgalign.data.scene_graph import check_has_relations, has_relations, without_apart
 from sgalign.data.splits import SPLITS, Split, ValidationChoice
 from sgalign.data.triplets import zero_shot_triplets
@@ -234,10 +233,7 @@ class SceneGraphData(pl.LightningDataModule):
 
     def _read(self, split: Split, **options: Any) -> list[SceneGraph]:
         dataset = self._open(split, **options)
-        for kind in ("object_names", "predicate_names"):
-            if getattr(dataset, kind) != getattr(self, kind):
-                difference = first_difference(getattr(self, kind), getattr(dataset, kind))
-                raise InputError(f"{self.name}: {kind} must be the same in all splits, but in {split}, {difference}")
+        check_same_classes(str(self.name), self, split, dataset)
         return list(dataset)
 
     def train_dataloader(self) -> DataLoader[GraphBatch]:

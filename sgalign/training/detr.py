@@ -263,7 +263,7 @@ def make_detector(
             weights, new = carry_classes(detector.state_dict(), weights, OF_DETR, object_names, theirs)
             detector.load_state_dict(weights)
         else:
-            new = [] if detector.keeps_classes(object_names[1:]) else list(object_names[1:])
+            new = list(object_names[1:]) if detector.reset_other_classes(object_names[1:]) else []
         if "detector" in options.frozen:
             command = "--config configs/detr_small.yaml --model.detector_weights"
             check_trained("detector_weights", options.detector_weights, new, command)
