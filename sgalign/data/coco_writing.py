@@ -37,13 +37,12 @@ def write_coco(
         ValueError: if two images of a split would have the same file name, or two different images of two splits, or if
             a class has a name of the background.
     """
+    _check_names([*object_names[1:], *predicate_names[1:]])
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     categories = [{"id": index, "name": name} for index, name in enumerate(object_names)][1:]
     relations: dict[str, Any] = {"rel_categories": predicate_names}
     saved: dict[str, Any] = {}
-    if ours := [name for name in [*object_names[1:], *predicate_names[1:]] if is_background(name)]:
-        raise InputError(f"names of classes must not be those of the background in this layout, got {ours[0]!r}")
     for part, graphs in parts.items():
         content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
         names = set[str]()
@@ -77,6 +76,12 @@ def write_coco(
             of_part[str(number)] = graph.relations.tolist()
         write_json(root / f"{FILES[part]}.json", content)
     write_json(root / "rel.json", relations)
+
+
+def _check_names(names: list[str]) -> None:
+    """Raise InputError if a class has a name of the background, because `CocoDataset` would not read it as a class."""
+    if ours := [name for name in names if is_background(name)]:
+        raise InputError(f"names of classes must not be those of the background in this layout, got {ours[0]!r}")
 
 
 def _file_name(image_id: str) -> str:
