@@ -13,6 +13,7 @@ from sgalign.training.frequency import FrequencyModule
 from sgalign.training.motifs import MotifsModule
 from sgalign.training.scarce import ScarceData
 from sgalign.training.sgtr import SGTRModule
+from sgalign.training.simulated import SimulatedData
 from sgalign.training.writers import (
     DetectionWriter,
     PredictionWriter,
@@ -36,6 +37,7 @@ __all__ = [
     "ScarceData",
     "SavedModule",
     "SceneGraphData",
+    "SimulatedData",
     "TripletWriter",
     "load_module",
     "read_checkpoint",

@@ -188,6 +188,11 @@ class SceneGraphData(pl.LightningDataModule):
         """The test split."""
         return self._check_cached(self._read("test"), "test")
 
+    @property
+    def features_source(self) -> str | None:
+        """The detector whose features the data have, or None if they have no features."""
+        return None if self.cache is None else self.cache.source
+
     def _check_cached(self, graphs: list[SceneGraph], split: Split) -> list[SceneGraph]:
         """Return the graphs. Raise InputError if there are cached features, but not of all of them."""
         if self.cache is not None and (missing := [g.image_id for g in graphs if g.image_id not in self.cache]):

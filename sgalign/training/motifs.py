@@ -90,8 +90,8 @@ class MotifsModule(PairModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if isinstance(self.vision, CachedVision) and self.data.cache is not None:
-            self.vision.read_from(self.data.cache.source)
+        if isinstance(self.vision, CachedVision):
+            self.vision.read_from(self.data.features_source)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
