@@ -1065,6 +1065,30 @@ BREAKS = {
         'False and "config" not in',
         "tests/test_pretrained.py -k config_of_its_detector",
     ),
+    "noise of simulated features": Break(
+        "sgalign/training/simulated.py",
+        "/ self.noise + of_objects",
+        "/ self.noise",
+        "tests/test_simulated.py",
+    ),
+    "evidence of a predicate": Break(
+        "sgalign/training/simulated.py",
+        " + batch.targets @ self.predicates",
+        "",
+        "tests/test_simulated.py -k differ_from_those",
+    ),
+    "same noise in every image": Break(
+        "sgalign/training/simulated.py",
+        "hashlib.sha256(image_id.encode())",
+        "hashlib.sha256()",
+        "tests/test_simulated.py -k every_image",
+    ),
+    "base of an arm of a grid": Break(
+        "sgalign/studies/study.py",
+        '_filled(entry.get("base") or "", values)',
+        'entry.get("base") or ""',
+        "tests/test_studies.py -k name_of_a_base",
+    ),
     "links to files outside docs/": Break(
         "docs/site_hooks.py", "files.append(file)\n", "pass\n", "tests/test_site.py -k listed"
     ),

@@ -106,6 +106,16 @@ def test_a_grid_makes_an_arm_of_each_combination(tmp_path):
     assert config["model"]["init_args"]["alignment_weight"] == 10
 
 
+def test_the_name_of_a_base_takes_the_values_of_the_grid(tmp_path):
+    grid = {"model.learning_rate": [0.001, 0.01]}
+    arms = [
+        {"name": "Motifs, rate {learning_rate}", "config": str(CONFIGS / "motifs_small.yaml"), "grid": grid},
+        {"name": "mirror, rate {learning_rate}", "base": "Motifs, rate {learning_rate}", "grid": grid},
+    ]
+    bases = [arm.base for arm in read_study(write_study(tmp_path, arms=arms)).arms]
+    assert bases == ["", "", "Motifs, rate 0.001", "Motifs, rate 0.01"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -223,7 +233,7 @@ def test_a_study_is_run_and_reported(tmp_path, data, here, capsys):
     assert {row["arm"] for row in rows} == {"Motifs", "p = 0.4"} and {row["seed"] for row in rows} == {"0", "1"}
     assert {row["part"] for row in rows} == {"validation", "test", "cost"}
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "small_curves.png" not in page and "<table>" in page
+    assert page.count("data:image/png;base64,") == 3 and "small_curves.png" not in page and "<table>" in page
     result = read_result(next((out / "runs").iterdir()))
     found = [[rank < 50 for rank in ranks] for ranks in result["ranks"] if ranks]
     recall = sum(sum(image) / len(image) for image in found) / len(found)

@@ -11,7 +11,35 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sgalign.files import save_figure
-from sgalign.studies.tables import Arms, compared
+from sgalign.studies.tables import PAIRED, Arms, Intervals, compared
+
+
+def draw_differences(path: Path, bases: Mapping[str, str], intervals: Intervals) -> None:
+    """Draw the difference of each arm from its base as a dot, and its 95 % interval as a line.
+
+    Intervals that exclude 0 are colored: blue if the arm is better than its base, red if it is worse.
+
+    Args:
+        path: the image file.
+        bases, intervals: as for `tables.of_differences`.
+    """
+    shown = {name: of_arm for name, of_arm in intervals.items() if of_arm}
+    common = {bases[name] for name in shown}
+    figure = Figure(figsize=(12, 1.2 + 0.25 * len(shown)), layout="constrained")
+    figure.suptitle(
+        f"minus {common.pop()}" if len(common) == 1 else "each minus its base", fontsize=9, parse_math=False
+    )
+    for column, axes in enumerate(figure.subplots(1, len(PAIRED), sharey=True)):
+        for row, of_arm in enumerate(shown.values()):
+            difference, low, high = (100 * value for value in of_arm[column])
+            color = "tab:blue" if low > 0 else "tab:red" if high < 0 else "gray"
+            axes.plot([low, high], [row, row], color=color)
+            axes.plot(difference, row, "o", color=color, markersize=5)
+        axes.axvline(0, color="black", linewidth=0.5)
+        axes.set_xlabel("points of {}@{}".format(*PAIRED[column]))
+        axes.set_yticks(range(len(shown)), list(shown), fontsize=8, parse_math=False)
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+    save_figure(figure, path)
 
 
 def draw_curves(path: Path, arms: Arms, choose: str) -> None:

@@ -97,15 +97,20 @@ def _text(out: Path, name: str, study: Planned) -> list[str]:
     lines = [f"## {study.title}", "", f"The tested epoch is the one with the highest {study.choose}."]
     lines += [f"The test has {len(one['images'])} images. The first run has {training}.", ""]
     lines += [*tables.of_arms(study.arms, study.choose), ""]
-    if differences := tables.of_differences(study.bases, study.arms):
-        lines += [*differences, ""]
+    intervals = tables.differences(study.bases, study.arms)
+    if intervals:
+        lines += [*tables.of_differences(study.bases, intervals, seeds=max(map(len, study.arms.values()))), ""]
     if complete < planned:
         missing = [arm for arm in study.bases if arm not in study.arms]
         without = f" No run yet: {', '.join(missing)}." if missing else ""
         lines += [f"{complete} of {planned} runs are complete.{without}", ""]
-    drawn = {"curves": "validation by epoch"}
+    drawn = {}
+    if any(intervals.values()):
+        drawn["differences"] = "differences from the base, with 95 % intervals"
+        figures.draw_differences(out / f"{name}_differences.png", study.bases, intervals)
+    drawn["curves"] = "validation by epoch"
     figures.draw_curves(out / f"{name}_curves.png", study.arms, study.choose.removeprefix("val/"))
-    if tables.compared(study.bases, study.arms) and any(next(iter(study.arms.values()))[0]["predicates"]):
+    if intervals:
         drawn["predicates"] = "recall of each predicate, compared with the base (Figure 2 of the supplement)"
         figures.draw_predicates(out / f"{name}_predicates.png", study.bases, study.arms)
     if _draw_mirror(out / f"{name}_mirror.png", study):

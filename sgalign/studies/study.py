@@ -57,7 +57,8 @@ def read_study(path: Path, overrides: Mapping[str, str] | None = None) -> Study:
     `arms` is a list of mappings with the keys of `ARM_KEYS`. Paths of configs are relative to the study's file. An
     arm's `config` replaces the study's. Options are set in this order, so later ones win: the study's `set`, the arm's
     `set`, the arm's `grid`, `overrides`. A `grid` gives each option a list of values, and makes one arm of each
-    combination. In the arm's name, `{mask_ratio}` stands for the value of the option that ends in `.mask_ratio`.
+    combination. In the arm's name and in that of its base, `{mask_ratio}` stands for the value of the option that ends
+    in `.mask_ratio`.
 
     Args:
         path: the file.
@@ -91,7 +92,12 @@ def read_study(path: Path, overrides: Mapping[str, str] | None = None) -> Study:
             _check_options(path, options)
             arguments = ["--config", str(config)] + [f"--{key}={_text(value)}" for key, value in options.items()]
             arguments += [f"--{key}={value}" for key, value in (overrides or {}).items()]
-            arms.append(Arm(_filled(path, entry["name"], values), entry.get("base") or "", arguments))
+            for key in values:
+                if (place := _place(key)) not in entry["name"]:
+                    raise InputError(
+                        f"{path}: the name of an arm with {key} in its grid must contain {place}, got {entry['name']!r}"
+                    )
+            arms.append(Arm(_filled(entry["name"], values), _filled(entry.get("base") or "", values), arguments))
     names = [arm.name for arm in arms]
     for number, arm in enumerate(arms):
         _check_text(path, arm.name)
@@ -160,13 +166,15 @@ def _combinations(path: Path, number: int, grid: dict[str, Any]) -> list[dict[st
     return [dict(zip(grid, values)) for values in product(*grid.values())]
 
 
-def _filled(path: Path, name: str, values: Mapping[str, Any]) -> str:
-    """Return the arm's name with the values of its grid in place of their names in braces."""
+def _place(key: str) -> str:
+    """Return the text that stands for an option's value in the name of an arm."""
+    return "{" + key.rpartition(".")[2] + "}"
+
+
+def _filled(name: str, values: Mapping[str, Any]) -> str:
+    """Return the name of an arm with the values of a grid in place of their names in braces."""
     for key, value in values.items():
-        place = "{" + key.rpartition(".")[2] + "}"
-        if place not in name:
-            raise InputError(f"{path}: the name of an arm with {key} in its grid must contain {place}, got {name!r}")
-        name = name.replace(place, _text(value))
+        name = name.replace(_place(key), _text(value))
     return name
 
 

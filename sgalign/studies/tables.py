@@ -17,6 +17,7 @@ TESTED = ("R@50", "mR@50", "mR@100", "ngR@50", "zR@100", "mR@100/tail")  # test 
 PAIRED = (("R", 50), ("mR", 50), ("mR", 100))  # metric and K in the table of differences
 
 Arms = dict[str, list[Result]]  # the results of each arm, sorted by seed; arms without results are left out
+Intervals = dict[str, list[tuple[float, float, float]]]  # of each arm: difference from its base and interval, by metric
 
 
 def write_csv(path: Path, studies: Mapping[str, Arms]) -> None:
@@ -71,34 +72,44 @@ def of_arms(arms: Arms, choose: str) -> list[str]:
     return lines
 
 
-def of_differences(bases: Mapping[str, str], arms: Arms) -> list[str]:
-    """Return the lines of a Markdown table with the differences of arms from their bases, in percentage points.
+def differences(bases: Mapping[str, str], arms: Arms) -> Intervals:
+    """Return the difference of each arm from its base in the metrics of `PAIRED`, with its 95 % bootstrap interval.
 
-    Each difference has its 95 % bootstrap interval.
+    The list of an arm is empty if the arm and its base have other test images. Arms whose test has no relations are
+    left out.
 
     Args:
         bases: for each arm, the name of its base, which is the arm that it is compared with, or "" for none.
         arms: the results of each arm.
     """
-    pairs = {name: base for name, base in compared(bases, arms).items() if any(arms[name][0]["predicates"])}
-    if not pairs:
-        return []
+    return {
+        name: [paired_difference(arms[name], arms[base], metric, k) for metric, k in PAIRED]
+        if arms[name][0]["predicates"] == arms[base][0]["predicates"]
+        else []
+        for name, base in compared(bases, arms).items()
+        if any(arms[name][0]["predicates"])
+    }
+
+
+def of_differences(bases: Mapping[str, str], intervals: Intervals, *, seeds: int) -> list[str]:
+    """Return the lines of a Markdown table of differences, in percentage points.
+
+    Args:
+        bases: as for `differences`.
+        intervals: a result of `differences`.
+        seeds: the largest number of seeds of an arm.
+    """
     headers = [f"{metric}@{k}" for metric, k in PAIRED]
     lines = ["| | minus | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 2)]
     starred = False
-    for name, base in pairs.items():
-        if arms[name][0]["predicates"] != arms[base][0]["predicates"]:
-            lines.append(f"| {name} | {base} |" + " other test images |" * len(PAIRED))
-            continue
+    for name, of_arm in intervals.items():
         cells = []
-        for metric, k in PAIRED:
-            difference, low, high = paired_difference(arms[name], arms[base], metric, k)
+        for difference, low, high in of_arm:
             starred |= (is_beyond := not low <= 0 <= high)
             beyond = " *" if is_beyond else ""
             cells.append(f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}){beyond}")
-        lines.append(f"| {name} | {base} | " + " | ".join(cells) + " |")
-    one = all(len(runs) == 1 for runs in arms.values())
-    over = "test images. One seed says nothing about the spread over seeds" if one else "seeds and test images"
+        lines.append(f"| {name} | {bases[name]} | " + " | ".join(cells or ["other test images"] * len(PAIRED)) + " |")
+    over = "seeds and test images" if seeds > 1 else "test images. One seed says nothing about the spread over seeds"
     star = " A star marks the intervals that exclude 0." if starred else ""
     return [*lines, "", f"In parentheses are 95 % intervals over {over}.{star}"]
 
