@@ -24,7 +24,7 @@ from trainers import CONFIGS, SMALL_MOTIFS, SMALL_SGTR  # noqa: E402
 
 from sgalign.commands.main import main  # noqa: E402
 from sgalign.files import read_tensors  # noqa: E402
-from sgalign.studies import claims, cluster, execute, launch, plan, recording  # noqa: E402
+from sgalign.studies import claims, cluster, execute, figures, launch, plan, recording  # noqa: E402
 from sgalign.studies.plan import resolve, settings_of  # noqa: E402
 from sgalign.studies.recording import RunRecorder  # noqa: E402
 from sgalign.studies.results import read_result  # noqa: E402
@@ -232,6 +232,7 @@ def test_a_study_is_run_and_reported(tmp_path, data, here, capsys):
         rows = list(csv.DictReader(file))
     assert {row["arm"] for row in rows} == {"Motifs", "p = 0.4"} and {row["seed"] for row in rows} == {"0", "1"}
     assert {row["part"] for row in rows} == {"validation", "test", "cost"}
+    assert {(row["epoch"], row["step"]) for row in rows} == {("1", "2"), ("2", "4")}
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "small_curves.png" not in page and "<table>" in page
     result = read_result(next((out / "runs").iterdir()))
@@ -258,6 +259,31 @@ def test_a_study_is_run_and_reported(tmp_path, data, here, capsys):
     arms.append({"name": "half", "base": "Motifs", "set": {"model.mask_ratio": 0.5}})
     assert ablate(write_study(tmp_path, arms=arms), data, out) == 0 and len(here) == 1
     assert "4 runs of an earlier plan stay in" in capsys.readouterr().out
+
+
+def test_validations_within_an_epoch_are_points_of_their_own(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    points = [{"epoch": 1, "step": step, "mR@50": step / 10} for step in (2, 4)]
+    figures.draw_curves(tmp_path / "curves.png", {"Motifs": [{"curve": points}]}, "mR@50")
+    (line,) = drawn[0].axes[0].lines
+    assert line.get_xydata().tolist() == [[2, 20], [4, 40]]
+
+
+def test_the_figure_of_differences_colors_what_excludes_0(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    intervals = {
+        "better": [(0.02, 0.01, 0.03)] * 3,
+        "worse": [(-0.02, -0.03, -0.01)] * 3,
+        "same": [(0.0, -0.01, 0.01)] * 3,
+    }
+    figures.draw_differences(tmp_path / "d.png", dict.fromkeys(intervals, "Motifs"), intervals | {"other images": []})
+    axes = drawn[0].axes[0]
+    lines = [line for line in axes.lines if line.get_marker() == "None"][:3]
+    assert [line.get_color() for line in lines] == ["tab:blue", "tab:red", "gray"]
+    assert [line.get_xdata().tolist() for line in lines] == [[1, 3], [-3, -1], [-1, 1]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["better", "worse", "same"]
 
 
 INTERVALS = [pytest.param(4, id="after_epochs"), pytest.param(2, id="within_epochs", marks=pytest.mark.slow)]

@@ -43,7 +43,7 @@ def draw_differences(path: Path, bases: Mapping[str, str], intervals: Intervals)
 
 
 def draw_curves(path: Path, arms: Arms, choose: str) -> None:
-    """Draw the validation figures of each arm by epoch, as the mean over seeds.
+    """Draw the validation figures of each arm by training step, as the mean over seeds.
 
     For the first arm, the range over seeds is drawn too.
 
@@ -53,23 +53,23 @@ def draw_curves(path: Path, arms: Arms, choose: str) -> None:
         choose: name of the figure that chose the tested epoch. R@50 and mR@50 are drawn beside it, if there are any.
     """
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    point = next(iter(arms.values()))[0]["curve"][0]
-    metrics = [name for name in dict.fromkeys((choose, "R@50", "mR@50")) if name in point]
+    first = next(iter(arms.values()))[0]["curve"][0]
+    metrics = [name for name in dict.fromkeys((choose, "R@50", "mR@50")) if name in first]
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         for number, (name, runs) in enumerate(arms.items()):
             color = "black" if number == 0 else colormaps["viridis"]((number - 1) / max(len(arms) - 2, 1))
-            by_epoch: dict[float, list[float]] = {}
+            by_step: dict[float, list[float]] = {}
             for run in runs:
-                for epoch in run["curve"]:
-                    by_epoch.setdefault(epoch["epoch"], []).append(100 * epoch[metric])
-            epochs = sorted(by_epoch)
-            means = [statistics.mean(by_epoch[epoch]) for epoch in epochs]
-            axes.plot(epochs, means, color=color, marker=".", label=name.replace("$", r"\$"))
+                for point in run["curve"]:
+                    by_step.setdefault(point["step"], []).append(100 * point[metric])
+            steps = sorted(by_step)
+            means = [statistics.mean(by_step[step]) for step in steps]
+            axes.plot(steps, means, color=color, marker=".", label=name.replace("$", r"\$"))
             if number == 0:
-                low, high = ([function(by_epoch[e]) for e in epochs] for function in (min, max))
-                axes.fill_between(epochs, low, high, color=color, alpha=0.1)
-        axes.set(xlabel="epoch", ylabel=f"validation {metric}, %")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                low, high = ([function(by_step[step]) for step in steps] for function in (min, max))
+                axes.fill_between(steps, low, high, color=color, alpha=0.1)
+        axes.set(xlabel="training step", ylabel=f"validation {metric}, %")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.legend(fontsize=8)
     save_figure(figure, path)
 

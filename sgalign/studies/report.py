@@ -108,7 +108,7 @@ def _text(out: Path, name: str, study: Planned) -> list[str]:
     if any(intervals.values()):
         drawn["differences"] = "differences from the base, with 95 % intervals"
         figures.draw_differences(out / f"{name}_differences.png", study.bases, intervals)
-    drawn["curves"] = "validation by epoch"
+    drawn["curves"] = "validation by training step"
     figures.draw_curves(out / f"{name}_curves.png", study.arms, study.choose.removeprefix("val/"))
     if intervals:
         drawn["predicates"] = "recall of each predicate, compared with the base (Figure 2 of the supplement)"

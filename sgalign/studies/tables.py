@@ -23,8 +23,9 @@ Intervals = dict[str, list[tuple[float, float, float]]]  # of each arm: differen
 def write_csv(path: Path, studies: Mapping[str, Arms]) -> None:
     """Write the results of all runs to a CSV file, one value per line.
 
-    The columns are `study`, `arm`, `seed`, `part` ("validation", "test" or "cost"), `epoch`, `metric`, `k`, `of` (the
-    subset that the metric covers) and `value`.
+    The columns are `study`, `arm`, `seed`, `part` ("validation", "test" or "cost"), `epoch`, `step`, `metric`, `k`,
+    `of` (the subset that the metric covers) and `value`. Test and cost have the epoch and the step of the tested
+    weights.
 
     Args:
         path: the CSV file. It appears only when it is complete.
@@ -32,20 +33,22 @@ def write_csv(path: Path, studies: Mapping[str, Arms]) -> None:
     """
     with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("study", "arm", "seed", "part", "epoch", "metric", "k", "of", "value"))
+        writer.writerow(("study", "arm", "seed", "part", "epoch", "step", "metric", "k", "of", "value"))
         for study, arms in studies.items():
             for arm, run in ((arm, run) for arm, runs in arms.items() for run in runs):
                 row = study, arm, run["seed"]
                 for point in run["curve"]:
+                    when = point["epoch"], point["step"]
                     for name in [name for name in point if name not in ("epoch", "step")]:
-                        writer.writerow((*row, "validation", point["epoch"], *split_name(name), point[name]))
-                epoch = run["curve"][run["epoch"] - 1]["epoch"]
+                        writer.writerow((*row, "validation", *when, *split_name(name), point[name]))
+                best = run["curve"][run["epoch"] - 1]
+                when = best["epoch"], best["step"]
                 for name, value in run["test"].items():
                     metric, k, of = split_name(name)
                     if metric != "R" or not of or k == DEPTH:  # predicates: only the K that is drawn
-                        writer.writerow((*row, "test", epoch, metric, k, of, value))
+                        writer.writerow((*row, "test", *when, metric, k, of, value))
                 for name, cost in run["cost"].items():
-                    writer.writerow((*row, "cost", epoch, name, None, "", cost))
+                    writer.writerow((*row, "cost", *when, name, None, "", cost))
 
 
 def of_arms(arms: Arms, choose: str) -> list[str]:
