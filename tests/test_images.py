@@ -486,7 +486,7 @@ def test_a_model_of_cached_features_needs_data_with_features(data):
 
 def test_a_model_of_another_size_than_the_cached_features_is_refused(data, detector, tmp_path):
     cache_features(data.test[:1], detector, RegionFeatures(dim=16), tmp_path)
-    with pytest.raises(ValueError, match="relation_dim must be 16, as in the cached features, got 8"):
+    with pytest.raises(ValueError, match="relation_dim must be 16, as in the features of the data, got 8"):
         cached_motifs(relation_dim=8).see(collate_for(data.test[:1], 20, cache=FeatureCache(tmp_path)))
 
 
@@ -513,13 +513,13 @@ def test_a_model_is_not_evaluated_on_features_of_other_weights(data, detector, t
 
     own, others = with_features(tmp_path / "own", 1), with_features(tmp_path / "others", 2)
     module, trainer = fitted(MotifsModule, own, tmp_path, vision="cached")
-    with pytest.raises(ValueError, match="data.features must come from the same detector weights"):
+    with pytest.raises(ValueError, match="features of the data must be those that the model was trained on"):
         trainer.test(module, datamodule=others, verbose=False)
     for evaluate in (trainer.validate, trainer.test, trainer.predict):
         fresh = MotifsModule(**module.hparams)
         evaluate(fresh, datamodule=own, ckpt_path=str(tmp_path / "model.ckpt"), weights_only=True)
         fresh = MotifsModule(**module.hparams)
-        with pytest.raises(ValueError, match="data.features must come from the same detector weights"):
+        with pytest.raises(ValueError, match="features of the data must be those that the model was trained on"):
             evaluate(fresh, datamodule=others, ckpt_path=str(tmp_path / "model.ckpt"), weights_only=True)
 
 

@@ -11,7 +11,7 @@ from trainers import SMALL_MOTIFS, trainer  # noqa: E402
 
 from sgalign.commands.main import main  # noqa: E402
 from sgalign.training import AlignMotifsModule, MotifsModule, SceneGraphData, SimulatedData, load_module  # noqa: E402
-from sgalign.training.simulated import WIDTH, Simulation  # noqa: E402
+from sgalign.training.simulated import HIDDEN, WIDTH, Simulation  # noqa: E402
 
 SMALL = SMALL_MOTIFS | {"vision": "cached", "relation_dim": WIDTH}
 
@@ -34,8 +34,9 @@ def batch_of(data, graphs):
 
 @pytest.mark.parametrize("protocol", ["predcls", "sgcls"])
 def test_motifs_trains_and_is_tested_on_simulated_features(data, tmp_path, protocol):
-    module = AlignMotifsModule(**SMALL, protocol=protocol)
-    run = trainer(max_epochs=1)
+    torch.manual_seed(0)
+    module = AlignMotifsModule(**SMALL, protocol=protocol, learning_rate=0.01)
+    run = trainer(max_epochs=5)
     run.fit(module, data)
     assert 0 < run.callback_metrics["val/R@100"] <= 1
     run.save_checkpoint(tmp_path / "model.ckpt")
@@ -46,7 +47,7 @@ def test_a_model_is_not_tested_on_features_of_another_noise(folder, data, tmp_pa
     run = trainer(limit_train_batches=1, limit_val_batches=0)
     run.fit(MotifsModule(**SMALL), data)
     run.save_checkpoint(tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match="got simulation with noise 1 and simulation with noise 0.25"):
+    with pytest.raises(ValueError, match="trained on, simulation with noise 0.25, got simulation with noise 1: run"):
         trainer().test(load_module(tmp_path / "model.ckpt"), SimulatedData(str(folder), noise=1.0), verbose=False)
 
 
@@ -98,6 +99,43 @@ def test_features_of_related_pairs_differ_from_those_of_unrelated_ones(data):
     assert torch.equal(changed, batch.related) and torch.equal(batch.features.objects, other.objects)
 
 
+def test_objects_are_the_context_of_each_other(data):
+    batch = batch_of(data, data.test[:2])
+    labels = batch.labels.clone()
+    labels[0] = labels[0] % 5 + 1
+    changed = data.simulation.add_to(batch._replace(labels=labels)).features
+    first = batch.lengths[0]
+    assert (changed.objects != batch.features.objects).any(1).tolist() == [row < first for row in range(len(labels))]
+    pairs = batch.pair_counts[0]
+    assert (changed.unions[:pairs] != batch.features.unions[:pairs]).any(1).all()
+    assert torch.equal(changed.unions[pairs:], batch.features.unions[pairs:])
+
+
+def test_features_of_pairs_contain_the_geometry_of_their_boxes(data):
+    batch = batch_of(data, data.test[:1])
+    boxes = batch.boxes.clone()
+    boxes[0, 2:] += 30
+    changed = data.simulation.add_to(batch._replace(boxes=boxes)).features
+    assert torch.equal(changed.objects, batch.features.objects)
+    assert torch.equal((changed.unions != batch.features.unions).any(1), (batch.pairs == 0).any(1))
+
+
+def test_pairs_have_noise_of_their_own(data, monkeypatch):
+    for name in ("as_subject", "as_object"):
+        monkeypatch.setattr(data.simulation, name, torch.zeros(HIDDEN, HIDDEN))
+    one, other = (batch_of(data, [replace(data.test[0], image_id=name)]).features for name in ("one", "other"))
+    assert (one.unions != other.unions).any(1).all()
+
+
+def test_logits_are_log_likelihoods():
+    simulation = Simulation(6, 3, noise=0.5)
+    observed = torch.randn(10, HIDDEN)
+    logits = simulation._logits(observed)
+    likelihoods = -(torch.cdist(observed, simulation.prototypes[1:] / 0.5) ** 2) / 2
+    torch.testing.assert_close(logits[:, 1:].log_softmax(1), likelihoods.log_softmax(1), atol=1e-4, rtol=1e-4)
+    assert (logits[:, 0] == -100).all()
+
+
 def test_only_the_given_share_of_the_training_images_is_used(folder, data):
     few = SimulatedData(str(folder), labelled=0.25)
     assert len(few.train) == round(0.25 * len(data.train)) and len(few.training_graphs()) == len(few.train)
@@ -134,7 +172,7 @@ def test_other_features_are_refused(name, value):
 
 def test_the_model_must_have_the_width_of_the_features(data):
     module = MotifsModule(**SMALL | {"relation_dim": 16})
-    with pytest.raises(ValueError, match="relation_dim must be 1024, as in the cached features, got 16"):
+    with pytest.raises(ValueError, match="relation_dim must be 1024, as in the features of the data, got 16"):
         trainer(limit_train_batches=1).fit(module, data)
 
 

@@ -24,7 +24,7 @@ from trainers import CONFIGS, SMALL_MOTIFS, SMALL_SGTR  # noqa: E402
 
 from sgalign.commands.main import main  # noqa: E402
 from sgalign.files import read_tensors  # noqa: E402
-from sgalign.studies import claims, cluster, execute, figures, launch, plan, recording  # noqa: E402
+from sgalign.studies import claims, cluster, execute, figures, launch, plan, recording, tables  # noqa: E402
 from sgalign.studies.plan import resolve, settings_of  # noqa: E402
 from sgalign.studies.recording import RunRecorder  # noqa: E402
 from sgalign.studies.results import read_result  # noqa: E402
@@ -284,6 +284,12 @@ def test_the_figure_of_differences_colors_what_excludes_0(tmp_path, monkeypatch)
     assert [line.get_color() for line in lines] == ["tab:blue", "tab:red", "gray"]
     assert [line.get_xdata().tolist() for line in lines] == [[1, 3], [-3, -1], [-1, 1]]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["better", "worse", "same"]
+
+
+def test_tables_say_what_was_not_compared():
+    lines = tables.of_differences({"a": "b"}, {"a": []}, seeds=1)
+    assert lines[2] == "| a | b | other test images | other test images | other test images |"
+    assert "One seed says nothing about the spread over seeds" in lines[-1]
 
 
 INTERVALS = [pytest.param(4, id="after_epochs"), pytest.param(2, id="within_epochs", marks=pytest.mark.slow)]

@@ -82,7 +82,7 @@ def draw_predicates(path: Path, bases: Mapping[str, str], arms: Arms) -> None:
 
     Args:
         path: the image file.
-        bases, arms: as for `tables.of_differences`.
+        bases, arms: as for `tables.differences`.
     """
     groups: dict[str, list[str]] = next(iter(arms.values()))[0]["groups"]
     names = [name for predicates in groups.values() for name in predicates]

@@ -94,7 +94,7 @@ def _text(out: Path, name: str, study: Planned) -> list[str]:
     one = next(iter(study.arms.values()))[0]
     options = one["settings"]["trainer"] | one["settings"]["data"]["init_args"]
     training = ", ".join(f"{name} {options[name]}" for name in ("max_epochs", "max_steps", "batch_size"))
-    lines = [f"## {study.title}", "", f"The tested epoch is the one with the highest {study.choose}."]
+    lines = [f"## {study.title}", "", f"The tested weights are those with the highest {study.choose}."]
     lines += [f"The test has {len(one['images'])} images. The first run has {training}.", ""]
     lines += [*tables.of_arms(study.arms, study.choose), ""]
     intervals = tables.differences(study.bases, study.arms)

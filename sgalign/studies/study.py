@@ -87,16 +87,16 @@ def read_study(path: Path, overrides: Mapping[str, str] | None = None) -> Study:
         config = path.parent / entry.get("config", content["config"])
         if not config.is_file():
             raise FileNotFoundError(f"{path}: arm {number} needs the config {config}, which does not exist")
+        for key in entry.get("grid", {}):
+            if (place := _place(key)) not in entry["name"]:
+                raise InputError(
+                    f"{path}: the name of an arm with {key} in its grid must contain {place}, got {entry['name']!r}"
+                )
         for values in _combinations(path, number, entry.get("grid", {})):
             options = content.get("set", {}) | entry.get("set", {}) | values
             _check_options(path, options)
             arguments = ["--config", str(config)] + [f"--{key}={_text(value)}" for key, value in options.items()]
             arguments += [f"--{key}={value}" for key, value in (overrides or {}).items()]
-            for key in values:
-                if (place := _place(key)) not in entry["name"]:
-                    raise InputError(
-                        f"{path}: the name of an arm with {key} in its grid must contain {place}, got {entry['name']!r}"
-                    )
             arms.append(Arm(_filled(entry["name"], values), _filled(entry.get("base") or "", values), arguments))
     names = [arm.name for arm in arms]
     for number, arm in enumerate(arms):

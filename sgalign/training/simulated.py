@@ -1,4 +1,4 @@
-"""A data set whose objects and pairs get simulated features of a detector, for studies without images."""
+"""A data set whose objects and pairs get the features of a simulated detector, for studies without images."""
 
 from __future__ import annotations
 
@@ -19,26 +19,31 @@ from sgalign.training.scarce import ScarceData
 WIDTH = 1024  # numbers of a feature
 HIDDEN = 128  # numbers of the observation that a feature is computed from
 GROUP = 4  # number of object classes that are easily confused with each other
-EVIDENCE = 2.0  # distance of two predicates in the observation of a pair, in deviations of its noise
+EVIDENCE = 2.0  # distance of the prototypes of two predicates; the noise that is added to a pair has the deviation 1
 
 
 class SimulatedData(ScarceData):
     """A data set whose annotated objects and pairs get simulated features, as if a detector had seen them.
 
-    It is for Motifs with `vision: cached` and `relation_dim: 1024`, under PredCls or SGCls. Nothing is read from
-    images. An object or a pair has the same features in each epoch and in every run.
+    It is for Motifs with `vision: cached` and `relation_dim: 1024`, under PredCls or SGCls. With `vision: none` the
+    features are ignored. Nothing is read from images. An object or a pair has the same features in each epoch and in
+    every run.
 
-    An object's observation has 128 numbers. It is the sum of three parts:
+    An object's observation has 128 numbers. It is the sum of three parts, divided by `noise`:
 
     - the prototype of its class. The classes form random groups of four, which are easily confused: the prototypes of
-      two classes of a group have a distance of 1, and those of other classes a distance of about 2;
+      two classes of a group have a distance of about 1, and those of other classes of about 2;
     - the context: the sum of the prototypes of all objects in the image, divided by the square root of their number;
     - Gaussian noise with the deviation `noise` in each number.
 
-    A pair's observation is a mixture of the observations of its two objects, the geometry of their boxes, the
-    prototypes of its annotated predicates, and more noise. A feature is a random layer of 1024 rectified linear units
-    on an observation. The class logits of the detector are the log-likelihoods of the classes, given the object's
-    observation, for a detector that does not know about the context.
+    A pair's observation is a mixture of the observations of its two objects, to which three parts are added: the
+    geometry of their boxes, the mean of the prototypes of its annotated predicates, and noise with the deviation 1. The
+    prototypes of two predicates have a distance of about 2. A pair without an annotated predicate has no evidence of
+    any, so its features also tell that it is not annotated.
+
+    A feature is a fixed random layer of 1024 rectified linear units on an observation. The class logits of the detector
+    are the log-likelihoods of the classes, given the object's observation, for a detector that does not know about the
+    context.
 
     Args:
         root: as in `SceneGraphData`.
@@ -109,7 +114,7 @@ class Simulation:
         signal = self.prototypes[batch.labels]
         context = torch.zeros(len(batch.lengths), HIDDEN).index_add(0, batch.images, signal)
         context = context * batch.lengths[:, None].clamp(min=1) ** -0.5
-        # Observations are divided by `noise`, so that features of all noises have about the same scale.
+        # Observations are divided by `noise`, so that their noise has the deviation 1.
         observed = (signal + context[batch.images]) / self.noise + of_objects
         subjects, objects = observed[batch.pairs].unbind(1)
         both = (subjects @ self.as_subject + objects @ self.as_object) * 0.5**0.5
@@ -127,7 +132,7 @@ class Simulation:
 
 
 def _noise_of(image_id: str, objects: int, pairs: int) -> Sequence[Tensor]:
-    """Return the noise of an image's objects and pairs. It depends only on the image's name."""
+    """Return the noise of an image's objects and pairs. It depends on the image's name and on their numbers."""
     seed = int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "little", signed=True)
     noise = torch.randn(objects + pairs, HIDDEN, generator=torch.Generator().manual_seed(seed))
     return noise.split([objects, pairs])

@@ -65,16 +65,16 @@ class BoxVision(Vision):
 
 
 class CachedVision(Vision):
-    """Features that `sgalign cache-features` wrote (`vision: cached`)."""
+    """Features that come with the data (`vision: cached`): from `sgalign cache-features`, or simulated ones."""
 
-    source: str | None = None  # `FeatureCache.source` of the features that the model was trained on
+    source: str | None = None  # `features_source` of the data that the model was trained on
 
     def read_from(self, source: str | None) -> None:
         """Set the source of the features. The data and the checkpoint must have the same source."""
         if source is not None and self.source not in (None, source):
             raise InputError(
-                "data.features must come from the same detector weights and image sizes as the features that the model "
-                f"was trained on, got {source} and {self.source}: run sgalign cache-features with the same checkpoint"
+                f"the features of the data must be those that the model was trained on, {self.source}, got {source}: "
+                "run sgalign cache-features with the same checkpoint, or simulate features with the same data.noise"
             )
         self.source = source or self.source
 
@@ -84,7 +84,9 @@ class CachedVision(Vision):
                 "data.features must be a folder of cached features for a model with vision 'cached', got none"
             )
         if (dim := batch.features.objects.shape[1]) != self.options.relation_dim:
-            raise InputError(f"relation_dim must be {dim}, as in the cached features, got {self.options.relation_dim}")
+            raise InputError(
+                f"relation_dim must be {dim}, as in the features of the data, got {self.options.relation_dim}"
+            )
         batch = self.sample(batch, generator)
         return SeenBatch(batch, batch.features)
 
