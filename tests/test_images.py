@@ -480,7 +480,7 @@ def test_a_model_gives_the_same_logits_from_cached_features_and_from_images(data
 
 
 def test_a_model_of_cached_features_needs_data_with_features(data):
-    with pytest.raises(ValueError, match="data.features must be a folder of cached features"):
+    with pytest.raises(ValueError, match="the data must have features for a model"):
         cached_motifs().see(collate(data.test[:1], 20))
 
 

@@ -160,8 +160,13 @@ def test_an_image_without_objects_has_no_features(data):
 
 @pytest.mark.parametrize("noise", [0.0, -1.0, float("nan"), float("inf")])
 def test_the_noise_must_be_positive(noise):
-    with pytest.raises(ValueError, match=f"noise must be positive and finite, got {noise}"):
+    with pytest.raises(ValueError, match=f"noise must be at least 0.001 and finite, got {noise}"):
         SimulatedData(noise=noise)
+
+
+def test_a_share_of_no_image_is_refused(folder):
+    with pytest.raises(ValueError, match="labelled must leave at least one training image, got 0.0001"):
+        SimulatedData(str(folder), labelled=0.0001)
 
 
 @pytest.mark.parametrize(("name", "value"), [("features", "f"), ("detections", "d"), ("images", True)])

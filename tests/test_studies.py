@@ -287,9 +287,14 @@ def test_the_figure_of_differences_colors_what_excludes_0(tmp_path, monkeypatch)
 
 
 def test_tables_say_what_was_not_compared():
-    lines = tables.of_differences({"a": "b"}, {"a": []}, seeds=1)
-    assert lines[2] == "| a | b | other test images | other test images | other test images |"
-    assert "One seed says nothing about the spread over seeds" in lines[-1]
+    one = [{"seed": 0}]
+    lines = tables.of_differences({"a": "b"}, {"a": one, "b": one}, {"a": []})
+    assert lines[2:] == ["| a | b | other test images | other test images | other test images |"]
+    lines = tables.of_differences({"a": "b"}, {"a": one, "b": one}, {"a": [(0.0, -0.1, 0.1)] * 3})
+    assert "only one seed in common" in lines[-1] and "star" not in lines[-1]
+    two = [{"seed": 0}, {"seed": 1}]
+    lines = tables.of_differences({"a": "b"}, {"a": two, "b": two}, {"a": [(0.2, 0.1, 0.3)] * 3})
+    assert "only one seed in common" not in lines[-1] and "A star marks" in lines[-1]
 
 
 INTERVALS = [pytest.param(4, id="after_epochs"), pytest.param(2, id="within_epochs", marks=pytest.mark.slow)]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sgalign.files import save_figure
-from sgalign.studies.tables import PAIRED, Arms, Intervals, compared
+from sgalign.studies.tables import PAIRED, Arms, Intervals
 
 
 def draw_differences(path: Path, bases: Mapping[str, str], intervals: Intervals) -> None:
@@ -21,7 +21,7 @@ def draw_differences(path: Path, bases: Mapping[str, str], intervals: Intervals)
 
     Args:
         path: the image file.
-        bases, intervals: as for `tables.of_differences`.
+        bases, intervals: as for `tables.of_differences`. Arms without intervals are left out.
     """
     shown = {name: of_arm for name, of_arm in intervals.items() if of_arm}
     common = {bases[name] for name in shown}
@@ -50,9 +50,9 @@ def draw_curves(path: Path, arms: Arms, choose: str) -> None:
     Args:
         path: the image file.
         arms: the results of each arm.
-        choose: name of the figure that chose the tested epoch. R@50 and mR@50 are drawn beside it, if there are any.
+        choose: name of the figure that chose the tested weights. R@50 and mR@50 are drawn beside it, if there are any.
     """
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5 + 0.1 * len(arms)), layout="constrained")
     first = next(iter(arms.values()))[0]["curve"][0]
     metrics = [name for name in dict.fromkeys((choose, "R@50", "mR@50")) if name in first]
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
@@ -70,11 +70,11 @@ def draw_curves(path: Path, arms: Arms, choose: str) -> None:
                 axes.fill_between(steps, low, high, color=color, alpha=0.1)
         axes.set(xlabel="training step", ylabel=f"validation {metric}, %")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     save_figure(figure, path)
 
 
-def draw_predicates(path: Path, bases: Mapping[str, str], arms: Arms) -> None:
+def draw_predicates(path: Path, bases: Mapping[str, str], arms: Arms, intervals: Intervals) -> None:
     """Draw the difference in R@100 between each arm and its base for each predicate.
 
     Bars are means over seeds, and dots are single seeds. The plot has the form of Figure 2 in the supplement of Xu,
@@ -82,13 +82,13 @@ def draw_predicates(path: Path, bases: Mapping[str, str], arms: Arms) -> None:
 
     Args:
         path: the image file.
-        bases, arms: as for `tables.differences`.
+        bases, arms, intervals: as for `tables.of_differences`. Arms without intervals are left out.
     """
-    groups: dict[str, list[str]] = next(iter(arms.values()))[0]["groups"]
+    others = {name: bases[name] for name, of_arm in intervals.items() if of_arm}
+    groups: dict[str, list[str]] = arms[next(iter(others))][0]["groups"]
     names = [name for predicates in groups.values() for name in predicates]
-    others = compared(bases, arms)
-    figure = Figure(figsize=(12, 0.7 + 2.3 * max(len(others), 1)), layout="constrained")
-    panels = figure.subplots(max(len(others), 1), 1, sharex=True, squeeze=False)[:, 0]
+    figure = Figure(figsize=(12, 0.7 + 2.3 * len(others)), layout="constrained")
+    panels = figure.subplots(len(others), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (arm, base) in zip(panels, others.items()):
         of_base = {run["seed"]: run["test"] for run in arms[base]}
         change = [

@@ -199,7 +199,7 @@ def settings_of(config: Mapping[str, Any], choose: str) -> dict[str, Any]:
 
     Args:
         config: the config of the run, as `resolve` returns it.
-        choose: name of the figure that chooses the epoch.
+        choose: name of the figure that chooses the weights.
     """
     data, trainer = config["data"], config["trainer"]
     root = data["init_args"].get("root")

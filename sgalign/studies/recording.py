@@ -45,13 +45,13 @@ class RunRecorder(Callback):
 
     Args:
         folder: folder of the run, with the file `settings.json`.
-        choose: name of the logged figure that chooses the epoch, such as "val/mR@50".
+        choose: name of the logged figure that chooses the weights, such as "val/mR@50".
     """
 
     def __init__(self, folder: str, choose: str) -> None:
         self.folder, self.choose = Path(folder), choose
         self.curve: list[dict[str, float]] = []
-        self.scores: list[float] = []  # the exact values of the figure that chooses the epoch
+        self.scores: list[float] = []  # the exact values of the figure that chooses the weights
         self.stopped = False  # True if EarlyStopping had ended the training when the checkpoint was written
         self._trainer: pl.Trainer | None = None
         self.seconds = 0.0  # of training, until the latest checkpoint
@@ -138,7 +138,7 @@ class RunRecorder(Callback):
         if kept.is_file():
             kept.replace(best_file)
         elif not best_file.is_file():
-            raise InputError(f"{kept}: the checkpoint of the best epoch is missing: {REMEDY}")
+            raise InputError(f"{kept}: the checkpoint of the best weights is missing: {REMEDY}")
         cost: Cost = {
             "device": device_name(self._device),
             "parameters": parameters,

@@ -23,7 +23,7 @@ class Planned(NamedTuple):
 
     Attributes:
         title: title of the study.
-        choose: name of the figure that chose the tested epochs.
+        choose: name of the figure that chose the tested weights.
         bases: name of the base of each arm, or "".
         arms: the results of each arm.
         folders: folders of the planned runs of each arm.
@@ -99,7 +99,7 @@ def _text(out: Path, name: str, study: Planned) -> list[str]:
     lines += [*tables.of_arms(study.arms, study.choose), ""]
     intervals = tables.differences(study.bases, study.arms)
     if intervals:
-        lines += [*tables.of_differences(study.bases, intervals, seeds=max(map(len, study.arms.values()))), ""]
+        lines += [*tables.of_differences(study.bases, study.arms, intervals), ""]
     if complete < planned:
         missing = [arm for arm in study.bases if arm not in study.arms]
         without = f" No run yet: {', '.join(missing)}." if missing else ""
@@ -108,11 +108,10 @@ def _text(out: Path, name: str, study: Planned) -> list[str]:
     if any(intervals.values()):
         drawn["differences"] = "differences from the base, with 95 % intervals"
         figures.draw_differences(out / f"{name}_differences.png", study.bases, intervals)
+        drawn["predicates"] = "recall of each predicate, compared with the base (Figure 2 of the supplement)"
+        figures.draw_predicates(out / f"{name}_predicates.png", study.bases, study.arms, intervals)
     drawn["curves"] = "validation by training step"
     figures.draw_curves(out / f"{name}_curves.png", study.arms, study.choose.removeprefix("val/"))
-    if intervals:
-        drawn["predicates"] = "recall of each predicate, compared with the base (Figure 2 of the supplement)"
-        figures.draw_predicates(out / f"{name}_predicates.png", study.bases, study.arms)
     if _draw_mirror(out / f"{name}_mirror.png", study):
         drawn["mirror"] = "attention of both branches in the last decoder layer (compare Figure 1)"
     for kind, caption in drawn.items():

@@ -32,7 +32,7 @@ class Result(TypedDict):
     seed: int
     settings: dict[str, Any]  # runs with equal settings differ only in the seed
     curve: list[dict[str, float]]  # validation figures after each validated epoch, with its `epoch` and `step`
-    epoch: int  # index of the tested epoch in `curve`, from 1
+    epoch: int  # index of the tested validation in `curve`, from 1
     test: dict[str, float]  # test figures of this epoch
     groups: dict[str, list[str]]  # names of the predicates in each group
     images: list[str]  # ids of the test images

@@ -56,7 +56,7 @@ def of_arms(arms: Arms, choose: str) -> list[str]:
 
     Args:
         arms: the results of each arm.
-        choose: name of the logged figure that chose the tested epochs.
+        choose: name of the logged figure that chose the tested weights.
     """
     runs = [run for of_arm in arms.values() for run in of_arm]
     names = dict.fromkeys([*VALIDATED, choose.removeprefix("val/")])
@@ -87,20 +87,19 @@ def differences(bases: Mapping[str, str], arms: Arms) -> Intervals:
     """
     return {
         name: [paired_difference(arms[name], arms[base], metric, k) for metric, k in PAIRED]
-        if arms[name][0]["predicates"] == arms[base][0]["predicates"]
+        if all(run["predicates"] == arms[base][0]["predicates"] for run in [*arms[name], *arms[base]])
         else []
         for name, base in compared(bases, arms).items()
         if any(arms[name][0]["predicates"])
     }
 
 
-def of_differences(bases: Mapping[str, str], intervals: Intervals, *, seeds: int) -> list[str]:
+def of_differences(bases: Mapping[str, str], arms: Arms, intervals: Intervals) -> list[str]:
     """Return the lines of a Markdown table of differences, in percentage points.
 
     Args:
-        bases: as for `differences`.
-        intervals: a result of `differences`.
-        seeds: the largest number of seeds of an arm.
+        bases, arms: as for `differences`.
+        intervals: the result of `differences`.
     """
     headers = [f"{metric}@{k}" for metric, k in PAIRED]
     lines = ["| | minus | " + " | ".join(headers) + " |", "|" + "---|" * (len(PAIRED) + 2)]
@@ -112,9 +111,13 @@ def of_differences(bases: Mapping[str, str], intervals: Intervals, *, seeds: int
             beyond = " *" if is_beyond else ""
             cells.append(f"{100 * difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}){beyond}")
         lines.append(f"| {name} | {bases[name]} | " + " | ".join(cells or ["other test images"] * len(PAIRED)) + " |")
-    over = "seeds and test images" if seeds > 1 else "test images. One seed says nothing about the spread over seeds"
-    star = " A star marks the intervals that exclude 0." if starred else ""
-    return [*lines, "", f"In parentheses are 95 % intervals over {over}.{star}"]
+    if not any(intervals.values()):
+        return lines
+    seeds = {name: {run["seed"] for run in runs} for name, runs in arms.items()}
+    note = "In parentheses are 95 % intervals over seeds and test images."
+    if any(len(seeds[name] & seeds[bases[name]]) == 1 for name in intervals):
+        note += " Where an arm has only one seed in common with its base, they say nothing about the spread over seeds."
+    return [*lines, "", note + (" A star marks the intervals that exclude 0." if starred else "")]
 
 
 def of_costs(bases: Mapping[str, str], arms: Arms) -> list[str]:

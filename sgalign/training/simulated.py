@@ -47,7 +47,7 @@ class SimulatedData(ScarceData):
 
     Args:
         root: as in `SceneGraphData`.
-        noise: deviation of the noise. It must be positive.
+        noise: deviation of the noise of objects, at least 0.001.
         labelled: share of the training images to use. The others are left out.
         data: the other arguments of `SceneGraphData`, except for `features`, `detections` and `images`.
 
@@ -56,12 +56,14 @@ class SimulatedData(ScarceData):
     """
 
     def __init__(self, root: str | None = None, *, noise: float = 0.5, labelled: float = 1.0, **data: Any) -> None:
-        if not 0 < noise < float("inf"):
-            raise InputError(f"noise must be positive and finite, got {noise}")
+        if not 0.001 <= noise < float("inf"):
+            raise InputError(f"noise must be at least 0.001 and finite, got {noise}")
         for name in ("features", "detections", "images"):
             if data.get(name):
                 raise InputError(f"{name} must not be given for simulated features, got {data[name]!r}")
         super().__init__(root, labelled=labelled, unlabelled=False, missing=0.0, wrong=0.0, **data)
+        if not self.annotated:
+            raise InputError(f"labelled must leave at least one training image, got {labelled}")
         self.simulation = Simulation(len(self.object_names) - 1, len(self.predicate_names) - 1, noise)
 
     @property

@@ -80,8 +80,10 @@ class CachedVision(Vision):
 
     def forward(self, batch: GraphBatch, generator: torch.Generator) -> SeenBatch:
         if batch.features is None:
+            trained_on = "" if self.source is None else f" (the model was trained on {self.source})"
             raise InputError(
-                "data.features must be a folder of cached features for a model with vision 'cached', got none"
+                "the data must have features for a model with vision 'cached', got none: set data.features to a folder "
+                f"of sgalign cache-features, or data to the class of the training run{trained_on}"
             )
         if (dim := batch.features.objects.shape[1]) != self.options.relation_dim:
             raise InputError(
