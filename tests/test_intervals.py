@@ -1,9 +1,12 @@
 """Tests of the differences between arms, and of their intervals."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("lightning")
+from sgalign.studies import figures, tables  # noqa: E402
 from sgalign.studies.intervals import paired_difference  # noqa: E402
 
 
@@ -60,3 +63,22 @@ def test_equal_models_are_rarely_called_different():
         _, low, high = paired_difference(*runs, "R", 50)
         called += not low <= 0 <= high
     assert called <= 8, f"{called} of 40 comparisons of equal models called them different"
+
+
+def test_only_arms_with_relations_are_compared_and_drawn(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    names = {"R@100/on": 0.5, "R@100/near": 0.5}
+    some, none = ({**run, "test": names, "groups": {"all": ["on", "near"]}} for run in (SOME, NONE))
+    detector = {**made_run([[]], [[]]), "test": {"mAP": 0.3}, "groups": {}}
+    arms = {"detector": [detector], "other": [detector], "Motifs": [none], "better": [some]}
+    bases = {"other": "detector", "better": "Motifs", "detector": ""}
+    intervals = tables.differences(bases, arms)
+    assert set(intervals) == {"better"}
+    figures.draw_predicates(Path("predicates.png"), bases, arms, intervals)
+    assert len(drawn[0].axes) == 1
+
+
+def test_arms_with_other_test_images_in_any_seed_are_not_compared():
+    other = made_run([[0]], [[1]], seed=1)
+    assert tables.differences({"a": "b"}, {"a": [SOME, other], "b": [NONE]}) == {"a": []}

@@ -31,9 +31,9 @@ class Result(TypedDict):
 
     seed: int
     settings: dict[str, Any]  # runs with equal settings differ only in the seed
-    curve: list[dict[str, float]]  # validation figures after each validated epoch, with its `epoch` and `step`
+    curve: list[dict[str, float]]  # figures of each validation, with its `epoch` and `step`
     epoch: int  # index of the tested validation in `curve`, from 1
-    test: dict[str, float]  # test figures of this epoch
+    test: dict[str, float]  # test figures of the weights of this validation
     groups: dict[str, list[str]]  # names of the predicates in each group
     images: list[str]  # ids of the test images
     predicates: list[list[int]]  # predicate of each relation, for each test image

@@ -87,12 +87,13 @@ def read_study(path: Path, overrides: Mapping[str, str] | None = None) -> Study:
         config = path.parent / entry.get("config", content["config"])
         if not config.is_file():
             raise FileNotFoundError(f"{path}: arm {number} needs the config {config}, which does not exist")
+        combinations = _combinations(path, number, entry.get("grid", {}))
         for key in entry.get("grid", {}):
             if (place := _place(key)) not in entry["name"]:
                 raise InputError(
                     f"{path}: the name of an arm with {key} in its grid must contain {place}, got {entry['name']!r}"
                 )
-        for values in _combinations(path, number, entry.get("grid", {})):
+        for values in combinations:
             options = content.get("set", {}) | entry.get("set", {}) | values
             _check_options(path, options)
             arguments = ["--config", str(config)] + [f"--{key}={_text(value)}" for key, value in options.items()]

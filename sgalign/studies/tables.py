@@ -85,13 +85,13 @@ def differences(bases: Mapping[str, str], arms: Arms) -> Intervals:
         bases: for each arm, the name of its base, which is the arm that it is compared with, or "" for none.
         arms: the results of each arm.
     """
-    return {
-        name: [paired_difference(arms[name], arms[base], metric, k) for metric, k in PAIRED]
-        if all(run["predicates"] == arms[base][0]["predicates"] for run in [*arms[name], *arms[base]])
-        else []
-        for name, base in compared(bases, arms).items()
-        if any(arms[name][0]["predicates"])
-    }
+    intervals: Intervals = {}
+    for name, base in compared(bases, arms).items():
+        first, *others = [run["predicates"] for run in (*arms[name], *arms[base])]
+        if any(first):
+            same = all(other == first for other in others)
+            intervals[name] = [paired_difference(arms[name], arms[base], *metric) for metric in PAIRED] if same else []
+    return intervals
 
 
 def of_differences(bases: Mapping[str, str], arms: Arms, intervals: Intervals) -> list[str]:
