@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py sgalign_command.py constraints.txt $(shell find csrc kernels sgalign -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json')
 DATA ?=
 
-.PHONY: demo test test-all reproduce-small lint docs benchmark doctor wheel clean
+.PHONY: demo test test-all reproduce-small lint docs benchmark fuzz kill soak doctor wheel clean
 
 # Two epochs show the difference to the frequency baseline. A second thread would not speed up such small models.
 demo: $(VENV)/train
@@ -25,6 +25,20 @@ reproduce-small: $(VENV)/train
 
 benchmark: $(VENV)/test
 	$(BIN)/pytest benchmarks/ --benchmark-only
+
+# The campaigns that docs/reliability.md describes. Each takes an hour or more.
+fuzz: $(VENV)/fuzz
+	for campaign in datasets files core commands; do \
+		OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns/fuzz_$$campaign.py --out build/fuzz/$$campaign || failed=1; \
+	done; exit $${failed:-0}
+
+kill: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns/kills.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns/disks.py
+
+soak: $(VENV)/test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns/side_by_side.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns/soak.py
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
@@ -80,6 +94,10 @@ $(VENV)/lint: EXTRAS := train,test,lint
 # The site is built from the sources, so it needs neither the package nor torch.
 $(VENV)/docs: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --group docs
+	touch $@
+
+$(VENV)/fuzz: pyproject.toml constraints.txt $(VENV)/test | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --group fuzz
 	touch $@
 
 $(VENV)/release: pyproject.toml constraints.txt | $(VENV)/bin/pip
