@@ -29,7 +29,8 @@ Target = Callable[[Draw, Path], str | None]
 SECONDS = 10  # an input that takes longer counts as a hang
 MEBIBYTES = 1024  # an allocation, or growth of the process, that counts as too large
 ODD: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3, 7, 255, 2**31, 2**53, 2**63, 10**30, 0.5, -0.0, 1e308, float("inf"), float("nan"),
+    None, True, False, 0, -1, 1, 2, 3, 7, 255, 2**31, 2**53, 2**63, 10**30,
+    0.5, -0.0, 1e308, float("inf"), float("nan"),
     "", " ", "0", "1", "../x", "a/b", "\x00", "\ud800", "é", "x" * 300, [], [0], [[]], [[1, 2], [3]], {}, {"": 0},
 ]  # fmt: skip
 
