@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
+import secrets
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FrameType
@@ -21,6 +24,8 @@ import torch
 from sgalign.errors import InputError
 
 LARGEST_WHOLE = 1 << 53
+PARTIAL = ".partial"  # ending of a file or a folder that is being written
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, and a limit on the size of files
 # Errors that h5py raises for damaged files and for links to nothing.
 HDF5_DAMAGE = (AttributeError, KeyError, MemoryError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
 
@@ -34,23 +39,38 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     If the block raises an error, the temporary file is deleted instead. An existing file at `path` stays unchanged
     until the block ends, so a full disk, an interruption or a kill does not damage it. After a kill, the temporary file
-    remains. If `path` is a symbolic link, its target is replaced and the link stays. Paths under /dev and files that
-    are not regular, such as pipes, are written directly and without this protection.
+    remains until `path` is written again. If `path` is a symbolic link, its target is replaced and the link stays.
+    Paths under /dev and files that are not regular, such as pipes, are written directly and without this protection.
 
     Raises:
-        OSError: if `check_writable` fails.
+        OSError: if `path` cannot be written, as for `check_writable`, or if the disk is full. The error names `path`.
     """
     path = Path(path)
-    check_writable(path)
+    _make_folder(path)
     if _is_device(path):
         yield path
         return
-    partial = _beside(path)
-    try:
+    with _partial(path) as partial:
         yield partial
         partial.replace(path.resolve())
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, and move it to `folder` when the block ends.
+
+    Errors, interruptions and kills have the same effect as in `written_whole`.
+
+    Args:
+        folder: the folder, which must be new or empty.
+
+    Raises:
+        OSError: if the folder cannot be made or is not empty, or if the disk is full. The error names it.
+    """
+    folder.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with _partial(folder, is_folder=True) as partial:
+        yield partial
+        partial.replace(folder.resolve())
 
 
 def check_writable(path: Path) -> None:
@@ -59,20 +79,89 @@ def check_writable(path: Path) -> None:
     The check makes the folder of `path` and briefly writes a file beside `path`.
 
     Raises:
-        OSError: if `path` is a folder, or if its folder cannot be created or written to. The error names `path`, the
-            folder, or a temporary file in it.
+        OSError: if `path` is a folder, or if its folder cannot be created or written to. The error names `path` or a
+            folder.
     """
+    _make_folder(path)
+    if not _is_device(path):
+        with _partial(path):
+            pass
+
+
+def _make_folder(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "must be a file, but is a folder", str(path))
     if not _is_device(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _beside(path).touch()
-        _beside(path).unlink()
 
 
-def _beside(path: Path) -> Path:
-    path = path.resolve()
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+@contextmanager
+def _partial(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
+    """Yield an empty file or folder beside `path`. At the end of the block, it is deleted if it is still there.
+
+    What killed processes have left of `path` is deleted first. The lock on the new one shows that this process lives.
+    """
+    partial = lock = None
+    try:
+        place = path.resolve()
+        _delete_leftovers(place)
+        while partial is None:
+            partial = place.with_name(f"{place.name}.{secrets.token_hex(4)}{PARTIAL}")
+            partial.mkdir() if is_folder else partial.touch(exist_ok=False)
+            try:
+                lock = _lock(partial)
+            except (BlockingIOError, FileNotFoundError):  # another process took it for a leftover before the lock
+                partial = None
+        yield partial
+    except OSError as error:
+        of_partial = str(error.filename).startswith(str(partial))
+        if of_partial or (error.filename is None and error.errno in NO_SPACE):
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        if partial is not None:
+            _delete(partial)
+        if lock is not None:
+            os.close(lock)
+
+
+def _delete_leftovers(path: Path) -> None:
+    """Delete the partial files and folders of `path` that no living process has locked."""
+    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}" + re.escape(PARTIAL))
+    for name in filter(pattern.fullmatch, os.listdir(path.parent)):
+        with suppress(OSError):  # a living process has the lock, or another user owns the file
+            if (lock := _lock(path.with_name(name))) is not None:
+                _delete(path.with_name(name))
+                os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """Return a descriptor that holds the lock of a file or folder, or None where the file system has no locks.
+
+    The lock ends with the process, whatever ends the process.
+
+    Raises:
+        BlockingIOError: if another process holds the lock.
+        FileNotFoundError: if another process has deleted or moved the file meanwhile.
+    """
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.stat()
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError | FileNotFoundError):
+            raise
+        return None
+    return descriptor
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, or a folder with its content, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_device(path: Path) -> bool:

@@ -764,7 +764,10 @@ BREAKS = {
         "tests/test_evaluate.py",
     ),
     "half-written files": Break(
-        "sgalign/files.py", "partial = _beside(path)", "partial = path", "tests/test_evaluate.py -k interrupted"
+        "sgalign/files.py",
+        'partial = place.with_name(f"{place.name}.{secrets.token_hex(4)}{PARTIAL}")',
+        "partial = place",
+        "tests/test_files.py -k interrupts",
     ),
     # ---- samplers and long-tail remedies
     "one related pair of few": Break(

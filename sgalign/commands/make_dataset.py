@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from sgalign.data.splits import SPLITS, Split
 from sgalign.data.vg150 import write_vg150
 from sgalign.data.vrd import write_vrd
 from sgalign.errors import InputError
+from sgalign.files import folder_written_whole
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,17 +102,8 @@ def main(arguments: Sequence[str]) -> int:
     parts: dict[str, list[SceneGraph]] = {split: list(dataset) for split, dataset in datasets.items()}
     of_names = next(iter(datasets.values())) if options.few is None else test
     names = of_names.object_names, of_names.predicate_names
-    out = options.out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=f"{out.name}.partial_", dir=out.parent)
-    partial = Path(temporary) / out.name
-    try:
+    with folder_written_whole(options.out) as partial:
         WRITERS[options.format](parts, *names, partial, images=not options.no_images)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {options.out}: {', '.join(f'{len(graphs)} {split}' for split, graphs in parts.items())} images")
     return 0
 

@@ -277,7 +277,7 @@ def write_vg150(
     images: bool = False,
 ) -> None:
     """Write scene graphs in the layout of VG150's official files, with their own validation split (1)."""
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     boxes: list[np.ndarray] = []
     labels: list[int] = []
     pairs: list[list[int]] = []

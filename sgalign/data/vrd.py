@@ -197,7 +197,7 @@ def write_vrd(
     Objects without relations are lost, because the layout cannot represent them. Validation images are written with the
     training images.
     """
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     write_json(root / "objects.json", object_names[1:])
     write_json(root / "predicates.json", predicate_names[1:])
     for name, splits in (("train", ("train", "validation")), ("test", ("test",))):

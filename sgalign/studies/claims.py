@@ -158,5 +158,5 @@ def _started(pid: str) -> str:
 
 def _now(folder: Path) -> float:
     """Return the time of the file system, which several machines share, unlike their clocks."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".now") as file:
+    with tempfile.TemporaryFile(dir=folder) as file:  # without a name, so a kill leaves nothing
         return os.fstat(file.fileno()).st_mtime

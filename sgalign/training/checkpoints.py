@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,11 +48,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if sys.exc_info()[0] is not None and (names := not_finite(checkpoint.get("state_dict", {}))):
             rank_zero_info(f"{path} is not written, because these weights are not finite: {some_of(names)}")
             return
-        if "://" in str(path):
+        if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        # Lightning's own writer would leave its file in the folder for temporary files after a kill. torch.save to the
+        # file itself would hide the error of a full disk.
         with written_whole(path) as partial:
-            super().save_checkpoint(checkpoint, partial, storage_options)
+            content = io.BytesIO()
+            torch.save(checkpoint, content)
+            partial.write_bytes(content.getbuffer())
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint, or a model's folder for evaluation. Lightning's own reader handles checkpoints."""

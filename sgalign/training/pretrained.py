@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,10 @@ from torch import Tensor
 
 from sgalign._version import __version__
 from sgalign.errors import InputError, shown
-from sgalign.files import read_json
+from sgalign.files import PARTIAL, folder_written_whole, read_json
 
 SHIPPED = Path(__file__).resolve().parents[1] / "pretrained"  # one folder per model that comes with the package
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-PARTIAL = ".partial"  # ending of a folder that is being written, which a kill leaves behind
 FORMAT = 1  # of CONFIG; a change that older versions cannot read raises it
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 FIELDS = {"options": dict, "model": dict}
@@ -111,7 +108,6 @@ def write_pretrained(checkpoint: Mapping[str, Any], folder: str | Path, card: st
         raise FileExistsError(f"{folder}: must be a new or an empty folder")
     if folder.resolve() == Path.cwd():
         raise FileExistsError(f"{folder}: must not be the current folder, because a new folder takes its place")
-    folder.resolve().parent.mkdir(parents=True, exist_ok=True)
     config = {
         "library_name": "sgalign",
         "format": FORMAT,
@@ -124,21 +120,15 @@ def write_pretrained(checkpoint: Mapping[str, Any], folder: str | Path, card: st
     }
     # safetensors refuses tensors that share memory.
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint["state_dict"].items()}
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=PARTIAL, dir=folder.resolve().parent))
     try:
-        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        (partial / CARD).write_text(card, encoding="utf-8")
-        # The card has the permissions that the user's umask wants. By default, only the owner may read the others.
-        mode = (partial / CARD).stat().st_mode
-        (partial / WEIGHTS).chmod(mode)
-        partial.chmod(0o700 | mode | (mode & 0o444) >> 2)
-        os.rename(partial, folder.resolve())
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # for example, if the disk is full
-            raise OSError(f"{folder}: {error}") from error
-        raise
+        with folder_written_whole(folder) as partial:
+            save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+            (partial / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            (partial / CARD).write_text(card, encoding="utf-8")
+            # safetensors lets only the owner read the weights. The card has the permissions that the umask wants.
+            (partial / WEIGHTS).chmod((partial / CARD).stat().st_mode)
+    except SafetensorError as error:  # for example, if the disk is full
+        raise OSError(f"{folder}: {error}") from error
 
 
 def training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
