@@ -40,7 +40,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     If the block raises an error, the temporary file is deleted instead. An existing file at `path` stays unchanged
     until the block ends, so a full disk, an interruption or a kill does not damage it. After a kill, the temporary file
     remains until `path` is written again. If `path` is a symbolic link, its target is replaced and the link stays.
-    Paths under /dev and files that are not regular, such as pipes, are written directly and without this protection.
+    Devices and other files that are not regular, such as pipes, are written directly and without this protection.
 
     Raises:
         OSError: if `path` cannot be written, as for `check_writable`, or if the disk is full. The error names `path`.
@@ -165,7 +165,8 @@ def _delete(path: Path) -> None:
 
 
 def _is_device(path: Path) -> bool:
-    return (path.exists() and not path.is_file()) or path.is_relative_to("/dev")
+    in_dev = path.is_relative_to("/dev") and not path.is_relative_to("/dev/shm")  # which is a file system like others
+    return in_dev or (path.exists() and not path.is_file())
 
 
 @contextmanager

@@ -1,0 +1,243 @@
+"""Kill commands at random moments, run them again to the end, and compare the files with those of undisturbed runs.
+
+A third of the kills comes at a random time, a third before a random operation on files, and a third when a file reaches
+a random size. A fourth of them ends only the main process, the others its whole group. A command is killed up to three
+times before the run that goes to the end. Its files must then equal those of an undisturbed run, no other file may be
+left, and all processes must have ended.
+
+    python tests/campaigns/kills.py --kills 50 --seed 1 predict evaluate
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import mmap
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import small_runs
+
+KINDS = ("time", "operation", "size")
+MOST = 3  # kills before a run that goes to the end
+LIMIT = 120.0  # seconds that a run may take
+ORPHANS = 20.0  # seconds that worker processes may live after the end
+OPERATIONS = {
+    *("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "os.utime", "os.chmod"),
+    *("os.listdir", "os.scandir", "fcntl.flock"),
+}
+SUBREAPER = 36  # of prctl: orphaned processes become children of this one
+
+
+class Operations:
+    """A counter of the operations on files of a process and its children, which can kill at one of them."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 8)
+
+    @property
+    def count(self) -> int:
+        return int(struct.unpack("q", self._memory[:8])[0])
+
+    def arm(self, at: int, kill: Callable[[], None]) -> None:
+        """Count from now on, and kill before the operation with number `at`, if this is not 0."""
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if event in OPERATIONS or (event == "open" and _writes(*arguments)):
+                self._memory[:8] = struct.pack("q", self.count + 1)
+                if self.count == at:
+                    kill()
+
+        self._memory[:8] = bytes(8)
+        sys.addaudithook(hook)
+
+
+def _writes(path: Any, mode: str | None, flags: int) -> bool:
+    if not isinstance(path, str) or path.startswith(("/proc", "/sys", "/dev/null")):
+        return False
+    return flags & (os.O_WRONLY | os.O_RDWR) != 0
+
+
+def kill_group() -> None:
+    os.kill(0, signal.SIGKILL)
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def limit_size(size: int) -> None:
+    """Let the system kill the process as soon as one of its files is larger than a size."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+
+
+class Campaign:
+    """The kills of one command.
+
+    Args:
+        name: name of the command.
+        inputs: folder with the inputs of all commands.
+        work: folder for the runs.
+        out: folder for the files of failed runs.
+        seed: seed of the kills.
+    """
+
+    def __init__(self, name: str, inputs: Path, work: Path, out: Path, seed: int) -> None:
+        self.name, self.inputs, self.work, self.out = name, inputs, work, out
+        self.random = random.Random(f"{seed} {name}")
+        self.operations = Operations()
+        self.outcomes: Counter[str] = Counter()
+        self.failures: list[str] = []
+
+    def measure(self) -> None:
+        """Run the command undisturbed, and measure its time, its operations on files and the size of its files."""
+        folder, begin = self.work / f"{self.name} undisturbed", time.monotonic()
+        pid = small_runs.start(self.name, self.inputs, folder, lambda: self.operations.arm(0, kill_itself))
+        code = small_runs.wait(pid, LIMIT)
+        assert code == 0, (folder / small_runs.LOG).read_text()
+        self.seconds, self.total = time.monotonic() - begin, self.operations.count
+        self.size = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        self.whole = small_runs.contents(self.name, folder)
+
+    def kill(self, kind: str, folder: Path) -> bool:
+        """Start the command and kill it once. Return False if the command ended before."""
+        only_main = self.random.random() < 0.25
+        kill = kill_itself if only_main else kill_group
+        at = self.random.randint(1, self.total)
+        size = int(self.size ** self.random.random())
+        moment = self.random.uniform(0, self.seconds) if kind == "time" else LIMIT
+        disturb = {
+            "time": lambda: None,
+            "operation": lambda: self.operations.arm(at, kill),
+            "size": lambda: limit_size(size),
+        }[kind]
+        pid = small_runs.start(self.name, self.inputs, folder, disturb)
+        end = time.monotonic() + moment
+        while time.monotonic() < end:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return status != 0
+            time.sleep(0.002)
+        (os.kill if only_main else os.killpg)(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        if kind != "time":
+            self.failures.append(f"{kind} {at} {size}: did not end within {LIMIT} s")
+        return True
+
+    def run(self, kills: int) -> None:
+        """Kill the command this often, and check the files after each run that goes to the end."""
+        done = runs = 0
+        while done < kills:
+            folder = self.work / f"{self.name} {runs}"
+            runs += 1
+            history = []
+            for _ in range(min(self.random.randint(1, MOST), kills - done)):
+                kind = KINDS[done % len(KINDS)]
+                if self.kill(kind, folder):
+                    history.append(kind)
+                    self.outcomes[kind] += 1
+                    done += 1
+            problems = self.finish(folder)
+            if problems:
+                shutil.copytree(folder, self.out / folder.name, dirs_exist_ok=True)
+                self.failures += [f"after {', '.join(history) or 'no kill'}: {p}, see {folder.name}" for p in problems]
+            shutil.rmtree(folder)
+
+    def finish(self, folder: Path) -> list[str]:
+        """Run the command to the end and return what is wrong then."""
+        begin = time.monotonic()
+        code = small_runs.wait(small_runs.start(self.name, self.inputs, folder), LIMIT)
+        self.slowest = max(getattr(self, "slowest", 0.0), time.monotonic() - begin)
+        refuses = small_runs.COMMANDS[self.name].refuses
+        refused = refuses is not None and refuses in (folder / small_runs.LOG).read_text()
+        problems = [] if code == 0 or refused else [f"exit code {code}"]
+        if orphans := _orphans():
+            problems.append(f"{orphans} processes still live {ORPHANS:.0f} s after the end")
+        try:
+            left = small_runs.contents(self.name, folder)
+        except Exception as error:
+            return [*problems, f"{type(error).__name__}: {error}"]
+        names = sorted(left.keys() | self.whole.keys())
+        problems += [f"{path} is missing" for path in names if path not in left]
+        problems += [f"{path} is left" for path in names if path not in self.whole]
+        return problems + [f"{path} differs" for path in names if left.get(path, 0) != self.whole.get(path, 0) != 0]
+
+
+def _orphans() -> int:
+    """Wait for all descendants of this process, and return how many had to be killed."""
+    end, killed = time.monotonic() + ORPHANS, 0
+    while True:
+        try:
+            done, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return killed
+        if not done and time.monotonic() > end:
+            for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+                killed += 1
+            os.waitpid(-1, 0)
+        time.sleep(0 if done else 0.01)
+
+
+def run_all(names: list[str], options: argparse.Namespace, work: Path) -> bool:
+    """Run the campaigns of the named commands in a folder, and return True if any check failed."""
+    inputs, failed = work / "inputs", False
+    inputs.mkdir()
+    pid = small_runs.fork(lambda: small_runs.make_inputs(inputs), work / small_runs.LOG)
+    assert small_runs.wait(pid, LIMIT) == 0, (work / small_runs.LOG).read_text()
+    print("| command | undisturbed, s | operations | kills | slowest end, s | seconds | failures |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for name in names:
+        begin, campaign = time.monotonic(), Campaign(name, inputs, work, options.out.resolve(), options.seed)
+        campaign.measure()
+        campaign.run(options.kills)
+        counts = ", ".join(f"{campaign.outcomes[kind]} {kind}" for kind in KINDS)
+        failures = "; ".join(campaign.failures) or "none"
+        print(
+            f"| {name} | {campaign.seconds:.1f} | {campaign.total} | {counts} | {campaign.slowest:.1f} | "
+            f"{time.monotonic() - begin:.0f} | {failures} |",
+            flush=True,
+        )
+        failed |= bool(campaign.failures)
+    return failed
+
+
+def main() -> None:
+    """Run the campaign and print a table. End with status 1 if a command failed a check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ", ".join(small_runs.COMMANDS)
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=f"any of {known} (default: all)")
+    parser.add_argument("--kills", type=int, default=50, help="kills of each command (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the moments (default: %(default)s)")
+    out = Path("build/kills")
+    parser.add_argument("--out", type=Path, default=out, help="folder for failed runs (default: %(default)s)")
+    options = parser.parse_args()
+    if unknown := set(options.commands) - set(small_runs.COMMANDS):
+        parser.error(f"unknown command: {', '.join(sorted(unknown))}; known: {known}")
+    names = options.commands or list(small_runs.COMMANDS)
+    ctypes.CDLL(None).prctl(SUBREAPER, 1)
+    small_runs.load(names)
+    options.out.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp()).resolve()  # TemporaryDirectory would delete it at the end of each fork
+    try:
+        failed = run_all(names, options, work)
+    finally:
+        shutil.rmtree(work)
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()
