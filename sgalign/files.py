@@ -116,7 +116,7 @@ def _partial(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
     except OSError as error:
         of_partial = str(error.filename).startswith(str(partial))
         if of_partial or (error.filename is None and error.errno in NO_SPACE):
-            error.filename, error.filename2 = str(path), None
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         if partial is not None:

@@ -1,8 +1,14 @@
 """Files that appear whole or not at all, despite errors, full disks and places that cannot be written."""
 
+import errno
+import fcntl
 import os
 import resource
 import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +18,7 @@ import h5py  # noqa: E402
 
 from sgalign.files import (  # noqa: E402
     check_writable,
+    folder_written_whole,
     hdf5_written_whole,
     read_json,
     read_tensors,
@@ -50,6 +57,80 @@ def test_errors_and_interrupts_leave_the_old_file(tmp_path):
             partial.write_text("third")
             raise error
     assert path.read_text() == "second" and list(path.parent.iterdir()) == [path]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from sgalign.files import folder_written_whole, written_whole
+
+with written_whole(sys.argv[1]) as partial, folder_written_whole(Path(sys.argv[2])) as folder:
+    for path in (partial, folder / "inside"):
+        path.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_writer_deletes_what_a_killed_process_has_left(tmp_path):
+    path, folder = tmp_path / "file.txt", tmp_path / "folder"
+    subprocess.run([sys.executable, "-c", KILLED, path, folder])
+    left = {name.rpartition(".")[0].rpartition(".")[0] for name in os.listdir(tmp_path)}
+    assert left == {"file.txt", "folder"} and len(os.listdir(tmp_path)) == 2
+    write_json(path, "whole")
+    with folder_written_whole(folder) as partial:
+        (partial / "inside").write_text("whole")
+    assert sorted(tmp_path.iterdir()) == [path, folder] and (folder / "inside").read_text() == "whole"
+
+
+def test_a_writer_leaves_the_partial_file_of_a_living_writer_and_other_files_alone(tmp_path):
+    path = tmp_path / "file.txt"
+    others = [tmp_path / name for name in ("file.txt.partial", "file.txt.old.partial", "file.txt.1.0123abcd.partial")]
+    for other in others:
+        other.touch()
+    with written_whole(path) as first:
+        first.write_text("first")
+        with written_whole(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first" and sorted(tmp_path.iterdir()) == sorted([path, *others])
+
+
+def test_without_locks_of_the_file_system_files_are_written_and_leftovers_stay(tmp_path, monkeypatch):
+    def none(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    left = tmp_path / "file.json.0123abcd.partial"
+    left.touch()
+    write_json(tmp_path / "file.json", "whole")
+    assert read_json(tmp_path / "file.json") == "whole" and sorted(os.listdir(tmp_path)) == ["file.json", left.name]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_error_of_a_full_disk_names_the_file(folder, tmp_path, full_disk):
+    path = tmp_path / "out"
+    with pytest.raises(OSError, match=r"File too large: '.*/out'$"):
+        with (folder_written_whole if folder else written_whole)(path) as partial:
+            (partial / "inside" if folder else partial).write_bytes(bytes(2 * LIMIT))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_content_is_not_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(OSError, match=r"not empty: '.*/out'$"), folder_written_whole(tmp_path / "out"):
+        pass
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["mine"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no /dev/shm")
+def test_files_in_shared_memory_appear_when_they_are_complete():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "new" / "file.txt"
+        with written_whole(path) as partial:
+            partial.write_text("whole")
+            assert not path.exists()
+        assert path.read_text() == "whole"
 
 
 def test_writing_through_a_link_keeps_the_link(tmp_path):

@@ -1,9 +1,12 @@
 """Tests of training, evaluation and the command line, most with a few images and steps."""
 
+import errno
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -13,7 +16,6 @@ import yaml
 pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
-from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 from matplotlib.colors import to_rgba  # noqa: E402
 from matplotlib.patches import FancyArrowPatch  # noqa: E402
 from trainers import CONFIGS, trainer  # noqa: E402
@@ -421,18 +423,22 @@ def test_the_command_line_refuses_bad_options_in_one_sentence(options, message, 
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_replace_the_previous_one(tmp_path, monkeypatch):
-    path = tmp_path / "last.ckpt"
+    path, temporary = tmp_path / "last.ckpt", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     WholeCheckpointIO().save_checkpoint({"step": 1}, path)
     before = path.read_bytes()
+    write = Path.write_bytes
 
-    def runs_out(self, checkpoint, path, options):
-        path.write_bytes(before[:10])
-        raise OSError("no space left")
+    def runs_out(partial, content):
+        write(partial, content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", runs_out)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(Path, "write_bytes", runs_out)
+    with pytest.raises(OSError, match="No space left on device: .*last.ckpt'"):
         WholeCheckpointIO().save_checkpoint({"step": 2}, path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before and sorted(tmp_path.iterdir()) == [path, temporary]
+    assert not list(temporary.iterdir())
 
 
 def test_seeds_of_masks_depend_on_every_argument_and_repeat():

@@ -1,7 +1,7 @@
 """Kill commands at random moments, run them again to the end, and compare the files with those of undisturbed runs.
 
 A third of the kills comes at a random time, a third before a random operation on files, and a third when a file reaches
-a random size. A fourth of them ends only the main process, the others its whole group. A command is killed up to three
+a random size. Half of them end all processes of a command, the others only the main one or a worker. A command is killed up to three
 times before the run that goes to the end. Its files must then equal those of an undisturbed run, no other file may be
 left, and all processes must have ended.
 
@@ -30,6 +30,7 @@ from typing import Any
 import small_runs
 
 KINDS = ("time", "operation", "size")
+VICTIMS = ("group", "group", "main", "worker")  # the group is the command with its workers, but without those of ablate
 MOST = 3  # kills before a run that goes to the end
 LIMIT = 120.0  # seconds that a run may take
 ORPHANS = 20.0  # seconds that worker processes may live after the end
@@ -113,15 +114,14 @@ class Campaign:
         self.whole = small_runs.contents(self.name, folder)
 
     def kill(self, kind: str, folder: Path) -> bool:
-        """Start the command and kill it once. Return False if the command ended before."""
-        only_main = self.random.random() < 0.25
-        kill = kill_itself if only_main else kill_group
+        """Start the command and kill it once. Return False if the command ended well before."""
+        victim = self.random.choice(VICTIMS)
         at = self.random.randint(1, self.total)
         size = int(self.size ** self.random.random())
         moment = self.random.uniform(0, self.seconds) if kind == "time" else LIMIT
         disturb = {
             "time": lambda: None,
-            "operation": lambda: self.operations.arm(at, kill),
+            "operation": lambda: self.operations.arm(at, kill_group if victim == "group" else kill_itself),
             "size": lambda: limit_size(size),
         }[kind]
         pid = small_runs.start(self.name, self.inputs, folder, disturb)
@@ -131,10 +131,14 @@ class Campaign:
             if done:
                 return status != 0
             time.sleep(0.002)
-        (os.kill if only_main else os.killpg)(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
         if kind != "time":
             self.failures.append(f"{kind} {at} {size}: did not end within {LIMIT} s")
+        workers = _children(pid) if victim == "worker" else []
+        if workers:
+            os.kill(self.random.choice(workers), signal.SIGKILL)
+            return small_runs.wait(pid, LIMIT) != 0
+        (os.kill if victim == "main" else os.killpg)(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
         return True
 
     def run(self, kills: int) -> None:
@@ -176,6 +180,10 @@ class Campaign:
         return problems + [f"{path} differs" for path in names if left.get(path, 0) != self.whole.get(path, 0) != 0]
 
 
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def _orphans() -> int:
     """Wait for all descendants of this process, and return how many had to be killed."""
     end, killed = time.monotonic() + ORPHANS, 0
@@ -185,8 +193,8 @@ def _orphans() -> int:
         except ChildProcessError:
             return killed
         if not done and time.monotonic() > end:
-            for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-                os.kill(int(pid), signal.SIGKILL)
+            for pid in _children(os.getpid()):
+                os.kill(pid, signal.SIGKILL)
                 killed += 1
             os.waitpid(-1, 0)
         time.sleep(0 if done else 0.01)

@@ -158,7 +158,7 @@ def load(names: list[str]) -> None:
 
 
 def make_inputs(folder: Path) -> int:
-    """Fill a folder with a data set of 12 images, checkpoints of untrained models, predictions and options. Return 0."""
+    """Fill a folder with 12 annotated images, checkpoints of untrained models, predictions and options. Return 0."""
     import torch
     import yaml
 
