@@ -1,6 +1,7 @@
 """Tests of reading image files, and of the images in a batch."""
 
 import dataclasses
+import resource
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,7 @@ from sgalign.data.images import (  # noqa: E402
     load_image,
     read_images,
     same_proportions,
+    save_image,
 )
 from sgalign.prediction import find_images  # noqa: E402
 from sgalign.training import MotifsModule, SceneGraphData, datamodule  # noqa: E402
@@ -300,3 +302,16 @@ def test_the_data_module_names_the_first_stretched_image_and_counts_them(wrong, 
         if wrong > 1:
             assert "3 images were stretched" in said[1]
         said.clear()
+
+
+def test_an_image_that_does_not_fit_on_the_disk_is_an_error(tmp_path):
+    """The system writes a part of the bytes then. Pillow alone would leave a truncated image."""
+    graph, path = scenes("validation", 1, 0)[0], tmp_path / "image.jpg"
+    save_image(graph, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size - 100, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_image(graph, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -232,5 +233,10 @@ def _open(path: Path) -> Iterator[Image.Image]:
 def save_image(graph: SceneGraph, path: Path) -> None:
     """Save a graph's image, if it has one. The suffix of `path` determines the format."""
     if graph.image is not None:
+        from PIL import Image
+
+        # Pillow does not notice a full disk that takes only a part of the last bytes (Pillow 13), but Python does.
+        content = io.BytesIO()
+        graph.image().convert("RGB").save(content, Image.registered_extensions().get(path.suffix.lower()), quality=92)
         path.parent.mkdir(parents=True, exist_ok=True)
-        graph.image().convert("RGB").save(path, quality=92)
+        path.write_bytes(content.getbuffer())

@@ -1,9 +1,9 @@
 """Kill commands at random moments, run them again to the end, and compare the files with those of undisturbed runs.
 
 A third of the kills comes at a random time, a third before a random operation on files, and a third when a file reaches
-a random size. Half of them end all processes of a command, the others only the main one or a worker. A command is killed up to three
-times before the run that goes to the end. Its files must then equal those of an undisturbed run, no other file may be
-left, and all processes must have ended.
+a random size. Half of them end all processes of a command, the others only the main one or a worker. A command is
+killed up to three times before the run that goes to the end. Its files must then equal those of an undisturbed run, no
+other file may be left, and all processes must have ended.
 
     python tests/campaigns/kills.py --kills 50 --seed 1 predict evaluate
 """
@@ -157,7 +157,8 @@ class Campaign:
             problems = self.finish(folder)
             if problems:
                 shutil.copytree(folder, self.out / folder.name, dirs_exist_ok=True)
-                self.failures += [f"after {', '.join(history) or 'no kill'}: {p}, see {folder.name}" for p in problems]
+                shown = "; ".join(problems[:3]) + ("; ..." if len(problems) > 3 else "")
+                self.failures.append(f"after {', '.join(history) or 'no kill'}: {shown}, see {folder.name}")
             shutil.rmtree(folder)
 
     def finish(self, folder: Path) -> list[str]:

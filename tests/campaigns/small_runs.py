@@ -242,7 +242,9 @@ def fork(do: Callable[[], int], log: Path, folder: Path | None = None) -> int:
         os._exit(code)
 
 
-def start(name: str, inputs: Path, folder: Path, disturb: Callable[[], None] = lambda: None) -> int:
+def start(
+    name: str, inputs: Path, folder: Path, disturb: Callable[[], None] = lambda: None, beside: Path | None = None
+) -> int:
     """Start a command in a folder, and return the number of its process.
 
     Args:
@@ -250,21 +252,23 @@ def start(name: str, inputs: Path, folder: Path, disturb: Callable[[], None] = l
         inputs: the folder that `make_inputs` has filled.
         folder: folder of the run, which is made.
         disturb: function that the process calls before the command.
+        beside: folder for the log and temporary files. If None, the folder of the run.
     """
-    command = COMMANDS[name]
-    (folder / TEMPORARY).mkdir(parents=True, exist_ok=True)
+    command, beside = COMMANDS[name], beside or folder
+    for made in (folder, beside / TEMPORARY):
+        made.mkdir(parents=True, exist_ok=True)
 
     def run() -> int:
         import sgalign_command
 
-        tempfile.tempdir = str(folder / TEMPORARY)
+        tempfile.tempdir = str(beside / TEMPORARY)
         os.environ["TMPDIR"] = tempfile.tempdir
         command.shorter()
         sys.argv = ["sgalign", *command.arguments.format(inputs=inputs).split()]
         disturb()
         return sgalign_command.main()
 
-    return fork(run, folder / LOG, folder)
+    return fork(run, beside / LOG, folder)
 
 
 def wait(pid: int, seconds: float) -> int | None:

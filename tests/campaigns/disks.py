@@ -1,0 +1,195 @@
+"""Fill the disk of a command's output at random points, or make it read-only, and check what the command leaves.
+
+The command must end with one sentence that names a file and the reason. Older output stays, no file may be half, and
+no partial file may be left. When there is space again, the same command must give the files of an undisturbed run.
+The disk is a tmpfs, which only root can mount.
+
+    python tests/campaigns/disks.py --attempts 20 --seed 1 predict evaluate
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import small_runs
+
+SIZE = 20 << 20
+LIMIT = 120.0  # seconds that a run may take
+SENTENCE = r"\[Errno \d+\] {reason}: '.+'|.+: .*{reason}"
+FULL, READ_ONLY = "No space left on device", "Read-only file system"
+OLD = {"evaluate": ("out/f.json", "out/f.csv"), "predict": ("out/g.html",)}  # output of an earlier command
+OLD_CONTENT = '"from an earlier run"\n'
+
+
+class Attempts:
+    """The attempts of one command.
+
+    Args:
+        name: name of the command.
+        inputs: folder with the inputs of all commands.
+        work: folder for logs.
+        disk: folder on which a tmpfs is mounted.
+        out: folder for the files of failed runs.
+        seed: seed of the attempts.
+    """
+
+    def __init__(self, name: str, inputs: Path, work: Path, disk: Path, out: Path, seed: int) -> None:
+        self.name, self.inputs, self.work, self.disk, self.out = name, inputs, work, disk, out
+        self.random = random.Random(f"{seed} {name}")
+        self.outcomes: Counter[str] = Counter()
+        self.failures: list[str] = []
+
+    def command(self) -> tuple[int | None, str]:
+        """Run the command in the folder of the disk, and return its exit code and its output."""
+        beside = self.work / "beside"
+        shutil.rmtree(beside, ignore_errors=True)
+        pid = small_runs.start(self.name, self.inputs, self.disk / "run", beside=beside)
+        return small_runs.wait(pid, LIMIT), (beside / small_runs.LOG).read_text()
+
+    def measure(self) -> None:
+        """Run the command undisturbed and note its files and how much space they take."""
+        before = os.statvfs(self.disk)
+        code, output = self.command()
+        assert code == 0, output
+        after = os.statvfs(self.disk)
+        self.used = (before.f_bavail - after.f_bavail) * after.f_frsize
+        self.whole = small_runs.contents(self.name, self.disk / "run")
+        shutil.rmtree(self.disk / "run")
+
+    def attempt(self, number: int) -> None:
+        """Run the command on a disk that becomes full or that is read-only, and then again with enough space."""
+        run = self.disk / "run"
+        old = OLD.get(self.name, ()) if number % 2 else ()
+        for path in [run / name for name in old]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(OLD_CONTENT)
+        reason = READ_ONLY if number % 10 == 9 else FULL
+        run.mkdir(exist_ok=True)
+        if reason == FULL:
+            self._fill(int(self.used * self.random.random() ** 2))
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", self.disk], check=True)
+        code, output = self.command()
+        if reason == READ_ONLY:
+            subprocess.run(["mount", "-o", "remount,rw", self.disk], check=True)
+        if code == 0:
+            self.outcomes["fits"] += 1
+            problems = []
+        else:
+            self.outcomes[reason] += 1
+            problems = self._judge_output(code, output, reason) + self._judge_files(old)
+        (self.disk / "filler").unlink(missing_ok=True)
+        code, output = self.command()
+        refuses = small_runs.COMMANDS[self.name].refuses
+        if code != 0 and not (refuses and refuses in output):
+            problems.append(f"with enough space: exit code {code}: {output[-200:]}")
+        left = small_runs.contents(self.name, run)
+        if different := [n for n in left.keys() | self.whole.keys() if left.get(n) != self.whole.get(n)]:
+            problems.append(f"with enough space: {', '.join(sorted(different)[:3])} differ")
+        if problems:
+            shutil.copytree(run, self.out / f"{self.name} {number}", dirs_exist_ok=True)
+            self.failures.append(f"attempt {number}: {'; '.join(problems)}")
+        shutil.rmtree(run)
+
+    def _fill(self, left: int) -> None:
+        """Fill the disk but for some bytes."""
+        free = os.statvfs(self.disk)
+        with (self.disk / "filler").open("wb") as file:
+            file.write(bytes(max(free.f_bavail * free.f_frsize - left, 0)))
+
+    def _judge_output(self, code: int | None, output: str, reason: str) -> list[str]:
+        """Return what is wrong with the exit code and the output of a command that failed."""
+        problems = [] if code == 1 else [f"exit code {code}"]
+        if "Traceback" in output:
+            problems.append("a traceback")
+        lines = output.strip().splitlines()
+        if not any(re.search(SENTENCE.format(reason=reason), line) for line in lines[-4:]):
+            problems.append(f"the output must name a file and the reason, got {lines[-1:]}")
+        return problems
+
+    def _judge_files(self, old: tuple[str, ...]) -> list[str]:
+        """Return what is wrong with the files of a command that failed."""
+        problems = []
+        try:
+            left = small_runs.contents(self.name, self.disk / "run")
+        except Exception as error:
+            return [f"{type(error).__name__}: {error}"]
+        for name in old:
+            text = (self.disk / "run" / name).read_text()
+            if text != OLD_CONTENT and left[name] != self.whole[name]:
+                problems.append(f"{name} is neither the old nor the new file")
+        problems += [f"{name} is left" for name in left if ".partial" in name]
+        complete = self.name not in ("predict", "ablate") and not self.name.startswith(
+            "fit"
+        )  # these have earlier states
+        if complete and (half := [n for n in left if n not in old and left[n] != self.whole.get(n)]):
+            problems.append(f"{', '.join(half)} differ from an undisturbed run's")
+        return problems
+
+
+def main() -> None:
+    """Run the campaign and print a table. End with status 1 if a command failed a check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ", ".join(small_runs.COMMANDS)
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=f"any of {known} (default: all)")
+    parser.add_argument("--attempts", type=int, default=20, help="attempts with each command (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the attempts (default: %(default)s)")
+    out = Path("build/disks")
+    parser.add_argument("--out", type=Path, default=out, help="folder for failed runs (default: %(default)s)")
+    options = parser.parse_args()
+    if unknown := set(options.commands) - set(small_runs.COMMANDS):
+        parser.error(f"unknown command: {', '.join(sorted(unknown))}; known: {known}")
+    names = options.commands or list(small_runs.COMMANDS)
+    work = Path(tempfile.mkdtemp()).resolve()
+    disk = work / "disk"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", disk], capture_output=True, text=True
+    )
+    if mount.returncode:
+        print(f"skipped: a tmpfs cannot be mounted here: {mount.stderr.strip()}")
+        sys.exit(0)
+    try:
+        failed = run_all(names, options, work, disk)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+        shutil.rmtree(work)
+    sys.exit(int(failed))
+
+
+def run_all(names: list[str], options: argparse.Namespace, work: Path, disk: Path) -> bool:
+    """Run the attempts of the named commands, and return True if any check failed."""
+    small_runs.load(names)
+    inputs, failed = work / "inputs", False
+    inputs.mkdir()
+    options.out.mkdir(parents=True, exist_ok=True)
+    pid = small_runs.fork(lambda: small_runs.make_inputs(inputs), work / small_runs.LOG)
+    assert small_runs.wait(pid, LIMIT) == 0, (work / small_runs.LOG).read_text()
+    print("| command | output, KiB | attempts | seconds | failures |\n|---|---|---|---|---|", flush=True)
+    for name in names:
+        begin = time.monotonic()
+        attempts = Attempts(name, inputs, work, disk, options.out.resolve(), options.seed)
+        attempts.measure()
+        for number in range(options.attempts):
+            attempts.attempt(number)
+        counts = ", ".join(f"{count} {what}" for what, count in attempts.outcomes.items())
+        failures = "; ".join(attempts.failures) or "none"
+        print(
+            f"| {name} | {attempts.used >> 10} | {counts} | {time.monotonic() - begin:.0f} | {failures} |", flush=True
+        )
+        failed |= bool(attempts.failures)
+    return failed
+
+
+if __name__ == "__main__":
+    main()
