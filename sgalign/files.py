@@ -287,7 +287,8 @@ def read_tensors(path: str | Path, what: str, classes: Sequence[tuple[type, str]
         path: the file.
         what: the expected kind of file, for error messages.
         classes: classes, each with the full name of the class in the file that it replaces.
-        mapped: True to read a tensor from the disk only when it is used. The file must then stay unchanged.
+        mapped: True to read a tensor from the disk only when it is used. The file may then be replaced, but must not be
+            cut short. Otherwise the system ends the process with SIGBUS.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -959,8 +959,8 @@ BREAKS = {
     ),
     "age of a claim": Break(
         "sgalign/studies/claims.py",
-        "st_mtime > EXPIRY",
-        "st_mtime > 1e9",
+        "st_mtime) > EXPIRY",
+        "st_mtime) > 1e9",
         "tests/test_claims.py -k expires_with_its_age",
     ),
     "options of the command over those of the study": Break(

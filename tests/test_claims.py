@@ -59,6 +59,29 @@ def test_a_claim_of_an_ended_process_of_this_machine_expires_at_once(tmp_path):
     claims.take(tmp_path).release()
 
 
+def test_a_claim_of_a_living_process_of_this_machine_does_not_expire_if_the_clock_is_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "BEAT", 60.0)
+    claim = claims.take(tmp_path)
+    for days in (-3, 3):
+        os.utime(claim.path, (time.time() + days * 86400,) * 2)
+        assert claims.holder(tmp_path).startswith(f"process {os.getpid()} on ") and claims.take(tmp_path) is None
+    claim.release()
+
+
+def test_a_claim_of_another_machine_with_a_time_stamp_in_the_future_has_expired(tmp_path):
+    """The clock of the file system was set back after the machine had ended."""
+    of_another_machine(tmp_path, age=-86400)
+    assert claims.holder(tmp_path) is None
+    claims.take(tmp_path).release()
+
+
+def test_looking_at_claims_leaves_no_file(tmp_path, monkeypatch):
+    """A file without a name needs no deletion, so a kill cannot leave it."""
+    of_another_machine(tmp_path)
+    monkeypatch.setattr(os, "unlink", lambda *args, **options: pytest.fail("a file had a name"))
+    assert not claims.expired(tmp_path / "claim.1") and os.listdir(tmp_path) == ["claim.1"]
+
+
 def test_a_process_that_has_lost_its_claim_ends(tmp_path):
     program = "import sys, time; from pathlib import Path; from sgalign.studies import claims\n"
     program += "claims.BEAT = 0.05; claims.take(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("h5py")
 import h5py  # noqa: E402
 
+from sgalign.data.features import FIELDS, FeatureCache  # noqa: E402
 from sgalign.files import (  # noqa: E402
     check_writable,
     folder_written_whole,
@@ -224,3 +225,23 @@ def test_error_of_a_checkpoint_that_is_cut_short_names_it(tmp_path):
     (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(ValueError, match="cut.ckpt: must be a checkpoint, but is not one or is cut short"):
         read_tensors(tmp_path / "cut.ckpt", "checkpoint")
+
+
+@pytest.mark.parametrize("happens", ["is cut short", "is replaced"])
+def test_features_of_a_file_that_changes_while_it_is_open_are_whole_or_refused(happens, tmp_path):
+    path = tmp_path / "features_00000.h5"
+    with hdf5_written_whole(path) as file:
+        file.attrs.update({"weights": "w", "dtype": "float32"})
+        for number in range(2):
+            for field in FIELDS:
+                file[f"{number}/{field}"] = np.full((50, 400), number, np.float32)
+    cache = FeatureCache(tmp_path)
+    assert float(cache["0"]["union"].sum()) == 0
+    if happens == "is replaced":
+        path.unlink()
+        path.write_text("another")
+        assert all(float(values.mean()) == 1 for values in cache["1"].values())
+    else:
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(ValueError, match=r"features_00000.h5, image '1': is damaged"):
+            cache["1"]

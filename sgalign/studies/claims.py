@@ -1,7 +1,7 @@
 """Claims of runs, with which processes on several machines share a folder without doing a run twice.
 
-A claim is a file `claim.N` in the run's folder. Its holder updates its time stamp. A claim whose time stamp is old has
-expired, and so has a claim whose process has ended, if that process ran on this machine. Another process takes over by
+A claim is a file `claim.N` in the run's folder. Its holder updates its time stamp. A claim of another machine has
+expired if its time stamp is old, and a claim of this machine if its process has ended. Another process takes over by
 making `claim.N+1`, which only one process can do. This needs no locks of the file system, which many clusters lack.
 """
 
@@ -101,11 +101,11 @@ def holder(folder: Path) -> str | None:
 
 def expired(path: Path) -> bool:
     """Return True if a claim is no longer valid."""
-    content, this = _content(path), _self()
-    if content["machine"] == this["machine"] and content["started"] != _started(content["pid"]):
-        return True
+    content = _content(path)
+    if content["machine"] == _machine() and (started := _started(content["pid"])) != "unknown":
+        return content["started"] != started  # whatever the time stamp says, because the clock may have been set
     try:
-        return _now(path.parent) - path.stat().st_mtime > EXPIRY
+        return abs(_now(path.parent) - path.stat().st_mtime) > EXPIRY  # in the future if the clock was set back
     except FileNotFoundError:  # released meanwhile
         return True
 

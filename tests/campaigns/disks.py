@@ -173,7 +173,7 @@ def run_all(names: list[str], options: argparse.Namespace, work: Path, disk: Pat
     inputs, failed = work / "inputs", False
     inputs.mkdir()
     options.out.mkdir(parents=True, exist_ok=True)
-    pid = small_runs.fork(lambda: small_runs.make_inputs(inputs), work / small_runs.LOG)
+    pid = small_runs.fork(lambda: small_runs.make_inputs(inputs, names), work / small_runs.LOG)
     assert small_runs.wait(pid, LIMIT) == 0, (work / small_runs.LOG).read_text()
     print("| command | output, KiB | attempts | seconds | failures |\n|---|---|---|---|---|", flush=True)
     for name in names:

@@ -205,7 +205,7 @@ def run_all(names: list[str], options: argparse.Namespace, work: Path) -> bool:
     """Run the campaigns of the named commands in a folder, and return True if any check failed."""
     inputs, failed = work / "inputs", False
     inputs.mkdir()
-    pid = small_runs.fork(lambda: small_runs.make_inputs(inputs), work / small_runs.LOG)
+    pid = small_runs.fork(lambda: small_runs.make_inputs(inputs, names), work / small_runs.LOG)
     assert small_runs.wait(pid, LIMIT) == 0, (work / small_runs.LOG).read_text()
     print("| command | undisturbed, s | operations | kills | slowest end, s | seconds | failures |")
     print("|---|---|---|---|---|---|---|", flush=True)

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -73,6 +74,15 @@ def _forked_workers() -> None:
 
     launch.PAUSE, plan.MINUTES, recording.EVERY = 0.05, 0, 1
     launch.start = lambda folder, slot: Forked(folder)  # type: ignore[assignment, return-value]
+
+
+def _two_processes() -> None:
+    """Fork a second process of a distributed run, as `torchrun` starts two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    rank = "0" if os.fork() else "1"
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": "0"}
 
 
 class Forked:
@@ -139,6 +149,12 @@ COMMANDS = {
     ),
     "fit-motifs": Command(_fit("motifs"), f"{TRAINING} sgalign.training", ignored=LOGS),
     "fit-sgtr": Command(_fit("sgtr"), f"{TRAINING} sgalign.training transformers", ignored=LOGS),
+    "fit-two-processes": Command(
+        f"{_fit('motifs')} --trainer.strategy ddp --trainer.devices 2",
+        f"{TRAINING} sgalign.training",
+        _two_processes,
+        LOGS,
+    ),
     "ablate": Command(
         "ablate {inputs}/study.yaml --out out --set data.root={inputs}/data",
         f"{TRAINING} sgalign.commands.ablate sgalign.studies.execute matplotlib.figure",
@@ -157,18 +173,46 @@ def load(names: list[str]) -> None:
             importlib.import_module(module)
 
 
-def make_inputs(folder: Path) -> int:
-    """Fill a folder with 12 annotated images, checkpoints of untrained models, predictions and options. Return 0."""
-    import torch
-    import yaml
-
+def make_inputs(folder: Path, names: list[str]) -> int:
+    """Fill a folder with 12 annotated images, and with what else the commands need. Return 0."""
     from sgalign.commands.main import main
+
+    arguments = " ".join(COMMANDS[name].arguments for name in names)
+    assert main(["make-dataset", str(folder / "data"), "--format", "coco", "--sizes", "6", "2", "4"]) == 0
+    if "predictions.h5" in arguments:
+        _write_predictions(folder)
+    if ".ckpt" in arguments:
+        _write_checkpoints(folder)
+    if ".yaml" in arguments:
+        _write_options(folder)
+    return 0
+
+
+def _write_predictions(folder: Path) -> None:
+    """Write random predictions for the test images."""
+    import torch
+
     from sgalign.data import open_dataset
     from sgalign.data.predictions import PredictionFile
+
+    torch.manual_seed(0)
+    dataset = open_dataset(folder / "data", "test")
+    with PredictionFile(folder / "predictions.h5") as file:
+        for graph in dataset:
+            pairs = torch.cartesian_prod(*[torch.arange(len(graph.labels))] * 2)
+            pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+            scores = torch.rand(len(pairs), len(dataset.predicate_names))
+            found = {"boxes": graph.boxes, "labels": graph.labels, "scores": torch.ones(len(graph.labels))}
+            file.write(graph.image_id, found | {"pairs": pairs, "predicate_scores": scores})
+
+
+def _write_checkpoints(folder: Path) -> None:
+    """Write checkpoints of untrained models."""
+    import torch
+
     from sgalign.data.scenes import OBJECT_NAMES, PREDICATE_NAMES
     from sgalign.training import MotifsModule, SGTRModule
 
-    assert main(["make-dataset", str(folder / "data"), "--format", "coco", "--sizes", "6", "2", "4"]) == 0
     torch.manual_seed(0)
     vision = {"vision": "images", "backbone": "resnet18", "min_size": 64, "max_size": 96, "head_dim": 32}
     for name, module in {
@@ -181,24 +225,22 @@ def make_inputs(folder: Path) -> int:
         checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "global_step": 0}
         module.on_save_checkpoint(checkpoint)
         torch.save(checkpoint, folder / f"{name}.ckpt")
-    with PredictionFile(folder / "predictions.h5") as file:
-        for graph in open_dataset(folder / "data", "test"):
-            pairs = torch.cartesian_prod(*[torch.arange(len(graph.labels))] * 2)
-            pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-            scores = torch.rand(len(pairs), len(PREDICATE_NAMES))
-            found = {"boxes": graph.boxes, "labels": graph.labels, "scores": torch.ones(len(graph.labels))}
-            file.write(graph.image_id, found | {"pairs": pairs, "predicate_scores": scores})
-    checkpoints = "lightning.pytorch.callbacks.ModelCheckpoint"
+
+
+def _write_options(folder: Path) -> None:
+    """Write the options of `fit`, and a study of two arms."""
+    import yaml
+
+    kind = "lightning.pytorch.callbacks.ModelCheckpoint"
     common = {"dirpath": "checkpoints", "enable_version_counter": False}
     callbacks = [
-        {"class_path": checkpoints, "init_args": common | {"filename": "best", "monitor": "val/R@50", "mode": "max"}},
-        {"class_path": checkpoints, "init_args": common | {"filename": "last"}},
+        {"class_path": kind, "init_args": common | {"filename": "best", "monitor": "val/R@50", "mode": "max"}},
+        {"class_path": kind, "init_args": common | {"filename": "last"}},
     ]
     for name, options in {"motifs": MOTIFS, "sgtr": SGTR | {"warmup_steps": 2}}.items():
         trainer = {name.removeprefix("trainer."): value for name, value in QUIET.items()}
         content = {"model": {"init_args": options}, "trainer": trainer | {"callbacks": callbacks}}
-        content["data"] = {"batch_size": 2}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content | {"data": {"batch_size": 2}}))
     study = {
         "title": "A study",
         "config": str(CONFIGS / "motifs_small.yaml"),
@@ -207,7 +249,6 @@ def make_inputs(folder: Path) -> int:
         "arms": [{"name": "Motifs"}, {"name": "slow", "base": "Motifs", "set": {"model.learning_rate": 1e-4}}],
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-    return 0
 
 
 def fork(do: Callable[[], int], log: Path, folder: Path | None = None) -> int:
