@@ -588,6 +588,15 @@ def test_empty_tensors_give_zeros_of_the_right_shapes(shape, branches, options, 
         assert theirs is None or torch.equal(grad, theirs)
 
 
+@core_only
+@pytest.mark.parametrize("queries, keys, dim", [(0, 0, 4), (0, 5, 0)])
+def test_billions_of_heads_without_elements_take_no_time(queries, keys, dim):
+    key = torch.empty(2**31, 2, keys, dim, requires_grad=True)
+    query = torch.empty(2**31, 2, queries, dim, requires_grad=True)
+    fused_masked_attention(query, key, key, mask_ratio=0.5, mask_seed=SEED).sum().backward()
+    assert query.grad.shape == query.shape and key.grad.shape == key.shape
+
+
 def test_default_scale_is_one_over_the_root_of_the_channels():
     tensors, _ = make((1, 2, 9, 40, 16))
     assert_same([attend("dual", tensors, scale=0.25)], [attend("dual", tensors)])

@@ -473,7 +473,8 @@ template <class T>
 void backward(const Attention& a) {
     using R = typename Storage<T>::R;
     const int64_t row = packed_row<R>(a.dim), heads = a.batch * a.heads, chunks = divide_up(a.keys, kChunk);
-    if (heads == 0) return;
+    // There may be billions of heads if all results are empty.
+    if (heads == 0 || a.dim == 0 || a.queries + a.keys == 0) return;
     // Each task sums dQ over its chunks in a separate matrix. These matrices are added in a fixed order afterwards.
     const int64_t splits = chunks ? smaller(chunks, divide_up(kBackwardTasks, heads)) : 1;
     const int64_t partial = a.queries * row;
