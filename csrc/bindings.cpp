@@ -6,7 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "arguments.h"
+#include "dispatch.h"
 #ifdef SGALIGN_CUDA
 #include "cuda/kernels.h"
 #endif
@@ -14,37 +15,7 @@
 namespace py = pybind11;
 using namespace sgalign;
 
-namespace sgalign {
-// setup.py decides which of these are built.
-extern const AttentionKernels attention_baseline, attention_avx2, attention_avx512;
-extern const RelationKernels relation_baseline, relation_avx2, relation_avx512;
-extern const AlignmentKernels alignment_baseline, alignment_avx2, alignment_avx512;
-}  // namespace sgalign
-
 namespace {
-
-struct Kernels {
-    std::string instruction_set;
-    AttentionKernels attention;
-    RelationKernels relation;
-    AlignmentKernels alignment;
-};
-
-// Return the kernels that this processor can run, fastest first.
-std::vector<Kernels> supported_kernels() {
-    std::vector<Kernels> result;
-#ifdef SGALIGN_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        result.push_back({"avx512", attention_avx512, relation_avx512, alignment_avx512});
-#endif
-#ifdef SGALIGN_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        result.push_back({"avx2", attention_avx2, relation_avx2, alignment_avx2});
-#endif
-    result.push_back({"baseline", attention_baseline, relation_baseline, alignment_baseline});
-    return result;
-}
 
 Kernels kernels = supported_kernels().front();
 
@@ -68,13 +39,6 @@ class Arguments {
     }
     void* address() { return reinterpret_cast<void*>(Address(integer())); }  // null if there is no tensor
 
-    // Read the address of a matrix and its strides in elements.
-    Matrix matrix() {
-        Matrix result{address(), integer(), integer(), integer()};
-        integer();  // skip the last stride, which is 1
-        return result;
-    }
-
     bool done() const { return position == arguments.size(); }
 
   private:
@@ -87,72 +51,10 @@ class Arguments {
     size_t position = 0;
 };
 
-// Read the numbers in the order of `_description` in sgalign/ops/_attention_backends.py. A forward call has no
-// gradients.
-Attention attention(const py::args& numbers) {
+template <class Call, Call (*read)(Arguments&)>
+Call described(const py::args& numbers) {
     Arguments next(numbers);
-    Attention a;
-    a.dtype = DType(next.integer());
-    a.batch = next.integer(), a.heads = next.integer(), a.queries = next.integer(), a.dim = next.integer();
-    a.keys = next.integer();
-    a.key = next.matrix(), a.value = next.matrix();
-    a.mask = static_cast<const uint8_t*>(next.address());
-    for (int64_t& stride : a.mask_strides) stride = next.integer();
-    a.key_padding = static_cast<const uint8_t*>(next.address());
-    for (int64_t& stride : a.key_padding_strides) stride = next.integer();
-    a.seed = uint64_t(next.integer());
-    a.mask_threshold = int(next.integer()), a.dropout_threshold = int(next.integer());
-    a.stream = uint32_t(next.integer());
-    a.scale = next.number(), a.threads = int(next.integer());
-
-    const int64_t branches = next.integer();
-    a.group_count = int(next.integer());
-    if (branches < 1 || branches > 2 || a.group_count < 1 || a.group_count > branches)
-        throw std::invalid_argument("attention takes one or two branches, with one query for each or one for both");
-    for (int i = 0; i < a.group_count; ++i) a.groups[i].query = next.matrix();
-    Branch* each[2];
-    for (int i = 0; i < branches; ++i) {
-        QueryGroup& group = a.groups[a.group_count == 1 ? 0 : i];
-        each[i] = &group.branches[group.count++];
-        each[i]->out = next.matrix();
-        each[i]->log_sum = next.address();
-        each[i]->random = i == branches - 1;
-    }
-    if (!next.done()) {
-        for (int i = 0; i < branches; ++i) each[i]->grad_out = next.matrix();
-        for (int i = 0; i < a.group_count; ++i) a.groups[i].grad_query = next.matrix();
-        a.grad_key = next.matrix(), a.grad_value = next.matrix();
-    }
-    return a;
-}
-
-// Read the numbers in the order of `_description` in sgalign/ops/relation.py. A forward call has no gradients.
-RelationLogits relation_logits(const py::args& numbers) {
-    Arguments next(numbers);
-    RelationLogits a;
-    a.dtype = DType(next.integer());
-    a.objects = next.integer(), a.classes = next.integer(), a.relations = next.integer(), a.channels = next.integer();
-    a.union_ = next.address(), a.union_row = next.integer();
-    a.pairs = static_cast<const int64_t*>(next.address());
-    a.threads = int(next.integer());
-    const int64_t branches = next.integer();
-    if (branches < 1 || branches > 2) throw std::invalid_argument("relation logits take one or two branches");
-    for (a.count = 0; a.count < branches; ++a.count) {
-        RelationBranch& branch = a.branches[a.count];
-        branch.subject = next.address(), branch.subject_row = next.integer();
-        branch.object = next.address(), branch.object_row = next.integer();
-        branch.weight = next.address(), branch.weight_row = next.integer();
-        branch.bias = next.address(), branch.logits = next.address();
-    }
-    if (!next.done()) {
-        for (int i = 0; i < a.count; ++i) {
-            RelationBranch& branch = a.branches[i];
-            branch.grad_logits = next.address(), branch.grad_subject = next.address();
-            branch.grad_object = next.address(), branch.grad_weight = next.address();
-        }
-        a.grad_union = next.address();
-    }
-    return a;
+    return read(next);
 }
 
 void check_pairs(const RelationLogits& a) {
@@ -160,21 +62,6 @@ void check_pairs(const RelationLogits& a) {
         if (a.pairs[i] < 0 || a.pairs[i] >= a.objects)
             throw std::out_of_range("pairs must hold indices in [0, " + std::to_string(a.objects) + "), got " +
                                     std::to_string(a.pairs[i]) + " in row " + std::to_string(i / 2));
-}
-
-// Read the numbers in the order of `_description` in sgalign/ops/alignment.py.
-AlignmentLoss alignment_loss(const py::args& numbers) {
-    Arguments next(numbers);
-    AlignmentLoss a;
-    a.dtype = DType(next.integer());
-    a.relations = next.integer(), a.classes = next.integer();
-    a.logits = next.address(), a.logits_row = next.integer();
-    a.mirrored = next.address(), a.mirrored_row = next.integer();
-    a.weight = next.address(), a.scale = next.number();
-    a.sigmoid = next.integer(), a.symmetric = next.integer();
-    a.losses = next.address(), a.grad = next.address();
-    a.threads = int(next.integer());
-    return a;
 }
 
 #ifdef SGALIGN_CUDA
@@ -256,7 +143,7 @@ PYBIND11_MODULE(_C, m) {
         },
         "Choose the instruction set of all later calls. Only tests need this.");
 
-    py::class_<Attention>(m, "Attention", py::module_local()).def(py::init(&attention));
+    py::class_<Attention>(m, "Attention", py::module_local()).def(py::init(&described<Attention, attention>));
     m.def("attention_forward", [](const Attention& a) {
         py::gil_scoped_release unlocked;
         kernels.attention.forward(a);
@@ -272,7 +159,8 @@ PYBIND11_MODULE(_C, m) {
             {reinterpret_cast<uint8_t*>(out), batch_heads, queries, keys, uint64_t(seed), stream, threshold, threads});
     });
 
-    py::class_<RelationLogits>(m, "RelationLogits", py::module_local()).def(py::init(&relation_logits));
+    py::class_<RelationLogits>(m, "RelationLogits", py::module_local())
+        .def(py::init(&described<RelationLogits, relation_logits>));
     m.def("relation_forward", [](const RelationLogits& a) {
         check_pairs(a);
         py::gil_scoped_release unlocked;
@@ -284,7 +172,8 @@ PYBIND11_MODULE(_C, m) {
         kernels.relation.backward(a);
     });
 
-    py::class_<AlignmentLoss>(m, "AlignmentLoss", py::module_local()).def(py::init(&alignment_loss));
+    py::class_<AlignmentLoss>(m, "AlignmentLoss", py::module_local())
+        .def(py::init(&described<AlignmentLoss, alignment_loss>));
     m.def("alignment_loss", [](const AlignmentLoss& a) {
         py::gil_scoped_release unlocked;
         kernels.alignment.loss(a);

@@ -108,7 +108,7 @@ BACKWARD: dict[str, Callable[[Call, Tensors, Tensors], None]] = {
 
 
 def _description(core: ModuleType, call: Call, grad_outs: Sequence[Tensor] = (), grads: Sequence[Tensor] = ()) -> Any:
-    """Return the call in the form that the core accepts (`attention` in csrc/bindings.cpp).
+    """Return the call in the form that the core accepts (`attention` in csrc/arguments.h).
 
     The result holds addresses, so the tensors must outlive it.
     """

@@ -113,7 +113,7 @@ def _description(
     grads: Sequence[Gradients] = (),
     grad_union: Tensor | None = None,
 ) -> Any:
-    """Return the call in the form that the core accepts (`relation_logits` in csrc/bindings.cpp).
+    """Return the call in the form that the core accepts (`relation_logits` in csrc/arguments.h).
 
     The result holds addresses, so the tensors must outlive it.
     """

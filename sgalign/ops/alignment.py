@@ -290,7 +290,7 @@ _LAUNCH: dict[str, Callable[[Call], None]] = {
 
 
 def _description(core: ModuleType, call: Call) -> Any:
-    """Return the call in the form that the core accepts (`alignment_loss` in csrc/bindings.cpp).
+    """Return the call in the form that the core accepts (`alignment_loss` in csrc/arguments.h).
 
     The result holds addresses, so the tensors must outlive it.
     """
