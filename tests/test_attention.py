@@ -78,8 +78,10 @@ def run(branches, tensors, grad_outs, **options):
     return [out.detach() for out in outs], [tensor.grad for tensor in tensors]
 
 
-def standard_errors(branches, tensors, grad_outs, **options):
+def standard_errors(branches, tensors, grad_outs, *, out_unit=0.0, **options):
     """Return the standard error that float32 gives each element of the outputs and gradients of `run`.
+
+    `out_unit` is the relative error of the output that the backward pass reads, if it is rounded to 16 bits.
 
     The model is that scores, exponentials, outputs and the weights' gradients are rounded independently, each by one
     unit in the last place. A sum over n keys in blocks of sqrt(n) also rounds 2 sqrt(n) partial sums, each by half a
@@ -121,7 +123,7 @@ def standard_errors(branches, tensors, grad_outs, **options):
         outs.append(out_errors)
         weight_grads = grad_out @ value.mT
         means = (weights * weight_grads).sum(-1, keepdim=True)
-        mean_errors = (grad_out.square() * out_errors).sum(-1, keepdim=True)
+        mean_errors = (grad_out.square() * (out_errors + (out_unit * out).square())).sum(-1, keepdim=True)
         own_errors = kept * weight_errors * (weight_grads - means).square()
         own_errors += (unit * weights).square() * (grad_out.square() @ value.square().mT)
         query_errors = own_errors @ key.square() + mean_errors * (weights @ key).square()

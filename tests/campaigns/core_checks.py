@@ -1,0 +1,251 @@
+"""The checks of one random case: what the kernels return, where they write, and what must not change it."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import accuracy
+import test_attention
+import test_relation
+import torch
+from core_cases import Alignment, Attention, Case, Mask, Relation
+from target import ROOT
+from torch import Tensor
+
+from sgalign import random_attention_mask, relation_alignment_loss
+from sgalign.ops import _attention_backends, _core, random_mask, reference
+
+Results = tuple[list[Tensor], list[Tensor | None]]  # outputs and gradients
+
+
+def run(case: Case, backend: str) -> Results:
+    """Return the outputs of an operation and the gradients of its inputs."""
+    if isinstance(case, Attention):
+        return test_attention.run(case.branches, case.tensors, case.grad_outs, backend=backend, **case.options)
+    if isinstance(case, Relation):
+        return test_relation.run(case.union, case.pairs, case.operands, case.grads, backend)
+    if isinstance(case, Alignment):
+        student = case.mirrored.detach().requires_grad_()
+        loss = relation_alignment_loss(case.logits, student, backend=backend, **case.options)
+        loss.backward()
+        return [loss.detach()], [student.grad]
+    return [random_attention_mask(*case.size, ratio=case.ratio, seed=case.seed, stream=case.stream)], []
+
+
+def changed(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
+    """Return the case with each tensor replaced."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        return {key: walk(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    return type(case)(*map(walk, case))
+
+
+def contiguous(case: Case) -> Case:
+    """Return the case with copies of its tensors in the usual layout."""
+    return changed(case, lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
+
+
+def double(case: Case) -> Case:
+    """Return the case in float64."""
+    return changed(case, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
+class Expected:
+    """The results of the reference for one case: in float64, and in the case's own dtype."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        if isinstance(case, Mask):
+            batch, heads, queries, keys = case.size
+            drawn = reference.random_mask(
+                batch * heads,
+                queries,
+                keys,
+                threshold=round(65536 * case.ratio),
+                seed=torch.tensor(case.seed),
+                stream=case.stream,
+                device=torch.device("cpu"),
+            )
+            self.exact: Results = [drawn.view(case.size)], []
+            return
+        self.exact = run(double(case), "reference")
+        with mock.patch.object(_attention_backends, "accumulated_dtype", lambda dtype: dtype):
+            self.plain = run(case, "reference")
+        self.standard = None
+        drops_all = isinstance(case, Attention) and case.options.get("dropout_p") == 1
+        if isinstance(case, Attention) and case.tensors[0].shape[3] and not drops_all and not case.junk:
+            eps = torch.finfo(case.tensors[0].dtype).eps
+            options = case.options | {"out_unit": eps / 2 if eps > 1e-6 else 0.0}
+            errors = test_attention.standard_errors(case.branches, case.tensors, case.grad_outs, **options)
+            self.standard = [[x if x.numel() else torch.zeros(()) for x in group] for group in errors]
+
+    def check(self, ours: Results) -> None:
+        """Raise AssertionError unless rounding explains the errors of a kernel's results."""
+        if isinstance(self.case, Mask):
+            assert torch.equal(ours[0][0], self.exact[0][0]), "the mask is another one"
+        elif self.case.junk:
+            self._check_junk(ours)
+        elif isinstance(self.case, Alignment):
+            self._check_loss(ours)
+        else:
+            accuracy.assert_accurate(self.exact, self.plain, ours, self.standard, floor=1.0)
+
+    def _check_loss(self, ours: Results) -> None:
+        """Check the loss and its gradient with the bounds of tests/test_alignment.py."""
+        assert isinstance(self.case, Alignment)
+        weight = self.case.options.get("weight", torch.ones(len(self.case.logits))).double()
+        share = 1.0 if self.case.options["reduction"] == "relation" else 1 / self.case.logits.shape[1]
+        shares = weight / weight.sum().clamp_min(1e-300) * share
+        # Log-probabilities are about as large as the differences of logits, and rounded accordingly.
+        spread = max([(x.max() - x.min()).item() for x in (self.case.logits, self.case.mirrored) if x.numel()] or [0])
+        share *= max(1.0, spread / 16)
+        largest = shares.max().item() * max(1.0, spread / 16) if len(shares) else 0.0
+        for kind, factor, floor, *results in zip(
+            ("loss", "gradient"), (2, 3), (share, largest), self.exact, self.plain, ours
+        ):
+            ((exact,), (plain,), (mine,)) = results
+            assert mine.dtype == plain.dtype and mine.shape == exact.shape
+            if mine.numel():
+                allowed = factor * (plain - exact).abs().max().item()
+                allowed += 16 * torch.finfo(mine.dtype).eps * max(exact.abs().max().item(), floor)
+                error = (mine - exact).abs().max().item()
+                assert error <= allowed, f"{kind}: {error} > {allowed}"
+
+    def _check_junk(self, ours: Results) -> None:
+        """Check that infinite numbers and NaN reach the results that they reach in the reference, and no others.
+
+        Gradients of attention are an exception. A product with a dropped weight of 0 may be NaN, as a finite number is
+        required there. They must at least be free of NaN in a head without infinite numbers and NaN.
+        """
+        for kind, *results in zip(("output", "gradient"), self.exact, ours):
+            for i, (exact, mine) in enumerate(zip(*results, strict=True)):
+                if exact is None:
+                    continue
+                wrong = exact.isnan() != mine.isnan()
+                if isinstance(self.case, Attention) and kind == "gradient":
+                    clean = [x.isfinite().flatten(2).all(2) for x in (*self.case.tensors, *self.case.grad_outs)]
+                    wrong = mine.isnan() & torch.stack(clean).all(0)[..., None, None]
+                assert not wrong.any(), f"{kind} {i}: NaN in other places: {wrong.nonzero()[:3].tolist()}"
+
+
+def same(ours: Results, others: Results, what: str) -> None:
+    """Raise AssertionError unless two results are equal to the bit."""
+    for kind, *results in zip(("output", "gradient"), ours, others):
+        for i, (mine, other) in enumerate(zip(*results, strict=True)):
+            if mine is None:
+                assert other is None
+                continue
+            if kind == "gradient" and mine.dim() == 1:
+                continue  # torch computes the gradient of a bias, and its sum depends on the layout
+            assert mine.dtype == other.dtype and mine.shape == other.shape
+            assert torch.equal(mine.nan_to_num(math.pi), other.nan_to_num(math.pi)), f"{kind} {i} depends on {what}"
+
+
+# -------------------------------------------------------------------------------------------------------- the runs
+
+GUARD = 64  # elements around a tensor in which nothing may be written
+UNTOUCHED = 77  # what they hold
+
+
+class Guards:
+    """New tensors of the operations: full of NaN, and with guards around them."""
+
+    def __init__(self) -> None:
+        self.wholes: list[tuple[Tensor, int]] = []
+        for place, name in ((torch, "empty_like"), (Tensor, "new_empty")):
+            setattr(place, name, self._guarded(getattr(place, name)))
+
+    def _guarded(self, allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_guarded(*arguments: Any, **options: Any) -> Tensor:
+            tensor = allocate(*arguments, **options)
+            elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+            elements = elements if tensor.numel() else 0
+            dtype = tensor.dtype if tensor.is_floating_point() else torch.uint8
+            whole = torch.full((elements + 2 * GUARD,), math.nan if dtype.is_floating_point else UNTOUCHED, dtype=dtype)
+            whole[:GUARD] = whole[GUARD + elements :] = UNTOUCHED
+            self.wholes.append((whole, elements))
+            # This tensor is no view, because autograd treats views in another way.
+            return torch.empty(0, dtype=tensor.dtype).set_(
+                whole.untyped_storage(), GUARD, tensor.shape, tensor.stride()
+            )
+
+        return allocate_guarded
+
+    def check(self) -> None:
+        """Raise AssertionError if a guard has changed, and forget all tensors."""
+        wholes, self.wholes = self.wholes, []
+        for whole, elements in wholes:
+            intact = whole[:GUARD] == UNTOUCHED, whole[GUARD + elements :] == UNTOUCHED
+            assert all(part.all() for part in intact), "a kernel wrote outside of its result"
+
+
+class Core:
+    """The compiled core, with each instruction set of this processor."""
+
+    def __init__(self, name: str) -> None:
+        self.core = _core.load()
+        self.guards = Guards()
+
+    def __call__(self, case: Case, number: int) -> None:
+        """Raise AssertionError if a result is wrong, or depends on the layout of tensors or the number of threads."""
+        torch.set_num_threads(1)
+        expected = Expected(case)
+        usual = contiguous(case)
+        for name in self.core.instruction_sets():
+            self.core.use_instruction_set(name)
+            self.guards.check()
+            torch.set_num_threads(1)
+            alone = run(usual, "cpu")
+            torch.set_num_threads(number % 4 + 1)
+            ours = run(case, "cpu")
+            self.guards.check()
+            expected.check(ours)
+            same(ours, alone, f"layout or threads with {name}")
+
+
+class Sanitized(Core):
+    """The core with sanitizers, which end the process, and with working memory that is full of NaN."""
+
+    def __call__(self, case: Case, number: int) -> None:
+        """Raise AssertionError if a result depends on memory that was never written."""
+        torch.set_num_threads(number % 4 + 1)
+        for name in self.core.instruction_sets():
+            self.core.use_instruction_set(name)
+            outputs, gradients = run(case, "cpu")
+            self.guards.check()
+            if isinstance(case, Mask) or not case.junk:
+                assert not any(x.isnan().any() for x in (*outputs, *gradients) if x is not None), f"NaN with {name}"
+
+
+class Backend:
+    """A backend for GPUs on the CPU: Triton's kernels under its interpreter, or the emulated CUDA C++ kernels."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        if name == "cuda":
+            import test_cuda
+
+            path = test_cuda.build(ROOT / "build" / f"emulated-{test_cuda.digest()}", "-Og")
+            spec = importlib.util.spec_from_file_location("_C", path)
+            assert spec and spec.loader
+            emulated = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(emulated)
+            _core.load = lambda: emulated  # type: ignore[assignment]
+
+    def __call__(self, case: Case, number: int) -> None:
+        """Raise AssertionError if a result is wrong."""
+        if isinstance(case, Mask):
+            mask = torch.zeros(case.size, dtype=torch.bool)
+            random_mask._LAUNCH[self.name](mask, torch.tensor(case.seed), round(65536 * case.ratio), case.stream)
+            Expected(case).check(([mask], []))
+        else:
+            Expected(case).check(run(case, self.name))
