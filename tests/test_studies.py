@@ -20,7 +20,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from target import ROOT  # noqa: E402
-from trainers import CONFIGS, SMALL_MOTIFS, SMALL_SGTR  # noqa: E402
+from trainers import CONFIGS, SMALL_MOTIFS, SMALL_SGTR, trainer  # noqa: E402
 
 from sgalign.commands.main import main  # noqa: E402
 from sgalign.files import read_tensors  # noqa: E402
@@ -29,7 +29,7 @@ from sgalign.studies.plan import resolve, settings_of  # noqa: E402
 from sgalign.studies.recording import RunRecorder  # noqa: E402
 from sgalign.studies.results import read_result  # noqa: E402
 from sgalign.studies.study import read_study  # noqa: E402
-from sgalign.training import MotifsModule, RelationModule  # noqa: E402
+from sgalign.training import MotifsModule, RelationModule, SceneGraphData  # noqa: E402
 
 STUDIES = sorted((CONFIGS / "studies").rglob("*.yaml"))
 SMALL = {f"model.{name}": value for name, value in SMALL_MOTIFS.items()}
@@ -470,6 +470,13 @@ def test_a_killed_process_goes_on_to_the_same_result(data, tmp_path, undisturbed
     (run.folder / "last.ckpt.99.partial").write_text("cut sho")
     assert execute.main([str(run.folder)]) == 0
     assert comparable(run.folder) == undisturbed and not list(run.folder.glob("*.partial"))
+
+
+def test_a_misspelled_figure_that_chooses_the_weights_is_refused_before_training(data, tmp_path):
+    run = trainer(callbacks=[RunRecorder(str(tmp_path), "val/mR@5")])
+    with pytest.raises(ValueError, match="choose must be one of val/R@20, .*, got 'val/mR@5'"):
+        run.fit(MotifsModule(**SMALL_MOTIFS), datamodule=SceneGraphData(str(data)))
+    assert run.global_step == 0
 
 
 def test_runs_in_other_processes_and_a_failing_run(data, tmp_path, capsys):

@@ -84,6 +84,10 @@ class RunRecorder(Callback):
                 f"the run must have {trainer.num_devices * trainer.num_nodes} processes, one per device, got "
                 f"{trainer.world_size}: check trainer.strategy, and the variables of SLURM or torchrun"
             )
+        # A figure without "@" may be one that only some models log. Lightning then checks it after the first epoch.
+        if "@" in self.choose and isinstance(pl_module, RelationModule):
+            if self.choose not in (known := pl_module.validated_recalls()):
+                raise InputError(f"choose must be one of {', '.join(known)}, got {self.choose!r}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.should_stop = self.stopped  # checkpoints do not contain it

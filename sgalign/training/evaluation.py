@@ -80,12 +80,19 @@ class RelationModule(SavedModule):
         return {"predictions": predictions}
 
     def on_validation_epoch_end(self) -> None:
+        for name, value in self._figures().items():
+            self.log(f"{self.part}/{name}", value.float(), prog_bar=name in ("R@50", "mR@50"), sync_dist=True)
+
+    def _figures(self) -> dict[str, Tensor]:
         figures = self.recall.compute()
         if self.part == "val":  # SGTR's public code chooses its model by this mean
             figures = figures | {"mean@100": (figures["R@100"] + figures["mR@100"]) / 2}
-        for name, value in figures.items():
-            if not is_of_class(name):
-                self.log(f"{self.part}/{name}", value.float(), prog_bar=name in ("R@50", "mR@50"), sync_dist=True)
+        return {name: value for name, value in figures.items() if not is_of_class(name)}
+
+    def validated_recalls(self) -> list[str]:
+        """Return the names under which a validation logs recall, such as "val/R@50"."""
+        self.on_validation_epoch_start()
+        return [f"val/{name}" for name in self._figures()]
 
     def on_test_epoch_end(self) -> None:
         self.on_validation_epoch_end()
