@@ -184,6 +184,12 @@ def test_a_threshold_leaves_out_lower_triplets_of_the_lines_only(command, tmp_pa
     assert_same_predictions(tmp_path / "p.h5", tmp_path / "q.h5")
 
 
+def test_a_threshold_that_no_triplet_reaches_is_named(command, tmp_path, capsys):
+    cli.main([*command, "--threshold", "1"])
+    assert not any(graph["triplets"] for graph in lines(tmp_path / "g.jsonl"))
+    assert "sgalign: no triplet has a score of at least --threshold 1.0\n" in capsys.readouterr().err
+
+
 def assert_same_predictions(path, other):
     with h5py.File(path) as a, h5py.File(other) as b:
         assert sorted(a) == sorted(b) == NAMES

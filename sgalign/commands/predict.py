@@ -121,6 +121,8 @@ def main(arguments: Sequence[str]) -> int:
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     done = len(files) - failures.count
     print(f"wrote {out}: {done} of {len(files)} images")
+    if options.threshold and lines.triplets and not any(lines.triplets):
+        print(f"sgalign: no triplet has a score of at least --threshold {options.threshold}", file=sys.stderr)
     _report_earlier(lines, files, out.with_suffix(".html"), renewed=options.html)
     if failures.count:
         print(f"sgalign: {counted(failures.count, 'image')} without a result: see {failed_file}", file=sys.stderr)

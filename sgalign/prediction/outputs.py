@@ -83,6 +83,7 @@ class GraphLines:
         self._origins, self._size = _complete_lines(path)
         self._file.truncate(self._size)  # removes an incomplete last line
         self.done = set(self._origins)
+        self.triplets: list[int] = []  # numbers of triplets of the images that this run has written
 
     def check_files(self, files: Sequence[ImageFile]) -> None:
         """Raise InputError if the file has a graph for another image of the same id, or for an older version of it."""
@@ -116,6 +117,7 @@ class GraphLines:
             raise
         self._size += len(data)
         self.done.add(image.file.image_id)
+        self.triplets.append(len(graph["triplets"]))
 
     def close(self) -> None:
         self._file.close()
