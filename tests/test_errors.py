@@ -7,6 +7,8 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip("lightning")
+from lightning.pytorch import seed_everything  # noqa: E402
+
 from sgalign import training  # noqa: E402
 from sgalign.commands import doctor, evaluate, main  # noqa: E402
 from sgalign.errors import InputError  # noqa: E402
@@ -32,6 +34,32 @@ def test_defect_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(evaluate, "main", raise_defect)
     with pytest.raises(ValueError, match="zip"):
         main.main(["evaluate"])
+
+
+OF_TORCH = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to {}"
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (MemoryError("Unable to allocate 8.00 GiB for an array with shape (1,)"), " for 8.00 GiB"),
+        (RuntimeError(OF_TORCH.format("allocate 224000000000 bytes. Error code 12")), " for 224000000000 bytes"),
+        (MemoryError(), ""),
+    ],
+)
+def test_lack_of_memory_is_one_sentence(error, wanted, monkeypatch, capsys):
+    def runs_out(arguments):
+        raise error
+
+    monkeypatch.setattr(evaluate, "main", runs_out)
+    assert main.main(["evaluate"]) == 1
+    assert capsys.readouterr().err == f"sgalign: not enough memory{wanted}: use smaller batches, images or layers\n"
+
+
+def test_value_error_of_lightning_itself_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "main", lambda arguments: seed_everything(-1))
+    assert main.main(["evaluate"]) == 1
+    assert capsys.readouterr().err.startswith("sgalign: -1 is not in bounds")
 
 
 def raise_not_found(name):

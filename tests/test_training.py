@@ -395,8 +395,10 @@ def test_motifs_can_be_tested_with_a_checkpoint_of_align_motifs_but_not_trained(
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"min_size": 0}, "min_size must be at least 1 and finite, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
+        ({"head_dim": 1 << 31}, r"head_dim must be at least 1 and below 2\^31, got 2147483648"),
+        ({"learning_rate": 1e308}, "learning_rate must be above 0 and below 1e30, got 1e"),
+        ({"min_size": 0}, r"min_size must be at least 1 and below 2\^31, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and below 1e30, got 0.0"),
         ({"backbone": "resnet19"}, "backbone must be one of 'resnet18', .* got 'resnet19'"),
     ],
 )
@@ -411,6 +413,16 @@ def test_bad_options_of_a_detector_are_refused_by_name(options, message):
         (["--config", "configs/align_motifs_small.yaml", "--model.mask_ratio", "2"], "mask_ratio must be in [0, 1]"),
         (["--config", "configs/motifs_small.yaml", "--trainer.devices", "0"], "not a valid input using cpu"),
         (["--config", "configs/motifs_small.yaml", "--ckpt_path", "best"], "best: no such checkpoint"),
+        (
+            ["--model", "MotifsModule", "--trainer.accelerator", "true"],
+            "trainer: Lightning refuses its options: You sel",
+        ),
+        (["--model", "MotifsModule", "--seed_everything", "-1"], "seed_everything must be from 0 to 2^32 - 1, got -1"),
+        (
+            ["--model", "MotifsModule", "--data.seed", str(1 << 63)],
+            "seed must be above -2^62 and below 2^62, got 92233",
+        ),
+        (["--model", "MotifsModule", "--data.batch_size", str(1 << 63)], "batch_size must be from 1 to "),
         (["--model", "FrequencyModule"], "FrequencyModule has nothing to fit: sgalign test --model FrequencyModule"),
     ],
 )
@@ -420,6 +432,52 @@ def test_the_command_line_refuses_bad_options_in_one_sentence(options, message, 
     assert cli.main(["fit", "--trainer.accelerator", "cpu", *options]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("sgalign: ") and message in error, error
+
+
+def test_the_command_line_has_no_optimizer_beside_those_of_the_modules(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit", "--model", "MotifsModule", "--optimizer", "Adam"])
+    assert end.value.code == 2 and "unrecognized arguments: --optimizer Adam" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "limit"), [("validate", "val"), ("test", "test"), ("predict", "predict")])
+def test_a_run_over_no_batches_is_refused(command, limit, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [f"--trainer.limit_{limit}_batches", "0", "--trainer.accelerator", "cpu"]
+    assert cli.main([command, "--model", "FrequencyModule", *options]) == 1
+    expected = f"sgalign: trainer.limit_{limit}_batches must be above 0, or there is nothing to {command}, got 0"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 1.0}])
+def test_gradients_can_be_clipped_in_mixed_precision(scenes, options):
+    run = fit(MotifsModule(**SMALL), scenes, max_steps=1, limit_val_batches=0, precision="bf16-mixed", **options)
+    assert run.global_step == 1 and run.optimizers[0].defaults["fused"] != bool(options)
+
+
+def test_there_is_no_zero_shot_recall_without_zero_shot_relations(scenes, caplog):
+    data = SceneGraphData()
+    data.annotated = data.validation = data.test = scenes.test
+    assert data.zero_shot_validation is None and data.zero_shot_test is None
+    assert "no zero-shot recall, as the test split has no zero-shot relations" in caplog.text
+
+
+class Cache:
+    """Features that no model reads."""
+
+    folder, source = "features", None
+
+    def __contains__(self, image_id):
+        return True
+
+    def add_to(self, batch):
+        return batch
+
+
+def test_features_that_the_model_does_not_read_are_named(scenes, monkeypatch, caplog):
+    monkeypatch.setattr(scenes, "cache", Cache())
+    made(MotifsModule(**SMALL), scenes)
+    assert "data.features is not used, because only a model with vision 'cached' reads features" in caplog.text
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_replace_the_previous_one(tmp_path, monkeypatch):

@@ -91,11 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _sentence(error: BaseException) -> str | None:
     """Return the message of an error that the user can fix, or None for a bug.
 
-    Errors that the user can fix come from our checks, the file system or Lightning.
+    Errors that the user can fix come from our checks, the file system, Lightning or the lack of memory.
     """
     if isinstance(error, OSError | InputError) and "in DataLoader worker" in str(error):
         # torch raises a worker's error again, with the worker's traceback as its message.
         return str(error).strip().splitlines()[-1].partition(": ")[2]
+    if _is_memory(error):
+        size = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        wanted = f" for {size[1]}" if size else ""
+        return f"not enough memory{wanted}: use smaller batches, images or layers"
     if isinstance(error, OSError | InputError) or _is_lightnings(error):
         return str(error)
     # jsonargparse replaces the error that a constructor raises with its own.
@@ -105,7 +109,20 @@ def _sentence(error: BaseException) -> str | None:
     return _sentence(cause) if by_parser and cause is not None else None
 
 
+def _is_memory(error: BaseException) -> bool:
+    """Return True if memory could not be allocated: on the host by Python, numpy or torch, or on a GPU."""
+    of_torch = "DefaultCPUAllocator" in str(error) or type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
+
+
 def _is_lightnings(error: BaseException) -> bool:
-    """Return True if this is Lightning's error about options, without importing Lightning."""
+    """Return True if this is Lightning's error about options, without importing Lightning.
+
+    Lightning also raises ValueError and OverflowError for wrong options.
+    """
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
-    return exceptions is not None and isinstance(error, exceptions.MisconfigurationException)
+    if exceptions is None or isinstance(error, exceptions.MisconfigurationException):
+        return exceptions is not None
+    frames = traceback.extract_tb(error.__traceback__)
+    by_lightning = bool(frames) and "lightning" in Path(frames[-1].filename).parts
+    return by_lightning and isinstance(error, ValueError | OverflowError)

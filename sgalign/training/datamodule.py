@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -104,8 +105,10 @@ class SceneGraphData(pl.LightningDataModule):
             if not 0 <= value < float("inf"):
                 raise InputError(f"{option} must be at least 0 and finite, got {value}")
         self.repeat_threshold, self.instance_drop = repeat_threshold, instance_drop
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        if not 1 <= batch_size <= sys.maxsize:
+            raise InputError(f"batch_size must be from 1 to {sys.maxsize}, got {batch_size}")
+        if abs(seed) >= 1 << 62:  # epochs are added to it, and torch takes 64 bits
+            raise InputError(f"seed must be above -2^62 and below 2^62, got {seed}")
         if num_workers < 0:
             raise InputError(f"num_workers must be at least 0, got {num_workers}")
         self.root, self.batch_size, self.seed = root, batch_size, seed
@@ -217,16 +220,20 @@ class SceneGraphData(pl.LightningDataModule):
     def zero_shot_validation(self) -> Tensor | None:
         """The class triplets of the validation split that the training split lacks, as in `zero_shot_triplets`.
 
-        Without a training split, it is None.
+        It is None without a training split, or if there are none.
         """
-        return None if "train" not in self.splits else zero_shot_triplets(self.annotated, self.validation)
+        return self._zero_shot("validation", self.annotated) if "train" in self.splits else None
 
     @cached_property
     def zero_shot_test(self) -> Tensor | None:
-        """The class triplets of the test split that both other splits lack. Without a training split, it is None."""
-        if "train" not in self.splits:
-            return None
-        return zero_shot_triplets([*self.annotated, *self.validation], self.test)
+        """The class triplets of the test split that both other splits lack, or None as for `zero_shot_validation`."""
+        return self._zero_shot("test", [*self.annotated, *self.validation]) if "train" in self.splits else None
+
+    def _zero_shot(self, split: Split, seen: list[SceneGraph]) -> Tensor | None:
+        found = zero_shot_triplets(seen, getattr(self, split))
+        if not len(found):
+            warn(f"{self.name}: no zero-shot recall, as the {split} split has no zero-shot relations")
+        return found if len(found) else None
 
     def _open(self, split: Split, **options: Any) -> Any:
         if self.root is None:

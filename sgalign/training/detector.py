@@ -14,6 +14,7 @@ from sgalign.matching import find_objects
 from sgalign.models import Detector, ObjectDetections
 from sgalign.training.detection import DetectionModule
 from sgalign.training.options import DetectorOptions
+from sgalign.training.schedules import adam
 from sgalign.training.starting import load_detector
 
 
@@ -73,7 +74,7 @@ class DetectorModule(DetectionModule):
         return _described(batch, self.detect(batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.options.learning_rate, fused=True)
+        return adam(self.parameters(), self.options.learning_rate, self._trainer)
 
 
 def _described(batch: GraphBatch, detections: Sequence[ObjectDetections]) -> list[dict[str, Any]]:

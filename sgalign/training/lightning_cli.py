@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -37,6 +38,9 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the arguments, and read the checkpoint before any object is made."""
         super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].get("seed_everything")
+        if not isinstance(seed, bool | None) and not 0 <= seed < 1 << 32:
+            raise InputError(f"seed_everything must be from 0 to 2^32 - 1, got {seed}")
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path not in (None, "last", "hpc", "registry"):  # fit resolves "last", and Lightning the others
             self._read(path)
@@ -47,6 +51,13 @@ class CLI(LightningCLI):
         if self.config.subcommand == "fit":
             check_resumable(self.checkpoint)
         self._check_seed(self.checkpoint["sgalign"]["run_seed"])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the trainer. Raise InputError if Lightning refuses its options."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"trainer: Lightning refuses its options: {error}") from error
 
     def _find_last(self) -> None:
         """Replace the word "last" by the path of the newest last checkpoint in the `dirpath` of the callbacks.
@@ -85,6 +96,9 @@ class CLI(LightningCLI):
     def _needs_checkpoint(self) -> None:
         if not isinstance(self.model, FrequencyModule) and not self.config[self.config.subcommand].ckpt_path:
             raise InputError(f"{self.config.subcommand} needs --ckpt_path FILE, a checkpoint written by fit")
+        limit = f"limit_{'val' if self.subcommand == 'validate' else self.subcommand}_batches"
+        if not getattr(self.trainer, limit):
+            raise InputError(f"trainer.{limit} must be above 0, or there is nothing to {self.subcommand}, got 0")
         self._make_from_checkpoint()
 
     def _parse_ckpt_path(self) -> None:
@@ -119,6 +133,7 @@ def make_cli(arguments: Sequence[str], kind: type[CLI] = CLI, **options: Any) ->
         SceneGraphData,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        auto_configure_optimizers=False,  # the modules make their optimizers from their own options
         save_config_kwargs={"overwrite": True},
         args=list(arguments),
         **options,

@@ -12,11 +12,12 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from sgalign.data import GraphBatch, SeenBatch, read_word_vectors
+from sgalign.data.findings import warn
 from sgalign.models import Motifs, Prediction
 from sgalign.training.longtail import RelationLoss
 from sgalign.training.options import MotifsOptions
 from sgalign.training.pairs import PairModule
-from sgalign.training.schedules import warmup
+from sgalign.training.schedules import adam, warmup
 from sgalign.training.starting import OF_MOTIFS, ClassRows
 from sgalign.training.vision import CachedVision, Vision, make_vision
 
@@ -92,6 +93,8 @@ class MotifsModule(PairModule):
         super().setup(stage)
         if isinstance(self.vision, CachedVision):
             self.vision.read_from(self.data.features_source)
+        elif self.data.cache is not None:
+            warn(f"data.features is not used, because only a model with vision 'cached' reads {self.data.cache.folder}")
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -163,7 +166,7 @@ class MotifsModule(PairModule):
                            f"images, scaled to {images} images per step")  # fmt: skip
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         if options.optimizer == "adam":
-            return torch.optim.Adam([p for _, p in trained], lr=rate, fused=True)
+            return adam([p for _, p in trained], rate, self._trainer)
         groups = [
             {"params": [p for name, p in trained if "bias" not in name], "weight_decay": 1e-4},
             {"params": [p for name, p in trained if "bias" in name], "weight_decay": 0.0},

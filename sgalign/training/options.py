@@ -392,13 +392,15 @@ def check_choice(name: str, choice: Any, choices: tuple[Any, ...]) -> None:
 
 
 def check_at_least(least: int, options: Options, *names: str) -> None:
-    """Raise InputError unless the options of these names are finite and at least `least`."""
+    """Raise InputError unless the options of these names are finite and at least `least`, and whole ones below 2^31."""
     for name in names:
-        if not least <= getattr(options, name) < float("inf"):
-            raise InputError(f"{name} must be at least {least} and finite, got {getattr(options, name)}")
+        value = getattr(options, name)
+        below, what = (1 << 31, "below 2^31") if isinstance(value, int) else (float("inf"), "finite")
+        if not least <= value < below:
+            raise InputError(f"{name} must be at least {least} and {what}, got {value}")
 
 
 def check_learning_rate(options: Options, name: str) -> None:
-    """Raise InputError unless the option of this name is finite and above 0."""
-    if not 0 < getattr(options, name) < float("inf"):
-        raise InputError(f"{name} must be above 0 and finite, got {getattr(options, name)}")
+    """Raise InputError unless the option of this name is above 0 and below 1e30. A larger one overflows float32."""
+    if not 0 < getattr(options, name) < 1e30:
+        raise InputError(f"{name} must be above 0 and below 1e30, got {getattr(options, name)}")
