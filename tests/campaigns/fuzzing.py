@@ -7,8 +7,10 @@ fail an assertion if a wrong value was accepted. Any other exception is a defect
 from __future__ import annotations
 
 import argparse
-import copy
+import csv
+import io
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -31,13 +33,14 @@ MEBIBYTES = 1024  # an allocation, or growth of the process, that counts as too 
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 7, 255, 2**31, 2**53, 2**63, 10**30,
     0.5, -0.0, 1e308, float("inf"), float("nan"),
-    "", " ", "0", "1", "../x", "a/b", "\x00", "\ud800", "é", "x" * 300, [], [0], [[]], [[1, 2], [3]], {}, {"": 0},
+    "", " ", "0", "1", "../x", "//x", "a/b", "\x00", "\ud800", "é", "x" * 300, "9" * 5000,
+    [], [0], [[]], [[1, 2], [3]], {}, {"": 0},
 ]  # fmt: skip
 
 
 def changed_json(draw: Draw, content: Any, most: int = 4) -> Any:
     """Return a JSON value with up to `most` of its parts replaced, removed, repeated, renamed or exchanged."""
-    content = copy.deepcopy(content)
+    content = _copied(content)
     for _ in range(draw.ConsumeIntInRange(0, most)):
         parts = [(holder, key) for holder in _holders(content) for key in _keys(holder)]
         if not parts:
@@ -45,19 +48,23 @@ def changed_json(draw: Draw, content: Any, most: int = 4) -> Any:
         holder, key = parts[draw.ConsumeIntInRange(0, len(parts) - 1)]
         action = draw.ConsumeIntInRange(0, 5)
         if action <= 1:
-            holder[key] = copy.deepcopy(ODD[draw.ConsumeIntInRange(0, len(ODD) - 1)])
+            holder[key] = _copied(ODD[draw.ConsumeIntInRange(0, len(ODD) - 1)])
         elif action == 2:
             del holder[key]
         elif action == 3 and isinstance(holder, list):
-            holder.append(copy.deepcopy(holder[key]))
+            holder.append(_copied(holder[key]))
         elif action == 3:
             holder[draw.ConsumeUnicode(8)] = holder.pop(key)
         elif action == 4:
             other, place = parts[draw.ConsumeIntInRange(0, len(parts) - 1)]
-            holder[key] = copy.deepcopy(other[place]) if place in _keys(other) else None
+            holder[key] = _copied(other[place]) if place in _keys(other) else None
         else:
             holder[key] = draw.ConsumeInt(8) if draw.ConsumeBool() else draw.ConsumeFloat()
     return content
+
+
+def _copied(content: Any) -> Any:
+    return pickle.loads(pickle.dumps(content))  # several times as fast as a deep copy
 
 
 def _holders(content: Any) -> list[Any]:
@@ -89,6 +96,28 @@ def changed_bytes(draw: Draw, content: bytes, most: int = 8) -> bytes:
         else:
             changed[place] = draw.ConsumeIntInRange(0, 255)
     return bytes(changed)
+
+
+def changed_csv(draw: Draw, rows: list[list[str]], most: int = 4) -> bytes:
+    """Return a CSV file with up to `most` cells or rows replaced, removed, repeated or exchanged."""
+    rows = [list(row) for row in rows]
+    for _ in range(draw.ConsumeIntInRange(0, most)):
+        if not rows:
+            break
+        row = rows[draw.ConsumeIntInRange(0, len(rows) - 1)]
+        action = draw.ConsumeIntInRange(0, 6)
+        if action == 0:
+            rows.remove(row)
+        elif action == 1:
+            rows.append(list(row))
+        elif action == 2 and row:
+            del row[draw.ConsumeIntInRange(0, len(row) - 1)]
+        elif row:
+            texts = [*(str(value) for value in ODD if value != "\ud800"), *row, '"', "a\nb", "a,b", "nan", "0.5"]
+            row[draw.ConsumeIntInRange(0, len(row) - 1)] = texts[draw.ConsumeIntInRange(0, len(texts) - 1)]
+    text = io.StringIO()
+    csv.writer(text, lineterminator=["\n", "\r\n"][draw.ConsumeIntInRange(0, 1)]).writerows(rows)
+    return text.getvalue().encode()
 
 
 def changed_array(draw: Draw, values: np.ndarray) -> np.ndarray:
