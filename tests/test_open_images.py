@@ -224,6 +224,19 @@ def test_columns_may_have_any_order_and_must_be_complete(tmp_path):
         OpenImagesDataset(tmp_path / "any", "train")
 
 
+def test_a_column_that_occurs_twice_is_refused(tmp_path):
+    write(tmp_path, train=[f"{PLAYS},0.9"], header=f"{COLUMNS},XMax2")
+    with pytest.raises(ValueError, match="the first line must name the columns, each once, but has XMax2 twice"):
+        OpenImagesDataset(tmp_path, "train")
+
+
+def test_a_row_with_a_blank_predicate_can_be_skipped(tmp_path):
+    write(tmp_path, train=[WEARS, PLAYS.replace("plays", " ")])
+    dataset = OpenImagesDataset(tmp_path, "train", bad_rows="skip")
+    assert dataset.predicate_names == ["__background__", "wears"] and len(dataset[0].relations) == 1
+    assert found(dataset, "refused") == {"relation with a malformed row": 1}
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", COLUMNS.encode() + b'\n"aa'])
 def test_files_that_are_not_csv_are_refused(tmp_path, content):
     (write(tmp_path) / "oidv6-train-annotations-vrd.csv").write_bytes(content)

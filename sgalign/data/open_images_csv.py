@@ -75,9 +75,10 @@ def read_predicates(root: Path, files: Iterable[Path]) -> Classes:
     All splits of a folder therefore number them in the same way.
     """
     paths = _found(root, "*relationship-triplets*.csv") or sorted(files)
-    labels = {values[0] for path in paths for _, values in _values(path, ["RelationshipLabel"]) if values is not None}
+    rows = (values for path in paths for _, values in _values(path, ["RelationshipLabel"]) if values is not None)
+    labels = {label for (label,) in rows if label.strip() and label != ATTRIBUTE}
     where = ", ".join(map(str, paths))
-    return read_classes(where, ((label, label) for label in sorted(labels - {ATTRIBUTE, ""})), has_background=False)
+    return read_classes(where, ((label, label) for label in sorted(labels)), has_background=False)
 
 
 class Relationships:
@@ -192,8 +193,9 @@ def _values(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]
     """Yield the line number of each row and its values in some columns, or None if a value is missing or too many."""
     rows = _rows(path)
     _, header = next(rows, (0, []))
-    if lacks := [column for column in columns if column not in header]:
-        raise InputError(f"{path}: the first line must name the columns, but lacks {', '.join(lacks)}: {shown(header)}")
+    if wrong := [column for column in columns if header.count(column) != 1]:
+        got = f"lacks {', '.join(wrong)}" if wrong[0] not in header else f"has {wrong[0]} twice"
+        raise InputError(f"{path}: the first line must name the columns, each once, but {got}: {shown(header)}")
     places = [header.index(column) for column in columns]
     for line, row in rows:
         yield line, [row[place] for place in places] if len(row) == len(header) else None
