@@ -142,6 +142,10 @@ def test_names_that_would_lose_a_class_are_refused(names, message):
         read_classes("file", enumerate(names))
 
 
+def test_an_id_of_a_class_may_have_any_number_of_digits():
+    assert read_classes("a file", [("9" * 5000, "cat"), ("1", "hat")]).names == ["__background__", "cat", "hat"]
+
+
 def test_a_background_never_becomes_a_class(tmp_path):
     root = write_coco(tmp_path, predicates=["no_relation", "on", "under"], relations={"1": [[1, 0, 2]]})
     content = json.loads((root / "test.json").read_text())
@@ -281,7 +285,10 @@ def test_rows_of_image_data_may_have_other_forms(tmp_path):
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"image_id": 1, "width": 9}, "row 2: width and height must be whole numbers of at least 1, got 9 and None"),
+        (
+            {"image_id": 1, "width": 9},
+            "row 2: width and height must be whole numbers from 1 to 16777216, got 9 and None",
+        ),
         ({"width": 9, "height": 9}, "row 2: must have image_id or file_name, but has only width, height"),
         ({"image_id": [1], "width": 9, "height": 9}, r"image_id must be an integer or text, got \[1\]"),
         ({"image_id": 7, "width": 9, "height": 9}, "image_id must be unique, but '7.jpg' occurs twice"),
@@ -295,6 +302,14 @@ def test_a_bad_row_of_image_data_is_named_or_left_out(tmp_path, row, message):
     with pytest.raises(ValueError, match=f"image_data.json.*{message}"):
         VG150Dataset(root, "train")
     assert len(VG150Dataset(root, "train", validation_images=0, bad_rows="skip")) == 2
+
+
+def test_an_image_with_two_faults_is_counted_once(tmp_path):
+    root = small_vg150(tmp_path, split=np.array([0, 0, 9]))
+    rows = json.loads((root / "image_data.json").read_text())
+    (root / "image_data.json").write_text(json.dumps([*rows[:2], None]))
+    dataset = VG150Dataset(root, "train", validation_images=0, bad_rows="skip")
+    assert found(dataset, "refused") == {"image with an unknown split": 1}
 
 
 def test_bad_rows_of_vg150_are_left_out_and_counted(tmp_path):
@@ -598,7 +613,11 @@ def test_images_with_the_same_id_are_all_refused(tmp_path):
     root = write_coco(tmp_path, images=images, annotations=[BOX, BOX, BOX | {"image_id": 2}])
     dataset = CocoDataset(root, "test", bad_rows="skip")
     assert [graph.image_id for graph in dataset] == ["1.jpg"]
-    assert found(dataset, "left out") == {"object of a refused image": 2, "relation of a refused image": 1}
+    assert found(dataset, "left out") == {
+        "image whose id another image has": 1,
+        "object of a refused image": 2,
+        "relation of a refused image": 1,
+    }
 
 
 def test_bad_rows_of_a_split_file_are_counted_in_one_split(tmp_path):
@@ -628,6 +647,21 @@ def test_a_folder_without_any_part_is_reported(tmp_path, capsys):
     assert "COCO with relations: train.json or test.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"annotations": [BOX | {"bbox": [2**24 + 1, 0, 5, 5]}]}, "finite and at most 16777216, got"),
+        (
+            {"images": [{"id": 1, "file_name": "a.jpg", "width": 2**24 + 1, "height": 9}]},
+            "numbers from 1 to 1677",
+        ),
+    ],
+)
+def test_numbers_that_float32_would_round_to_other_pixels_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        CocoDataset(write_coco(tmp_path, **changes), "test")
+
+
 def test_a_folder_of_images_in_which_none_is_found_is_reported(tmp_path):
     root = write_coco(tmp_path)
     (root / "images" / "train").mkdir(parents=True)
@@ -645,11 +679,11 @@ def test_a_repeated_key_is_refused(tmp_path):
 @pytest.mark.parametrize("width", [10**400, "9" * 5000, "²", True, [1]])
 def test_numbers_that_are_none_are_refused(tmp_path, width):
     images = [{"id": 1, "file_name": "a.jpg", "width": width, "height": 80}]
-    with pytest.raises(ValueError, match="width and height must be whole numbers of at least 1, got"):
+    with pytest.raises(ValueError, match="width and height must be whole numbers from 1 to 16777216, got"):
         CocoDataset(write_coco(tmp_path, images=images), "test")
 
 
-@pytest.mark.parametrize("name", ["\ud800.jpg", "../a.jpg", "/a.jpg", "a\0.jpg", "", "..", 7, None])
+@pytest.mark.parametrize("name", ["\ud800.jpg", "../a.jpg", "/a.jpg", "//a.jpg", "a\0.jpg", "", "..", 7, None])
 def test_names_of_files_outside_the_folder_are_refused(tmp_path, name):
     images = [{"id": 1, "file_name": name, "width": 100, "height": 80}]
     with pytest.raises(ValueError, match="must be a path in the data set's folder|must be a JSON file"):

@@ -20,6 +20,7 @@ from sgalign.data.coco_writing import write_coco  # noqa: E402
 from sgalign.data.open import annotation_files  # noqa: E402
 from sgalign.data.triplets import read_zero_shot_triplets  # noqa: E402
 from sgalign.data.vg150 import VG150Dataset  # noqa: E402
+from sgalign.data.vrd import write_vrd  # noqa: E402
 
 SPLITS = ("train", "validation", "test")
 SIZES = {"train": 12, "validation": 4, "test": 5}
@@ -94,6 +95,38 @@ def test_scenes_in_the_layout_of_vrd_are_read_back(scenes, folders):
     assert all(isinstance(part, VRDDataset) for part in parts)
     read = sorted(placed_triplets(part[i]) for part in parts for i in range(len(part)))
     assert read == sorted(placed_triplets(scene) for split in ("train", "validation") for scene in scenes[split])
+
+
+def one_graph(image_id, box):
+    boxes = torch.tensor([box])
+    return SceneGraph(image_id, 200, 100, boxes, torch.tensor([1]), torch.tensor([[0, 0, 1]]))
+
+
+NAMES = ["__background__", "cat"], ["__background__", "on"]
+
+
+def test_boxes_in_the_layout_of_coco_are_read_back_bit_for_bit(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    starts, extents = torch.rand(2, 200, 2, generator=generator)
+    graphs = [
+        one_graph(f"{number}.jpg", [*start.tolist(), *(start + 99 * extent).tolist()])
+        for number, (start, extent) in enumerate(zip(starts, extents))
+    ]
+    write_coco({"test": graphs}, *NAMES, tmp_path)
+    for graph, again in zip(graphs, CocoDataset(tmp_path, "test"), strict=True):
+        assert torch.equal(graph.boxes, again.boxes)
+
+
+@pytest.mark.parametrize("box", [[5.0, 5, 5, 9], [-(2.0**24), 0, 9, 9]])
+def test_a_box_that_coco_could_not_be_read_back_from_is_not_written(tmp_path, box):
+    with pytest.raises(ValueError, match=r"image 'a\.jpg': bbox"):
+        write_coco({"test": [one_graph("a.jpg", box)]}, *NAMES, tmp_path)
+
+
+def test_images_of_the_same_file_name_are_not_written_as_one(tmp_path):
+    graphs = [one_graph("a/b", [0.0, 0, 9, 9]), one_graph("a_b", [0.0, 0, 9, 9])]
+    with pytest.raises(ValueError, match="must give different file names, but 'a_b.jpg' occurs twice"):
+        write_vrd({"test": graphs}, *NAMES, tmp_path / "vrd")
 
 
 def test_vg150_is_converted_to_coco_without_loss(folders, tmp_path):
@@ -285,7 +318,7 @@ def test_image_data_with_another_number_of_images_is_refused(small):
         (
             "boxes_1024",
             lambda a: a * [1, 1, 0, 1],
-            "boxes must be at most 1e.09, with a width and a height above 0, got .* in row 0",
+            "boxes must be at most 16777216, with a width and a height above 0, got .* in row 0",
         ),
         ("labels", lambda a: a + 99, r"array labels: must be from 1 to 16, got \d+ in row 0"),
         ("predicates", lambda a: a * 0, "array predicates: must be from 1 to 20, got 0 in row 0"),
@@ -410,7 +443,10 @@ def test_parts_with_different_classes_are_refused(folders, tmp_path):
             "annotations, row 0: image_id must be the id of an image, got 99",
         ),
         (lambda c, r: c["annotations"][0].update(category_id=99), "category_id must be the id of a class .*, got 99"),
-        (lambda c, r: c["annotations"][0].update(bbox=[1, 2, 0, 4]), "bbox must have a width and a height above 0"),
+        (
+            lambda c, r: c["annotations"][0].update(bbox=[1, 2, 0, 4]),
+            "bbox x, y, width, height must have a width and a height above 0",
+        ),
         (lambda c, r: c["annotations"][0].update(bbox=[1, 2, 3]), "bbox must be 4 numbers"),
         (lambda c, r: c["images"][0].pop("width"), "images, row 0: must have id, file_name, width, height"),
         (

@@ -115,7 +115,7 @@ ANNOTATION = {"bbox": [0, 0, 5, 5], "category_id": 0}
         ({"relations": [[0, 1]]}, r"must be \[subject, object, predicate\]"),
         ({"relations": [[0, 1, 2]]}, "its predicate must be the id of a class"),
         ({"relations": 3}, "lists of annotations and relations"),
-        ({"width": 0}, "width and height must be whole numbers of at least 1"),
+        ({"width": 0}, "width and height must be whole numbers from 1 to 16777216"),
         ({"file_name": "../9.jpg"}, "must be a path in the data set's folder"),
         ({"file_name": 9}, "must be a path in the data set's folder"),
     ],

@@ -14,7 +14,7 @@ from sgalign.data.scene_graph import SceneGraph
 from sgalign.errors import InputError, shown
 
 CORNERS, EXTENTS = "x1, y1, x2, y2", "x, y, width, height"  # the meanings that the numbers of a box can have
-LARGEST = 1e9  # largest coordinate in pixels, far beyond any image
+LARGEST = 1 << 24  # largest coordinate, up to which float32 represents every integer
 TOLERANCE = 1.0  # pixels, because some data sets count a box's last pixel and others do not
 MANY = 0.25  # share of boxes beyond their images that a few careless annotations do not explain
 SHRUNK = 0.7  # median reach of predicted boxes; a detector that works finds some object near the farthest edge
@@ -32,7 +32,22 @@ def check_box(where: str, box: Any, order: str) -> None:
     if not isinstance(box, list) or len(box) != 4 or any(type(v) not in (int, float) for v in box):
         raise InputError(f"{where} must be 4 numbers {order}, got {shown(box)}")
     if not all(abs(value) <= LARGEST for value in box):  # also false for NaN
-        raise InputError(f"{where} must be in pixels, finite and at most {LARGEST:g}, got {box}")
+        raise InputError(f"{where} must be in pixels, finite and at most {LARGEST}, got {box}")
+
+
+def checked_corners(where: str, box: Any, order: str) -> list[float]:
+    """Return x1, y1, x2, y2 of a box. Its arguments are those of `check_box`.
+
+    Raises:
+        ValueError: if the box is not four numbers in pixels, or has no width or no height.
+    """
+    check_box(where, box, order)
+    x, y, right, bottom = box
+    if order == EXTENTS:
+        right, bottom = x + right, y + bottom
+    if not (right > x and bottom > y):
+        raise InputError(f"{where} {order} must have a width and a height above 0, got {box}")
+    return [x, y, right, bottom]
 
 
 def are_beyond(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:

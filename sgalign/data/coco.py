@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sgalign.data.box_checks import EXTENTS, check_box, check_boxes
+from sgalign.data.box_checks import EXTENTS, check_boxes, checked_corners
 from sgalign.data.class_names import Classes, id_text, read_classes
 from sgalign.data.findings import BadRows, Findings
 from sgalign.data.image_files import is_file
@@ -159,12 +159,12 @@ class CocoDataset(SceneGraphDataset):
 
     def __getitem__(self, index: int) -> SceneGraph:
         image = self._images[index]
-        boxes = torch.tensor(image.boxes, dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
+        boxes = torch.tensor(image.boxes, dtype=torch.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]  # in float64, so a written box is read back exactly
         return SceneGraph(
             image.name,
             *image.size,
-            boxes,
+            boxes.float(),
             torch.tensor(image.labels, dtype=torch.int64),
             torch.tensor(image.relations, dtype=torch.int64).reshape(-1, 3),
             None if image.path is None else partial(load_image, image.path, image.size),
@@ -204,6 +204,8 @@ class CocoDataset(SceneGraphDataset):
             except InputError as error:
                 self.findings.refuse("image with a malformed entry", str(error))
                 if image_id is not None:
+                    if images.get(image_id) is not None:
+                        self.findings.add("left out", "image whose id another image has", f"{where}: {image_id!r}")
                     images[image_id] = None
             else:
                 images[str(image_id)] = image
@@ -286,9 +288,7 @@ class CocoDataset(SceneGraphDataset):
         if not isinstance(row, dict) or not row.keys() >= set(_ANNOTATION_FIELDS):
             raise InputError(f"{where}: must have {', '.join(_ANNOTATION_FIELDS)}, got {shown(row)}")
         box = row["bbox"]
-        check_box(f"{where}: bbox", box, EXTENTS)
-        if not (box[2] > 0 and box[3] > 0):
-            raise InputError(f"{where}: bbox must have a width and a height above 0, got {box}")
+        checked_corners(f"{where}: bbox", box, EXTENTS)
         return box, self.object_classes.number(f"{where}: category_id", row["category_id"])
 
     def _read_relations(self, by_id: Mapping[str, Any], images: Mapping[str, _Image | None]) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sgalign.data.box_checks import EXTENTS, checked_corners
 from sgalign.data.class_names import is_background
 from sgalign.data.coco import FILES
 from sgalign.data.images import check_file_name, load_image, save_image, writable_suffixes
@@ -34,8 +35,8 @@ def write_coco(
             and the suffix determines the format. Other ids get the suffix .jpg, and an underscore for each slash.
 
     Raises:
-        ValueError: if two images of a split would have the same file name, or two different images of two splits, or if
-            a class has a name of the background.
+        ValueError: if two images of a split would have the same file name, or two different images of two splits, if a
+            class has a name of the background, or if a box has no width, no height or a coordinate that is too large.
     """
     _check_names([*object_names[1:], *predicate_names[1:]])
     root = Path(root)
@@ -63,12 +64,14 @@ def write_coco(
             size = {"width": graph.width, "height": graph.height}
             content["images"].append({"id": number, "file_name": name} | size)
             for (x1, y1, x2, y2), label in zip(graph.boxes.tolist(), graph.labels.tolist(), strict=True):
+                box = [x1, y1, x2 - x1, y2 - y1]
+                checked_corners(f"image {graph.image_id!r}: bbox", box, EXTENTS)
                 content["annotations"].append(
                     {
                         "id": len(content["annotations"]),
                         "image_id": number,
                         "category_id": label,
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "bbox": box,
                         "area": (x2 - x1) * (y2 - y1),
                         "iscrowd": 0,
                     }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from sgalign.data.box_checks import LARGEST
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.errors import InputError, shown
 from sgalign.files import whole_number
@@ -70,18 +71,18 @@ def parse_size(where: str, row: Mapping[str, Any]) -> Size:
     """Return the width and height of an image from its entry in a JSON file.
 
     Raises:
-        ValueError: if `width` or `height` is not a whole number of at least 1.
+        ValueError: if `width` or `height` is not a whole number from 1 to `LARGEST`.
     """
     width, height = (whole_number(row.get(side)) for side in ("width", "height"))
-    if width is None or height is None or width < 1 or height < 1:
-        got = f"{row.get('width')!r} and {row.get('height')!r}"
-        raise InputError(f"{where}: width and height must be whole numbers of at least 1, got {got}")
+    if width is None or height is None or not 1 <= min(width, height) <= max(width, height) <= LARGEST:
+        got = f"{shown(row.get('width'))} and {shown(row.get('height'))}"
+        raise InputError(f"{where}: width and height must be whole numbers from 1 to {LARGEST}, got {got}")
     return width, height
 
 
 def check_file_name(where: str, name: Any) -> None:
     """Raise InputError unless a name is a path in the data set's folder."""
-    if not isinstance(name, str) or not Path(name).name or "\0" in name or {"..", "/"} & set(Path(name).parts):
+    if not isinstance(name, str) or not Path(name).name or "\0" in name or {"..", "/", "//"} & set(Path(name).parts):
         raise InputError(f"{where} must be a path in the data set's folder, got {shown(name)}")
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sgalign.data.box_checks import CORNERS, EXTENTS, check_box, check_boxes
+from sgalign.data.box_checks import CORNERS, EXTENTS, check_boxes, checked_corners
 from sgalign.data.class_names import Classes
 from sgalign.data.findings import BadRows, Findings
 from sgalign.data.image_files import ImageFiles
@@ -86,7 +86,8 @@ class RecordDataset(SceneGraphDataset):
         for number, (class_id, box) in enumerate(record.objects):
             where = f"{record.where}, object {number}"
             try:
-                corners, label = self._corners(where, box), self.object_classes.number(f"{where}: its class", class_id)
+                corners = checked_corners(f"{where}: its box", box, self.box_format)
+                label = self.object_classes.number(f"{where}: its class", class_id)
             except InputError as error:
                 self.findings.refuse("object with a malformed annotation", str(error))
                 places.append(None)
@@ -108,16 +109,6 @@ class RecordDataset(SceneGraphDataset):
             torch.tensor(relations, dtype=torch.int64).reshape(-1, 3),
             None if path is None else partial(load_image, path, size),
         )
-
-    def _corners(self, where: str, box: Any) -> list[float]:
-        """Return x1, y1, x2, y2."""
-        check_box(f"{where}: its box", box, self.box_format)
-        x, y, right, bottom = box
-        if self.box_format == EXTENTS:
-            right, bottom = x + right, y + bottom
-        if not (right > x and bottom > y):
-            raise InputError(f"{where}: its box {self.box_format} must have a width and a height above 0, got {box}")
-        return [x, y, right, bottom]
 
     def _relation(self, where: str, row: Any, places: Sequence[int | None]) -> tuple[int, int, int] | None:
         """Return subject, object and predicate of a relation. Return None if it is refused or left out."""

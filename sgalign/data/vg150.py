@@ -241,7 +241,8 @@ class VG150Dataset(SceneGraphDataset):
                     raise InputError(f"{path}, row {number}: image_id must be unique, but {entry.name!r} occurs twice")
                 names.add(entry.name)
             except InputError as error:
-                self.findings.refuse("image with a malformed entry", f"{error}; {REMEDY}")
+                if not self._refused[number]:  # an image is counted once
+                    self.findings.refuse("image with a malformed entry", f"{error}; {REMEDY}")
                 self._refused[number] = True
                 entry = _Entry("", "", (1, 1))
             entries.append(entry)

@@ -71,7 +71,7 @@ class Arrays(NamedTuple):
         self._refuse(findings, "object with an unknown class", must, rows[unknown], self.labels)
         numbers = self.numbers[rows]
         empty = ~((numbers[:, 2:] > 0) & (abs(numbers) <= LARGEST).all(1, keepdims=True)).all(1)  # also for NaN
-        must = f"array boxes_{self.long_side}: boxes must be at most {LARGEST:g}, with a width and a height above 0"
+        must = f"array boxes_{self.long_side}: boxes must be at most {LARGEST}, with a width and a height above 0"
         self._refuse(findings, "object without an extent", must, rows[empty & ~unknown], self.numbers)
         return unknown | empty
 

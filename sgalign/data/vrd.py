@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgalign.data.box_checks import are_beyond
+from sgalign.data.box_checks import LARGEST, are_beyond
 from sgalign.data.class_names import Classes, read_classes
 from sgalign.data.findings import BadRows, Findings
 from sgalign.data.image_files import ImageFiles
@@ -21,7 +21,6 @@ from sgalign.data.splits import SPLITS, Split, ValidationChoice, check_split, he
 from sgalign.errors import InputError, shown
 from sgalign.files import read_json, write_json
 
-LARGEST = 1 << 24  # largest coordinate, up to which float32 represents every integer
 REMEDY = "download the annotations again from https://cs.stanford.edu/people/ranjaykrishna/vrd/"
 IMAGE_FOLDERS = ("images", "sg_train_images", "sg_test_images")  # the last two are the folders of VRD's own archive
 _KEYS = {"subject", "predicate", "object"}
@@ -170,10 +169,9 @@ def _parse_object(where: str, entry: Any, classes: Classes) -> tuple[int, ...]:
     if not isinstance(entry, dict) or not entry.keys() >= {"category", "bbox"}:
         raise InputError(f"{where}: must have category and bbox, got {shown(entry)}; {REMEDY}")
     box = entry["bbox"]
-    if not isinstance(box, list) or len(box) != 4 or any(type(v) is not int or abs(v) > LARGEST for v in box):
+    if not isinstance(box, list) or len(box) != 4 or any(type(v) is not int or abs(v) >= LARGEST for v in box):
         raise InputError(
-            f"{where}: bbox must be 4 integers [ymin, ymax, xmin, xmax] of at most {LARGEST}, got {shown(box)}; "
-            f"{REMEDY}"
+            f"{where}: bbox must be 4 integers [ymin, ymax, xmin, xmax] below {LARGEST}, got {shown(box)}; {REMEDY}"
         )
     top, bottom, left, right = box
     if top >= bottom or left >= right:
@@ -196,6 +194,9 @@ def write_vrd(
 
     Objects without relations are lost, because the layout cannot represent them. Validation images are written with the
     training images.
+
+    Raises:
+        ValueError: if two images of a file would have the same name.
     """
     root.mkdir(parents=True, exist_ok=True)
     write_json(root / "objects.json", object_names[1:])
@@ -204,6 +205,8 @@ def write_vrd(
         content = {}
         for graph in (graph for split in splits for graph in parts.get(split, [])):
             file_name = graph.image_id.replace("/", "_") + ".jpg"
+            if file_name in content:
+                raise InputError(f"image ids must give different file names, but {file_name!r} occurs twice")
             if images:
                 save_image(graph, root / "images" / file_name)
             ends = [
