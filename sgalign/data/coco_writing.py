@@ -61,11 +61,9 @@ def write_coco(
                 if name not in saved:
                     save_image(graph, root / "images" / name)
                 saved[name] = source
-            size = {"width": graph.width, "height": graph.height}
-            content["images"].append({"id": number, "file_name": name} | size)
+            content["images"].append({"id": number, "file_name": name, "width": graph.width, "height": graph.height})
             for (x1, y1, x2, y2), label in zip(graph.boxes.tolist(), graph.labels.tolist(), strict=True):
-                box = [x1, y1, x2 - x1, y2 - y1]
-                checked_corners(f"image {graph.image_id!r}: bbox", box, EXTENTS)
+                checked_corners(f"image {graph.image_id!r}: bbox", box := [x1, y1, x2 - x1, y2 - y1], EXTENTS)
                 content["annotations"].append(
                     {
                         "id": len(content["annotations"]),
