@@ -2,7 +2,8 @@
 
 The command must end with one sentence that names a file and the reason. Older output stays, no file may be half, and
 no partial file may be left. When there is space again, the same command must give the files of an undisturbed run.
-The disk is a tmpfs, which only root can mount.
+In some attempts, the clock that Python reads jumps by days instead, which must change nothing. The disk is a tmpfs,
+which only root can mount.
 
     python tests/campaigns/disks.py --attempts 20 --seed 1 predict evaluate
 """
@@ -10,6 +11,7 @@ The disk is a tmpfs, which only root can mount.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import re
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import small_runs
@@ -26,7 +29,9 @@ import small_runs
 SIZE = 20 << 20
 LIMIT = 120.0  # seconds that a run may take
 SENTENCE = r"\[Errno \d+\] {reason}: '.+'|.+: .*{reason}"
-FULL, READ_ONLY = "No space left on device", "Read-only file system"
+FULL, READ_ONLY, CLOCK = "No space left on device", "Read-only file system", "jumping clock"
+KINDS = (FULL, FULL, CLOCK, FULL, READ_ONLY)  # of five attempts
+DAYS = (0, 3, -3, 0, -40, 40)  # by which the clock is wrong, one after the other
 OLD = {"evaluate": ("out/f.json", "out/f.csv"), "predict": ("out/g.html",)}  # output of an earlier command
 OLD_CONTENT = '"from an earlier run"\n'
 
@@ -49,11 +54,11 @@ class Attempts:
         self.outcomes: Counter[str] = Counter()
         self.failures: list[str] = []
 
-    def command(self) -> tuple[int | None, str]:
+    def command(self, disturb: Callable[[], None] = lambda: None) -> tuple[int | None, str]:
         """Run the command in the folder of the disk, and return its exit code and its output."""
         beside = self.work / "beside"
         shutil.rmtree(beside, ignore_errors=True)
-        pid = small_runs.start(self.name, self.inputs, self.disk / "run", beside=beside)
+        pid = small_runs.start(self.name, self.inputs, self.disk / "run", disturb, beside)
         return small_runs.wait(pid, LIMIT), (beside / small_runs.LOG).read_text()
 
     def measure(self) -> None:
@@ -67,23 +72,23 @@ class Attempts:
         shutil.rmtree(self.disk / "run")
 
     def attempt(self, number: int) -> None:
-        """Run the command on a disk that becomes full or that is read-only, and then again with enough space."""
+        """Run the command with a disturbance, and then again without."""
         run = self.disk / "run"
         old = OLD.get(self.name, ()) if number % 2 else ()
         for path in [run / name for name in old]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(OLD_CONTENT)
-        reason = READ_ONLY if number % 10 == 9 else FULL
+        reason = KINDS[number % len(KINDS)]
         run.mkdir(exist_ok=True)
         if reason == FULL:
             self._fill(int(self.used * self.random.random() ** 2))
-        else:
+        elif reason == READ_ONLY:
             subprocess.run(["mount", "-o", "remount,ro", self.disk], check=True)
-        code, output = self.command()
+        code, output = self.command(jumping_clock if reason == CLOCK else lambda: None)
         if reason == READ_ONLY:
             subprocess.run(["mount", "-o", "remount,rw", self.disk], check=True)
         if code == 0:
-            self.outcomes["fits"] += 1
+            self.outcomes[CLOCK if reason == CLOCK else "fits"] += 1
             problems = []
         else:
             self.outcomes[reason] += 1
@@ -135,6 +140,18 @@ class Attempts:
         if complete and (half := [n for n in left if n not in old and left[n] != self.whole.get(n)]):
             problems.append(f"{', '.join(half)} differ from an undisturbed run's")
         return problems
+
+
+def jumping_clock() -> None:
+    """Let `time.time` jump by days every few calls. Files keep the time of the system."""
+    real, calls = time.time, itertools.count()
+
+    def jumping() -> float:
+        return real() + 86400 * DAYS[next(calls) // 5 % len(DAYS)]
+
+    time.time = jumping
+    if tqdm := sys.modules.get("tqdm.std"):
+        tqdm.time = jumping  # type: ignore[attr-defined]
 
 
 def main() -> None:

@@ -154,6 +154,8 @@ class Campaign:
                     history.append(kind)
                     self.outcomes[kind] += 1
                     done += 1
+                if small_runs.COMMANDS[self.name].processes > 1 and (waiting := _orphans()):
+                    self.outcomes["left waiting for the killed process"] += waiting  # torchrun would end them at once
             problems = self.finish(folder)
             if problems:
                 shutil.copytree(folder, self.out / folder.name, dirs_exist_ok=True)
@@ -213,7 +215,7 @@ def run_all(names: list[str], options: argparse.Namespace, work: Path) -> bool:
         begin, campaign = time.monotonic(), Campaign(name, inputs, work, options.out.resolve(), options.seed)
         campaign.measure()
         campaign.run(options.kills)
-        counts = ", ".join(f"{campaign.outcomes[kind]} {kind}" for kind in KINDS)
+        counts = ", ".join(f"{count} {what}" for what, count in campaign.outcomes.items())
         failures = "; ".join(campaign.failures) or "none"
         print(
             f"| {name} | {campaign.seconds:.1f} | {campaign.total} | {counts} | {campaign.slowest:.1f} | "

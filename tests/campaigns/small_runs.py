@@ -47,6 +47,7 @@ class Command(NamedTuple):
         shorter: function that shortens waiting times in the process of the run.
         ignored: patterns of files that differ between two undisturbed runs.
         refuses: error of the command if its output is there already, and whole.
+        processes: number of processes. With several, a resumed run has other states of random generators.
     """
 
     arguments: str
@@ -54,6 +55,7 @@ class Command(NamedTuple):
     shorter: Callable[[], None] = lambda: None
     ignored: tuple[str, ...] = ()
     refuses: str | None = None
+    processes: int = 1
 
 
 def _parts_at_once() -> None:
@@ -154,6 +156,7 @@ COMMANDS = {
         f"{TRAINING} sgalign.training",
         _two_processes,
         LOGS,
+        processes=2,
     ),
     "ablate": Command(
         "ablate {inputs}/study.yaml --out out --set data.root={inputs}/data",
@@ -333,6 +336,8 @@ def contents(name: str, folder: Path) -> dict[str, Any]:
         ignored = any(fnmatch(relative, pattern) for pattern in (*ALWAYS_IGNORED, *COMMANDS[name].ignored))
         if not ignored and not path.is_dir():
             found[relative] = content(path)
+            if COMMANDS[name].processes > 1 and path.suffix == ".ckpt":
+                del found[relative]["sgalign"]["random_states"]
     return found
 
 
