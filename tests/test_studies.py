@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -477,6 +478,13 @@ def test_a_misspelled_figure_that_chooses_the_weights_is_refused_before_training
     with pytest.raises(ValueError, match="choose must be one of val/R@20, .*, got 'val/mR@5'"):
         run.fit(MotifsModule(**SMALL_MOTIFS), datamodule=SceneGraphData(str(data)))
     assert run.global_step == 0
+
+
+@pytest.mark.parametrize(("free", "expected"), [(1 << 12, "No space left on device: '{}'"), (1 << 30, "a loss")])
+def test_a_run_whose_log_did_not_fit_on_the_disk_failed_because_of_the_disk(free, expected, tmp_path, monkeypatch):
+    (tmp_path / "log.txt").write_text("Seed set to 0\nsgalign: a loss\n")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert launch.reason(1, tmp_path / "log.txt").endswith(expected.format(tmp_path))
 
 
 def test_runs_in_other_processes_and_a_failing_run(data, tmp_path, capsys):

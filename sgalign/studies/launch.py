@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from sgalign.studies.progress import Progress, title
 from sgalign.studies.results import RESULT
 
 PAUSE = 1.0  # seconds between two looks at the running processes
+LOG_SPACE = 1 << 16  # bytes that must be free for the last line of a log to be the error
 PATIENCE = 20.0  # seconds that a process has to end after SIGTERM
 
 
@@ -159,11 +162,14 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def reason(code: int, log: Path) -> str:
-    """Return why a process failed: the last line of its log, or the signal that ended it."""
+    """Return why a process failed: the signal that ended it, a full disk, or the last line of its log."""
     if code == 0:
         return "it ended without a result"
     if -code in signal.valid_signals():
         return f"ended by {signal.Signals(-code).name}"
+    with suppress(OSError):
+        if shutil.disk_usage(log.parent).free < LOG_SPACE:  # the log may lack the error
+            return str(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log.parent)))
     with suppress(OSError):
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         if lines:

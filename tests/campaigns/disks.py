@@ -119,7 +119,7 @@ class Attempts:
             problems.append("a traceback")
         lines = output.strip().splitlines()
         if not any(re.search(SENTENCE.format(reason=reason), line) for line in lines[-4:]):
-            problems.append(f"the output must name a file and the reason, got {lines[-1:]}")
+            problems.append(f"the output must name a file and the reason, got {lines[-3:]}")
         return problems
 
     def _judge_files(self, old: tuple[str, ...]) -> list[str]:
