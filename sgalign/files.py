@@ -114,7 +114,7 @@ def _partial(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
                 partial = None
         yield partial
     except OSError as error:
-        of_partial = str(error.filename).startswith(str(partial))
+        of_partial = error.filename is not None and str(error.filename).startswith(str(partial))
         if of_partial or (error.filename is None and error.errno in NO_SPACE):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
@@ -131,8 +131,10 @@ def _delete_leftovers(path: Path) -> None:
     for name in filter(pattern.fullmatch, os.listdir(path.parent)):
         with suppress(OSError):  # a living process has the lock, or another user owns the file
             if (lock := _lock(path.with_name(name))) is not None:
-                _delete(path.with_name(name))
-                os.close(lock)
+                try:
+                    _delete(path.with_name(name))
+                finally:
+                    os.close(lock)
 
 
 def _lock(path: Path) -> int | None:
