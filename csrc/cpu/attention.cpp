@@ -50,6 +50,8 @@ void add_random(MaskBits& bits, uint64_t seed, int64_t chunk, int64_t query, int
                 int threshold) {
     using Words = Vector<uint64_t>;
     constexpr int lanes = kVectorBytes / 8;
+    // The half of a 64-bit lane that comes first in memory holds an even column.
+    constexpr bool big_endian = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__;
     const Words low_half = Words{} + 0xffffffffu;
     Words first_column;
     for (int i = 0; i < lanes; ++i) first_column[i] = uint64_t(kMaskLanes * chunk + 2 * i);
@@ -79,7 +81,7 @@ void add_random(MaskBits& bits, uint64_t seed, int64_t chunk, int64_t query, int
         Lanes dropped;
         memcpy(&dropped, bits.lane + column, sizeof dropped);
         for (int word = 0; word < 4; ++word) {
-            const auto both = (Vector<uint32_t>)((words[0][word] & low_half) | words[1][word] << 32);
+            const auto both = (Vector<uint32_t>)((words[big_endian][word] & low_half) | words[!big_endian][word] << 32);
             dropped |= ((Lanes)(both & 0xffffu) < threshold) & (1 << 2 * word);
             dropped |= ((Lanes)(both >> 16) < threshold) & (2 << 2 * word);
         }
