@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -246,6 +247,22 @@ def test_operations_pass_the_sanitizers(copy, name, width, flags):
         text=True,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[:3000]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="the emulation needs x86-64")
+@pytest.mark.parametrize(
+    "processor, compiler", [("nehalem", "x86_64"), ("forced", "x86_64"), ("aarch64",) * 2, ("s390x",) * 2]
+)
+def test_kernels_run_on_other_processors(processor, compiler, tmp_path):
+    """They run without AVX, on ARM and on a big-endian processor. AVX2 is an illegal instruction without AVX."""
+    for tool in (f"{compiler}-linux-gnu-g++", f"qemu-{compiler}"):
+        if not shutil.which(tool):
+            pytest.skip(f"needs {tool}")
+    command = [sys.executable, str(ROOT / "tests" / "campaigns" / "processors.py"), processor]
+    command += ["--inputs", "30", "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
 
 
 WORKS = "#!/bin/sh\n[ $1 = --list-gpu-code ] || exit 0\n"
