@@ -161,7 +161,7 @@ def worker(name: str, cases: range, seed: int, out: Path) -> None:
         signal.alarm(0)
         outcomes[word] += 1
         release_far_buffer()
-        if number % 1000 == 999 or number == cases.stop - 1 or "DEFECT" in word:
+        if number % 100 == 99 or number == cases.stop - 1 or "DEFECT" in word:
             (out / "outcomes.json").write_text(json.dumps(outcomes))
 
 
