@@ -1,0 +1,54 @@
+"""A few cases of the campaign that runs commands with random options, so that it keeps working."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lightning")
+pytest.importorskip("matplotlib")
+sys.path.append(str(Path(__file__).resolve().parent / "campaigns"))
+import fuzz_commands  # noqa: E402
+from command_judging import Ended, judge  # noqa: E402
+
+LIGHT = ("check", "evaluate", "export", "make-dataset", "predict", "report", "view")  # commands that train nothing
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="the campaign works in /dev/shm")
+def test_commands_with_random_options_finish_or_refuse(tmp_path):
+    rows = fuzz_commands.campaign(range(30), 1, tmp_path, LIGHT, trained=False)
+    assert sorted(row["case"] for row in rows) == list(range(30))
+    assert not [row for row in rows if row["outcome"] not in ("finished", "refused", "usage error")]
+    assert len({row["outcome"] for row in rows}) == 3
+    assert "| together | 30 |" in fuzz_commands.table(rows)
+
+
+@pytest.mark.parametrize(
+    ("code", "err", "files", "expected"),
+    [
+        (0, "", ["cwd/new.json"], "finished"),
+        (1, "sgalign: --json must be a file\n", [], "refused"),
+        (2, "sgalign check: error: unrecognized arguments: --x\n", [], "usage error"),
+        (1, "sgalign: something is wrong\n", [], "DEFECT check: names no option"),
+        (1, "sgalign: --json is wrong\nand more\n", [], "DEFECT check: more than a sentence"),
+        (1, "Traceback (most recent call last):\nKeyError\n", [], "DEFECT check: traceback"),
+        (1, "", [], "DEFECT check: code 1 without a message"),
+        (0, "", ["cwd/new.json.7.partial"], "DEFECT check: partial file left"),
+        (0, "", ["cwd/other.json"], "DEFECT check: wrote where no option says so"),
+        (-11, "", [], "DEFECT check: exit code -11"),
+    ],
+)
+def test_the_campaign_judges_how_a_command_ends(code, err, files, expected, tmp_path):
+    arguments = ["check", "folder", "--json", "new.json"]
+    after = {name: (1, 1, 1) for name in files}
+    assert judge(arguments, Ended(code, None, "", err), tmp_path, {}, after).startswith(expected)
+
+
+def test_an_error_that_leaves_a_command_and_a_damaged_file_are_defects(tmp_path):
+    arguments = ["check", "folder", "--json", "new.json"]
+    with pytest.raises(KeyError) as raised:
+        {}["x"]
+    error = Ended(None, raised.value, "", "")
+    assert judge(arguments, error, tmp_path, {}, {}).startswith("DEFECT check: KeyError")
+    (tmp_path / "new.json").write_text('{"a": ')
+    assert "file is not whole" in judge(arguments, Ended(0, None, "", ""), tmp_path, {}, {"new.json": (6, 1, 1)})
