@@ -50,6 +50,16 @@ def test_file_appears_when_it_is_complete(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in /dev/shm")
+def test_files_in_shared_memory_are_written_whole_too():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder, "new", "file.txt")
+        with written_whole(path) as partial:
+            assert partial != path and partial.parent.is_dir()
+            partial.write_text("whole")
+        assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
+
+
 def test_errors_and_interrupts_leave_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("second")
