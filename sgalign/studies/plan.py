@@ -107,7 +107,7 @@ def resolve(study: Study, arm: Arm) -> dict[str, Any]:
         raise InputError(f"{study.name}, arm {arm.name!r}: sgalign fit refuses its options: {_short(error)}") from error
     config = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))["fit"]
     config.pop("config", None)
-    for name in ("ckpt_path", "weights_only", "optimizer", "lr_scheduler"):
+    for name in ("ckpt_path", "weights_only"):
         if config.pop(name, None) is not None:
             raise InputError(f"{study.name}, arm {arm.name!r}: {name} must not be set, because the study sets it")
     trainer = config["trainer"]
