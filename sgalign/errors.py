@@ -5,8 +5,8 @@ class InputError(ValueError):
     """An error about an invalid argument, option or file.
 
     The message names the argument, option or file, its value, and the condition that it must meet. The command line
-    prints the message without a traceback. It prints file system errors (OSError) and Lightning's
-    MisconfigurationException in the same way. On the command line, any other error is a defect and keeps its traceback.
+    prints the message without a traceback. It prints file system errors (OSError), Lightning's own errors about options
+    and the lack of memory in the same way. On the command line, any other error is a defect and keeps its traceback.
     """
 
 
