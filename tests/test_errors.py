@@ -62,6 +62,13 @@ def test_value_error_of_lightning_itself_is_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("sgalign: -1 is not in bounds")
 
 
+@pytest.mark.parametrize("size", ["-1", str(1 << 31), "1" + "0" * 30])
+def test_sizes_of_a_generated_data_set_that_cannot_be_are_refused(size, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main.main(["make-dataset", str(tmp_path / "new"), "--sizes", "1", size, "1"])
+    assert "error: --sizes must be at least 0 and below 2^31, got [1, " in capsys.readouterr().err
+
+
 def raise_not_found(name):
     def raises(arguments):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)

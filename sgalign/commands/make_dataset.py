@@ -82,8 +82,8 @@ def main(arguments: Sequence[str]) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser().error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     sizes = options.sizes or (300, 50, 80)
-    if min(sizes) < 0:
-        parser().error(f"--sizes must be at least 0, got {sizes}")
+    if min(sizes) < 0 or max(sizes) >= 1 << 31:
+        parser().error(f"--sizes must be at least 0 and below 2^31, got {sizes}")
     options.format = options.format or ("vg150" if options.source is None else "coco")
     if options.source is not None and options.format != "coco":
         parser().error("--source needs --format coco")
