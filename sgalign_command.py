@@ -4,6 +4,7 @@ It lies outside the package because importing the package imports torch, and Ope
 loaded.
 """
 
+import io
 import os
 import sys
 
@@ -26,6 +27,9 @@ def shorten_spinning() -> bool:
 def main() -> int:
     """Run the command line and return its exit code. It is 130 after Ctrl-C."""
     shorten_spinning()
+    # The name of a file may have bytes or characters that the terminal's encoding lacks.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from sgalign.commands import main as command_line
 

@@ -270,8 +270,10 @@ def whole_number(value: Any) -> int | None:
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write a JSON file. Bytes in the names of files that are no text become JSON's escapes."""
+    text = json.dumps(content, ensure_ascii=False, indent=indent) + "\n"
     with written_whole(path) as partial:
-        partial.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

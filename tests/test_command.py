@@ -36,6 +36,12 @@ def test_threads_of_the_command_line_soon_sleep_unless_the_user_decides(start, g
     assert counts[-1] == expected  # `python -m` loads torch twice
 
 
+def test_names_of_files_that_are_no_text_can_be_printed(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    run(["-c", COMMAND, "make-dataset", str(folder), "--sizes", "1", "1", "1", "--no-images"])
+    assert r"caf\udce9" in run(["-c", COMMAND, "check", str(folder), "--json", str(tmp_path / "report.json")]).stdout
+
+
 def test_a_program_that_runs_the_module_does_not_start_again(tmp_path):
     script = tmp_path / "script.py"
     module = 'runpy.run_module("sgalign", run_name="__main__", alter_sys=True)'

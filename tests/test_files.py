@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import resource
 import signal
@@ -48,6 +49,12 @@ def test_file_appears_when_it_is_complete(tmp_path):
             assert path.exists() == (content == "second")
         assert path.read_text() == content
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_names_of_files_that_are_no_text_are_escaped_in_json(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    write_json(tmp_path / "file.json", {"folder": name, "é": 1})
+    assert json.loads((tmp_path / "file.json").read_bytes()) == {"folder": name, "é": 1}
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in /dev/shm")

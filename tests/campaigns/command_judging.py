@@ -64,7 +64,7 @@ def judge(
         return f"DEFECT {command}: traceback on stderr: {last[:100]}"
     if left := [name for name in changed if ".partial" in name or name.startswith("tmp/")]:
         return f"DEFECT {command}: partial file left: {re.sub('[0-9]+', 'N', left[0])}"
-    if strays := [name for name in changed if not _expected(arguments, name)] + [f"{name} removed" for name in gone]:
+    if strays := [name for name in changed if not expected(arguments, name)] + [f"{name} removed" for name in gone]:
         return f"DEFECT {command}: wrote where no option says so: {strays[0]}"
     for name in changed:
         if problem := _damage(folder / name):
@@ -116,7 +116,7 @@ def _place(error: BaseException) -> str:
     return f"in {Path(ours[-1].filename).name}:{ours[-1].name}, {Path(frames[-1].filename).name}: {text}"
 
 
-def _expected(arguments: Sequence[str], name: str) -> bool:
+def expected(arguments: Sequence[str], name: str) -> bool:
     """Return True if a command line says that the file `name` may be written."""
     if name.startswith("cwd"):
         name = name.removeprefix("cwd").removeprefix("/")
