@@ -48,7 +48,12 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     _make_folder(path)
     if _is_device(path):
-        yield path
+        try:
+            yield path
+        except OSError as error:
+            if error.filename is None and error.errno is not None:  # a device that is full
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
         return
     with _partial(path) as partial:
         yield partial

@@ -51,6 +51,12 @@ def test_file_appears_when_it_is_complete(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_device_is_named():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_json(Path("/dev/full"), {})
+
+
 def test_names_of_files_that_are_no_text_are_escaped_in_json(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     write_json(tmp_path / "file.json", {"folder": name, "é": 1})
