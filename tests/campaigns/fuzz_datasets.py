@@ -39,6 +39,7 @@ NOUNS = {"annotation": "object"}
 
 
 def one_of(draw: Draw, *values: Any) -> Any:
+    """Return one of some values, the first of them if no bytes of the input are left."""
     return values[draw.ConsumeIntInRange(0, len(values) - 1)]
 
 
@@ -65,6 +66,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def gif(width: int, height: int) -> bytes:
+    """Return a GIF file that says this size."""
     return b"GIF89a" + struct.pack("<HH", width, height) + b"\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;"
 
 
@@ -114,6 +116,7 @@ def put_images(draw: Draw, folder: Path, names: tuple[str, ...]) -> dict[str, An
 
 
 def read(kind: Any, folder: Path, options: Options, bad_rows: str) -> Any:
+    """Return the data set that the package reads."""
     other = {"keep": options.keep} if kind is VG150Dataset else {}
     chosen = {"validation_images": options.wanted, "validation_choice": options.choice}
     return kind(folder, options.split, bad_rows=bad_rows, **chosen, **other)
@@ -150,6 +153,7 @@ def agree(kind: Any, folder: Path, options: Options, bad_rows: str, plain: Calla
 
 
 def fields(graph: SceneGraph) -> list[Any]:
+    """Return the fields of a graph as plain values."""
     tensors = [graph.boxes.tolist(), graph.labels.tolist(), graph.relations.tolist()]
     return [graph.image_id, graph.width, graph.height, *tensors]
 
@@ -175,6 +179,7 @@ def check_graph(graph: SceneGraph, dataset: Any) -> None:
 
 
 def make_vrd(draw: Draw, folder: Path, split: str, most: int = 4) -> None:
+    """Write the files of VRD for a split."""
     person, horse = {"category": 0, "bbox": [10, 60, 20, 80]}, {"category": 1, "bbox": [0, 5, 1, 9]}
     annotations = {
         "a.jpg": [{"subject": person, "predicate": 1, "object": horse}],
@@ -187,6 +192,7 @@ def make_vrd(draw: Draw, folder: Path, split: str, most: int = 4) -> None:
 
 
 def vrd(draw: Draw, folder: Path) -> None:
+    """Read VRD, also with image files."""
     options, bad_rows = drawn_options(draw)
     make_vrd(draw, folder, options.split)
     files = put_images(draw, folder / "images", ("a.jpg", "b.png")) if draw.ConsumeBool() else {}
@@ -195,6 +201,7 @@ def vrd(draw: Draw, folder: Path) -> None:
 
 
 def vg150(draw: Draw, folder: Path) -> None:
+    """Read VG150 with every value of keep."""
     options, bad_rows = drawn_options(draw)
     options.keep = one_of(draw, *KEEP)
     make_vg150(draw, folder)
@@ -202,6 +209,7 @@ def vg150(draw: Draw, folder: Path) -> None:
 
 
 def make_vg150(draw: Draw, folder: Path) -> None:
+    """Write VG150's files."""
     side, dtype = one_of(draw, 1024, 512), one_of(draw, "i4", "i8", "f4", "f8")
     arrays = {
         f"boxes_{side}": np.array([[50, 60, 21, 30], [80, 80, 9, 9], [500, 400, 51, 60], [9, 9, 5, 5]], dtype),
@@ -234,6 +242,7 @@ def make_vg150(draw: Draw, folder: Path) -> None:
 
 
 def make_coco(draw: Draw, folder: Path, most: int = 4) -> None:
+    """Write COCO files in one of the layouts."""
     names = {"train": ("train", "train"), "val": ("val", one_of(draw, "val", "valid")), "test": ("test", "test")}
     beside, in_folders = draw.ConsumeBool(), draw.ConsumeBool()
     size = {"width": 90, "height": 80}
@@ -268,18 +277,21 @@ def make_coco(draw: Draw, folder: Path, most: int = 4) -> None:
 
 
 def coco(draw: Draw, folder: Path) -> None:
+    """Read COCO files, with relations beside and inside."""
     options, bad_rows = drawn_options(draw)
     make_coco(draw, folder)
     agree(CocoDataset, folder, options, bad_rows, partial(plain_coco.coco, folder, options))
 
 
 def psg(draw: Draw, folder: Path) -> None:
+    """Read PSG."""
     options, bad_rows = drawn_options(draw)
     make_psg(draw, folder)
     agree(PSGDataset, folder, options, bad_rows, partial(plain_readers.psg, folder, options))
 
 
 def make_psg(draw: Draw, folder: Path) -> None:
+    """Write the file of PSG."""
     boxes = [(0, [10, 10, 30.5, 60]), (2, [0, 50, 100, 80])]
     rows = [
         {
@@ -300,6 +312,7 @@ def make_psg(draw: Draw, folder: Path) -> None:
 
 
 def open_images_json(draw: Draw, folder: Path) -> None:
+    """Read the JSON files of Open Images."""
     options, bad_rows = drawn_options(draw)
     place = folder / one_of(draw, "annotations", ".")
     put(draw, place / "categories_dict.json", {"obj": ["Man", "Hat"], "rel": ["at", "on"]}, one_of(draw, 0, 0, 0, 1))
@@ -317,6 +330,7 @@ COLUMNS = "ImageID LabelName1 LabelName2 XMin1 XMax1 YMin1 YMax1 XMin2 XMax2 YMi
 
 
 def open_images_csv(draw: Draw, folder: Path) -> None:
+    """Read the CSV files of Open Images, also with image files."""
     options, bad_rows = drawn_options(draw)
     man, hat = ["0.1", "0.5", "0.2", "0.75"], ["0.25", "0.5", "0.125", "0.25"]
     rows = [COLUMNS]
@@ -337,17 +351,20 @@ def open_images_csv(draw: Draw, folder: Path) -> None:
 
 
 def put_csv(draw: Draw, path: Path, rows: list[list[str]], most: int) -> None:
+    """Write a CSV file of which up to `most` parts were changed."""
     content = changed_csv(draw, rows, most)
     path.write_bytes(changed_bytes(draw, content) if draw.ConsumeIntInRange(0, 9) == 9 else content)
 
 
 def gqa(draw: Draw, folder: Path) -> None:
+    """Read GQA."""
     options, bad_rows = drawn_options(draw)
     make_gqa(draw, folder)
     agree(GQADataset, folder, options, bad_rows, partial(plain_readers.gqa, folder, options))
 
 
 def make_gqa(draw: Draw, folder: Path) -> None:
+    """Write GQA's files."""
     dog = {"name": "dog", "x": 10, "y": 20, "w": 30, "h": 15.5, "attributes": ["brown"]}
     dog |= {"relations": [{"name": "near", "object": "3"}, {"name": "on", "object": "7"}]}
     car = {"name": "car", "x": 0, "y": 5, "w": 60, "h": 40, "attributes": [], "relations": []}

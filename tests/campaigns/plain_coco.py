@@ -24,6 +24,7 @@ from plain_values import (
 
 
 def coco(root: Path, options: Options) -> Expected:
+    """Read COCO files with relations inside or in rel.json."""
     folders = {"train": ["train"], "validation": ["val", "valid"], "test": ["test"]}
     has_validation = _coco_file(root, folders["validation"]) is not None
     if has_validation:
@@ -96,6 +97,7 @@ class _Coco:
         self.valid = {key: row for key, row in self.images.items() if row is not None}
 
     def add_annotations(self, rows: list) -> None:
+        """Add the objects of the images of the split."""
         self.found = {key: {} for key in self.read}
         self.relations = {key: [] for key in self.read}
         for row in rows:
@@ -117,6 +119,7 @@ class _Coco:
             self.counts[key] += 1
 
     def relate_by_place(self, given: dict) -> None:
+        """Add the relations of rel.json, which count the annotations of an image."""
         for key, rows in given.items():
             if key not in self.images or not isinstance(rows, list):
                 self.expected.lose("refused", "image")
@@ -131,6 +134,7 @@ class _Coco:
                         self.expected.lose("refused", "relation")
 
     def relate_by_id(self, given: list) -> None:
+        """Add the relations of the file itself, which refer to ids of annotations."""
         for row in given:
             ids = [text_of(dict_of(row).get(end)) for end in ("subject_id", "object_id")]
             if not all(own in self.by_id for own in ids) or "predicate_id" not in row:
@@ -150,6 +154,7 @@ class _Coco:
                 self.relate(key, subject, target, row["predicate_id"])
 
     def relate(self, key: str, subject: int, target: int, value: Any) -> None:
+        """Add a relation between two annotations of an image, given by their places."""
         number, places = self.predicates.number(value), list(self.found[key])
         if number is None:
             self.expected.lose("refused", "relation")

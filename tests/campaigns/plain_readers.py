@@ -94,6 +94,7 @@ def _vrd_object(entry: Any, objects: Classes) -> tuple | None:
 
 
 def psg(root: Path, options: Options) -> Expected:
+    """Read PSG."""
     path = next(
         (root / n for n in ("psg.json", "psg_train_val.json", "psg_val_test.json") if (root / n).exists()), root
     )
@@ -136,11 +137,13 @@ def _psg_record(row: dict) -> tuple:
 
 
 def split_files(root: Path, folder: str, names: dict[str, str]) -> dict[str, Path]:
+    """Return the files of the splits, which lie in the folder or in its subfolder."""
     found = {split: only([root / name, root / folder / name]) for split, name in names.items()}
     return {split: path for split, path in found.items() if path is not None}
 
 
 def split_file(files: dict[str, Path], options: Options) -> Path:
+    """Return the file that has the images of the split."""
     if "validation" in files:
         must(options.wanted is None and options.choice == "hash")
     path = files.get(options.split) or (files.get("train") if options.split == "validation" else None)
@@ -149,6 +152,7 @@ def split_file(files: dict[str, Path], options: Options) -> Path:
 
 
 def open_images_json(root: Path, options: Options) -> Expected:
+    """Read the JSON files of Open Images."""
     names = {"train": "vrd-train-anno.json", "validation": "vrd-val-anno.json", "test": "vrd-test-anno.json"}
     files = split_files(root, "annotations", names)
     path = split_file(files, options)
@@ -173,6 +177,7 @@ def open_images_json(root: Path, options: Options) -> Expected:
 
 
 def csv_of(path: Path) -> list[list[str]]:
+    """Return the rows of a CSV file without empty lines."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             return [row for row in csv.reader(file, strict=True) if row]
@@ -188,6 +193,7 @@ def table_of(path: Path, *columns: str) -> list[dict[str, str] | None]:
 
 
 def open_images_csv(root: Path, options: Options, files: dict[str, Any]) -> Expected:
+    """Read the CSV files of Open Images. `files` is as in `vrd`."""
     tables = {s: p for s in SPLITS for p in root.glob(f"*-{s}-*-vrd.csv")}
     path = split_file(tables, options)
     described = sorted(root.glob("*class-descriptions*.csv"), key=lambda p: "boxable" not in p.name)
@@ -248,6 +254,7 @@ def _csv_record(name: str, rows: list[tuple], files: dict[str, Any], expected: E
 
 
 def gqa(root: Path, options: Options) -> Expected:
+    """Read GQA."""
     has_test = any((root / folder / "test_sceneGraphs.json").exists() for folder in ("", "sceneGraphs"))
     names = {"train": "train", "validation": "val", "test": "test"} if has_test else {"train": "train", "test": "val"}
     files = split_files(root, "sceneGraphs", {split: f"{name}_sceneGraphs.json" for split, name in names.items()})

@@ -45,20 +45,24 @@ class Expected:
     lost: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def lose(self, outcome: str, noun: str, count: int = 1) -> None:
+        """Count rows that a data set must not load."""
         if count:
             self.lost[outcome, noun] += count
 
     @property
     def refused(self) -> bool:
+        """True if a row must be refused."""
         return any(outcome == "refused" for outcome, _ in self.lost)
 
 
 def must(condition: Any) -> None:
+    """Raise Malformed unless a condition holds."""
     if not condition:
         raise Malformed
 
 
 def json_of(path: Path, kind: type | None = None) -> Any:
+    """Return the content of a JSON file, which must be of a kind, such as a list."""
     must(path.is_file())
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique)
@@ -75,10 +79,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_int(value: Any) -> bool:
+    """Return True for an integer that is not a truth value."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def whole(value: Any) -> int | None:
+    """Return the whole number that a number or a text stands for, or None."""
     if isinstance(value, str):
         text = value.strip()
         value = int(text) if text.isascii() and text.isdigit() and len(text) <= 16 else None
@@ -94,6 +100,7 @@ def text_of(value: Any) -> str | None:
 
 
 def size_of(width: Any, height: Any) -> tuple[int, int] | None:
+    """Return the size of an image, or None if it is impossible."""
     sides = whole(width), whole(height)
     return sides if all(side is not None and 1 <= side <= LARGEST for side in sides) else None  # type: ignore[return-value]
 
@@ -112,6 +119,7 @@ def single(value: float) -> float:
 
 
 def corners(box: Any, extents: bool) -> list[float] | None:
+    """Return x1, y1, x2, y2 of a box as float32 has them, or None if it is impossible."""
     if not isinstance(box, list) or len(box) != 4:
         return None
     if not all((is_int(v) or isinstance(v, float)) and abs(v) <= LARGEST for v in box):
@@ -145,6 +153,7 @@ class Classes:
         self.numbers = {key: place + (not first) for place, key in enumerate(ids)}
 
     def number(self, value: Any) -> int | None:
+        """Return the number of a class, or None for an unknown id and for the background."""
         key = text_of(value)
         return (self.numbers.get(key) or None) if key is not None else None
 
@@ -173,6 +182,7 @@ def chosen(names: Sequence[str], has_validation: bool, options: Options) -> list
 
 
 def only(paths: Iterable[Path]) -> Path | None:
+    """Return the one file that exists, or None. Several files are malformed."""
     found = [path for path in paths if path.exists()]
     must(len(found) <= 1)
     return found[0] if found else None
@@ -210,4 +220,5 @@ def records(expected: Expected, objects: Classes, predicates: Classes, rows: Ite
 
 
 def dict_of(value: Any) -> dict:
+    """Return an object as it is, and an empty one for any other value."""
     return value if isinstance(value, dict) else {}

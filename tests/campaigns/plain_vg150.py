@@ -28,6 +28,7 @@ from plain_values import (
 
 
 def vg150(root: Path, options: Options) -> Expected:
+    """Read VG150's files."""
     name = next((n for n in ("VG-SGG-with-attri.h5", "VG-SGG.h5") if (root / n).exists()), None)
     path = root / name if name else only(root.glob("*.h5"))
     must(path)
