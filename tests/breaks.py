@@ -642,7 +642,7 @@ BREAKS = {
     ),
     "files outside the folder": Break(
         "sgalign/data/images.py",
-        ' or {"..", "/", "//"} & set(Path(name).parts)',
+        ' or ".." in path.parts or path.is_absolute()',
         "",
         "tests/test_findings.py -k outside",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,8 @@ def parse_size(where: str, row: Mapping[str, Any]) -> Size:
 
 def check_file_name(where: str, name: Any) -> None:
     """Raise InputError unless a name is a path in the data set's folder."""
-    if not isinstance(name, str) or not Path(name).name or "\0" in name or {"..", "/", "//"} & set(Path(name).parts):
+    path = Path(name) if isinstance(name, str) else Path()
+    if not path.name or "\0" in name or ".." in path.parts or path.is_absolute():
         raise InputError(f"{where} must be a path in the data set's folder, got {shown(name)}")
 
 
@@ -224,10 +226,12 @@ def _open(path: Path) -> Iterator[Image.Image]:
     from PIL import Image
 
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a regular file")  # opening a pipe would wait for its other end
         with Image.open(path, formats=_formats()) as image:
             image.filename = ""  # so Pillow does not map the file into memory, which garbles rotated TIFF files
             yield image
-    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # plugins of Pillow raise many kinds of error for damaged files
         raise InputError(f"{path}: must be an image that can be read ({error}); replace or remove it") from error
 
 
