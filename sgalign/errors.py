@@ -1,5 +1,7 @@
 """The error type of the package's own checks."""
 
+import reprlib
+
 
 class InputError(ValueError):
     """An error about an invalid argument, option or file.
@@ -10,7 +12,14 @@ class InputError(ValueError):
     """
 
 
+# Values from a file may contain one part many times, so their whole text may be too long to be made.
+_SHORT = reprlib.Repr()
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = 20
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 400
+_SHORT.maxlevel = 4
+
+
 def shown(value: object) -> str:
     """Return a value as text for an error message, cut to 200 characters."""
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

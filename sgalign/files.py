@@ -11,6 +11,7 @@ import secrets
 import shutil
 import signal
 import threading
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,15 +20,18 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import h5py
+import numpy as np
 import torch
 
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 
 LARGEST_WHOLE = 1 << 53
 PARTIAL = ".partial"  # ending of a file or a folder that is being written
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, and a limit on the size of files
 # Errors that h5py raises for damaged files and for links to nothing.
 HDF5_DAMAGE = (AttributeError, KeyError, MemoryError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
+SMALL = 1 << 28  # bytes that an array of an HDF5 file may have, however few of them are stored
+COMPRESSION = 100  # largest ratio of an array's bytes and its stored bytes, far beyond that of real data
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -230,6 +234,26 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(arrival)
 
 
+def read_array(array: h5py.Dataset) -> np.ndarray:
+    """Return the numbers of an HDF5 data set, which are in the file itself.
+
+    Raises:
+        TypeError: if it holds other values than numbers.
+        ValueError: if it has many more numbers than the file stores, or if other files store them. Reading it would
+            fill the memory, or read a file that the user has not named.
+    """
+    if not isinstance(array, h5py.Dataset):
+        raise TypeError("it is a group of fields instead of numbers")
+    if array.dtype.kind not in "iufc" or not array.shape:
+        raise TypeError(f"it holds {array.dtype} of shape {array.shape} instead of rows of numbers")
+    if array.external or array.is_virtual:
+        raise ValueError("its numbers are in another file")
+    size, stored = array.size * array.dtype.itemsize, array.id.get_storage_size()
+    if size > SMALL and size > COMPRESSION * stored:
+        raise ValueError(f"it would have {size:,} bytes, but the file stores only {stored:,} bytes of it")
+    return np.asarray(array[()])
+
+
 def read_json(path: Path, remedy: str = "download or write it again") -> Any:
     """Return the content of a JSON file.
 
@@ -239,7 +263,8 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not JSON, or if an object has a key twice. The error names the file.
+        ValueError: if the file is not JSON, if an object has a key twice, or if the memory does not suffice. The error
+            names the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: {remedy}")
@@ -249,6 +274,9 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
         if re.search(r"\\u[dD][89a-fA-F]", text):  # half of a character, which cannot be printed or written, or both
             json.dumps(content, ensure_ascii=False).encode()
         return content
+    except MemoryError as error:
+        size = path.stat().st_size
+        raise InputError(f"{path}: has {size:,} bytes, and too little memory is free to read it") from error
     except (ValueError, RecursionError) as error:  # from the JSON or the UTF-8 decoder
         raise InputError(f"{path}: must be a JSON file, but is not JSON or is cut short ({error}); {remedy}") from error
 
@@ -307,12 +335,43 @@ def read_tensors(path: str | Path, what: str, classes: Sequence[tuple[type, str]
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such {what}")
     try:
+        if zipfile.is_zipfile(path):
+            _check_stored(Path(path))
         with torch.serialization.safe_globals(list(classes)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        _check_tensors(content)
+        return content
     except Exception as error:  # torch.load raises many kinds of exception for damaged files
-        note = (
-            "; objects other than tensors, numbers and text are refused" if isinstance(error, UnpicklingError) else ""
+        if isinstance(error, UnpicklingError):
+            note = "; objects other than tensors, numbers and text are refused"
+        else:
+            note = f": {error}" if isinstance(error, InputError) else ""
+        kind = type(error).__name__
+        raise InputError(f"{path}: must be a {what}, but is not one or is cut short ({kind}{note})") from error
+
+
+def _check_stored(path: Path) -> None:
+    """Raise InputError if parts of an archive are compressed. `torch.save` compresses none, and they could be huge."""
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise InputError(f"its part {shown(part.filename)} is compressed")
+
+
+def _check_tensors(content: Any) -> None:
+    """Raise InputError unless all tensors are dense, on the CPU, and as large as their stored numbers."""
+    parts, seen = [content], {id(content)}
+    for part in parts:  # grows while it is walked
+        if isinstance(part, torch.Tensor):
+            if part.layout != torch.strided or part.is_quantized or part.device.type != "cpu":
+                raise InputError("it has a tensor that is sparse, quantized or without numbers")
+            if part.numel() * part.element_size() > part.untyped_storage().nbytes():
+                raise InputError(f"it has a tensor of shape {list(part.shape)} with fewer stored numbers")
+            continue
+        inner = (
+            [*part, *part.values()] if isinstance(part, dict) else part if isinstance(part, list | tuple | set) else ()
         )
-        raise InputError(
-            f"{path}: must be a {what}, but is not one or is cut short ({type(error).__name__}{note})"
-        ) from error
+        for value in (*inner, *getattr(part, "__dict__", {}).values()):
+            if id(value) not in seen and not isinstance(value, int | float | str):
+                seen.add(id(value))
+                parts.append(value)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgalign.data.batch import GraphBatch, VisualFeatures
 from sgalign.errors import InputError
-from sgalign.files import HDF5_DAMAGE
+from sgalign.files import HDF5_DAMAGE, read_array
 
 FIELDS = ("boxes", "objects", "logits", "union")  # names in the files; "union" becomes `VisualFeatures.unions`
 
@@ -43,7 +43,7 @@ class FeatureCache:
                     where.update(dict.fromkeys(file, path))
                     if not {"weights", "dtype"} <= set(file.attrs):
                         raise OSError("no header")
-            except OSError as error:
+            except HDF5_DAMAGE as error:
                 raise InputError(
                     f"{path}: must be a feature file, but is not one or is cut short ({error}); delete it and run "
                     "sgalign cache-features again"
@@ -52,6 +52,7 @@ class FeatureCache:
 
     @property
     def header(self) -> dict[str, Any]:
+        _ = self.images  # raises an error if a file is damaged
         with h5py.File(self.paths[0], "r") as file:
             return dict(file.attrs)
 
@@ -80,7 +81,12 @@ class FeatureCache:
             self._open[key] = h5py.File(key[1], "r")
         try:
             group = self._open[key][image_key(image_id)]
-            return {field: torch.from_numpy(group[field][()]).float() for field in FIELDS}
+            features = {field: torch.from_numpy(read_array(group[field])).float() for field in FIELDS}
+            count = len(features["boxes"])
+            for field, rows in zip(FIELDS, (count, count, count, count * (count - 1)), strict=True):
+                if features[field].dim() != 2 or len(features[field]) != rows:
+                    raise ValueError(f"{field} must have {rows} rows, but has shape {list(features[field].shape)}")
+            return features
         except HDF5_DAMAGE as error:
             raise InputError(
                 f"{key[1]}, image {image_id!r}: is damaged ({error}); delete it and run sgalign cache-features again"

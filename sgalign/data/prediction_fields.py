@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from sgalign.errors import InputError, shown
+from sgalign.files import read_array
 
 # For each field, its names here, in Scene-Graph-Benchmark's two files, and in Motifs and EGTR.
 NAMES = {
@@ -142,7 +143,7 @@ def _of_relation_scores(
 def _listed(where: str, field: str, values: Any) -> list[Any]:
     """Return a list of plain values from a list, a tensor or an HDF5 data set."""
     if isinstance(values, h5py.Dataset):
-        values = values[()]
+        values = read_array(values)
     plain = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
     if not isinstance(plain, list):
         raise InputError(f"{where}: {field} must be a list, got {shown(values)}")

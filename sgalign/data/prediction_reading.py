@@ -22,7 +22,7 @@ from sgalign.data.predictions import FIELDS, prediction_ids
 from sgalign.data.scene_graph import SceneGraph, SceneGraphDataset
 from sgalign.data.sgb_results import is_results, read_custom, read_results
 from sgalign.errors import InputError, shown
-from sgalign.files import HDF5_DAMAGE, read_json
+from sgalign.files import HDF5_DAMAGE, read_array, read_json
 
 SEE = "docs/evaluation.md lists the files that are read"
 ID_KEYS = ("image_id", "file_name", "id")
@@ -231,9 +231,7 @@ def _read(values: Any, fractions: bool) -> Tensor:
     if isinstance(values, (h5py.Group, Mapping)):
         raise TypeError("the field is a group of fields")
     if isinstance(values, h5py.Dataset):
-        array = values[()]
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "iufc":
-            raise TypeError(f"the field holds {getattr(array, 'dtype', type(array).__name__)}")
+        array = read_array(values)
         if array.dtype.kind == "u" and array.size and array.max() > torch.iinfo(torch.int64).max:
             raise ValueError(f"{array.max()} does not fit in 64 bits with a sign")
         wide = array.dtype.kind == "f" and array.dtype.itemsize > 8  # torch has no such type

@@ -91,15 +91,21 @@ def prediction_ids(path: Path) -> list[str]:
     """
     try:
         with h5py.File(path, "r") as file:
-            return list(_image_ids(file))
+            return list(_image_ids(file, set()))
     except HDF5_DAMAGE as error:
         raise InputError(f"{path}: must be a complete HDF5 file, but is cut short or damaged ({error})") from error
 
 
-def _image_ids(group: h5py.Group, prefix: str = "") -> Iterator[str]:
-    """Yield the ids of all images. An id with slashes is stored as nested groups in HDF5."""
+def _image_ids(group: h5py.Group, seen: set[int], prefix: str = "") -> Iterator[str]:
+    """Yield the ids of all images. An id with slashes is stored as nested groups in HDF5.
+
+    `seen` collects the addresses of the groups. Links to one group could give more ids than anyone can read.
+    """
     for name, item in group.items():
         if isinstance(item, h5py.Group) and len(item) and all(isinstance(c, h5py.Group) for c in item.values()):
-            yield from _image_ids(item, f"{prefix}{name}/")
+            if (address := h5py.h5o.get_info(item.id).addr) in seen:
+                raise ValueError(f"the group {prefix + name!r} also has another name")
+            seen.add(address)
+            yield from _image_ids(item, seen, f"{prefix}{name}/")
         else:
             yield prefix + name

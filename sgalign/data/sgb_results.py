@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.errors import InputError, shown
-from sgalign.files import read_json, read_tensors
+from sgalign.files import read_json, read_tensors, whole_number
 
 SUFFIXES = (".pytorch", ".pth", ".pt")
 # Packages whose module `structures.bounding_box` has the class BoxList.
@@ -164,7 +164,7 @@ def read_custom(path: Path, images: Mapping[str, Any], predicate_names: Sequence
     read: dict[str, Any] = {}
     for key, image in images.items():
         try:
-            name = Path(_at(files, int(key))).name
+            name = Path(_at(files, whole_number(key))).name
             fields: dict[str, Any] = {"bbox_labels": [_at(classes, label) for label in image["bbox_labels"]]}
             if "rel_labels" in image:
                 fields["rel_labels"] = [_at(predicates, label) for label in image["rel_labels"]]
@@ -180,7 +180,7 @@ def read_custom(path: Path, images: Mapping[str, Any], predicate_names: Sequence
     return read
 
 
-def _at(names: Sequence[str], number: int) -> str:
+def _at(names: Sequence[str], number: Any) -> str:
     """Return a name by its number. Python would count a negative number from the end."""
     if type(number) is not int or number < 0:
         raise IndexError(f"{number!r} is no number of a name")

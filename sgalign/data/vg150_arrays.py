@@ -12,7 +12,7 @@ from sgalign.data.box_checks import LARGEST
 from sgalign.data.class_names import Classes, read_classes
 from sgalign.data.findings import EXAMPLES, Findings
 from sgalign.errors import InputError
-from sgalign.files import HDF5_DAMAGE, read_json
+from sgalign.files import HDF5_DAMAGE, read_array, read_json
 
 REMEDY = "download or write it again"
 NO_NUMBER = -(1 << 62)  # stands for a value that is not a whole number, or is too large to be one
@@ -191,16 +191,22 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
             sides = [side for side in (1024, 512) if f"boxes_{side}" in file]
             if not sides:
                 raise InputError(f"{path}: must have the array boxes_1024 or boxes_512; {REMEDY}")
-            arrays = {name: file[name][()] for name in (*sorted(wanted), f"boxes_{sides[0]}")}
+            arrays = {name: _numbers(path, name, file[name]) for name in (*sorted(wanted), f"boxes_{sides[0]}")}
     except InputError:
         raise
     except HDF5_DAMAGE as error:
         raise InputError(f"{path}: must be an HDF5 file, but is not one or is cut short ({error}); {REMEDY}") from error
-    for name, array in arrays.items():
-        if not (isinstance(array, np.ndarray) and array.dtype.kind in "iuf"):
-            kind = getattr(array, "dtype", type(array).__name__)
-            raise InputError(f"{path}, array {name}: must be numeric, got {kind}; {REMEDY}")
     return arrays, arrays.pop(f"boxes_{sides[0]}"), sides[0]
+
+
+def _numbers(path: Path, name: str, array: h5py.Dataset | h5py.Group) -> np.ndarray:
+    kind = getattr(array, "dtype", np.dtype(object)).kind
+    if kind not in "iuf" or not array.shape:
+        raise InputError(f"{path}, array {name}: must be numeric, got {getattr(array, 'dtype', 'a group')}; {REMEDY}")
+    try:
+        return read_array(array)
+    except HDF5_DAMAGE as error:
+        raise InputError(f"{path}, array {name}: must be complete, but {error}; {REMEDY}") from error
 
 
 def _whole(array: np.ndarray) -> np.ndarray:
