@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.files import read_tensors
 from sgalign.models.entity_detector import STD, EntityDetector
 from sgalign.models.sgtr import SGTR
@@ -33,8 +33,8 @@ def load_published(path: str | Path, *, focal: bool = True) -> tuple[EntityDetec
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if a tensor is missing. The message names the first missing tensor.
-        RuntimeError: if a tensor has another shape than in the public code.
+        ValueError: if a tensor is missing, or has another shape than in the public code. The message names the first
+            one that is missing.
     """
     saved = read_tensors(path, "checkpoint")
     public: State = saved.get("model", saved) if isinstance(saved, dict) else {}
@@ -61,6 +61,10 @@ def load_published(path: str | Path, *, focal: bool = True) -> tuple[EntityDetec
         network.load_state_dict(relation_weights(public, layers, encoder_layers))
     except KeyError as error:
         raise InputError(f"{path}: must be a checkpoint of SGTR's public code, got one without {error}") from error
+    except Exception as error:  # wrong shapes raise many kinds of error, in torch and in transformers
+        raise InputError(
+            f"{path}: must be a checkpoint of SGTR's public code, but its tensors do not fit ({shown(error)})"
+        ) from error
     return detector, network
 
 

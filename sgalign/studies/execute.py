@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.files import read_tensors
 from sgalign.studies import claims
 from sgalign.studies.recording import BEST, LAST, PROGRESS, TRAINING, WITHIN
@@ -63,10 +63,18 @@ def latest_checkpoint(folder: Path) -> Path | None:
     # If both are of the same step, the one from the end of the epoch was written later.
     there = [path for name in (LAST, WITHIN) if (path := folder / f"{name}.ckpt").is_file()]
     try:
-        steps = {path: read_tensors(path, "checkpoint")["global_step"] for path in there}
+        steps = {path: _step(path) for path in there}
     except InputError as error:
         raise InputError(f"{error}. Delete it, and the run goes on from an earlier step") from error
     return max(steps, key=lambda path: steps[path], default=None)
+
+
+def _step(path: Path) -> int:
+    checkpoint = read_tensors(path, "checkpoint")
+    step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
+    if type(step) is not int:
+        raise InputError(f"{path}: global_step must be a whole number, got {shown(step)}")
+    return step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

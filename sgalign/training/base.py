@@ -442,7 +442,9 @@ def load_module(path: str | Path) -> SavedModule:
         raise InputError(f"{path}: must be a checkpoint of a module of this package, got {name!r}")
     try:
         return kind._of_checkpoint(checkpoint).eval()
-    except Exception as error:  # a wrong configuration raises errors of transformers without a common base class
-        if isinstance(error, InputError | MemoryError | ModuleNotFoundError | OSError) or Path(path).is_file():
-            raise  # no user has edited a checkpoint, so other errors are defects
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # wrong options raise errors of torch and transformers without a common base class
+        if isinstance(error, MemoryError | ModuleNotFoundError | OSError):
+            raise
         raise InputError(f"{path}: must have valid options and names ({type(error).__name__}: {error})") from error

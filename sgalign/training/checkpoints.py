@@ -58,10 +58,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, content)
             partial.write_bytes(content.getbuffer())
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint, or a model's folder for evaluation. Lightning's own reader handles checkpoints."""
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, location: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, or a model's folder for evaluation. Lightning's own reader handles checkpoints.
+
+        Unless `weights_only` is False, only tensors and plain values are unpickled, also from a URL.
+        """
         if "://" in str(path) or Path(path).is_file():
-            return super().load_checkpoint(path, *args, **kwargs)
+            return super().load_checkpoint(path, map_location, weights_only is not False)
         return read_checkpoint(path) | {"pytorch-lightning_version": lightning_version}
 
 
@@ -142,3 +147,9 @@ def check_ours(checkpoint: Any, what: str) -> None:
         raise InputError(
             f"{what}: must be a checkpoint that sgalign fit has written, but it lacks {', '.join(sorted(missing))}"
         )
+    weights, options = checkpoint["state_dict"], checkpoint["hyper_parameters"]
+    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise InputError(f"{what}: state_dict must be tensors by name, got {shown(weights)}")
+    for name, values in (("state_dict", weights), ("hyper_parameters", options)):
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise InputError(f"{what}: {name} must be a dict with names as keys, got {shown(values)}")

@@ -287,7 +287,7 @@ def start(module: SavedModule, checkpoint: Mapping[str, Any], source: str, layer
         elif name not in saved:
             found["new"].append(name)
         elif rows is not None and ours[rows.kind] != list(theirs[rows.kind]):
-            own.copy_(rows.carry(name, own, saved[name], ours[rows.kind], theirs[rows.kind]))
+            own.copy_(rows.carry(f"{source}: {name}", own, saved[name], ours[rows.kind], theirs[rows.kind]))
             found["kept for classes of the same name"].append(name)
         elif own.shape != saved[name].shape:
             shapes = f"{list(own.shape)}, but it has shape {list(saved[name].shape)} in {source}"
