@@ -72,8 +72,9 @@ def take(folder: Path) -> Claim | None:
     if _latest(folder) != path:  # others have taken and released claims since this process looked
         path.unlink(missing_ok=True)
         return None
-    for number in range(1, _number(path)):
-        (folder / f"claim.{number}").unlink(missing_ok=True)
+    for earlier in folder.glob("claim.*"):
+        if 0 < _number(earlier) < _number(path):
+            earlier.unlink(missing_ok=True)
     return Claim(path)
 
 
@@ -122,7 +123,7 @@ def _number(path: Path | None) -> int:
 def _content(path: Path) -> dict[str, str]:
     """Return the machine and the process that made a claim. A claim that is still being written names nobody."""
     nobody = {"host": "an unknown machine", "machine": "", "pid": "unknown", "started": "", "job": "unknown"}
-    with suppress(OSError, ValueError, TypeError):
+    with suppress(OSError, RecursionError, ValueError, TypeError):
         return nobody | json.loads(path.read_text())
     return nobody
 
@@ -151,7 +152,7 @@ def _started(pid: str) -> str:
         return "unknown"
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # ValueError: a damaged claim has a number that is no file name
         return "ended"
     return "ended" if fields[0] in "ZX" else fields[19]
 

@@ -6,10 +6,14 @@ import base64
 import re
 from pathlib import Path
 
-from markdown import markdown
+from markdown import Markdown
 
 from sgalign.files import written_whole
 
+POLICY = (  # no script, and no file but those inside the page
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+)
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
@@ -32,10 +36,14 @@ def write_page(path: Path, text: str) -> None:
         content = base64.b64encode((path.parent / match[1]).read_bytes()).decode()
         return f'src="data:image/png;base64,{content}"'
 
-    body = re.sub(r'src="([^"]+\.png)"', inline, markdown(text, extensions=["tables"]))
+    converter = Markdown(extensions=["tables"])
+    converter.preprocessors.deregister("html_block")  # names of a study may come from others, so markup stays text
+    for pattern in ("html", "link", "reference", "short_reference", "autolink", "automail"):
+        converter.inlinePatterns.deregister(pattern)
+    body = re.sub(r'src="([^"/]+\.png)"', inline, converter.convert(text))
     with written_whole(path) as partial:
         partial.write_text(
-            f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>sgalign report</title>\n'
+            f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n{POLICY}\n<title>sgalign report</title>\n'
             f"<style>{STYLE}</style>\n{body}\n</html>\n",
             encoding="utf-8",
         )

@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 import yaml
 
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.files import read_json, written_whole
 from sgalign.studies import figures, page, tables
 from sgalign.studies.mirror_figure import draw_mirror
 from sgalign.studies.recording import BEST
 from sgalign.studies.results import read_result
+from sgalign.studies.study import check_text
+from sgalign.training import SceneGraphData
 
 
 class Planned(NamedTuple):
@@ -81,6 +83,10 @@ def _read(out: Path, name: str) -> Planned:
         folders = {arm["name"]: [out / "runs" / run for run in arm["runs"]] for arm in record["arms"]}
         bases = {arm["name"]: arm["base"] for arm in record["arms"]}
         title, choose = record["title"], record["choose"]
+        for text in (title, choose, *bases):
+            check_text(path, text)
+        if outside := [run for runs in folders.values() for run in runs if run.parent != out / "runs"]:
+            raise InputError(f"{path}: runs must be in {out / 'runs'}, got {shown(str(outside[0]))}")
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: must be a file that sgalign ablate wrote: run it again") from error
     results = {arm: [found for run in runs if (found := read_result(run))] for arm, runs in folders.items()}
@@ -125,12 +131,24 @@ def _draw_mirror(path: Path, study: Planned) -> bool:
     complete = [folder for arm in of_sgtr for folder in study.folders[arm] if (folder / f"{BEST}.ckpt").is_file()]
     if not complete:
         return False
-    config = yaml.safe_load((complete[0] / "config.yaml").read_text(encoding="utf-8"))["data"]
     try:
-        data = pkgutil.resolve_name(config["class_path"])(**config["init_args"])
+        data = _data(complete[0] / "config.yaml")
         graph = next(graph for graph in data.test if graph.image is not None and len(graph.relations))
         draw_mirror(complete[0] / f"{BEST}.ckpt", graph.image(), graph.image_id, path)
     except (OSError, InputError, StopIteration) as error:  # the data may not be on this machine
         print(f"{path.name} is not drawn: {error or 'no test image has relations'}")
         return False
     return True
+
+
+def _data(path: Path) -> SceneGraphData:
+    """Return the data of a run's config. Only classes of this package are used, so a report runs no other code."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+        name, options = config["class_path"], dict(config["init_args"])
+        kind = pkgutil.resolve_name(name) if name.startswith("sgalign.training.") else None
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: must be a config that sgalign ablate wrote ({shown(error)})") from error
+    if isinstance(kind, type) and issubclass(kind, SceneGraphData):
+        return kind(**options)
+    raise InputError(f"{path}: data must be of a class of sgalign.training, got {shown(name)}")

@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict
 
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.files import read_json, write_json
 
 DEPTH = 100  # number of best triplets per image that are searched for relations
+PER_IMAGE = ("predicates", "ranks")  # entries with one list per image, of equal lengths
 RESULT = "result.json"
 REMEDY = "delete the folder and run sgalign ablate again"
 
@@ -56,6 +57,37 @@ def write_result(folder: Path, result: Result) -> None:
     write_json(folder / RESULT, {**result, "digest": digest(result)})
 
 
+def _malformed(result: dict[str, Any]) -> str | None:
+    """Return the name of the first entry that does not have the form of `Result`, or None."""
+
+    def figures(values: Any) -> bool:
+        return isinstance(values, dict) and all(type(value) in (int, float) for value in values.values())
+
+    def rows(values: Any, kind: type) -> bool:
+        lists = isinstance(values, list) and all(isinstance(row, list) for row in values)
+        return lists and all(type(value) is kind for row in values for value in row)
+
+    curve, images, cost = result["curve"], result["images"], result["cost"]
+    others = {key: value for key, value in cost.items() if key != "device"} if isinstance(cost, dict) else None
+    lengths = [[len(row) for row in result[name]] if rows(result[name], int) else name for name in PER_IMAGE]
+    needed = {"epoch", "step", *curve[0]} if isinstance(curve, list) and curve and figures(curve[0]) else set()
+    groups = result["groups"]
+    forms = {
+        "seed": type(result["seed"]) is int,
+        "settings": isinstance(result["settings"], dict),
+        "curve": bool(needed) and all(figures(point) and point.keys() >= needed for point in curve),
+        "epoch": type(result["epoch"]) is int and isinstance(curve, list) and 1 <= result["epoch"] <= len(curve),
+        "test": figures(result["test"]),
+        "groups": isinstance(groups, dict) and rows(list(groups.values()), str),
+        "images": rows([images], str),
+        "predicates": lengths[0] == lengths[1] and isinstance(images, list) and len(lengths[0]) == len(images),
+        "cost": figures(others)
+        and isinstance(cost.get("device"), str)
+        and cost.keys() >= {"training", "parameters", "memory"},
+    }
+    return next((name for name, fits in forms.items() if not fits), None)
+
+
 def read_result(folder: Path) -> Result | None:
     """Return the result of a run, or None if it is not complete.
 
@@ -70,6 +102,8 @@ def read_result(folder: Path) -> Result | None:
         raise InputError(f"{path}: must be a result that sgalign ablate wrote: {REMEDY}")
     if result.pop("digest") != digest(result):
         raise InputError(f"{path}: must be as sgalign ablate wrote it, but was edited: {REMEDY}")
+    if wrong := _malformed(result):
+        raise InputError(f"{path}: {wrong} must be as sgalign ablate wrote it, got {shown(result[wrong])}: {REMEDY}")
     if folder.name != run_folder(folder, result["settings"], result["seed"]).name:
         raise InputError(f"{path}: must be in its own folder, but the folder was renamed or the file copied: {REMEDY}")
     return result  # type: ignore[return-value]

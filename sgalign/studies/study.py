@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from itertools import product
@@ -12,10 +13,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from sgalign.errors import InputError
+from sgalign.files import LARGEST_WHOLE
 
 STUDY_KEYS = {"title", "config", "set", "seeds", "choose", "arms"}
 ARM_KEYS = {"name", "base", "config", "set", "grid"}
 KINDS: dict[type, str] = {dict: "a mapping", str: "text", list: "a list"}
+MOST = 10_000  # values of a study, and combinations of a grid, far beyond those that anyone would run
 SECTIONS = ("model", "data", "trainer")  # sections of a config whose options an arm may set
 
 
@@ -70,7 +73,7 @@ def read_study(path: Path, overrides: Mapping[str, str] | None = None) -> Study:
     """
     content = _read_yaml(path)
     _check(path, "the study", content, STUDY_KEYS, {"title": str, "config": str, "choose": str, "arms": list})
-    _check_text(path, content["title"])
+    check_text(path, content["title"])
     _check_options("--set", overrides or {})
     if not re.fullmatch(r"[\w-]+", path.stem):
         raise InputError(f"{path}: the file's name must consist of letters, digits, _ and -")
@@ -101,7 +104,7 @@ def read_study(path: Path, overrides: Mapping[str, str] | None = None) -> Study:
             arms.append(Arm(_filled(entry["name"], values), _filled(entry.get("base") or "", values), arguments))
     names = [arm.name for arm in arms]
     for number, arm in enumerate(arms):
-        _check_text(path, arm.name)
+        check_text(path, arm.name)
         if arm.name in names[:number]:
             raise InputError(f"{path}: names of arms must differ, got {arm.name!r} twice")
         if arm.base and arm.base not in (others := [name for name in names if name != arm.name]):
@@ -113,6 +116,11 @@ def read_study(path: Path, overrides: Mapping[str, str] | None = None) -> Study:
 
 class _Loader(yaml.SafeLoader):
     """A YAML loader that refuses repeated keys. PyYAML's own would silently keep the last value."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST:  # merges of merges can double the number of keys in each line
+            raise yaml.YAMLError(f"a mapping has more than {MOST:,} merged keys")
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         merge = "tag:yaml.org,2002:merge"  # the key "<<", which has no value of its own
@@ -126,9 +134,23 @@ def _read_yaml(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such study")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a subclass of SafeLoader
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # TypeError: a key that is a list or a mapping
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a subclass of SafeLoader
+        _check_values(content)
+        return content
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:  # TypeError: a key that is a list
         raise InputError(f"{path}: must be a YAML file, got an error: {' '.join(str(error).split())}") from error
+
+
+def _check_values(content: Any) -> None:
+    """Raise YAMLError if values are too many or too large. Aliases can repeat a part more often than memory holds."""
+    parts = [content]
+    for part in parts:  # grows while it is walked
+        if len(parts) > MOST:
+            raise yaml.YAMLError(f"it has more than {MOST:,} values, with each alias counted as its values")
+        if isinstance(part, dict | list):
+            parts += [*part, *part.values()] if isinstance(part, dict) else part
+        elif isinstance(part, int) and abs(part) > LARGEST_WHOLE:
+            raise yaml.YAMLError(f"a whole number is larger than {LARGEST_WHOLE}")
 
 
 def _check(path: Path, what: str, content: Any, known: set[str], required: dict[str, type]) -> None:
@@ -153,9 +175,9 @@ def _check_options(path: Path | str, options: Mapping[str, Any]) -> None:
             raise InputError(f"{path}: {key} must not be set, because the seed of the run determines it")
 
 
-def _check_text(path: Path, text: str) -> None:
+def check_text(path: Path, text: Any) -> None:
     """Raise InputError if a name or a title would break the tables."""
-    if re.search(r"[|<>\n\r\ud800-\udfff]", text) or not text.strip():
+    if not isinstance(text, str) or re.search(r"[|<>\n\r\ud800-\udfff]", text) or not text.strip():
         raise InputError(f"{path}: names and titles must be one line of text without |, < and >, got {text!r}")
 
 
@@ -164,6 +186,8 @@ def _combinations(path: Path, number: int, grid: dict[str, Any]) -> list[dict[st
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise InputError(f"{path}: {key} in the grid of arm {number} must be a list of values, got {values!r}")
+    if (count := math.prod(map(len, grid.values()))) > MOST:
+        raise InputError(f"{path}: the grid of arm {number} must have at most {MOST:,} combinations, got {count:,}")
     return [dict(zip(grid, values)) for values in product(*grid.values())]
 
 
