@@ -34,7 +34,8 @@ def find_images(sources: Sequence[str | Path]) -> tuple[list[ImageFile], list[Pa
 
     Raises:
         FileNotFoundError: if a source has no image.
-        ValueError: if two files would have the same id, or one id is the folder of another.
+        ValueError: if two files would have the same id, if one id is the folder of another, or if a pattern has `..`
+            after its first special character.
     """
     by_id: dict[str, Path] = {}
     others: set[Path] = set()
@@ -45,6 +46,8 @@ def find_images(sources: Sequence[str | Path]) -> tuple[list[ImageFile], list[Pa
                 others.add(path)
                 continue
             found = True
+            if ".." in Path(name).parts:  # pictures are written to a folder under the id
+                raise InputError(f"{source}: a pattern must not go up after its first special character")
             image_id = os.fsencode(name).decode("utf-8", "backslashreplace")
             known = by_id.setdefault(image_id, path)
             if os.path.realpath(known) != os.path.realpath(path):

@@ -167,6 +167,8 @@ def _complete_lines(path: Path) -> tuple[dict[str, _Origin], int]:
             if line.strip():
                 try:
                     graph = json.loads(line)
+                    if not isinstance(graph["image_id"], str):
+                        raise TypeError("image_id is not text")
                     file_size = graph.get("bytes")
                     origins[graph["image_id"]] = _Origin(
                         str(graph.get("file", "")), file_size if isinstance(file_size, int) else None
