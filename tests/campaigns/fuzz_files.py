@@ -624,6 +624,7 @@ def continued_parts(draw: Draw, folder: Path) -> None:
         output.write(predicted("new.jpg", folder))
         output.finish()
     finally:
+        output.close()
         output._lock.close()
     assert set(prediction_ids(path)) == done | {"new.jpg"}
 
