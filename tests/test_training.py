@@ -16,6 +16,7 @@ import yaml
 pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from matplotlib.colors import to_rgba  # noqa: E402
 from matplotlib.patches import FancyArrowPatch  # noqa: E402
 from trainers import CONFIGS, trainer  # noqa: E402
@@ -497,6 +498,16 @@ def test_a_checkpoint_that_cannot_be_written_does_not_replace_the_previous_one(t
         WholeCheckpointIO().save_checkpoint({"step": 2}, path)
     assert path.read_bytes() == before and sorted(tmp_path.iterdir()) == [path, temporary]
     assert not list(temporary.iterdir())
+
+
+def test_an_error_of_a_full_disk_in_a_logger_names_its_folder(tmp_path, monkeypatch, capsys):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CSVLogger, "log_hyperparams", full)
+    assert cli.main(["fit", "--config", str(CONFIGS / "motifs_small.yaml"), "--trainer.accelerator", "cpu"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "sgalign: [Errno 28] No space left on device: 'runs'"
 
 
 def test_seeds_of_masks_depend_on_every_argument_and_repeat():

@@ -28,7 +28,7 @@ import small_runs
 
 SIZE = 20 << 20
 LIMIT = 120.0  # seconds that a run may take
-SENTENCE = r"\[Errno \d+\] {reason}: '.+'|.+: .*{reason}"
+SENTENCE = r"{reason}: '.+'|sgalign: [^[]+: .*{reason}"
 FULL, READ_ONLY, CLOCK = "No space left on device", "Read-only file system", "jumping clock"
 KINDS = (FULL, FULL, CLOCK, FULL, READ_ONLY)  # of five attempts
 DAYS = (0, 3, -3, 0, -40, 40)  # by which the clock is wrong, one after the other
@@ -115,7 +115,7 @@ class Attempts:
     def _judge_output(self, code: int | None, output: str, reason: str) -> list[str]:
         """Return what is wrong with the exit code and the output of a command that failed."""
         problems = [] if code == 1 else [f"exit code {code}"]
-        if "Traceback" in output:
+        if output.count("Traceback") > output.count("Exception in thread"):  # TensorBoard's thread prints one
             problems.append("a traceback")
         lines = output.strip().splitlines()
         if not any(re.search(SENTENCE.format(reason=reason), line) for line in lines[-4:]):
