@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -67,6 +68,25 @@ def test_sizes_of_a_generated_data_set_that_cannot_be_are_refused(size, tmp_path
     with pytest.raises(SystemExit):
         main.main(["make-dataset", str(tmp_path / "new"), "--sizes", "1", size, "1"])
     assert "error: --sizes must be at least 0 and below 2^31, got [1, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "scenes", "--json", "scenes/train.json"],
+        ["check", "scenes", "--predictions", "predictions.json", "--json", "predictions.json"],
+        ["evaluate", "--annotations", "scenes", "--detections", "predictions.json", "--csv", "scenes/train.json"],
+    ],
+)
+def test_commands_do_not_overwrite_what_they_read(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main.main("make-dataset scenes --format coco --sizes 1 1 1 --no-images".split()) == 0
+    Path("predictions.json").write_text("{}")
+    before = Path(arguments[-1]).read_bytes()
+    with pytest.raises(SystemExit):
+        main.main(arguments)
+    assert f"{arguments[-1]} must not be written, because the command reads it" in capsys.readouterr().err
+    assert Path(arguments[-1]).read_bytes() == before
 
 
 def raise_not_found(name):

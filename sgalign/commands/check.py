@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from sgalign.commands.reading_options import add_resized, add_validation_options
+from sgalign.commands.reading_options import add_resized, add_validation_options, check_kept
 from sgalign.data import SceneGraph, open_dataset
 from sgalign.data.box_checks import PredictedBoxes
 from sgalign.data.class_names import first_difference
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     if options.json is not None:
         check_writable(options.json)
+        check_kept(parser(), options.folder, [options.predictions] if options.predictions else [], [options.json])
     with _quiet():  # the report has the lines that the readers log
         validation = {name: getattr(options, name) for name in ("validation_images", "validation_choice")}
         report = check(options.folder, options.predictions, resized=options.resized, **validation)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgalign.commands.reading_options import add_reading_options, add_resized, reading_options
+from sgalign.commands.reading_options import add_reading_options, add_resized, check_kept, reading_options
 from sgalign.data import SceneGraph, count_predicates, open_dataset, read_detections
 from sgalign.data.box_checks import PredictedBoxes
 from sgalign.data.detections import NOTHING, check_detections, coco_ids
@@ -129,6 +129,7 @@ def main(arguments: Sequence[str]) -> int:
         parser().error("the files of predictions, --detections, --json and --csv must all be different files")
     for path in written:
         check_writable(path)
+    check_kept(parser(), options.annotations, (), written)
     figures: dict[str, float] = {}
     if options.detections is not None:
         figures |= evaluate_detections(options)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, get_args
 
 from sgalign.data.findings import BadRows
+from sgalign.data.open import annotation_files
 from sgalign.data.splits import ValidationChoice
 
 
@@ -46,6 +49,20 @@ def add_resized(parser: argparse.ArgumentParser) -> None:
         help="boxes refer to images resized to this short side, with at most this long side, such as 600 1000 in "
         "Scene-Graph-Benchmark's custom_prediction.json (default: boxes are in pixels of the original images)",
     )
+
+
+def check_kept(
+    parser: argparse.ArgumentParser, folder: str, files: Iterable[Path], written: Iterable[Path | None]
+) -> None:
+    """End the program with the code 2 if a file to write is one of `files` or has annotations of the data set.
+
+    Raises:
+        FileNotFoundError, ValueError: if `folder` has no data set of a known layout.
+    """
+    kept = {path.resolve() for path in (*files, *annotation_files(folder))}
+    for path in written:
+        if path is not None and path.resolve() in kept:
+            parser.error(f"{path} must not be written, because the command reads it")
 
 
 def reading_options(options: argparse.Namespace) -> dict[str, Any]:
