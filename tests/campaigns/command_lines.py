@@ -158,10 +158,13 @@ class Lines:
         self.hints: dict[str, dict[str, Any]] = {}
         with contextlib.redirect_stdout(io.StringIO()):
             for name in TRAINER_COMMANDS:
+                row = "predict-config" if name == "predict" else name
+                if row not in self.shares:
+                    continue
                 cli = make_cli([name, "--model", "MotifsModule"], _Parsed)
                 actions = cli._subcommand_parsers[name]._actions
                 own = {action.dest: action._typehint for action in actions if type(action).__name__ == "ActionTypeHint"}
-                self.hints["predict-config" if name == "predict" else name] = own
+                self.hints[row] = own
         kinds = [getattr(training, name) for name in training.__all__ if name.endswith("Module")]
         self.modules = {kind.__name__: get_type_hints(kind.options_type) for kind in kinds if kind.options_type.fixed}
         self.modules["FrequencyModule"] = {}
