@@ -122,3 +122,13 @@ def test_further_processes_of_a_job_follow_its_first_process(tmp_path, monkeypat
 def test_further_processes_wait_only_until_a_claim_would_have_expired(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "EXPIRY", 0.1)
     assert not claims.follow(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, '{"pid": "\\u0000"}', '{"pid": ["x"], "machine": 5}', "5", ""])
+def test_a_damaged_claim_with_a_high_number_is_no_obstacle(content, tmp_path):
+    """The number is of any size, so earlier claims must not be counted one by one."""
+    path = tmp_path / f"claim.{10**15}"
+    path.write_text(content)
+    os.utime(path, (0, 0))
+    (claim := claims.take(tmp_path)).release()
+    assert claim.path.name == f"claim.{10**15 + 1}" and not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("h5py")
 import h5py  # noqa: E402
@@ -268,3 +269,11 @@ def test_features_of_a_file_that_changes_while_it_is_open_are_whole_or_refused(h
         os.truncate(path, path.stat().st_size // 2)
         with pytest.raises(ValueError, match=r"features_00000.h5, image '1': is damaged"):
             cache["1"]
+
+
+@pytest.mark.parametrize("odd", ["to_sparse", "expand", "meta"])
+def test_tensors_without_numbers_of_their_own_are_refused(odd, tmp_path):
+    make = {"to_sparse": torch.Tensor.to_sparse, "expand": lambda x: x.expand(9, 2), "meta": lambda x: x.to("meta")}
+    torch.save({"a": [{"b": (make[odd](torch.ones(1, 2)),)}]}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"x\.ckpt: must be a checkpoint, but .*it has a tensor"):
+        read_tensors(tmp_path / "x.ckpt", "checkpoint")

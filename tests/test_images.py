@@ -8,6 +8,8 @@ import dataclasses
 import itertools
 import pickle
 
+import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -593,3 +595,22 @@ def test_a_described_graph_can_have_all_predicates_of_each_pair():
 def test_a_described_graph_without_pairs_has_no_triplets():
     none = {"pairs": torch.zeros(0, 2).long(), "predicate_scores": torch.zeros(0, 3)}
     assert describe(PREDICTION | none, *NAMES, 5)["triplets"] == []
+
+
+@pytest.mark.parametrize(
+    "field, values", [("logits", np.ones(3)), ("union", np.ones((1, 3))), ("objects", np.bytes_("x"))]
+)
+def test_features_of_another_shape_are_refused(field, values, tmp_path):
+    with h5py.File(tmp_path / "features_0.h5", "w") as file:
+        file.attrs.update(weights="x", dtype="float32")
+        arrays = dict(boxes=np.ones((2, 4)), objects=np.ones((2, 3)), logits=np.ones((2, 3)), union=np.ones((2, 3)))
+        for name, array in (arrays | {field: values}).items():
+            file[f"x/{name}"] = array
+    with pytest.raises(ValueError, match=r"features_0\.h5, image 'x': is damaged"):
+        FeatureCache(tmp_path)["x"]
+
+
+def test_the_source_of_a_damaged_cache_is_refused_by_name(tmp_path):
+    (tmp_path / "features_0.h5").write_text("x")
+    with pytest.raises(ValueError, match=r"features_0\.h5: must be a feature file"):
+        FeatureCache(tmp_path).source  # noqa: B018

@@ -694,3 +694,13 @@ def test_the_memory_does_not_grow_with_the_number_of_images(checkpoints, picture
             held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     assert held[1] - held[0] < 99 * 1000, "bytes for 99 images, of which only the ids and paths may stay"
+
+
+def test_a_line_whose_id_is_no_text_is_not_continued(tmp_path):
+    options = {"top_k": 5, "threshold": 0.0, "all_predicates": False}
+    (tmp_path / "g.jsonl").write_text('{"image_id": 5}\n')
+    (tmp_path / "g.jsonl.options.json").write_text(json.dumps(options))
+    with pytest.raises(
+        ValueError, match=r"g\.jsonl, line 1: must be the graph of an image in JSON \(image_id is not text"
+    ):
+        outputs.GraphLines(tmp_path / "g.jsonl", SGTRModule(**SMALL_SGTR), {}, **options)

@@ -22,6 +22,7 @@ from trainers import CONFIGS, SMALL_MOTIFS, SMALL_SGTR, scenes, trainer  # noqa:
 from sgalign.commands import main as cli  # noqa: E402
 from sgalign.commands.export import parser as export_parser  # noqa: E402
 from sgalign.data import collate  # noqa: E402
+from sgalign.studies.execute import latest_checkpoint  # noqa: E402
 from sgalign.training import (  # noqa: E402
     AlignMotifsModule,
     AlignSGTRModule,
@@ -384,3 +385,28 @@ def test_a_damaged_folder_is_refused(damage, message, folder):
     damage(folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_module(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(state_dict=None),
+        lambda c: c["state_dict"].update(x=1),
+        lambda c: c.update(hyper_parameters=5),
+        lambda c: c["hyper_parameters"].update(embed_dim={}),
+        lambda c: c["sgalign"].update(object_names=["a", "b"]),
+    ],
+)
+@pytest.mark.parametrize("checkpoint", ["motifs"], indirect=True)
+def test_a_changed_checkpoint_is_refused_by_name(change, checkpoint, tmp_path):
+    change(content := torch.load(checkpoint))
+    torch.save(content, tmp_path / "changed.ckpt")
+    with pytest.raises(ValueError, match=r"changed\.ckpt: "):
+        load_module(tmp_path / "changed.ckpt")
+
+
+@pytest.mark.parametrize("content", [{}, {"global_step": "x"}, [1]])
+def test_the_latest_checkpoint_has_a_step(content, tmp_path):
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt: global_step must be a whole number"):
+        latest_checkpoint(tmp_path)

@@ -1160,3 +1160,13 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "text.pth").write_text("text")
     with pytest.raises(ValueError, match="text.pth: must be a checkpoint"):
         load_published(tmp_path / "text.pth")
+
+
+def test_a_published_checkpoint_with_another_shape_is_refused(tmp_path):
+    state = published_state(16, 24, 1, 1)
+    state["transformer.encoder.layers.0.linear1.weight"] = torch.ones(3)
+    torch.save(state, tmp_path / "sgtr.pth")
+    with pytest.raises(
+        ValueError, match="sgtr.pth: must be a checkpoint of SGTR's public code, but its tensors do not"
+    ):
+        load_published(tmp_path / "sgtr.pth")

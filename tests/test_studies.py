@@ -28,7 +28,7 @@ from sgalign.files import read_tensors  # noqa: E402
 from sgalign.studies import claims, cluster, execute, figures, launch, plan, recording, tables  # noqa: E402
 from sgalign.studies.plan import resolve, settings_of  # noqa: E402
 from sgalign.studies.recording import RunRecorder  # noqa: E402
-from sgalign.studies.results import read_result  # noqa: E402
+from sgalign.studies.results import read_result, run_folder, write_result  # noqa: E402
 from sgalign.studies.study import read_study  # noqa: E402
 from sgalign.training import MotifsModule, RelationModule, SceneGraphData  # noqa: E402
 
@@ -640,3 +640,21 @@ def test_a_study_of_align_sgtr_has_the_figure_of_the_mirror(tmp_path, here, caps
     assert ablate(study, data, tmp_path / "out") == 0, capsys.readouterr().err
     assert (tmp_path / "out" / "small_mirror.png").stat().st_size > 10000
     assert (tmp_path / "out" / "report.html").read_text().count("data:image/png") == 2
+
+
+@pytest.mark.parametrize(
+    "entry, value",
+    [("seed", True), ("curve", []), ("curve", [{"epoch": 1}]), ("epoch", 2), ("test", {"R@50": None}), ("groups", [1]),
+     ("images", [5]), ("ranks", [[0]]), ("cost", {"device": "cpu"})],
+)  # fmt: skip
+def test_a_result_of_another_form_is_refused_even_with_a_digest(entry, value, tmp_path):
+    cost = {"device": "cpu", "parameters": 1, "training": 1.0, "test": 1.0, "memory": 1}
+    result = {"seed": 0, "settings": {}, "curve": [{"epoch": 1, "step": 2, "R@50": 0.5}], "epoch": 1}
+    result |= {"test": {"R@50": 0.5}, "groups": {"head": ["on"]}, "images": ["a.jpg"], "cost": cost}
+    result |= {"predicates": [[1, 2]], "ranks": [[0, 100]]}
+    folder = run_folder(tmp_path, {}, 0)
+    write_result(folder, result)
+    assert read_result(folder) == result
+    write_result(folder, result | {entry: value})
+    with pytest.raises(ValueError, match=r"result\.json: (\w+) must be as sgalign ablate wrote it"):
+        read_result(folder)
