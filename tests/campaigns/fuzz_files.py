@@ -37,7 +37,7 @@ with atheris.instrument_imports(include=["sgalign"]):
     from sgalign.data.word_vectors import read_word_vectors
     from sgalign.errors import InputError
     from sgalign.files import read_json, read_tensors
-    from sgalign.matching import check_prediction, rank_triplets
+    from sgalign.matching import check_prediction, check_scores, rank_triplets
     from sgalign.models.sgtr_weights import load_published
     from sgalign.prediction.image_paths import ImageFile
     from sgalign.prediction.outputs import GraphLines, PredictionParts, options_of, parts_folder
@@ -133,7 +133,6 @@ def read_all(path: Path, resized: tuple[int, int] | None = None) -> None:
     """Read all predictions of a file as `sgalign view` does, and check what loads."""
     file = Predictions(path, ANNOTATIONS, resized=resized)
     for image_id in file.image_ids:
-        assert image_id
         prediction, where = file[image_id], f"{path}, image {image_id!r}: "
         check_prediction(where, prediction, len(PREDICATES) - 1)
         check_range(where, "labels", prediction["labels"], 1, len(OBJECTS) - 1)
@@ -141,6 +140,7 @@ def read_all(path: Path, resized: tuple[int, int] | None = None) -> None:
         assert len(ranked.scores) <= 3 and ranked.scores.isfinite().all()
         assert ((ranked.predicates >= 1) & (ranked.predicates <= 2)).all()
         if "scores" in prediction:
+            check_scores(where, "scores", prediction["scores"], (len(prediction["labels"]),))
             describe({"image_id": image_id} | prediction, OBJECTS, PREDICATES, 3)
 
 
