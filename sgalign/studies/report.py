@@ -6,7 +6,7 @@ import pkgutil
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -146,7 +146,7 @@ def _data(path: Path) -> SceneGraphData:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
         name, options = config["class_path"], dict(config["init_args"])
-        kind = pkgutil.resolve_name(name) if name.startswith("sgalign.training.") else None
+        kind: Any = pkgutil.resolve_name(name) if name.startswith("sgalign.training.") else None
     except (AttributeError, ImportError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: must be a config that sgalign ablate wrote ({shown(error)})") from error
     if isinstance(kind, type) and issubclass(kind, SceneGraphData):
