@@ -17,7 +17,7 @@ from sgalign.errors import InputError
 
 Tensors = list[Tensor]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of csrc/kernels.h
-REMEMBERED = 4096  # signatures remembered per operation
+REMEMBERED = 512  # signatures remembered per operation, about 1 KiB each
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -138,7 +138,7 @@ def once_a_signature(check: Callable[..., None]) -> Callable[..., None]:
         signature = tuple([None if x is None else (x.shape, x.dtype, x.device) for x in tensors])
         if signature not in passed:
             check(*tensors)
-            if len(passed) == REMEMBERED:
+            if len(passed) >= REMEMBERED:  # threads that add at the same time may exceed it
                 passed.clear()
             passed.add(signature)
 

@@ -23,7 +23,10 @@ def _drawn(seed: int, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tens
 
 
 def _with_gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor]) -> list[Tensor]:
-    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs])]
+    return [
+        *(x.detach() for x in outputs),
+        *torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs]),
+    ]
 
 
 def one_branch(seed: int, dtype: torch.dtype, backend: str | None) -> list[Tensor]:

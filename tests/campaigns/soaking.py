@@ -180,16 +180,6 @@ def write_samples(path: Path, samples: Iterable[Sample]) -> None:
         writer.writerows(map(asdict, samples))
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """Return the samples in a CSV file."""
-    kinds = {"str": str, "int": int, "float": float}
-    with path.open(newline="") as file:
-        return [
-            Sample(**{field.name: kinds[str(field.type)](row[field.name]) for field in fields(Sample)})
-            for row in csv.DictReader(file)
-        ]
-
-
 def plot(path: Path, parts: list[list[Sample]]) -> None:
     """Draw the memory, handles, threads and speed of all parts over the share of the part that is done."""
     from matplotlib.figure import Figure
