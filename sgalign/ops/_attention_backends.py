@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sgalign.ops import _core, _cuda, reference
@@ -127,7 +126,7 @@ def _description(core: ModuleType, call: Call, grad_outs: Sequence[Tensor] = (),
         options.dropout_threshold,
         options.stream,
         options.scale,
-        torch.get_num_threads(),
+        _core.threads(),
         len(outs),
         len(queries),
     ]

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
+
+import torch
 
 from sgalign.ops._source_digest import source_digest
 
 ROOT = Path(__file__).resolve().parents[2]  # root of the source tree, or site-packages
 BUILD = "run `pip install .` in the root of sgalign's source tree"
+
+_forked = False  # True in a process that was forked after this import
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def threads() -> int:
+    """Return the number of threads for a call of the core: torch's number, or 1 in a forked process.
+
+    GNU's OpenMP would wait forever in a forked process for the threads that only its parent has.
+    """
+    return 1 if _forked else torch.get_num_threads()
 
 
 @functools.cache

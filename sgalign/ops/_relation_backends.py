@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sgalign.ops import _core, _cuda
@@ -127,7 +126,7 @@ def _description(
         union.data_ptr(),
         union.stride()[0],
         pairs.data_ptr(),
-        torch.get_num_threads(),
+        _core.threads(),
         len(branches),
     ]
     for (subject, object, weight, bias), out in zip(branches, logits):

@@ -308,5 +308,5 @@ def _description(core: ModuleType, call: Call) -> Any:
         symmetric,
         losses.data_ptr(),
         grad.data_ptr(),
-        torch.get_num_threads(),
+        _core.threads(),
     )

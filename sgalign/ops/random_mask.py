@@ -160,7 +160,7 @@ def _launch_reference(mask: Tensor, seed: Tensor, threshold: int, stream: int) -
 def _launch_cpu(mask: Tensor, seed: Tensor, threshold: int, stream: int) -> None:
     batch, heads, queries, keys = mask.shape
     _core.load().random_mask(
-        mask.data_ptr(), batch * heads, queries, keys, seed.item(), stream, threshold, torch.get_num_threads()
+        mask.data_ptr(), batch * heads, queries, keys, seed.item(), stream, threshold, _core.threads()
     )
 
 
