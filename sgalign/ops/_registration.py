@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ class Operation(NamedTuple):
 _kept = vars(torch.ops.sgalign)
 _library: torch.library.Library = _kept.setdefault("library", torch.library.Library("sgalign", "FRAGMENT"))
 _operations: dict[str, Operation] = _kept.setdefault("operations", {})
+_adding = threading.Lock()  # torch refuses a formula that another thread has just added
 
 
 def register(
@@ -98,8 +100,9 @@ def add_flop_formulas() -> None:
     counters = [mode.counter for mode in modes if isinstance(mode, flop_counter._FlopCounterMode)]
     for name, of_operation in _operations.items():
         packet = getattr(torch.ops.sgalign, name)
-        if of_operation.flops and packet not in flop_counter.flop_registry:
-            flop_counter.register_flop_formula(packet)(of_operation.flops)
+        with _adding:
+            if of_operation.flops and packet not in flop_counter.flop_registry:
+                flop_counter.register_flop_formula(packet)(of_operation.flops)
         for counter in counters:
             if packet in flop_counter.flop_registry:
                 counter.flop_registry.setdefault(packet, flop_counter.flop_registry[packet])
