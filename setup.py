@@ -72,7 +72,7 @@ class NinjaBuild(build_ext):
             import pybind11
             from ninja import ninja_syntax
         except ModuleNotFoundError as error:
-            needed = "pip install 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.12'"
+            needed = "pip install 'setuptools>=77' 'ninja>=1.11' 'pybind11>=2.13'"
             sys.exit(f"sgalign: a build without isolation needs {error.name}: run `{needed}`")
         for name, path in {
             "csrc": ROOT / "csrc", "python": sysconfig.get_path("include"), "pybind11": pybind11.get_include()

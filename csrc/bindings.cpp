@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -17,7 +18,8 @@ using namespace sgalign;
 
 namespace {
 
-Kernels kernels = supported_kernels().front();
+const std::vector<Kernels> supported = supported_kernels();
+std::atomic<const Kernels*> kernels = &supported.front();  // those in use; one thread may choose while another computes
 
 using Address = std::uintptr_t;
 
@@ -113,7 +115,8 @@ void define_cuda(py::module_& m) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Calls share only the choice of the kernels, so they need no global lock in a Python without one.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.attr("sources") = SGALIGN_SOURCES;
     m.attr("compiler") = SGALIGN_COMPILER;
 #ifdef _OPENMP
@@ -125,17 +128,17 @@ PYBIND11_MODULE(_C, m) {
         "instruction_sets",
         [] {
             std::vector<std::string> names;
-            for (const Kernels& supported : supported_kernels()) names.push_back(supported.instruction_set);
+            for (const Kernels& each : supported) names.push_back(each.instruction_set);
             return names;
         },
         "Return the instruction sets that this processor can run, fastest first.");
-    m.def("instruction_set", [] { return kernels.instruction_set; }, "Return the instruction set in use.");
+    m.def("instruction_set", [] { return kernels.load()->instruction_set; }, "Return the instruction set in use.");
     m.def(
         "use_instruction_set",
         [](const std::string& name) {
-            for (const Kernels& supported : supported_kernels())
-                if (name == supported.instruction_set) {
-                    kernels = supported;
+            for (const Kernels& each : supported)
+                if (name == each.instruction_set) {
+                    kernels = &each;
                     return;
                 }
             throw std::invalid_argument("the instruction set must be one that this processor supports, got '" + name +
@@ -146,16 +149,16 @@ PYBIND11_MODULE(_C, m) {
     py::class_<Attention>(m, "Attention", py::module_local()).def(py::init(&described<Attention, attention>));
     m.def("attention_forward", [](const Attention& a) {
         py::gil_scoped_release unlocked;
-        kernels.attention.forward(a);
+        kernels.load()->attention.forward(a);
     });
     m.def("attention_backward", [](const Attention& a) {
         py::gil_scoped_release unlocked;
-        kernels.attention.backward(a);
+        kernels.load()->attention.backward(a);
     });
     m.def("random_mask", [](Address out, int64_t batch_heads, int64_t queries, int64_t keys, int64_t seed,
                             uint32_t stream, int threshold, int threads) {
         py::gil_scoped_release unlocked;
-        kernels.attention.random_mask(
+        kernels.load()->attention.random_mask(
             {reinterpret_cast<uint8_t*>(out), batch_heads, queries, keys, uint64_t(seed), stream, threshold, threads});
     });
 
@@ -164,19 +167,19 @@ PYBIND11_MODULE(_C, m) {
     m.def("relation_forward", [](const RelationLogits& a) {
         check_pairs(a);
         py::gil_scoped_release unlocked;
-        kernels.relation.forward(a);
+        kernels.load()->relation.forward(a);
     });
     m.def("relation_backward", [](const RelationLogits& a) {
         check_pairs(a);
         py::gil_scoped_release unlocked;
-        kernels.relation.backward(a);
+        kernels.load()->relation.backward(a);
     });
 
     py::class_<AlignmentLoss>(m, "AlignmentLoss", py::module_local())
         .def(py::init(&described<AlignmentLoss, alignment_loss>));
     m.def("alignment_loss", [](const AlignmentLoss& a) {
         py::gil_scoped_release unlocked;
-        kernels.alignment.loss(a);
+        kernels.load()->alignment.loss(a);
     });
 
 #ifdef SGALIGN_CUDA
