@@ -6,7 +6,7 @@ import pkgutil
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
@@ -134,6 +134,7 @@ def _draw_mirror(path: Path, study: Planned) -> bool:
     try:
         data = _data(complete[0] / "config.yaml")
         graph = next(graph for graph in data.test if graph.image is not None and len(graph.relations))
+        assert graph.image is not None
         draw_mirror(complete[0] / f"{BEST}.ckpt", graph.image(), graph.image_id, path)
     except (OSError, InputError, StopIteration) as error:  # the data may not be on this machine
         print(f"{path.name} is not drawn: {error or 'no test image has relations'}")
@@ -146,7 +147,7 @@ def _data(path: Path) -> SceneGraphData:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
         name, options = config["class_path"], dict(config["init_args"])
-        kind: Any = pkgutil.resolve_name(name) if name.startswith("sgalign.training.") else None
+        kind = pkgutil.resolve_name(name) if name.startswith("sgalign.training.") else None
     except (AttributeError, ImportError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: must be a config that sgalign ablate wrote ({shown(error)})") from error
     if isinstance(kind, type) and issubclass(kind, SceneGraphData):

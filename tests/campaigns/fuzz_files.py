@@ -194,10 +194,10 @@ def changed_tensors(draw: Draw, content: Any) -> Any:
     def walk(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             tensor = value
-            if value.dtype != torch.bool and draw.ConsumeIntInRange(0, 30) == 0:
+            if value.dtype != torch.bool and draw.ConsumeIntInRange(0, 30) == 30:
                 array = changed_array(draw, value.detach().numpy())
                 tensor = torch.from_numpy(array) if array.dtype.kind in "iufb" and array.dtype.isnative else value
-            if draw.ConsumeIntInRange(0, 60) == 0:
+            if draw.ConsumeIntInRange(0, 60) == 60:
                 odd = [tensor.to_sparse, tensor.bfloat16, tensor.half, tensor.bool, lambda: tensor.to(torch.complex64)]
                 odd += [lambda: torch.nn.Parameter(tensor.float()), lambda: tensor[:1].expand(3, *tensor.shape[1:])]
                 odd += [
@@ -221,9 +221,9 @@ def changed_tensors(draw: Draw, content: Any) -> Any:
 def save_tensors(draw: Draw, path: Path, content: Any) -> None:
     torch.save(changed_tensors(draw, content), path, _use_new_zipfile_serialization=draw.ConsumeIntInRange(0, 4) > 0)
     action = draw.ConsumeIntInRange(0, 19)
-    if action == 0:
+    if action == 18:  # never when the input has no more bytes, which draw the lowest value
         path.write_bytes(changed_bytes(draw, path.read_bytes()))
-    elif action == 1:  # a change of the pickle in an archive whose checksums fit
+    elif action == 19:
         path.write_bytes(draw.ConsumeBytes(1000))
 
 
@@ -463,11 +463,11 @@ def exported() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def model_folders(draw: Draw, folder: Path) -> None:
     config, weights = exported()
     write_json(draw, folder / "config.json", config)
-    tensors = changed_tensors(draw, weights) if draw.ConsumeIntInRange(0, 3) == 0 else weights
+    tensors = changed_tensors(draw, weights) if draw.ConsumeIntInRange(0, 3) == 3 else weights
     tensors = {n: t.contiguous() for n, t in tensors.items() if type(t) is torch.Tensor and t.layout == torch.strided
                and t.device.type == "cpu" and not t.is_quantized} if isinstance(tensors, dict) else {}  # fmt: skip
     content = safetensors(tensors)
-    if draw.ConsumeIntInRange(0, 9) == 0:
+    if draw.ConsumeIntInRange(0, 9) == 9:
         content = changed_bytes(draw, content)
     (folder / "model.safetensors").write_bytes(content)
     is_pretrained(folder)
