@@ -65,7 +65,8 @@ def test_detr_decoders_equal_two_calls_with_dense_masks(kind, checkpointed, monk
     shared = {"encoder_hidden_states": memory, "encoder_attention_mask": padding}
     shared["spatial_position_embeddings"] = random(B, L, E)
     if checkpointed:
-        decoder.activation_checkpointing_enable()
+        new = hasattr(decoder, "activation_checkpointing_enable")  # the name since transformers 5.21 or later
+        (decoder.activation_checkpointing_enable if new else decoder.gradient_checkpointing_enable)()
     decoder.train()
     with RelationAlignment(mask_ratio=RATIO).mirror(decoder, step=3) as mirror:
         output = decoder(
