@@ -82,6 +82,17 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
         partial.replace(folder.resolve())
 
 
+@contextmanager
+def full_disk_named(path: str | Path) -> Iterator[None]:
+    """Name `path` in an error of a full disk that names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in NO_SPACE:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
 def check_writable(path: Path) -> None:
     """Raise OSError if `path` cannot be written, so a long computation fails before it starts.
 

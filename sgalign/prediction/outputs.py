@@ -17,7 +17,7 @@ import torch
 
 from sgalign.data.predictions import PredictionFile, prediction_ids
 from sgalign.errors import InputError
-from sgalign.files import check_writable, hdf5_written_whole, read_json, write_json
+from sgalign.files import check_writable, full_disk_named, hdf5_written_whole, read_json, write_json
 from sgalign.prediction.image_paths import ImageFile
 from sgalign.prediction.predicting import FailedImage, PredictedImage
 from sgalign.training import RelationModule
@@ -110,8 +110,9 @@ class GraphLines:
         data = line.encode() + b"\n"
         left = memoryview(data)
         try:
-            while left:
-                left = left[self._file.write(left) :]
+            with full_disk_named(self.path):
+                while left:
+                    left = left[self._file.write(left) :]
         except OSError:
             self._file.truncate(self._size)  # removes the part of the line that fit on the disk
             raise
@@ -229,7 +230,8 @@ class PredictionParts:
         if self._part is None:
             number = 1 + max((int(path.stem) for path in _parts(self._folder)), default=0)
             self._part, self._started = PredictionFile(self._folder / f"{number:06}.h5").__enter__(), time.monotonic()
-        self._part.write(image.file.image_id, image.prediction)
+        with full_disk_named(self.path):
+            self._part.write(image.file.image_id, image.prediction)
         self.done.add(image.file.image_id)
 
     def close(self) -> None:
@@ -286,7 +288,7 @@ class Failures:
             "file": printable(failed.file.path),
             "reason": printable(failed.reason),
         }
-        with self.path.open("a", encoding="utf-8") as file:
+        with full_disk_named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sgalign.errors import InputError
-from sgalign.files import NO_SPACE
+from sgalign.files import full_disk_named
 from sgalign.training.base import SavedModule
 from sgalign.training.checkpoints import check_resumable, read_checkpoint
 from sgalign.training.datamodule import SceneGraphData
@@ -109,13 +109,9 @@ class CLI(LightningCLI):
         """
 
     def _run_subcommand(self, subcommand: str) -> None:
-        try:
+        folders = [logger.save_dir for logger in self.trainer.loggers if logger.save_dir]
+        with full_disk_named([*folders, self.trainer.default_root_dir][0]):  # loggers do not name their files
             super()._run_subcommand(subcommand)
-        except OSError as error:
-            if error.filename is None and error.errno in NO_SPACE:  # from a logger, which does not name its file
-                folders = [logger.save_dir for logger in self.trainer.loggers if logger.save_dir]
-                raise OSError(error.errno, error.strerror, str([*folders, self.trainer.default_root_dir][0])) from error
-            raise
 
     def after_fit(self) -> None:
         """Print the paths of the checkpoints."""
