@@ -118,7 +118,7 @@ class Attempts:
         if output.count("Traceback") > output.count("Exception in thread"):  # TensorBoard's thread prints one
             problems.append("a traceback")
         lines = output.strip().splitlines()
-        if not any(re.search(SENTENCE.format(reason=reason), line) for line in lines[-4:]):
+        if not any(re.search(SENTENCE.format(reason=reason), line) for line in lines):
             problems.append(f"the output must name a file and the reason, got {lines[-3:]}")
         return problems
 
