@@ -796,7 +796,7 @@ def test_a_diverging_loss_stops_the_training_with_advice(scenes):
         ValueError,
         match=r"loss must be finite, got nan \(loss nan\) at step 1: lower learning_rate, or check .* images",
     ):
-        fit(MotifsModule(**SMALL, learning_rate=1e30), scenes)
+        fit(MotifsModule(**SMALL, learning_rate=1e29), scenes)
 
 
 def test_missing_data_are_reported_in_one_sentence(tmp_path, monkeypatch, capsys):
