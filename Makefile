@@ -27,7 +27,7 @@ benchmark: $(VENV)/test
 	$(BIN)/pytest benchmarks/ --benchmark-only
 
 # The campaigns that docs/reliability.md describes. Each takes an hour or more.
-fuzz: $(VENV)/fuzz
+fuzz: $(VENV)/test
 	for campaign in datasets files core commands; do \
 		OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns/fuzz_$$campaign.py --out build/fuzz/$$campaign || failed=1; \
 	done; exit $${failed:-0}
@@ -94,10 +94,6 @@ $(VENV)/lint: EXTRAS := train,test,lint
 # The site is built from the sources, so it needs neither the package nor torch.
 $(VENV)/docs: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --group docs
-	touch $@
-
-$(VENV)/fuzz: pyproject.toml constraints.txt $(VENV)/test | $(VENV)/bin/pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --group fuzz
 	touch $@
 
 $(VENV)/release: pyproject.toml constraints.txt | $(VENV)/bin/pip

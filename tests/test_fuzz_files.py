@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("atheris", reason="the fuzzing campaigns need atheris: pip install atheris")
+pytest.importorskip("atheris", reason="atheris has packages for Linux on x86-64 and Python 3.11 to 3.13 only")
 pytest.importorskip("torchmetrics")
 sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
 import fuzz_files  # noqa: E402
