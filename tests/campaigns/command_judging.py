@@ -105,7 +105,8 @@ def _names(arguments: Sequence[str], message: str) -> bool:
         names = {option.lstrip("-"), option.rpartition(".")[2].lstrip("-")}
         words |= {name for name in names if len(name) > 1} | {value, argument, Path(argument).name}
         words |= {str(parent) for parent in Path(value or argument).parents}
-        words |= {word.replace("-", "_") for word in words} | {word.replace("\udcff", "\\udcff") for word in words}
+        words |= {word.replace("-", "_") for word in words} | {repr(word)[1:-1] for word in words}
+        words |= {"."} if argument == "" else set()  # Python's name of an empty path
     return any(word and word in message for word in words)
 
 
@@ -118,6 +119,8 @@ def _place(error: BaseException) -> str:
 
 def expected(arguments: Sequence[str], name: str) -> bool:
     """Return True if a command line says that the file `name` may be written."""
+    if "" in arguments or any(os.path.normpath(f"cwd/{word.rpartition('=')[2]}") == name for word in arguments):
+        return True
     if name.startswith("cwd"):
         name = name.removeprefix("cwd").removeprefix("/")
     elif name.split("/")[0] in ("home", "tmp"):
