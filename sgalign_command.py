@@ -33,7 +33,13 @@ def main() -> int:
     try:
         from sgalign.commands import main as command_line
 
-        return command_line.main()
+        code = command_line.main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes at its end
+        return 141
     except KeyboardInterrupt:
         print("sgalign: interrupted", file=sys.stderr)
         return 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import shutil
 import signal
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,14 +25,15 @@ import h5py
 import numpy as np
 import torch
 
-from sgalign.errors import InputError, shown
+from sgalign.errors import InputError, is_lack_of_memory, shown
 
 LARGEST_WHOLE = 1 << 53
 PARTIAL = ".partial"  # ending of a file or a folder that is being written
+LONGEST_STEM = 255 - len(".01234567.partial")  # bytes, because file systems allow names of 255
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, and a limit on the size of files
 # Errors that h5py raises for damaged files and for links to nothing.
 HDF5_DAMAGE = (AttributeError, KeyError, MemoryError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
-SMALL = 1 << 28  # bytes that an array of an HDF5 file may have, however few of them are stored
+SMALL = 1 << 28  # bytes that an array or a tensor may have, however few of them are stored
 COMPRESSION = 100  # largest ratio of an array's bytes and its stored bytes, far beyond that of real data
 
 if TYPE_CHECKING:
@@ -52,16 +55,28 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     _make_folder(path)
     if _is_device(path):
-        try:
+        with full_disk_named(path):
             yield path
-        except OSError as error:
-            if error.filename is None and error.errno is not None:  # a device that is full
-                raise OSError(error.errno, error.strerror, str(path)) from error
-            raise
         return
     with _partial(path) as partial:
         yield partial
+        with suppress(OSError):  # there may be no older file, or the file system may have no permissions
+            shutil.copymode(path, partial)
         partial.replace(path.resolve())
+
+
+@contextmanager
+def folder_locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder in the block. Raise OSError if another process holds it."""
+    try:
+        lock = _lock(folder)
+    except BlockingIOError as error:
+        raise OSError(f"{folder}: another process is writing to this folder") from error
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 @contextmanager
@@ -109,6 +124,7 @@ def check_writable(path: Path) -> None:
 
 
 def _make_folder(path: Path) -> None:
+    """Make the folder of a file. Raise IsADirectoryError if the file is a folder."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "must be a file, but is a folder", str(path))
     if not _is_device(path):
@@ -126,7 +142,7 @@ def _partial(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
         place = path.resolve()
         _delete_leftovers(place)
         while partial is None:
-            partial = place.with_name(f"{place.name}.{secrets.token_hex(4)}{PARTIAL}")
+            partial = place.with_name(f"{_stem(place)}.{secrets.token_hex(4)}{PARTIAL}")
             partial.mkdir() if is_folder else partial.touch(exist_ok=False)
             try:
                 lock = _lock(partial)
@@ -134,7 +150,7 @@ def _partial(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
                 partial = None
         yield partial
     except OSError as error:
-        of_partial = error.filename is not None and str(error.filename).startswith(str(partial))
+        of_partial = partial is not None and str(error.filename).startswith(str(partial))
         if of_partial or (error.filename is None and error.errno in NO_SPACE):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
@@ -145,10 +161,19 @@ def _partial(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
             os.close(lock)
 
 
+def _stem(path: Path) -> str:
+    """Return the beginning of the names of partial files, which is the file's name unless it is too long."""
+    name = os.fsencode(path.name)
+    return path.name if len(name) <= LONGEST_STEM else hashlib.sha256(name).hexdigest()
+
+
 def _delete_leftovers(path: Path) -> None:
     """Delete the partial files and folders of `path` that no living process has locked."""
-    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}" + re.escape(PARTIAL))
-    for name in filter(pattern.fullmatch, os.listdir(path.parent)):
+    pattern = re.compile(re.escape(_stem(path)) + r"\.[0-9a-f]{8}" + re.escape(PARTIAL))
+    names: list[str] = []
+    with suppress(PermissionError):  # of a folder that may be written but not read
+        names = os.listdir(path.parent)
+    for name in filter(pattern.fullmatch, names):
         with suppress(OSError):  # a living process has the lock, or another user owns the file
             if (lock := _lock(path.with_name(name))) is not None:
                 try:
@@ -296,8 +321,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object as a dict. Python's reader would silently keep only the last value of a repeated key."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in an object")
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in an object")
     return content
 
 
@@ -314,7 +339,10 @@ def whole_number(value: Any) -> int | None:
 
 
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
-    """Write a JSON file. Bytes in the names of files that are no text become JSON's escapes."""
+    r"""Write a JSON file.
+
+    A byte of a file name that is not UTF-8 becomes an escape such as `\udcff`. `read_json` refuses it.
+    """
     text = json.dumps(content, ensure_ascii=False, indent=indent) + "\n"
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -352,11 +380,13 @@ def read_tensors(path: str | Path, what: str, classes: Sequence[tuple[type, str]
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         _check_tensors(content)
         return content
+    except InputError as error:
+        raise InputError(f"{path}: must be a {what}, but {error}") from error
     except Exception as error:  # torch.load raises many kinds of exception for damaged files
-        if isinstance(error, UnpicklingError):
-            note = "; objects other than tensors, numbers and text are refused"
-        else:
-            note = f": {error}" if isinstance(error, InputError) else ""
+        if is_lack_of_memory(error):
+            raise
+        of_objects = isinstance(error, UnpicklingError)
+        note = "; objects other than tensors, numbers and text are refused" if of_objects else ""
         kind = type(error).__name__
         raise InputError(f"{path}: must be a {what}, but is not one or is cut short ({kind}{note})") from error
 
@@ -370,13 +400,14 @@ def _check_stored(path: Path) -> None:
 
 
 def _check_tensors(content: Any) -> None:
-    """Raise InputError unless all tensors are dense, on the CPU, and as large as their stored numbers."""
+    """Raise InputError if a tensor is sparse, quantized or not on the CPU, or large with few stored numbers."""
     parts, seen = [content], {id(content)}
     for part in parts:  # grows while it is walked
         if isinstance(part, torch.Tensor):
             if part.layout != torch.strided or part.is_quantized or part.device.type != "cpu":
                 raise InputError("it has a tensor that is sparse, quantized or without numbers")
-            if part.numel() * part.element_size() > part.untyped_storage().nbytes():
+            size = part.numel() * part.element_size()
+            if size > SMALL and size > part.untyped_storage().nbytes():
                 raise InputError(f"it has a tensor of shape {list(part.shape)} with fewer stored numbers")
             continue
         inner = (

@@ -1,7 +1,9 @@
 """Errors on the command line: one sentence for errors of our own checks, and a traceback for defects."""
 
 import pickle
+import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from lightning.pytorch import seed_everything  # noqa: E402
 
 from sgalign import training  # noqa: E402
 from sgalign.commands import doctor, evaluate, main  # noqa: E402
-from sgalign.errors import InputError  # noqa: E402
+from sgalign.errors import InputError, shown  # noqa: E402
 
 MESSAGE = "photo.jpg: not an image that can be read: replace or remove it"
 
@@ -54,7 +56,23 @@ def test_lack_of_memory_is_one_sentence(error, wanted, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate, "main", runs_out)
     assert main.main(["evaluate"]) == 1
-    assert capsys.readouterr().err == f"sgalign: not enough memory{wanted}: use smaller batches, images or layers\n"
+    advice = "free memory, or use smaller batches, images or layers"
+    assert capsys.readouterr().err == f"sgalign: not enough memory{wanted}: {advice}\n"
+
+
+def test_shown_values_are_short_and_made_in_no_time():
+    part = OrderedDict(a=1)
+    for _ in range(64):
+        part = OrderedDict(a=part, b=part)
+    assert len(shown(part)) <= 203
+    assert shown({"a": 10**5000}) == "{'a': a number of 16610 bits}"
+
+
+def test_the_end_of_the_reader_of_the_output_ends_the_command(tmp_path):
+    """`head` and similar programs end before they have read everything."""
+    command = f"{sys.executable} -W ignore -m sgalign --help | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout.strip() in ("0", "141") and not result.stderr
 
 
 def test_value_error_of_lightning_itself_is_one_sentence(monkeypatch, capsys):

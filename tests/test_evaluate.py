@@ -269,6 +269,11 @@ def test_results_do_not_overwrite_the_file_of_predictions(tmp_path, annotations,
     with pytest.raises(SystemExit):
         evaluate(tmp_path / "p.json", annotations, "--json", str(tmp_path / "p.json"))
     assert "must all be different files" in capsys.readouterr().err
+    triplets = tmp_path / "zero_shot.csv"
+    triplets.write_text("1,2,1\n")
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path / "p.json", annotations, "--zero-shot", str(triplets), "--csv", str(triplets))
+    assert "zero_shot.csv must not be written, because the command reads it" in capsys.readouterr().err
 
 
 def test_labels_beyond_the_classes_are_refused(tmp_path, annotations, graphs, capsys):

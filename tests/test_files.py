@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ import h5py  # noqa: E402
 from sgalign.data.features import FIELDS, FeatureCache  # noqa: E402
 from sgalign.files import (  # noqa: E402
     check_writable,
+    folder_locked,
     folder_written_whole,
     hdf5_written_whole,
     read_json,
@@ -277,3 +280,35 @@ def test_tensors_without_numbers_of_their_own_are_refused(odd, tmp_path):
     torch.save({"a": [{"b": (make[odd](torch.ones(1, 2)),)}]}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"x\.ckpt: must be a checkpoint, but .*it has a tensor"):
         read_tensors(tmp_path / "x.ckpt", "checkpoint")
+
+
+def test_a_new_version_of_a_file_has_the_permissions_of_the_old_one(tmp_path):
+    write_json(tmp_path / "x.json", 1)
+    (tmp_path / "x.json").chmod(0o600)
+    write_json(tmp_path / "x.json", 2)
+    assert (tmp_path / "x.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_with_the_longest_name_is_written_and_what_a_kill_left_of_it_deleted(tmp_path):
+    path = tmp_path / ("é" * 125 + ".json")
+    left = tmp_path / f"{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.01234567.partial"
+    left.touch()
+    write_json(path, 1)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_locked_by_one_process_at_a_time(tmp_path):
+    with folder_locked(tmp_path):
+        with pytest.raises(OSError, match="another process is writing to this folder"), folder_locked(tmp_path):
+            pass
+    with folder_locked(tmp_path):
+        pass
+
+
+def test_a_key_that_occurs_twice_among_many_is_found_at_once(tmp_path):
+    keys = [*(f'"{number}": 0' for number in range(100_000)), '"99999": 1']
+    (tmp_path / "x.json").write_text("{" + ", ".join(keys) + "}")
+    start = time.process_time()
+    with pytest.raises(ValueError, match="the key '99999' occurs twice"):
+        read_json(tmp_path / "x.json")
+    assert time.process_time() - start < 5

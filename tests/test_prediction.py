@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import shutil
 import sys
 import threading
 import time
@@ -669,6 +670,19 @@ def test_a_file_with_the_name_of_the_folder_of_pictures_is_kept(command, tmp_pat
         cli.main([*command, "--draw"])
     assert "g.pictures, which must not be a file" in capsys.readouterr().err
     assert (tmp_path / "g.pictures").read_text() == "mine"
+
+
+def test_inputs_are_not_overwritten(command, photographs, tmp_path, capsys):
+    detections = tmp_path / "d.failed.jsonl"
+    detections.write_text("{}")
+    folder = tmp_path / "x.pictures"
+    shutil.copytree(photographs, folder)
+    for more in (["--detections", str(detections), "--out", str(tmp_path / "d.jsonl")],
+                 [str(folder), "--draw", "--out", str(tmp_path / "x.jsonl")]):  # fmt: skip
+        with pytest.raises(SystemExit):
+            cli.main([*command, *more])
+        assert "must not be written, because the command reads from it" in capsys.readouterr().err
+    assert detections.read_text() == "{}"
 
 
 def test_a_page_shows_all_images_of_the_run(command, tmp_path, capsys):

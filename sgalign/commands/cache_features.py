@@ -16,7 +16,7 @@ from sgalign.data.features import FIELDS, FeatureCache, image_key
 from sgalign.data.findings import counted, warn
 from sgalign.data.images import Size, describe_stretched, read_images
 from sgalign.errors import InputError
-from sgalign.files import hdf5_written_whole
+from sgalign.files import folder_locked, hdf5_written_whole
 from sgalign.models import Detector, RegionFeatures
 from sgalign.training import MotifsModule, SceneGraphData, load_module
 from sgalign.training.vision import ImageVision
@@ -126,5 +126,7 @@ def main(arguments: Sequence[str]) -> int:
     # `annotated` is the whole training split. Whether a model trains on all of it depends on its options.
     graphs = [graph for split in options.splits for graph in getattr(data, "annotated" if split == "train" else split)]
     module.to("cuda" if torch.cuda.is_available() else "cpu")
-    cache_features(graphs, module.vision.detector, module.vision.regions, options.out, half=options.half)
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    with folder_locked(Path(options.out)):  # another process would choose the same names of files
+        cache_features(graphs, module.vision.detector, module.vision.regions, options.out, half=options.half)
     return 0

@@ -129,7 +129,7 @@ def main(arguments: Sequence[str]) -> int:
         parser().error("the files of predictions, --detections, --json and --csv must all be different files")
     for path in written:
         check_writable(path)
-    check_kept(parser(), options.annotations, (), written)
+    check_kept(parser(), options.annotations, [options.zero_shot] if options.zero_shot else [], written)
     figures: dict[str, float] = {}
     if options.detections is not None:
         figures |= evaluate_detections(options)

@@ -9,11 +9,9 @@ import argparse
 import importlib
 import re
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
-from sgalign.errors import InputError
+from sgalign.errors import InputError, is_lack_of_memory, packages_of
 
 USAGE = """\
 usage: sgalign COMMAND ...
@@ -81,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"sgalign: {command} needs {package}: pip install 'sgalign[train]'", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if (sentence := _sentence(error)) is None:
             raise
@@ -96,23 +96,16 @@ def _sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError | InputError) and "in DataLoader worker" in str(error):
         # torch raises a worker's error again, with the worker's traceback as its message.
         return str(error).strip().splitlines()[-1].partition(": ")[2]
-    if _is_memory(error):
+    if is_lack_of_memory(error):
         size = re.search(r"allocate ([\d.]+ \w+)", str(error))
         wanted = f" for {size[1]}" if size else ""
-        return f"not enough memory{wanted}: use smaller batches, images or layers"
+        return f"not enough memory{wanted}: free memory, or use smaller batches, images or layers"
     if isinstance(error, OSError | InputError) or _is_lightnings(error):
         return str(error)
     # jsonargparse replaces the error that a constructor raises with its own.
-    frames = traceback.extract_tb(error.__traceback__)
-    by_parser = bool(frames) and "jsonargparse" in Path(frames[-1].filename).parts
+    by_parser = packages_of(error)[-1:] == ["jsonargparse"]
     cause = error.__cause__ or error.__context__
     return _sentence(cause) if by_parser and cause is not None else None
-
-
-def _is_memory(error: BaseException) -> bool:
-    """Return True if memory could not be allocated: on the host by Python, numpy or torch, or on a GPU."""
-    of_torch = "DefaultCPUAllocator" in str(error) or type(error).__name__ == "OutOfMemoryError"
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
 
 
 def _is_lightnings(error: BaseException) -> bool:
@@ -121,8 +114,8 @@ def _is_lightnings(error: BaseException) -> bool:
     Lightning also raises ValueError and OverflowError for wrong options.
     """
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
-    if exceptions is None or isinstance(error, exceptions.MisconfigurationException):
-        return exceptions is not None
-    frames = traceback.extract_tb(error.__traceback__)
-    by_lightning = bool(frames) and "lightning" in Path(frames[-1].filename).parts
-    return by_lightning and isinstance(error, ValueError | OverflowError)
+    if exceptions is None:
+        return False
+    if isinstance(error, exceptions.MisconfigurationException):
+        return True
+    return isinstance(error, ValueError | OverflowError) and packages_of(error)[-1:] == ["lightning"]

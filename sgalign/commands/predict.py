@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,9 @@ def main(arguments: Sequence[str]) -> int:
         parser().error(f"--draw writes to the folder {_drawings(out)}, which must not be a file: choose another --out")
     files, others = find_images(options.images)
     beside = [place(path) for path in written for place in (options_of, parts_folder)]
-    _report(others, {*written, *beside, failed_file, _drawings(out), out.with_suffix(".html")})
+    outputs = {*written, *beside, failed_file, _drawings(out), out.with_suffix(".html")}
+    _check_kept(options, out, [file.path for file in files], outputs)
+    _report(others, outputs)
     module = _load(options.checkpoint, options.detections)
     detections = None
     if options.detections is not None:
@@ -121,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     done = len(files) - failures.count
     print(f"wrote {out}: {done} of {len(files)} images")
-    if options.threshold and lines.triplets and not any(lines.triplets):
+    if options.threshold and lines.images and not lines.triplets:
         print(f"sgalign: no triplet has a score of at least --threshold {options.threshold}", file=sys.stderr)
     _report_earlier(lines, files, out.with_suffix(".html"), renewed=options.html)
     if failures.count:
@@ -144,6 +146,16 @@ def _check(options: argparse.Namespace) -> None:
         parser().error(f"--hdf5 must end in .h5 or .hdf5, got {options.hdf5}")
     if options.shard and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser().error(f"--shard must be left out under torchrun, which chooses the parts itself, got {options.shard}")
+
+
+def _check_kept(options: argparse.Namespace, out: Path, images: Sequence[Path], outputs: Iterable[Path]) -> None:
+    """End the program with the code 2 if it would write what it reads, or pictures among the images that it reads."""
+    read = {path.resolve() for path in (Path(options.checkpoint), options.detections, *images) if path is not None}
+    drawings = _drawings(out).resolve()
+    for path in outputs:
+        among_images = options.draw and path.resolve() == drawings and any(drawings in image.parents for image in read)
+        if path.resolve() in read or among_images:
+            parser().error(f"{path} must not be written, because the command reads from it: choose another --out")
 
 
 def _drawings(out: Path) -> Path:

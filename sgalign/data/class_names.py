@@ -61,6 +61,7 @@ def read_classes(where: str, entries: Iterable[tuple[Any, Any]], *, has_backgrou
             than the first one has a name of the background.
     """
     named = [_entry(where, class_id, name) for class_id, name in entries]
+    # Python converts at most 4300 digits to a number.
     if all(re.fullmatch(r"-?[0-9]{1,16}", class_id) for class_id, _ in named):
         named.sort(key=lambda entry: int(entry[0]))
     for what, values in (("id", [i for i, _ in named]), ("name", [name for _, name in named])):

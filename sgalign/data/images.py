@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgalign.data.box_checks import LARGEST
 from sgalign.data.scene_graph import SceneGraph
-from sgalign.errors import InputError, shown
+from sgalign.errors import InputError, is_lack_of_memory, packages_of, shown
 from sgalign.files import whole_number
 
 if TYPE_CHECKING:
@@ -232,6 +232,8 @@ def _open(path: Path) -> Iterator[Image.Image]:
             image.filename = ""  # so Pillow does not map the file into memory, which garbles rotated TIFF files
             yield image
     except Exception as error:  # plugins of Pillow raise many kinds of error for damaged files
+        if is_lack_of_memory(error) or not (isinstance(error, OSError) or "PIL" in packages_of(error)):
+            raise
         raise InputError(f"{path}: must be an image that can be read ({error}); replace or remove it") from error
 
 

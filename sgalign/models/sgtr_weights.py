@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
-from sgalign.errors import InputError, shown
+from sgalign.errors import InputError, is_lack_of_memory, shown
 from sgalign.files import read_tensors
 from sgalign.models.entity_detector import STD, EntityDetector
 from sgalign.models.sgtr import SGTR
@@ -62,6 +62,8 @@ def load_published(path: str | Path, *, focal: bool = True) -> tuple[EntityDetec
     except KeyError as error:
         raise InputError(f"{path}: must be a checkpoint of SGTR's public code, got one without {error}") from error
     except Exception as error:  # wrong shapes raise many kinds of error, in torch and in transformers
+        if is_lack_of_memory(error):
+            raise
         raise InputError(
             f"{path}: must be a checkpoint of SGTR's public code, but its tensors do not fit ({shown(error)})"
         ) from error

@@ -23,14 +23,13 @@ def _note_fork() -> None:
     _forked = True
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_note_fork)
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def threads() -> int:
     """Return the number of threads for a call of the core: torch's number, or 1 in a forked process.
 
-    GNU's OpenMP would wait forever in a forked process for the threads that only its parent has.
+    A forked process does not have its parent's threads, and GNU's OpenMP would wait for them forever.
     """
     return 1 if _forked else torch.get_num_threads()
 

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -83,7 +84,7 @@ class GraphLines:
         self._origins, self._size = _complete_lines(path)
         self._file.truncate(self._size)  # removes an incomplete last line
         self.done = set(self._origins)
-        self.triplets: list[int] = []  # numbers of triplets of the images that this run has written
+        self.images = self.triplets = 0  # written by this run
 
     def check_files(self, files: Sequence[ImageFile]) -> None:
         """Raise InputError if the file has a graph for another image of the same id, or for an older version of it."""
@@ -118,7 +119,8 @@ class GraphLines:
             raise
         self._size += len(data)
         self.done.add(image.file.image_id)
-        self.triplets.append(len(graph["triplets"]))
+        self.images += 1
+        self.triplets += len(graph["triplets"])
 
     def close(self) -> None:
         self._file.close()
@@ -129,7 +131,10 @@ def _locked(path: Path) -> FileIO:
     end = time.monotonic() + LOCK_SECONDS
     while True:
         path.parent.mkdir(exist_ok=True)
-        file = path.open("ab", buffering=0)
+        try:
+            file = path.open("ab", buffering=0)
+        except FileNotFoundError:  # another process has deleted the folder
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -256,7 +261,7 @@ class PredictionParts:
     def _unlock(self) -> None:
         (self._folder / "lock").unlink(missing_ok=True)
         self._lock.close()
-        if not any(self._folder.iterdir()):
+        with suppress(OSError):  # other files are in it, or another process has locked or deleted it
             self._folder.rmdir()
 
     def _delete_parts(self) -> None:

@@ -1,8 +1,9 @@
 """Claims of runs, with which processes on several machines share a folder without doing a run twice.
 
 A claim is a file `claim.N` in the run's folder. Its holder updates its time stamp. A claim of another machine has
-expired if its time stamp is old, and a claim of this machine if its process has ended. Another process takes over by
-making `claim.N+1`, which only one process can do. This needs no locks of the file system, which many clusters lack.
+expired if its time stamp is old. A claim of this machine has expired if its process has ended. Without /proc, which
+tells this, the time stamp decides. Another process takes over by making `claim.N+1`, which only one process can do.
+This needs no locks of the file system, which many clusters lack.
 """
 
 from __future__ import annotations
@@ -152,9 +153,9 @@ def _started(pid: str) -> str:
         return "unknown"
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):  # ValueError: a damaged claim has a number that is no file name
+        return "ended" if fields[0] in "ZX" else fields[19]
+    except (IndexError, OSError, ValueError):  # the first and the last if a damaged claim has no number of a process
         return "ended"
-    return "ended" if fields[0] in "ZX" else fields[19]
 
 
 def _now(folder: Path) -> float:

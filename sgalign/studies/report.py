@@ -83,9 +83,9 @@ def _read(out: Path, name: str) -> Planned:
         folders = {arm["name"]: [out / "runs" / run for run in arm["runs"]] for arm in record["arms"]}
         bases = {arm["name"]: arm["base"] for arm in record["arms"]}
         title, choose = record["title"], record["choose"]
-        for text in (title, choose, *bases):
+        for text in (title, choose, *bases, *filter(None, bases.values())):
             check_text(path, text)
-        if outside := [run for runs in folders.values() for run in runs if run.parent != out / "runs"]:
+        if outside := [r for runs in folders.values() for r in runs if r.parent != out / "runs" or r.name == ".."]:
             raise InputError(f"{path}: runs must be in {out / 'runs'}, got {shown(str(outside[0]))}")
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: must be a file that sgalign ablate wrote: run it again") from error
@@ -148,8 +148,10 @@ def _data(path: Path) -> SceneGraphData:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
         name, options = config["class_path"], dict(config["init_args"])
         kind = pkgutil.resolve_name(name) if name.startswith("sgalign.training.") else None
+        if isinstance(kind, type) and issubclass(kind, SceneGraphData):
+            return kind(**options)
+    except InputError:
+        raise
     except (AttributeError, ImportError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path}: must be a config that sgalign ablate wrote ({shown(error)})") from error
-    if isinstance(kind, type) and issubclass(kind, SceneGraphData):
-        return kind(**options)
-    raise InputError(f"{path}: data must be of a class of sgalign.training, got {shown(name)}")
+    raise InputError(f"{path}: the data must be of a class of sgalign.training, got {shown(name)}")

@@ -69,7 +69,7 @@ def _malformed(result: dict[str, Any]) -> str | None:
 
     curve, images, cost = result["curve"], result["images"], result["cost"]
     others = {key: value for key, value in cost.items() if key != "device"} if isinstance(cost, dict) else None
-    lengths = [[len(row) for row in result[name]] if rows(result[name], int) else name for name in PER_IMAGE]
+    predicates, ranks = (list(map(len, result[name])) if rows(result[name], int) else None for name in PER_IMAGE)
     needed = {"epoch", "step", *curve[0]} if isinstance(curve, list) and curve and figures(curve[0]) else set()
     groups = result["groups"]
     forms = {
@@ -80,7 +80,8 @@ def _malformed(result: dict[str, Any]) -> str | None:
         "test": figures(result["test"]),
         "groups": isinstance(groups, dict) and rows(list(groups.values()), str),
         "images": rows([images], str),
-        "predicates": lengths[0] == lengths[1] and isinstance(images, list) and len(lengths[0]) == len(images),
+        "predicates": predicates is not None and isinstance(images, list) and len(predicates) == len(images),
+        "ranks": ranks is not None and ranks == predicates,
         "cost": figures(others)
         and isinstance(cost.get("device"), str)
         and cost.keys() >= {"training", "parameters", "memory"},

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from sgalign.data import GraphBatch
 from sgalign.data.transfer import HostCopy
-from sgalign.errors import InputError
+from sgalign.errors import InputError, is_lack_of_memory
 from sgalign.models import predicate_counts
 from sgalign.ops.seeds import step_seed
 from sgalign.training.checkpoints import (
@@ -444,7 +444,7 @@ def load_module(path: str | Path) -> SavedModule:
         return kind._of_checkpoint(checkpoint).eval()
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except Exception as error:  # wrong options raise errors of torch and transformers without a common base class
-        if isinstance(error, MemoryError | ModuleNotFoundError | OSError):
+    except Exception as error:  # the options of a file may be wrong in any way, and torch raises many kinds of error
+        if is_lack_of_memory(error) or isinstance(error, ModuleNotFoundError | OSError):
             raise
         raise InputError(f"{path}: must have valid options and names ({type(error).__name__}: {error})") from error

@@ -220,7 +220,7 @@ class SceneGraphData(pl.LightningDataModule):
     def zero_shot_validation(self) -> Tensor | None:
         """The class triplets of the validation split that the training split lacks, as in `zero_shot_triplets`.
 
-        It is None without a training split, or if there are none.
+        It is None without a training split, or if there are no such triplets.
         """
         return self._zero_shot("validation", self.annotated) if "train" in self.splits else None
 

@@ -91,7 +91,7 @@ class RelationModule(SavedModule):
 
     def validated_recalls(self) -> list[str]:
         """Return the names under which a validation logs recall, such as "val/R@50"."""
-        self.on_validation_epoch_start()
+        self.on_validation_epoch_start()  # makes the evaluator
         return [f"val/{name}" for name in self._figures()]
 
     def on_test_epoch_end(self) -> None:

@@ -57,6 +57,8 @@ class CLI(LightningCLI):
         """Return the trainer. Raise InputError if Lightning refuses its options."""
         try:
             return super().instantiate_trainer(**kwargs)
+        except InputError:
+            raise
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"trainer: Lightning refuses its options: {error}") from error
 

@@ -401,6 +401,6 @@ def check_at_least(least: int, options: Options, *names: str) -> None:
 
 
 def check_learning_rate(options: Options, name: str) -> None:
-    """Raise InputError unless the option of this name is above 0 and below 1e30. A larger one overflows float32."""
+    """Raise InputError unless the option of this name is above 0 and below 1e30, so that steps fit into float32."""
     if not 0 < getattr(options, name) < 1e30:
         raise InputError(f"{name} must be above 0 and below 1e30, got {getattr(options, name)}")
