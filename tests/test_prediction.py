@@ -5,9 +5,9 @@ import fcntl
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
-import shutil
 import sys
 import threading
 import time
@@ -673,14 +673,15 @@ def test_a_file_with_the_name_of_the_folder_of_pictures_is_kept(command, tmp_pat
 
 
 def test_inputs_are_not_overwritten(command, photographs, tmp_path, capsys):
-    detections = tmp_path / "d.failed.jsonl"
+    detections, folder = tmp_path / "d.failed.jsonl", tmp_path / "x.pictures"
     detections.write_text("{}")
-    folder = tmp_path / "x.pictures"
     shutil.copytree(photographs, folder)
-    for more in (["--detections", str(detections), "--out", str(tmp_path / "d.jsonl")],
-                 [str(folder), "--draw", "--out", str(tmp_path / "x.jsonl")]):  # fmt: skip
+    for wrong in (
+        [*command, "--detections", str(detections), "--out", str(tmp_path / "d.jsonl")],
+        [command[0], str(folder), *command[1:], "--draw", "--out", str(tmp_path / "x.jsonl")],
+    ):
         with pytest.raises(SystemExit):
-            cli.main([*command, *more])
+            cli.main(wrong)
         assert "must not be written, because the command reads from it" in capsys.readouterr().err
     assert detections.read_text() == "{}"
 

@@ -150,7 +150,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _check_kept(options: argparse.Namespace, out: Path, images: Sequence[Path], outputs: Iterable[Path]) -> None:
     """End the program with the code 2 if it would write what it reads, or pictures among the images that it reads."""
-    read = {path.resolve() for path in (Path(options.checkpoint), options.detections, *images) if path is not None}
+    read = {Path(path).resolve() for path in (options.checkpoint, options.detections, *images) if path is not None}
     drawings = _drawings(out).resolve()
     for path in outputs:
         among_images = options.draw and path.resolve() == drawings and any(drawings in image.parents for image in read)
