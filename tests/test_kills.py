@@ -1,5 +1,6 @@
 """Short runs of the campaigns with the cheapest commands, so that tests/campaigns stays in working order."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,9 @@ import pytest
 
 pytest.importorskip("lightning")
 CAMPAIGNS = Path(__file__).parent / "campaigns"
+sys.path.append(str(CAMPAIGNS))
+import disks  # noqa: E402
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the campaigns need Linux")
 
 
@@ -28,3 +32,24 @@ def test_commands_end_with_the_same_files_after_a_full_disk(tmp_path):
     if text.startswith("skipped"):
         pytest.skip(text)
     assert "3 No space left on device, 1 jumping clock, 1 Read-only file system" in text and "| none |" in text, text
+
+
+@pytest.mark.parametrize(
+    ("first", "problem"), [({}, "data/a.json differ"), ({"data/a.json": "{"}, "JSONDecodeError: .*")]
+)
+def test_success_with_a_missing_or_a_short_file_is_a_failure(first, problem, tmp_path, monkeypatch):
+    runs = iter([first, {"data/a.json": "{}"}])  # of the disturbed run, and of the one after it
+
+    def command(attempts, disturb=None):
+        for name, text in next(runs).items():
+            path = tmp_path / "run" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        return 0, ""
+
+    monkeypatch.setattr(disks.Attempts, "command", command)
+    attempts = disks.Attempts("make-dataset", tmp_path, tmp_path, tmp_path, tmp_path / "out", 1)
+    attempts.whole = {"data/a.json": {}}
+    attempts.attempt(disks.KINDS.index(disks.CLOCK))
+    (failure,) = attempts.failures
+    assert re.fullmatch(f"attempt 2: ended with 0: {problem}", failure), failure

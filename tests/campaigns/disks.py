@@ -89,7 +89,7 @@ class Attempts:
             subprocess.run(["mount", "-o", "remount,rw", self.disk], check=True)
         if code == 0:
             self.outcomes[CLOCK if reason == CLOCK else "fits"] += 1
-            problems = []
+            problems = [f"ended with 0: {problem}" for problem in self._differences()]
         else:
             self.outcomes[reason] += 1
             problems = self._judge_output(code, output, reason) + self._judge_files(old)
@@ -98,13 +98,20 @@ class Attempts:
         refuses = small_runs.COMMANDS[self.name].refuses
         if code != 0 and not (refuses and refuses in output):
             problems.append(f"with enough space: exit code {code}: {output[-200:]}")
-        left = small_runs.contents(self.name, run)
-        if different := [n for n in left.keys() | self.whole.keys() if left.get(n) != self.whole.get(n)]:
-            problems.append(f"with enough space: {', '.join(sorted(different)[:3])} differ")
+        problems += [f"with enough space: {problem}" for problem in self._differences()]
         if problems:
             shutil.copytree(run, self.out / f"{self.name} {number}", dirs_exist_ok=True)
             self.failures.append(f"attempt {number}: {'; '.join(problems)}")
         shutil.rmtree(run)
+
+    def _differences(self) -> list[str]:
+        """Return how the files differ from those of an undisturbed run."""
+        try:
+            left = small_runs.contents(self.name, self.disk / "run")
+        except Exception as error:  # a damaged file
+            return [f"{type(error).__name__}: {error}"]
+        different = sorted(n for n in left.keys() | self.whole.keys() if left.get(n) != self.whole.get(n))
+        return [f"{', '.join(different[:3])} differ"] if different else []
 
     def _fill(self, left: int) -> None:
         """Fill the disk but for some bytes."""
@@ -174,6 +181,7 @@ def main() -> None:
         ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", disk], capture_output=True, text=True
     )
     if mount.returncode:
+        shutil.rmtree(work)
         print(f"skipped: a tmpfs cannot be mounted here: {mount.stderr.strip()}")
         sys.exit(0)
     try:
