@@ -90,7 +90,7 @@ class Expected:
             self.plain = run(usual, "reference")
         self.standard = None
         drops_all = isinstance(case, Attention) and case.options.get("dropout_p") == 1
-        if isinstance(case, Attention) and case.tensors[0].shape[3] and not drops_all and not case.junk:
+        if isinstance(case, Attention) and case.tensors[0].shape[3] and not drops_all:
             eps = torch.finfo(case.tensors[0].dtype).eps
             options = usual.options | {"out_unit": eps / 2 if eps > 1e-6 else 0.0}
             errors = test_attention.standard_errors(case.branches, usual.tensors, usual.grad_outs, **options)
@@ -104,25 +104,31 @@ class Expected:
         """Raise AssertionError unless rounding explains the errors of a kernel's results."""
         if isinstance(self.case, Mask):
             assert torch.equal(ours[0][0], self.exact[0][0]), "the mask is another one"
-        elif self.case.junk:
-            self._check_junk(ours)
-        elif isinstance(self.case, Alignment):
-            self._check_loss(ours)
+            return
+        results = [self.exact, self.plain, ours]
+        standard = self.standard
+        if self.case.junk:
+            masks = self._check_junk(ours)
+            results = [kept(of_one, masks) for of_one in results]
+            standard = standard and kept(standard, masks)
+        if isinstance(self.case, Alignment):
+            self._check_loss(*results)
         else:
-            accuracy.assert_accurate(self.exact, self.plain, ours, self.standard, floor=1.0)
+            accuracy.assert_accurate(*results, standard, floor=1.0)
 
-    def _check_loss(self, ours: Results) -> None:
+    def _check_loss(self, exact_results: Results, plain_results: Results, ours: Results) -> None:
         """Check the loss and its gradient with the bounds of tests/test_alignment.py."""
         assert isinstance(self.case, Alignment)
         weight = self.case.options.get("weight", torch.ones(len(self.case.logits))).double()
         share = 1.0 if self.case.options["reduction"] == "relation" else 1 / self.case.logits.shape[1]
         shares = weight / weight.sum().clamp_min(1e-300) * share
         # Differences of log-probabilities are up to the ranges of both logits, and rounded accordingly.
-        spread = sum((x.max() - x.min()).item() for x in (self.case.logits, self.case.mirrored) if x.numel())
+        finite = [x[x.isfinite()] for x in (self.case.logits, self.case.mirrored)]
+        spread = sum((x.max() - x.min()).item() for x in finite if x.numel())
         share *= max(1.0, spread / 16)
         largest = shares.max().item() * max(1.0, spread / 16) if len(shares) else 0.0
         for kind, factor, floor, *results in zip(
-            ("loss", "gradient"), (2, 3), (share, largest), self.exact, self.plain, ours
+            ("loss", "gradient"), (2, 3), (share, largest), exact_results, plain_results, ours
         ):
             ((exact,), (plain,), (mine,)) = results
             assert mine.dtype == plain.dtype and mine.shape == exact.shape
@@ -132,21 +138,36 @@ class Expected:
                 error = (mine - exact).abs().max().item()
                 assert error <= allowed, f"{kind}: {error} > {allowed}"
 
-    def _check_junk(self, ours: Results) -> None:
-        """Check that infinite numbers and NaN reach the results that they reach in the reference, and no others.
+    def _check_junk(self, ours: Results) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Check the places of NaN and the places and signs of infinities. Return where numbers can be compared.
 
-        Gradients of attention are an exception. A product with a dropped weight of 0 may be NaN, as a finite number is
-        required there. They must at least be free of NaN in a head without infinite numbers and NaN.
+        They must be those of the reference, in the narrower dtype. The finite numbers beside them are compared too. In
+        attention, they are compared only in heads whose inputs are all finite, and gradients of other heads are not
+        checked at all: a product with a dropped weight of 0 may be NaN, as a finite number is required there.
         """
-        for kind, *results in zip(("output", "gradient"), self.exact, ours):
+        clean = None
+        if isinstance(self.case, Attention):
+            finite = [x.isfinite().flatten(2).all(2) for x in (*self.case.tensors, *self.case.grad_outs)]
+            clean = torch.stack(finite).all(0)[..., None, None]
+        masks: tuple[list[Any], list[Any]] = [], []
+        for kind, group, *results in zip(("output", "gradient"), masks, self.exact, ours):
             for i, (exact, mine) in enumerate(zip(*results, strict=True)):
                 if exact is None:
+                    group.append(None)
                     continue
-                wrong = exact.isnan() != mine.isnan()
-                if isinstance(self.case, Attention) and kind == "gradient":
-                    clean = [x.isfinite().flatten(2).all(2) for x in (*self.case.tensors, *self.case.grad_outs)]
-                    wrong = mine.isnan() & torch.stack(clean).all(0)[..., None, None]
-                assert not wrong.any(), f"{kind} {i}: NaN in other places: {wrong.nonzero()[:3].tolist()}"
+                exact = exact.to(mine.dtype)
+                mask = exact.isfinite() if clean is None else exact.isfinite() & clean
+                equal = (exact == mine) | (exact.isnan() & mine.isnan()) | (exact.isfinite() & mine.isfinite())
+                wrong = ~equal & clean if clean is not None and kind == "gradient" else ~equal
+                assert not wrong.any(), f"{kind} {i}: not finite in other places: {wrong.nonzero()[:3].tolist()}"
+                group.append(mask)
+        return masks
+
+
+def kept(results: Any, masks: Any) -> Any:
+    """Return the elements of results at the places of masks. A result that does not exist stays None."""
+    groups = (zip(*pair, strict=True) for pair in zip(results, masks, strict=True))
+    return [[None if mask is None else x.expand_as(mask)[mask] for x, mask in group] for group in groups]
 
 
 def same(ours: Results, others: Results, what: str) -> None:

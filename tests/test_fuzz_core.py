@@ -1,0 +1,58 @@
+"""The checks of the campaign that compares random cases with the reference: they find changed results."""
+
+import math
+import sys
+
+import pytest
+import torch
+from target import BACKEND, ROOT
+
+sys.path.append(str(ROOT / "tests" / "campaigns"))
+import core_checks  # noqa: E402
+from core_cases import Attention, Relation  # noqa: E402
+
+pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="the campaign runs on the CPU")
+
+
+def random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.fixture
+def attention():
+    """Return attention over two heads, the first of which has an infinite number in its values."""
+    tensors, grads = [random(1, 2, length, 5) for length in (3, 3, 6, 7)], [random(1, 2, 3, 5)] * 2
+    tensors[3] = tensors[2].clone()
+    tensors[3][0, 0, 2, 1] = math.inf
+    return Attention("dual", tensors, grads, {"mask_seed": 1, "mask_stream": 0}, True)
+
+
+@pytest.fixture
+def relation():
+    """Return two rows of the relation head, the first of which has an infinite logit."""
+    ends, union = [torch.ones(2, 3)] * 2, torch.ones(2, 3)
+    union[0, 0] = math.inf
+    operands = [[*ends, torch.ones(4, 3), None]]
+    return Relation(union, torch.tensor([[0, 0], [1, 1]]), operands, [torch.ones(2, 4)], True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "value"),
+    [
+        ("attention", (0, 0, 0, 1), -math.inf),
+        ("attention", (0, 0, 0, 1), 1.0),
+        ("attention", (0, 1, 0, 1), math.inf),
+        ("attention", (0, 1, 0, 1), 9.0),
+        ("attention", (0, 1, 0, 1), math.nan),
+        ("relation", (0, 1), -math.inf),
+        ("relation", (0, 1), math.nan),
+        ("relation", (1, 1), 3.001),
+    ],
+)
+def test_another_result_beside_infinite_numbers_is_found(kind, place, value, request):
+    case = request.getfixturevalue(kind)
+    expected, ours = core_checks.Expected(case), core_checks.run(case, "cpu")
+    expected.check(ours)
+    ours[0][0][place] = value
+    with pytest.raises(AssertionError, match="output 0"):
+        expected.check(ours)
