@@ -56,3 +56,14 @@ def test_another_result_beside_infinite_numbers_is_found(kind, place, value, req
     ours[0][0][place] = value
     with pytest.raises(AssertionError, match="output 0"):
         expected.check(ours)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(math.inf, torch.finfo(torch.float32).max), (math.nan, math.pi), (math.inf, -math.inf), (1.0, 1 + 2**-23)],
+)
+def test_results_that_differ_are_not_the_same(one, other):
+    results, others = ([[torch.tensor([[x, math.nan, -math.inf, 0.0]])], [None]] for x in (one, other))
+    core_checks.same(results, results, "nothing")
+    with pytest.raises(AssertionError, match="output 0 depends on threads"):
+        core_checks.same(results, others, "threads")

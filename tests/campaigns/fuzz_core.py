@@ -1,10 +1,10 @@
 """Fuzz the operations: compare random cases with the reference, and run them under the sanitizers.
 
 "core" runs each case with every instruction set of this processor and compares the results with the reference in
-float64. It also compares them, to the bit, with those of one thread and tensors in the usual layout, and looks for
-writes outside of the results. "sanitized" runs the same cases in a core that reports accesses out of bounds and
-undefined behavior. "triton" runs a few of them under Triton's interpreter, and "cuda" in the emulation of the CUDA C++
-kernels. Both are slow.
+float64. It also checks that they equal those of one thread and tensors in the usual layout, up to the sign of zero, and
+looks for writes outside of the results. "sanitized" runs the same cases in a core that reports accesses out of bounds
+and undefined behavior. "triton" runs a few of them under Triton's interpreter, and "cuda" in the emulation of the CUDA
+C++ kernels. Both are slow.
 """
 
 from __future__ import annotations
