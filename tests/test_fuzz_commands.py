@@ -44,6 +44,26 @@ def test_the_campaign_judges_how_a_command_ends(code, err, files, expected, tmp_
     assert judge(arguments, Ended(code, None, "", err), tmp_path, {}, after).startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("argument", "message", "named"),
+    [
+        ("in/data", "the file in/data is wrong", True),
+        ("in/data", "'in' is in a/b.", False),
+        ("in", "in not found", True),
+        ("in", "a number is in two files", False),
+        ("", "must be a file, but is a folder: '.'", True),
+        ("--csv=", "must be a file, but is a folder: '.'", True),
+        ("x", "must be a file, but is a folder: '.'", False),
+        ("--top-k", "top_k must be at least 1", True),
+        ("3", "must be at least 4, got 3", True),
+        ("3", "there are 13 relations", False),
+    ],
+)
+def test_a_refusal_names_an_option_or_a_value_as_a_whole_word(argument, message, named, tmp_path):
+    outcome = judge(["check", argument], Ended(1, None, "", f"sgalign: {message}\n"), tmp_path, {}, {})
+    assert outcome == ("refused" if named else f"DEFECT check: names no option: {message}")
+
+
 def test_an_error_that_leaves_a_command_and_a_damaged_file_are_defects(tmp_path):
     arguments = ["check", "folder", "--json", "new.json"]
     with pytest.raises(KeyError) as raised:

@@ -21,6 +21,7 @@ DEFAULTS = (
     "lightning_logs/", "checkpoints/", "runs/", "graphs.", "predictions.jsonl", "predictions.h5", "detections.json",
     "config.yaml",
 )  # fmt: skip
+UNNAMED = {".", "/", "in"}  # parents of all relative paths, all absolute paths and all inputs
 WARNINGS = re.compile(r"Warning|warn\(|^\s|^$|Seed set|^GPU|^TPU|^`Trainer|^HINT|it/s|image/s|💡")
 
 
@@ -98,16 +99,18 @@ def _refusal(command: str, arguments: Sequence[str], ended: Ended, options: Coll
 
 
 def _names(arguments: Sequence[str], message: str) -> bool:
-    """Return True if a message contains the name of an option or a value of the command line."""
+    """Return True if a message contains, as whole words, the name of an option or a value of the command line."""
     words: set[str] = set()
     for argument in arguments[1:]:
-        option, _, value = argument.partition("=")
+        option, equals, value = argument.partition("=")
         names = {option.lstrip("-"), option.rpartition(".")[2].lstrip("-")}
         words |= {name for name in names if len(name) > 1} | {value, argument, Path(argument).name}
-        words |= {str(parent) for parent in Path(value or argument).parents}
+        words |= {str(parent) for parent in Path(value or argument).parents} - UNNAMED
         words |= {word.replace("-", "_") for word in words} | {repr(word)[1:-1] for word in words}
-        words |= {"."} if argument == "" else set()  # Python's name of an empty path
-    return any(word and word in message for word in words)
+        words |= {"."} if not argument or (equals and not value) else set()  # Python's name of an empty path
+    # A word of UNNAMED counts only in quotes or at the begin, because most messages have them.
+    starts = {word: r"(?:^sgalign: |')" if word in UNNAMED else r"(?<!\w)" for word in words - {""}}
+    return any(re.search(rf"{start}{re.escape(word)}(?!\w)", message) for word, start in starts.items())
 
 
 def _place(error: BaseException) -> str:
