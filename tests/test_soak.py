@@ -18,7 +18,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(ROOT / "tests" / "campaigns"))
 import soak  # noqa: E402
-from soaking import Limits, Monitor, verdicts  # noqa: E402
+from soaking import SAMPLES, Limits, Monitor, verdicts  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(BACKEND != "cpu", reason="the campaign runs on the CPU"),
@@ -93,6 +93,23 @@ def test_a_slower_and_slower_run_is_found():
 
 def test_a_run_without_a_leak_passes():
     assert failed(lambda step: burn(0.004)) == set()
+
+
+def test_a_long_step_gives_one_sample(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monitor, steps = Monitor("a long step", seconds=SAMPLES), []
+    for seconds in (1, 0.5, 0.5, 3.5, 0.25, 0.25, 0.5, 0.5):
+        now[0] += seconds
+        before = len(monitor.samples)
+        monitor.count()
+        steps.append(len(monitor.samples) - before)
+    assert steps == [1, 0, 1, 1, 0, 1, 0, 1]
+
+
+def test_a_wrong_call_that_raises_no_error_is_found():
+    with pytest.raises(AssertionError, match="must raise an error"):
+        soak.must_raise(dict, ValueError)
 
 
 @pytest.mark.parametrize("part", [name for name in soak.PARTS if name not in soak.TRAINING] + ["training"])

@@ -55,18 +55,22 @@ Part = Callable[[Monitor, Path], None]
 # ------------------------------------------------------------------------------------------------------ calls
 
 
+def must_raise(call: Callable[[], Any], *errors: type[Exception]) -> None:
+    """Raise AssertionError unless a call raises one of these errors."""
+    try:
+        call()
+    except errors:
+        return
+    raise AssertionError(f"{call} must raise an error")
+
+
 def repeat_calls(name: str, monitor: Monitor, folder: Path) -> None:
     """Call an operation forward and backward, and a wrong call that must raise an error before every tenth call."""
     dtypes = torch.float32, torch.bfloat16, torch.float64, torch.float16
     while not monitor.finished:
         if monitor.step % 10 == 0:
             wrong = WRONG_CALLS[name][monitor.step // 10 % len(WRONG_CALLS[name])]
-            try:
-                wrong()
-            except (ValueError, TypeError, IndexError, RuntimeError):
-                pass
-            else:
-                raise AssertionError(f"{wrong.__name__} must raise an error")
+            must_raise(wrong, ValueError, TypeError, IndexError, RuntimeError)
         CALLS[name](monitor.step, dtypes[monitor.step % len(dtypes)], None)
         monitor.count()
 
@@ -137,8 +141,8 @@ def compute_metrics(monitor: Monitor, folder: Path) -> None:
         graph = graphs[monitor.step % len(graphs)]
         prediction = _perfect(graph, predicates)
         for evaluator in evaluators:
-            with contextlib.suppress(ValueError, KeyError):
-                evaluator.update([{}], [graph.truth])  # lacks the fields of a prediction
+            lacking = partial(evaluator.update, [{}], [graph.truth])  # lacks the fields of a prediction
+            must_raise(lacking, ValueError, KeyError)
             evaluator.update([prediction], [graph.truth])
             evaluator.compute()
             evaluator.reset()

@@ -49,7 +49,7 @@ class Limits:
 
 
 class Monitor:
-    """A counter of steps that samples the process at even distances.
+    """A counter of steps that samples the process at even distances, or after each step that takes longer than one.
 
     Args:
         part: the name of the part.
@@ -59,7 +59,7 @@ class Monitor:
 
     def __init__(self, part: str, *, steps: int | None = None, seconds: float | None = None) -> None:
         self.part, self.steps, self.seconds = part, steps, seconds
-        self.step, self.samples = 0, list[Sample]()
+        self.step, self.samples, self._next = 0, list[Sample](), 1
         gc.collect()
         gc.freeze()  # samples count only the objects that the part makes, because counting all takes a second
         self._start, self._last_step, self._last_cpu = time.monotonic(), 0, time.process_time()
@@ -79,7 +79,8 @@ class Monitor:
     def count(self) -> None:
         """Count one step, and sample the process if it is time."""
         self.step += 1
-        if self.done * SAMPLES >= len(self.samples) + 1:
+        if (due := self.done * SAMPLES) >= self._next:
+            self._next = int(due) + 1  # samples that a long step has missed are left out
             self.samples.append(self._sample())
             # The time of the sample does not belong to the steps.
             self._last_step, self._last_cpu = self.step, time.process_time()
