@@ -87,7 +87,12 @@ class Expected:
         usual = contiguous(case)
         self.exact = run(double(usual), "reference")
         with mock.patch.object(_attention_backends, "accumulated_dtype", lambda dtype: dtype):
-            self.plain = run(usual, "reference")
+            plain = run(usual, "reference")
+        # Where plain PyTorch overflows, its error must not excuse any other.
+        self.plain = [
+            [None if x is None else torch.where(x.isfinite(), x, right.to(x.dtype)) for x, right in zip(*group)]
+            for group in zip(plain, self.exact)
+        ]
         self.standard = None
         drops_all = isinstance(case, Attention) and case.options.get("dropout_p") == 1
         if isinstance(case, Attention) and case.tensors[0].shape[3] and not drops_all:
@@ -95,10 +100,13 @@ class Expected:
             options = usual.options | {"out_unit": eps / 2 if eps > 1e-6 else 0.0}
             errors = test_attention.standard_errors(case.branches, usual.tensors, usual.grad_outs, **options)
             # The factor is 2 because there are many cases. The errors of repeated numbers are equal, and therefore n of
-            # them add up to n times one error, not to the root of n.
-            repeated = any(map(repeats, (*case.tensors, *case.grad_outs)))
-            factor = 2 * max(case.tensors[0].shape[2], case.tensors[2].shape[2]) ** 0.5 if repeated else 2
-            self.standard = [[factor * x if x.numel() else torch.zeros(()) for x in group] for group in errors]
+            # them add up to n times one error, not to the root of n. Outputs do not depend on their gradients.
+            root = max(case.tensors[0].shape[2], case.tensors[2].shape[2]) ** 0.5
+            repeated = any(map(repeats, case.tensors)), any(map(repeats, (*case.tensors, *case.grad_outs)))
+            self.standard = [
+                [(2 * root if more else 2) * x if x.numel() else torch.zeros(()) for x in group]
+                for more, group in zip(repeated, errors)
+            ]
 
     def check(self, ours: Results) -> None:
         """Raise AssertionError unless rounding explains the errors of a kernel's results."""
@@ -117,7 +125,11 @@ class Expected:
             accuracy.assert_accurate(*results, standard, floor=1.0)
 
     def _check_loss(self, exact_results: Results, plain_results: Results, ours: Results) -> None:
-        """Check the loss and its gradient with the bounds of tests/test_alignment.py."""
+        """Check the loss and its gradient.
+
+        The bounds are those of tests/test_alignment.py. The part that allows for terms that nearly cancel is larger by
+        a factor of a 16th of the spread, the sum of the ranges of both logits, if the spread is more than 16.
+        """
         assert isinstance(self.case, Alignment)
         weight = self.case.options.get("weight", torch.ones(len(self.case.logits))).double()
         share = 1.0 if self.case.options["reduction"] == "relation" else 1 / self.case.logits.shape[1]
