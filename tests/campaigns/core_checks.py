@@ -237,7 +237,7 @@ class Guards:
 class Core:
     """The compiled core, with each instruction set of this processor."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, _: str) -> None:
         self.core = _core.load()
         self.guards = Guards()
 

@@ -64,7 +64,7 @@ def must_raise(call: Callable[[], Any], *errors: type[Exception]) -> None:
     raise AssertionError(f"{call} must raise an error")
 
 
-def repeat_calls(name: str, monitor: Monitor, folder: Path) -> None:
+def repeat_calls(name: str, monitor: Monitor, _: Path) -> None:
     """Call an operation forward and backward, and a wrong call that must raise an error before every tenth call."""
     dtypes = torch.float32, torch.bfloat16, torch.float64, torch.float16
     while not monitor.finished:
@@ -131,7 +131,7 @@ def _perfect(graph: Any, predicates: int) -> dict[str, Any]:
     return prediction | {"pairs": pairs, "predicate_scores": scores}
 
 
-def compute_metrics(monitor: Monitor, folder: Path) -> None:
+def compute_metrics(monitor: Monitor, _: Path) -> None:
     """Update, compute and reset all evaluators."""
     graphs, predicates = list(ScenesDataset("test", size=20)), 20
     evaluators: list[Any] = [SceneGraphEvaluator(protocol, predicates) for protocol in ("predcls", "sgdet", "phrdet")]
