@@ -116,8 +116,9 @@ def _shares(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _divisor(logits: Tensor, weight: Tensor | None, per_element: bool) -> int:
     """Return the number by which the weighted sum of the divergences is divided."""
     relations, classes = logits.shape
-    equal_shares: int = torch.sym_max(relations, 1) if weight is None else 1  # type: ignore[assignment]
-    return equal_shares * (classes if per_element else 1)
+    # sym_max asks no question about a symbol. Of a plain number, the compiler of torch 2.11 refuses it.
+    at_least = torch.sym_max if isinstance(relations, torch.SymInt) else max
+    return (at_least(relations, 1) if weight is None else 1) * (classes if per_element else 1)
 
 
 def _reference(

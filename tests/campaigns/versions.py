@@ -52,6 +52,7 @@ COMBINATIONS = {
     "oldest": Combination("3.10", resolution="lowest-direct"),
     "oldest-3.11": Combination("3.11", resolution="lowest-direct"),
     "newest": Combination("3.11"),
+    "torch-2.11": Combination("3.11", ("torch==2.11.*",)),
     "torch-2.12": Combination("3.11", ("torch==2.12.*",)),
     "torch-2.13": Combination("3.11", ("torch==2.13.*",)),
     "torch-2.14": Combination("3.11", ("torch==2.14.*",)),
