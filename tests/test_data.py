@@ -396,6 +396,11 @@ def test_files_of_word_vectors_may_have_tabs_and_empty_lines(vectors):
     assert read_word_vectors(vectors, ["kite", "light"]).tolist() == [[3, 4], [1, 2]]
 
 
+def test_a_vector_of_one_number_is_no_header(vectors):
+    vectors.write_text("kite -0.5\nlight 2\n")
+    assert read_word_vectors(vectors, ["kite", "light"]).tolist() == [[-0.5], [2]]
+
+
 def test_random_word_vectors_are_standard_normal(tmp_path):
     (tmp_path / "v.txt").write_text("1 5000\nword " + "0 " * 5000)
     table = read_word_vectors(tmp_path / "v.txt", ["a", "b", "word"])
@@ -410,6 +415,7 @@ def test_random_word_vectors_are_standard_normal(tmp_path):
         ("cat 1 2\ndog 1\n", "line 2, word 'dog': must be 2 finite numbers, got 1"),
         ("cat 1 2\ndog 1 x\n", "line 2, word 'dog': must be 2 numbers"),
         ("cat 1 2\ndog 1 nan\n", "line 2, word 'dog': must be 2 finite numbers"),
+        ("dog\ncat 1 2\n", "line 1, word 'dog': must be a vector of numbers, got none"),
     ],
 )
 def test_wrong_word_vectors_are_refused_by_name(tmp_path, text, message):

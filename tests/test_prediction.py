@@ -678,7 +678,7 @@ def test_inputs_are_not_overwritten(command, photographs, tmp_path, capsys):
     shutil.copytree(photographs, folder)
     for wrong in (
         [*command, "--detections", str(detections), "--out", str(tmp_path / "d.jsonl")],
-        [command[0], str(folder), *command[1:], "--draw", "--out", str(tmp_path / "x.jsonl")],
+        [command[0], str(folder), *command[2:], "--draw", "--out", str(tmp_path / "x.jsonl")],
     ):
         with pytest.raises(SystemExit):
             cli.main(wrong)

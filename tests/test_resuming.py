@@ -108,6 +108,7 @@ def test_a_file_that_only_a_new_run_reads_can_be_left_out_but_not_changed(name):
 
 def test_tuples_and_lists_are_equal_and_options_that_a_checkpoint_lacks_do_not_differ():
     assert differing({"frozen": (), "pairs": 3}, {"frozen": []}) == {}
+    assert differing({"pairs": 3}, {"pairs": torch.ones(2)}).keys() == {"pairs"}
 
 
 SGD = {"optimizer": "sgd", "warmup_steps": 4}

@@ -142,7 +142,11 @@ def test_wrong_entries_of_a_study_are_named(tmp_path, changes, message):
 
 def test_repeated_keys_and_broken_files_are_refused(tmp_path):
     path = tmp_path / "small.yaml"
-    for text, message in (("title: a\ntitle: b", "'title' occurs twice"), ("title: [", "must be a YAML file, got an")):
+    for text, message in (
+        ("title: a\ntitle: b", "'title' occurs twice"),
+        ("title: [", "must be a YAML file, got an"),
+        ("title: !!timestamp x", "must be a YAML file, got an"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_study(path)

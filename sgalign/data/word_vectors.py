@@ -50,7 +50,7 @@ def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
             if dimension and word not in wanted:
                 continue
             numbers = "".join(rest).split()
-            if number == 1 and len(numbers) == 1:
+            if number == 1 and len(numbers) == 1 and f"{word}{numbers[0]}".isdecimal():  # their number and dimension
                 continue
             dimension = dimension or len(numbers)
             if word in wanted and word not in rows:
@@ -65,6 +65,8 @@ def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
 
 
 def _vector(numbers: list[str], dimension: int, where: str) -> Tensor:
+    if not numbers:
+        raise InputError(f"{where}: must be a vector of numbers, got none; the file may be incomplete")
     try:
         vector = torch.tensor([float(number) for number in numbers])
     except ValueError as error:

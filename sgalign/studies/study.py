@@ -137,7 +137,8 @@ def _read_yaml(path: Path) -> Any:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506, a subclass of SafeLoader
         _check_values(content)
         return content
-    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:  # TypeError: a key that is a list
+    except (yaml.YAMLError, AttributeError, RecursionError, TypeError, ValueError) as error:
+        # PyYAML raises an AttributeError for a malformed time stamp, and a TypeError for a key that is a list.
         raise InputError(f"{path}: must be a YAML file, got an error: {' '.join(str(error).split())}") from error
 
 

@@ -26,6 +26,8 @@ def differing(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, t
     """Return the given and the saved value of each option that differs. An option that only one has is left out."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):  # no option is a tensor, but files may hold anything
+            return value.tolist()
         return list(value) if isinstance(value, tuple) else value
 
     return {

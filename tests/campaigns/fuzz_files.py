@@ -464,9 +464,16 @@ def model_folders(draw: Draw, folder: Path) -> None:
     config, weights = exported()
     write_json(draw, folder / "config.json", config)
     tensors = changed_tensors(draw, weights) if draw.ConsumeIntInRange(0, 3) == 3 else weights
-    tensors = {n: t.contiguous() for n, t in tensors.items() if type(t) is torch.Tensor and t.layout == torch.strided
-               and t.device.type == "cpu" and not t.is_quantized} if isinstance(tensors, dict) else {}  # fmt: skip
-    content = safetensors(tensors)
+    kept = tensors.items() if isinstance(tensors, dict) else ()
+    dense = {
+        name.encode("utf-8", "replace").decode(): tensor.contiguous()
+        for name, tensor in kept
+        if type(tensor) is torch.Tensor
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+    }
+    content = safetensors(dense)
     if draw.ConsumeIntInRange(0, 9) == 9:
         content = changed_bytes(draw, content)
     (folder / "model.safetensors").write_bytes(content)
