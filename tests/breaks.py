@@ -771,7 +771,7 @@ BREAKS = {
     ),
     "half-written files": Break(
         "sgalign/files.py",
-        'partial = place.with_name(f"{place.name}.{secrets.token_hex(4)}{PARTIAL}")',
+        'partial = place.with_name(f"{_stem(place)}.{secrets.token_hex(4)}{PARTIAL}")',
         "partial = place",
         "tests/test_files.py -k interrupts",
     ),

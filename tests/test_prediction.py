@@ -416,6 +416,18 @@ def test_a_run_that_is_refused_does_not_change_what_the_other_one_writes(command
     parts.close()
 
 
+def test_a_damaged_part_is_named(tmp_path, monkeypatch):
+    def copy(*arguments, **options):
+        raise RuntimeError("ran off end of input buffer")
+
+    monkeypatch.setattr(h5py.Group, "copy", copy)
+    with h5py.File(tmp_path / "000001.h5", "w") as part:
+        part["a/scores"] = [1.0]
+    with h5py.File(tmp_path / "p.h5", "w") as joined:
+        with pytest.raises(ValueError, match=r"000001\.h5: is damaged \(ran off .*; delete this file"):
+            outputs._add_images(joined, tmp_path / "000001.h5")
+
+
 def test_a_refused_run_leaves_no_folder_of_parts(command, tmp_path):
     (tmp_path / "p.h5").write_bytes(b"mine")
     assert cli.main([*command, "--hdf5", str(tmp_path / "p.h5")]) == 1

@@ -18,7 +18,7 @@ import torch
 
 from sgalign.data.predictions import PredictionFile, prediction_ids
 from sgalign.errors import InputError
-from sgalign.files import check_writable, full_disk_named, hdf5_written_whole, read_json, write_json
+from sgalign.files import HDF5_DAMAGE, check_writable, full_disk_named, hdf5_written_whole, read_json, write_json
 from sgalign.prediction.image_paths import ImageFile
 from sgalign.prediction.predicting import FailedImage, PredictedImage
 from sgalign.training import RelationModule
@@ -251,10 +251,7 @@ class PredictionParts:
         if sources != [self.path]:
             with hdf5_written_whole(self.path) as joined:
                 for source in sources:
-                    with h5py.File(source, "r") as part:
-                        for image_id in prediction_ids(source):
-                            if image_id not in joined:
-                                part.copy(part[image_id], joined, name=image_id)
+                    _add_images(joined, source)
         self._delete_parts()
         self._unlock()
 
@@ -268,6 +265,21 @@ class PredictionParts:
         """Delete the parts and what kills have left of them, but no other files in their folder."""
         for part in [*_parts(self._folder), *self._folder.glob("*.h5.*.partial")]:
             part.unlink()
+
+
+def _add_images(joined: h5py.File, source: Path) -> None:
+    """Copy the predictions of a file for the images that `joined` lacks. Raise InputError if the file is damaged."""
+    try:
+        with h5py.File(source, "r") as part:
+            for image_id in prediction_ids(source):
+                if image_id not in joined:
+                    part.copy(part[image_id], joined, name=image_id)
+    except HDF5_DAMAGE as error:
+        if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):  # a full disk
+            raise
+        raise InputError(
+            f"{source}: is damaged ({error}); delete this file, and its images are predicted again"
+        ) from error
 
 
 def _parts(folder: Path) -> list[Path]:
