@@ -134,8 +134,8 @@ def main(arguments: Sequence[str]) -> int:
 def _check(options: argparse.Namespace) -> None:
     """End the program with the code 2 if an option has a wrong value."""
     for name, least in (("top_k", 1), ("batch_size", 1), ("workers", 0)):
-        if (value := getattr(options, name)) < least:
-            parser().error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if not least <= (value := getattr(options, name)) < 1 << 31:
+            parser().error(f"--{name.replace('_', '-')} must be at least {least} and below 2^31, got {value}")
     if not 0 <= options.threshold <= 1:
         parser().error(f"--threshold must be from 0 to 1, got {options.threshold}")
     if options.out.suffix != ".jsonl":

@@ -52,14 +52,14 @@ def add_resized(parser: argparse.ArgumentParser) -> None:
 
 
 def check_kept(
-    parser: argparse.ArgumentParser, folder: str, files: Iterable[Path], written: Iterable[Path | None]
+    parser: argparse.ArgumentParser, folder: str, files: Iterable[str | Path], written: Iterable[Path | None]
 ) -> None:
     """End the program with the code 2 if a file to write is one of `files` or has annotations of the data set.
 
     Raises:
         FileNotFoundError, ValueError: if `folder` has no data set of a known layout.
     """
-    kept = {path.resolve() for path in (*files, *annotation_files(folder))}
+    kept = {Path(path).resolve() for path in (*files, *annotation_files(folder))}
     for path in written:
         if path is not None and path.resolve() in kept:
             parser.error(f"{path} must not be written, because the command reads it")
