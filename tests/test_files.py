@@ -274,12 +274,23 @@ def test_features_of_a_file_that_changes_while_it_is_open_are_whole_or_refused(h
             cache["1"]
 
 
-@pytest.mark.parametrize("odd", ["to_sparse", "expand", "meta"])
+ODD_TENSORS = {
+    "sparse": torch.Tensor.to_sparse,
+    "far larger than stored": lambda x: x.expand(1 << 26, 2),
+    "without numbers": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_TENSORS)
 def test_tensors_without_numbers_of_their_own_are_refused(odd, tmp_path):
-    make = {"to_sparse": torch.Tensor.to_sparse, "expand": lambda x: x.expand(9, 2), "meta": lambda x: x.to("meta")}
-    torch.save({"a": [{"b": (make[odd](torch.ones(1, 2)),)}]}, tmp_path / "x.ckpt")
+    torch.save({"a": [{"b": (ODD_TENSORS[odd](torch.ones(1, 2)),)}]}, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"x\.ckpt: must be a checkpoint, but .*it has a tensor"):
         read_tensors(tmp_path / "x.ckpt", "checkpoint")
+
+
+def test_a_small_expanded_tensor_is_read(tmp_path):
+    torch.save(torch.ones(1).expand(9), tmp_path / "x.ckpt")
+    assert read_tensors(tmp_path / "x.ckpt", "checkpoint").tolist() == [1.0] * 9
 
 
 def test_a_new_version_of_a_file_has_the_permissions_of_the_old_one(tmp_path):
