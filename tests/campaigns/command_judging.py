@@ -122,7 +122,10 @@ def _place(error: BaseException) -> str:
 
 def expected(arguments: Sequence[str], name: str) -> bool:
     """Return True if a command line says that the file `name` may be written."""
-    if "" in arguments or any(os.path.normpath(f"cwd/{word.rpartition('=')[2]}") == name for word in arguments):
+    given_places = [os.path.normpath(f"cwd/{word.rpartition('=')[2]}") for word in arguments]
+    if "" in arguments or any(
+        name == place or name.startswith(f"{place}/") for place in given_places if place != "cwd"
+    ):
         return True
     if name.startswith("cwd"):
         name = name.removeprefix("cwd").removeprefix("/")
