@@ -37,9 +37,13 @@ def main() -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader of the output has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes at its end
-        return 141
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # the reader of the output has ended, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes at its end
+            return 141
+        raise  # of another pipe
     except KeyboardInterrupt:
         print("sgalign: interrupted", file=sys.stderr)
         return 130

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 pytest.importorskip("lightning")
 from lightning.pytorch import seed_everything  # noqa: E402
 
+import sgalign_command  # noqa: E402
 from sgalign import training  # noqa: E402
 from sgalign.commands import doctor, evaluate, main  # noqa: E402
 from sgalign.errors import InputError, shown  # noqa: E402
@@ -165,3 +166,12 @@ def test_error_in_a_worker_process_is_one_sentence(monkeypatch, capsys):
 def test_input_error_is_a_value_error_and_can_be_pickled():
     error = pickle.loads(pickle.dumps(InputError(MESSAGE)))
     assert isinstance(error, ValueError) and isinstance(error, InputError) and str(error) == MESSAGE
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_not_hidden(monkeypatch, capsys):
+    def breaks(arguments=None):
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(main, "main", breaks)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        sgalign_command.main()
