@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import gc
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from PIL import Image  # noqa: E402
 from trainers import SMALL_MOTIFS, SMALL_SGTR, scenes  # noqa: E402
 
 from sgalign.commands import main as cli  # noqa: E402
+from sgalign.data import workers  # noqa: E402
 from sgalign.data.predictions import PredictionFile, prediction_ids  # noqa: E402
 from sgalign.data.scenes import OBJECT_NAMES, PREDICATE_NAMES  # noqa: E402
 from sgalign.prediction import FailedImage, ImageFile, find_images, outputs, predict_images, running  # noqa: E402
@@ -127,6 +129,31 @@ def test_worker_processes_and_a_python_loop_give_the_same_graphs(command, checkp
     for result, graph in zip(results, lines(tmp_path / "g.jsonl"), strict=True):
         described = describe(result.prediction, module.object_names, module.predicate_names, 20)
         assert (graph["objects"], graph["triplets"]) == (described["objects"], described["triplets"])
+
+
+def no_shared_memory(tensor):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_worker_that_gets_no_shared_memory_ends_the_command_with_one_sentence(command, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_shared_memory)  # in the workers, which are forked
+    assert cli.main([*command, "--workers", "2"]) == 1
+    assert multiprocessing.active_children() == []
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("sgalign: a worker process cannot pass its batch on through shared memory: unable")
+    assert last.endswith("use fewer workers, or none")
+    monkeypatch.undo()
+    assert cli.main([*command, "--workers", "2"]) == 1  # one of the photographs cannot be read
+    assert len(lines(tmp_path / "g.jsonl")) == IMAGES
+
+
+def test_workers_share_all_tensors_of_their_batches(monkeypatch):
+    monkeypatch.setattr(workers, "get_worker_info", lambda: "one")
+    batch = {"a": [(torch.ones(1), "text")], "b": None, "c": torch.ones(2)}
+    assert workers.collate_and_share(lambda items: items, batch) is batch
+    assert batch["a"][0][0].is_shared() and batch["c"].is_shared()
+    monkeypatch.setattr(workers, "get_worker_info", lambda: None)
+    assert not workers.collate_and_share(lambda items: items[0], [torch.ones(1)]).is_shared()
 
 
 def test_images_of_one_size_do_not_change_each_other_in_a_batch(checkpoints, pictures):
@@ -694,7 +721,7 @@ def test_inputs_are_not_overwritten(command, photographs, tmp_path, capsys):
     ):
         with pytest.raises(SystemExit):
             cli.main(wrong)
-        assert "must not be written, because the command reads from it" in capsys.readouterr().err
+        assert "must not be written, because the command reads it" in capsys.readouterr().err
     assert detections.read_text() == "{}"
 
 

@@ -214,6 +214,15 @@ def test_a_run_resumed_at_any_step_equals_an_uninterrupted_one(tmp_path, when, w
         assert again.global_step == 2 * steps and same_weights(whole, resumed), path.name
 
 
+def test_training_ends_if_a_worker_gets_no_shared_memory(monkeypatch):
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # in the workers, which are forked
+    with pytest.raises(OSError, match="a worker process cannot pass its batch on through shared memory: unable"):
+        fit(AlignMotifsModule(**SMALL), SceneGraphData(num_workers=1), max_epochs=1)
+
+
 def test_dropout_of_a_resumed_run_equals_that_of_an_uninterrupted_one(scenes, tmp_path):
     """Dropout draws from torch's generator. The run is resumed within an epoch and between epochs."""
 

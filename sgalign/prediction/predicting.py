@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sgalign.data import Detections, GraphBatch, SceneGraph, collate, collate_detected, load_image
+from sgalign.data.workers import collate_and_share
 from sgalign.errors import InputError
 from sgalign.prediction.image_paths import ImageFile
 from sgalign.training import RelationModule
@@ -59,12 +61,12 @@ def predict_images(
         reader,
         batch_size,
         num_workers=workers,
-        collate_fn=reader.collate,
+        collate_fn=partial(collate_and_share, reader.collate),
         worker_init_fn=_stay_silent,
         pin_memory=module.device.type == "cuda",
         generator=torch.Generator(),  # draws the workers' seeds instead of torch's global generator
     )
-    for loaded in loader:
+    for loaded in _ended_with_workers(loader):
         yield from loaded.failed
         if loaded.batch is None:
             continue
@@ -80,6 +82,17 @@ def predict_images(
         sizes = loaded.batch.sizes.int().tolist()
         for file, (width, height), prediction in zip(loaded.files, sizes, predictions, strict=True):
             yield PredictedImage(file, width, height, prediction)
+
+
+def _ended_with_workers(loader: DataLoader) -> Iterator[_Loaded]:
+    """Yield the batches of a loader, and let its workers end if it raises an error."""
+    try:
+        yield from loader
+    except Exception as error:
+        # torch ends the workers when it deletes the loader's iterator, which the frames of a worker's error refer to.
+        # Python would end them with SIGTERM, which they ignore, and wait for them forever.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def _stay_silent(worker: int) -> None:

@@ -34,6 +34,7 @@ from sgalign.data.open import NO_TRAINING, check_same_classes, splits_of
 from sgalign.data.scene_graph import check_has_relations, has_relations, without_apart
 from sgalign.data.splits import SPLITS, Split, ValidationChoice
 from sgalign.data.triplets import zero_shot_triplets
+from sgalign.data.workers import collate_and_share
 from sgalign.errors import InputError
 from sgalign.metrics import predicate_groups
 from sgalign.ops.seeds import step_seed
@@ -338,6 +339,7 @@ class SceneGraphData(pl.LightningDataModule):
         detections: dict[str, Detections] | None = None,
         kind: type[Any] = DataLoader,
         sharded: bool = False,
+        collate_fn: Callable[..., GraphBatch] | None = None,
         **options: Any,
     ) -> Any:
         trainer = self.trainer
@@ -353,7 +355,8 @@ class SceneGraphData(pl.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self._feeds_gpu,  # the loader's thread pins, so `send` does not
             generator=torch.Generator(),  # draws the workers' seeds instead of torch's global generator
-            **{"collate_fn": self._collate_fn(detections)} | options,
+            collate_fn=partial(collate_and_share, collate_fn or self._collate_fn(detections)),
+            **options,
         )
 
     def _collate_fn(self, detections: dict[str, Detections] | None = None) -> Callable[..., GraphBatch]:
