@@ -177,6 +177,16 @@ def test_the_boxable_class_descriptions_are_preferred(tmp_path):
         OpenImagesDataset(tmp_path, "train")
 
 
+@pytest.mark.parametrize(
+    "header", ["\nLabelName,DisplayName", 'LabelName,"Display\nName"'], ids=["blank line", "line break"]
+)
+def test_a_header_of_two_lines_is_not_a_class(tmp_path, header):
+    write(tmp_path)
+    classes = "/m/man,Man\n/m/guitar,Guitar\n/m/hat,Hat\n"
+    (tmp_path / "class-descriptions-boxable.csv").write_text(f"{header}\n{classes}")
+    assert OpenImagesDataset(tmp_path, "train").object_names == NAMES
+
+
 def test_class_descriptions_are_needed(tmp_path):
     (write(tmp_path) / "class-descriptions-boxable.csv").unlink()
     with pytest.raises(FileNotFoundError, match="class-descriptions-boxable.csv not found: download it"):

@@ -61,10 +61,10 @@ def read_class_descriptions(root: Path) -> Classes:
         names = ", ".join(path.name for path in paths)
         raise InputError(f"{root}: must have one file of class descriptions, but has {names}; remove all but one")
     entries = []
-    for line, row in _rows(paths[0]):
+    for number, (line, row) in enumerate(_rows(paths[0])):
         if len(row) != 2:
             raise InputError(f"{paths[0]}, line {line}: must have the id and the name of a class, got {shown(row)}")
-        if line > 1 or row[0].lower() not in _HEADERS:
+        if number > 0 or row[0].lower() not in _HEADERS:
             entries.append((row[0], row[1]))
     return read_classes(str(paths[0]), entries)
 

@@ -200,9 +200,7 @@ def open_images_csv(root: Path, options: Options, files: dict[str, Any]) -> Expe
     must(described)
     rows = csv_of(described[0])
     must(all(len(row) == 2 for row in rows))
-    with described[0].open("rb") as file:
-        starts = file.read(3 + 1).removeprefix(b"\xef\xbb\xbf")[:1] not in (b"\n", b"\r")
-    has_header = rows and starts and rows[0][0].lower() in ("labelname", "id", "mid")
+    has_header = rows and rows[0][0].lower() in ("labelname", "id", "mid")
     objects = Classes((row[0], row[1]) for row in (rows[1:] if has_header else rows))
     triplets = sorted(root.glob("*relationship-triplets*.csv")) or sorted(tables.values())
     labels = {row["RelationshipLabel"] for file in triplets for row in table_of(file, "RelationshipLabel") if row}
