@@ -20,7 +20,7 @@ from sgalign.data.box_checks import PredictedBoxes
 from sgalign.data.class_names import first_difference
 from sgalign.data.findings import Findings, Outcome, counted
 from sgalign.data.images import same_proportions
-from sgalign.data.open import splits_of
+from sgalign.data.open import annotation_files, splits_of
 from sgalign.data.prediction_reading import Annotations, Predictions
 from sgalign.data.scene_graph import check_range, without_apart
 from sgalign.data.splits import Split
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     if options.json is not None:
         check_writable(options.json)
-        check_kept(parser(), options.folder, [options.predictions] if options.predictions else [], [options.json])
+        check_kept(parser(), [options.predictions, *annotation_files(options.folder)], [options.json])
     with _quiet():  # the report has the lines that the readers log
         validation = {name: getattr(options, name) for name in ("validation_images", "validation_choice")}
         report = check(options.folder, options.predictions, resized=options.resized, **validation)

@@ -20,7 +20,7 @@ from sgalign.data import SceneGraph, count_predicates, open_dataset, read_detect
 from sgalign.data.box_checks import PredictedBoxes
 from sgalign.data.detections import NOTHING, check_detections, coco_ids
 from sgalign.data.findings import counted, warn
-from sgalign.data.open import NO_TRAINING, check_same_classes, splits_of
+from sgalign.data.open import NO_TRAINING, annotation_files, check_same_classes, splits_of
 from sgalign.data.prediction_reading import Annotations, PredictionFiles
 from sgalign.data.scene_graph import check_has_relations, check_range
 from sgalign.data.splits import SPLITS
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str]) -> int:
         parser().error("the files of predictions, --detections, --json and --csv must all be different files")
     for path in written:
         check_writable(path)
-    check_kept(parser(), options.annotations, [options.zero_shot] if options.zero_shot else [], written)
+    check_kept(parser(), [options.zero_shot, *annotation_files(options.annotations)], written)
     figures: dict[str, float] = {}
     if options.detections is not None:
         figures |= evaluate_detections(options)

@@ -10,13 +10,14 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sgalign.commands.reading_options import check_kept
 from sgalign.data import load_image, read_detections
 from sgalign.data.detections import ids_of_names
 from sgalign.data.findings import counted
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--draw", action="store_true", help="also write pictures, in a folder named like --out, but with .pictures"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run")
+    parser.add_argument("--overwrite", action="store_true", help="delete the results of an earlier run first")
     parser.add_argument("--detections", metavar="FILE", help="file of the images' objects (docs/data.md)")
     parser.add_argument("--top-k", type=int, default=20, help="triplets per image (default: %(default)s)")
     parser.add_argument(
@@ -94,7 +95,10 @@ def main(arguments: Sequence[str]) -> int:
     files, others = find_images(options.images)
     beside = [place(path) for path in written for place in (options_of, parts_folder)]
     outputs = {*written, *beside, failed_file, _drawings(out), out.with_suffix(".html")}
-    _check_kept(options, out, [file.path for file in files], outputs)
+    images = {file.path.resolve() for file in files}
+    folders = {folder for path in images for folder in path.parents}
+    read = [options.checkpoint, options.detections, *images, *folders]
+    check_kept(parser(), read, outputs if options.draw else outputs - {_drawings(out)})
     _report(others, outputs)
     module = _load(options.checkpoint, options.detections)
     detections = None
@@ -146,16 +150,6 @@ def _check(options: argparse.Namespace) -> None:
         parser().error(f"--hdf5 must end in .h5 or .hdf5, got {options.hdf5}")
     if options.shard and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser().error(f"--shard must be left out under torchrun, which chooses the parts itself, got {options.shard}")
-
-
-def _check_kept(options: argparse.Namespace, out: Path, images: Sequence[Path], outputs: Iterable[Path]) -> None:
-    """End the program with the code 2 if it would write what it reads, or pictures among the images that it reads."""
-    read = {Path(path).resolve() for path in (options.checkpoint, options.detections, *images) if path is not None}
-    drawings = _drawings(out).resolve()
-    for path in outputs:
-        among_images = options.draw and path.resolve() == drawings and any(drawings in image.parents for image in read)
-        if path.resolve() in read or among_images:
-            parser().error(f"{path} must not be written, because the command reads from it: choose another --out")
 
 
 def _drawings(out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The options for reading a data set, which several commands share."""
+"""Options for reading a data set, and a check of the files to write, which several commands share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sgalign.data.findings import BadRows
-from sgalign.data.open import annotation_files
 from sgalign.data.splits import ValidationChoice
 
 
@@ -51,17 +50,11 @@ def add_resized(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_kept(
-    parser: argparse.ArgumentParser, folder: str, files: Iterable[str | Path], written: Iterable[Path | None]
-) -> None:
-    """End the program with the code 2 if a file to write is one of `files` or has annotations of the data set.
-
-    Raises:
-        FileNotFoundError, ValueError: if `folder` has no data set of a known layout.
-    """
-    kept = {Path(path).resolve() for path in (*files, *annotation_files(folder))}
+def check_kept(parser: argparse.ArgumentParser, read: Iterable[str | Path | None], written: Iterable[Path]) -> None:
+    """End the program with the code 2 if a path to write is also a path that the command reads."""
+    kept = {Path(path).resolve() for path in read if path is not None}
     for path in written:
-        if path is not None and path.resolve() in kept:
+        if path.resolve() in kept:
             parser.error(f"{path} must not be written, because the command reads it")
 
 
