@@ -163,17 +163,7 @@ def jumping_clock() -> None:
 
 def main() -> None:
     """Run the campaign and print a table. End with status 1 if a command failed a check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = ", ".join(small_runs.COMMANDS)
-    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=f"any of {known} (default: all)")
-    parser.add_argument("--attempts", type=int, default=20, help="attempts with each command (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the attempts (default: %(default)s)")
-    out = Path("build/disks")
-    parser.add_argument("--out", type=Path, default=out, help="folder for failed runs (default: %(default)s)")
-    options = parser.parse_args()
-    if unknown := set(options.commands) - set(small_runs.COMMANDS):
-        parser.error(f"unknown command: {', '.join(sorted(unknown))}; known: {known}")
-    names = options.commands or list(small_runs.COMMANDS)
+    options = small_runs.options(__doc__, "attempts", 20, "build/disks")
     work = Path(tempfile.mkdtemp()).resolve()
     disk = work / "disk"
     disk.mkdir()
@@ -185,27 +175,27 @@ def main() -> None:
         print(f"skipped: a tmpfs cannot be mounted here: {mount.stderr.strip()}")
         sys.exit(0)
     try:
-        failed = run_all(names, options, work, disk)
+        failed = run_all(options, work, disk)
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
         shutil.rmtree(work)
     sys.exit(int(failed))
 
 
-def run_all(names: list[str], options: argparse.Namespace, work: Path, disk: Path) -> bool:
+def run_all(options: argparse.Namespace, work: Path, disk: Path) -> bool:
     """Run the attempts of the named commands, and return True if any check failed."""
-    small_runs.load(names)
+    small_runs.load(options.commands)
     inputs, failed = work / "inputs", False
     inputs.mkdir()
     options.out.mkdir(parents=True, exist_ok=True)
-    pid = small_runs.fork(lambda: small_runs.make_inputs(inputs, names), work / small_runs.LOG)
+    pid = small_runs.fork(lambda: small_runs.make_inputs(inputs, options.commands), work / small_runs.LOG)
     assert small_runs.wait(pid, LIMIT) == 0, (work / small_runs.LOG).read_text()
     print("| command | output, KiB | attempts | seconds | failures |\n|---|---|---|---|---|", flush=True)
-    for name in names:
+    for name in options.commands:
         begin = time.monotonic()
         attempts = Attempts(name, inputs, work, disk, options.out.resolve(), options.seed)
         attempts.measure()
-        for number in range(options.attempts):
+        for number in range(options.count):
             attempts.attempt(number)
         counts = ", ".join(f"{count} {what}" for what, count in attempts.outcomes.items())
         failures = "; ".join(attempts.failures) or "none"

@@ -203,18 +203,18 @@ def _orphans() -> int:
         time.sleep(0 if done else 0.01)
 
 
-def run_all(names: list[str], options: argparse.Namespace, work: Path) -> bool:
+def run_all(options: argparse.Namespace, work: Path) -> bool:
     """Run the campaigns of the named commands in a folder, and return True if any check failed."""
     inputs, failed = work / "inputs", False
     inputs.mkdir()
-    pid = small_runs.fork(lambda: small_runs.make_inputs(inputs, names), work / small_runs.LOG)
+    pid = small_runs.fork(lambda: small_runs.make_inputs(inputs, options.commands), work / small_runs.LOG)
     assert small_runs.wait(pid, LIMIT) == 0, (work / small_runs.LOG).read_text()
     print("| command | undisturbed, s | operations | kills | slowest end, s | seconds | failures |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    for name in names:
+    for name in options.commands:
         begin, campaign = time.monotonic(), Campaign(name, inputs, work, options.out.resolve(), options.seed)
         campaign.measure()
-        campaign.run(options.kills)
+        campaign.run(options.count)
         counts = ", ".join(f"{count} {what}" for what, count in campaign.outcomes.items())
         failures = "; ".join(campaign.failures) or "none"
         print(
@@ -228,23 +228,13 @@ def run_all(names: list[str], options: argparse.Namespace, work: Path) -> bool:
 
 def main() -> None:
     """Run the campaign and print a table. End with status 1 if a command failed a check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = ", ".join(small_runs.COMMANDS)
-    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=f"any of {known} (default: all)")
-    parser.add_argument("--kills", type=int, default=50, help="kills of each command (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the moments (default: %(default)s)")
-    out = Path("build/kills")
-    parser.add_argument("--out", type=Path, default=out, help="folder for failed runs (default: %(default)s)")
-    options = parser.parse_args()
-    if unknown := set(options.commands) - set(small_runs.COMMANDS):
-        parser.error(f"unknown command: {', '.join(sorted(unknown))}; known: {known}")
-    names = options.commands or list(small_runs.COMMANDS)
+    options = small_runs.options(__doc__, "kills", 50, "build/kills")
     ctypes.CDLL(None).prctl(SUBREAPER, 1)
-    small_runs.load(names)
+    small_runs.load(options.commands)
     options.out.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp()).resolve()  # TemporaryDirectory would delete it at the end of each fork
     try:
-        failed = run_all(names, options, work)
+        failed = run_all(options, work)
     finally:
         shutil.rmtree(work)
     sys.exit(int(failed))

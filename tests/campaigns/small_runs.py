@@ -5,6 +5,7 @@ Importing the packages takes much longer than such a run, so `load` imports them
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import csv
 import hashlib
@@ -166,6 +167,29 @@ COMMANDS = {
         (*(f"out/runs/*/{name}" for name in ("log/**", "tensorboard/**", "log.txt", "config.yaml")), "out/re*.*"),
     ),
 }
+
+
+def options(description: str | None, count: str, default: int, out: str) -> argparse.Namespace:
+    """Return the options of a campaign: `commands`, `count`, `seed` and `out`.
+
+    Args:
+        description: of the campaign, for `--help`.
+        count: what `count` counts. It is the name of this option, too.
+        default: default of `count`.
+        out: default folder for failed runs.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ", ".join(COMMANDS)
+    help_ = f"any of {known} (default: all)"
+    parser.add_argument("commands", nargs="*", default=list(COMMANDS), metavar="COMMAND", help=help_)
+    help_ = f"{count} of each command (default: %(default)s)"
+    parser.add_argument(f"--{count}", dest="count", type=int, default=default, help=help_)
+    parser.add_argument("--seed", type=int, default=1, help="seed of the random choices (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder for failed runs (default: %(default)s)")
+    given = parser.parse_args()
+    if unknown := set(given.commands) - set(COMMANDS):
+        parser.error(f"unknown command: {', '.join(sorted(unknown))}; known: {known}")
+    return given
 
 
 def load(names: list[str]) -> None:
