@@ -372,6 +372,7 @@ def with_weights(change):
         (changed("training", {"best": {"R@50": "high"}}), "training.best: R@50 must be a number"),
         (changed("module", "os.system"), "must be a checkpoint of a module of this package"),
         (changed("options", {"hidden_dim": "8"}), "must have valid options and names"),
+        (changed("options", {"hidden_dim": 1 << 24}), "but its .* has shape"),  # the model would need a petabyte
         (changed("predicate_names", []), "must have valid options and names"),
         (cut, "must be a complete file of safetensors"),
         (with_weights(lambda weights, name: weights.pop(name)), "but it lacks"),

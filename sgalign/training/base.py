@@ -363,6 +363,9 @@ class SavedModule(pl.LightningModule):
         cls._check_kind(checkpoint)
         known = {field.name for field in dataclasses.fields(cls.options_type)}
         saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
+        # The options may name layers of any size. On the meta device, their shapes can be checked without memory.
+        with torch.device("meta"):
+            cls(**(saved | options)).on_load_checkpoint(checkpoint)
         module = cls(**(saved | options))
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
