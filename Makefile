@@ -33,12 +33,14 @@ fuzz: $(VENV)/test
 	done; exit $${failed:-0}
 
 kill: $(VENV)/test
-	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns/kills.py
-	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns/disks.py
+	for campaign in kills disks; do \
+		OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns/$$campaign.py || failed=1; \
+	done; exit $${failed:-0}
 
 soak: $(VENV)/test
-	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns/side_by_side.py
-	OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns/soak.py
+	for campaign in side_by_side soak; do \
+		OMP_NUM_THREADS=1 $(BIN)/python tests/campaigns/$$campaign.py || failed=1; \
+	done; exit $${failed:-0}
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

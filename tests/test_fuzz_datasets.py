@@ -9,24 +9,33 @@ import pytest
 
 pytest.importorskip("atheris", reason="atheris has packages for Linux on x86-64 and Python 3.11 to 3.13 only")
 pytest.importorskip("h5py")
-# Already imported modules are not instrumented. Instrumented ones would slow down the other tests of this process.
-import sgalign.data.coco_writing  # noqa: E402
-import sgalign.data.open  # noqa: E402, F401
-
 sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
 import fuzz_datasets  # noqa: E402
-from fuzzing import Draw, judged  # noqa: E402
+import fuzzing  # noqa: E402
 
 
 @pytest.mark.parametrize("name", fuzz_datasets.TARGETS)
-def test_a_target_finds_no_defect_in_some_random_inputs(name, tmp_path):
+def test_a_target_finds_no_defect_in_some_random_inputs(name):
     outcomes = Counter()
     for seed in range(20):
-        (folder := tmp_path / str(seed)).mkdir()
-        try:
-            word = fuzz_datasets.TARGETS[name](Draw(random.Random(seed).randbytes(2000)), folder) or "loaded"
-        except Exception as error:
-            word = judged(error, str(folder))
+        word, _ = fuzzing.run(fuzz_datasets.TARGETS[name], random.Random(seed).randbytes(2000))
         assert not word.startswith("DEFECT"), f"input of seed {seed}: {word}"
         outcomes[word] += 1
     assert outcomes["loaded"] and outcomes["refused"], outcomes
+
+
+def first_byte(draw, folder):
+    return 1 / draw.ConsumeIntInRange(0, 1) and "not zero"
+
+
+@pytest.mark.parametrize("content, code, end", [(b"\x01", 0, "not zero"), (b"", 1, "DEFECT ZeroDivisionError at ")])
+def test_one_input_is_run_again_and_nothing_is_written(content, code, end, tmp_path, monkeypatch, capsys):
+    (tmp_path / "one.input").write_bytes(content)
+    arguments = ["--input", str(tmp_path / "one.input"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["fuzz", "target", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        fuzzing.main({"target": first_byte, "other": first_byte})
+    assert ended.value.code == code
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith(end) and ("Traceback" in printed) == bool(code)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.input"]

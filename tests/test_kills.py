@@ -18,6 +18,8 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="th
 def printed(*command):
     """Return what a campaign prints."""
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    if "a tmpfs cannot be mounted" in run.stderr:
+        pytest.skip(run.stderr)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 
@@ -29,8 +31,6 @@ def test_killed_commands_end_with_the_files_of_undisturbed_ones(tmp_path):
 
 def test_commands_end_with_the_same_files_after_a_full_disk(tmp_path):
     text = printed(CAMPAIGNS / "disks.py", "--attempts", "5", "--out", tmp_path, "make-dataset")
-    if text.startswith("skipped"):
-        pytest.skip(text)
     assert "3 No space left on device, 1 jumping clock, 1 Read-only file system" in text and "| none |" in text, text
 
 

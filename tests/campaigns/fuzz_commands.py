@@ -333,17 +333,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> int:
     """Run the cases that the options name, print the table, and return 1 if there is a defect."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("commands", nargs="*", choices=[[], *SHARES], help="commands to run (default: all)")
+    known = ", ".join(filter(None, SHARES))
+    parser.add_argument("commands", nargs="*", metavar="COMMAND", help=f"any of {known} (default: all)")
     parser.add_argument("--inputs", type=int, default=100_000, help="number of cases (default: 100000)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the cases (default: 1)")
-    parser.add_argument("--out", type=Path, default=Path("build/fuzz/commands"), help="folder for outcomes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/fuzz/commands"), help="folder for outcomes (default: %(default)s)"
+    )
     parser.add_argument("--case", type=int, metavar="N", help="run only this case, and print how it ended")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time (default: never)")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    if unknown := set(options.commands) - set(SHARES):
+        parser.error(f"unknown command: {', '.join(sorted(unknown))}; known: {known}")
+    out = options.out.resolve() / ("" if options.case is None else "one")
+    out.mkdir(parents=True, exist_ok=True)
     cases = range(options.inputs) if options.case is None else [options.case]
     begin = time.monotonic()
-    rows = campaign(cases, options.seed, options.out.resolve(), options.commands, seconds=options.seconds)
+    rows = campaign(cases, options.seed, out, options.commands, seconds=options.seconds)
     if options.case is not None:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     kinds: dict[str, list[int]] = defaultdict(list)

@@ -50,6 +50,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.runs) - set(RUNS):
         parser.error(f"unknown run: {', '.join(sorted(unknown))}; known: {', '.join(RUNS)}")
+    if arguments.inputs < 1:
+        parser.error(f"--inputs must be at least 1, got {arguments.inputs}")
     if arguments.here is not None:
         (name,) = arguments.runs
         worker(name, range(arguments.here, arguments.inputs), arguments.seed, arguments.out)
@@ -58,11 +60,12 @@ def main() -> None:
     print("| run | cases | seconds | outcomes |\n|---|---|---|---|", flush=True)
     for name in arguments.runs or RUNS:
         out = (arguments.out / name).absolute()
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
         cases = range(-(-arguments.inputs // RUNS[name]))
         if arguments.case is not None:
-            cases = range(arguments.case, arguments.case + 1)
+            out, cases = out / "one", range(arguments.case, arguments.case + 1)
+        out.mkdir(parents=True, exist_ok=True)
+        for path in (*out.glob("case-*.txt"), out / "log.txt"):  # of an earlier run
+            path.unlink(missing_ok=True)
         begin = time.monotonic()
         outcomes = supervise(name, cases, arguments.seed, out)
         failed |= not outcomes or any("DEFECT" in word for word in outcomes)

@@ -10,16 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import atheris
 import numpy as np
 import plain_coco
 import plain_readers
 import plain_vg150
 import torch
-from fuzzing import Draw, Target, changed_bytes, changed_csv, changed_json, main, write_hdf5
+from fuzzing import Draw, Target, changed_bytes, changed_csv, changed_json, instrumented, main, write_hdf5
 from plain_values import LARGEST, SPLITS, Expected, Malformed, Options
 
-with atheris.instrument_imports(include=["sgalign"]):
+with instrumented():
     from sgalign.data import open_dataset
     from sgalign.data.coco import CocoDataset
     from sgalign.data.coco_writing import write_coco

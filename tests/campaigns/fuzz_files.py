@@ -15,15 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import atheris
 import numpy as np
 import torch
 import yaml
-from fuzzing import ODD, Draw, changed_array, changed_bytes, changed_json, main, write_hdf5
+from fuzzing import ODD, Draw, changed_array, changed_bytes, changed_json, instrumented, main, write_hdf5
 from PIL import Image
 from safetensors.torch import save as safetensors
 
-with atheris.instrument_imports(include=["sgalign"]):
+with instrumented():
     from sgalign.data import SceneGraph
     from sgalign.data.class_names import BACKGROUND, read_classes
     from sgalign.data.detections import ids_of_names, read_detections

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,11 @@ def write_hdf5(
         path.write_bytes(changed_bytes(draw, path.read_bytes()))
 
 
+def instrumented() -> AbstractContextManager[None]:
+    """Let atheris follow the code of sgalign's modules that the block imports, in processes that fuzz."""
+    return atheris.instrument_imports(include=["sgalign"]) if "--here" in sys.argv else nullcontext()
+
+
 def main(targets: dict[str, Target]) -> None:
     """Run the targets named on the command line, or all, each in a process of its own. Print a table of the outcomes.
 
@@ -189,14 +195,22 @@ def main(targets: dict[str, Target]) -> None:
     parser.add_argument("--inputs", type=int, default=100_000, help="inputs for each target (default: 100000)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the inputs (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("build/fuzz"), help="folder for defects (default: build/fuzz)")
-    parser.add_argument("--input", type=Path, help="an input that a run has left: run only this one")
+    parser.add_argument("--input", type=Path, help="an input that a run has left: run only this one, and write nothing")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := set(arguments.targets) - set(targets):
         parser.error(f"unknown target: {', '.join(sorted(unknown))}; known: {', '.join(targets)}")
+    if arguments.inputs < 1:
+        parser.error(f"--inputs must be at least 1, got {arguments.inputs}")
+    if arguments.input is not None:
+        if len(arguments.targets) != 1 or not arguments.input.is_file():
+            parser.error("--input must be a file, and needs the name of its target")
+        outcome, error = run(targets[arguments.targets[0]], arguments.input.read_bytes())
+        print(outcome if error is None else "".join([*traceback.format_exception(error), outcome]))
+        sys.exit(int(outcome.startswith("DEFECT")))
     if arguments.here:
         (name,) = arguments.targets
-        fuzz(targets[name], arguments.inputs, arguments.seed, arguments.out, arguments.input)
+        fuzz(targets[name], arguments.inputs, arguments.seed, arguments.out)
     failed = False
     print("| target | inputs | seconds | outcomes |\n|---|---|---|---|", flush=True)
     for name in arguments.targets or targets:
@@ -204,7 +218,6 @@ def main(targets: dict[str, Target]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "outcomes.json").unlink(missing_ok=True)
         options = ["--inputs", arguments.inputs, "--seed", arguments.seed, "--out", out]
-        options += ["--input", arguments.input] if arguments.input else []
         begin = time.monotonic()
         with open(out / "log.txt", "w") as log:
             command = [sys.executable, sys.argv[0], name, "--here", *map(str, options)]
@@ -221,7 +234,7 @@ def main(targets: dict[str, Target]) -> None:
     sys.exit(int(failed))
 
 
-def fuzz(target: Target, inputs: int, seed: int, out: Path, single: Path | None) -> None:
+def fuzz(target: Target, inputs: int, seed: int, out: Path) -> None:
     """Run a target in this process and write the outcomes. This function ends the process.
 
     libFuzzer ends the process with an artifact in `out` if an input takes longer than `SECONDS` or more memory than
@@ -231,28 +244,29 @@ def fuzz(target: Target, inputs: int, seed: int, out: Path, single: Path | None)
     found: set[str] = set()
 
     def one(content: bytes) -> None:
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            try:
-                word = target(Draw(content), Path(folder)) or "loaded"
-            except Exception as error:
-                word = judged(error, folder)
-                if word != "refused" and word not in found:
-                    found.add(word)
-                    stem = out / f"defect-{len(found)}"
-                    stem.with_suffix(".input").write_bytes(content)
-                    stem.with_suffix(".txt").write_text("".join(traceback.format_exception(error)))
+        word, error = run(target, content)
+        if word.startswith("DEFECT") and word not in found:
+            found.add(word)
+            stem = out / f"defect-{len(found)}"
+            stem.with_suffix(".input").write_bytes(content)
+            stem.with_suffix(".txt").write_text("".join(traceback.format_exception(error)))
         outcomes[word] += 1
         if sum(outcomes.values()) % 1000 == 0 or sum(outcomes.values()) >= inputs:
             (out / "outcomes.json").write_text(json.dumps(dict(outcomes.most_common())))
 
-    if single:
-        one(single.read_bytes())
-        print(dict(outcomes), file=sys.stderr)
-        sys.exit(0)
     options = {"runs": inputs, "seed": seed, "timeout": SECONDS, "malloc_limit_mb": MEBIBYTES, "max_len": 4096}
     options |= {"rss_limit_mb": 4 * MEBIBYTES, "artifact_prefix": f"{out}/", "len_control": 0}
     atheris.Setup([sys.argv[0], *(f"-{name}={value}" for name, value in options.items())], one)
     atheris.Fuzz()
+
+
+def run(target: Target, content: bytes) -> tuple[str, Exception | None]:
+    """Run a target on one input, and return the outcome and the error that it has raised."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        try:
+            return target(Draw(content), Path(folder)) or "loaded", None
+        except Exception as error:
+            return judged(error, folder), error
 
 
 def judged(error: Exception, folder: str) -> str:

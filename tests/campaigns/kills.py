@@ -137,7 +137,8 @@ class Campaign:
         if workers:
             os.kill(self.random.choice(workers), signal.SIGKILL)
             return small_runs.wait(pid, LIMIT) != 0
-        (os.kill if victim == "main" else os.killpg)(pid, signal.SIGKILL)
+        alone = victim == "main" or os.getpgid(pid) != pid  # a process that has just started has no group yet
+        (os.kill if alone else os.killpg)(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         return True
 

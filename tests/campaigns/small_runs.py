@@ -170,7 +170,7 @@ COMMANDS = {
 
 
 def options(description: str | None, count: str, default: int, out: str) -> argparse.Namespace:
-    """Return the options of a campaign: `commands`, `count`, `seed` and `out`.
+    """Return the options of a campaign: `commands`, `count`, `seed` and `out`. From now on, SIGTERM raises SystemExit.
 
     Args:
         description: of the campaign, for `--help`.
@@ -189,6 +189,7 @@ def options(description: str | None, count: str, default: int, out: str) -> argp
     given = parser.parse_args()
     if unknown := set(given.commands) - set(COMMANDS):
         parser.error(f"unknown command: {', '.join(sorted(unknown))}; known: {known}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     return given
 
 
@@ -292,6 +293,7 @@ def fork(do: Callable[[], int], log: Path, folder: Path | None = None) -> int:
     code = 70
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for standard in (1, 2):
             os.dup2(descriptor, standard)

@@ -81,8 +81,11 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     for name in arguments.combinations or COMBINATIONS:
         combination, out = COMBINATIONS[name], arguments.out.resolve() / name
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
+        for folder in ("environment", "training"):  # of an earlier run
+            shutil.rmtree(out / folder, ignore_errors=True)
+        for log in out.glob("*.txt"):
+            log.unlink()
         if subprocess.run([*FIND, combination.python], capture_output=True).returncode:
             print(
                 f"| {name} | {combination.python} | {' | ' * (len(columns) - 3)}skipped: no such Python |", flush=True
