@@ -24,8 +24,8 @@ from sgalign.training.checkpoints import (
     WholeCheckpointIO,
     check_ours,
     check_resumable,
+    check_same_weights,
     check_weights,
-    not_finite,
     random_states,
     read_checkpoint,
     restore_random_states,
@@ -296,7 +296,7 @@ class SavedModule(pl.LightningModule):
             classes, predicates = len(self.object_names), len(self.predicate_names)
             self.make_network(torch.ones(classes, classes, predicates))  # only the shape matters here
         self._leave_out_mirror(checkpoint["state_dict"])
-        self._check_weights(checkpoint["state_dict"])
+        check_same_weights(checkpoint["state_dict"], self.state_dict(), type(self).__name__)
 
     def _note_differences(self, checkpoint: dict[str, Any]) -> None:
         """Set `differences` to the options of the module and of the data that differ from the checkpoint."""
@@ -402,22 +402,6 @@ class SavedModule(pl.LightningModule):
             )
         for name in mirror:
             del weights[name]
-
-    def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Raise InputError unless the weights are finite and have the names and shapes of this module's weights."""
-        of_model = self.state_dict()
-        for name, own in of_model.items():
-            if name in weights and weights[name].is_floating_point() != own.is_floating_point():
-                types = f"{name} has type {weights[name].dtype} instead of {own.dtype}"
-                raise InputError(f"checkpoint must come from a model with the same options, but its {types}")
-            if name in weights and weights[name].shape != own.shape:
-                shapes = f"{name} has shape {list(weights[name].shape)} instead of {list(own.shape)}"
-                raise InputError(f"checkpoint must come from a model with the same options, but its {shapes}")
-        if differing := sorted(of_model.keys() ^ weights.keys()):
-            what = f"{'lacks' if differing[0] in of_model else 'has'} {differing[0]}"
-            raise InputError(f"checkpoint must have the same weights as {type(self).__name__}, but it {what}")
-        if names := not_finite(weights):
-            raise InputError(f"checkpoint must have finite weights, but these are not finite: {some_of(names)}")
 
 
 def module_named(name: str) -> type[SavedModule] | None:

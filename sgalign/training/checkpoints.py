@@ -88,6 +88,28 @@ def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
         raise InputError(f"weights must be finite, but at step {step} these are not finite: {some_of(names)}{remedy}")
 
 
+def check_same_weights(weights: Mapping[str, Tensor], of_model: Mapping[str, Tensor], model: str) -> None:
+    """Raise InputError unless a checkpoint's weights are finite and have the names and shapes of a model's.
+
+    Args:
+        weights: weights of the checkpoint.
+        of_model: weights of the model, also on the meta device.
+        model: name of the model for the error.
+    """
+    for name, own in of_model.items():
+        if name in weights and weights[name].is_floating_point() != own.is_floating_point():
+            types = f"{name} has type {weights[name].dtype} instead of {own.dtype}"
+            raise InputError(f"checkpoint must come from a model with the same options, but its {types}")
+        if name in weights and weights[name].shape != own.shape:
+            shapes = f"{name} has shape {list(weights[name].shape)} instead of {list(own.shape)}"
+            raise InputError(f"checkpoint must come from a model with the same options, but its {shapes}")
+    if differing := sorted(of_model.keys() ^ weights.keys()):
+        what = f"{'lacks' if differing[0] in of_model else 'has'} {differing[0]}"
+        raise InputError(f"checkpoint must have the same weights as {model}, but it {what}")
+    if names := not_finite(weights):
+        raise InputError(f"checkpoint must have finite weights, but these are not finite: {some_of(names)}")
+
+
 def some_of(names: Sequence[Any]) -> str:
     """Return the first four names as text, followed by the number of remaining names."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
