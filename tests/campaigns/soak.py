@@ -4,7 +4,8 @@
     python tests/campaigns/soak.py --out build/soak --hours 1 training      # one part
 
 The parts run one after another in this process. For each quantity, the median of the last third of the samples may be
-above that of the middle third (speed: below it) by at most a small limit (`Limits` in soaking.py). It writes soak.csv and soak.png.
+above that of the middle third (speed: below it) by at most a small limit (`Limits` in soaking.py). It writes soak.csv
+and soak.png.
 """
 
 from __future__ import annotations
