@@ -62,7 +62,7 @@ def main() -> None:
         out = (arguments.out / name).absolute()
         cases = range(-(-arguments.inputs // RUNS[name]))
         if arguments.case is not None:
-            out, cases = out / "one", range(arguments.case, arguments.case + 1)
+            out, cases = out.with_name(f"{name}-one"), range(arguments.case, arguments.case + 1)
         out.mkdir(parents=True, exist_ok=True)
         for path in (*out.glob("case-*.txt"), out / "log.txt"):  # of an earlier run
             path.unlink(missing_ok=True)
