@@ -1,8 +1,10 @@
 """Small sets of test cases that still combine the values of any few parameters in every way."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import pytest
 
 
 def cover(*parameters: Sequence[Any], strength: int = 2) -> list[tuple[Any, ...]]:
@@ -24,3 +26,8 @@ def cover(*parameters: Sequence[Any], strength: int = 2) -> list[tuple[Any, ...]
         missing -= meetings(best)
         chosen.append(tuple(values[index] for values, index in zip(parameters, best)))
     return chosen
+
+
+def slow_except(fast: Sequence[str], names: Iterable[str]) -> list[Any]:
+    """Return names as cases of a test that is slow for all names except those in `fast`."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]

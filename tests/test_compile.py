@@ -105,8 +105,10 @@ def test_motifs_compiled_by_inductor_equals_eager():
 
 @pytest.mark.parametrize(
     "kind, first",
-    [(AlignMotifsModule, False), (AlignSGTRModule, True)],
-    ids=["Motifs, eager first", "SGTR, compiled first"],
+    [
+        pytest.param(AlignMotifsModule, False, id="Motifs, eager first"),
+        pytest.param(AlignSGTRModule, True, id="SGTR, compiled first", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_resumes_with_and_without_compilation(kind, first, monkeypatch, tmp_path):
     """The weights after two epochs equal those of a run that is never compiled, and few graphs are compiled."""

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from covers import slow_except
 from target import COMMAND, ROOT
 
 from sgalign.commands import doctor
@@ -18,11 +19,12 @@ from sgalign.commands import main as cli
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARK = "<!-- run as a test -->\n"
-WALKTHROUGHS = [page for page in PAGES if f"{MARK}```sh" in page.read_text()]
+WALKTHROUGHS = {page.name: page for page in PAGES if f"{MARK}```sh" in page.read_text()}
+QUICK = ["train_your_data.md", "evaluate_any_system.md", "view_predictions.md"]  # the other one takes a minute or more
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES
-    if page not in WALKTHROUGHS
+    if page.name not in WALKTHROUGHS
     for number, block in enumerate(re.findall(MARK + r"```python\n(.*?)```", page.read_text(), re.S))
 ]
 
@@ -37,8 +39,8 @@ def test_marked_blocks_run(block):
         pytest.skip(f"needs {error.name}")
 
 
-@pytest.mark.parametrize("page", WALKTHROUGHS, ids=lambda page: page.name)
-def test_walkthroughs_run(page, tmp_path):
+@pytest.mark.parametrize("name", slow_except(QUICK, WALKTHROUGHS))
+def test_walkthroughs_run(name, tmp_path):
     """A page with marked shell blocks is a walkthrough. All its marked blocks run one after the other in one folder."""
     if missing := doctor.missing("train"):
         pytest.skip(missing[0])
@@ -48,7 +50,7 @@ def test_walkthroughs_run(page, tmp_path):
     command.chmod(0o755)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     environment = os.environ | {"PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    for language, block in re.findall(MARK + r"```(sh|python)\n(.*?)```", page.read_text(), re.S):
+    for language, block in re.findall(MARK + r"```(sh|python)\n(.*?)```", WALKTHROUGHS[name].read_text(), re.S):
         shell = ["bash", "-euo", "pipefail", "-c"] if language == "sh" else [sys.executable, "-c"]
         result = subprocess.run([*shell, block], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, f"{block}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
@@ -60,7 +62,7 @@ def test_walkthroughs_run(page, tmp_path):
 
 def test_marked_blocks_are_found():
     tutorials = "train_your_data.md", "evaluate_any_system.md", "predict_photographs.md", "view_predictions.md"
-    assert {page.name for page in WALKTHROUGHS} == set(tutorials)
+    assert WALKTHROUGHS.keys() == set(tutorials)
     pages = {block.id.rpartition("-")[0] for block in BLOCKS}
     assert pages >= {"README.md", "call_the_kernels.md", "align_your_model.md", "attention.md", "evaluation.md"}
 

@@ -146,7 +146,7 @@ def graphs_of(function, arguments, dynamic, compare=False):
 
 
 CASES = [
-    (name, backend)
+    pytest.param(name, backend, marks=pytest.mark.slow if backend == "reference" else ())
     for name, (function, _) in CHANGES.items()
     for backend in (None, "triton", "cuda", "reference")
     if backend is None or function not in (attend_by_module, draw, weigh)
@@ -253,8 +253,8 @@ UNKNOWN = {
 
 @pytest.mark.parametrize(
     "name, options",
-    [(name, {"backend": backend}) for name in list(UNKNOWN)[:6] for backend in (None, "reference")]
-    + [(name, {}) for name in list(UNKNOWN)[6:]],
+    [(name, {}) for name in UNKNOWN]
+    + [pytest.param(name, {"backend": "reference"}, marks=pytest.mark.slow) for name in list(UNKNOWN)[:6]],
 )
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_sizes_may_depend_on_values(name, options):
@@ -318,7 +318,7 @@ class Called(torch.nn.Module):
         return self.function(*tensors)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name",
     [

@@ -168,7 +168,7 @@ def test_backward_can_run_inside_the_block_of_the_next_mirror(checkpointed):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 compiles checkpointed layers again up to its limit")
-@pytest.mark.parametrize("masked", [None, ["self_attn", "multihead_attn"]])
+@pytest.mark.parametrize("masked", [pytest.param(None, marks=pytest.mark.slow), ["self_attn", "multihead_attn"]])
 def test_checkpointed_layers_can_be_compiled(masked):
     decoder, (queries, memory) = make_decoder(), inputs()
     replace_attention(decoder)

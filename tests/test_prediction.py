@@ -260,7 +260,7 @@ def start(command, tmp_path, images=2000):
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_stopped_run_says_how_far_it_came_and_keeps_everything(number, command, tmp_path):
     process = start([*command, "--hdf5", str(tmp_path / "p.h5"), "--workers", "1"], tmp_path)
     process.send_signal(number)

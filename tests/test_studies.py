@@ -19,6 +19,7 @@ import yaml
 
 pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
+from covers import slow_except  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from target import ROOT  # noqa: E402
 from trainers import CONFIGS, SMALL_MOTIFS, SMALL_SGTR, trainer  # noqa: E402
@@ -368,7 +369,7 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", slow_except(["second_epoch", "between_checkpoints", "test"], POINTS))
 def test_an_interrupted_run_goes_on_to_the_same_result(data, tmp_path, monkeypatch, undisturbed, interval, point):
     run = one_run(tmp_path, data, interval)
     with monkeypatch.context() as patch:
@@ -432,7 +433,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_except(["plateau", "averaged teacher"], KINDS))
 def test_interrupted_runs_of_all_kinds_go_on_to_the_same_weights_and_schedules(data, tmp_path, monkeypatch, kind):
     """The run is killed in the second and third epoch and before its end, with a checkpoint after each step."""
     monkeypatch.setattr(plan, "MINUTES", 0)
@@ -541,6 +542,7 @@ def test_gpus_are_shared_between_the_jobs(data, tmp_path, monkeypatch):
         launch.slots(runs, 2)
 
 
+@pytest.mark.slow
 def test_jobs_of_submitit_do_the_runs(data, tmp_path, monkeypatch, capsys):
     pytest.importorskip("submitit")
     monkeypatch.setattr(cluster, "PAUSE", 0.2)
@@ -634,6 +636,7 @@ def test_study_cannot_be_used_with_a_checkpoint(tmp_path, capsys):
     assert "--study selects runs and cannot be used with --checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_study_of_align_sgtr_has_the_figure_of_the_mirror(tmp_path, here, capsys):
     data = tmp_path / "images"
     assert main(["make-dataset", str(data), "--sizes", "4", "2", "2"]) == 0
