@@ -9,7 +9,7 @@ from target import BACKEND, ROOT
 
 sys.path.append(str(ROOT / "tests" / "campaigns"))
 import core_checks  # noqa: E402
-from core_cases import Attention, Relation  # noqa: E402
+from core_cases import Alignment, Attention, Relation  # noqa: E402
 
 pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="the campaign runs on the CPU")
 
@@ -67,3 +67,32 @@ def test_results_that_differ_are_not_the_same(one, other):
     core_checks.same(results, results, "nothing")
     with pytest.raises(AssertionError, match="output 0 depends on threads"):
         core_checks.same(results, others, "threads")
+
+
+def test_gradients_may_differ_only_where_the_reference_has_none():
+    """The second relation has the gradient 0 * inf in the reference. The kernel returns the limit."""
+    options = {"kind": "sigmoid", "reduction": "element", "direction": "symmetric"}
+    case = Alignment(torch.tensor([[0.2], [math.inf]]), torch.tensor([[0.1], [-math.inf]]), options, True)
+    expected, ours = core_checks.Expected(case), core_checks.run(case, "cpu")
+    assert expected.exact[1][0][1].isnan() and ours[1][0][1].isfinite()
+    expected.check(ours)
+    ours[1][0][0] = math.nan
+    with pytest.raises(AssertionError, match="gradient 0: not finite in other places"):
+        expected.check(ours)
+
+
+def test_gradients_that_cancel_are_compared_with_the_size_of_their_terms():
+    """The terms of the subject's gradient have magnitudes of up to 1000, and their sum is 0."""
+    grad = 1000 * random(1, 7).repeat(2, 1) * torch.tensor([[1.0], [-1.0]])
+    case = Relation(
+        torch.ones(2, 1), torch.zeros(2, 2).long(), [[torch.ones(1, 1)] * 2 + [random(7, 1), None]], [grad], False
+    )
+    expected, ours = core_checks.Expected(case), core_checks.run(case, "cpu")
+    assert expected.exact[1][1] == 0
+    for error, passes in ((1e-4, True), (0.01, False)):
+        ours[1][1] = torch.full((1, 1), error)
+        if passes:
+            expected.check(ours)
+        else:
+            with pytest.raises(AssertionError, match="gradient 1"):
+                expected.check(ours)
