@@ -20,7 +20,7 @@ from sgalign.commands import main as cli
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARK = "<!-- run as a test -->\n"
 WALKTHROUGHS = {page.name: page for page in PAGES if f"{MARK}```sh" in page.read_text()}
-QUICK = ["train_your_data.md", "evaluate_any_system.md", "view_predictions.md"]  # the other one takes a minute or more
+QUICK = ["train_your_data.md", "evaluate_any_system.md", "view_predictions.md"]  # the others are slow tests
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES
