@@ -166,12 +166,14 @@ class Expected:
         They must be those of the reference, in the narrower dtype. The finite numbers beside them are compared too. In
         attention, they are compared only in heads whose inputs are all finite, and gradients of other heads are not
         checked at all: a product with a dropped weight of 0 may be NaN, as a finite number is required there.
-        The symmetric loss has products of a probability and a difference of logits. If the probability is or becomes 0
-        and the difference is infinite, the reference or the kernel may have NaN, so such gradients may differ.
+        The gradient of the symmetric loss has products of a probability and a difference of logits. If the difference
+        is infinite, a kernel may have NaN instead of an infinite number, because the probability became 0 in rounding.
+        If both logits are infinite, the reference has NaN, and a kernel may leave the product out.
         """
-        clean, vague = None, torch.zeros((), dtype=torch.bool)
+        clean, row, both = None, torch.zeros((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
         if isinstance(self.case, Alignment) and self.case.options["direction"] == "symmetric":
-            vague = (self.case.logits.isinf() | self.case.mirrored.isinf()).any(1, keepdim=True)
+            infinite = self.case.logits.isinf(), self.case.mirrored.isinf()
+            row, both = (infinite[0] | infinite[1]).any(1, keepdim=True), infinite[0] & infinite[1]
         if isinstance(self.case, Attention):
             finite = [x.isfinite().flatten(2).all(2) for x in (*self.case.tensors, *self.case.grad_outs)]
             clean = torch.stack(finite).all(0)[..., None, None]
@@ -186,7 +188,7 @@ class Expected:
                 equal = (exact == mine) | (exact.isnan() & mine.isnan()) | (exact.isfinite() & mine.isfinite())
                 wrong = ~equal
                 if kind == "gradient":
-                    wrong &= ~(vague & ~exact.isfinite()) if clean is None else clean
+                    wrong &= ~(row & exact.isinf() & mine.isnan() | both & exact.isnan()) if clean is None else clean
                 assert not wrong.any(), f"{kind} {i}: not finite in other places: {wrong.nonzero()[:3].tolist()}"
                 group.append(mask)
         return masks
