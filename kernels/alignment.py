@@ -15,9 +15,16 @@ ELEMENTS = 1024
 
 
 @triton.jit
+def weighted(p, log_p, x):
+    """Return p * x, where x may be infinite, as in csrc/cpu/alignment.cpp."""
+    smallest = 1.1754943508222875e-38  # the smallest normal number
+    return tl.where(log_p == -float("inf"), 0.0, (p + smallest) * x)
+
+
+@triton.jit
 def divergence(p, log_p, log_q):
-    """Return the contribution of each class to KL(p || q), which is 0 if p is 0, even if log q is infinite."""
-    return tl.where(p == 0, 0.0, p * (log_p - log_q))
+    """Return the contribution of each class to KL(p || q)."""
+    return weighted(p, log_p, log_p - log_q)
 
 
 @triton.jit
@@ -81,8 +88,7 @@ def alignment_kernel(
         gradient = s - t
         if SYMMETRIC:
             loss += tl.sum(divergence(s, log_s, log_t) + divergence(not_s, log_not_s, log_not_t), 1)
-            spread = s * not_s
-            gradient += tl.where(spread == 0, 0.0, spread * (y - x))
+            gradient += weighted(s * not_s, log_s + log_not_s, y - x)
     else:
         log_t = log_softmax(x)
         log_s = log_softmax(y)

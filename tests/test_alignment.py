@@ -105,6 +105,25 @@ def test_class_that_the_teacher_excludes_adds_nothing():
     assert loss == 0 and not student.grad.any()
 
 
+@pytest.mark.parametrize("distance", [5.0, 97.0, 1000.0])  # 97: float32's exponential is not a normal number
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", [torch.float32, EXACT])
+def test_class_that_only_the_student_excludes_gives_an_infinite_loss(kind, distance, dtype):
+    teacher = torch.tensor([[0.0, 0, -distance]], device=DEVICE, dtype=dtype)
+    student = torch.tensor([[0.0, 0, -math.inf]], device=DEVICE, dtype=dtype, requires_grad=True)
+    loss = relation_alignment_loss(teacher, student, kind=kind)
+    loss.backward()
+    assert loss == math.inf and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("distance", [5.0, 97.0, 1000.0])
+def test_symmetric_loss_is_infinite_if_only_the_teacher_excludes_a_class(distance):
+    teacher = torch.tensor([[0.0, 0, -math.inf]], device=DEVICE)
+    student = torch.tensor([[0.0, 0, -distance]], device=DEVICE)
+    for kind in ("softmax", "sigmoid"):
+        assert relation_alignment_loss(teacher, student, kind=kind, direction="symmetric") == math.inf
+
+
 def test_no_relations_give_a_loss_of_zero():
     empty = torch.zeros(0, 5, device=DEVICE, requires_grad=True)
     loss = relation_alignment_loss(empty.detach(), empty)
