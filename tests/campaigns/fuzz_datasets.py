@@ -15,7 +15,7 @@ import plain_coco
 import plain_readers
 import plain_vg150
 import torch
-from fuzzing import Draw, Target, changed_bytes, changed_csv, changed_json, instrumented, main, write_hdf5
+from fuzzing import Draw, Target, changed_bytes, changed_csv, changed_json, instrumented, main, one_of, write_hdf5
 from plain_values import LARGEST, SPLITS, Expected, Malformed, Options
 
 with instrumented():
@@ -35,11 +35,6 @@ NOUNS = {"annotation": "object"}
 
 
 # ---- drawing
-
-
-def one_of(draw: Draw, *values: Any) -> Any:
-    """Return one of some values, the first of them if no bytes of the input are left."""
-    return values[draw.ConsumeIntInRange(0, len(values) - 1)]
 
 
 def drawn_options(draw: Draw) -> tuple[Options, str]:

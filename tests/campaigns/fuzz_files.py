@@ -9,6 +9,7 @@ import re
 import struct
 import sys
 import types
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from fuzzing import ODD, Draw, changed_array, changed_bytes, changed_json, instrumented, main, write_hdf5
+from fuzzing import ODD, Draw, changed_array, changed_bytes, changed_json, instrumented, main, one_of, write_hdf5
 from PIL import Image
 from safetensors.torch import save as safetensors
 
@@ -61,12 +62,8 @@ ANNOTATIONS = Annotations(OBJECTS, PREDICATES, GRAPHS, {"7": "a.jpg", "8": "d/b.
 SIZES: dict[str, Any] = {"embed_dim": 4, "hidden_dim": 4, "relation_dim": 4}
 
 
-def one_of(draw: Draw, values: Any) -> Any:
-    return values[draw.ConsumeIntInRange(0, len(values) - 1)]
-
-
 def write_text(draw: Draw, path: Path, text: str) -> str:
-    """Write a text, of which a tenth of the files have changed bytes, and a fiftieth has only random ones."""
+    """Write a text and return it. Of 50 files, 5 get changed bytes and one gets only random bytes."""
     content, action = text.encode(errors="surrogateescape"), draw.ConsumeIntInRange(0, 49)
     if action == 49:
         content = draw.ConsumeBytes(1000)
@@ -90,7 +87,7 @@ def detections(draw: Draw, folder: Path) -> None:
         [row, row | {"image_id": "b", "category_id": "horse"}, row | {"category": "person"}],
     ]
     ids = functools.partial(ids_of_names, ["a.jpg", "d/b.jpg"], OBJECTS) if draw.ConsumeBool() else None
-    text = write_json(draw, path := folder / "detections.json", one_of(draw, forms))
+    text = write_json(draw, path := folder / "detections.json", one_of(draw, *forms))
     found = read_detections(path, OBJECTS, ids)
     content = json.loads(text)
     for name, (boxes, labels, scores) in found.items():
@@ -144,7 +141,7 @@ def read_all(path: Path, resized: tuple[int, int] | None = None) -> None:
 
 
 def predictions_json(draw: Draw, folder: Path) -> None:
-    kind = one_of(draw, list(FORMS))
+    kind = one_of(draw, *FORMS)
     form, suffix = FORMS[kind], ".json"
     content: Any = {"a.jpg": form, "b": form}
     if kind == "custom":
@@ -155,7 +152,7 @@ def predictions_json(draw: Draw, folder: Path) -> None:
         content = {"images": [form | {"id": "a"}, form | {"id": 8}]}
     elif draw.ConsumeBool():
         content = [{"image_id": 7} | form, {"file_name": "x/b.jpg"} | form]
-        suffix = one_of(draw, [".json", ".jsonl"])
+        suffix = one_of(draw, ".json", ".jsonl")
     path = folder / f"predictions{suffix}"
     if suffix == ".jsonl":
         write_text(draw, path, "".join(json.dumps(changed_json(draw, row, 2)) + "\n" for row in content))
@@ -165,7 +162,7 @@ def predictions_json(draw: Draw, folder: Path) -> None:
 
 
 def predictions_hdf5(draw: Draw, folder: Path) -> None:
-    form = FORMS[one_of(draw, ["own", "motifs", "pairs", "reltr"])]
+    form = FORMS[one_of(draw, "own", "motifs", "pairs", "reltr")]
     arrays = {}
     for image in ("a.jpg", "d/b.jpg"):
         for name, values in form.items():
@@ -203,7 +200,7 @@ def changed_tensors(draw: Draw, content: Any) -> Any:
                     lambda: tensor.to("meta"),
                     lambda: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8),
                 ]
-                return one_of(draw, odd)() if tensor.dim() else tensor
+                return one_of(draw, *odd)() if tensor.dim() else tensor
             return tensor
         if isinstance(value, dict):
             walked = {name: walk(part) for name, part in value.items()}
@@ -227,7 +224,7 @@ def save_tensors(draw: Draw, path: Path, content: Any) -> None:
 
 
 def eval_results(draw: Draw, folder: Path) -> None:
-    shape = {"size": [64, 48], "mode": one_of(draw, ["xyxy", "xywh"]), "bbox": torch.tensor(BOXES)}
+    shape = {"size": [64, 48], "mode": one_of(draw, "xyxy", "xywh"), "bbox": torch.tensor(BOXES)}
     corners = shape | {"mode": "xyxy"}
     truth = {"labels": torch.tensor([1, 2]), "relation_tuple": torch.tensor([[0, 1, 1], [1, 0, 2]])}
     found = {"pred_labels": torch.tensor([1, 2]), "pred_scores": torch.tensor([0.9, 0.8])}
@@ -236,7 +233,7 @@ def eval_results(draw: Draw, folder: Path) -> None:
         "predictions": [shape | {"extra_fields": found} for _ in GRAPHS],
         "groundtruths": [corners | {"extra_fields": truth} for _ in GRAPHS],
     }
-    save_tensors(draw, path := folder / f"eval_results{one_of(draw, ['.pytorch', '.pt'])}", content)
+    save_tensors(draw, path := folder / f"eval_results{one_of(draw, '.pytorch', '.pt')}", content)
     if draw.ConsumeBool():
         write_json(draw, folder / "visual_info.json", [{"img_file": "/x/a.jpg"}, {"img_file": "b.jpg"}])
     read_all(path)
@@ -244,9 +241,9 @@ def eval_results(draw: Draw, folder: Path) -> None:
 
 def image_ids(draw: Draw, folder: Path) -> None:
     odd = [value for value in ODD if isinstance(value, str)]
-    names = ["a.jpg", "b.png", "d/a.jpg", "a", *(draw.ConsumeUnicode(6) for _ in range(3)), one_of(draw, odd)]
-    known = {"7": "a.jpg", "9": "gone.jpg", draw.ConsumeUnicode(3): one_of(draw, names)}
-    given = one_of(draw, [*names, *known, *(f"/x/{name}" for name in names), draw.ConsumeUnicode(6)])
+    names = ["a.jpg", "b.png", "d/a.jpg", "a", *(draw.ConsumeUnicode(6) for _ in range(3)), one_of(draw, *odd)]
+    known = {"7": "a.jpg", "9": "gone.jpg", draw.ConsumeUnicode(3): one_of(draw, *names)}
+    given = one_of(draw, *names, *known, *(f"/x/{name}" for name in names), draw.ConsumeUnicode(6))
     names = list(dict.fromkeys(names))
     part = lambda name: (Path(name).name, Path(name).stem)  # noqa: E731
     wanted = [[n for n in names if part(given)[0] in part(n)], [n for n in names if part(given)[1] in part(n)]]
@@ -267,8 +264,8 @@ def graph_lines(draw: Draw, folder: Path) -> None:
     graph = {"image_id": "a.jpg", "file": "x/a.jpg", "width": 64, "height": 48} | FORMS["described"]
     graph["objects"] = [item | {"score": 0.5} for item in graph["objects"]]
     lines = [json.dumps(changed_json(draw, graph, 2)) for _ in range(2)]
-    path = folder / one_of(draw, ["graphs.jsonl", "graphs.json"])
-    text = write_text(draw, path, "\n".join(lines) + one_of(draw, ["\n", "", "\n\n"]))
+    path = folder / one_of(draw, "graphs.jsonl", "graphs.json")
+    text = write_text(draw, path, "\n".join(lines) + one_of(draw, "\n", "", "\n\n"))
     if not is_graph_lines(path):
         assert path.suffix != ".jsonl"
         return
@@ -295,7 +292,7 @@ def features(draw: Draw, folder: Path) -> None:
         arrays |= {f"{image}/{name}": array for name, array in (values | {"union": np.ones((2, 3), "f4")}).items()}
     write_hdf5(draw, folder / "features_00000.h5", arrays, {"weights": "x", "dtype": "float32", "sizes": "600 1000"})
     cache = FeatureCache(folder)
-    assert cache.source and len(cache.images) >= 0
+    assert cache.source
     for name in ("a.jpg", "d/b.jpg"):
         image = cache[name]
         count = len(image["boxes"])
@@ -309,11 +306,11 @@ def word_vectors(draw: Draw, folder: Path) -> None:
     words = ["person", "horse", "traffic_light", "light", "x", "__background__", draw.ConsumeUnicodeNoSurrogates(3)]
     odd = ["1", "-0.5", "1e3", "nan", "inf", "1e39", "x", "", "1_0", "0x1", "é"]
     lines = ["3 4"] if draw.ConsumeBool() else []
-    for _ in range(draw.ConsumeIntInRange(0, 5)):
+    for _ in range(5 - draw.ConsumeIntInRange(0, 5)):
         numbers = ["0.25", "1", "-2", "3e-1"]
-        if draw.ConsumeIntInRange(0, 3) == 0:
-            numbers = [one_of(draw, odd) for _ in range(draw.ConsumeIntInRange(0, 5))]
-        lines.append(" ".join([one_of(draw, words), *numbers]))
+        if draw.ConsumeIntInRange(0, 3) == 3:
+            numbers = [one_of(draw, *odd) for _ in range(draw.ConsumeIntInRange(0, 5))]
+        lines.append(" ".join([one_of(draw, *words), *numbers]))
     text = write_text(draw, path := folder / "vectors.txt", "\n".join(lines))
     names = [BACKGROUND, "person", "traffic light"]
     table = read_word_vectors(path, names)
@@ -334,7 +331,7 @@ def class_names(draw: Draw, folder: Path) -> None:
         ["person", "horse", "background"], [BACKGROUND, "person"], {"1": "person", "2": "horse", "10": "x"},
         [{"id": 1, "name": "person"}, {"id": 3, "name": "horse"}], {"b": "person", "0": "none"},
     ]  # fmt: skip
-    write_json(draw, path := folder / "objects.json", one_of(draw, forms))
+    write_json(draw, path := folder / "objects.json", one_of(draw, *forms))
     content = read_json(path)
     if not isinstance(content, list | dict):
         return
@@ -388,7 +385,7 @@ def _png(draw: Draw, content: bytes) -> bytes:
 
 
 def images(draw: Draw, folder: Path) -> None:
-    kind, content = one_of(draw, image_files())
+    kind, content = one_of(draw, *image_files())
     action = draw.ConsumeIntInRange(0, 19)
     if kind == "png" and action < 12:
         content = _png(draw, content)
@@ -396,7 +393,7 @@ def images(draw: Draw, folder: Path) -> None:
         content = changed_bytes(draw, content, 4)
     else:
         content = draw.ConsumeBytes(1000)
-    path = folder / one_of(draw, [f"image.{kind}", "image"])
+    path = folder / one_of(draw, f"image.{kind}", "image")
     path.write_bytes(content)
     is_image(path)
     stored, turned = image_sizes(path)
@@ -513,7 +510,7 @@ def studies(draw: Draw, folder: Path) -> None:
         lines = text.split("\n")
         place = draw.ConsumeIntInRange(0, len(lines) - 1)
         key = lines[place].partition(":")[0] if draw.ConsumeBool() else ""
-        lines[place] = f"{key}: {one_of(draw, odd)}" if key else one_of(draw, odd)
+        lines[place] = f"{key}: {one_of(draw, *odd)}" if key else one_of(draw, *odd)
         text = "\n".join(lines)
     write_text(draw, path := folder / "s.yaml", text)
     study = read_study(path, {"data.root": "VG"} if draw.ConsumeBool() else None)
@@ -567,8 +564,8 @@ def results(draw: Draw, folder: Path) -> None:
 def held_claims(draw: Draw, folder: Path) -> None:
     own = claims._self()
     for number in range(draw.ConsumeIntInRange(0, 3)):
-        name = one_of(draw, [f"claim.{number}", "claim.x", "claim.9", f"claim.{draw.ConsumeInt(4)}"])
-        write_json(draw, folder / name, one_of(draw, [own, own | {"pid": "1"}, own | {"machine": "x"}]))
+        name = one_of(draw, f"claim.{number}", "claim.x", "claim.9", f"claim.{draw.ConsumeInt(4)}")
+        write_json(draw, folder / name, one_of(draw, own, own | {"pid": "1"}, own | {"machine": "x"}))
     holder = claims.holder(folder)
     claim = claims.take(folder)
     assert (claim is None) == (holder is not None), holder
@@ -599,9 +596,10 @@ def predicted(name: str, folder: Path) -> PredictedImage:
 
 def continued_lines(draw: Draw, folder: Path) -> None:
     path = folder / "graphs.jsonl"
+    (folder / "a.jpg").write_bytes(b"image")
     graph = {"image_id": "a.jpg", "file": "x/a.jpg", "bytes": 5, "width": 64, "height": 48} | FORMS["described"]
     lines = [json.dumps(changed_json(draw, graph, 2)) for _ in range(2)]
-    before = write_text(draw, path, "\n".join(lines) + one_of(draw, ["\n", "", '\n{"image_'])).encode()
+    write_text(draw, path, "\n".join(lines) + one_of(draw, "\n", "", '\n{"image_'))
     write_json(draw, options_of(path), MADE_FROM | OPTIONS)
     before = path.read_bytes()
     output = GraphLines(path, MODULE, MADE_FROM, **OPTIONS)
@@ -635,17 +633,30 @@ def continued_parts(draw: Draw, folder: Path) -> None:
     assert set(prediction_ids(path)) == done | {"new.jpg"}
 
 
-def tensors(draw: Draw, folder: Path) -> None:
-    """Read pickles of random opcodes, which must run nothing."""
-    import zipfile
+@functools.cache
+def watched() -> list[str]:
+    """Return a list to which Python adds the names of events that code in a pickle would cause."""
+    dangerous = "pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen"
+    events: list[str] = []
+    sys.addaudithook(lambda event, _: events.append(event) if event in dangerous else None)
+    return events
 
+
+def tensors(draw: Draw, folder: Path) -> None:
+    """Read changed pickles, in which a command may stand. The command must not run."""
     torch.save({"a": torch.ones(2)}, data := io.BytesIO())
-    path = folder / "file.ckpt"
+    path, command = folder / "file.ckpt", b"cposix\nsystem\n(X\x04\x00\x00\x00truetR0"
     with zipfile.ZipFile(data) as archive, zipfile.ZipFile(path, "w") as changed:
         for name in archive.namelist():
             content = archive.read(name)
+            if name.endswith(".pkl"):
+                content = content[:2] + one_of(draw, b"", command) + content[2:]  # behind the protocol's number
             changed.writestr(name, changed_bytes(draw, content, 4) if draw.ConsumeBool() else content)
-    read_tensors(path, "checkpoint")
+    watched().clear()
+    try:
+        read_tensors(path, "checkpoint")
+    finally:
+        assert not watched(), f"reading caused {watched()}"
 
 
 TARGETS: dict[str, Callable[[Draw, Path], str | None]] = {

@@ -30,13 +30,18 @@ Draw = atheris.FuzzedDataProvider
 Target = Callable[[Draw, Path], str | None]
 
 SECONDS = 10  # an input that takes longer counts as a hang
-MEBIBYTES = 1024  # an allocation, or growth of the process, that counts as too large
+MEBIBYTES = 1024  # an allocation that counts as too large; the whole process may have four times as much
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 7, 255, 2**31, 2**53, 2**63, 10**30,
     0.5, -0.0, 1e308, float("inf"), float("nan"),
     "", " ", "0", "1", "../x", "//x", "a/b", "\x00", "\ud800", "é", "x" * 300, "9" * 5000,
     [], [0], [[]], [[1, 2], [3]], {}, {"": 0},
 ]  # fmt: skip
+
+
+def one_of(draw: Draw, *values: Any) -> Any:
+    """Return one of some values, the first of them if no bytes of the input are left."""
+    return values[draw.ConsumeIntInRange(0, len(values) - 1)]
 
 
 def changed_json(draw: Draw, content: Any, most: int = 4) -> Any:
@@ -46,10 +51,10 @@ def changed_json(draw: Draw, content: Any, most: int = 4) -> Any:
         parts = [(holder, key) for holder in _holders(content) for key in _keys(holder)]
         if not parts:
             break
-        holder, key = parts[draw.ConsumeIntInRange(0, len(parts) - 1)]
+        holder, key = one_of(draw, *parts)
         action = draw.ConsumeIntInRange(0, 5)
         if action <= 1:
-            holder[key] = _copied(ODD[draw.ConsumeIntInRange(0, len(ODD) - 1)])
+            holder[key] = _copied(one_of(draw, *ODD))
         elif action == 2:
             del holder[key]
         elif action == 3 and isinstance(holder, list):
@@ -57,8 +62,8 @@ def changed_json(draw: Draw, content: Any, most: int = 4) -> Any:
         elif action == 3:
             holder[draw.ConsumeUnicode(8)] = holder.pop(key)
         elif action == 4:
-            other, place = parts[draw.ConsumeIntInRange(0, len(parts) - 1)]
-            holder[key] = _copied(other[place]) if place in _keys(other) else None
+            other, place = one_of(draw, *parts)
+            holder[key] = _copied(other[place])
         else:
             holder[key] = draw.ConsumeInt(8) if draw.ConsumeBool() else draw.ConsumeFloat()
     return content
@@ -105,7 +110,7 @@ def changed_csv(draw: Draw, rows: list[list[str]], most: int = 4) -> bytes:
     for _ in range(draw.ConsumeIntInRange(0, most)):
         if not rows:
             break
-        row = rows[draw.ConsumeIntInRange(0, len(rows) - 1)]
+        row = one_of(draw, *rows)
         action = draw.ConsumeIntInRange(0, 6)
         if action == 0:
             rows.remove(row)
@@ -115,7 +120,7 @@ def changed_csv(draw: Draw, rows: list[list[str]], most: int = 4) -> bytes:
             del row[draw.ConsumeIntInRange(0, len(row) - 1)]
         elif row:
             texts = [*(str(value) for value in ODD if value != "\ud800"), *row, '"', "a\nb", "a,b", "nan", "0.5"]
-            row[draw.ConsumeIntInRange(0, len(row) - 1)] = texts[draw.ConsumeIntInRange(0, len(texts) - 1)]
+            row[draw.ConsumeIntInRange(0, len(row) - 1)] = one_of(draw, *texts)
     text = io.StringIO()
     csv.writer(text, lineterminator=["\n", "\r\n"][draw.ConsumeIntInRange(0, 1)]).writerows(rows)
     return text.getvalue().encode()
@@ -140,7 +145,7 @@ def changed_array(draw: Draw, values: np.ndarray) -> np.ndarray:
     if values.size:
         place = draw.ConsumeIntInRange(0, values.size - 1)
         special = [-1, 0, 1, 2, 127, 2**31 - 1, 2**40, np.nan, np.inf, -np.inf, draw.ConsumeInt(4)]
-        value = special[draw.ConsumeIntInRange(0, len(special) - 1)]
+        value = one_of(draw, *special)
         with np.errstate(all="ignore"):
             values.reshape(-1)[place] = np.asarray(value, "f8").astype(values.dtype)
     return values
@@ -155,7 +160,7 @@ def write_hdf5(
         names = [*arrays, *attributes]
         if not names:
             break
-        name = names[draw.ConsumeIntInRange(0, len(names) - 1)]
+        name = one_of(draw, *names)
         group = arrays if name in arrays else attributes
         action = draw.ConsumeIntInRange(0, 4)
         if action == 0:
@@ -167,7 +172,7 @@ def write_hdf5(
         elif group is attributes:
             odd = [value for value in ODD if isinstance(value, bool | int | float | str) and str(value).isascii()]
             odd = [value for value in odd if not isinstance(value, int) or abs(value) < 2**63]
-            group[name] = odd[draw.ConsumeIntInRange(0, len(odd) - 1)]
+            group[name] = one_of(draw, *odd)
         else:
             group[name] = changed_array(draw, group[name])
     with h5py.File(path, "w") as file:
@@ -237,8 +242,8 @@ def main(targets: dict[str, Target]) -> None:
 def fuzz(target: Target, inputs: int, seed: int, out: Path) -> None:
     """Run a target in this process and write the outcomes. This function ends the process.
 
-    libFuzzer ends the process with an artifact in `out` if an input takes longer than `SECONDS` or more memory than
-    `MEBIBYTES`. Defects that Python can catch do not end it, so that one run finds several.
+    libFuzzer ends the process with an artifact in `out` if an input takes longer than `SECONDS` or allocates more than
+    `MEBIBYTES` at once. Defects that Python can catch do not end it, so that one run finds several.
     """
     outcomes: Counter[str] = Counter()
     found: set[str] = set()
