@@ -9,7 +9,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
 sys.path.append(str(Path(__file__).resolve().parent / "campaigns"))
 import fuzz_commands  # noqa: E402
-from command_judging import Ended, judge  # noqa: E402
+from command_judging import Ended, expected, judge  # noqa: E402
 
 LIGHT = ("check", "evaluate", "export", "make-dataset", "predict", "report", "view")  # commands that train nothing
 
@@ -45,6 +45,35 @@ def test_the_campaign_judges_how_a_command_ends(code, err, files, expected, tmp_
 
 
 @pytest.mark.parametrize(
+    ("line", "name", "allowed"),
+    [
+        ("check in/coco --json new.json", "cwd/new.json", True),
+        ("check in/coco --json=sub/new.json", "cwd/sub", True),
+        ("check in/coco --json in/coco/train.json", "cwd/in/coco/train.json", True),
+        ("check in/coco --json .", "cwd/in/coco/train.json", False),
+        ("check in/coco", "cwd/in/coco/train.json", False),
+        ("view in/graphs.jsonl", "cwd/in/graphs.jsonl", False),
+        ("view in/graphs.jsonl", "cwd/graphs.html", True),
+        ("export in/motifs.ckpt new", "cwd/new/model.safetensors", True),
+        ("predict in/coco --out new.jsonl", "cwd/new.failed.jsonl", True),
+        ("predict in/coco --top-k 1", "cwd/123.json", False),
+        ("fit --trainer.default_root_dir=new", "cwd/new/x.ckpt", True),
+        ("make-dataset ../x", "x/train.json", True),
+    ],
+)
+def test_a_command_may_write_only_where_an_output_is_named(line, name, allowed):
+    assert expected(line.split(), name) == allowed
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="the campaign works in /dev/shm")
+def test_a_worker_that_ends_before_a_case_is_a_defect_of_this_case(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz_commands.Worker, "_isolate", lambda worker: 1 / 0)
+    rows = fuzz_commands.campaign(range(4), 1, tmp_path, LIGHT, trained=False)
+    assert sorted(row["case"] for row in rows) == [0, 1, 2, 3]
+    assert all("ended by status 256" in row["outcome"] for row in rows)
+
+
+@pytest.mark.parametrize(
     ("argument", "message", "named"),
     [
         ("in/data", "the file in/data is wrong", True),
@@ -70,5 +99,6 @@ def test_an_error_that_leaves_a_command_and_a_damaged_file_are_defects(tmp_path)
         {}["x"]
     error = Ended(None, raised.value, "", "")
     assert judge(arguments, error, tmp_path, {}, {}).startswith("DEFECT check: KeyError")
-    (tmp_path / "new.json").write_text('{"a": ')
-    assert "file is not whole" in judge(arguments, Ended(0, None, "", ""), tmp_path, {}, {"new.json": (6, 1, 1)})
+    (tmp_path / "cwd").mkdir()
+    (tmp_path / "cwd" / "new.json").write_text('{"a": ')
+    assert "file is not whole" in judge(arguments, Ended(0, None, "", ""), tmp_path, {}, {"cwd/new.json": (6, 1, 1)})

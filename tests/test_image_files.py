@@ -242,7 +242,8 @@ def test_a_folder_without_images_is_refused(tmp_path):
     for source, problem in (
         (tmp_path, "has no image directly in it"),
         (f"{tmp_path}/*.jpg", "no image matches"),
-        (tmp_path / "missing", "must be an image, a folder of images or a pattern"),
+        (tmp_path / "missing", "missing: must be an image, a folder of images or a pattern"),
+        ("", "^'': must be an image"),
     ):
         with pytest.raises(FileNotFoundError, match=problem):
             find_images([source])

@@ -71,6 +71,7 @@ def _nothing_in(source: str) -> str:
         return f"{source}: this folder has no image directly in it. For those in its subfolders, give '{source}/**/*'"
     if glob.has_magic(source):
         return f"{source}: no image matches this pattern"
+    source = source or repr(source)
     return f"{source}: must be an image, a folder of images or a pattern, but there is no such file or folder"
 
 

@@ -19,8 +19,11 @@ from PIL import Image
 State = dict[str, tuple[int, int, int]]  # size, time and number of each file, by its path
 DEFAULTS = (
     "lightning_logs/", "checkpoints/", "runs/", "graphs.", "predictions.jsonl", "predictions.h5", "detections.json",
-    "config.yaml",
+    "config.yaml", "study/",
 )  # fmt: skip
+LINKS = {"old/link.json": "old/file.json", "old/dangling.json": "old/absent.json"}  # in the folder of a case
+OUTPUTS = {("export", "folder"), ("report", "folder"), ("make-dataset", "out")}  # positional arguments that are written
+OUTPUT_OPTIONS = {"out", "json", "csv", "hdf5", "default_root_dir"}
 UNNAMED = {".", "/", "in"}  # parents of all relative paths, all absolute paths and all inputs
 WARNINGS = re.compile(r"Warning|warn\(|^\s|^$|Seed set|^GPU|^TPU|^`Trainer|^HINT|it/s|image/s|💡")
 
@@ -122,29 +125,33 @@ def _place(error: BaseException) -> str:
 
 def expected(arguments: Sequence[str], name: str) -> bool:
     """Return True if a command line says that the file `name` may be written."""
-    given_places = [os.path.normpath(f"cwd/{word.rpartition('=')[2]}") for word in arguments]
-    if "" in arguments or any(
-        name == place or name.startswith(f"{place}/") for place in given_places if place != "cwd"
-    ):
+    if name.split("/")[0] in ("home", "tmp"):
         return True
-    if name.startswith("cwd"):
-        name = name.removeprefix("cwd").removeprefix("/")
-    elif name.split("/")[0] in ("home", "tmp"):
+    local = os.path.relpath(name, "cwd")
+    if local.startswith(DEFAULTS) or f"{local}/" in DEFAULTS or arguments[:1] == ["view"] and "/" not in local:
         return True
-    if not name or name.startswith(DEFAULTS) or name + "/" in DEFAULTS or name == "study" or name.startswith("study/"):
-        return True
-    if arguments and arguments[0] == "view" and name.endswith(".html"):
-        return True
-    links = {"old/link.json": "old/file.json", "old/dangling.json": "old/absent.json"}
-    for argument in arguments:
-        for word in (argument, argument.partition("=")[2], *(links[link] for link in links if link in argument)):
-            given = os.path.normpath(word) if word else ""
-            if given and (name == given or name.startswith(given + "/") or given.startswith(name + "/")):
-                return True
-            stem = os.path.splitext(given)[0]
-            if given and name.startswith(stem) or given == ".":
-                return True
+    for output in outputs(arguments):
+        place = os.path.normpath(f"cwd/{LINKS.get(output, output)}")
+        stem = os.path.splitext(place)[0]  # begins the names of files beside the results
+        if place == "cwd":  # "" and ".", which do not stand for the inputs in the folder
+            return not local.startswith("in/")
+        if name == place or name.startswith((f"{place}/", f"{stem}.")) or place.startswith(f"{name}/"):
+            return True
     return False
+
+
+def outputs(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command line that name outputs."""
+    command = arguments[0] if arguments else ""
+    positional = command in {command for command, _ in OUTPUTS}
+    found = []
+    for place, argument in enumerate(arguments[1:], 1):
+        option, equals, value = argument.partition("=")
+        if option.startswith("--") and option.lstrip("-").rpartition(".")[2] in OUTPUT_OPTIONS:
+            found += [value] if equals else list(arguments[place + 1 : place + 2])
+        elif positional and not option.startswith("--"):
+            found.append(argument)
+    return found
 
 
 def _damage(path: Path) -> str | None:

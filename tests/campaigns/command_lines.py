@@ -17,6 +17,7 @@ from random import Random
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from unittest import mock
 
+from command_judging import OUTPUT_OPTIONS, OUTPUTS
 from trainers import SMALL_DETR, SMALL_MOTIFS, SMALL_SGTR
 
 from sgalign import training
@@ -50,8 +51,6 @@ WORDS = {
     "images": ("in/coco/images", "in/coco/images/*"),
 }  # words that an option of this name may mean, beyond its type
 PROCESSES = {"devices", "num_nodes", "num_workers", "workers", "jobs"}  # at most 2, or the machine would be exhausted
-OUTPUTS = {("export", "folder"), ("report", "folder"), ("make-dataset", "out")}  # positional arguments that are written
-OUTPUT_OPTIONS = {"out", "json", "csv", "hdf5", "default_root_dir"}
 MOTIFS = {"MotifsModule", "AlignMotifsModule", "AveragedTeacherModule", "GrowingMaskModule", "MaskedMotifsModule"}
 QUIET = (
     "--data.root=in/coco --data.batch_size=2 --trainer.accelerator=cpu --trainer.max_steps=1 --trainer.logger=false "

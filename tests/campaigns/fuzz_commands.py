@@ -44,7 +44,7 @@ from sgalign.training import lightning_cli  # noqa: E402
 from sgalign.training.lightning_cli import make_cli  # noqa: E402
 
 SECONDS = 20  # a case that takes longer is stopped
-DEEP = 2  # a worker that spent more seconds in a case is replaced, because the case may have left state behind
+LONG = 2  # a worker that spent more seconds in a case is replaced, because the case may have left state behind
 MEMORY = 10 << 30  # address space of a process in bytes, of which the libraries take about 4 GiB
 WORKERS = 2
 OUTCOMES = ("finished", "refused", "usage error", "stopped", "DEFECT")
@@ -64,12 +64,13 @@ class Worker:
         self.whole, self.lines, self.seed, self.out = inputs, lines, seed, out
         self.inputs = Path(tempfile.mkdtemp(prefix="inputs_", dir="/dev/shm"))  # a copy that cases may damage
         self.cli = make_cli(["fit", "--model", "MotifsModule"], _Parsed)
-        self.now = multiprocessing.RawArray("d", 2)  # number and start of the case, for the process that watches
+        # For the process that watches: the number of the case and its start, which is 0 between cases.
+        self.now = multiprocessing.RawArray("d", 2)
         self.folder = Path(tempfile.mkdtemp(prefix="case_", dir="/dev/shm"))
         self.pid = 0
 
     def start(self, cases: Sequence[int]) -> None:
-        """Start the process. It ends when the cases are done, or after one that went deep."""
+        """Start the process. It ends when the cases are done, or after a case that was long or had a defect."""
         self.now[1] = 0.0
         self.pid = os.fork()
         if self.pid:
@@ -81,7 +82,7 @@ class Worker:
             for case in cases:
                 self.now[0], self.now[1] = case, time.monotonic()
                 fresh = self._run(case)
-                self.now[0], self.now[1] = case + 1e9, 0.0  # done
+                self.now[1] = 0.0
                 if not fresh:
                     break
             code = 0
@@ -157,8 +158,8 @@ class Worker:
         outcome = judge(arguments, ended, self.folder, self.start_state, after, self.lines.names(arguments))
         if ended.code != 2 and (now := state(self.inputs)) != self.before:
             changed = sorted(name for name in now.keys() | self.before.keys() if now.get(name) != self.before.get(name))
-            if not all(expected(arguments, name) for name in changed):
-                outcome = f"DEFECT {arguments[0]}: changed an input: {changed[0]}"
+            if strays := [name for name in changed if not expected(arguments, f"cwd/{name}")]:
+                outcome = f"DEFECT {arguments[0]}: changed an input: {strays[0]}"
             self._copy_inputs()
         row = {"case": case, "command": _name(arguments), "outcome": outcome, "seconds": round(seconds, 3)}
         if outcome.startswith("DEFECT"):
@@ -168,7 +169,7 @@ class Worker:
             file.write(json.dumps(row) + "\n")
         if after != self.start_state:
             self.start_state = {}
-        return seconds < DEEP and not outcome.startswith("DEFECT")
+        return seconds < LONG and not outcome.startswith("DEFECT")
 
 
 def reuse_parser(made: lightning_cli.CLI) -> None:
@@ -266,22 +267,19 @@ def _watch(worker: Worker, waiting: list[int], over: bool) -> None:
     with contextlib.suppress(ProcessLookupError):  # processes that the case has started
         os.killpg(pid, signal.SIGKILL)
     worker.pid = 0
-    last = int(worker.now[0])
-    done = last if last < 1e9 else last - 1_000_000_000
-    if last < 1e9 and waiting and not over:  # the process ended within a case
-        arguments = worker.lines.line(worker.seed, done)
-        outcome = "stopped" if late else f"DEFECT {arguments[0]}: ended by status {status}"
-        row = {
-            "case": done,
-            "command": _name(arguments),
-            "outcome": outcome,
-            "seconds": SECONDS,
-            "arguments": arguments,
-        }
+    if over:
+        return
+    inside = worker.now[1] > 0
+    early = status != 0 and not inside and not late  # the process ended before its next case began
+    case = waiting[0] if early else int(worker.now[0])
+    if inside or early:
+        arguments = worker.lines.line(worker.seed, case)
+        outcome = "stopped" if late else f"DEFECT {_name(arguments)}: ended by status {status}"
+        row = {"case": case, "command": _name(arguments), "outcome": outcome, "seconds": SECONDS}
         with worker.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-    del waiting[: waiting.index(done) + 1 if done in waiting else len(waiting)]
-    if waiting and not over:
+            file.write(json.dumps(row | {"arguments": arguments}) + "\n")
+    del waiting[: waiting.index(case) + 1]
+    if waiting:
         worker.start(waiting)
 
 
@@ -360,7 +358,10 @@ def main() -> int:
     print(f"\n{time.monotonic() - begin:.0f} seconds, seed {options.seed}")
     for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
         print(f"{kind}: {len(found)} cases, such as --case {found[0]}")
-    return int(bool(kinds))
+    missing = 0 if options.seconds < float("inf") else len(cases) - len(rows)
+    if missing:
+        print(f"{missing} cases have no outcome")
+    return int(bool(kinds) or missing != 0)
 
 
 if __name__ == "__main__":
