@@ -53,3 +53,20 @@ def test_success_with_a_missing_or_a_short_file_is_a_failure(first, problem, tmp
     attempts.attempt(disks.KINDS.index(disks.CLOCK))
     (failure,) = attempts.failures
     assert re.fullmatch(f"attempt 2: ended with 0: {problem}", failure), failure
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (["sgalign: out/f.json: No space left on device"], None),
+        (["sgalign: 'f.json': No space left on device"], None),
+        (["sgalign: cannot write the results: No space left on device"], "must name a file"),
+        (["sgalign: something failed: [Errno 28] No space left on device"], "must name a file"),
+        (["sgalign: out/f.json: No space left on device", "sgalign: it failed"], "more than one sentence"),
+        (["Traceback (most recent call last):", "sgalign: out/f.json: No space left on device"], "a traceback"),
+    ],
+)
+def test_a_full_disk_needs_one_sentence_that_names_a_file(lines, problem, tmp_path):
+    attempts = disks.Attempts("evaluate", tmp_path, tmp_path, tmp_path, tmp_path, 1)
+    problems = attempts._judge_output(1, "\n".join(lines), disks.FULL)
+    assert [problem in found for found in problems] == ([True] if problem else [])
