@@ -35,7 +35,7 @@ def test_commands_end_with_the_same_files_after_a_full_disk(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("first", "problem"), [({}, "data/a.json differ"), ({"data/a.json": "{"}, "JSONDecodeError: .*")]
+    ("first", "problem"), [({}, "data/a.json is missing"), ({"data/a.json": "{"}, "JSONDecodeError: .*")]
 )
 def test_success_with_a_missing_or_a_short_file_is_a_failure(first, problem, tmp_path, monkeypatch):
     runs = iter([first, {"data/a.json": "{}"}])  # of the disturbed run, and of the one after it

@@ -44,8 +44,8 @@ void log_softmax(R* x, R* p, int64_t padded) {
     }
 }
 
-// p * x, where x may be infinite. It is 0 if p is exactly 0. If p was only rounded to 0, the smallest number takes its
-// place. To any p that matters, it adds less than a rounding error.
+// p * x, where x may be infinite. It is 0 if p is exactly 0. The smallest number stands for a p that was only rounded to
+// 0. In float32, it changes no p above 2^-102.
 template <class R>
 inline Vector<R> weighted(Vector<R> p, Vector<R> log_p, Vector<R> x) {
     return log_p == -kInfinity<R> ? Vector<R>{} : x * (p + kSmallest<R>);

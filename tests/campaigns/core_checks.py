@@ -164,11 +164,12 @@ class Expected:
         """Check the places of NaN and the places and signs of infinities. Return where numbers can be compared.
 
         They must be those of the reference, in the narrower dtype. The finite numbers beside them are compared too. In
-        attention, they are compared only in heads whose inputs are all finite, and gradients of other heads are not
-        checked at all: a product with a dropped weight of 0 may be NaN, as a finite number is required there.
+        attention, they are compared only in heads whose inputs are all finite. Gradients of other heads are not
+        checked, because the reference multiplies infinite numbers by dropped weights of 0, which gives NaN, and a
+        kernel leaves these products out.
         The gradient of the symmetric loss has products of a probability and a difference of logits. If the difference
-        is infinite, a kernel may have NaN instead of an infinite number, because the probability became 0 in rounding.
-        If both logits are infinite, the reference has NaN, and a kernel may leave the product out.
+        is infinite and the probability was rounded to 0, the product is infinite in one of the two and NaN in the
+        other. If both logits are infinite, the reference has NaN, and a kernel may leave the product out.
         """
         clean, row, both = None, torch.zeros((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
         if isinstance(self.case, Alignment) and self.case.options["direction"] == "symmetric":
@@ -187,8 +188,10 @@ class Expected:
                 mask = exact.isfinite() if clean is None else exact.isfinite() & clean
                 equal = (exact == mine) | (exact.isnan() & mine.isnan()) | (exact.isfinite() & mine.isfinite())
                 wrong = ~equal
-                if kind == "gradient":
-                    wrong &= ~(row & exact.isinf() & mine.isnan() | both & exact.isnan()) if clean is None else clean
+                if kind == "gradient" and clean is not None:
+                    wrong &= clean
+                elif kind == "gradient":
+                    wrong &= ~(row & ~exact.isfinite() & ~mine.isfinite() | both & exact.isnan())
                 assert not wrong.any(), f"{kind} {i}: not finite in other places: {wrong.nonzero()[:3].tolist()}"
                 group.append(mask)
         return masks

@@ -27,7 +27,6 @@ from pathlib import Path
 import small_runs
 
 SIZE = 20 << 20
-LIMIT = 120.0  # seconds that a run may take
 NAMED = re.compile(r"'.+'|\S/\S")  # a name in quotes or a path
 FULL, READ_ONLY, CLOCK = "No space left on device", "Read-only file system", "jumping clock"
 KINDS = (FULL, FULL, CLOCK, FULL, READ_ONLY)  # of five attempts
@@ -59,7 +58,7 @@ class Attempts:
         beside = self.work / "beside"
         shutil.rmtree(beside, ignore_errors=True)
         pid = small_runs.start(self.name, self.inputs, self.disk / "run", disturb, beside)
-        return small_runs.wait(pid, LIMIT), (beside / small_runs.LOG).read_text()
+        return small_runs.wait(pid), (beside / small_runs.LOG).read_text()
 
     def measure(self) -> None:
         """Run the command undisturbed and note its files and how much space they take."""
@@ -105,13 +104,8 @@ class Attempts:
         shutil.rmtree(run)
 
     def _differences(self) -> list[str]:
-        """Return how the files differ from those of an undisturbed run."""
-        try:
-            left = small_runs.contents(self.name, self.disk / "run")
-        except Exception as error:  # a damaged file
-            return [f"{type(error).__name__}: {error}"]
-        different = sorted(n for n in left.keys() | self.whole.keys() if left.get(n) != self.whole.get(n))
-        return [f"{', '.join(different[:3])} differ"] if different else []
+        """Return how the files differ from those of an undisturbed run, at most three of the differences."""
+        return small_runs.differences(self.name, self.disk / "run", self.whole)[:3]
 
     def _fill(self, left: int) -> None:
         """Fill the disk but for some bytes."""
@@ -186,11 +180,8 @@ def main() -> None:
 def run_all(options: argparse.Namespace, work: Path, disk: Path) -> bool:
     """Run the attempts of the named commands, and return True if any check failed."""
     small_runs.load(options.commands)
-    inputs, failed = work / "inputs", False
-    inputs.mkdir()
     options.out.mkdir(parents=True, exist_ok=True)
-    pid = small_runs.fork(lambda: small_runs.make_inputs(inputs, options.commands), work / small_runs.LOG)
-    assert small_runs.wait(pid, LIMIT) == 0, (work / small_runs.LOG).read_text()
+    inputs, failed = small_runs.make_inputs(work, options.commands), False
     print("| command | output, KiB | attempts | seconds | failures |\n|---|---|---|---|---|", flush=True)
     for name in options.commands:
         begin = time.monotonic()

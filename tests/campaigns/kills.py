@@ -32,7 +32,6 @@ import small_runs
 KINDS = ("time", "operation", "size")
 VICTIMS = ("group", "group", "main", "worker")  # the group is the command with its workers, but without those of ablate
 MOST = 3  # kills before a run that goes to the end
-LIMIT = 120.0  # seconds that a run may take
 ORPHANS = 20.0  # seconds that worker processes may live after the end
 OPERATIONS = {
     *("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate", "os.utime", "os.chmod"),
@@ -108,7 +107,7 @@ class Campaign:
         """Run the command undisturbed, and measure its time, its operations on files and the size of its files."""
         folder, begin = self.work / f"{self.name} undisturbed", time.monotonic()
         pid = small_runs.start(self.name, self.inputs, folder, lambda: self.operations.arm(0, kill_itself))
-        code = small_runs.wait(pid, LIMIT)
+        code = small_runs.wait(pid)
         assert code == 0, (folder / small_runs.LOG).read_text()
         self.seconds, self.total = time.monotonic() - begin, self.operations.count
         self.size = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -119,7 +118,7 @@ class Campaign:
         victim = self.random.choice(VICTIMS)
         at = self.random.randint(1, self.total)
         size = int(self.size ** self.random.random())
-        moment = self.random.uniform(0, self.seconds) if kind == "time" else LIMIT
+        moment = self.random.uniform(0, self.seconds) if kind == "time" else small_runs.LIMIT
         disturb = {
             "time": lambda: None,
             "operation": lambda: self.operations.arm(at, kill_group if victim == "group" else kill_itself),
@@ -133,11 +132,11 @@ class Campaign:
                 return status != 0
             time.sleep(0.002)
         if kind != "time":
-            self.failures.append(f"{kind} {at} {size}: did not end within {LIMIT} s")
+            self.failures.append(f"{kind} {at} {size}: did not end within {small_runs.LIMIT} s")
         workers = _children(pid) if victim == "worker" else []
         if workers:
             os.kill(self.random.choice(workers), signal.SIGKILL)
-            return small_runs.wait(pid, LIMIT) != 0
+            return small_runs.wait(pid) != 0
         alone = victim == "main" or os.getpgid(pid) != pid  # a process that has just started has no group yet
         (os.kill if alone else os.killpg)(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -168,21 +167,14 @@ class Campaign:
     def finish(self, folder: Path) -> list[str]:
         """Run the command to the end and return what is wrong then."""
         begin = time.monotonic()
-        code = small_runs.wait(small_runs.start(self.name, self.inputs, folder), LIMIT)
+        code = small_runs.wait(small_runs.start(self.name, self.inputs, folder))
         self.slowest = max(self.slowest, time.monotonic() - begin)
         refuses = small_runs.COMMANDS[self.name].refuses
         refused = refuses is not None and refuses in (folder / small_runs.LOG).read_text()
         problems = [] if code == 0 or refused else [f"exit code {code}"]
         if orphans := _orphans():
             problems.append(f"{orphans} processes still live {ORPHANS:.0f} s after the end")
-        try:
-            left = small_runs.contents(self.name, folder)
-        except Exception as error:
-            return [*problems, f"{type(error).__name__}: {error}"]
-        problems += [f"{path} is missing" for path in sorted(self.whole.keys() - left.keys())]
-        problems += [f"{path} is left" for path in sorted(left.keys() - self.whole.keys())]
-        both = sorted(left.keys() & self.whole.keys())
-        return problems + [f"{path} differs" for path in both if left[path] != self.whole[path]]
+        return problems + small_runs.differences(self.name, folder, self.whole)
 
 
 def _children(pid: int) -> list[int]:
@@ -207,10 +199,7 @@ def _orphans() -> int:
 
 def run_all(options: argparse.Namespace, work: Path) -> bool:
     """Run the campaigns of the named commands in a folder, and return True if any check failed."""
-    inputs, failed = work / "inputs", False
-    inputs.mkdir()
-    pid = small_runs.fork(lambda: small_runs.make_inputs(inputs, options.commands), work / small_runs.LOG)
-    assert small_runs.wait(pid, LIMIT) == 0, (work / small_runs.LOG).read_text()
+    inputs, failed = small_runs.make_inputs(work, options.commands), False
     print("| command | undisturbed, s | operations | kills | slowest end, s | seconds | failures |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for name in options.commands:

@@ -40,10 +40,10 @@ def coco(root: Path, options: Options) -> Expected:
     must(not (beside and content.get("rel_annotations")) and isinstance(source.get("rel_categories"), list))
     given = source.get(of_file[0] if beside else "rel_annotations")
     must(isinstance(given, dict if beside else list))
-    expected = Expected([], [])
-    reader = _Coco(expected, Classes((None, entry) for entry in content["categories"]), beside)
-    reader.predicates = Classes(enumerate(source["rel_categories"]))
-    expected.objects, expected.predicates = reader.objects.names, reader.predicates.names
+    objects = Classes((None, entry) for entry in content["categories"])
+    predicates = Classes(enumerate(source["rel_categories"]))
+    expected = Expected(objects.names, predicates.names)
+    reader = _Coco(expected, objects, predicates, beside)
     reader.add_images(content["images"])
     reader.read = list(reader.valid)
     if holds_out:
@@ -69,8 +69,8 @@ def _coco_file(root: Path, folders: list[str]) -> Path | None:
 class _Coco:
     """The tables of a COCO file."""
 
-    def __init__(self, expected: Expected, objects: Classes, beside: bool) -> None:
-        self.expected, self.objects, self.predicates, self.beside = expected, objects, objects, beside
+    def __init__(self, expected: Expected, objects: Classes, predicates: Classes, beside: bool) -> None:
+        self.expected, self.objects, self.predicates, self.beside = expected, objects, predicates, beside
         self.images: dict[str, dict | None] = {}  # None for an image that is refused
         self.valid: dict[str, dict] = {}
         self.read: list[str] = []  # images of the split

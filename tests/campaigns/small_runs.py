@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 CONFIGS = ROOT / "configs"
 TEMPORARY = "temporary"  # folder for temporary files, within the folder of a run
 LOG = "log.txt"
+LIMIT = 120.0  # seconds that a run may take
 MOTIFS = {"embed_dim": 12, "hidden_dim": 8, "relation_dim": 16}
 SGTR = {
     "backbone": "resnet10", "stride": 16, "dim": 32, "heads": 4, "ffn_dim": 32, "entity_layers": 2,
@@ -43,7 +44,7 @@ class Command(NamedTuple):
     """A command that a campaign disturbs.
 
     Attributes:
-        arguments: the arguments of `sgalign`. `{inputs}` stands for the folder that `make_inputs` has filled.
+        arguments: the arguments of `sgalign`. `{inputs}` stands for the folder of `make_inputs`.
         imports: modules to import before the fork.
         shorter: function that shortens waiting times in the process of the run.
         ignored: patterns of files that differ between two undisturbed runs.
@@ -201,8 +202,16 @@ def load(names: list[str]) -> None:
             importlib.import_module(module)
 
 
-def make_inputs(folder: Path, names: list[str]) -> int:
-    """Fill a folder with 12 annotated images, and with what else the commands need. Return 0."""
+def make_inputs(work: Path, names: list[str]) -> Path:
+    """Make a folder with 12 annotated images, and with what else the commands need, in a process of its own."""
+    folder = work / "inputs"
+    folder.mkdir()
+    pid = fork(lambda: _fill(folder, names), work / LOG)
+    assert wait(pid) == 0, (work / LOG).read_text()
+    return folder
+
+
+def _fill(folder: Path, names: list[str]) -> int:
     from sgalign.commands.main import main
 
     arguments = " ".join(COMMANDS[name].arguments for name in names)
@@ -319,7 +328,7 @@ def start(
 
     Args:
         name: name of the command.
-        inputs: the folder that `make_inputs` has filled.
+        inputs: the folder of `make_inputs`.
         folder: folder of the run, which is made.
         disturb: function that the process calls before the command.
         beside: folder for the log and temporary files. If None, the folder of the run.
@@ -341,9 +350,9 @@ def start(
     return fork(run, beside / LOG, folder)
 
 
-def wait(pid: int, seconds: float) -> int | None:
-    """Return the exit code of a process, or None after some seconds, after which it is killed."""
-    end = time.monotonic() + seconds
+def wait(pid: int) -> int | None:
+    """Return the exit code of a process. After `LIMIT` seconds, kill it and return None."""
+    end = time.monotonic() + LIMIT
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -352,6 +361,19 @@ def wait(pid: int, seconds: float) -> int | None:
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None
+
+
+def differences(name: str, folder: Path, whole: dict[str, Any]) -> list[str]:
+    """Return how the files that a command has left differ from the contents of an undisturbed run."""
+    try:
+        left = contents(name, folder)
+    except Exception as error:  # a damaged file
+        return [f"{type(error).__name__}: {error}"]
+    return [
+        *(f"{path} is missing" for path in sorted(whole.keys() - left.keys())),
+        *(f"{path} is left" for path in sorted(left.keys() - whole.keys())),
+        *(f"{path} differs" for path in sorted(whole.keys() & left.keys()) if left[path] != whole[path]),
+    ]
 
 
 def contents(name: str, folder: Path) -> dict[str, Any]:

@@ -250,10 +250,10 @@ def draw(monitor: Monitor, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ command
 
 TRAINING: dict[str, Part] = {
-    "training": partial(train, partial(SceneGraphData), "none"),
+    "training": partial(train, SceneGraphData, "none"),
     "training-workers": partial(train, partial(SceneGraphData, num_workers=2), "none"),
     "training-persistent": partial(train, partial(PersistentData, num_workers=2), "none"),
-    "training-simulated": partial(train, partial(SimulatedData), "cached"),
+    "training-simulated": partial(train, SimulatedData, "cached"),
 }
 PARTS: dict[str, Part] = {
     **{name: partial(repeat_calls, name) for name in CALLS},

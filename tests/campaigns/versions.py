@@ -79,11 +79,13 @@ def main() -> None:
     failed = False
     columns = ["combination", "Python", *PACKAGES, "install", "tests", "training"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    for folder in arguments.out.glob("wheel-*"):  # of an earlier run, perhaps from other sources
+        shutil.rmtree(folder)
     for name in arguments.combinations or COMBINATIONS:
         combination, out = COMBINATIONS[name], arguments.out.resolve() / name
         out.mkdir(parents=True, exist_ok=True)
-        for folder in ("environment", "training"):  # of an earlier run
-            shutil.rmtree(out / folder, ignore_errors=True)
+        for left in ("environment", "training"):  # of an earlier run
+            shutil.rmtree(out / left, ignore_errors=True)
         for log in out.glob("*.txt"):
             log.unlink()
         if subprocess.run([*FIND, combination.python], capture_output=True).returncode:
@@ -109,9 +111,9 @@ def tried(combination: Combination, out: Path, arguments: argparse.Namespace) ->
     python, sources = environment / "bin" / "python", ["-r", "pyproject.toml", "--extra", "train", "--extra", "test"]
     install = ["uv", "pip", "install", "--python", str(python)]
     make = ["uv", "venv", "--no-python-downloads", "--python", combination.python, str(environment)]
-    wheel, built = wheel_of(combination.python, out)
+    wheel = wheel_of(combination.python, out)
     begin = time.monotonic()
-    installed = built and all(
+    installed = wheel and all(
         run(command, out / "install.txt")
         for command in (
             make,
@@ -136,16 +138,13 @@ def tried(combination: Combination, out: Path, arguments: argparse.Namespace) ->
     return [*versions_in(python), *cells], works
 
 
-def wheel_of(python: str, out: Path) -> tuple[Path, bool]:
-    """Return the wheel for a Python and True, or False if it cannot be built. A wheel that is there is not built."""
+def wheel_of(python: str, out: Path) -> Path | None:
+    """Return the wheel for a Python, or None if it cannot be built. All combinations of a Python use the same one."""
     folder = out.parent / f"wheel-{python}"
     if not list(folder.glob("*.whl")):
-        run(
-            ["uv", "build", "--wheel", "--no-python-downloads", "--python", python, "--out-dir", str(folder)],
-            out / "install.txt",
-        )
-    wheels = list(folder.glob("*.whl"))
-    return (wheels or [folder])[0], bool(wheels)
+        build = ["uv", "build", "--wheel", "--no-python-downloads", "--python", python, "--out-dir", str(folder)]
+        run(build, out / "install.txt")
+    return next(folder.glob("*.whl"), None)
 
 
 def versions_in(python: Path) -> list[str]:
