@@ -15,16 +15,13 @@ ELEMENTS = 1024
 
 
 @triton.jit
-def weighted(p, log_p, x):
-    """Return p * x, where x may be infinite, as in csrc/cpu/alignment.cpp."""
-    smallest = 1.1754943508222875e-38  # the smallest normal number
-    return tl.where(log_p == -float("inf"), 0.0, (p + smallest) * x)
-
-
-@triton.jit
 def divergence(p, log_p, log_q):
-    """Return the contribution of each class to KL(p || q)."""
-    return weighted(p, log_p, log_p - log_q)
+    """Return the term of each class in KL(p || q).
+
+    It is 0 if p is 0, and infinite if only q is 0, even if p was rounded to 0.
+    """
+    ratio = log_p - log_q
+    return tl.where(ratio == float("inf"), ratio, tl.where(p == 0, 0.0, p * ratio))
 
 
 @triton.jit
@@ -88,7 +85,8 @@ def alignment_kernel(
         gradient = s - t
         if SYMMETRIC:
             loss += tl.sum(divergence(s, log_s, log_t) + divergence(not_s, log_not_s, log_not_t), 1)
-            gradient += weighted(s * not_s, log_s + log_not_s, y - x)
+            spread = s * not_s
+            gradient += tl.where(spread == 0, 0.0, spread * (y - x))
     else:
         log_t = log_softmax(x)
         log_s = log_softmax(y)

@@ -105,12 +105,11 @@ BREAKS = {
         CPU_RELATION, "to_subject[d] += dp[d] * u[d];", "to_subject[d] = dp[d] * u[d];", "tests/test_relation.py"
     ),
     "class without probability": Break(
-        CPU_ALIGNMENT,
-        "return log_p == -kInfinity<R> ? Vector<R>{} : x * (p + kSmallest<R>);",
-        "return x * (p + kSmallest<R>);",
-        "tests/test_alignment.py",
+        CPU_ALIGNMENT, "p == R(0) ? Vector<R>{} : p * ratio;", "p * ratio;", "tests/test_alignment.py"
     ),
-    "probability rounded to zero": Break(CPU_ALIGNMENT, "x * (p + kSmallest<R>);", "x * p;", "tests/test_alignment.py"),
+    "probability rounded to zero": Break(
+        CPU_ALIGNMENT, "return ratio == kInfinity<R> ? ratio : term;", "return term;", "tests/test_alignment.py"
+    ),
     "half of the symmetric loss": Break(
         CPU_ALIGNMENT, "return half * (forward + backward);", "return forward + backward;", "tests/test_alignment.py"
     ),

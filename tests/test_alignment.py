@@ -113,7 +113,9 @@ def test_class_that_only_the_student_excludes_gives_an_infinite_loss(kind, dista
     student = torch.tensor([[0.0, 0, -math.inf]], device=DEVICE, dtype=dtype, requires_grad=True)
     loss = relation_alignment_loss(teacher, student, kind=kind)
     loss.backward()
-    assert loss == math.inf and student.grad.isfinite().all()
+    p, q = (x.softmax(1) if kind == "softmax" else x.sigmoid() for x in (teacher, student.detach()))
+    assert loss == math.inf
+    torch.testing.assert_close(student.grad, (q - p) / 3)
 
 
 @pytest.mark.parametrize("distance", [5.0, 97.0, 1000.0])
@@ -122,6 +124,39 @@ def test_symmetric_loss_is_infinite_if_only_the_teacher_excludes_a_class(distanc
     student = torch.tensor([[0.0, 0, -distance]], device=DEVICE)
     for kind in ("softmax", "sigmoid"):
         assert relation_alignment_loss(teacher, student, kind=kind, direction="symmetric") == math.inf
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_smallest_number_as_a_mask_excludes_a_class(kind, dtype):
+    smallest = torch.finfo(dtype).min
+    teacher = torch.tensor([[0.0, smallest]], device=DEVICE, dtype=dtype)
+    for logit, expected in ((0.0, math.log(2)), (-200.0, 0.0), (smallest, 0.0)):
+        student = torch.tensor([[0.0, logit]], device=DEVICE, dtype=dtype, requires_grad=True)
+        loss = relation_alignment_loss(teacher, student, kind=kind, reduction="relation")
+        torch.testing.assert_close(loss.item(), expected)
+        loss.backward()
+        torch.testing.assert_close(student.grad.abs().max().item(), 0.5 if logit == 0 else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "kind", "gradient"),
+    [
+        ([[0.0, "min"]], [[0.0, -200]], "softmax", [0.0, 0.0]),
+        ([[150.0, 1, 1]], [[-750, "max", -1e4]], "softmax", [-0.5, 0.5, 0.0]),
+        ([[-3e38]], [[-1e38]], "sigmoid", [0.0]),
+        ([[-3e38]], [[3e38]], "sigmoid", [0.5]),
+    ],
+)
+def test_gradients_of_the_symmetric_loss_are_right_for_the_largest_numbers(teacher, student, kind, gradient):
+    limits = {"min": torch.finfo(torch.float32).min, "max": torch.finfo(torch.float32).max}
+    teacher, student = (
+        torch.tensor([[limits.get(x, x) for x in row] for row in rows], device=DEVICE) for rows in (teacher, student)
+    )
+    student.requires_grad_()
+    loss = relation_alignment_loss(teacher, student, kind=kind, reduction="relation", direction="symmetric")
+    loss.backward()
+    torch.testing.assert_close(student.grad.tolist(), [gradient])
 
 
 def test_no_relations_give_a_loss_of_zero():

@@ -8,8 +8,6 @@ using namespace sgalign;
 
 template <class R>
 constexpr R kInfinity = __builtin_inf();
-template <class R>
-constexpr R kSmallest = sizeof(R) == 4 ? R(0x1p-126) : R(0x1p-1022);  // the smallest normal number
 
 // log(1 + u) for u in [0, 1], as the series of 2 atanh(u / (2 + u)). Its terms are not negative, and each is at most
 // 1/9 of the previous one.
@@ -44,17 +42,12 @@ void log_softmax(R* x, R* p, int64_t padded) {
     }
 }
 
-// p * x, where x may be infinite. It is 0 if p is exactly 0. The smallest number stands for a p that was only rounded to
-// 0. In float32, it changes no p above 2^-102.
-template <class R>
-inline Vector<R> weighted(Vector<R> p, Vector<R> log_p, Vector<R> x) {
-    return log_p == -kInfinity<R> ? Vector<R>{} : x * (p + kSmallest<R>);
-}
-
-// The term of one class in KL(p || q)
+// The term of one class in KL(p || q). It is 0 if p is 0, and infinite if only q is 0, even if p was rounded to 0.
 template <class R>
 inline Vector<R> divergence(Vector<R> p, Vector<R> log_p, Vector<R> log_q) {
-    return weighted<R>(p, log_p, log_p - log_q);
+    const Vector<R> ratio = log_p - log_q;
+    const Vector<R> term = p == R(0) ? Vector<R>{} : p * ratio;
+    return ratio == kInfinity<R> ? ratio : term;
 }
 
 // Return the loss of a row with one categorical distribution, for teacher logits x and student logits y. Write the
@@ -105,7 +98,8 @@ R sigmoid_row(const R* x, const R* y, int64_t padded, bool symmetric, R factor, 
         Vector<R> g = s.p - t.p;
         if (symmetric) {
             sum += divergence<R>(s.p, s.log_p, t.log_p) + divergence<R>(s.q, s.log_q, t.log_q);
-            g += weighted<R>(s.p * s.q, s.log_p + s.log_q, load(y + k) - load(x + k));
+            const Vector<R> spread = s.p * s.q;
+            g += spread == R(0) ? Vector<R>{} : spread * (load(y + k) - load(x + k));
         }
         store<R>(grad + k, g * (half * factor));
     }

@@ -1,6 +1,5 @@
 // The alignment loss on a GPU. Each warp computes the divergence of one relation and its gradient with respect to the
 // mirrored logits.
-#include <cfloat>
 #include <cmath>
 
 #include "launch.cuh"
@@ -20,14 +19,10 @@ __device__ __forceinline__ float largest_of_warp(float value) {
     return value;
 }
 
-// p * x, where x may be infinite, as in csrc/cpu/alignment.cpp
-__device__ __forceinline__ float weighted(float p, float log_p, float x) {
-    return log_p == -INFINITY ? 0 : (p + FLT_MIN) * x;
-}
-
-// The term of one class in KL(p || q)
+// The term of one class in KL(p || q). It is 0 if p is 0, and infinite if only q is 0, even if p was rounded to 0.
 __device__ __forceinline__ float divergence(float p, float log_p, float log_q) {
-    return weighted(p, log_p, log_p - log_q);
+    const float ratio = log_p - log_q, term = p == 0 ? 0 : p * ratio;
+    return ratio == INFINITY ? ratio : term;
 }
 
 template <class T>
@@ -75,7 +70,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) alignment_loss_kernel(const __g
             float g = s.p - t.p;
             if (a.symmetric) {
                 loss += divergence(s.p, s.log_p, t.log_p) + divergence(s.q, s.log_q, t.log_q);
-                g += weighted(s.p * s.q, s.log_p + s.log_q, to_float(y[k]) - to_float(x[k]));
+                const float spread = s.p * s.q;
+                g += spread == 0 ? 0 : spread * (to_float(y[k]) - to_float(x[k]));
             }
             grad[k] = factor == 0 ? 0 : g * slope;
         }

@@ -56,7 +56,7 @@ def relation_alignment_loss(
 
     If `kind` is "sigmoid", each class k has a Bernoulli distribution with probability ``sigmoid(logits[r, k])``, and
     the divergence of relation r is the sum of the divergences of its classes. In KL(p || q), a class with p = 0
-    contributes 0. If q = 0 for a class with p > 0, the loss is infinite, however small p is.
+    contributes 0. If q = 0 for a class with p > 0, the loss is infinite.
 
     The loss is ``sum_r w[r] * divergence[r] / sum_r w[r]``. If `reduction` is "element", it is also divided by the
     number of classes K. Without weights, "element" is therefore the mean over all R x K elements, which is the meaning

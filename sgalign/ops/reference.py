@@ -206,7 +206,8 @@ def _log_probabilities(logits: Tensor, kind: str) -> Tensor:
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    # The smallest number stands for a p that was only rounded to 0, which must not hide an infinite difference. Where p
-    # is exactly 0, the term is 0. Without the mask, it would be infinite or NaN.
-    p = log_p.exp() + torch.finfo(log_p.dtype).tiny
-    return (p * (log_p - log_q).masked_fill(log_p == -torch.inf, 0)).sum(dim=(1, 2))
+    p, ratio = log_p.exp(), log_p - log_q
+    # 0 * (-inf - x) would be NaN in the forward and in the backward pass.
+    terms = p * ratio.masked_fill(p == 0, 0)
+    # If only q is 0, the term is infinite, even if p was rounded to 0.
+    return terms.masked_fill((p == 0) & (ratio == torch.inf), torch.inf).sum(dim=(1, 2))

@@ -167,14 +167,15 @@ class Expected:
         attention, they are compared only in heads whose inputs are all finite. Gradients of other heads are not
         checked, because the reference multiplies infinite numbers by dropped weights of 0, which gives NaN, and a
         kernel leaves these products out.
-        The gradient of the symmetric loss has products of a probability and a difference of logits. If the difference
-        is infinite and the probability was rounded to 0, the product is infinite in one of the two and NaN in the
-        other. If both logits are infinite, the reference has NaN, and a kernel may leave the product out.
+        The gradient of the symmetric loss is not checked in relations whose loss is infinite. It has products of a
+        probability and an infinite number there, and depends on whether the probability was rounded to 0. If a logit
+        and its mirrored one are infinite, the reference has NaN, and a kernel may leave the product out.
         """
-        clean, row, both = None, torch.zeros((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
+        clean, unchecked, both = None, torch.zeros((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
         if isinstance(self.case, Alignment) and self.case.options["direction"] == "symmetric":
-            infinite = self.case.logits.isinf(), self.case.mirrored.isinf()
-            row, both = (infinite[0] | infinite[1]).any(1, keepdim=True), infinite[0] & infinite[1]
+            logits, mirrored = self.case.logits.double(), self.case.mirrored.double()
+            divergence = reference.alignment_divergence(logits, mirrored, self.case.options["kind"], "symmetric")
+            unchecked, both = divergence.isinf()[:, None], logits.isinf() & mirrored.isinf()
         if isinstance(self.case, Attention):
             finite = [x.isfinite().flatten(2).all(2) for x in (*self.case.tensors, *self.case.grad_outs)]
             clean = torch.stack(finite).all(0)[..., None, None]
@@ -191,7 +192,8 @@ class Expected:
                 if kind == "gradient" and clean is not None:
                     wrong &= clean
                 elif kind == "gradient":
-                    wrong &= ~(row & ~exact.isfinite() & ~mine.isfinite() | both & exact.isnan())
+                    wrong &= ~(unchecked | both & exact.isnan())
+                    mask = mask & ~unchecked
                 assert not wrong.any(), f"{kind} {i}: not finite in other places: {wrong.nonzero()[:3].tolist()}"
                 group.append(mask)
         return masks
