@@ -62,7 +62,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         yield partial
         with suppress(OSError):  # there may be no older file, or the file system may have no permissions
             shutil.copymode(path, partial)
-        partial.replace(path.resolve())
+        partial.replace(real_path(path))
 
 
 @contextmanager
@@ -91,10 +91,11 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
     Raises:
         OSError: if the folder cannot be made or is not empty, or if the disk is full. The error names it.
     """
-    folder.resolve().parent.mkdir(parents=True, exist_ok=True)
+    _check_link(folder)
+    real_path(folder).parent.mkdir(parents=True, exist_ok=True)
     with _partial(folder, is_folder=True) as partial:
         yield partial
-        partial.replace(folder.resolve())
+        partial.replace(real_path(folder))
 
 
 @contextmanager
@@ -123,8 +124,23 @@ def check_writable(path: Path) -> None:
             pass
 
 
+def real_path(path: str | Path) -> Path:
+    """Return an absolute path without symbolic links. Links in a loop stay, and opening them raises OSError.
+
+    For such links, `Path.resolve` raises a RuntimeError in Python 3.12 and older.
+    """
+    return Path(os.path.realpath(path))
+
+
+def _check_link(path: Path) -> None:
+    """Raise OSError if a path is a symbolic link in a loop."""
+    with suppress(FileNotFoundError):
+        path.stat()
+
+
 def _make_folder(path: Path) -> None:
     """Make the folder of a file. Raise IsADirectoryError if the file is a folder."""
+    _check_link(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "must be a file, but is a folder", str(path))
     if not _is_device(path):
@@ -139,7 +155,7 @@ def _partial(path: Path, *, is_folder: bool = False) -> Iterator[Path]:
     """
     partial = lock = None
     try:
-        place = path.resolve()
+        place = real_path(path)
         _delete_leftovers(place)
         while partial is None:
             partial = place.with_name(f"{_stem(place)}.{secrets.token_hex(4)}{PARTIAL}")
@@ -270,6 +286,12 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(arrival)
 
 
+def check_regular(path: Path) -> None:
+    """Raise InputError if a path is a pipe or a device, because opening a pipe waits for another process."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: must be a file, but is a pipe or a device")
+
+
 def read_array(array: h5py.Dataset) -> np.ndarray:
     """Return the numbers of an HDF5 data set, which are in the file itself.
 
@@ -306,7 +328,7 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
         raise FileNotFoundError(f"{path} not found: {remedy}")
     try:
         text = path.read_text(encoding="utf-8-sig")  # accepts a byte order mark
-        content = json.loads(text, object_pairs_hook=_unique)
+        content = json.loads(text, object_pairs_hook=unique_keys)
         if re.search(r"\\u[dD][89a-fA-F]", text):  # half of a character, which cannot be printed or written, or both
             json.dumps(content, ensure_ascii=False).encode()
         return content
@@ -317,7 +339,7 @@ def read_json(path: Path, remedy: str = "download or write it again") -> Any:
         raise InputError(f"{path}: must be a JSON file, but is not JSON or is cut short ({error}); {remedy}") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object as a dict. Python's reader would silently keep only the last value of a repeated key."""
     content = dict(pairs)
     if len(content) < len(pairs):
@@ -368,14 +390,14 @@ def read_tensors(path: str | Path, what: str, classes: Sequence[tuple[type, str]
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if `torch.save` did not write the file, or if the file is cut short or holds objects other than
-            tensors and plain values. The error names the file.
+        ValueError: if `torch.save` did not write the file, or if the file is damaged, cut short or holds objects other
+            than tensors and plain values. The error names the file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such {what}")
     try:
         if zipfile.is_zipfile(path):
-            _check_stored(Path(path))
+            _check_parts(Path(path))
         with torch.serialization.safe_globals(list(classes)):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         _check_tensors(content)
@@ -391,12 +413,17 @@ def read_tensors(path: str | Path, what: str, classes: Sequence[tuple[type, str]
         raise InputError(f"{path}: must be a {what}, but is not one or is cut short ({kind}{note})") from error
 
 
-def _check_stored(path: Path) -> None:
-    """Raise InputError if parts of an archive are compressed. `torch.save` compresses none, and they could be huge."""
+def _check_parts(path: Path) -> None:
+    """Raise InputError if a part of an archive is damaged or compressed.
+
+    `torch.load` does not compare the checksums. `torch.save` compresses no part, and such a part could be huge.
+    """
     with zipfile.ZipFile(path) as archive:
         for part in archive.infolist():
             if part.compress_type != zipfile.ZIP_STORED:
                 raise InputError(f"its part {shown(part.filename)} is compressed")
+        if damaged := archive.testzip():
+            raise InputError(f"its part {shown(damaged)} is damaged, because it does not fit its checksum")
 
 
 def _check_tensors(content: Any) -> None:

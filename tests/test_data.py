@@ -384,11 +384,27 @@ def test_a_name_with_an_unknown_longest_word_gets_a_random_vector(vectors):
 
 
 def test_random_word_vectors_depend_only_on_the_name(vectors):
-    assert torch.equal(read_word_vectors(vectors, ["kite"]), read_word_vectors(vectors, NAMES)[5:])
+    assert torch.equal(read_word_vectors(vectors, ["kite", "bear"])[:1], read_word_vectors(vectors, NAMES)[5:])
 
 
 def test_no_names_give_an_empty_table(vectors):
     assert read_word_vectors(vectors, []).shape == (0, 2)
+
+
+def test_classes_without_a_word_vector_are_named(vectors, caplog):
+    read_word_vectors(vectors, NAMES)
+    assert "3 of 6 classes get random vectors: ['teddy bear', 'board skate', 'kite']" in caplog.text
+
+
+def test_word_vectors_whose_last_line_has_no_end_are_named(vectors, caplog):
+    vectors.write_text("light 1 2\nbear 5 6")
+    read_word_vectors(vectors, ["light", "bear"])
+    assert "the last line has no end, so the file may be cut short" in caplog.text
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_word(vectors):
+    vectors.write_bytes(b"\xef\xbb\xbfkite 1 2\nlight 3 4\n")
+    assert read_word_vectors(vectors, ["kite"]).tolist() == [[1, 2]]
 
 
 def test_files_of_word_vectors_may_have_tabs_and_empty_lines(vectors):
@@ -416,6 +432,8 @@ def test_random_word_vectors_are_standard_normal(tmp_path):
         ("cat 1 2\ndog 1 x\n", "line 2, word 'dog': must be 2 numbers"),
         ("cat 1 2\ndog 1 nan\n", "line 2, word 'dog': must be 2 finite numbers"),
         ("dog\ncat 1 2\n", "line 1, word 'dog': must be a vector of numbers, got none"),
+        ("dog 1_5 2\n", "line 1, word 'dog': must be 2 numbers"),
+        ("cat 1 2\n", "has a vector for none of the classes, such as 'dog'"),
     ],
 )
 def test_wrong_word_vectors_are_refused_by_name(tmp_path, text, message):

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -323,3 +324,25 @@ def test_a_key_that_occurs_twice_among_many_is_found_at_once(tmp_path):
     with pytest.raises(ValueError, match="the key '99999' occurs twice"):
         read_json(tmp_path / "x.json")
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_damaged_number_in_a_checkpoint_is_found_by_its_checksum(mapped, tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch.save({"w": torch.full((1000,), 1.5)}, path)
+    content = bytearray(path.read_bytes())
+    place = content.find(struct.pack("<f", 1.5) * 10)
+    content[place + 403] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.ckpt: must be a checkpoint, but its part 'x/data/0' is damaged"):
+        read_tensors(path, "checkpoint", mapped=mapped)
+
+
+def test_a_link_in_a_loop_is_named_and_stays(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for write in (written_whole, folder_written_whole):
+        for path in (tmp_path / "a", tmp_path / "a" / "x"):
+            with pytest.raises(OSError, match=str(tmp_path / "a")), write(path):
+                pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"] and (tmp_path / "a").is_symlink()

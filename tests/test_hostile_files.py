@@ -18,7 +18,7 @@ import pytest
 import torch
 
 pytest.importorskip("torchmetrics")
-from sgalign.data import SceneGraph, read_detections  # noqa: E402
+from sgalign.data import OpenImagesDataset, SceneGraph, read_detections  # noqa: E402
 from sgalign.data.coco_writing import write_coco  # noqa: E402
 from sgalign.data.features import FIELDS, FeatureCache  # noqa: E402
 from sgalign.data.graph_lines import read_graph_lines  # noqa: E402
@@ -210,6 +210,20 @@ def test_small_files_do_not_fill_the_memory(name, outcomes):
     assert str(folder / name) in outcome and len(outcome) < 2000
     assert any(part in outcome for part in BOMBS[name][2].split("|"))
     assert seconds < SECONDS and grown < MEMORY
+
+
+@pytest.mark.parametrize("kind", ["vg150", "open_images", "features"])
+def test_a_pipe_in_a_folder_does_not_wait_for_a_writer(kind, tmp_path):
+    name = {"vg150": "VG-SGG.h5", "open_images": "train-annotations-vrd.csv", "features": "features_0.h5"}[kind]
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "class-descriptions.csv").write_text("/m/1,Man\n")
+    read = {
+        "vg150": lambda: read_arrays(tmp_path / name),
+        "open_images": lambda: OpenImagesDataset(tmp_path, "train"),
+        "features": lambda: FeatureCache(tmp_path).images,
+    }[kind]
+    with pytest.raises(InputError, match=f"{name}: must be a file, but is a pipe or a device"):
+        read()
 
 
 # ---- files that would run code

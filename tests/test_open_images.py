@@ -128,6 +128,17 @@ def test_a_file_whose_last_line_has_no_end_is_named(tmp_path):
     assert found(OpenImagesDataset(tmp_path, "train"), "found")["last line without an end, which may be cut short"] == 1
 
 
+@pytest.mark.parametrize("name", ["class-descriptions-boxable.csv", "oidv6-relationship-triplets.csv"])
+def test_a_file_of_names_whose_last_line_has_no_end_is_named(name, tmp_path, caplog):
+    write(tmp_path)
+    triplet_rows = "LabelName1,LabelName2,RelationshipLabel\n/m/man,/m/hat,wears\n/m/man,/m/guitar,plays\n"
+    (tmp_path / "oidv6-relationship-triplets.csv").write_text(triplet_rows)
+    path = tmp_path / name
+    path.write_text(path.read_text().rstrip("\n"))
+    OpenImagesDataset(tmp_path, "train")
+    assert f"{path}: the last line has no end, so the file may be cut short" in caplog.text
+
+
 @pytest.mark.parametrize("prefix", ["", "oidv6-", "challenge-2019-"])
 def test_splits_have_their_own_files_and_the_same_predicates(tmp_path, prefix):
     test = [PLAYS.replace("plays", "at").replace("aa", "cc")]

@@ -12,6 +12,7 @@ pytest.importorskip("lightning")
 
 from sgalign.commands.main import main  # noqa: E402
 from sgalign.data import open_dataset  # noqa: E402
+from sgalign.data.image_ids import ImageIds  # noqa: E402
 from sgalign.data.prediction_reading import _at_original_size  # noqa: E402
 from sgalign.viewing import describe_annotations  # noqa: E402
 
@@ -428,3 +429,11 @@ def test_results_of_other_content_are_refused(tmp_path, folder, content, capsys)
     torch.save(content, tmp_path / "eval_results.pytorch")
     assert evaluate(tmp_path / "eval_results.pytorch", folder, tmp_path) == 1
     assert "must have predictions and groundtruths" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("a.jpg", "d/a.jpg"), ("a", "d/a.jpg"), ("x/a.png", "d/a.jpg"), ("a.v2", None), ("b", None), ("b.001", "b.001")],
+)
+def test_a_name_without_suffix_stands_for_an_image_only_if_the_suffix_is_an_images(given, found):
+    assert ImageIds(["d/a.jpg", "b.001"], {}).find("here", given) == found

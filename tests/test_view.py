@@ -302,6 +302,7 @@ def test_photographs_come_from_the_line_or_the_folder(tmp_path, capsys):
     [
         ("{]", "line 2: must be a JSON object, but is damaged"),
         ("[1]", r"line 2: must be a JSON object, got \[1\]"),
+        (json.dumps(graph())[:-1] + ', "image_id": "b"}', "line 2: .*the key 'image_id' occurs twice"),
         (graph(image_id=3), "line 2: image_id must be text"),
         (graph(objects={}), "line 2: objects must be a list"),
         (graph(objects=[item("man", [5, 0, 1, 9])]), r"line 2: objects\[0\].box must be x1, y1, x2, y2"),

@@ -27,7 +27,7 @@ from sgalign.data.splits import SPLITS
 from sgalign.data.triplets import read_zero_shot_triplets
 from sgalign.data.vg150 import Keep
 from sgalign.errors import InputError
-from sgalign.files import check_writable, write_json, written_whole
+from sgalign.files import check_writable, real_path, write_json, written_whole
 from sgalign.metrics import (
     PROTOCOLS,
     DetectionEvaluator,
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str]) -> int:
     _check_given(options)
     written = [path for path in (options.json, options.csv) if path is not None]
     files = options.predictions + ([] if options.detections is None else [options.detections]) + written
-    if len({path.resolve() for path in files}) < len(files):
+    if len({real_path(path) for path in files}) < len(files):
         parser().error("the files of predictions, --detections, --json and --csv must all be different files")
     for path in written:
         check_writable(path)

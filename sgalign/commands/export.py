@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sgalign.files import real_path
 from sgalign.training import load_module, read_checkpoint
 from sgalign.training.model_card import model_card, read_results
 from sgalign.training.pretrained import without_paths, write_pretrained
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     results = None if options.results is None else read_results(options.results)
     load_module(options.checkpoint)  # raises an error if the weights do not fit the options
     checkpoint = read_checkpoint(options.checkpoint)
-    card = model_card(checkpoint, options.folder.resolve().name, results, options.license)
+    card = model_card(checkpoint, real_path(options.folder).name, results, options.license)
     write_pretrained(checkpoint, options.folder, card)
     size = sum(path.stat().st_size for path in options.folder.iterdir()) / 1e6
     print(

@@ -23,7 +23,7 @@ from sgalign.data.detections import ids_of_names
 from sgalign.data.findings import counted
 from sgalign.data.graph_lines import read_graph_lines
 from sgalign.errors import InputError
-from sgalign.files import check_writable
+from sgalign.files import check_writable, real_path
 from sgalign.prediction.image_paths import ImageFile, Shard, find_images
 from sgalign.prediction.outputs import (
     Failures,
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     files, others = find_images(options.images)
     beside = [place(path) for path in written for place in (options_of, parts_folder)]
     outputs = {*written, *beside, failed_file, _drawings(out), out.with_suffix(".html")}
-    images = {file.path.resolve() for file in files}
+    images = {real_path(file.path) for file in files}
     folders = {folder for path in images for folder in path.parents}
     read = [options.checkpoint, options.detections, *images, *folders]
     check_kept(parser(), read, outputs if options.draw else outputs - {_drawings(out)})

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from sgalign.data.findings import BadRows
 from sgalign.data.splits import ValidationChoice
+from sgalign.files import real_path
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:
@@ -52,9 +53,9 @@ def add_resized(parser: argparse.ArgumentParser) -> None:
 
 def check_kept(parser: argparse.ArgumentParser, read: Iterable[str | Path | None], written: Iterable[Path]) -> None:
     """End the program with the code 2 if a path to write is also a path that the command reads."""
-    kept = {Path(path).resolve() for path in read if path is not None}
+    kept = {real_path(path) for path in read if path is not None}
     for path in written:
-        if path.resolve() in kept:
+        if real_path(path) in kept:
             parser.error(f"{path} must not be written, because the command reads it")
 
 

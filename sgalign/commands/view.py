@@ -20,6 +20,7 @@ from sgalign.data.prediction_reading import Annotations, Predictions
 from sgalign.data.scene_graph import check_range
 from sgalign.data.splits import SPLITS
 from sgalign.errors import InputError
+from sgalign.files import real_path
 from sgalign.matching import check_prediction, check_scores
 from sgalign.viewing import PageImage, describe, describe_annotations, write_page
 
@@ -60,11 +61,11 @@ def main(arguments: Sequence[str]) -> int:
         parser().error(f"--top-k must be at least 1, got {options.top_k}")
     if len(options.files) > 1 and options.out is None:
         parser().error("--out must be given for several files")
-    first = options.files[0].resolve()
+    first = real_path(options.files[0])
     out = options.out or Path((first.name if first.is_dir() else first.stem) + ".html")
     if out.suffix.lower() not in (".html", ".htm"):
         parser().error(f"--out must end in .html, got {out}")
-    if out.resolve() in [path.resolve() for path in options.files]:
+    if real_path(out) in [real_path(path) for path in options.files]:
         parser().error(f"--out must not be one of the files to view, got {out}")
     if options.images is not None and not options.images.is_dir():
         raise FileNotFoundError(f"--images must be a folder, got {options.images}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgalign.data.batch import GraphBatch, VisualFeatures
 from sgalign.errors import InputError
-from sgalign.files import HDF5_DAMAGE, read_array
+from sgalign.files import HDF5_DAMAGE, check_regular, read_array
 
 FIELDS = ("boxes", "objects", "logits", "union")  # names in the files; "union" becomes `VisualFeatures.unions`
 
@@ -38,6 +38,7 @@ class FeatureCache:
     def images(self) -> dict[str, Path]:
         where = {}
         for path in self.paths:
+            check_regular(path)
             try:
                 with h5py.File(path, "r") as file:
                     where.update(dict.fromkeys(file, path))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from sgalign.data.findings import warn
 from sgalign.data.images import parse_size
 from sgalign.errors import InputError, shown
+from sgalign.files import unique_keys
 
 MOST = sys.float_info.max
 
@@ -56,7 +57,7 @@ def read_graph_lines(path: Path) -> Iterator[GraphLine]:
             if not line.strip():
                 continue
             try:
-                graph = json.loads(line)
+                graph = json.loads(line, object_pairs_hook=unique_keys)
             except (ValueError, RecursionError) as error:  # from the JSON or the UTF-8 decoder
                 if not line.endswith(b"\n"):
                     warn(f"{where}: left out, because the last line of the file is cut short")

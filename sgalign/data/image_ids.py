@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from sgalign.data.images import image_suffixes
 from sgalign.errors import InputError
 
 
@@ -19,9 +20,9 @@ class ImageIds:
     def __init__(self, names: Iterable[str], image_names: Mapping[str, str]) -> None:
         self._names = list(names)
         self._known, self._image_names = set(self._names), image_names
-        self._by_part: dict[str, list[str]] = {}  # images by file name, and by file name without suffix
+        self._by_part: dict[str, list[str]] = {}  # images by file name, with and without suffix
         for name in self._names:
-            for part in {Path(name).name, Path(name).stem}:
+            for part in dict.fromkeys(_parts(name)):
                 self._by_part.setdefault(part, []).append(name)
 
     @property
@@ -36,7 +37,8 @@ class ImageIds:
         Args:
             where: the place of `given`, for messages.
             given: the name of the image, its id in the files of the data set, or the name's last part, with or without
-                suffix. The first of these that fits counts. Folders in front of the last part are ignored.
+                the suffix of an image. The first of these that fits counts. Folders in front of the last part are
+                ignored.
 
         Raises:
             ValueError: if several images have this last part.
@@ -46,9 +48,15 @@ class ImageIds:
         if given in self._image_names:  # it may be the id of an image of another split
             named = self._image_names[given]
             return named if named in self._known else None
-        for part in (Path(given).name, Path(given).stem):
+        for part in _parts(given):
             if len(found := self._by_part.get(part, [])) > 1:
                 raise InputError(f"{where} must name one image, but {given!r} fits {found[0]!r} and {found[1]!r}")
             if found:
                 return found[0]
         return None
+
+
+def _parts(name: str) -> list[str]:
+    """Return the last part of a name, and this part without its suffix if this is an image's, as it is not in x.001."""
+    path = Path(name)
+    return [path.name, path.stem] if path.suffix.lower() in image_suffixes() else [path.name]

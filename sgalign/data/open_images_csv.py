@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from sgalign.data.class_names import Classes, read_classes
-from sgalign.data.findings import Findings
+from sgalign.data.findings import Findings, warn
 from sgalign.data.image_files import ImageFiles
 from sgalign.data.images import Size, image_size
 from sgalign.data.records import Record
 from sgalign.data.splits import SPLITS, Split
 from sgalign.errors import InputError, shown
+from sgalign.files import check_regular
 
 ATTRIBUTE = "is"  # label of the rows that say an attribute of one object, such as "table is wooden"
 UNKNOWN_SIZE = (1024, 1024)  # Open Images' files have no sizes
@@ -66,6 +67,8 @@ def read_class_descriptions(root: Path) -> Classes:
             raise InputError(f"{paths[0]}, line {line}: must have the id and the name of a class, got {shown(row)}")
         if number > 0 or row[0].lower() not in _HEADERS:
             entries.append((row[0], row[1]))
+    if entries:
+        _warn_of_cut(paths[0])
     return read_classes(str(paths[0]), entries)
 
 
@@ -74,9 +77,12 @@ def read_predicates(root: Path, files: Iterable[Path]) -> Classes:
 
     All splits of a folder therefore number them in the same way.
     """
-    paths = _found(root, "*relationship-triplets*.csv") or sorted(files)
+    triplets = _found(root, "*relationship-triplets*.csv")
+    paths = triplets or sorted(files)
     rows = (values for path in paths for _, values in _values(path, ["RelationshipLabel"]) if values is not None)
     labels = {label for (label,) in rows if label.strip() and label != ATTRIBUTE}
+    for path in triplets:
+        _warn_of_cut(path)
     where = ", ".join(map(str, paths))
     return read_classes(where, ((label, label) for label in sorted(labels)), has_background=False)
 
@@ -105,10 +111,7 @@ class Relationships:
             except InputError as error:
                 findings.refuse("relation with a malformed row", str(error))
         self.names = [f"{image_id}.jpg" for image_id in images]
-        with path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            ends = file.read() == b"\n"
-        if not ends:
+        if not _has_end(path):
             findings.add("found", "last line without an end, which may be cut short", str(path))
         self._rows = np.frombuffer(numbers).reshape(-1, _WIDTH)
 
@@ -175,12 +178,25 @@ def _found(root: Path, pattern: str) -> list[Path]:
     return sorted(path for path in root.glob(pattern) if not path.name.startswith("."))
 
 
+def _has_end(path: Path) -> bool:
+    """Return True if the last line of a file, which is not empty, has an end. A cut may have removed it."""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def _warn_of_cut(path: Path) -> None:
+    if not _has_end(path):
+        warn(f"{path}: the last line has no end, so the file may be cut short")
+
+
 def _number(classes: Classes, where: str, class_id: str) -> int:
     return classes.numbers.get(class_id) or classes.number(where, class_id)  # the method raises an error
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the line number and the values of each row of a CSV file."""
+    check_regular(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file, strict=True)

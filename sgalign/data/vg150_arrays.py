@@ -12,7 +12,7 @@ from sgalign.data.box_checks import LARGEST
 from sgalign.data.class_names import Classes, read_classes
 from sgalign.data.findings import EXAMPLES, Findings
 from sgalign.errors import InputError
-from sgalign.files import HDF5_DAMAGE, read_array, read_json
+from sgalign.files import HDF5_DAMAGE, check_regular, read_array, read_json
 
 REMEDY = "download or write it again"
 NO_NUMBER = -(1 << 62)  # stands for a value that is not a whole number, or is too large to be one
@@ -184,6 +184,7 @@ def read_arrays(path: Path) -> Arrays:
 def _load(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
     """Return the arrays of the file, its boxes, and the length of an image's long side in the unit of the boxes."""
     wanted = {*COLUMNS, "relationships", *(f"img_to_{end}_{what}" for end in ("first", "last") for what in RANGES)}
+    check_regular(path)
     try:
         with h5py.File(path, "r") as file:
             if missing := sorted(wanted - set(file)):

@@ -18,7 +18,15 @@ import torch
 
 from sgalign.data.predictions import PredictionFile, prediction_ids
 from sgalign.errors import InputError
-from sgalign.files import HDF5_DAMAGE, check_writable, full_disk_named, hdf5_written_whole, read_json, write_json
+from sgalign.files import (
+    HDF5_DAMAGE,
+    check_writable,
+    full_disk_named,
+    hdf5_written_whole,
+    read_json,
+    unique_keys,
+    write_json,
+)
 from sgalign.prediction.image_paths import ImageFile
 from sgalign.prediction.predicting import FailedImage, PredictedImage
 from sgalign.training import RelationModule
@@ -172,7 +180,7 @@ def _complete_lines(path: Path) -> tuple[dict[str, _Origin], int]:
                 break
             if line.strip():
                 try:
-                    graph = json.loads(line)
+                    graph = json.loads(line, object_pairs_hook=unique_keys)
                     if not isinstance(graph["image_id"], str):
                         raise TypeError("image_id is not text")
                     file_size = graph.get("bytes")

@@ -18,6 +18,7 @@ from typing_extensions import Self
 from sgalign.data import GraphBatch
 from sgalign.data.transfer import HostCopy
 from sgalign.errors import InputError, is_lack_of_memory
+from sgalign.files import real_path
 from sgalign.models import predicate_counts
 from sgalign.ops.seeds import step_seed
 from sgalign.training.checkpoints import (
@@ -355,7 +356,7 @@ class SavedModule(pl.LightningModule):
             run["datamodule_hyper_parameters"] = self.data.hparams
             checkpoint |= {"global_step": self.global_step, "training": training_of(run)}
         self.on_save_checkpoint(checkpoint)
-        write_pretrained(checkpoint, folder, model_card(checkpoint, Path(folder).resolve().name))
+        write_pretrained(checkpoint, folder, model_card(checkpoint, real_path(folder).name))
 
     @classmethod
     def _of_checkpoint(cls, checkpoint: dict[str, Any], **options: Any) -> Self:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sgalign._version import __version__
 from sgalign.errors import InputError, shown
-from sgalign.files import PARTIAL, folder_written_whole, read_json
+from sgalign.files import PARTIAL, folder_written_whole, read_json, real_path
 
 SHIPPED = Path(__file__).resolve().parents[1] / "pretrained"  # one folder per model that comes with the package
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -106,7 +106,7 @@ def write_pretrained(checkpoint: Mapping[str, Any], folder: str | Path, card: st
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: must be a new or an empty folder")
-    if folder.resolve() == Path.cwd():
+    if real_path(folder) == Path.cwd():
         raise FileExistsError(f"{folder}: must not be the current folder, because a new folder takes its place")
     config = {
         "library_name": "sgalign",

@@ -343,6 +343,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.commands) - set(SHARES):
         parser.error(f"unknown command: {', '.join(sorted(unknown))}; known: {known}")
+    if options.inputs < 1:
+        parser.error(f"--inputs must be at least 1, got {options.inputs}")
     out = options.out.resolve() / ("" if options.case is None else "one")
     out.mkdir(parents=True, exist_ok=True)
     cases = range(options.inputs) if options.case is None else [options.case]

@@ -130,7 +130,7 @@ def changed_array(draw: Draw, values: np.ndarray) -> np.ndarray:
     """Return an array with another dtype, shape or value."""
     values = np.array(values)
     action = draw.ConsumeIntInRange(0, 5)
-    if action == 0:
+    if action == 0 and values.dtype.kind != "S":  # numpy refuses texts that are no whole numbers
         dtype = ["u1", "i1", "<i2", ">i4", "<i8", "<u8", "<f2", "<f4", "<f8", "?", "S3"][draw.ConsumeIntInRange(0, 10)]
         with np.errstate(all="ignore"):
             return values.astype(dtype)

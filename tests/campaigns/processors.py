@@ -78,6 +78,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.processors) - set(PROCESSORS):
         parser.error(f"unknown processor: {', '.join(sorted(unknown))}; known: {', '.join(PROCESSORS)}")
+    if arguments.inputs < 1:
+        parser.error(f"--inputs must be at least 1, got {arguments.inputs}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     cases = [draw_case(arguments.seed, number, LIMITS) for number in range(arguments.inputs)]
     core = _core.load()

@@ -252,6 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"PART must be one of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     work = draw_work(options.rounds, options.seed)
     expected = serial(work)
     print(f"Python {sys.version.split()[0]} {gil()}, torch {torch.__version__}, seed {options.seed}\n")

@@ -190,6 +190,10 @@ def options(description: str | None, count: str, default: int, out: str) -> argp
     given = parser.parse_args()
     if unknown := set(given.commands) - set(COMMANDS):
         parser.error(f"unknown command: {', '.join(sorted(unknown))}; known: {known}")
+    if given.count < 1:
+        parser.error(f"--{count} must be at least 1, got {given.count}")
+    if given.out.exists() and not given.out.is_dir():
+        parser.error(f"--out must be a folder, but is a file: {given.out}")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     return given
 

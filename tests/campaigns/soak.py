@@ -296,6 +296,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"PART must be one of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    for name in ("calls", "hours", "evaluations", "images"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name} must be above 0, got {getattr(options, name)}")
     options.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("sgalign").setLevel(logging.ERROR)
