@@ -22,7 +22,7 @@ class ImageIds:
         self._known, self._image_names = set(self._names), image_names
         self._by_part: dict[str, list[str]] = {}  # images by file name, with and without suffix
         for name in self._names:
-            for part in dict.fromkeys(_parts(name)):
+            for part in _parts(name):
                 self._by_part.setdefault(part, []).append(name)
 
     @property
@@ -57,6 +57,6 @@ class ImageIds:
 
 
 def _parts(name: str) -> list[str]:
-    """Return the last part of a name, and this part without its suffix if this is an image's, as it is not in x.001."""
+    """Return the last part of a name. If it has the suffix of an image, also return it without the suffix."""
     path = Path(name)
     return [path.name, path.stem] if path.suffix.lower() in image_suffixes() else [path.name]

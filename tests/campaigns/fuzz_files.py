@@ -30,7 +30,7 @@ with instrumented():
     from sgalign.data.features import FIELDS, FeatureCache
     from sgalign.data.graph_lines import is_graph_lines, read_graph_lines
     from sgalign.data.image_ids import ImageIds
-    from sgalign.data.images import image_sizes, is_image, load_image
+    from sgalign.data.images import image_sizes, image_suffixes, is_image, load_image
     from sgalign.data.prediction_reading import Annotations, Predictions
     from sgalign.data.predictions import prediction_ids
     from sgalign.data.scene_graph import check_range
@@ -245,8 +245,12 @@ def image_ids(draw: Draw, folder: Path) -> None:
     known = {"7": "a.jpg", "9": "gone.jpg", draw.ConsumeUnicode(3): one_of(draw, *names)}
     given = one_of(draw, *names, *known, *(f"/x/{name}" for name in names), draw.ConsumeUnicode(6))
     names = list(dict.fromkeys(names))
-    part = lambda name: (Path(name).name, Path(name).stem)  # noqa: E731
-    wanted = [[n for n in names if part(given)[0] in part(n)], [n for n in names if part(given)[1] in part(n)]]
+
+    def parts(name: str) -> list[str]:
+        path = Path(name)
+        return [path.name] + [path.stem] * (path.suffix.lower() in image_suffixes())
+
+    wanted = [[name for name in names if part in parts(name)] for part in parts(given)]
     first = next((found for found in wanted if found), [None])
     if given in names:
         first = [given]
