@@ -96,3 +96,17 @@ def test_gradients_that_cancel_are_compared_with_the_size_of_their_terms():
         else:
             with pytest.raises(AssertionError, match="gradient 1"):
                 expected.check(ours)
+
+
+def test_a_sum_of_many_small_divergences_is_compared_with_the_size_of_its_terms():
+    """The terms of each class have magnitudes of about 1.4, and their sum is about 1e-6."""
+    options = {"kind": "sigmoid", "reduction": "element", "direction": "teacher_to_student"}
+    case = Alignment(random(3, 38) / 1000, random(38, 3).T / 1000, options, False)
+    expected, ours = core_checks.Expected(case), core_checks.run(case, "cpu")
+    for error, passes in ((1e-7, True), (1e-6, False)):
+        ours[0][0] = expected.exact[0][0].float() + error
+        if passes:
+            expected.check(ours)
+        else:
+            with pytest.raises(AssertionError, match="loss"):
+                expected.check(ours)

@@ -138,7 +138,8 @@ class Expected:
         """Check the loss and its gradient.
 
         The bounds are those of tests/test_alignment.py. The part that allows for terms that nearly cancel is larger by
-        a factor of a 16th of the spread, the sum of the ranges of both logits, if the spread is more than 16.
+        a factor of a 16th of the spread, the sum of the ranges of both logits, if the spread is more than 16. For the
+        loss, it is at least twice the rounding error of the sum of the terms' magnitudes.
         """
         assert isinstance(self.case, Alignment)
         weight = self.case.options.get("weight", torch.ones(len(self.case.logits))).double()
@@ -147,7 +148,7 @@ class Expected:
         # Differences of log-probabilities are up to the ranges of both logits, and rounded accordingly.
         finite = [x[x.isfinite()] for x in (self.case.logits, self.case.mirrored)]
         spread = sum((x.max() - x.min()).item() for x in finite if x.numel())
-        share *= max(1.0, spread / 16)
+        share = max(share * max(1.0, spread / 16), (shares * self._magnitudes()).sum().item() / 8)
         largest = shares.max().item() * max(1.0, spread / 16) if len(shares) else 0.0
         for kind, factor, floor, *results in zip(
             ("loss", "gradient"), (2, 3), (share, largest), exact_results, plain_results, ours
@@ -159,6 +160,15 @@ class Expected:
                 allowed += 16 * torch.finfo(mine.dtype).eps * max(exact.abs().max().item(), floor)
                 error = (mine - exact).abs().max().item()
                 assert error <= allowed, f"{kind}: {error} > {allowed}"
+
+    def _magnitudes(self) -> Tensor:
+        """Return the sum of the magnitudes of the terms of each relation's loss."""
+        assert isinstance(self.case, Alignment)
+        logits = self.case.logits.double(), self.case.mirrored.double()
+        log_p, log_q = (reference._log_probabilities(x, self.case.options["kind"]) for x in logits)
+        symmetric = self.case.options["direction"] == "symmetric"
+        weight = (log_p.exp() + log_q.exp()) / 2 if symmetric else log_p.exp()
+        return (weight * (log_p.abs() + log_q.abs())).nan_to_num(0, 0).sum((1, 2))
 
     def _check_junk(self, ours: Results) -> tuple[list[Tensor], list[Tensor | None]]:
         """Check the places of NaN and the places and signs of infinities. Return where numbers can be compared.
