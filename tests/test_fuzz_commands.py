@@ -82,6 +82,8 @@ def test_a_worker_that_ends_before_a_case_is_a_defect_of_this_case(tmp_path, mon
         ("in", "a number is in two files", False),
         ("", "must be a file, but is a folder: '.'", True),
         ("--csv=", "must be a file, but is a folder: '.'", True),
+        ("", "'': must be an image", True),
+        ("x", "'': must be an image", False),
         ("x", "must be a file, but is a folder: '.'", False),
         ("--top-k", "top_k must be at least 1", True),
         ("3", "must be at least 4, got 3", True),

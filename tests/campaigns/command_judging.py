@@ -110,7 +110,7 @@ def _names(arguments: Sequence[str], message: str) -> bool:
         words |= {name for name in names if len(name) > 1} | {value, argument, Path(argument).name}
         words |= {str(parent) for parent in Path(value or argument).parents} - UNNAMED
         words |= {word.replace("-", "_") for word in words} | {repr(word)[1:-1] for word in words}
-        words |= {"."} if not argument or (equals and not value) else set()  # Python's name of an empty path
+        words |= {".", "''"} if not argument or (equals and not value) else set()  # names of an empty path
     # A word of UNNAMED counts only in quotes or at the begin, because most messages have them.
     starts = {word: r"(?:^sgalign: |')" if word in UNNAMED else r"(?<!\w)" for word in words - {""}}
     return any(re.search(rf"{start}{re.escape(word)}(?!\w)", message) for word, start in starts.items())
