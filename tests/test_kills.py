@@ -61,6 +61,7 @@ def test_success_with_a_missing_or_a_short_file_is_a_failure(first, problem, tmp
         (["sgalign: out/f.json: No space left on device"], None),
         (["sgalign: 'f.json': No space left on device"], None),
         (["sgalign: cannot write the results: No space left on device"], "must name a file"),
+        (["1/2 Motifs: FAILED: OSError: No space left on device, see /tmp/runs/log.txt"], "must name a file"),
         (["sgalign: something failed: [Errno 28] No space left on device"], "must name a file"),
         (["sgalign: out/f.json: No space left on device", "sgalign: it failed"], "more than one sentence"),
         (["Traceback (most recent call last):", "sgalign: out/f.json: No space left on device"], "a traceback"),

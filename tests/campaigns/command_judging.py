@@ -128,7 +128,9 @@ def expected(arguments: Sequence[str], name: str) -> bool:
     if name.split("/")[0] in ("home", "tmp"):
         return True
     local = os.path.relpath(name, "cwd")
-    if local.startswith(DEFAULTS) or f"{local}/" in DEFAULTS or arguments[:1] == ["view"] and "/" not in local:
+    if local.startswith(DEFAULTS) or f"{local}/" in DEFAULTS:
+        return True
+    if arguments[:1] == ["view"] and "/" not in local and local.endswith(".html"):  # the default of its --out
         return True
     for output in outputs(arguments):
         place = os.path.normpath(f"cwd/{LINKS.get(output, output)}")

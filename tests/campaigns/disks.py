@@ -27,7 +27,8 @@ from pathlib import Path
 import small_runs
 
 SIZE = 20 << 20
-NAMED = re.compile(r"'.+'|\S/\S")  # a name in quotes or a path
+# The file is named behind the reason, or in our sentence in quotes or as a path.
+SENTENCE = r"{reason}: '.+'|sgalign: (?=.*(?:'.+'|\S/\S))[^[]+: .*{reason}"
 FULL, READ_ONLY, CLOCK = "No space left on device", "Read-only file system", "jumping clock"
 KINDS = (FULL, FULL, CLOCK, FULL, READ_ONLY)  # of five attempts
 DAYS = (0, 3, -3, 0, -40, 40)  # by which the clock is wrong, one after the other
@@ -119,7 +120,7 @@ class Attempts:
         if output.count("Traceback") > output.count("Exception in thread"):  # TensorBoard's thread prints one
             problems.append("a traceback")
         lines = output.strip().splitlines()
-        if not any(reason in line and NAMED.search(line) for line in lines):
+        if not any(re.search(SENTENCE.format(reason=reason), line) for line in lines):
             problems.append(f"the output must name a file and the reason, got {lines[-3:]}")
         if sum(line.startswith("sgalign: ") for line in lines) > small_runs.COMMANDS[self.name].processes:
             problems.append(f"more than one sentence: {lines[-3:]}")

@@ -42,7 +42,8 @@ def main() -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"any of {', '.join(RUNS)} (default: all)")
-    parser.add_argument("--inputs", type=int, default=100_000, help="cases, of which triton and cuda run 1 in 300")
+    help_ = "cases, of which triton and cuda run 1 in 300 (default: 100000)"
+    parser.add_argument("--inputs", type=int, default=100_000, help=help_)
     parser.add_argument("--seed", type=int, default=1, help="seed of the cases (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("build/fuzz/core"), help="folder (default: build/fuzz/core)")
     parser.add_argument("--case", type=int, help="the number of a case: run only this one")
