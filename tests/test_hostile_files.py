@@ -297,13 +297,15 @@ def test_text_of_a_report_cannot_become_markup(tmp_path):
     assert "default-src 'none'" in written and "b3du" in written and "c2VjcmV0" not in written
 
 
-@pytest.mark.parametrize("field", ["title", "name", "runs"])
+@pytest.mark.parametrize("field", ["title", "name", "base", "runs"])
 def test_the_record_of_a_study_has_plain_names_and_own_runs(field, tmp_path):
     (tmp_path / "studies").mkdir()
     arm = {"name": "base", "base": "", "runs": ["r"]}
     record = {"title": "T", "choose": "val/x", "arms": [arm]}
     if field == "runs":
         arm["runs"] = ["../../elsewhere"]
+    elif field == "base":
+        arm["base"] = {}
     else:
         (record if field == "title" else arm)[field] = "<script>x</script>"
     (tmp_path / "studies" / "s.json").write_text(json.dumps(record))

@@ -83,7 +83,7 @@ def _read(out: Path, name: str) -> Planned:
         folders = {arm["name"]: [out / "runs" / run for run in arm["runs"]] for arm in record["arms"]}
         bases = {arm["name"]: arm["base"] for arm in record["arms"]}
         title, choose = record["title"], record["choose"]
-        for text in (title, choose, *bases, *filter(None, bases.values())):
+        for text in (title, choose, *bases, *(base for base in bases.values() if base != "")):
             check_text(path, text)
         if outside := [r for runs in folders.values() for r in runs if r.parent != out / "runs" or r.name == ".."]:
             raise InputError(f"{path}: runs must be in {out / 'runs'}, got {shown(str(outside[0]))}")

@@ -466,7 +466,7 @@ def model_folders(draw: Draw, folder: Path) -> None:
     tensors = changed_tensors(draw, weights) if draw.ConsumeIntInRange(0, 3) == 3 else weights
     kept = tensors.items() if isinstance(tensors, dict) else ()
     dense = {
-        name.encode("utf-8", "replace").decode(): tensor.contiguous()
+        name.encode("utf-8", "replace").decode(): tensor.contiguous().clone()  # safetensors refuses shared memory
         for name, tensor in kept
         if type(tensor) is torch.Tensor
         and tensor.layout == torch.strided

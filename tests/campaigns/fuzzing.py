@@ -7,10 +7,10 @@ fail an assertion if a wrong value was accepted. Any other exception is a defect
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import io
 import json
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -70,7 +70,13 @@ def changed_json(draw: Draw, content: Any, most: int = 4) -> Any:
 
 
 def _copied(content: Any) -> Any:
-    return pickle.loads(pickle.dumps(content))  # several times as fast as a deep copy
+    """Return a value with copies of its lists and dictionaries, and with the same tensors. A deep copy takes longer."""
+    if not isinstance(content, list | dict):
+        return content
+    copied = copy.copy(content)
+    for key in _keys(copied):
+        copied[key] = _copied(copied[key])
+    return copied
 
 
 def _holders(content: Any) -> list[Any]:
