@@ -27,7 +27,6 @@ import torch
 
 from sgalign.errors import InputError, is_lack_of_memory, shown
 
-LARGEST_WHOLE = 1 << 53
 PARTIAL = ".partial"  # ending of a file or a folder that is being written
 LONGEST_STEM = 255 - len(".01234567.partial")  # bytes, because file systems allow names of 255
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, and a limit on the size of files
@@ -348,18 +347,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def whole_number(value: Any) -> int | None:
-    """Return the whole number that a value such as 7, 7.0 or "7" stands for. Return None if it stands for none.
-
-    Numbers of 2^53 and more are none either, because float64 cannot tell them apart.
-    """
-    if isinstance(value, str):
-        value = int(value) if re.fullmatch(r"[0-9]{1,16}", value.strip()) else None
-    elif isinstance(value, float):
-        value = int(value) if value.is_integer() else None
-    return value if type(value) is int and abs(value) < LARGEST_WHOLE else None
-
-
 def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     r"""Write a JSON file.
 
@@ -385,8 +372,8 @@ def read_tensors(path: str | Path, what: str, classes: Sequence[tuple[type, str]
         path: the file.
         what: the expected kind of file, for error messages.
         classes: classes, each with the full name of the class in the file that it replaces.
-        mapped: True to read a tensor from the disk only when it is used. The file may then be replaced, but must not be
-            cut short. Otherwise the system ends the process with SIGBUS.
+        mapped: True to read a tensor from the disk only when it is used, unless torch before 1.6 wrote the file. The
+            file may then be replaced, but must not be cut short. Otherwise the system ends the process with SIGBUS.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -396,10 +383,10 @@ def read_tensors(path: str | Path, what: str, classes: Sequence[tuple[type, str]
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such {what}")
     try:
-        if zipfile.is_zipfile(path):
+        if is_archive := zipfile.is_zipfile(path):
             _check_parts(Path(path))
         with torch.serialization.safe_globals(list(classes)):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_archive)
         _check_tensors(content)
         return content
     except InputError as error:

@@ -360,10 +360,13 @@ def test_the_first_zero_shot_triplet_is_not_a_header(tmp_path, text):
     assert read_zero_shot_triplets(tmp_path / "z.csv").tolist() == [[1, 1, 2], [2, 2, 3]]
 
 
-def test_fractions_are_no_zero_shot_triplets(tmp_path):
+def test_other_than_whole_numbers_are_no_zero_shot_triplets(tmp_path):
     (tmp_path / "z.csv").write_text("1.0,2,1\n2,3,2\n")
+    (tmp_path / "underscore.csv").write_text("1_0,2,1\n2,3,2\n")
+    (tmp_path / "large.csv").write_text(f"{2**64},2,1\n2,3,2\n")
     torch.save(torch.tensor([[1.9, 2, 1]]), tmp_path / "z.pytorch")
-    for name in ("z.csv", "z.pytorch"):
+    torch.save(torch.ones(1, 3, dtype=torch.bool), tmp_path / "truth.pytorch")
+    for name in ("z.csv", "underscore.csv", "large.csv", "z.pytorch", "truth.pytorch"):
         with pytest.raises(ValueError, match=name):
             read_zero_shot_triplets(tmp_path / name)
 

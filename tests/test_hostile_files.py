@@ -120,6 +120,13 @@ def compressed(path):
             other.writestr(name, archive.read(name))
 
 
+def several_disks(path):
+    """An archive of `torch.save` that says that it has a second part."""
+    torch.save(torch.zeros(1), data := io.BytesIO())
+    content = data.getvalue()
+    path.write_bytes(content[:-22] + struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 2) + content[-22:])
+
+
 def expanded(path):
     torch.save({"x": torch.zeros(1).expand(2**40)}, path)
 
@@ -156,6 +163,8 @@ BOMBS = {
     "features": (features, lambda path: FeatureCache(path)["a.jpg"], "is damaged"),
     "vg150.h5": (vg150, read_arrays, "the file stores only"),
     "compressed.ckpt": (compressed, lambda path: read_tensors(path, "checkpoint"), "is compressed"),
+    "disks.ckpt": (several_disks, lambda path: read_tensors(path, "checkpoint"), "is not one or is cut short"),
+    "disks.pt": (several_disks, lambda path: Predictions(path, ANNOTATIONS), "is not one or is cut short"),
     "expanded.ckpt": (expanded, lambda path: read_tensors(path, "checkpoint"), "with fewer stored numbers"),
     "doubled.pt": (doubled, lambda path: Predictions(path, ANNOTATIONS), "must have predictions and groundtruths"),
     "gigabyte.json": (gigabyte, read_json, "too little memory is free|is not JSON"),

@@ -213,6 +213,7 @@ def test_class_descriptions_are_needed(tmp_path):
         (PLAYS.replace("0.75", "1.5", 1), "line 3, object 1: its box must be 4 fractions .*1.5"),
         (PLAYS.replace("0.1", "-0.1"), "line 3, object 1: its box must be 4 fractions"),
         (PLAYS.replace("0.1", "nan"), "line 3, object 1: its box must be 4 fractions"),
+        (PLAYS.replace("0.1", "0.1_5"), "line 3, object 1: its box must be 4 fractions .*0.1_5"),
         (PLAYS.replace(GUITAR, "0.2,left,0.5,0.7"), "line 3, object 2: its box must be 4 fractions .*left"),
         (PLAYS.replace(GUITAR, "0.5,0.5,0.5,0.7"), "line 3, object 2: its box .* must have a width and a height"),
         (PLAYS.replace("/m/man", "/m/cat"), "line 3, object 1: LabelName must be the id of a class .*'/m/cat'"),

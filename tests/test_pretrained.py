@@ -165,6 +165,12 @@ def test_results_can_be_those_of_evaluate(checkpoint, tmp_path, capsys):
     cli.main(["export", str(checkpoint), str(tmp_path / "model"), "--results", str(tmp_path / "r.json")])
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| R@50 | 50.0 |" in card and "R@50/on" not in card
+    for text in ("true", "null", "[0.5]", '"0_5"', "1" + "0" * 400):
+        (tmp_path / "wrong.json").write_text(f'{{"R@50": {text}}}')
+        assert (
+            cli.main(["export", str(checkpoint), str(tmp_path / "m"), "--results", str(tmp_path / "wrong.json")]) == 1
+        )
+        assert "wrong.json: 'R@50' must be a finite number" in capsys.readouterr().err
     (tmp_path / "none.csv").write_text("epoch,val/R@50\n1,0.5\n")
     assert cli.main(["export", str(checkpoint), str(tmp_path / "m"), "--results", str(tmp_path / "none.csv")]) == 1
     assert "must have figures of the test split" in capsys.readouterr().err and not (tmp_path / "m").exists()

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from sgalign.errors import InputError
-from sgalign.files import whole_number
+from sgalign.numbers import whole_number
 
 BACKGROUND = "__background__"
 # Names of the background in public data sets, in lower case and without punctuation.

@@ -17,7 +17,7 @@ from torch import Tensor
 from sgalign.data.box_checks import LARGEST
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.errors import InputError, is_lack_of_memory, packages_of, shown
-from sgalign.files import whole_number
+from sgalign.numbers import whole_number
 
 if TYPE_CHECKING:
     from PIL import Image

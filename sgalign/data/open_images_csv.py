@@ -18,6 +18,7 @@ from sgalign.data.records import Record
 from sgalign.data.splits import SPLITS, Split
 from sgalign.errors import InputError, shown
 from sgalign.files import check_regular
+from sgalign.numbers import parse_number
 
 ATTRIBUTE = "is"  # label of the rows that say an attribute of one object, such as "table is wooden"
 UNKNOWN_SIZE = (1024, 1024)  # Open Images' files have no sizes
@@ -135,7 +136,7 @@ class Relationships:
 
     def _parse_object(self, where: str, label: str, texts: Sequence[str]) -> list[float]:
         try:
-            box = [float(text) for text in texts]
+            box = [parse_number(text) for text in texts]
         except ValueError:
             box = []
         if not box or not all(0 <= value <= 1 for value in box):  # also true for NaN

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from sgalign.data.scene_graph import SceneGraph
 from sgalign.errors import InputError, shown
-from sgalign.files import read_json, read_tensors, whole_number
+from sgalign.files import read_json, read_tensors
+from sgalign.numbers import whole_number
 
 SUFFIXES = (".pytorch", ".pth", ".pt")
 # Packages whose module `structures.bounding_box` has the class BoxList.
@@ -51,7 +51,7 @@ def read_results(path: Path, graphs: Sequence[SceneGraph]) -> dict[str, dict[str
         ValueError: if the file has other content, or does not fit the data set.
     """
     classes = [(BoxList, f"{package}.structures.bounding_box.BoxList") for package in PACKAGES]
-    content = read_tensors(path, "file of results", classes, mapped=zipfile.is_zipfile(path))
+    content = read_tensors(path, "file of results", classes, mapped=True)
     keys = ("predictions", "groundtruths")
     lists: list[Any] = [content.get(key) if isinstance(content, dict) else None for key in keys]
     if not all(isinstance(images, list) and all(isinstance(i, BoxList) for i in images) for images in lists):

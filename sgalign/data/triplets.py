@@ -13,8 +13,10 @@ from torch import Tensor
 from sgalign.data.scene_graph import SceneGraph, check_range, check_tensor
 from sgalign.errors import InputError
 from sgalign.files import read_tensors
+from sgalign.numbers import whole_number
 
 REMEDY = "download or write it again"
+WHOLE = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 
 class TripletSet:
@@ -91,14 +93,20 @@ def read_zero_shot_triplets(path: str | Path) -> Tensor:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 rows = [row for row in csv.reader(file) if row]
             has_header = not any(re.search("[0-9]", cell) for cell in rows[0])
-            triplets = torch.tensor([[int(cell) for cell in row] for row in rows[has_header:]])
+            triplets = torch.tensor([[_class_number(cell) for cell in row] for row in rows[has_header:]])
         except (IndexError, ValueError, csv.Error) as error:
             raise InputError(f"{path}: must be a {what}, but is not one or is cut short ({error}); {REMEDY}") from error
     else:
         triplets = read_tensors(path, what)
-    whole = isinstance(triplets, Tensor) and not triplets.is_floating_point() and not triplets.is_complex()
+    whole = isinstance(triplets, Tensor) and triplets.dtype in WHOLE
     if not whole or triplets.dim() != 2 or triplets.shape[1] != 3 or (triplets < 1).any():
         raise InputError(
             f"{path}: every row must be a subject class, an object class and a predicate, all from 1; {REMEDY}"
         )
     return triplets.long()[:, [0, 2, 1]]
+
+
+def _class_number(cell: str) -> int:
+    if (number := whole_number(cell)) is None:
+        raise ValueError(f"{cell!r} is no whole number")
+    return number

@@ -11,6 +11,7 @@ from torch import Tensor
 from sgalign.data.class_names import BACKGROUND
 from sgalign.data.findings import warn
 from sgalign.errors import InputError, shown
+from sgalign.numbers import parse_number
 
 
 def read_word_vectors(path: str | Path, names: list[str]) -> Tensor:
@@ -83,10 +84,8 @@ def _read(path: Path, wanted: set[str]) -> tuple[dict[str, Tensor], int]:
 def _vector(numbers: list[str], dimension: int, where: str) -> Tensor:
     if not numbers:
         raise InputError(f"{where}: must be a vector of numbers, got none; the file may be incomplete")
-    if "_" in "".join(numbers):  # Python would read 1_5 as 15
-        raise InputError(f"{where}: must be {dimension} numbers, got {shown(numbers)}")
     try:
-        vector = torch.tensor([float(number) for number in numbers])
+        vector = torch.tensor([parse_number(number) for number in numbers])
     except ValueError as error:
         raise InputError(f"{where}: must be {dimension} numbers ({error})") from None
     if len(vector) != dimension or not vector.isfinite().all():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sgalign.errors import InputError
-from sgalign.files import whole_number
+from sgalign.numbers import whole_number
 from sgalign.studies import claims, launch
 from sgalign.studies.plan import Run
 from sgalign.studies.progress import Progress, title

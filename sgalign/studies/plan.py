@@ -17,7 +17,8 @@ from sgalign._version import __version__
 from sgalign.data.findings import counted
 from sgalign.data.open import annotation_files
 from sgalign.errors import InputError
-from sgalign.files import read_json, whole_number, write_json, written_whole
+from sgalign.files import read_json, write_json, written_whole
+from sgalign.numbers import whole_number
 from sgalign.studies.recording import BEST, LAST
 from sgalign.studies.results import digest, run_folder
 from sgalign.studies.study import Arm, Study

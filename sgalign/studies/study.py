@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from sgalign.errors import InputError
-from sgalign.files import LARGEST_WHOLE
+from sgalign.numbers import LARGEST_WHOLE
 
 STUDY_KEYS = {"title", "config", "set", "seeds", "choose", "arms"}
 ARM_KEYS = {"name", "base", "config", "set", "grid"}

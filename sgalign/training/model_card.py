@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.files import read_json
 from sgalign.metrics.results import is_of_class, split_name
+from sgalign.numbers import parse_number
 from sgalign.training.pretrained import training_of, without_paths
 
 SYSTEMS = {
@@ -148,12 +149,14 @@ def read_results(path: Path) -> dict[str, float]:
             for name in row
             if name and name.startswith("test/") and row[name]
         }
-    try:
-        numbers = {name: float(value) for name, value in figures.items()}
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: figures must be numbers ({error})") from error
-    if not all(map(math.isfinite, numbers.values())):
-        raise InputError(f"{path}: figures must be finite numbers")
+    numbers = {}
+    for name, value in figures.items():
+        try:
+            numbers[name] = parse_number(str(value))
+        except ValueError:
+            numbers[name] = math.nan
+        if not math.isfinite(numbers[name]):
+            raise InputError(f"{path}: {shown(name)} must be a finite number, got {shown(value)}")
     if not numbers:
         raise InputError(f"{path}: must have figures of the test split, got none")
     return numbers

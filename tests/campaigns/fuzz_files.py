@@ -19,7 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from fuzzing import ODD, Draw, changed_array, changed_bytes, changed_json, instrumented, main, one_of, write_hdf5
+from fuzzing import (
+    ODD,
+    Draw,
+    changed_array,
+    changed_bytes,
+    changed_csv,
+    changed_json,
+    instrumented,
+    main,
+    one_of,
+    write_hdf5,
+)
 from PIL import Image
 from safetensors.torch import save as safetensors
 
@@ -34,6 +45,7 @@ with instrumented():
     from sgalign.data.prediction_reading import Annotations, Predictions
     from sgalign.data.predictions import prediction_ids
     from sgalign.data.scene_graph import check_range
+    from sgalign.data.triplets import read_zero_shot_triplets
     from sgalign.data.word_vectors import read_word_vectors
     from sgalign.errors import InputError
     from sgalign.files import read_json, read_tensors
@@ -200,7 +212,10 @@ def changed_tensors(draw: Draw, content: Any) -> Any:
                     lambda: tensor.to("meta"),
                     lambda: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8),
                 ]
-                return one_of(draw, *odd)() if tensor.dim() else tensor
+                try:
+                    return one_of(draw, *odd)() if tensor.dim() else tensor
+                except NotImplementedError:  # torch has few operations for large unsigned numbers
+                    return tensor
             return tensor
         if isinstance(value, dict):
             walked = {name: walk(part) for name, part in value.items()}
@@ -328,6 +343,25 @@ def word_vectors(draw: Draw, folder: Path) -> None:
         if word is not None and len(rows[word]) == table.shape[1]:
             numbers = [float(number) for number in rows[word]]
             assert table[names.index(name)].equal(torch.tensor(numbers)), (word, rows[word])
+
+
+def zero_shot_triplets(draw: Draw, folder: Path) -> None:
+    rows = [["1", "2", "1"], ["2", "1", "2"]]
+    path = folder / one_of(draw, "triplets.csv", "triplets.pytorch")
+    if path.suffix == ".csv":
+        path.write_bytes(changed_csv(draw, [["subject", "object", "predicate"]] * draw.ConsumeBool() + rows))
+    else:
+        save_tensors(draw, path, torch.tensor([[int(cell) for cell in row] for row in rows]))
+    found = read_zero_shot_triplets(path)
+    assert found.dtype == torch.int64 and found.shape[1:] == (3,) and (found >= 1).all()
+    if path.suffix == ".csv":
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        cells = [[cell.strip().strip('"') for cell in line.split(",")] for line in lines]
+        numbers = [[int(cell) for cell in row] for row in cells if any(map(str.isdecimal, "".join(row)))]
+        assert found[:, [0, 2, 1]].tolist() == numbers
+    else:
+        stored = torch.load(path, weights_only=True)
+        assert stored.dtype != torch.bool and stored.long()[:, [0, 2, 1]].equal(found)
 
 
 def class_names(draw: Draw, folder: Path) -> None:
@@ -667,6 +701,7 @@ TARGETS: dict[str, Callable[[Draw, Path], str | None]] = {
     target.__name__: target
     for target in (
         *(detections, predictions_json, predictions_hdf5, eval_results, image_ids, graph_lines, features, word_vectors),
+        zero_shot_triplets,
         *(class_names, images, tensors, checkpoints, start_from, model_folders, published_sgtr, studies, results),
         *(held_claims, figures, continued_lines, continued_parts),
     )

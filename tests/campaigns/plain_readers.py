@@ -227,6 +227,8 @@ def open_images_csv(root: Path, options: Options, files: dict[str, Any]) -> Expe
 
 
 def _fractions(label: str, texts: list[str], objects: Classes) -> tuple | None:
+    if "_" in "".join(texts):
+        return None
     try:
         box = [float(text) for text in texts]
     except ValueError:
