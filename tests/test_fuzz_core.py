@@ -1,5 +1,6 @@
 """The checks of the campaign that compares random cases with the reference: they find changed results."""
 
+import ast
 import math
 import sys
 
@@ -9,6 +10,7 @@ from target import BACKEND, ROOT
 
 sys.path.append(str(ROOT / "tests" / "campaigns"))
 import core_checks  # noqa: E402
+import processors  # noqa: E402
 from core_cases import Alignment, Attention, Relation  # noqa: E402
 
 pytestmark = pytest.mark.skipif(BACKEND != "cpu", reason="the campaign runs on the CPU")
@@ -110,3 +112,12 @@ def test_a_sum_of_many_small_divergences_is_compared_with_the_size_of_its_terms(
         else:
             with pytest.raises(AssertionError, match="loss"):
                 expected.check(ours)
+
+
+def test_emulated_processors_run_the_instruction_sets_of_the_build():
+    found = {}
+    for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
+        if isinstance(node, ast.Tuple) and len(node.elts) == 3 and isinstance(node.elts[2], ast.List):
+            name, width, flags = ast.literal_eval(node)
+            found[name] = width, flags
+    assert found == processors.SETS

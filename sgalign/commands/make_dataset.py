@@ -30,8 +30,7 @@ def parser() -> argparse.ArgumentParser:
         choices=["vg150", "vrd", "coco"],
         help="layout of the files (default: coco with --source, otherwise vg150)",
     )
-    sizes = parser.add_argument
-    sizes(
+    parser.add_argument(
         "--sizes",
         type=int,
         nargs=3,
@@ -84,6 +83,8 @@ def main(arguments: Sequence[str]) -> int:
     sizes = options.sizes or (300, 50, 80)
     if min(sizes) < 0 or max(sizes) >= 1 << 31:
         parser().error(f"--sizes must be at least 0 and below 2^31, got {sizes}")
+    if not any(sizes):
+        parser().error("--sizes must have at least one scene, got 0 0 0")
     options.format = options.format or ("vg150" if options.source is None else "coco")
     if options.source is not None and options.format != "coco":
         parser().error("--source needs --format coco")
