@@ -1,5 +1,6 @@
 """Tests of new runs that start from a model with other classes. Most models are not trained."""
 
+import json
 import random
 import shutil
 from dataclasses import replace
@@ -377,8 +378,57 @@ def test_weights_of_a_detector_must_be_finite(tmp_path, kind, options, option):
     name = next(name for name in content["state_dict"] if name.endswith("weight"))
     content["state_dict"][name].fill_(float("nan"))
     torch.save(content, source)
-    with pytest.raises(ValueError, match="detector weights must be finite"):
+    with pytest.raises(ValueError, match=r"detector\.ckpt: .* must .*finite.*, but these are not"):
         made(kind(**options, **{option: source}), scenes_with())
+
+
+WRONG_DETECTORS = {
+    "no weights": ({"state_dict": None}, "must hold the weights of a detector, tensors by name, got None"),
+    "a number": ({"model.backbone": 1.5}, "must hold the weights of a detector, tensors by name, got"),
+    "numbered": ({1: torch.ones(1)}, "must hold the weights of a detector, tensors by name, got"),
+    "classes": ({"state_dict": {}, "sgalign": {"object_names": 3}}, "must have object_names, a list of names, got 3"),
+    "twice": ({"sgalign": {"object_names": ["a", "a"]}, "state_dict": {}}, "but 'a' occurs twice"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_DETECTORS)
+def test_files_without_a_detector_are_refused_by_name(tmp_path, wrong):
+    content, message = WRONG_DETECTORS[wrong]
+    torch.save(content, source := tmp_path / "detector.pth")
+    with pytest.raises(ValueError, match=rf"detector\.pth: .*{message}"):
+        starting.load_detector(Detector(3, backbone="resnet18", head_dim=8), str(source), ["__background__", "a", "b"])
+
+
+def test_whole_numbers_are_no_weights_of_a_detector(tmp_path):
+    detector = Detector(3, backbone="resnet18", head_dim=8)
+    name = "model.roi_heads.box_predictor.cls_score.bias"
+    state = detector.state_dict() | {name: torch.ones(3, dtype=torch.int64)}
+    torch.save(state, source := tmp_path / "detector.pth")
+    with pytest.raises(ValueError, match=rf"{name} has type torch.int64 instead of torch.float32"):
+        detector.load_weights(str(source))
+
+
+@pytest.mark.parametrize("wrong", ["no config", "no JSON", "another shape", "too large", "lacks a tensor", "has none"])
+def test_checkpoints_without_their_detr_are_refused_by_name(tmp_path, wrong):
+    source = str(tmp_path / "detector.ckpt")
+    saved(EntityDetectorModule(**SMALL_DETR), scenes_with(), source)
+    content = read_tensors(source, "checkpoint")
+    detector, state = content["sgalign"]["detector"], content["state_dict"]
+    if wrong == "no config":
+        del detector["config"]
+    elif wrong == "no JSON":
+        detector["config"] = "{"
+    elif wrong in ("another shape", "too large"):
+        size = 64 if wrong == "another shape" else 1 << 40
+        detector["config"] = json.dumps(json.loads(detector["config"]) | {"decoder_ffn_dim": size})
+    elif wrong == "lacks a tensor":
+        del state["detector.detr.class_labels_classifier.weight"]
+    else:
+        content["state_dict"] = {name: tensor for name, tensor in state.items() if not name.startswith("detector.")}
+    torch.save(content, source)
+    messages = {"no config": "has no DETR", "no JSON": "must have a valid config of DETR"}
+    with pytest.raises(ValueError, match=rf"detector\.ckpt: .*{messages.get(wrong, 'its config|detr')}"):
+        made(EntityDetectorModule(**SMALL_DETR, detector_weights=source), scenes_with())
 
 
 def test_a_model_without_any_of_the_tensors_is_refused(tmp_path):

@@ -652,12 +652,13 @@ def test_a_study_of_align_sgtr_has_the_figure_of_the_mirror(tmp_path, here, caps
 @pytest.mark.parametrize(
     "entry, value",
     [("seed", True), ("curve", []), ("curve", [{"epoch": 1}]), ("epoch", 2), ("test", {"R@50": None}), ("groups", [1]),
-     ("images", [5]), ("ranks", [[0]]), ("cost", {"device": "cpu"})],
+     ("groups", {"head": ["on", "on"]}), ("images", [5]), ("predicates", [[0, 1]]), ("predicates", [[1, 3]]),
+     ("ranks", [[0]]), ("ranks", [[0, 101]]), ("ranks", [[-1, 0]]), ("cost", {"device": "cpu"})],
 )  # fmt: skip
 def test_a_result_of_another_form_is_refused_even_with_a_digest(entry, value, tmp_path):
     cost = {"device": "cpu", "parameters": 1, "training": 1.0, "test": 1.0, "memory": 1}
     result = {"seed": 0, "settings": {}, "curve": [{"epoch": 1, "step": 2, "R@50": 0.5}], "epoch": 1}
-    result |= {"test": {"R@50": 0.5}, "groups": {"head": ["on"]}, "images": ["a.jpg"], "cost": cost}
+    result |= {"test": {"R@50": 0.5}, "groups": {"head": ["on"], "tail": ["by"]}, "images": ["a.jpg"], "cost": cost}
     result |= {"predicates": [[1, 2]], "ranks": [[0, 100]]}
     folder = run_folder(tmp_path, {}, 0)
     write_result(folder, result)

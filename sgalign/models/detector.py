@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, batched_nms, 
 from torchvision.ops.poolers import initLevelMapper
 
 from sgalign.data.transfer import send
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.files import read_tensors
 
 BACKBONES = {
@@ -136,19 +136,26 @@ class Detector(nn.Module):
         if source == "torchvision":
             self._download()
             return
-        self.load_state(self.state_in(read_tensors(source, "file of detector weights")), source)
+        self.load_state(self.state_in(read_tensors(source, "file of detector weights"), source), source)
 
     @staticmethod
-    def state_in(read: Any) -> dict[str, Tensor]:
-        """Return the state_dict of a detector in the content of a file. It is empty if the content is no dict.
+    def state_in(read: Any, source: str) -> dict[str, Tensor]:
+        """Return the state_dict of a detector in the content of a file.
 
         Args:
             read: the state_dict of a detector, or of a Lightning module that includes a detector, or a checkpoint of
                 such a module.
+            source: the name of the file, for error messages.
+
+        Raises:
+            ValueError: if the content holds anything else than tensors by name.
         """
-        state = read.get("state_dict", read) if isinstance(read, dict) else {}
+        state = read.get("state_dict", read) if isinstance(read, dict) else read
+        are_named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+        if not are_named or not all(isinstance(value, Tensor) for value in state.values()):
+            raise InputError(f"{source}: must hold the weights of a detector, tensors by name, got {shown(state)}")
         for prefix in ("vision.detector.", "network."):  # in checkpoints of MotifsModule and of DetectorModule
-            if any(str(name).startswith(prefix + "model.") for name in state):
+            if any(name.startswith(prefix + "model.") for name in state):
                 state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
         return state
 
@@ -163,6 +170,9 @@ class Detector(nn.Module):
             ValueError: if the tensors do not fit this detector. The message says which.
         """
         try:
+            for name, own in self.state_dict().items():
+                if name in state and state[name].is_floating_point() != own.is_floating_point():
+                    raise RuntimeError(f"{name} has type {state[name].dtype} instead of {own.dtype}")
             self.load_state_dict(state)
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)

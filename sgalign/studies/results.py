@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -11,7 +12,6 @@ from sgalign.errors import InputError, shown
 from sgalign.files import read_json, write_json
 
 DEPTH = 100  # number of best triplets per image that are searched for relations
-PER_IMAGE = ("predicates", "ranks")  # entries with one list per image, of equal lengths
 RESULT = "result.json"
 REMEDY = "delete the folder and run sgalign ablate again"
 
@@ -67,18 +67,26 @@ def _malformed(result: dict[str, Any]) -> str | None:
         lists = isinstance(values, list) and all(isinstance(row, list) for row in values)
         return lists and all(type(value) is kind for row in values for value in row)
 
+    def lengths(name: str, lowest: int, highest: int) -> list[int] | None:
+        """Return the number of values for each image, or None if they are no whole numbers in this range."""
+        values = result[name]
+        fits = rows(values, int) and all(lowest <= value <= highest for row in values for value in row)
+        return list(map(len, values)) if fits else None
+
     curve, images, cost = result["curve"], result["images"], result["cost"]
     others = {key: value for key, value in cost.items() if key != "device"} if isinstance(cost, dict) else None
-    predicates, ranks = (list(map(len, result[name])) if rows(result[name], int) else None for name in PER_IMAGE)
-    needed = {"epoch", "step", *curve[0]} if isinstance(curve, list) and curve and figures(curve[0]) else set()
     groups = result["groups"]
+    of_groups = list(groups.values()) if isinstance(groups, dict) and rows(list(groups.values()), str) else None
+    count = len(set(chain.from_iterable(of_groups or ())))  # each predicate is in one group
+    predicates, ranks = lengths("predicates", 1, count), lengths("ranks", 0, DEPTH)
+    needed = {"epoch", "step", *curve[0]} if isinstance(curve, list) and curve and figures(curve[0]) else set()
     forms = {
         "seed": type(result["seed"]) is int,
         "settings": isinstance(result["settings"], dict),
         "curve": bool(needed) and all(figures(point) and point.keys() >= needed for point in curve),
         "epoch": type(result["epoch"]) is int and isinstance(curve, list) and 1 <= result["epoch"] <= len(curve),
         "test": figures(result["test"]),
-        "groups": isinstance(groups, dict) and rows(list(groups.values()), str),
+        "groups": of_groups is not None and count == sum(map(len, of_groups)),
         "images": rows([images], str),
         "predicates": predicates is not None and isinstance(images, list) and len(predicates) == len(images),
         "ranks": ranks is not None and ranks == predicates,

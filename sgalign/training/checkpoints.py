@@ -162,8 +162,7 @@ def check_ours(checkpoint: Any, what: str) -> None:
     if not isinstance(saved, dict) or not saved.keys() >= {"module", "object_names", "predicate_names"}:
         raise InputError(f"{what}: must be a checkpoint that sgalign fit has written, but it has no class names")
     for kind in ("object_names", "predicate_names"):
-        if not isinstance(saved[kind], list) or not all(isinstance(name, str) for name in saved[kind]):
-            raise InputError(f"{what}: must have {kind}, a list of names, got {shown(saved[kind])}")
+        check_names(what, kind, saved[kind])
     missing = {"run_seed", "random_states"} - saved.keys() | {"state_dict", "hyper_parameters"} - checkpoint.keys()
     if missing:
         raise InputError(
@@ -175,3 +174,12 @@ def check_ours(checkpoint: Any, what: str) -> None:
     for name, values in (("state_dict", weights), ("hyper_parameters", options)):
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise InputError(f"{what}: {name} must be a dict with names as keys, got {shown(values)}")
+
+
+def check_names(what: str, kind: str, names: Any) -> None:
+    """Raise InputError unless the names of classes are a list of texts, of which no two are the same."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{what}: must have {kind}, a list of names, got {shown(names)}")
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise InputError(f"{what}: every name in {kind} must be another one, but {twice!r} occurs twice")

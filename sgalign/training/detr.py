@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,19 @@ from torchvision.ops import box_convert
 
 from sgalign.data import GraphBatch
 from sgalign.data.transfer import send, to_host
-from sgalign.errors import InputError
+from sgalign.errors import InputError, is_lack_of_memory
 from sgalign.matching import find_objects
 from sgalign.models.entity_detector import BACKBONES, DetectedEntities, EntityDetector, resize
 from sgalign.models.entity_loss import EntityLoss, TrueObjects
 from sgalign.models.graph_assembly import Entities, assign
 from sgalign.training.augmentation import TrainingImages, annotations_of, augment
 from sgalign.training.base import SavedModule
-from sgalign.training.checkpoints import read_checkpoint, some_of
+from sgalign.training.checkpoints import check_same_weights, read_checkpoint, some_of
 from sgalign.training.detection import DetectionModule
 from sgalign.training.options import DetrOptions
 from sgalign.training.pretrained import is_pretrained
 from sgalign.training.schedules import warmup
-from sgalign.training.starting import OF_DETR, carry_classes, check_trained, tell_new
+from sgalign.training.starting import OF_DETR, carry_classes, check_trained, layer_of, tell_new
 
 
 class DetrModule(SavedModule):
@@ -245,7 +246,8 @@ def make_detector(
     new_run = not saved
     if new_run:
         saved, weights, theirs = read_detector(options)
-    detector = EntityDetector(
+    build = partial(
+        EntityDetector,
         num_objects,
         backbone=options.backbone,
         stride=options.stride,
@@ -258,12 +260,14 @@ def make_detector(
         weights=options.detector_weights,
         **saved,
     )
+    new: list[str] = []
+    if new_run and saved:
+        detector, new = _of_checkpoint(build, options.detector_weights, weights, object_names, theirs)
+    else:
+        detector = build()
     if new_run and options.detector_weights is not None:
-        if weights:
-            weights, new = carry_classes(detector.state_dict(), weights, OF_DETR, object_names, theirs)
-            detector.load_state_dict(weights)
-        else:
-            new = list(object_names[1:]) if detector.reset_other_classes(object_names[1:]) else []
+        if not saved and detector.reset_other_classes(object_names[1:]):
+            new = list(object_names[1:])
         if "detector" in options.frozen:
             command = "--config configs/detr_small.yaml --model.detector_weights"
             check_trained("detector_weights", options.detector_weights, new, command)
@@ -274,6 +278,41 @@ def make_detector(
         tell_sizes(options, detector)
     detector.freeze(tuple(options.frozen))
     return detector
+
+
+def _of_checkpoint(
+    build: Callable[[], EntityDetector], source: Any, weights: dict[str, Tensor], ours: Sequence[str], theirs: list[str]
+) -> tuple[EntityDetector, list[str]]:
+    """Return DETR with the weights of a checkpoint, and the names of the classes that the checkpoint lacks.
+
+    Args:
+        build: makes a detector with the config of the checkpoint and the classes of the data.
+        source: the name of the checkpoint, for error messages.
+        weights: the weights of its detector.
+        ours, theirs: object classes of the data and of the checkpoint, the background first.
+
+    Raises:
+        ValueError: if the config is not one of DETR, or the weights do not fit it.
+    """
+
+    def of_no_class(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in state.items() if layer_of(name, OF_DETR) is None}
+
+    try:
+        # The config may name layers of any size. On the meta device, their shapes can be checked without memory.
+        with torch.device("meta"):
+            check_same_weights(of_no_class(weights), of_no_class(build().state_dict()), "its config")
+        detector = build()
+        weights, new = carry_classes(detector.state_dict(), weights, OF_DETR, ours, theirs)
+        check_same_weights(weights, detector.state_dict(), "its config")
+        detector.load_state_dict(weights)
+        return detector, new
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    except Exception as error:  # for a wrong config, transformers raises many kinds of error
+        if is_lack_of_memory(error) or isinstance(error, ModuleNotFoundError | OSError):
+            raise
+        raise InputError(f"{source}: must have a valid config of DETR ({type(error).__name__}: {error})") from error
 
 
 def read_detector(options: DetrOptions) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
@@ -291,13 +330,17 @@ def read_detector(options: DetrOptions) -> tuple[dict[str, Any], dict[str, Tenso
     if not Path(source).is_file() and not is_pretrained(source):
         return {}, {}, []
     checkpoint = read_checkpoint(source)
-    if "detector" not in checkpoint["sgalign"]:
+    saved = checkpoint["sgalign"]
+    if not isinstance(saved.get("detector"), dict) or not isinstance(saved["detector"].get("config"), str):
         raise InputError(f"{source}: must be a checkpoint of EntityDetectorModule or SGTRModule, but it has no DETR")
     state, prefix = checkpoint["state_dict"], "detector."
-    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     # `trains_norms` is left out, so batch normalization keeps its trained statistics and stays frozen, as with weights
-    # for `transformers`.
-    saved = checkpoint["sgalign"]
+    # for `transformers`. It then has no number of batches.
+    weights = {
+        name.removeprefix(prefix): value
+        for name, value in state.items()
+        if name.startswith(prefix) and not name.endswith("num_batches_tracked")
+    }
     return {"config": saved["detector"]["config"]}, weights, saved["object_names"]
 
 

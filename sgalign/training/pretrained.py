@@ -144,7 +144,9 @@ def training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     best = {
         state["monitor"]: float(state["best_model_score"])
         for state in checkpoint.get("callbacks", {}).values()
-        if isinstance(state, dict) and state.get("monitor") and state.get("best_model_score") is not None
+        if isinstance(state, dict)
+        and isinstance(state.get("monitor"), str)
+        and state.get("best_model_score") is not None
     }
     data = without_paths(checkpoint.get("datamodule_hyper_parameters", {}))
     data.pop("_instantiator", None)  # a function of Lightning

@@ -19,7 +19,7 @@ from sgalign.errors import InputError
 from sgalign.files import read_tensors
 from sgalign.models import Detector
 from sgalign.training.base import SavedModule, module_named
-from sgalign.training.checkpoints import not_finite, read_checkpoint, some_of
+from sgalign.training.checkpoints import check_names, not_finite, read_checkpoint, some_of
 from sgalign.training.options import DetrOptions, Options, StartOptions
 from sgalign.training.pretrained import is_pretrained
 from sgalign.training.resuming import differing
@@ -113,7 +113,11 @@ def layer_of(name: str, layers: ClassRows) -> str | None:
 
 
 def carry_classes(
-    own: Mapping[str, Tensor], saved: Mapping[str, Tensor], layers: ClassRows, ours: Sequence[str], theirs: Any
+    own: Mapping[str, Tensor],
+    saved: Mapping[str, Tensor],
+    layers: ClassRows,
+    ours: Sequence[str],
+    theirs: Sequence[str] | None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Fit the class layers of a saved detector to the classes of another one.
 
@@ -134,7 +138,7 @@ def carry_classes(
     Raises:
         ValueError: if weights are not finite, or a class layer differs in another way than in its classes.
     """
-    if names := not_finite({name: value for name, value in saved.items() if isinstance(value, Tensor)}):
+    if names := not_finite(saved):
         raise InputError(f"detector weights must be finite, but these are not: {some_of(names)}")
     of_classes = [(name, layers[layer]) for name in own if name in saved and (layer := layer_of(name, layers))]
     if theirs is None:
@@ -173,19 +177,29 @@ def load_detector(detector: Detector, source: str, object_names: Sequence[str]) 
         new = list(object_names[1:])
     else:
         read = read_checkpoint(source) if is_pretrained(source) else read_tensors(source, "file of detector weights")
-        saved = Detector.state_in(read)
-        state, new = carry_classes(own, saved, OF_FASTER_RCNN, object_names, classes_in(read))
+        saved, theirs = Detector.state_in(read, source), classes_in(read, source)
+        try:
+            state, new = carry_classes(own, saved, OF_FASTER_RCNN, object_names, theirs)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
         detector.load_state(state, source)
-        if classes_in(read) is None and not new:
+        if theirs is None and not new:
             rank_zero_info(f"{source} has no class names, so they are taken to be the data's, in the same order")
     tell_new(source, new, len(object_names) - 1)
     return new
 
 
-def classes_in(read: Any) -> list[str] | None:
-    """Return the object classes of the content of a file, the background first, or None if it has none."""
+def classes_in(read: Any, source: str) -> list[str] | None:
+    """Return the object classes of the content of a file, the background first, or None if it has none.
+
+    Raises:
+        ValueError: if they are not names, of which no two are the same.
+    """
     saved = read.get("sgalign") if isinstance(read, dict) else None
-    return saved.get("object_names") if isinstance(saved, dict) else None
+    names = saved.get("object_names") if isinstance(saved, dict) else None
+    if names is not None:
+        check_names(source, "object_names", names)
+    return names
 
 
 def tell_new(source: str, new: Sequence[str], total: int) -> None:

@@ -50,6 +50,7 @@ with instrumented():
     from sgalign.errors import InputError
     from sgalign.files import read_json, read_tensors
     from sgalign.matching import check_prediction, check_scores, rank_triplets
+    from sgalign.models.detector import Detector
     from sgalign.models.sgtr_weights import load_published
     from sgalign.prediction.image_paths import ImageFile
     from sgalign.prediction.outputs import GraphLines, PredictionParts, options_of, parts_folder
@@ -58,10 +59,11 @@ with instrumented():
     from sgalign.studies.execute import latest_checkpoint
     from sgalign.studies.results import Result, digest, read_result, run_folder
     from sgalign.studies.study import read_study
-    from sgalign.training import MotifsModule, load_module
+    from sgalign.training import EntityDetectorModule, MotifsModule, SGTRModule, load_module
+    from sgalign.training.detr import make_detector
     from sgalign.training.model_card import model_card, read_results
     from sgalign.training.pretrained import is_pretrained
-    from sgalign.training.starting import read_start, start
+    from sgalign.training.starting import load_detector, read_start, start
     from sgalign.viewing import PageImage, describe, write_page
 
 OBJECTS, PREDICATES = [BACKGROUND, "person", "horse"], [BACKGROUND, "on", "above"]
@@ -214,7 +216,7 @@ def changed_tensors(draw: Draw, content: Any) -> Any:
                 ]
                 try:
                     return one_of(draw, *odd)() if tensor.dim() else tensor
-                except NotImplementedError:  # torch has few operations for large unsigned numbers
+                except RuntimeError:  # for an empty tensor, or for large unsigned numbers, which have few operations
                     return tensor
             return tensor
         if isinstance(value, dict):
@@ -445,15 +447,34 @@ def images(draw: Draw, folder: Path) -> None:
 
 
 @functools.cache
-def motifs(**options: Any) -> dict[str, Any]:
+def motifs() -> dict[str, Any]:
+    return checkpoint_of(MotifsModule(protocol="predcls", vision="none", **SIZES), torch.ones(3, 3, 3))
+
+
+@functools.cache
+def sgtr() -> dict[str, Any]:
+    sizes = {"dim": 8, "heads": 2, "ffn_dim": 8, "entity_layers": 1, "entity_queries": 3, "encoder_layers": 1}
+    return checkpoint_of(SGTRModule(backbone="resnet10", **sizes, layers=1, queries=2), torch.ones(3, 3, 3))
+
+
+@functools.cache
+def detr() -> dict[str, Any]:
+    sizes: dict[str, Any] = {"dim": 8, "heads": 2, "ffn_dim": 8, "entity_layers": 1, "entity_queries": 3}
+    return checkpoint_of(EntityDetectorModule(backbone="resnet10", **sizes), torch.ones(3))
+
+
+def checkpoint_of(module: Any, counts: torch.Tensor) -> dict[str, Any]:
+    """Return a checkpoint of a module whose network is made with seed 0. Its large tensors store a single number."""
     torch.manual_seed(0)
-    module = MotifsModule(protocol="predcls", vision="none", **SIZES, **options)
     module._set_classes(OBJECTS, PREDICATES, "the data")
-    module.make_network(torch.ones(3, 3, 3))
+    module.make_network(counts)
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
     module.on_save_checkpoint(checkpoint)
     checkpoint["sgalign"]["random_states"] = [torch.zeros(3, dtype=torch.uint8)]
     state = {"monitor": "val/mR@50", "best_model_score": torch.tensor(0.5)}
+    for name, tensor in checkpoint["state_dict"].items():
+        if tensor.numel() > 10_000:
+            checkpoint["state_dict"][name] = tensor.new_zeros(1).expand(tensor.shape)
     return checkpoint | {"global_step": 5, "epoch": 1, "callbacks": {"x": state}}
 
 
@@ -470,6 +491,37 @@ def checkpoints(draw: Draw, folder: Path) -> None:
     save_tensors(draw, path := folder / "last.ckpt", motifs())
     latest_checkpoint(folder)
     check_module(path)
+
+
+def sgtr_checkpoints(draw: Draw, folder: Path) -> None:
+    save_tensors(draw, path := folder / "last.ckpt", sgtr())
+    check_module(path)
+
+
+@functools.cache
+def faster_rcnn() -> Detector:
+    return Detector(3, backbone="resnet18", head_dim=4)
+
+
+def detector_weights(draw: Draw, folder: Path) -> None:
+    detector = faster_rcnn()
+    state = {name: tensor.new_zeros(1).expand(tensor.shape) for name, tensor in detector.state_dict().items()}
+    inside: dict[str, Any] = {"state_dict": {f"network.{name}": tensor for name, tensor in state.items()}}
+    inside["sgalign"] = {"object_names": [BACKGROUND, "horse", "cow"]}
+    content = one_of(draw, state, inside, {"state_dict": state})
+    save_tensors(draw, path := folder / "detector.pth", content)
+    new = load_detector(detector, str(path), OBJECTS)
+    assert set(new) <= {"person", "horse"}
+    assert all(tensor.isfinite().all() for tensor in detector.state_dict().values() if tensor.is_floating_point())
+
+
+def detr_weights(draw: Draw, folder: Path) -> None:
+    save_tensors(draw, path := folder / "detr.ckpt", detr())
+    module = SGTRModule(backbone="resnet10", dim=8, heads=2, ffn_dim=8, entity_layers=1, entity_queries=3,
+                        encoder_layers=1, layers=1, queries=2, detector_weights=str(path))  # fmt: skip
+    module._set_classes([BACKGROUND, "person", "cow"], PREDICATES, "the data")
+    detector = make_detector(module.options, 2, module.object_names, {})
+    assert all(tensor.isfinite().all() for tensor in detector.state_dict().values() if tensor.is_floating_point())
 
 
 def start_from(draw: Draw, folder: Path) -> None:
@@ -702,7 +754,20 @@ TARGETS: dict[str, Callable[[Draw, Path], str | None]] = {
     for target in (
         *(detections, predictions_json, predictions_hdf5, eval_results, image_ids, graph_lines, features, word_vectors),
         zero_shot_triplets,
-        *(class_names, images, tensors, checkpoints, start_from, model_folders, published_sgtr, studies, results),
+        *(
+            class_names,
+            images,
+            tensors,
+            checkpoints,
+            sgtr_checkpoints,
+            detector_weights,
+            detr_weights,
+            start_from,
+            model_folders,
+            published_sgtr,
+            studies,
+            results,
+        ),
         *(held_claims, figures, continued_lines, continued_parts),
     )
 }
