@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from trainers import CONFIGS, SMALL_DETR, SMALL_MOTIFS, trainer, trainer_without_sanity_check
 
 from sgalign.commands import main as cli
+from sgalign.errors import InputError
 from sgalign.training import (
     AlignMotifsModule,
     AlignSGTRModule,
@@ -21,6 +22,7 @@ from sgalign.training import (
     SGTRModule,
     base,
 )
+from sgalign.training.checkpoints import check_resumable, read_checkpoint
 from sgalign.training.resuming import check_fixed, differing
 
 OPTIONS = [
@@ -167,6 +169,36 @@ def test_a_checkpoint_without_the_options_of_the_data_resumes_with_the_given_lea
     resumed = run(MotifsModule(**SMALL_MOTIFS, learning_rate=1e-5), data, tmp_path / "old.ckpt", epochs=2)
     assert rates_of(resumed) == [1e-5]
     assert printed == ["these options differ from the checkpoint: learning_rate 1e-05 instead of 0.001"]
+
+
+WRONG_STATES = {
+    "epoch": ["x", True],
+    "global_step": [None],
+    "loops": [None, {}, {"fit_loop": {}}],
+    "callbacks": [[1], {"x": 3}],
+    "lr_schedulers": [None, [{}]],
+    "optimizer_states": [5, [], [{}]],
+    "pytorch-lightning_version": [None, "x"],
+    "random_states": ["x", [torch.zeros(3)]],
+}
+
+
+def test_a_run_resumes_only_with_all_states(data, tmp_path):
+    module = MotifsModule(**SMALL_MOTIFS)
+    run(module, data).save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "a.ckpt")
+    check_resumable(checkpoint)
+    for name, values in WRONG_STATES.items():
+        for value in values:
+            of_states = name == "random_states"
+            wrong = {"sgalign": checkpoint["sgalign"] | {name: value}} if of_states else {name: value}
+            with pytest.raises(InputError, match=f"ckpt_path must be a whole checkpoint .* its entry '{name}' is"):
+                check_resumable(checkpoint | wrong)
+    # torch itself would read and write outside of this state.
+    checkpoint["optimizer_states"][0]["state"][0]["exp_avg"] = torch.ones(1)
+    torch.save(checkpoint, tmp_path / "b.ckpt")
+    with pytest.raises(InputError, match=r"exp_avg has shape \[1\] instead of"):
+        run(MotifsModule(**SMALL_MOTIFS), data, tmp_path / "b.ckpt", epochs=2)
 
 
 def test_changed_options_of_the_data_and_the_module_are_named(data, tmp_path, printed):

@@ -23,6 +23,7 @@ from sgalign.files import (
     check_writable,
     full_disk_named,
     hdf5_written_whole,
+    read_array,
     read_json,
     unique_keys,
     write_json,
@@ -281,7 +282,11 @@ def _add_images(joined: h5py.File, source: Path) -> None:
         with h5py.File(source, "r") as part:
             for image_id in prediction_ids(source):
                 if image_id not in joined:
-                    part.copy(part[image_id], joined, name=image_id)
+                    # HDF5's own copy of a group can end the process if the file is damaged.
+                    fields = {name: read_array(values) for name, values in part[image_id].items()}
+                    group = joined.create_group(image_id)
+                    for name, values in fields.items():
+                        group[name] = values
     except HDF5_DAMAGE as error:
         if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):  # a full disk
             raise

@@ -289,7 +289,7 @@ def record(study: Study, runs: Sequence[Sequence[Run]], out: Path) -> None:
     content = {"title": study.title, "choose": study.choose, "arms": arms}
     if path.is_file():
         try:
-            before = {run for arm in read_json(path)["arms"] for run in arm["runs"]}
+            before = {str(run) for arm in read_json(path)["arms"] for run in arm["runs"]}
         except (InputError, KeyError, TypeError):
             print(f"{path} was damaged and is written again")
             before = set()

@@ -75,7 +75,7 @@ def title(run: Run) -> str:
 
 def state(folder: Path) -> str:
     """Return how far a run is, such as "training, step 200 of 5000, epoch 2"."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         progress = json.loads((folder / PROGRESS).read_text())
         of = "" if progress["of"] is None else f" of {progress['of']}"
         unit = "step" if progress["part"] == "training" else "batch"

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sgalign.data import GraphBatch
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.files import read_json, write_json
 from sgalign.matching import rank_triplets, relation_overlaps
 from sgalign.studies.results import DEPTH, REMEDY, RESULT, Cost, Result, write_result
@@ -191,8 +191,8 @@ class RunRecorder(Callback):
                 f"{self.folder / RESULT} is not written, because it exists or because this did not test {best.name}"
             )
             return
-        training = read_json(self.folder / TRAINING, REMEDY)
-        settings = read_json(self.folder / "settings.json", REMEDY)
+        training = self._read(TRAINING, "curve", "epoch", "cost")
+        settings = self._read("settings.json", "seed", "settings")
         data: SceneGraphData = trainer.datamodule  # type: ignore[attr-defined]
         names = data.predicate_names
         images = [graph.image_id for graph in data.test if graph.image_id in found]
@@ -210,6 +210,13 @@ class RunRecorder(Callback):
         }
         write_result(self.folder, result)
         (self.folder / PROGRESS).unlink(missing_ok=True)
+
+    def _read(self, name: str, *entries: str) -> dict[str, Any]:
+        """Return the content of a file that this run has written."""
+        content = read_json(self.folder / name, REMEDY)
+        if not isinstance(content, dict) or not content.keys() >= set(entries):
+            raise InputError(f"{self.folder / name}: must have {', '.join(entries)}, got {shown(content)}: {REMEDY}")
+        return content
 
     def _of_all_processes(self, trainer: pl.Trainer) -> dict[str, tuple[list[int], list[int]]]:
         """Return the relations and ranks of the images of all processes."""

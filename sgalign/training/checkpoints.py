@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,28 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _are_dicts(values: Any, *keys: str) -> bool:
+    return isinstance(values, list) and all(isinstance(value, dict) and value.keys() >= set(keys) for value in values)
+
+
+def _are_random_states(states: Any) -> bool:
+    return isinstance(states, list) and all(isinstance(one, Tensor) and one.dtype == torch.uint8 for one in states)
+
+
+# What a resumed run needs, and the form that it must have. Without some of these entries, Lightning would train from
+# the first epoch on.
+RESUMED: dict[str, Callable[[Any], bool]] = {
+    "epoch": lambda epoch: type(epoch) is int,
+    "global_step": lambda step: type(step) is int,
+    "loops": lambda loops: isinstance(loops, dict) and _are_dicts([loops.get("fit_loop")], "epoch_progress"),
+    "callbacks": lambda callbacks: isinstance(callbacks, dict) and _are_dicts(list(callbacks.values())),
+    "lr_schedulers": lambda states: _are_dicts(states, "last_epoch"),
+    "optimizer_states": lambda states: bool(states) and _are_dicts(states, "state", "param_groups"),
+    "pytorch-lightning_version": lambda text: isinstance(text, str) and bool(re.match(r"[0-9]+\.[0-9]+", text)),
+    "random_states": _are_random_states,
+}
+
+
 def check_resumable(checkpoint: Mapping[str, Any]) -> None:
     """Raise InputError unless a checkpoint has the states that a resumed run needs."""
     if "optimizer_states" not in checkpoint:
@@ -149,6 +172,28 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
             "ckpt_path must be a whole checkpoint of sgalign fit to resume a run, but it has no state of the "
             "optimizer. The folders of sgalign export have none"
         )
+    for name, fits in RESUMED.items():
+        value = (checkpoint["sgalign"] if name == "random_states" else checkpoint).get(name)
+        if not fits(value):
+            raise InputError(
+                f"ckpt_path must be a whole checkpoint of sgalign fit to resume a run, but its entry {name!r} is "
+                f"{shown(value)}"
+            )
+
+
+def check_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise InputError if optimizers have loaded states of other weights.
+
+    torch does not compare the shapes, and its fused kernels would read and write outside of such states.
+    """
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise InputError(
+                        f"ckpt_path must have the optimizer's states of the same weights, but {name} has shape "
+                        f"{list(value.shape)} instead of {list(parameter.shape)}"
+                    )
 
 
 def check_ours(checkpoint: Any, what: str) -> None:
