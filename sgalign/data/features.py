@@ -32,6 +32,7 @@ class FeatureCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.paths = sorted(self.folder.glob("features_*.h5"))
+        self._headers: list[dict[str, Any]] = []  # of each file, once `images` has read it
         self._open: dict[tuple[int, Path], h5py.File] = {}  # by process, because HDF5 handles do not survive a fork
 
     @cached_property
@@ -42,7 +43,8 @@ class FeatureCache:
             try:
                 with h5py.File(path, "r") as file:
                     where.update(dict.fromkeys(file, path))
-                    if not {"weights", "dtype"} <= set(file.attrs):
+                    self._headers.append(dict(file.attrs))
+                    if not {"weights", "dtype"} <= self._headers[-1].keys():
                         raise OSError("no header")
             except HDF5_DAMAGE as error:
                 raise InputError(
@@ -54,8 +56,7 @@ class FeatureCache:
     @property
     def header(self) -> dict[str, Any]:
         _ = self.images  # raises an error if a file is damaged
-        with h5py.File(self.paths[0], "r") as file:
-            return dict(file.attrs)
+        return self._headers[0]
 
     @property
     def source(self) -> str:
