@@ -426,9 +426,22 @@ def test_checkpoints_without_their_detr_are_refused_by_name(tmp_path, wrong):
     else:
         content["state_dict"] = {name: tensor for name, tensor in state.items() if not name.startswith("detector.")}
     torch.save(content, source)
-    messages = {"no config": "has no DETR", "no JSON": "must have a valid config of DETR"}
+    messages = {"no config": "has no DETR", "no JSON": "must be a DETR that can be loaded"}
     with pytest.raises(ValueError, match=rf"detector\.ckpt: .*{messages.get(wrong, 'its config|detr')}"):
         made(EntityDetectorModule(**SMALL_DETR, detector_weights=source), scenes_with())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("config.json", b"[1]", "must be a DETR that can be loaded"), ("config.json", b"{", "config.json' is not a valid"),
+     ("model.safetensors", b"x" * 100, "must be a DETR that can be loaded")],
+)  # fmt: skip
+def test_damaged_folders_of_transformers_are_refused_by_name(tmp_path, name, content, message):
+    sizes = {"backbone": "resnet10", "stride": 16, "dim": 32, "heads": 4, "ffn_dim": 32, "layers": 2}
+    EntityDetector(3, **sizes, num_queries=12).detr.save_pretrained(tmp_path / "detr")
+    (tmp_path / "detr" / name).write_bytes(content)
+    with pytest.raises((OSError, ValueError), match=f"detr.*{message}"):
+        made(EntityDetectorModule(**SMALL_DETR, detector_weights=str(tmp_path / "detr")), scenes_with())
 
 
 def test_a_model_without_any_of_the_tensors_is_refused(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -260,14 +261,15 @@ def make_detector(
         weights=options.detector_weights,
         **saved,
     )
-    new: list[str] = []
-    if new_run and saved:
-        detector, new = _of_checkpoint(build, options.detector_weights, weights, object_names, theirs)
-    else:
+    if not new_run or options.detector_weights is None:
         detector = build()
-    if new_run and options.detector_weights is not None:
-        if not saved and detector.reset_other_classes(object_names[1:]):
-            new = list(object_names[1:])
+    else:
+        with _source_named(options.detector_weights):
+            if saved:
+                detector, new = _of_checkpoint(build, weights, object_names, theirs)
+            else:
+                detector = build()
+                new = list(object_names[1:]) if detector.reset_other_classes(object_names[1:]) else []
         if "detector" in options.frozen:
             command = "--config configs/detr_small.yaml --model.detector_weights"
             check_trained("detector_weights", options.detector_weights, new, command)
@@ -280,14 +282,27 @@ def make_detector(
     return detector
 
 
+@contextmanager
+def _source_named(source: Any) -> Iterator[None]:
+    """Name the source of a detector in the errors of the block. Errors of the file system name it already."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    except Exception as error:  # for a wrong config or a damaged file, transformers raises many kinds of error
+        if is_lack_of_memory(error) or isinstance(error, ModuleNotFoundError | OSError):
+            raise
+        text = " ".join(str(error).split())
+        raise InputError(f"{source}: must be a DETR that can be loaded ({type(error).__name__}: {text})") from error
+
+
 def _of_checkpoint(
-    build: Callable[[], EntityDetector], source: Any, weights: dict[str, Tensor], ours: Sequence[str], theirs: list[str]
+    build: Callable[[], EntityDetector], weights: dict[str, Tensor], ours: Sequence[str], theirs: list[str]
 ) -> tuple[EntityDetector, list[str]]:
     """Return DETR with the weights of a checkpoint, and the names of the classes that the checkpoint lacks.
 
     Args:
         build: makes a detector with the config of the checkpoint and the classes of the data.
-        source: the name of the checkpoint, for error messages.
         weights: the weights of its detector.
         ours, theirs: object classes of the data and of the checkpoint, the background first.
 
@@ -298,21 +313,14 @@ def _of_checkpoint(
     def of_no_class(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in state.items() if layer_of(name, OF_DETR) is None}
 
-    try:
-        # The config may name layers of any size. On the meta device, their shapes can be checked without memory.
-        with torch.device("meta"):
-            check_same_weights(of_no_class(weights), of_no_class(build().state_dict()), "its config")
-        detector = build()
-        weights, new = carry_classes(detector.state_dict(), weights, OF_DETR, ours, theirs)
-        check_same_weights(weights, detector.state_dict(), "its config")
-        detector.load_state_dict(weights)
-        return detector, new
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-    except Exception as error:  # for a wrong config, transformers raises many kinds of error
-        if is_lack_of_memory(error) or isinstance(error, ModuleNotFoundError | OSError):
-            raise
-        raise InputError(f"{source}: must have a valid config of DETR ({type(error).__name__}: {error})") from error
+    # The config may name layers of any size. On the meta device, their shapes can be checked without memory.
+    with torch.device("meta"):
+        check_same_weights(of_no_class(weights), of_no_class(build().state_dict()), "its config")
+    detector = build()
+    weights, new = carry_classes(detector.state_dict(), weights, OF_DETR, ours, theirs)
+    check_same_weights(weights, detector.state_dict(), "its config")
+    detector.load_state_dict(weights)
+    return detector, new
 
 
 def read_detector(options: DetrOptions) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
