@@ -21,7 +21,7 @@ def whole_number(value: Any) -> int | None:
 
 
 def parse_number(text: str) -> float:
-    """Return the number that a text writes. As `float`, but refuse 1_5, which Python reads as 15.
+    """Return the number in a text, as `float` does. Refuse 1_5, which Python reads as 15.
 
     Raises:
         ValueError: if the text is no number.

@@ -227,4 +227,4 @@ def check_names(what: str, kind: str, names: Any) -> None:
         raise InputError(f"{what}: must have {kind}, a list of names, got {shown(names)}")
     if len(set(names)) < len(names):
         twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise InputError(f"{what}: every name in {kind} must be another one, but {twice!r} occurs twice")
+        raise InputError(f"{what}: the names in {kind} must differ, but {twice!r} occurs twice")
