@@ -372,8 +372,9 @@ def read_tensors(path: str | Path, what: str, classes: Sequence[tuple[type, str]
         path: the file.
         what: the expected kind of file, for error messages.
         classes: classes, each with the full name of the class in the file that it replaces.
-        mapped: True to read a tensor from the disk only when it is used, unless torch before 1.6 wrote the file. The
-            file may then be replaced, but must not be cut short. Otherwise the system ends the process with SIGBUS.
+        mapped: True to read a tensor from the disk only when it is used. The file may then be replaced, but must not be
+            cut short. Otherwise the system ends the process with SIGBUS. Files that are no zip archives, as torch
+            before 1.6 wrote them, are read whole.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -1,4 +1,4 @@
-"""Numbers in files of other programs."""
+"""Numbers in files and options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LARGEST_WHOLE = 1 << 53  # float64 cannot tell larger whole numbers apart
 def whole_number(value: Any) -> int | None:
     """Return the whole number that a value such as 7, 7.0 or "7" stands for. Return None if it stands for none.
 
-    Numbers of 2^53 and more are none either, because float64 cannot tell them apart.
+    It also returns None for numbers of 2^53 and more, because float64 cannot tell them apart.
     """
     if isinstance(value, str):
         value = int(value) if re.fullmatch(r"[0-9]{1,16}", value.strip()) else None

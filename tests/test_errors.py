@@ -92,7 +92,9 @@ def test_sizes_of_a_generated_data_set_that_cannot_be_are_refused(size, tmp_path
 def test_a_generated_data_set_has_a_scene(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main.main(["make-dataset", str(tmp_path / "new"), "--sizes", "0", "0", "0"])
-    assert "error: --sizes must have at least one scene" in capsys.readouterr().err and not any(tmp_path.iterdir())
+    assert "error: --sizes must give at least one split a scene" in capsys.readouterr().err and not any(
+        tmp_path.iterdir()
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from sgalign.training import (
     SGTRModule,
     base,
 )
-from sgalign.training.checkpoints import check_resumable, read_checkpoint
+from sgalign.training.checkpoints import check_ours, check_resumable, read_checkpoint
 from sgalign.training.resuming import check_fixed, differing
 
 OPTIONS = [
@@ -174,12 +174,11 @@ def test_a_checkpoint_without_the_options_of_the_data_resumes_with_the_given_lea
 WRONG_STATES = {
     "epoch": ["x", True],
     "global_step": [None],
-    "loops": [None, {}, {"fit_loop": {}}],
+    "loops": [None, {}, {"fit_loop": {}}, {"fit_loop": {"epoch_progress": 3}}],
     "callbacks": [[1], {"x": 3}],
     "lr_schedulers": [None, [{}]],
-    "optimizer_states": [5, [], [{}]],
+    "optimizer_states": [5, [], [{}], [{"state": 5, "param_groups": []}], [{"state": {0: 5}, "param_groups": []}]],
     "pytorch-lightning_version": [None, "x"],
-    "random_states": ["x", [torch.zeros(3)]],
 }
 
 
@@ -190,14 +189,33 @@ def test_a_run_resumes_only_with_all_states(data, tmp_path):
     check_resumable(checkpoint)
     for name, values in WRONG_STATES.items():
         for value in values:
-            of_states = name == "random_states"
-            wrong = {"sgalign": checkpoint["sgalign"] | {name: value}} if of_states else {name: value}
-            with pytest.raises(InputError, match=f"ckpt_path must be a whole checkpoint .* its entry '{name}' is"):
-                check_resumable(checkpoint | wrong)
-    # torch itself would read and write outside of this state.
-    checkpoint["optimizer_states"][0]["state"][0]["exp_avg"] = torch.ones(1)
+            with pytest.raises(InputError, match=f"ckpt_path must be a whole checkpoint .* its entry '{name}' must be"):
+                check_resumable(checkpoint | {name: value})
+    for states in ("x", [torch.zeros(3)]):
+        with pytest.raises(InputError, match="x: random_states must be a list of tensors of type uint8"):
+            check_ours(checkpoint | {"sgalign": checkpoint["sgalign"] | {"random_states": states}}, "x")
+
+
+@pytest.mark.parametrize("wrong", ["of one number", "without dimensions", "missing", "none at all", "expanded"])
+def test_states_of_the_optimizer_fit_their_weights(wrong, data, tmp_path):
+    """torch itself would read and write outside of them."""
+    run(MotifsModule(**SMALL_MOTIFS), data).save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "a.ckpt")
+    states = checkpoint["optimizer_states"][0]["state"]
+    for state in states.values():
+        if wrong == "missing":
+            del state["exp_avg_sq"]
+        elif wrong == "expanded":
+            state["exp_avg"] = torch.zeros(1).expand(state["exp_avg"].shape)
+        else:
+            state["exp_avg"] = torch.ones(1) if wrong == "of one number" else torch.tensor(1.0)
+    if wrong == "none at all":
+        states.clear()
     torch.save(checkpoint, tmp_path / "b.ckpt")
-    with pytest.raises(InputError, match=r"exp_avg has shape \[1\] instead of"):
+    if wrong == "expanded":  # copied to memory of its own
+        run(MotifsModule(**SMALL_MOTIFS), data, tmp_path / "b.ckpt", epochs=2)
+        return
+    with pytest.raises(InputError, match="ckpt_path must have(, for each weight .*, the| a state of the) optimizer"):
         run(MotifsModule(**SMALL_MOTIFS), data, tmp_path / "b.ckpt", epochs=2)
 
 

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
     if min(sizes) < 0 or max(sizes) >= 1 << 31:
         parser().error(f"--sizes must be at least 0 and below 2^31, got {sizes}")
     if not any(sizes):
-        parser().error("--sizes must have at least one scene, got 0 0 0")
+        parser().error("--sizes must give at least one split a scene, got 0 0 0")
     options.format = options.format or ("vg150" if options.source is None else "coco")
     if options.source is not None and options.format != "coco":
         parser().error("--source needs --format coco")

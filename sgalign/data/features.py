@@ -32,7 +32,7 @@ class FeatureCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.paths = sorted(self.folder.glob("features_*.h5"))
-        self._headers: list[dict[str, Any]] = []  # of each file, once `images` has read it
+        self._header: dict[str, Any] = {}  # of the first file, once `images` has read it
         self._open: dict[tuple[int, Path], h5py.File] = {}  # by process, because HDF5 handles do not survive a fork
 
     @cached_property
@@ -43,9 +43,10 @@ class FeatureCache:
             try:
                 with h5py.File(path, "r") as file:
                     where.update(dict.fromkeys(file, path))
-                    self._headers.append(dict(file.attrs))
-                    if not {"weights", "dtype"} <= self._headers[-1].keys():
+                    header = dict(file.attrs)
+                    if not {"weights", "dtype"} <= header.keys():
                         raise OSError("no header")
+                    self._header = self._header or header
             except HDF5_DAMAGE as error:
                 raise InputError(
                     f"{path}: must be a feature file, but is not one or is cut short ({error}); delete it and run "
@@ -56,7 +57,7 @@ class FeatureCache:
     @property
     def header(self) -> dict[str, Any]:
         _ = self.images  # raises an error if a file is damaged
-        return self._headers[0]
+        return self._header
 
     @property
     def source(self) -> str:

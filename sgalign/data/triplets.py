@@ -108,5 +108,5 @@ def read_zero_shot_triplets(path: str | Path) -> Tensor:
 
 def _class_number(cell: str) -> int:
     if (number := whole_number(cell)) is None:
-        raise ValueError(f"{cell!r} is no whole number")
+        raise ValueError(f"{cell!r} is no whole number from 1 and below 2^53")
     return number

@@ -148,15 +148,16 @@ class Detector(nn.Module):
             source: the name of the file, for error messages.
 
         Raises:
-            ValueError: if the content holds anything else than tensors by name.
+            ValueError: if the content does not map names to tensors.
         """
         state = read.get("state_dict", read) if isinstance(read, dict) else read
-        are_named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-        if not are_named or not all(isinstance(value, Tensor) for value in state.values()):
-            raise InputError(f"{source}: must hold the weights of a detector, tensors by name, got {shown(state)}")
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise InputError(f"{source}: must map names to the weights of a detector, got {shown(state)}")
         for prefix in ("vision.detector.", "network."):  # in checkpoints of MotifsModule and of DetectorModule
             if any(name.startswith(prefix + "model.") for name in state):
                 state = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+        if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+            raise InputError(f"{source}: must map names to the weights of a detector, but {others[0]!r} is no tensor")
         return state
 
     def load_state(self, state: Mapping[str, Tensor], source: str) -> None:

@@ -283,10 +283,9 @@ def _add_images(joined: h5py.File, source: Path) -> None:
             for image_id in prediction_ids(source):
                 if image_id not in joined:
                     # HDF5's own copy of a group can end the process if the file is damaged.
-                    fields = {name: read_array(values) for name, values in part[image_id].items()}
                     group = joined.create_group(image_id)
-                    for name, values in fields.items():
-                        group[name] = values
+                    for name, values in part[image_id].items():
+                        group[name] = read_array(values)
     except HDF5_DAMAGE as error:
         if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno is not None):  # a full disk
             raise

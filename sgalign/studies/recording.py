@@ -215,7 +215,7 @@ class RunRecorder(Callback):
         """Return the content of a file that this run has written."""
         content = read_json(self.folder / name, REMEDY)
         if not isinstance(content, dict) or not content.keys() >= set(entries):
-            raise InputError(f"{self.folder / name}: must have {', '.join(entries)}, got {shown(content)}: {REMEDY}")
+            raise InputError(f"{self.folder / name}: must have {', '.join(entries)}, got {shown(content)}; {REMEDY}")
         return content
 
     def _of_all_processes(self, trainer: pl.Trainer) -> dict[str, tuple[list[int], list[int]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -68,7 +67,7 @@ def _malformed(result: dict[str, Any]) -> str | None:
         return lists and all(type(value) is kind for row in values for value in row)
 
     def lengths(name: str, lowest: int, highest: int) -> list[int] | None:
-        """Return the number of values for each image, or None if they are no whole numbers in this range."""
+        """Return the number of values for each image, or None unless all values are whole numbers in the range."""
         values = result[name]
         fits = rows(values, int) and all(lowest <= value <= highest for row in values for value in row)
         return list(map(len, values)) if fits else None
@@ -76,9 +75,9 @@ def _malformed(result: dict[str, Any]) -> str | None:
     curve, images, cost = result["curve"], result["images"], result["cost"]
     others = {key: value for key, value in cost.items() if key != "device"} if isinstance(cost, dict) else None
     groups = result["groups"]
-    of_groups = list(groups.values()) if isinstance(groups, dict) and rows(list(groups.values()), str) else None
-    count = len(set(chain.from_iterable(of_groups or ())))  # each predicate is in one group
-    predicates, ranks = lengths("predicates", 1, count), lengths("ranks", 0, DEPTH)
+    are_groups = isinstance(groups, dict) and rows(list(groups.values()), str)
+    grouped = [name for names in groups.values() for name in names] if are_groups else []  # every predicate
+    predicates, ranks = lengths("predicates", 1, len(grouped)), lengths("ranks", 0, DEPTH)
     needed = {"epoch", "step", *curve[0]} if isinstance(curve, list) and curve and figures(curve[0]) else set()
     forms = {
         "seed": type(result["seed"]) is int,
@@ -86,7 +85,7 @@ def _malformed(result: dict[str, Any]) -> str | None:
         "curve": bool(needed) and all(figures(point) and point.keys() >= needed for point in curve),
         "epoch": type(result["epoch"]) is int and isinstance(curve, list) and 1 <= result["epoch"] <= len(curve),
         "test": figures(result["test"]),
-        "groups": of_groups is not None and count == sum(map(len, of_groups)),
+        "groups": are_groups and len(set(grouped)) == len(grouped),
         "images": rows([images], str),
         "predicates": predicates is not None and isinstance(images, list) and len(predicates) == len(images),
         "ranks": ranks is not None and ranks == predicates,

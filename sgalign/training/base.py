@@ -162,7 +162,7 @@ class SavedModule(pl.LightningModule):
     def on_train_start(self) -> None:
         if self.trainer.ckpt_path:
             assert self.given is not None
-            check_optimizers(self.trainer.optimizers)
+            check_optimizers(self.trainer.optimizers, self.loaded_step)
             rates = self.given.put_back(self.trainer.optimizers, self._schedules)
             changed = [f"{name} {now} instead of {then}" for name, (now, then) in self.differences.items()]
             if self.differences.keys().isdisjoint(("learning_rate", "backbone_learning_rate")):

@@ -147,21 +147,47 @@ def _are_dicts(values: Any, *keys: str) -> bool:
     return isinstance(values, list) and all(isinstance(value, dict) and value.keys() >= set(keys) for value in values)
 
 
-def _are_random_states(states: Any) -> bool:
-    return isinstance(states, list) and all(isinstance(one, Tensor) and one.dtype == torch.uint8 for one in states)
+def _are_loops(loops: Any) -> bool:
+    """Return True if these are the states of Lightning's loops with the progress of epochs, batches and steps."""
+    try:
+        fit = loops["fit_loop"]
+        steps = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+        progress = fit["epoch_progress"], fit["epoch_loop.batch_progress"], steps
+        counts = [of[part] for of in progress for part in ("total", "current")]
+        return all(type(number) is int for count in counts for number in count.values())
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return False
 
 
-# What a resumed run needs, and the form that it must have. Without some of these entries, Lightning would train from
-# the first epoch on.
-RESUMED: dict[str, Callable[[Any], bool]] = {
-    "epoch": lambda epoch: type(epoch) is int,
-    "global_step": lambda step: type(step) is int,
-    "loops": lambda loops: isinstance(loops, dict) and _are_dicts([loops.get("fit_loop")], "epoch_progress"),
-    "callbacks": lambda callbacks: isinstance(callbacks, dict) and _are_dicts(list(callbacks.values())),
-    "lr_schedulers": lambda states: _are_dicts(states, "last_epoch"),
-    "optimizer_states": lambda states: bool(states) and _are_dicts(states, "state", "param_groups"),
-    "pytorch-lightning_version": lambda text: isinstance(text, str) and bool(re.match(r"[0-9]+\.[0-9]+", text)),
-    "random_states": _are_random_states,
+def _are_optimizers(states: Any) -> bool:
+    return (
+        bool(states)
+        and _are_dicts(states, "state", "param_groups")
+        and all(
+            isinstance(state["state"], dict)
+            and _are_dicts(list(state["state"].values()))
+            and _are_dicts(state["param_groups"], "params")
+            for state in states
+        )
+    )
+
+
+# The entries that a resumed run needs: what each must be, and the check. Without some of them, Lightning would train
+# from the first epoch on.
+RESUMED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "epoch": ("a whole number", lambda epoch: type(epoch) is int),
+    "global_step": ("a whole number", lambda step: type(step) is int),
+    "loops": ("the states of Lightning's loops", _are_loops),
+    "callbacks": ("states by callback", lambda of: isinstance(of, dict) and _are_dicts(list(of.values()))),
+    "lr_schedulers": ("a list of states", lambda states: _are_dicts(states, "last_epoch")),
+    "optimizer_states": ("a list of states", _are_optimizers),
+    "pytorch-lightning_version": ("a version", lambda text: bool(re.match(r"[0-9]+\.[0-9]+", str(text)))),
+}
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+STATES: dict[type, tuple[str, ...]] = {  # what each optimizer keeps of a weight
+    torch.optim.Adam: ADAM,
+    torch.optim.AdamW: ADAM,
+    torch.optim.SGD: ("momentum_buffer",),
 }
 
 
@@ -172,28 +198,36 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
             "ckpt_path must be a whole checkpoint of sgalign fit to resume a run, but it has no state of the "
             "optimizer. The folders of sgalign export have none"
         )
-    for name, fits in RESUMED.items():
-        value = (checkpoint["sgalign"] if name == "random_states" else checkpoint).get(name)
-        if not fits(value):
+    for name, (form, fits) in RESUMED.items():
+        if not fits(value := checkpoint.get(name)):
             raise InputError(
-                f"ckpt_path must be a whole checkpoint of sgalign fit to resume a run, but its entry {name!r} is "
-                f"{shown(value)}"
+                f"ckpt_path must be a whole checkpoint of sgalign fit to resume a run, so its entry {name!r} must be "
+                f"{form}, got {shown(value)}"
             )
 
 
-def check_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Raise InputError if optimizers have loaded states of other weights.
+def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
+    """Raise InputError unless optimizers have loaded states that fit their weights. Copy states with other strides.
 
-    torch does not compare the shapes, and its fused kernels would read and write outside of such states.
+    torch does not compare them, and its fused kernels would read and write outside of such states.
+
+    Args:
+        optimizers: the optimizers, which have loaded the states of a checkpoint.
+        step: the step of the checkpoint.
     """
     for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+        if step and not optimizer.state:
+            raise InputError(f"ckpt_path must have a state of the optimizer at step {step}, but has none")
+        for weight, state in optimizer.state.items():
+            for name in STATES.get(type(optimizer), ()):
+                value, shape = state.get(name), torch.Size() if name == "step" else weight.shape
+                if not isinstance(value, Tensor) or value.shape != shape:
                     raise InputError(
-                        f"ckpt_path must have the optimizer's states of the same weights, but {name} has shape "
-                        f"{list(value.shape)} instead of {list(parameter.shape)}"
+                        f"ckpt_path must have, for each weight of shape {list(weight.shape)}, the optimizer's {name} "
+                        f"of shape {list(shape)}, got {shown(value)}"
                     )
+                if shape and value.stride() != weight.stride():
+                    state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def check_ours(checkpoint: Any, what: str) -> None:
@@ -213,6 +247,9 @@ def check_ours(checkpoint: Any, what: str) -> None:
         raise InputError(
             f"{what}: must be a checkpoint that sgalign fit has written, but it lacks {', '.join(sorted(missing))}"
         )
+    states = saved["random_states"]
+    if not isinstance(states, list) or not all(isinstance(one, Tensor) and one.dtype == torch.uint8 for one in states):
+        raise InputError(f"{what}: random_states must be a list of tensors of type uint8, got {shown(states)}")
     weights, options = checkpoint["state_dict"], checkpoint["hyper_parameters"]
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise InputError(f"{what}: state_dict must be tensors by name, got {shown(weights)}")
@@ -222,7 +259,7 @@ def check_ours(checkpoint: Any, what: str) -> None:
 
 
 def check_names(what: str, kind: str, names: Any) -> None:
-    """Raise InputError unless the names of classes are a list of texts, of which no two are the same."""
+    """Raise InputError unless the names of classes are a list of different texts."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{what}: must have {kind}, a list of names, got {shown(names)}")
     if len(set(names)) < len(names):

@@ -15,7 +15,7 @@ from torchvision.ops import box_convert
 
 from sgalign.data import GraphBatch
 from sgalign.data.transfer import send, to_host
-from sgalign.errors import InputError, is_lack_of_memory
+from sgalign.errors import InputError, is_lack_of_memory, packages_of
 from sgalign.matching import find_objects
 from sgalign.models.entity_detector import BACKBONES, DetectedEntities, EntityDetector, resize
 from sgalign.models.entity_loss import EntityLoss, TrueObjects
@@ -284,13 +284,20 @@ def make_detector(
 
 @contextmanager
 def _source_named(source: Any) -> Iterator[None]:
-    """Name the source of a detector in the errors of the block. Errors of the file system name it already."""
+    """Name the source of a detector in the errors of the block. Errors of the file system name it already.
+
+    An error that our own code raises by mistake stays as it is.
+    """
     try:
         yield
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     except Exception as error:  # for a wrong config or a damaged file, transformers raises many kinds of error
-        if is_lack_of_memory(error) or isinstance(error, ModuleNotFoundError | OSError):
+        if (
+            is_lack_of_memory(error)
+            or isinstance(error, ModuleNotFoundError | OSError)
+            or packages_of(error)[-1] == "sgalign"
+        ):
             raise
         text = " ".join(str(error).split())
         raise InputError(f"{source}: must be a DETR that can be loaded ({type(error).__name__}: {text})") from error
@@ -303,7 +310,7 @@ def _of_checkpoint(
 
     Args:
         build: makes a detector with the config of the checkpoint and the classes of the data.
-        weights: the weights of its detector.
+        weights: the checkpoint's weights of the detector.
         ours, theirs: object classes of the data and of the checkpoint, the background first.
 
     Raises:
@@ -315,10 +322,10 @@ def _of_checkpoint(
 
     # The config may name layers of any size. On the meta device, their shapes can be checked without memory.
     with torch.device("meta"):
-        check_same_weights(of_no_class(weights), of_no_class(build().state_dict()), "its config")
+        check_same_weights(of_no_class(weights), of_no_class(build().state_dict()), "the DETR of its config")
     detector = build()
     weights, new = carry_classes(detector.state_dict(), weights, OF_DETR, ours, theirs)
-    check_same_weights(weights, detector.state_dict(), "its config")
+    check_same_weights(weights, detector.state_dict(), "the DETR of its config")
     detector.load_state_dict(weights)
     return detector, new
 
@@ -343,7 +350,7 @@ def read_detector(options: DetrOptions) -> tuple[dict[str, Any], dict[str, Tenso
         raise InputError(f"{source}: must be a checkpoint of EntityDetectorModule or SGTRModule, but it has no DETR")
     state, prefix = checkpoint["state_dict"], "detector."
     # `trains_norms` is left out, so batch normalization keeps its trained statistics and stays frozen, as with weights
-    # for `transformers`. It then has no number of batches.
+    # for `transformers`. Frozen normalization has no `num_batches_tracked`.
     weights = {
         name.removeprefix(prefix): value
         for name, value in state.items()

@@ -102,8 +102,8 @@ def _results(best: Mapping[str, float], results: Mapping[str, float] | None) -> 
         lines.append("This card has no figures of the test split.")
         return " ".join(lines)
     names = sorted((name for name in results if not is_of_class(name)), key=_place)
-    shown = {name: f"{100 * results[name]:.1f}" for name in names}
-    return "\n\n".join([*lines, "On the test split, in percent:", _table("figure", shown), FIGURES])
+    percent = {name: f"{100 * results[name]:.1f}" for name in names}
+    return "\n\n".join([*lines, "On the test split, in percent:", _table("figure", percent), FIGURES])
 
 
 def _place(name: str) -> tuple[bool, str, str, int]:

@@ -505,6 +505,8 @@ def faster_rcnn() -> Detector:
 
 def detector_weights(draw: Draw, folder: Path) -> None:
     detector = faster_rcnn()
+    for parameter in detector.parameters():  # an earlier input may have changed them
+        parameter.data.fill_(1)
     state = {name: tensor.new_zeros(1).expand(tensor.shape) for name, tensor in detector.state_dict().items()}
     inside: dict[str, Any] = {"state_dict": {f"network.{name}": tensor for name, tensor in state.items()}}
     inside["sgalign"] = {"object_names": [BACKGROUND, "horse", "cow"]}
