@@ -48,7 +48,11 @@ def is_lack_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
 
 
+def modules_of(error: BaseException) -> list[str]:
+    """Return the names of the modules whose code an error has left, the one that raised it last."""
+    return [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
 def packages_of(error: BaseException) -> list[str]:
     """Return the names of the packages whose code an error has left, the one that raised it last."""
-    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return [module.partition(".")[0] for module in modules]
+    return [module.partition(".")[0] for module in modules_of(error)]

@@ -212,6 +212,12 @@ def test_states_of_the_optimizer_fit_their_weights(wrong, data, tmp_path):
     if wrong == "none at all":
         states.clear()
     torch.save(checkpoint, tmp_path / "b.ckpt")
+    if wrong == "none at all":  # and groups of other sizes
+        checkpoint["optimizer_states"][0]["param_groups"] = []
+        torch.save(checkpoint, tmp_path / "groups.ckpt")
+        with pytest.raises(ValueError) as caught:
+            run(MotifsModule(**SMALL_MOTIFS), data, tmp_path / "groups.ckpt", epochs=2)
+        assert cli._sentence(caught.value).startswith("ckpt_path must have the states of this run's optimizer (loaded")
     if wrong == "expanded":  # copied to memory of its own
         run(MotifsModule(**SMALL_MOTIFS), data, tmp_path / "b.ckpt", epochs=2)
         return

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from sgalign.errors import InputError, is_lack_of_memory, packages_of
+from sgalign.errors import InputError, is_lack_of_memory, modules_of, packages_of
 
 USAGE = """\
 usage: sgalign COMMAND ...
@@ -88,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+RESTORING = "lightning.pytorch.trainer.connectors.checkpoint_connector"  # Lightning's module that loads states
+
+
 def _sentence(error: BaseException) -> str | None:
     """Return the message of an error that the user can fix, or None for a bug.
 
@@ -102,6 +105,8 @@ def _sentence(error: BaseException) -> str | None:
         return f"not enough memory{wanted}: free memory, or use smaller batches, images or layers"
     if isinstance(error, OSError | InputError) or _is_lightnings(error):
         return str(error)
+    if modules_of(error)[-1:] == ["torch.optim.optimizer"] and RESTORING in modules_of(error):
+        return f"ckpt_path must have the states of this run's optimizer ({error})"
     # jsonargparse replaces the error that a constructor raises with its own.
     by_parser = packages_of(error)[-1:] == ["jsonargparse"]
     cause = error.__cause__ or error.__context__

@@ -219,6 +219,8 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], step: int) -> 
         if step and not optimizer.state:
             raise InputError(f"ckpt_path must have a state of the optimizer at step {step}, but has none")
         for weight, state in optimizer.state.items():
+            if not isinstance(weight, Tensor):
+                raise InputError(f"ckpt_path must have no states of other weights, got one of weight {weight!r}")
             for name in STATES.get(type(optimizer), ()):
                 value, shape = state.get(name), torch.Size() if name == "step" else weight.shape
                 if not isinstance(value, Tensor) or value.shape != shape:
