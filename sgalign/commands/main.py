@@ -105,8 +105,8 @@ def _sentence(error: BaseException) -> str | None:
         return f"not enough memory{wanted}: free memory, or use smaller batches, images or layers"
     if isinstance(error, OSError | InputError) or _is_lightnings(error):
         return str(error)
-    if modules_of(error)[-1:] == ["torch.optim.optimizer"] and RESTORING in modules_of(error):
-        return f"ckpt_path must have the states of this run's optimizer ({error})"
+    if RESTORING in modules_of(error) and packages_of(error)[-1] != "sgalign":
+        return f"ckpt_path must have the states of this run, but loading them failed ({type(error).__name__}: {error})"
     # jsonargparse replaces the error that a constructor raises with its own.
     by_parser = packages_of(error)[-1:] == ["jsonargparse"]
     cause = error.__cause__ or error.__context__

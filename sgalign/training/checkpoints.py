@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +29,14 @@ def random_states() -> list[Tensor]:
 
 def restore_random_states(states: Sequence[Tensor]) -> None:
     """Set the states of torch's generators. States of GPUs that this machine lacks are ignored."""
-    for number, state in enumerate(states):
-        if number == 0:
-            torch.set_rng_state(state)
-        elif number <= torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, number - 1)
+    try:
+        for number, state in enumerate(states):
+            if number == 0:
+                torch.set_rng_state(state)
+            elif number <= torch.cuda.device_count():
+                torch.cuda.set_rng_state(state, number - 1)
+    except RuntimeError as error:
+        raise InputError(f"ckpt_path must have states of torch's random generators ({error})") from error
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -159,6 +163,25 @@ def _are_loops(loops: Any) -> bool:
         return False
 
 
+def _are_callbacks(callbacks: Any) -> bool:
+    """Return True if these are states by callback, and all models that they name are checkpoints in their folder.
+
+    Lightning deletes models that better ones replace, so it must never get the path of another file.
+    """
+    if not isinstance(callbacks, dict) or not _are_dicts(list(callbacks.values())):
+        return False
+    for state in callbacks.values():
+        names = [state.get(name) for name in ("kth_best_model_path", "last_model_path", "best_model_path")]
+        best, folder = state.get("best_k_models", {}), state.get("dirpath")
+        if not isinstance(best, dict) or not all(isinstance(path, str | None) for path in (folder, *names, *best)):
+            return False
+        for path in filter(None, (*names, *best)):
+            inside = os.path.realpath(path).startswith(os.path.realpath(folder or "") + os.sep)
+            if not folder or not inside or not path.endswith(".ckpt") or ".." in Path(path).parts:
+                return False
+    return True
+
+
 def _are_optimizers(states: Any) -> bool:
     return (
         bool(states)
@@ -178,10 +201,10 @@ RESUMED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epoch": ("a whole number", lambda epoch: type(epoch) is int),
     "global_step": ("a whole number", lambda step: type(step) is int),
     "loops": ("the states of Lightning's loops", _are_loops),
-    "callbacks": ("states by callback", lambda of: isinstance(of, dict) and _are_dicts(list(of.values()))),
+    "callbacks": ("states by callback, with paths of checkpoints in their own folder", _are_callbacks),
     "lr_schedulers": ("a list of states", lambda states: _are_dicts(states, "last_epoch")),
     "optimizer_states": ("a list of states", _are_optimizers),
-    "pytorch-lightning_version": ("a version", lambda text: bool(re.match(r"[0-9]+\.[0-9]+", str(text)))),
+    "pytorch-lightning_version": ("2.0 or newer", lambda text: bool(re.match(r"[2-9]\.[0-9]+", str(text)))),
 }
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 STATES: dict[type, tuple[str, ...]] = {  # what each optimizer keeps of a weight
@@ -204,10 +227,16 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
                 f"ckpt_path must be a whole checkpoint of sgalign fit to resume a run, so its entry {name!r} must be "
                 f"{form}, got {shown(value)}"
             )
+    steps = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    if steps["total"].get("completed") != checkpoint["global_step"]:
+        raise InputError(
+            f"ckpt_path must be a whole checkpoint of sgalign fit to resume a run, but its global_step is "
+            f"{checkpoint['global_step']}, and its loops are at step {steps['total'].get('completed')}"
+        )
 
 
 def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
-    """Raise InputError unless optimizers have loaded states that fit their weights. Copy states with other strides.
+    """Raise InputError unless optimizers have loaded finite states of their weights. Copy states with other strides.
 
     torch does not compare them, and its fused kernels would read and write outside of such states.
 
@@ -228,6 +257,8 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], step: int) -> 
                         f"ckpt_path must have, for each weight of shape {list(weight.shape)}, the optimizer's {name} "
                         f"of shape {list(shape)}, got {shown(value)}"
                     )
+                if not value.isfinite().all():
+                    raise InputError(f"ckpt_path must have finite states of the optimizer, but {name} is not finite")
                 if shape and value.stride() != weight.stride():
                     state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
