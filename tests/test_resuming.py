@@ -180,9 +180,10 @@ WRONG_STATES = {
         {"x": 3},
         {"x": {"best_k_models": 5}},
         {"x": {"dirpath": "/runs", "kth_best_model_path": "/runs/../mine.ckpt"}},
-        {"x": {"dirpath": "/runs", "best_k_models": {"/other/mine.ckpt": 1}}},
+        {"x": {"dirpath": "../runs", "best_k_models": {"../runs/../mine.ckpt": 1}}},
+        {"x": {"dirpath": "/runs", "best_model_path": "/other/../mine.ckpt"}},
+        {"x": {"dirpath": "/runs", "last_model_path": "s3://mine/mine.ckpt"}},
         {"x": {"dirpath": "/runs", "last_model_path": "/runs/mine.txt"}},
-        {"x": {"last_model_path": "mine.ckpt"}},
     ],
     "lr_schedulers": [None, [{}]],
     "optimizer_states": [5, [], [{}], [{"state": 5, "param_groups": []}], [{"state": {0: 5}, "param_groups": []}]],
@@ -195,6 +196,9 @@ def test_a_run_resumes_only_with_all_states(data, tmp_path):
     run(module, data).save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = read_checkpoint(tmp_path / "a.ckpt")
     check_resumable(checkpoint)
+    for folder in ("/runs", "../runs", "./runs", "s3://mine/runs"):  # the best model may be one of an earlier folder
+        paths = {"best_model_path": "../old/best.ckpt", "kth_best_model_path": f"{folder}/a/b.ckpt"}
+        check_resumable(checkpoint | {"callbacks": {"x": {"dirpath": folder} | paths}})
     for name, values in WRONG_STATES.items():
         for value in values:
             with pytest.raises(

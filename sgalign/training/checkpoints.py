@@ -164,10 +164,7 @@ def _are_loops(loops: Any) -> bool:
 
 
 def _are_callbacks(callbacks: Any) -> bool:
-    """Return True if these are states by callback, and all models that they name are checkpoints in their folder.
-
-    Lightning deletes models that better ones replace, so it must never get the path of another file.
-    """
+    """Return True if these are states by callback, and `_is_safe` holds for the models that they name."""
     if not isinstance(callbacks, dict) or not _are_dicts(list(callbacks.values())):
         return False
     for state in callbacks.values():
@@ -175,11 +172,26 @@ def _are_callbacks(callbacks: Any) -> bool:
         best, folder = state.get("best_k_models", {}), state.get("dirpath")
         if not isinstance(best, dict) or not all(isinstance(path, str | None) for path in (folder, *names, *best)):
             return False
-        for path in filter(None, (*names, *best)):
-            inside = os.path.realpath(path).startswith(os.path.realpath(folder or "") + os.sep)
-            if not folder or not inside or not path.endswith(".ckpt") or ".." in Path(path).parts:
-                return False
+        if not all(_is_safe(path, folder) for path in filter(None, (*names, *best))):
+            return False
     return True
+
+
+def _is_safe(path: str, folder: str | None) -> bool:
+    """Return True if Lightning may delete a model, which it does if a better one replaces it.
+
+    Lightning takes `folder/../other.ckpt` for a model in the folder. It leaves models in other folders alone, unless
+    they are not on this machine.
+
+    Args:
+        path: the path of the model.
+        folder: the folder of the models.
+    """
+    inside = folder is not None and path.startswith(folder + os.sep)
+    parts = list(Path(path.removeprefix(f"{folder}{os.sep}")).parts)
+    while not inside and parts[:1] == [".."]:
+        del parts[0]
+    return path.endswith(".ckpt") and ".." not in parts and (inside or "://" not in path)
 
 
 def _are_optimizers(states: Any) -> bool:
@@ -201,7 +213,7 @@ RESUMED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epoch": ("a whole number", lambda epoch: type(epoch) is int),
     "global_step": ("a whole number", lambda step: type(step) is int),
     "loops": ("the states of Lightning's loops", _are_loops),
-    "callbacks": ("states by callback, with paths of checkpoints in their own folder", _are_callbacks),
+    "callbacks": ("states by callback, whose paths are those of checkpoints in their folder", _are_callbacks),
     "lr_schedulers": ("a list of states", lambda states: _are_dicts(states, "last_epoch")),
     "optimizer_states": ("a list of states", _are_optimizers),
     "pytorch-lightning_version": ("2.0 or newer", lambda text: bool(re.match(r"[2-9]\.[0-9]+", str(text)))),
