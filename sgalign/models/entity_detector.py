@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoBackbone, DetrConfig, DetrForObjectDetection, ResNetConfig
 
+from sgalign.errors import InputError, shown
 from sgalign.nn import register_with_transformers
 
 # Mean and standard deviation of ImageNet's pixels, RGB in 0 to 1. The weights of `transformers` and torchvision were
@@ -101,6 +102,8 @@ class EntityDetector(nn.Module):
         else:
             if config is not None:
                 read_config = json.loads(config)
+                if not isinstance(read_config, dict):
+                    raise InputError(f"config must be a JSON object, got {shown(config)}")
                 for names in ("id2label", "label2id"):  # transformers would compare them with `num_labels`
                     read_config.pop(names, None)
                 sizes = DetrConfig.from_dict(read_config, num_labels=num_objects, **options)

@@ -178,10 +178,10 @@ def _are_callbacks(callbacks: Any) -> bool:
 
 
 def _is_safe(path: str, folder: str | None) -> bool:
-    """Return True if Lightning may delete a model, which it does if a better one replaces it.
+    """Return True if Lightning cannot delete a file outside of the folder through this path.
 
-    Lightning takes `folder/../other.ckpt` for a model in the folder. It leaves models in other folders alone, unless
-    they are not on this machine.
+    Lightning deletes a model of the folder when a better one replaces it. It takes `folder/../other.ckpt` for a model
+    of the folder. It also deletes models with an address such as `s3://`. It leaves other paths alone.
 
     Args:
         path: the path of the model.
@@ -213,7 +213,10 @@ RESUMED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epoch": ("a whole number", lambda epoch: type(epoch) is int),
     "global_step": ("a whole number", lambda step: type(step) is int),
     "loops": ("the states of Lightning's loops", _are_loops),
-    "callbacks": ("states by callback, whose paths are those of checkpoints in their folder", _are_callbacks),
+    "callbacks": (
+        "states by callback, with paths of checkpoints that stay in their folder",
+        _are_callbacks,
+    ),
     "lr_schedulers": ("a list of states", lambda states: _are_dicts(states, "last_epoch")),
     "optimizer_states": ("a list of states", _are_optimizers),
     "pytorch-lightning_version": ("2.0 or newer", lambda text: bool(re.match(r"[2-9]\.[0-9]+", str(text)))),
@@ -250,7 +253,7 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
 def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
     """Raise InputError unless optimizers have loaded finite states of their weights. Copy states with other strides.
 
-    torch does not compare them, and its fused kernels would read and write outside of such states.
+    torch does not compare shapes and strides. With wrong ones, its fused kernels read and write outside of the states.
 
     Args:
         optimizers: the optimizers, which have loaded the states of a checkpoint.

@@ -348,6 +348,8 @@ def read_detector(options: DetrOptions) -> tuple[dict[str, Any], dict[str, Tenso
     saved = checkpoint["sgalign"]
     if not isinstance(saved.get("detector"), dict) or not isinstance(saved["detector"].get("config"), str):
         raise InputError(f"{source}: must be a checkpoint of EntityDetectorModule or SGTRModule, but it has no DETR")
+    if not saved["object_names"]:
+        raise InputError(f"{source}: object_names must have the background and the classes, got none")
     state, prefix = checkpoint["state_dict"], "detector."
     # `trains_norms` is left out, so batch normalization keeps its trained statistics and stays frozen, as with weights
     # for `transformers`. Frozen normalization has no `num_batches_tracked`.

@@ -193,7 +193,7 @@ def classes_in(read: Any, source: str) -> list[str] | None:
     """Return the object classes of the content of a file, the background first, or None if it has none.
 
     Raises:
-        ValueError: if they are not names, of which no two are the same.
+        ValueError: if they are not a list of different names.
     """
     saved = read.get("sgalign") if isinstance(read, dict) else None
     names = saved.get("object_names") if isinstance(saved, dict) else None

@@ -755,21 +755,8 @@ TARGETS: dict[str, Callable[[Draw, Path], str | None]] = {
     target.__name__: target
     for target in (
         *(detections, predictions_json, predictions_hdf5, eval_results, image_ids, graph_lines, features, word_vectors),
-        zero_shot_triplets,
-        *(
-            class_names,
-            images,
-            tensors,
-            checkpoints,
-            sgtr_checkpoints,
-            detector_weights,
-            detr_weights,
-            start_from,
-            model_folders,
-            published_sgtr,
-            studies,
-            results,
-        ),
+        *(zero_shot_triplets, class_names, images, tensors, checkpoints, sgtr_checkpoints, detector_weights),
+        *(detr_weights, start_from, model_folders, published_sgtr, studies, results),
         *(held_claims, figures, continued_lines, continued_parts),
     )
 }
