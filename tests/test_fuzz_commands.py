@@ -21,6 +21,8 @@ def test_commands_with_random_options_finish_or_refuse(tmp_path):
     assert not [row for row in rows if row["outcome"] not in ("finished", "refused", "usage error")]
     assert len({row["outcome"] for row in rows}) == 3
     assert "| together | 30 |" in fuzz_commands.table(rows)
+    (again,) = fuzz_commands.campaign([7], 1, tmp_path, LIGHT, trained=False)
+    assert again["outcome"] == next(row["outcome"] for row in rows if row["case"] == 7)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,8 @@ def test_commands_with_random_options_finish_or_refuse(tmp_path):
         (1, "Traceback (most recent call last):\nKeyError\n", [], "DEFECT check: traceback"),
         (1, "", [], "DEFECT check: code 1 without a message"),
         (0, "", ["cwd/new.json.7.partial"], "DEFECT check: partial file left"),
+        (1, "sgalign: 1 image without a result: see a.jsonl", [], "DEFECT check: names no option"),
+        (1, "sgalign: skipped: folder/a.jpg: no\nsgalign: 1 image without a result: see a.jsonl", [], "refused"),
         (0, "", ["cwd/other.json"], "DEFECT check: wrote where no option says so"),
         (-11, "", [], "DEFECT check: exit code -11"),
     ],

@@ -1,12 +1,13 @@
 """Tests of the options of a resumed run. The given options are used, refused or named."""
 
+import copy
 import dataclasses
 import json
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from trainers import CONFIGS, SMALL_DETR, SMALL_MOTIFS, trainer, trainer_without_sanity_check
 
 from sgalign.commands import main as cli
@@ -22,8 +23,9 @@ from sgalign.training import (
     SGTRModule,
     base,
 )
-from sgalign.training.checkpoints import check_ours, check_resumable, read_checkpoint
+from sgalign.training.checkpoints import check_ours, read_checkpoint
 from sgalign.training.resuming import check_fixed, differing
+from sgalign.training.saved_states import check_resumable
 
 OPTIONS = [
     module.options_type
@@ -185,8 +187,9 @@ WRONG_STATES = {
         {"x": {"dirpath": "/runs", "last_model_path": "s3://mine/mine.ckpt"}},
         {"x": {"dirpath": "/runs", "last_model_path": "/runs/mine.txt"}},
     ],
-    "lr_schedulers": [None, [{}]],
+    "lr_schedulers": [None, [5]],
     "optimizer_states": [5, [], [{}], [{"state": 5, "param_groups": []}], [{"state": {0: 5}, "param_groups": []}]],
+    "sgalign": [{"random_states": []}],
     "pytorch-lightning_version": [None, "x", "1.4.0"],
 }
 
@@ -205,9 +208,76 @@ def test_a_run_resumes_only_with_all_states(data, tmp_path):
                 InputError, match=f"ckpt_path must be a whole checkpoint .* its (entry '{name}' must be|{name} is)"
             ):
                 check_resumable(checkpoint | {name: value})
-    for states in ("x", [torch.zeros(3)]):
-        with pytest.raises(InputError, match="x: random_states must be a list of tensors of type uint8"):
-            check_ours(checkpoint | {"sgalign": checkpoint["sgalign"] | {"random_states": states}}, "x")
+    ours = {"random_states": ["x", [torch.zeros(3)]], "run_seed": ["x", None, True, -1, 1 << 64]}
+    for name, values in ours.items():
+        for value in values:
+            with pytest.raises(InputError, match=f"x: {name} must be a"):
+                check_ours(checkpoint | {"sgalign": checkpoint["sgalign"] | {name: value}}, "x")
+    with pytest.raises(InputError, match="x: datamodule_hyper_parameters must be a dict"):
+        check_ours(checkpoint | {"datamodule_hyper_parameters": []}, "x")
+
+
+def group(checkpoint):
+    return checkpoint["optimizer_states"][0]["param_groups"][0]
+
+
+def loop(checkpoint, part="epoch_progress"):
+    return checkpoint["loops"]["fit_loop"][part]
+
+
+def callback(checkpoint, kind):
+    return next(state for name, state in checkpoint["callbacks"].items() if name.startswith(kind))
+
+
+# Changes of a checkpoint after which its states have another form than the run's own.
+WRONG_FORMS = {
+    "rate": lambda it: group(it).update(lr="x"),
+    "negative rate": lambda it: group(it).update(lr=-1.0),
+    "initial rate": lambda it: group(it).pop("initial_lr"),
+    "second optimizer": lambda it: it["optimizer_states"].append({"state": {}, "param_groups": []}),
+    "no schedule": lambda it: it["lr_schedulers"].clear(),
+    "step": lambda it: it["lr_schedulers"][0].update(last_epoch="x"),
+    "negative step": lambda it: it["lr_schedulers"][0].update(last_epoch=-1),
+    "number of rates": lambda it: it["lr_schedulers"][0].update(base_lrs=[0.001]),
+    "bad epochs": lambda it: it["lr_schedulers"][1].pop("num_bad_epochs"),
+    "best": lambda it: it["lr_schedulers"][1].update(best=float("nan")),
+    "patience": lambda it: it["lr_schedulers"][1].update(patience=2.5),
+    "mode": lambda it: it["lr_schedulers"][1].update(mode=None),
+    "negative epoch": lambda it: loop(it)["total"].update(ready=-1),
+    "progress": lambda it: loop(it, "epoch_loop.batch_progress").update(current=[1]),
+    "last batch": lambda it: loop(it, "epoch_loop.batch_progress").update(is_last_batch=1),
+    "loader": lambda it: loop(it, "state_dict").update(combined_loader=5),
+    "two loaders": lambda it: loop(it, "state_dict").update(combined_loader=[{}, {}]),
+    "wait": lambda it: callback(it, "EarlyStopping").update(wait_count="x"),
+    "best score": lambda it: callback(it, "EarlyStopping").update(best_score=torch.zeros(2)),
+    "no score": lambda it: callback(it, "EarlyStopping").pop("best_score"),
+    "score of a model": lambda it: callback(it, "ModelCheckpoint").update(best_k_models={"x.ckpt": "x"}),
+    "score of the worst model": lambda it: callback(it, "ModelCheckpoint").update(kth_value="x"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    """The checkpoint of a run with two schedules and two callbacks, and a function that resumes from a checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped")
+
+    def fit(ckpt_path=None, epochs=1):
+        module = MotifsModule(**SMALL_MOTIFS, optimizer="sgd", warmup_steps=5)
+        callbacks = [ModelCheckpoint(folder, monitor="val/R@50"), EarlyStopping("val/R@50", mode="max", strict=False)]
+        return run(module, data, ckpt_path, epochs, callbacks=callbacks, enable_checkpointing=True)
+
+    fit().save_checkpoint(folder / "a.ckpt")
+    return torch.load(folder / "a.ckpt", weights_only=True), fit
+
+
+@pytest.mark.parametrize("change", WRONG_FORMS.values(), ids=WRONG_FORMS)
+def test_states_have_the_form_of_the_runs_own(change, stopped, tmp_path):
+    """torch and Lightning would load them, and fail later or train in another way."""
+    checkpoint, fit = copy.deepcopy(stopped[0]), stopped[1]
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "b.ckpt")
+    with pytest.raises(InputError, match="ckpt_path must (have the states|be a whole checkpoint)"):
+        fit(tmp_path / "b.ckpt", epochs=2)
 
 
 @pytest.mark.parametrize("wrong", ["one number", "no dimensions", "missing", "not finite", "none at all", "expanded"])
@@ -229,7 +299,7 @@ def test_states_of_the_optimizer_fit_their_weights(wrong, data, tmp_path):
         states.clear()
     torch.save(checkpoint, tmp_path / "b.ckpt")
     if wrong == "none at all":  # and groups of other sizes
-        checkpoint["optimizer_states"][0]["param_groups"] = []
+        del checkpoint["optimizer_states"][0]["param_groups"][0]["params"][0]
         torch.save(checkpoint, tmp_path / "groups.ckpt")
         with pytest.raises(ValueError) as caught:
             run(MotifsModule(**SMALL_MOTIFS), data, tmp_path / "groups.ckpt", epochs=2)
@@ -242,6 +312,58 @@ def test_states_of_the_optimizer_fit_their_weights(wrong, data, tmp_path):
         match="ckpt_path must have(, for each weight .*, the| a state of the| finite states of the) optimizer",
     ):
         run(MotifsModule(**SMALL_MOTIFS), data, tmp_path / "b.ckpt", epochs=2)
+
+
+def nine_steps(folder, ckpt_path=None, **limits):
+    """Train on 3 batches in each of 3 epochs, unless limits end the run earlier. Save it after each step and epoch.
+
+    Return the images of each step and the last weights.
+    """
+    data, steps = SceneGraphData(batch_size=2), []
+    data.train, data.validation = data.train[:6], data.validation[:2]
+
+    class Steps(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            steps.append((trainer.current_epoch, trainer.global_step, *batch.image_ids))
+
+    names = {"save_top_k": -1, "auto_insert_metric_name": False, "enable_version_counter": False}
+    saved = [
+        ModelCheckpoint(folder, "{step}", every_n_train_steps=1, **names),
+        ModelCheckpoint(folder, "epoch{epoch}", **names),
+        ModelCheckpoint(folder, "last", mode="max", enable_version_counter=False),
+    ]
+    torch.manual_seed(0)
+    module = MotifsModule(**SMALL_MOTIFS, optimizer="sgd", warmup_steps=5)
+    run(module, data, ckpt_path, callbacks=[Steps(), *saved], enable_checkpointing=True, **{"epochs": 3} | limits)
+    return steps, module.state_dict()
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_steps": 9}, {"max_steps": 9, "epochs": -1}], ids=str)
+def test_a_run_resumed_after_any_step_or_epoch_equals_an_uninterrupted_one(limits, tmp_path):
+    steps, weights = nine_steps(tmp_path / "whole", **limits)
+    assert len(steps) == 9 and len(set(steps)) == 9
+    for name, left in {"1": 8, "3": 6, "epoch0": 6, "5": 4, "epoch1": 3, "8": 1}.items():
+        resumed, found = nine_steps(tmp_path / "resumed", tmp_path / "whole" / f"{name}.ckpt", **limits)
+        assert resumed == steps[-left:], name
+        assert all(tensor.equal(found[key]) for key, tensor in weights.items()), name
+
+
+@pytest.mark.parametrize("epochs", [3, -1])
+def test_a_run_that_max_steps_ended_can_be_extended(epochs, tmp_path):
+    """The rest of the epoch that it ended is not left out."""
+    steps, weights = nine_steps(tmp_path / "whole", epochs=epochs, max_steps=9)
+    for end in (2, 3, 7):
+        nine_steps(tmp_path / f"{end}", epochs=epochs, max_steps=end)
+        extended, found = nine_steps(tmp_path / "b", tmp_path / f"{end}" / "last.ckpt", epochs=epochs, max_steps=9)
+        assert extended == steps[end:], end
+        assert all(tensor.equal(found[key]) for key, tensor in weights.items()), end
+
+
+def test_the_position_in_an_epoch_has_whole_numbers(data):
+    loader = run(MotifsModule(**SMALL_MOTIFS), data).train_dataloader
+    for state in ({"epoch": 0}, {"epoch": 0, "batches": "x", "images": 16}, {"epoch": -1, "batches": 0, "images": 16}):
+        with pytest.raises(InputError, match="ckpt_path must have the states of this run, so combined_loader"):
+            loader.load_state_dict(state)
 
 
 def test_changed_options_of_the_data_and_the_module_are_named(data, tmp_path, printed):

@@ -116,11 +116,13 @@ def _sentence(error: BaseException) -> str | None:
 def _is_lightnings(error: BaseException) -> bool:
     """Return True if this is Lightning's error about options, without importing Lightning.
 
-    Lightning also raises ValueError and OverflowError for wrong options.
+    Lightning also raises ValueError, OverflowError and, in EarlyStopping, RuntimeError for wrong options.
     """
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
     if exceptions is None:
         return False
     if isinstance(error, exceptions.MisconfigurationException):
         return True
+    if isinstance(error, RuntimeError) and modules_of(error)[-1:] == ["lightning.pytorch.callbacks.early_stopping"]:
+        return True  # nothing has logged the figure that it monitors
     return isinstance(error, ValueError | OverflowError) and packages_of(error)[-1:] == ["lightning"]

@@ -28,6 +28,7 @@ from sgalign.files import read_json, write_json
 from sgalign.matching import rank_triplets, relation_overlaps
 from sgalign.studies.results import DEPTH, REMEDY, RESULT, Cost, Result, write_result
 from sgalign.training import RelationModule, SceneGraphData
+from sgalign.training.saved_states import check_form
 
 TRAINING = "training.json"  # written when training is complete: the curve, the best epoch and the cost
 PROGRESS = "progress.json"  # rewritten while the run goes on
@@ -70,6 +71,7 @@ class RunRecorder(Callback):
         return {"curve": self.curve, "scores": self.scores, "stopped": stopped, **cost}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_form(state_dict, self.state_dict(), type(self).__name__)
         self.curve, self.scores = state_dict["curve"], state_dict["scores"]
         self.stopped, self.seconds = state_dict["stopped"], state_dict["seconds"]
         self._steps.extend(state_dict["steps"])

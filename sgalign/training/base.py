@@ -23,9 +23,7 @@ from sgalign.models import predicate_counts
 from sgalign.ops.seeds import step_seed
 from sgalign.training.checkpoints import (
     WholeCheckpointIO,
-    check_optimizers,
     check_ours,
-    check_resumable,
     check_same_weights,
     check_weights,
     random_states,
@@ -37,7 +35,14 @@ from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.model_card import model_card
 from sgalign.training.options import Options
 from sgalign.training.pretrained import training_of, write_pretrained
-from sgalign.training.resuming import GivenOptions, check_fixed, differing
+from sgalign.training.resuming import GivenOptions, check_fixed, differing, reopen_epoch
+from sgalign.training.saved_states import (
+    check_callbacks,
+    check_optimizers,
+    check_resumable,
+    check_same_step,
+    check_states,
+)
 
 
 class _Report(NamedTuple):
@@ -68,8 +73,10 @@ class SavedModule(pl.LightningModule):
         self.object_names: list[str] = []
         self.predicate_names: list[str] = []
         self.run_seed = 0
-        self.loaded_step = -1  # step of the checkpoint that the run resumes from
-        self.random_states: list[Tensor] = []  # generator states in the checkpoint that the run resumes from
+        self.resumed: dict[str, Any] | None = None  # checkpoint that the run resumes from, until it starts
+        self.loaded_step = -1  # step of that checkpoint
+        self.max_steps = -1  # the trainer's, which Lightning does not see while it loads the checkpoint
+        self.random_states: list[Tensor] = []  # generator states in that checkpoint
         self.differences: dict[str, tuple[Any, Any]] = {}  # options that differ from that checkpoint, and both values
         self.given: GivenOptions | None = None
         self.image_ids: Sequence[Any] = []  # ids of the images in this step
@@ -135,25 +142,20 @@ class SavedModule(pl.LightningModule):
         """Load pretrained weights into a new network, if the options name a source of weights."""
 
     def on_fit_start(self) -> None:
-        self._check_same_start()
+        if self.processes > 1:
+            check_same_step(self.loaded_step if self.trainer.ckpt_path else -1, self.trainer)
         self.given = GivenOptions(self.trainer.optimizers, self._schedules)
+        if self.resumed is not None:
+            check_states(self.resumed, self.trainer)
+            reopen_epoch(self.resumed)
+            self.resumed = None
+            # With max_steps, Lightning would end the checkpoint's epoch again, and skip the data of the next one.
+            loop = self.trainer.fit_loop.epoch_loop
+            self.max_steps = loop.max_steps
+            if self.loaded_step < self.max_steps:
+                loop.max_steps = -1
         if not self.trainer.ckpt_path:
             self.run_seed = torch.initial_seed()
-
-    def _check_same_start(self) -> None:
-        """Raise InputError in all processes unless all have loaded the checkpoint of the same step, or none has."""
-        if self.processes == 1:
-            return
-        own = torch.tensor(self.loaded_step if self.trainer.ckpt_path else -1, device=self.device)
-        steps = [torch.zeros_like(own) for _ in range(self.processes)]
-        torch.distributed.all_gather(steps, own)
-        for rank, step in enumerate(steps):
-            if step != steps[0]:
-                first, other = ("none" if one < 0 else f"that of step {one}" for one in (steps[0], step))
-                raise InputError(
-                    f"ckpt_path must be the same checkpoint in all processes, but process 0 has {first}, and process "
-                    f"{rank} has {other}: write the checkpoints to a folder that all machines share"
-                )
 
     @property
     def _schedules(self) -> list[Any]:
@@ -162,6 +164,7 @@ class SavedModule(pl.LightningModule):
     def on_train_start(self) -> None:
         if self.trainer.ckpt_path:
             assert self.given is not None
+            self.trainer.fit_loop.epoch_loop.max_steps = self.max_steps
             check_optimizers(self.trainer.optimizers, self.loaded_step)
             rates = self.given.put_back(self.trainer.optimizers, self._schedules)
             changed = [f"{name} {now} instead of {then}" for name, (now, then) in self.differences.items()]
@@ -288,6 +291,8 @@ class SavedModule(pl.LightningModule):
         check_fixed(self.options, checkpoint["hyper_parameters"], resumes=resumes)
         if resumes:
             check_resumable(checkpoint)
+            check_callbacks(checkpoint, self.trainer)
+            self.resumed = checkpoint
             self.loaded_step = checkpoint["global_step"]
             self._note_differences(checkpoint)
             for callback in self.trainer.early_stopping_callbacks:  # Lightning would restore the old patience

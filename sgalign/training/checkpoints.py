@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,137 +145,6 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _are_dicts(values: Any, *keys: str) -> bool:
-    return isinstance(values, list) and all(isinstance(value, dict) and value.keys() >= set(keys) for value in values)
-
-
-def _are_loops(loops: Any) -> bool:
-    """Return True if these are the states of Lightning's loops with the progress of epochs, batches and steps."""
-    try:
-        fit = loops["fit_loop"]
-        steps = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
-        progress = fit["epoch_progress"], fit["epoch_loop.batch_progress"], steps
-        counts = [of[part] for of in progress for part in ("total", "current")]
-        return all(type(number) is int for count in counts for number in count.values())
-    except (AttributeError, IndexError, KeyError, TypeError):
-        return False
-
-
-def _are_callbacks(callbacks: Any) -> bool:
-    """Return True if these are states by callback, and `_is_safe` holds for the models that they name."""
-    if not isinstance(callbacks, dict) or not _are_dicts(list(callbacks.values())):
-        return False
-    for state in callbacks.values():
-        names = [state.get(name) for name in ("kth_best_model_path", "last_model_path", "best_model_path")]
-        best, folder = state.get("best_k_models", {}), state.get("dirpath")
-        if not isinstance(best, dict) or not all(isinstance(path, str | None) for path in (folder, *names, *best)):
-            return False
-        if not all(_is_safe(path, folder) for path in filter(None, (*names, *best))):
-            return False
-    return True
-
-
-def _is_safe(path: str, folder: str | None) -> bool:
-    """Return True if Lightning cannot delete a file outside of the folder through this path.
-
-    Lightning deletes a model of the folder when a better one replaces it. It takes `folder/../other.ckpt` for a model
-    of the folder. It also deletes models with an address such as `s3://`. It leaves other paths alone.
-
-    Args:
-        path: the path of the model.
-        folder: the folder of the models.
-    """
-    inside = folder is not None and path.startswith(folder + os.sep)
-    parts = list(Path(path.removeprefix(f"{folder}{os.sep}")).parts)
-    while not inside and parts[:1] == [".."]:
-        del parts[0]
-    return path.endswith(".ckpt") and ".." not in parts and (inside or "://" not in path)
-
-
-def _are_optimizers(states: Any) -> bool:
-    return (
-        bool(states)
-        and _are_dicts(states, "state", "param_groups")
-        and all(
-            isinstance(state["state"], dict)
-            and _are_dicts(list(state["state"].values()))
-            and _are_dicts(state["param_groups"], "params")
-            for state in states
-        )
-    )
-
-
-# The entries that a resumed run needs: what each must be, and the check. Without some of them, Lightning would train
-# from the first epoch on.
-RESUMED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "epoch": ("a whole number", lambda epoch: type(epoch) is int),
-    "global_step": ("a whole number", lambda step: type(step) is int),
-    "loops": ("the states of Lightning's loops", _are_loops),
-    "callbacks": (
-        "states by callback, with paths of checkpoints that stay in their folder",
-        _are_callbacks,
-    ),
-    "lr_schedulers": ("a list of states", lambda states: _are_dicts(states, "last_epoch")),
-    "optimizer_states": ("a list of states", _are_optimizers),
-    "pytorch-lightning_version": ("2.0 or newer", lambda text: bool(re.match(r"[2-9]\.[0-9]+", str(text)))),
-}
-ADAM = ("step", "exp_avg", "exp_avg_sq")
-STATES: dict[type, tuple[str, ...]] = {  # what each optimizer keeps of a weight
-    torch.optim.Adam: ADAM,
-    torch.optim.AdamW: ADAM,
-    torch.optim.SGD: ("momentum_buffer",),
-}
-
-
-def check_resumable(checkpoint: Mapping[str, Any]) -> None:
-    """Raise InputError unless a checkpoint has the states that a resumed run needs."""
-    if "optimizer_states" not in checkpoint:
-        raise InputError(
-            "ckpt_path must be a whole checkpoint of sgalign fit to resume a run, but it has no state of the "
-            "optimizer. The folders of sgalign export have none"
-        )
-    for name, (form, fits) in RESUMED.items():
-        if not fits(value := checkpoint.get(name)):
-            raise InputError(
-                f"ckpt_path must be a whole checkpoint of sgalign fit to resume a run, so its entry {name!r} must be "
-                f"{form}, got {shown(value)}"
-            )
-    steps = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
-    if steps["total"].get("completed") != checkpoint["global_step"]:
-        raise InputError(
-            f"ckpt_path must be a whole checkpoint of sgalign fit to resume a run, but its global_step is "
-            f"{checkpoint['global_step']}, and its loops are at step {steps['total'].get('completed')}"
-        )
-
-
-def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
-    """Raise InputError unless optimizers have loaded finite states of their weights. Copy states with other strides.
-
-    torch does not compare shapes and strides. With wrong ones, its fused kernels read and write outside of the states.
-
-    Args:
-        optimizers: the optimizers, which have loaded the states of a checkpoint.
-        step: the step of the checkpoint.
-    """
-    for optimizer in optimizers:
-        if step and not optimizer.state:
-            raise InputError(f"ckpt_path must have a state of the optimizer at step {step}, but has none")
-        for weight, state in optimizer.state.items():
-            if not isinstance(weight, Tensor):
-                raise InputError(f"ckpt_path must have no states of other weights, got one of weight {weight!r}")
-            for name in STATES.get(type(optimizer), ()):
-                value, shape = state.get(name), torch.Size() if name == "step" else weight.shape
-                if not isinstance(value, Tensor) or value.shape != shape:
-                    raise InputError(
-                        f"ckpt_path must have, for each weight of shape {list(weight.shape)}, the optimizer's {name} "
-                        f"of shape {list(shape)}, got {shown(value)}"
-                    )
-                if not value.isfinite().all():
-                    raise InputError(f"ckpt_path must have finite states of the optimizer, but {name} is not finite")
-                if shape and value.stride() != weight.stride():
-                    state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-
-
 def check_ours(checkpoint: Any, what: str) -> None:
     """Raise InputError unless a checkpoint has the entries that all checkpoints of this package have.
 
@@ -295,13 +162,16 @@ def check_ours(checkpoint: Any, what: str) -> None:
         raise InputError(
             f"{what}: must be a checkpoint that sgalign fit has written, but it lacks {', '.join(sorted(missing))}"
         )
-    states = saved["random_states"]
+    states, seed = saved["random_states"], saved["run_seed"]
     if not isinstance(states, list) or not all(isinstance(one, Tensor) and one.dtype == torch.uint8 for one in states):
         raise InputError(f"{what}: random_states must be a list of tensors of type uint8, got {shown(states)}")
-    weights, options = checkpoint["state_dict"], checkpoint["hyper_parameters"]
+    if type(seed) is not int or not 0 <= seed < 1 << 64:
+        raise InputError(f"{what}: run_seed must be a whole number from 0 to 2^64 - 1, got {shown(seed)}")
+    weights = checkpoint["state_dict"]
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise InputError(f"{what}: state_dict must be tensors by name, got {shown(weights)}")
-    for name, values in (("state_dict", weights), ("hyper_parameters", options)):
+    for name in ("state_dict", "hyper_parameters", "datamodule_hyper_parameters"):
+        values = checkpoint.get(name, {})
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise InputError(f"{what}: {name} must be a dict with names as keys, got {shown(values)}")
 

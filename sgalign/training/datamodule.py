@@ -39,6 +39,7 @@ from sgalign.errors import InputError
 from sgalign.metrics import predicate_groups
 from sgalign.ops.seeds import step_seed
 from sgalign.training.longtail import RepeatSampler, drop_repeated, repeat_factors
+from sgalign.training.saved_states import check_form
 
 log = logging.getLogger("sgalign")
 
@@ -389,6 +390,7 @@ class TrainingLoader(DataLoader[GraphBatch]):
         """Resume from the position in a result of `state_dict`."""
         if not state or not isinstance(self.sampler, RepeatSampler):
             return
+        check_form(state, {"epoch": 0, "batches": 0, "images": 0}, "combined_loader[0]")
         if state["batches"] and state["images"] != (images := self.batch_size * self.sampler.num_replicas):
             raise InputError(
                 f"batch_size times the number of processes must still be {state['images']} to resume in the "

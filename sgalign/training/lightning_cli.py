@@ -16,9 +16,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from sgalign.errors import InputError
 from sgalign.files import full_disk_named
 from sgalign.training.base import SavedModule
-from sgalign.training.checkpoints import check_resumable, read_checkpoint
+from sgalign.training.checkpoints import read_checkpoint
 from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.frequency import FrequencyModule
+from sgalign.training.saved_states import check_resumable
 
 EXPECTED_WARNINGS = (
     "Total length of `DataLoader` across ranks is zero",  # a validation split without relations, which we name

@@ -50,6 +50,21 @@ def check_fixed(options: Options, saved: Mapping[str, Any], *, resumes: bool) ->
             raise InputError(f"{name} must be {before!r}, as in the checkpoint, got {given!r}{why}")
 
 
+def reopen_epoch(checkpoint: Mapping[str, Any]) -> None:
+    """Let a resumed run continue the epoch in which `max_steps` ended the first one.
+
+    Lightning counts such an epoch as completed, so it would leave out the rest of its images.
+
+    Args:
+        checkpoint: the checkpoint before its states are loaded. The progress of its epochs is changed.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    if not loop["epoch_loop.batch_progress"]["is_last_batch"]:
+        for progress in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
+            if 0 < progress["started"] == progress["processed"]:
+                progress["processed"] = progress["completed"] = progress["started"] - 1
+
+
 class GivenOptions:
     """A copy of the options of optimizers and schedules, made before a checkpoint's states replace them.
 
@@ -89,7 +104,8 @@ class GivenOptions:
                     group["lr"] = group["lr"] * (rate / old) if old else rate
                     changed[f"{rate:g} instead of {old:g}"] = None
         for schedule, given in zip(schedules, self.schedules, strict=True):
-            before = _fallen(schedule)
+            if not (before := _fallen(schedule)):
+                raise InputError("ckpt_path must have a learning rate above 0, but its schedule has fallen to 0")
             vars(schedule).update(given)
             for group in schedule.optimizer.param_groups:
                 group["lr"] *= _fallen(schedule) / before

@@ -91,7 +91,9 @@ def _refusal(command: str, arguments: Sequence[str], ended: Ended, options: Coll
         if reports.get(command, "\0") in ended.out:
             return "refused"
         return f"DEFECT {command}: code 1 without a message"
-    message = "\n".join(lines[said[-1] :])
+    # `predict` says first which images it has skipped, and then how many.
+    skipped = [line for line in lines[: said[-1]] if line.startswith("sgalign: skipped: ")]
+    message = "\n".join([*skipped, *lines[said[-1] :]])
     more = [line for line in lines[said[-1] + 1 :] if not WARNINGS.search(line)]
     if more and not any("\n" in argument for argument in arguments):
         return f"DEFECT {command}: more than a sentence: {lines[said[-1]][9:79]} // {more[0][:60]}"

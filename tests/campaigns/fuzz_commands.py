@@ -242,7 +242,8 @@ def campaign(
         waiting = {worker: list(cases[number::WORKERS]) for number, worker in enumerate(workers)}
         end = time.monotonic() + seconds
         for worker in workers:
-            worker.start(waiting[worker])
+            if waiting[worker]:  # one case leaves the second worker without any
+                worker.start(waiting[worker])
         while any(worker.pid for worker in workers):
             time.sleep(0.02)
             for worker in workers:

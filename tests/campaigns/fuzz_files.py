@@ -8,6 +8,7 @@ import json
 import re
 import struct
 import sys
+import tempfile
 import types
 import zipfile
 import zlib
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 import yaml
@@ -31,10 +33,15 @@ from fuzzing import (
     one_of,
     write_hdf5,
 )
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from PIL import Image
 from safetensors.torch import save as safetensors
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 with instrumented():
+    from trainers import trainer_without_sanity_check
+
+    from sgalign.commands.main import _sentence
     from sgalign.data import SceneGraph
     from sgalign.data.class_names import BACKGROUND, read_classes
     from sgalign.data.detections import ids_of_names, read_detections
@@ -59,10 +66,12 @@ with instrumented():
     from sgalign.studies.execute import latest_checkpoint
     from sgalign.studies.results import Result, digest, read_result, run_folder
     from sgalign.studies.study import read_study
-    from sgalign.training import EntityDetectorModule, MotifsModule, SGTRModule, load_module
+    from sgalign.training import EntityDetectorModule, MotifsModule, SceneGraphData, SGTRModule, load_module
+    from sgalign.training.checkpoints import read_checkpoint
     from sgalign.training.detr import make_detector
     from sgalign.training.model_card import model_card, read_results
     from sgalign.training.pretrained import is_pretrained
+    from sgalign.training.saved_states import check_resumable
     from sgalign.training.starting import load_detector, read_start, start
     from sgalign.viewing import PageImage, describe, write_page
 
@@ -526,6 +535,81 @@ def detr_weights(draw: Draw, folder: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in detector.state_dict().values() if tensor.is_floating_point())
 
 
+def small_run(folder: Path, steps: int, *callbacks: Callback) -> tuple[pl.Trainer, MotifsModule, Any]:
+    """Return a trainer, a new Motifs model and data of two batches. The trainer keeps models in `folder`."""
+    data = SceneGraphData(batch_size=2)
+    data.train, data.validation = data.train[:4], data.validation[:1]
+    module = MotifsModule(protocol="predcls", vision="none", **SIZES, optimizer="sgd", warmup_steps=5)
+    best = ModelCheckpoint(folder, monitor="val/mR@50", mode="max", save_last=True)
+    stop = EarlyStopping("val/mR@50", mode="max", patience=5, strict=False)
+    options: Any = {"max_epochs": -1, "max_steps": steps, "enable_checkpointing": True}
+    return trainer_without_sanity_check(callbacks=[best, stop, *callbacks], **options), module, data
+
+
+@functools.cache
+def interrupted() -> list[tuple[str, dict[str, Any]]]:
+    """Return checkpoints that a run has written after an epoch and in the next one, each with the run's folder."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        trainer, module, data = small_run(Path(folder), 3)
+        torch.manual_seed(0)
+        trainer.fit(module, data)
+        trainer.save_checkpoint(path := Path(folder) / "within.ckpt")
+        return [(folder, torch.load(one, weights_only=True)) for one in (Path(folder) / "last.ckpt", path)]
+
+
+class Loaded(Callback):
+    """A callback that compares the states of a resumed run with those in the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.steps = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.steps += 1
+        if self.steps > 1:
+            return
+        stored = torch.load(self.path, weights_only=True)
+        assert trainer.global_step == stored["global_step"]
+        assert all(tensor.equal(stored["state_dict"][name]) for name, tensor in pl_module.state_dict().items())
+        (own,), (saved,) = (one.state_dict() for one in trainer.optimizers), stored["optimizer_states"]
+        assert own["state"].keys() == saved["state"].keys()
+        for number, state in own["state"].items():
+            for name, value in state.items():
+                assert value.equal(saved["state"][number][name].to(value.dtype))
+        for group, its in zip(own["param_groups"], saved["param_groups"], strict=True):
+            assert group["lr"] == its["lr"] or group["initial_lr"] != its["initial_lr"]
+        for config, schedule in zip(trainer.lr_scheduler_configs, stored["lr_schedulers"], strict=True):
+            assert config.scheduler.last_epoch == schedule["last_epoch"]
+
+
+def moved(value: Any, old: str, new: str) -> Any:
+    """Return nested dicts with another path in their texts."""
+    if isinstance(value, dict):
+        return {moved(name, old, new): moved(part, old, new) for name, part in value.items()}
+    return value.replace(old, new) if isinstance(value, str) else value
+
+
+def resumed_runs(draw: Draw, folder: Path) -> None:
+    runs, path, mine = folder / "runs", folder / "changed.ckpt", folder / "mine.ckpt"
+    mine.touch()
+    runs.mkdir()
+    old, checkpoint = one_of(draw, *interrupted())
+    save_tensors(draw, path, checkpoint | {"callbacks": moved(checkpoint["callbacks"], old, str(runs))})
+    trainer, module, data = small_run(runs, 4, Loaded(path))
+    try:
+        read = read_checkpoint(path)  # the command line reads the file before Lightning does
+        check_resumable(read)
+        module.on_load_checkpoint(read)
+        trainer.fit(module, data, ckpt_path=path)
+    except Exception as error:
+        sentence = _sentence(error) or ""
+        if re.search("ckpt_path|checkpoint|(the loss|weights) must be finite", sentence):
+            raise InputError(f"{folder}: {sentence}") from error
+        raise
+    finally:
+        assert mine.is_file()
+
+
 def start_from(draw: Draw, folder: Path) -> None:
     save_tensors(draw, path := folder / "other.ckpt", motifs())
     module = MotifsModule(protocol="predcls", vision="none", **SIZES, start_from=str(path))
@@ -571,7 +655,6 @@ def model_folders(draw: Draw, folder: Path) -> None:
 
 @functools.cache
 def published() -> dict[str, torch.Tensor]:
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from test_sgtr import published_state
 
     return published_state(16, 24, 1, 1)
@@ -756,7 +839,7 @@ TARGETS: dict[str, Callable[[Draw, Path], str | None]] = {
     for target in (
         *(detections, predictions_json, predictions_hdf5, eval_results, image_ids, graph_lines, features, word_vectors),
         *(zero_shot_triplets, class_names, images, tensors, checkpoints, sgtr_checkpoints, detector_weights),
-        *(detr_weights, start_from, model_folders, published_sgtr, studies, results),
+        *(detr_weights, resumed_runs, start_from, model_folders, published_sgtr, studies, results),
         *(held_claims, figures, continued_lines, continued_parts),
     )
 }

@@ -253,6 +253,7 @@ def fuzz(target: Target, inputs: int, seed: int, out: Path) -> None:
     """
     outcomes: Counter[str] = Counter()
     found: set[str] = set()
+    run(target, b"")  # makes what all inputs share, which may take longer than one input
 
     def one(content: bytes) -> None:
         word, error = run(target, content)

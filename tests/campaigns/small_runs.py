@@ -110,10 +110,10 @@ class Forked:
             time.sleep(0.02)
 
 
-def _fit(system: str) -> str:
+def _fit(system: str, limit: str) -> str:
     return (
         f"fit --config {CONFIGS}/{system}_small.yaml --config {{inputs}}/{system}.yaml --data.root {{inputs}}/data "
-        "--ckpt_path last --trainer.max_epochs 3 --trainer.max_steps -1"
+        f"--ckpt_path last {limit}"
     )
 
 
@@ -151,10 +151,12 @@ COMMANDS = {
         "sgalign.commands.cache_features torchvision",
         _two_images_a_file,
     ),
-    "fit-motifs": Command(_fit("motifs"), f"{TRAINING} sgalign.training", ignored=LOGS),
-    "fit-sgtr": Command(_fit("sgtr"), f"{TRAINING} sgalign.training transformers", ignored=LOGS),
+    "fit-motifs": Command(_fit("motifs", "--trainer.max_epochs 3"), f"{TRAINING} sgalign.training", ignored=LOGS),
+    "fit-sgtr": Command(
+        _fit("sgtr", "--trainer.max_steps 8"), f"{TRAINING} sgalign.training transformers", ignored=LOGS
+    ),
     "fit-two-processes": Command(
-        f"{_fit('motifs')} --trainer.strategy ddp --trainer.devices 2",
+        f"{_fit('motifs', '--trainer.max_epochs 3')} --trainer.strategy ddp --trainer.devices 2",
         f"{TRAINING} sgalign.training",
         _two_processes,
         LOGS,

@@ -1,0 +1,263 @@
+"""Checks of the states that a resumed run loads from a checkpoint.
+
+PyTorch and Lightning hardly check the states that they load. With wrong ones, a run begins anew without a word, fails
+later, or deletes files.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import Tensor
+
+from sgalign.errors import InputError, shown
+from sgalign.numbers import LARGEST_WHOLE
+
+
+def _are_dicts(values: Any, *keys: str) -> bool:
+    return isinstance(values, list) and all(isinstance(value, dict) and value.keys() >= set(keys) for value in values)
+
+
+def _completed_steps(loops: Any) -> int | None:
+    """Return the number of the optimizer's steps in the states of Lightning's loops, or None if they lack it."""
+    try:
+        progress = loops["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
+        steps = progress["optimizer"]["step"]["total"]["completed"]
+        return steps if type(steps) is int else None
+    except (IndexError, KeyError, TypeError):
+        return None
+
+
+def _are_callbacks(callbacks: Any) -> bool:
+    """Return True if these are states by callback, with models that have scores, and for which `_is_safe` holds."""
+    if not isinstance(callbacks, dict) or not _are_dicts(list(callbacks.values())):
+        return False
+    for state in callbacks.values():
+        names = [state.get(name) for name in ("kth_best_model_path", "last_model_path", "best_model_path")]
+        best, folder = state.get("best_k_models", {}), state.get("dirpath")
+        if not isinstance(best, dict) or not all(isinstance(path, str | None) for path in (folder, *names, *best)):
+            return False
+        scores = [state.get(name) for name in ("best_model_score", "current_score", "kth_value")]
+        scores = [score for score in scores if score is not None] + list(best.values())
+        if not all(isinstance(score, Tensor) and not score.dim() for score in scores):
+            return False
+        if not all(_is_safe(path, folder) for path in filter(None, (*names, *best))):
+            return False
+    return True
+
+
+def _is_safe(path: str, folder: str | None) -> bool:
+    """Return True if Lightning cannot delete a file outside of the folder through this path.
+
+    Lightning deletes a model of the folder when a better one replaces it. It takes `folder/../other.ckpt` for a model
+    of the folder. It also deletes models with an address such as `s3://`. It leaves other paths alone.
+
+    Args:
+        path: the path of the model.
+        folder: the folder of the models.
+    """
+    inside = folder is not None and path.startswith(folder + os.sep)
+    parts = list(Path(path.removeprefix(f"{folder}{os.sep}")).parts)
+    while not inside and parts[:1] == [".."]:
+        del parts[0]
+    return path.endswith(".ckpt") and ".." not in parts and (inside or "://" not in path)
+
+
+def _are_optimizers(states: Any) -> bool:
+    return (
+        bool(states)
+        and _are_dicts(states, "state", "param_groups")
+        and all(
+            isinstance(state["state"], dict)
+            and _are_dicts(list(state["state"].values()))
+            and _are_dicts(state["param_groups"], "params")
+            for state in states
+        )
+    )
+
+
+# The entries that a resumed run needs: what each must be, and the check. Without some of them, Lightning would train
+# from the first epoch on.
+RESUMED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "epoch": ("a whole number", lambda epoch: type(epoch) is int),
+    "global_step": ("a whole number", lambda step: type(step) is int),
+    "loops": ("the states of Lightning's loops", lambda loops: _completed_steps(loops) is not None),
+    "callbacks": ("states by callback, with paths of checkpoints that stay in their folder", _are_callbacks),
+    "lr_schedulers": ("a list of states", _are_dicts),
+    "optimizer_states": ("a list of states", _are_optimizers),
+    "sgalign": ("a dict with random_states", lambda ours: bool(ours["random_states"])),
+    "pytorch-lightning_version": ("2.0 or newer", lambda text: bool(re.match(r"([2-9]|[1-9]\d+)\.\d", str(text)))),
+}
+
+
+def check_resumable(checkpoint: Mapping[str, Any]) -> None:
+    """Raise InputError unless a checkpoint has the states that a resumed run needs."""
+    if "optimizer_states" not in checkpoint:
+        raise InputError(
+            "ckpt_path must be a whole checkpoint of sgalign fit to resume a run, but it has no state of the "
+            "optimizer. The folders of sgalign export have none"
+        )
+    for name, (form, fits) in RESUMED.items():
+        if not fits(value := checkpoint.get(name)):
+            raise InputError(
+                f"ckpt_path must be a whole checkpoint of sgalign fit to resume a run, so its entry {name!r} must be "
+                f"{form}, got {shown(value)}"
+            )
+    if (steps := _completed_steps(checkpoint["loops"])) != checkpoint["global_step"]:
+        raise InputError(
+            f"ckpt_path must be a whole checkpoint of sgalign fit to resume a run, but its global_step is "
+            f"{checkpoint['global_step']}, and its loops are at step {steps}"
+        )
+
+
+def check_form(saved: Any, own: Any, name: str) -> None:
+    """Raise InputError unless a state in a checkpoint has the form of the run's own state.
+
+    Numbers must be numbers that the run could have, and lists must have the same length. Dicts must have the names of
+    the run's own, except those that begin with an underscore, which belong to one version of a library. A part that is
+    None or empty in the run's own state can have any content.
+
+    Args:
+        saved: the state in the checkpoint.
+        own: the state of the run before it loads the checkpoint.
+        name: name of the state in the checkpoint, for the error.
+    """
+    if own is None:
+        return
+    if isinstance(own, Counter):  # how often the learning rate falls, by step
+        form = "a dict of whole numbers"
+        fits = isinstance(saved, dict) and all(map(_is_count, [*saved, *saved.values()]))
+    elif isinstance(own, dict):
+        needed = [key for key in own if not key.startswith("_")]
+        form, fits = f"a dict with {', '.join(needed)}", isinstance(saved, dict) and saved.keys() >= set(needed)
+        for key in own if fits else ():
+            if key in saved:
+                check_form(saved[key], own[key], f"{name}.{key}")
+    elif isinstance(own, list | tuple):
+        form = f"a list of {len(own) or 'any length'}"
+        fits = isinstance(saved, list | tuple) and len(own) in (0, len(saved))
+        for place, value in enumerate(own if fits else ()):
+            check_form(saved[place], value, f"{name}[{place}]")
+    elif isinstance(own, Tensor):
+        form, fits = "a number in a tensor", isinstance(saved, Tensor) and saved.shape == own.shape
+    elif type(own) is float:
+        form = f"a number{' above or equal to 0' if own >= 0 else ''}"
+        is_number = _is_whole(saved) or (type(saved) is float and (math.isfinite(saved) or saved == own))
+        fits = is_number and not saved < 0 <= own
+    elif type(own) is int:
+        form, fits = "a whole number above or equal to 0", _is_count(saved)
+    else:
+        form, fits = f"of type {type(own).__name__}", type(saved) is type(own)
+    if not fits:
+        raise InputError(f"ckpt_path must have the states of this run, so {name} must be {form}, got {shown(saved)}")
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < LARGEST_WHOLE
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and value >= 0
+
+
+def check_callbacks(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> None:
+    """Raise InputError unless the states of Lightning's callbacks have the form of the run's own states.
+
+    Args:
+        checkpoint: a checkpoint that `check_resumable` has accepted.
+        trainer: the trainer of the run.
+    """
+    for callback in [*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks]:
+        if type(callback) in (ModelCheckpoint, EarlyStopping) and callback.state_key in checkpoint["callbacks"]:
+            check_form(checkpoint["callbacks"][callback.state_key], callback.state_dict(), callback.state_key)
+
+
+def check_states(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> None:
+    """Raise InputError unless the states of a checkpoint have the form of the run's own states.
+
+    Args:
+        checkpoint: a checkpoint that `check_resumable` has accepted.
+        trainer: the trainer of the run, which has its optimizers and has not loaded the checkpoint's states.
+    """
+    rates = [
+        [{name: group[name] for name in ("lr", "initial_lr") if name in group} for group in optimizer.param_groups]
+        for optimizer in trainer.optimizers
+    ]
+    check_form(checkpoint["optimizer_states"], [{"param_groups": groups} for groups in rates], "optimizer_states")
+    schedules = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    if len(schedules) != len(checkpoint["lr_schedulers"]):
+        raise InputError(
+            f"ckpt_path must have the states of {len(schedules)} learning rate schedules, got "
+            f"{len(checkpoint['lr_schedulers'])}"
+        )
+    check_form(checkpoint["lr_schedulers"], schedules, "lr_schedulers")
+    loop = checkpoint["loops"]["fit_loop"]
+    check_form(loop, trainer.fit_loop.state_dict(), "fit_loop")
+    check_form(loop["state_dict"].get("combined_loader", [{}]), [{}], "combined_loader")
+    scaler = type(trainer.precision_plugin).__qualname__
+    if scaler in checkpoint:
+        check_form(checkpoint[scaler], trainer.precision_plugin.state_dict(), scaler)
+
+
+def check_same_step(step: int, trainer: pl.Trainer) -> None:
+    """Raise InputError in all processes unless all have loaded the checkpoint of the same step, or none has.
+
+    Args:
+        step: the step of this process's checkpoint, or -1 if it has loaded none.
+        trainer: the trainer of a run of several processes.
+    """
+    own = torch.tensor(step, device=trainer.strategy.root_device)
+    steps = [torch.zeros_like(own) for _ in range(trainer.world_size)]
+    torch.distributed.all_gather(steps, own)
+    for rank, other in enumerate(steps):
+        if other != steps[0]:
+            first, second = ("none" if one < 0 else f"that of step {one}" for one in (steps[0], other))
+            raise InputError(
+                f"ckpt_path must be the same checkpoint in all processes, but process 0 has {first}, and process "
+                f"{rank} has {second}: write the checkpoints to a folder that all machines share"
+            )
+
+
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+STATES: dict[type, tuple[str, ...]] = {  # what each optimizer keeps of a weight
+    torch.optim.Adam: ADAM,
+    torch.optim.AdamW: ADAM,
+    torch.optim.SGD: ("momentum_buffer",),
+}
+
+
+def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], step: int) -> None:
+    """Raise InputError unless optimizers have loaded finite states of their weights. Copy states with other strides.
+
+    torch does not compare shapes and strides. With wrong ones, its fused kernels read and write outside of the states.
+
+    Args:
+        optimizers: the optimizers, which have loaded the states of a checkpoint.
+        step: the step of the checkpoint.
+    """
+    for optimizer in optimizers:
+        if step and not optimizer.state:
+            raise InputError(f"ckpt_path must have a state of the optimizer at step {step}, but has none")
+        for weight, state in optimizer.state.items():
+            if not isinstance(weight, Tensor):
+                raise InputError(f"ckpt_path must have no states of other weights, got one of weight {weight!r}")
+            for name in STATES.get(type(optimizer), ()):
+                value, shape = state.get(name), torch.Size() if name == "step" else weight.shape
+                if not isinstance(value, Tensor) or value.shape != shape:
+                    raise InputError(
+                        f"ckpt_path must have, for each weight of shape {list(weight.shape)}, the optimizer's {name} "
+                        f"of shape {list(shape)}, got {shown(value)}"
+                    )
+                if not value.isfinite().all():
+                    raise InputError(f"ckpt_path must have finite states of the optimizer, but {name} is not finite")
+                if shape and value.stride() != weight.stride():
+                    state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
