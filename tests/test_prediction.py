@@ -511,6 +511,10 @@ def test_another_image_of_the_same_name_is_not_taken_for_the_old_one(command, ph
     command[1] = str(tmp_path / "moved")
     assert cli.main(command) == 1  # torn.png
     assert ids(tmp_path / "g.jsonl") == NAMES
+    text = (tmp_path / "g.jsonl").read_text()
+    (tmp_path / "g.jsonl").write_text(text.replace(str(photographs), "x" * 300))  # no file can have this name
+    assert cli.main(command) == 1  # torn.png
+    assert ids(tmp_path / "g.jsonl") == NAMES
 
 
 def test_an_image_that_has_changed_is_not_taken_for_the_old_one(command, photographs, pictures, tmp_path, capsys):

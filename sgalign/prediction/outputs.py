@@ -100,11 +100,11 @@ class GraphLines:
         for file in files:
             if (origin := self._origins.get(file.image_id)) is None:
                 continue
-            before = Path(origin.file)
-            if before.is_file() and not before.samefile(file.path):
+            # Path.is_file would raise an error for a name that is too long.
+            if os.path.isfile(origin.file) and not file.path.samefile(origin.file):
                 raise InputError(
-                    f"{self.path} has the graph of {before} under the id {file.image_id!r}, which {file.path} now has: "
-                    f"{REMEDY}"
+                    f"{self.path} has the graph of {origin.file} under the id {file.image_id!r}, which {file.path} "
+                    f"now has: {REMEDY}"
                 )
             if origin.bytes not in (None, size := _size(file.path)):
                 raise InputError(
