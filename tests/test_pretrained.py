@@ -171,6 +171,9 @@ def test_results_can_be_those_of_evaluate(checkpoint, tmp_path, capsys):
             cli.main(["export", str(checkpoint), str(tmp_path / "m"), "--results", str(tmp_path / "wrong.json")]) == 1
         )
         assert "wrong.json: 'R@50' must be a finite number" in capsys.readouterr().err
+    (tmp_path / "twice.csv").write_text("test/R@50,test/R@50\n0.5,0.6\n")
+    assert cli.main(["export", str(checkpoint), str(tmp_path / "m"), "--results", str(tmp_path / "twice.csv")]) == 1
+    assert "twice.csv: must have columns with different names, but 'test/R@50'" in capsys.readouterr().err
     (tmp_path / "none.csv").write_text("epoch,val/R@50\n1,0.5\n")
     assert cli.main(["export", str(checkpoint), str(tmp_path / "m"), "--results", str(tmp_path / "none.csv")]) == 1
     assert "must have figures of the test split" in capsys.readouterr().err and not (tmp_path / "m").exists()

@@ -140,9 +140,12 @@ def read_results(path: Path) -> dict[str, float]:
     else:
         try:
             with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
+                table = csv.DictReader(file)
+                rows, columns = list(table), list(table.fieldnames or ())
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{path}: must be a CSV file in UTF-8 ({error})") from error
+        if twice := [name for place, name in enumerate(columns) if name in columns[:place]]:
+            raise InputError(f"{path}: must have columns with different names, but {shown(twice[0])} occurs twice")
         figures = {
             name.removeprefix("test/"): row[name]
             for row in rows
