@@ -535,24 +535,30 @@ def detr_weights(draw: Draw, folder: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in detector.state_dict().values() if tensor.is_floating_point())
 
 
-def small_run(folder: Path, steps: int, *callbacks: Callback) -> tuple[pl.Trainer, MotifsModule, Any]:
-    """Return a trainer, a new Motifs model and data of two batches. The trainer keeps models in `folder`."""
+@functools.cache
+def small_data() -> SceneGraphData:
+    """Return data of two batches."""
     data = SceneGraphData(batch_size=2)
     data.train, data.validation = data.train[:4], data.validation[:1]
+    return data
+
+
+def small_run(folder: Path, steps: int, *callbacks: Callback) -> tuple[pl.Trainer, MotifsModule]:
+    """Return a trainer and a new Motifs model. The trainer keeps checkpoints in `folder`."""
     module = MotifsModule(protocol="predcls", vision="none", **SIZES, optimizer="sgd", warmup_steps=5)
     best = ModelCheckpoint(folder, monitor="val/mR@50", mode="max", save_last=True)
     stop = EarlyStopping("val/mR@50", mode="max", patience=5, strict=False)
     options: Any = {"max_epochs": -1, "max_steps": steps, "enable_checkpointing": True}
-    return trainer_without_sanity_check(callbacks=[best, stop, *callbacks], **options), module, data
+    return trainer_without_sanity_check(callbacks=[best, stop, *callbacks], **options), module
 
 
 @functools.cache
 def interrupted() -> list[tuple[str, dict[str, Any]]]:
     """Return checkpoints that a run has written after an epoch and in the next one, each with the run's folder."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        trainer, module, data = small_run(Path(folder), 3)
+        trainer, module = small_run(Path(folder), 3)
         torch.manual_seed(0)
-        trainer.fit(module, data)
+        trainer.fit(module, small_data())
         trainer.save_checkpoint(path := Path(folder) / "within.ckpt")
         return [(folder, torch.load(one, weights_only=True)) for one in (Path(folder) / "last.ckpt", path)]
 
@@ -595,12 +601,12 @@ def resumed_runs(draw: Draw, folder: Path) -> None:
     runs.mkdir()
     old, checkpoint = one_of(draw, *interrupted())
     save_tensors(draw, path, checkpoint | {"callbacks": moved(checkpoint["callbacks"], old, str(runs))})
-    trainer, module, data = small_run(runs, 4, Loaded(path))
+    trainer, module = small_run(runs, 4, Loaded(path))
     try:
         read = read_checkpoint(path)  # the command line reads the file before Lightning does
         check_resumable(read)
         module.on_load_checkpoint(read)
-        trainer.fit(module, data, ckpt_path=path)
+        trainer.fit(module, small_data(), ckpt_path=path)
     except Exception as error:
         sentence = _sentence(error) or ""
         if re.search("ckpt_path|checkpoint|(the loss|weights) must be finite", sentence):
