@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import json
+import re
+from contextlib import suppress
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -24,8 +27,8 @@ from sgalign.training import (
     base,
 )
 from sgalign.training.checkpoints import check_ours, read_checkpoint
-from sgalign.training.resuming import check_fixed, differing
-from sgalign.training.saved_states import check_resumable
+from sgalign.training.resuming import GivenOptions, check_fixed, differing
+from sgalign.training.saved_states import check_resumable, check_states
 
 OPTIONS = [
     module.options_type
@@ -217,8 +220,11 @@ def test_a_run_resumes_only_with_all_states(data, tmp_path):
         check_ours(checkpoint | {"datamodule_hyper_parameters": []}, "x")
 
 
-def group(checkpoint):
-    return checkpoint["optimizer_states"][0]["param_groups"][0]
+BATCHES = "epoch_loop.batch_progress"
+
+
+def group(checkpoint, number=0):
+    return checkpoint["optimizer_states"][0]["param_groups"][number]
 
 
 def loop(checkpoint, part="epoch_progress"):
@@ -229,30 +235,32 @@ def callback(checkpoint, kind):
     return next(state for name, state in checkpoint["callbacks"].items() if name.startswith(kind))
 
 
-# Changes of a checkpoint after which its states have another form than the run's own.
+# Changes of a checkpoint after which its states have another form than the run's own, by what the error says.
 WRONG_FORMS = {
-    "rate": lambda it: group(it).update(lr="x"),
-    "negative rate": lambda it: group(it).update(lr=-1.0),
-    "initial rate": lambda it: group(it).pop("initial_lr"),
-    "second optimizer": lambda it: it["optimizer_states"].append({"state": {}, "param_groups": []}),
-    "no schedule": lambda it: it["lr_schedulers"].clear(),
-    "step": lambda it: it["lr_schedulers"][0].update(last_epoch="x"),
-    "negative step": lambda it: it["lr_schedulers"][0].update(last_epoch=-1),
-    "number of rates": lambda it: it["lr_schedulers"][0].update(base_lrs=[0.001]),
-    "bad epochs": lambda it: it["lr_schedulers"][1].pop("num_bad_epochs"),
-    "best": lambda it: it["lr_schedulers"][1].update(best=float("nan")),
-    "patience": lambda it: it["lr_schedulers"][1].update(patience=2.5),
-    "mode": lambda it: it["lr_schedulers"][1].update(mode=None),
-    "negative epoch": lambda it: loop(it)["total"].update(ready=-1),
-    "progress": lambda it: loop(it, "epoch_loop.batch_progress").update(current=[1]),
-    "last batch": lambda it: loop(it, "epoch_loop.batch_progress").update(is_last_batch=1),
-    "loader": lambda it: loop(it, "state_dict").update(combined_loader=5),
-    "two loaders": lambda it: loop(it, "state_dict").update(combined_loader=[{}, {}]),
-    "wait": lambda it: callback(it, "EarlyStopping").update(wait_count="x"),
-    "best score": lambda it: callback(it, "EarlyStopping").update(best_score=torch.zeros(2)),
-    "no score": lambda it: callback(it, "EarlyStopping").pop("best_score"),
-    "score of a model": lambda it: callback(it, "ModelCheckpoint").update(best_k_models={"x.ckpt": "x"}),
-    "score of the worst model": lambda it: callback(it, "ModelCheckpoint").update(kth_value="x"),
+    "optimizer_states[0].param_groups[0].lr": lambda it: group(it).update(lr="x"),
+    "optimizer_states[0].param_groups[1].lr must be a number above": lambda it: group(it, 1).update(lr=-1.0),
+    "optimizer_states[0].param_groups[0] must be a dict with lr": lambda it: group(it).pop("initial_lr"),
+    "optimizer_states must": lambda it: it["optimizer_states"].append({"state": {}, "param_groups": []}),
+    "2 learning rate schedules, got 0": lambda it: it["lr_schedulers"].clear(),
+    "lr_schedulers[0].last_epoch": lambda it: it["lr_schedulers"][0].update(last_epoch="x"),
+    "lr_schedulers[0].last_epoch must be a whole": lambda it: it["lr_schedulers"][0].update(last_epoch=-1),
+    "lr_schedulers[0].base_lrs": lambda it: it["lr_schedulers"][0].update(base_lrs=[0.001]),
+    "lr_schedulers[1] must be a dict with": lambda it: it["lr_schedulers"][1].pop("num_bad_epochs"),
+    "lr_schedulers[1].best": lambda it: it["lr_schedulers"][1].update(best=float("nan")),
+    "lr_schedulers[1].patience": lambda it: it["lr_schedulers"][1].update(patience=2.5),
+    "lr_schedulers[1].mode": lambda it: it["lr_schedulers"][1].update(mode=None),
+    "fit_loop.epoch_progress.total.ready": lambda it: loop(it)["total"].update(ready=-1),
+    "fit_loop.epoch_loop.batch_progress.current": lambda it: loop(it, BATCHES).update(current=[1]),
+    "fit_loop.epoch_loop.batch_progress.is_last_batch": lambda it: loop(it, BATCHES).update(is_last_batch=1),
+    "combined_loader must be a list of 1": lambda it: loop(it, "state_dict").update(combined_loader=5),
+    "combined_loader must": lambda it: loop(it, "state_dict").update(combined_loader=[{}, {}]),
+    "combined_loader[0] must be a dict,": lambda it: loop(it, "state_dict").update(combined_loader=[5]),
+    "wait_count": lambda it: callback(it, "EarlyStopping").update(wait_count="x"),
+    "best_score must be a tensor": lambda it: callback(it, "EarlyStopping").update(best_score=torch.zeros(2)),
+    "best_score must be": lambda it: callback(it, "EarlyStopping").update(best_score=torch.tensor(float("nan"))),
+    "must be a dict with wait_count": lambda it: callback(it, "EarlyStopping").pop("best_score"),
+    "entry 'callbacks' must be": lambda it: callback(it, "ModelCheckpoint").update(best_k_models={"x.ckpt": "x"}),
+    "entry 'callbacks' must": lambda it: callback(it, "ModelCheckpoint").update(kth_value="x"),
 }
 
 
@@ -270,13 +278,13 @@ def stopped(data, tmp_path_factory):
     return torch.load(folder / "a.ckpt", weights_only=True), fit
 
 
-@pytest.mark.parametrize("change", WRONG_FORMS.values(), ids=WRONG_FORMS)
-def test_states_have_the_form_of_the_runs_own(change, stopped, tmp_path):
+@pytest.mark.parametrize("place", WRONG_FORMS)
+def test_states_have_the_form_of_the_runs_own(place, stopped, tmp_path):
     """torch and Lightning would load them, and fail later or train in another way."""
     checkpoint, fit = copy.deepcopy(stopped[0]), stopped[1]
-    change(checkpoint)
+    WRONG_FORMS[place](checkpoint)
     torch.save(checkpoint, tmp_path / "b.ckpt")
-    with pytest.raises(InputError, match="ckpt_path must (have the states|be a whole checkpoint)"):
+    with pytest.raises(InputError, match=f"ckpt_path must (have|be a whole checkpoint).*{re.escape(place)}"):
         fit(tmp_path / "b.ckpt", epochs=2)
 
 
@@ -314,49 +322,130 @@ def test_states_of_the_optimizer_fit_their_weights(wrong, data, tmp_path):
         run(MotifsModule(**SMALL_MOTIFS), data, tmp_path / "b.ckpt", epochs=2)
 
 
-def nine_steps(folder, ckpt_path=None, **limits):
-    """Train on 3 batches in each of 3 epochs, unless limits end the run earlier. Save it after each step and epoch.
+def test_the_scaler_of_mixed_precision_has_the_form_of_the_runs_own(stopped):
+    checkpoint, fit = stopped
+    run = fit()
 
-    Return the images of each step and the last weights.
+    class Scaler:
+        def state_dict(self):
+            return {"scale": 65536.0, "_growth_tracker": 0}
+
+    parts = {"optimizers": run.optimizers, "lr_scheduler_configs": run.lr_scheduler_configs, "fit_loop": run.fit_loop}
+    trainer = SimpleNamespace(precision_plugin=Scaler(), **parts)
+    for saved in ({}, {Scaler.__qualname__: {"scale": 2.0}}):  # without a scaler after a run in another precision
+        check_states(checkpoint | saved, trainer)
+    with pytest.raises(InputError, match="Scaler.scale must be a number above or equal to 0, got 'x'"):
+        check_states(checkpoint | {Scaler.__qualname__: {"scale": "x"}}, trainer)
+
+
+def test_a_schedule_that_has_fallen_to_zero_is_refused():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])
+    given = GivenOptions([optimizer], [schedule])
+    schedule.load_state_dict(schedule.state_dict() | {"gamma": 0.0, "last_epoch": 3})
+    with pytest.raises(InputError, match="its schedule multiplies it by 0.0 to the power of 1"):
+        given.put_back([optimizer], [schedule])
+
+
+def test_early_stopping_by_an_unknown_figure_is_one_sentence(data):
+    with pytest.raises(RuntimeError) as caught:
+        run(MotifsModule(**SMALL_MOTIFS), data, callbacks=[EarlyStopping("val/x")])
+    assert cli._sentence(caught.value).startswith("Early stopping conditioned on metric `val/x`")
+
+
+def nine_steps(folder, ckpt_path=None, interrupt=None, **limits):
+    """Train on 3 batches and validate on 2, for 3 epochs unless limits end the run earlier. Save it at many moments.
+
+    Return what the run has read, and its last weights and schedule.
+
+    Args:
+        folder: folder of the checkpoints: after each step, after each epoch, the last and the interrupted one.
+        ckpt_path: checkpoint to resume from.
+        interrupt: epoch and batch of a validation that is interrupted.
+        limits: options of the trainer, and `epochs`.
     """
-    data, steps = SceneGraphData(batch_size=2), []
-    data.train, data.validation = data.train[:6], data.validation[:2]
+    data, read = SceneGraphData(batch_size=2), []
+    data.train, data.validation = data.train[:6], data.validation[:4]
 
-    class Steps(Callback):
+    class Reader(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            steps.append((trainer.current_epoch, trainer.global_step, *batch.image_ids))
+            read.append((trainer.current_epoch, trainer.global_step, *batch.image_ids))
 
-    names = {"save_top_k": -1, "auto_insert_metric_name": False, "enable_version_counter": False}
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, *_):
+            read.append((trainer.current_epoch, "validation", *batch.image_ids))
+            if (trainer.current_epoch, batch_idx) == interrupt:
+                raise KeyboardInterrupt
+
+    every = {"save_top_k": -1, "auto_insert_metric_name": False, "enable_version_counter": False}
     saved = [
-        ModelCheckpoint(folder, "{step}", every_n_train_steps=1, **names),
-        ModelCheckpoint(folder, "epoch{epoch}", **names),
+        ModelCheckpoint(folder, "{step}", every_n_train_steps=1, **every),
+        ModelCheckpoint(folder, "epoch{epoch}", **every),
         ModelCheckpoint(folder, "last", mode="max", enable_version_counter=False),
+        ModelCheckpoint(folder, "interrupted", monitor="val/R@50", save_top_k=0, save_on_exception=True),
+        EarlyStopping("val/mR@50", mode="max", patience=9, strict=False),
     ]
     torch.manual_seed(0)
     module = MotifsModule(**SMALL_MOTIFS, optimizer="sgd", warmup_steps=5)
-    run(module, data, ckpt_path, callbacks=[Steps(), *saved], enable_checkpointing=True, **{"epochs": 3} | limits)
-    return steps, module.state_dict()
+    options = {"epochs": 3, "callbacks": [Reader(), *saved], "enable_checkpointing": True} | limits
+    with suppress(SystemExit):  # which Lightning makes of a KeyboardInterrupt
+        trainer = run(module, data, ckpt_path, **options)
+        assert trainer.max_steps == limits.get("max_steps", -1)
+        schedule = trainer.lr_scheduler_configs[1].scheduler
+        return read, {**module.state_dict(), "plateau": torch.tensor([schedule.num_bad_epochs, schedule.last_epoch])}
+    return read, {}
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_steps": 9}, {"max_steps": 9, "epochs": -1}], ids=str)
+def are_equal(some, others):
+    return all(tensor.equal(others[name]) for name, tensor in some.items())
+
+
+LIMITS = pytest.mark.parametrize("limits", [{}, {"max_steps": 9}, {"max_steps": 9, "epochs": -1}], ids=str)
+
+
+@LIMITS
 def test_a_run_resumed_after_any_step_or_epoch_equals_an_uninterrupted_one(limits, tmp_path):
-    steps, weights = nine_steps(tmp_path / "whole", **limits)
-    assert len(steps) == 9 and len(set(steps)) == 9
-    for name, left in {"1": 8, "3": 6, "epoch0": 6, "5": 4, "epoch1": 3, "8": 1}.items():
+    read, last = nine_steps(tmp_path / "whole", **limits)
+    assert len(read) == 15 and len(set(read)) == 15
+    for name, left in {"1": 14, "epoch0": 10, "5": 8, "epoch1": 5, "8": 3}.items():
         resumed, found = nine_steps(tmp_path / "resumed", tmp_path / "whole" / f"{name}.ckpt", **limits)
-        assert resumed == steps[-left:], name
-        assert all(tensor.equal(found[key]) for key, tensor in weights.items()), name
+        assert resumed == read[-left:] and are_equal(last, found), name
+
+
+@LIMITS
+def test_a_validation_that_was_interrupted_is_repeated(limits, tmp_path):
+    read, last = nine_steps(tmp_path / "whole", **limits)
+    assert nine_steps(tmp_path, interrupt=(1, 1), **limits)[0] == read[:10]
+    resumed, found = nine_steps(tmp_path / "resumed", tmp_path / "interrupted.ckpt", **limits)
+    assert resumed == read[8:] and are_equal(last, found)
 
 
 @pytest.mark.parametrize("epochs", [3, -1])
 def test_a_run_that_max_steps_ended_can_be_extended(epochs, tmp_path):
     """The rest of the epoch that it ended is not left out."""
-    steps, weights = nine_steps(tmp_path / "whole", epochs=epochs, max_steps=9)
-    for end in (2, 3, 7):
-        nine_steps(tmp_path / f"{end}", epochs=epochs, max_steps=end)
+    read, last = nine_steps(tmp_path / "whole", epochs=epochs, max_steps=9)
+    for end, done in {2: 2, 3: 5, 7: 11}.items():
+        assert nine_steps(tmp_path / f"{end}", epochs=epochs, max_steps=end)[0] == read[:done]
         extended, found = nine_steps(tmp_path / "b", tmp_path / f"{end}" / "last.ckpt", epochs=epochs, max_steps=9)
-        assert extended == steps[end:], end
-        assert all(tensor.equal(found[key]) for key, tensor in weights.items()), end
+        assert extended == read[done:] and are_equal(last, found), end
+
+
+def test_a_trainer_and_a_module_can_be_used_again(data, tmp_path):
+    """Also after a refused checkpoint, and with options that are whole numbers."""
+    module = MotifsModule(**SMALL_MOTIFS)
+    best = ModelCheckpoint(tmp_path, "{epoch}", monitor="val/R@50", save_top_k=2, enable_version_counter=False)
+    twice = run(module, data, epochs=2, callbacks=[best], enable_checkpointing=True)
+    twice.fit(module, data, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert twice.global_step == 6
+    resumed = run(MotifsModule(**SMALL_MOTIFS, learning_rate=1), data, tmp_path / "epoch=0.ckpt", max_steps=4, epochs=9)
+    assert rates_of(resumed) == [1.0] and (resumed.global_step, resumed.max_steps) == (4, 4)
+    checkpoint = read_checkpoint(tmp_path / "epoch=0.ckpt")
+    group(checkpoint).update(lr="x")
+    torch.save(checkpoint, tmp_path / "wrong.ckpt")
+    with pytest.raises(InputError, match="lr must be a number"):
+        run(module, data, tmp_path / "wrong.ckpt", max_steps=5, epochs=9)
+    assert run(module, data, max_steps=5, epochs=9).global_step == 5
+    nothing_left = run(module, data, tmp_path / "epoch=0.ckpt", max_steps=5, epochs=1)
+    assert nothing_left.max_steps == 5
 
 
 def test_the_position_in_an_epoch_has_whole_numbers(data):

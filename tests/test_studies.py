@@ -25,6 +25,7 @@ from target import ROOT  # noqa: E402
 from trainers import CONFIGS, SMALL_MOTIFS, SMALL_SGTR, trainer  # noqa: E402
 
 from sgalign.commands.main import main  # noqa: E402
+from sgalign.errors import InputError  # noqa: E402
 from sgalign.files import read_tensors  # noqa: E402
 from sgalign.studies import claims, cluster, execute, figures, launch, plan, recording, tables  # noqa: E402
 from sgalign.studies.plan import resolve, settings_of  # noqa: E402
@@ -666,3 +667,14 @@ def test_a_result_of_another_form_is_refused_even_with_a_digest(entry, value, tm
     write_result(folder, result | {entry: value})
     with pytest.raises(ValueError, match=r"result\.json: (\w+) must be as sgalign ablate wrote it"):
         read_result(folder)
+
+
+def test_the_record_in_a_checkpoint_has_the_form_of_the_runs_own(tmp_path):
+    recorder = RunRecorder(str(tmp_path), "val/mR@50")
+    saved = recorder.state_dict() | {"curve": [{"epoch": 1}, {"epoch": 2}], "scores": [0.5, float("-inf")], "memory": 7}
+    for _ in range(2):  # also if the recorder has a curve
+        recorder.load_state_dict(saved)
+    assert recorder.curve == saved["curve"] and recorder.scores == saved["scores"]
+    for wrong in ({"curve": 5}, {"stopped": "x"}, {"seconds": None}, {"memory": -1}):
+        with pytest.raises(InputError, match=f"ckpt_path .* RunRecorder.{next(iter(wrong))} must be"):
+            recorder.load_state_dict(saved | wrong)

@@ -123,6 +123,6 @@ def _is_lightnings(error: BaseException) -> bool:
         return False
     if isinstance(error, exceptions.MisconfigurationException):
         return True
-    if isinstance(error, RuntimeError) and modules_of(error)[-1:] == ["lightning.pytorch.callbacks.early_stopping"]:
-        return True  # nothing has logged the figure that it monitors
+    if isinstance(error, RuntimeError) and "Early stopping conditioned on metric" in str(error):
+        return True  # nothing has logged this figure
     return isinstance(error, ValueError | OverflowError) and packages_of(error)[-1:] == ["lightning"]

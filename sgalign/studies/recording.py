@@ -71,7 +71,7 @@ class RunRecorder(Callback):
         return {"curve": self.curve, "scores": self.scores, "stopped": stopped, **cost}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_form(state_dict, self.state_dict(), type(self).__name__)
+        check_form(state_dict, self.state_dict() | {"curve": [], "scores": [], "steps": []}, type(self).__name__)
         self.curve, self.scores = state_dict["curve"], state_dict["scores"]
         self.stopped, self.seconds = state_dict["stopped"], state_dict["seconds"]
         self._steps.extend(state_dict["steps"])

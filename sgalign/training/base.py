@@ -35,7 +35,7 @@ from sgalign.training.datamodule import SceneGraphData
 from sgalign.training.model_card import model_card
 from sgalign.training.options import Options
 from sgalign.training.pretrained import training_of, write_pretrained
-from sgalign.training.resuming import GivenOptions, check_fixed, differing, reopen_epoch
+from sgalign.training.resuming import GivenOptions, check_fixed, continue_epoch, differing
 from sgalign.training.saved_states import (
     check_callbacks,
     check_optimizers,
@@ -75,8 +75,8 @@ class SavedModule(pl.LightningModule):
         self.run_seed = 0
         self.resumed: dict[str, Any] | None = None  # checkpoint that the run resumes from, until it starts
         self.loaded_step = -1  # step of that checkpoint
-        self.max_steps = -1  # the trainer's, which Lightning does not see while it loads the checkpoint
         self.random_states: list[Tensor] = []  # generator states in that checkpoint
+        self.max_steps = -1  # the trainer's limit while it is hidden from Lightning
         self.differences: dict[str, tuple[Any, Any]] = {}  # options that differ from that checkpoint, and both values
         self.given: GivenOptions | None = None
         self.image_ids: Sequence[Any] = []  # ids of the images in this step
@@ -145,15 +145,14 @@ class SavedModule(pl.LightningModule):
         if self.processes > 1:
             check_same_step(self.loaded_step if self.trainer.ckpt_path else -1, self.trainer)
         self.given = GivenOptions(self.trainer.optimizers, self._schedules)
-        if self.resumed is not None:
-            check_states(self.resumed, self.trainer)
-            reopen_epoch(self.resumed)
-            self.resumed = None
-            # With max_steps, Lightning would end the checkpoint's epoch again, and skip the data of the next one.
+        (resumed, self.resumed), self.max_steps = (self.resumed, None), -1
+        if resumed is not None and self.trainer.ckpt_path:
+            check_states(resumed, self.trainer)
+            continue_epoch(resumed)
+            # With max_steps, Lightning would end a complete epoch once more, and leave out the data of the next one.
             loop = self.trainer.fit_loop.epoch_loop
-            self.max_steps = loop.max_steps
-            if self.loaded_step < self.max_steps:
-                loop.max_steps = -1
+            if self.loaded_step < loop.max_steps:
+                self.max_steps, loop.max_steps = loop.max_steps, -1
         if not self.trainer.ckpt_path:
             self.run_seed = torch.initial_seed()
 
@@ -161,10 +160,16 @@ class SavedModule(pl.LightningModule):
     def _schedules(self) -> list[Any]:
         return [config.scheduler for config in self.trainer.lr_scheduler_configs]
 
+    def _show_max_steps(self) -> None:
+        if self.max_steps != -1:
+            self.trainer.fit_loop.epoch_loop.max_steps, self.max_steps = self.max_steps, -1
+
+    on_fit_end = _show_max_steps  # for a run that has nothing left to train
+
     def on_train_start(self) -> None:
+        self._show_max_steps()
         if self.trainer.ckpt_path:
             assert self.given is not None
-            self.trainer.fit_loop.epoch_loop.max_steps = self.max_steps
             check_optimizers(self.trainer.optimizers, self.loaded_step)
             rates = self.given.put_back(self.trainer.optimizers, self._schedules)
             changed = [f"{name} {now} instead of {then}" for name, (now, then) in self.differences.items()]

@@ -178,6 +178,8 @@ class MotifsModule(PairModule):
 
         Lightning would update it afterwards, and a resumed run would skip the update.
         """
+        if not self.trainer.is_last_batch:  # max_steps has ended the run, which may be extended
+            return
         value = self.trainer.callback_metrics.get(PLATEAU)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau) and value is not None:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from sgalign.errors import InputError
 from sgalign.models.entity_detector import Backbone
 from sgalign.models.graph_assembly import PAIRS
+from sgalign.numbers import LARGEST_WHOLE
 from sgalign.ops.alignment import Direction, Reduction
 from sgalign.training.longtail import PredicateWeights
 
@@ -30,6 +31,8 @@ ALIGNED = ("predicates", "subjects", "objects", "boxes")
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """The base class of options. It checks the fields of type `Literal`; subclasses check the others.
+
+    A whole number becomes a `float` if the field is one.
 
     `fixed` names the options that a checkpoint fixes, with one of three reasons. All other options can change.
 
@@ -44,6 +47,8 @@ class Options:
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 check_choice(name, getattr(self, name), get_args(hint))
+            if hint is float and type(value := getattr(self, name)) is int and abs(value) < LARGEST_WHOLE:
+                object.__setattr__(self, name, float(value))
 
 
 @dataclass(frozen=True, kw_only=True)

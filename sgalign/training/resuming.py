@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import MultiStepLR
 
-from sgalign.errors import InputError
+from sgalign.errors import InputError, shown
 from sgalign.training.options import Options
 
 # Attributes of torch's schedules that a resumed run may change.
@@ -50,19 +50,33 @@ def check_fixed(options: Options, saved: Mapping[str, Any], *, resumes: bool) ->
             raise InputError(f"{name} must be {before!r}, as in the checkpoint, got {given!r}{why}")
 
 
-def reopen_epoch(checkpoint: Mapping[str, Any]) -> None:
-    """Let a resumed run continue the epoch in which `max_steps` ended the first one.
+def continue_epoch(checkpoint: Mapping[str, Any]) -> None:
+    """Change the progress in a checkpoint so that Lightning leaves nothing out when it resumes.
 
-    Lightning counts such an epoch as completed, so it would leave out the rest of its images.
+    Lightning would leave out the rest of an epoch in which `max_steps` has ended the run, because it counts this epoch
+    as completed. It would also leave out a validation in which the run was interrupted.
 
     Args:
-        checkpoint: the checkpoint before its states are loaded. The progress of its epochs is changed.
+        checkpoint: a checkpoint whose states are not loaded yet.
     """
     loop = checkpoint["loops"]["fit_loop"]
-    if not loop["epoch_loop.batch_progress"]["is_last_batch"]:
-        for progress in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
+    epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    validated = loop["epoch_loop.val_loop.batch_progress"]
+    if not batches["is_last_batch"]:
+        for progress in (epochs["total"], epochs["current"]):
             if 0 < progress["started"] == progress["processed"]:
                 progress["processed"] = progress["completed"] = progress["started"] - 1
+    elif (
+        epochs["current"]["processed"] < epochs["current"]["started"]
+        and _is_complete(batches["current"])
+        and not (validated["is_last_batch"] and _is_complete(validated["current"]))
+    ):  # Lightning repeats a validation only if its progress says that a batch has begun
+        for part in ("total", "current"):
+            validated[part] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
+def _is_complete(progress: Mapping[str, int]) -> bool:
+    return progress["completed"] == progress["ready"]
 
 
 class GivenOptions:
@@ -105,7 +119,10 @@ class GivenOptions:
                     changed[f"{rate:g} instead of {old:g}"] = None
         for schedule, given in zip(schedules, self.schedules, strict=True):
             if not (before := _fallen(schedule)):
-                raise InputError("ckpt_path must have a learning rate above 0, but its schedule has fallen to 0")
+                raise InputError(
+                    f"ckpt_path must have a learning rate above 0, but its schedule multiplies it by {schedule.gamma} "
+                    f"to the power of {shown(sum(schedule.milestones.values()))}"
+                )
             vars(schedule).update(given)
             for group in schedule.optimizer.param_groups:
                 group["lr"] *= _fallen(schedule) / before

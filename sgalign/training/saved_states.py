@@ -1,7 +1,7 @@
 """Checks of the states that a resumed run loads from a checkpoint.
 
-PyTorch and Lightning hardly check the states that they load. With wrong ones, a run begins anew without a word, fails
-later, or deletes files.
+PyTorch and Lightning hardly check these states. With wrong ones, a run begins anew without a word, fails later, or
+deletes files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def _completed_steps(loops: Any) -> int | None:
 
 
 def _are_callbacks(callbacks: Any) -> bool:
-    """Return True if these are states by callback, with models that have scores, and for which `_is_safe` holds."""
+    """Return True if these are states by callback.
+
+    The scores in them must be tensors of one number, and `_is_safe` must hold for the paths of their models.
+    """
     if not isinstance(callbacks, dict) or not _are_dicts(list(callbacks.values())):
         return False
     for state in callbacks.values():
@@ -91,16 +94,20 @@ RESUMED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epoch": ("a whole number", lambda epoch: type(epoch) is int),
     "global_step": ("a whole number", lambda step: type(step) is int),
     "loops": ("the states of Lightning's loops", lambda loops: _completed_steps(loops) is not None),
-    "callbacks": ("states by callback, with paths of checkpoints that stay in their folder", _are_callbacks),
+    "callbacks": ("states by callback, with scores and paths of models that stay in their folder", _are_callbacks),
     "lr_schedulers": ("a list of states", _are_dicts),
     "optimizer_states": ("a list of states", _are_optimizers),
-    "sgalign": ("a dict with random_states", lambda ours: bool(ours["random_states"])),
+    "sgalign": ("a dict whose random_states are not empty", lambda ours: bool(ours["random_states"])),
     "pytorch-lightning_version": ("2.0 or newer", lambda text: bool(re.match(r"([2-9]|[1-9]\d+)\.\d", str(text)))),
 }
 
 
 def check_resumable(checkpoint: Mapping[str, Any]) -> None:
-    """Raise InputError unless a checkpoint has the states that a resumed run needs."""
+    """Raise InputError unless a checkpoint has the states that a resumed run needs.
+
+    Args:
+        checkpoint: a checkpoint that `check_ours` of `sgalign.training.checkpoints` has accepted.
+    """
     if "optimizer_states" not in checkpoint:
         raise InputError(
             "ckpt_path must be a whole checkpoint of sgalign fit to resume a run, but it has no state of the "
@@ -122,9 +129,10 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
 def check_form(saved: Any, own: Any, name: str) -> None:
     """Raise InputError unless a state in a checkpoint has the form of the run's own state.
 
-    Numbers must be numbers that the run could have, and lists must have the same length. Dicts must have the names of
-    the run's own, except those that begin with an underscore, which belong to one version of a library. A part that is
-    None or empty in the run's own state can have any content.
+    Numbers must be finite, or equal to the run's own. They must not be negative if the run's own is not. Lists must
+    have the same length. Dicts must have the same names. Names that begin with an underscore may be missing, because
+    other versions of torch and Lightning lack them. If the run's own part is None, any value fits. If it is an empty
+    list or dict, any list or dict fits.
 
     Args:
         saved: the state in the checkpoint.
@@ -138,17 +146,19 @@ def check_form(saved: Any, own: Any, name: str) -> None:
         fits = isinstance(saved, dict) and all(map(_is_count, [*saved, *saved.values()]))
     elif isinstance(own, dict):
         needed = [key for key in own if not key.startswith("_")]
-        form, fits = f"a dict with {', '.join(needed)}", isinstance(saved, dict) and saved.keys() >= set(needed)
+        form = f"a dict with {', '.join(needed)}" if needed else "a dict"
+        fits = isinstance(saved, dict) and saved.keys() >= set(needed)
         for key in own if fits else ():
             if key in saved:
                 check_form(saved[key], own[key], f"{name}.{key}")
     elif isinstance(own, list | tuple):
-        form = f"a list of {len(own) or 'any length'}"
+        form = f"a list of {len(own)} values" if own else "a list"
         fits = isinstance(saved, list | tuple) and len(own) in (0, len(saved))
         for place, value in enumerate(own if fits else ()):
             check_form(saved[place], value, f"{name}[{place}]")
     elif isinstance(own, Tensor):
-        form, fits = "a number in a tensor", isinstance(saved, Tensor) and saved.shape == own.shape
+        form = f"a tensor of shape {list(own.shape)} without NaN"
+        fits = isinstance(saved, Tensor) and saved.shape == own.shape and not saved.isnan().any()
     elif type(own) is float:
         form = f"a number{' above or equal to 0' if own >= 0 else ''}"
         is_number = _is_whole(saved) or (type(saved) is float and (math.isfinite(saved) or saved == own))
@@ -177,8 +187,11 @@ def check_callbacks(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> None:
         trainer: the trainer of the run.
     """
     for callback in [*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks]:
+        # States of subclasses may have any form.
         if type(callback) in (ModelCheckpoint, EarlyStopping) and callback.state_key in checkpoint["callbacks"]:
-            check_form(checkpoint["callbacks"][callback.state_key], callback.state_dict(), callback.state_key)
+            # A trainer that has trained before has other models.
+            own = {name: {} if name == "best_k_models" else value for name, value in callback.state_dict().items()}
+            check_form(checkpoint["callbacks"][callback.state_key], own, callback.state_key)
 
 
 def check_states(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> None:

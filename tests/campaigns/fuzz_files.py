@@ -568,12 +568,12 @@ class Loaded(Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.steps = 0
+        self.compared = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.steps += 1
-        if self.steps > 1:
+        if self.compared:
             return
+        self.compared = True
         stored = torch.load(self.path, weights_only=True)
         assert trainer.global_step == stored["global_step"]
         assert all(tensor.equal(stored["state_dict"][name]) for name, tensor in pl_module.state_dict().items())
