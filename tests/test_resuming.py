@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import re
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -28,7 +28,7 @@ from sgalign.training import (
 )
 from sgalign.training.checkpoints import check_ours, read_checkpoint
 from sgalign.training.resuming import GivenOptions, check_fixed, differing
-from sgalign.training.saved_states import check_resumable, check_states
+from sgalign.training.saved_states import check_callbacks, check_resumable, check_states
 
 OPTIONS = [
     module.options_type
@@ -180,16 +180,7 @@ WRONG_STATES = {
     "epoch": ["x", True],
     "global_step": [None, 7],
     "loops": [None, {}, {"fit_loop": {}}, {"fit_loop": {"epoch_progress": 3}}],
-    "callbacks": [
-        [1],
-        {"x": 3},
-        {"x": {"best_k_models": 5}},
-        {"x": {"dirpath": "/runs", "kth_best_model_path": "/runs/../mine.ckpt"}},
-        {"x": {"dirpath": "../runs", "best_k_models": {"../runs/../mine.ckpt": 1}}},
-        {"x": {"dirpath": "/runs", "best_model_path": "/other/../mine.ckpt"}},
-        {"x": {"dirpath": "/runs", "last_model_path": "s3://mine/mine.ckpt"}},
-        {"x": {"dirpath": "/runs", "last_model_path": "/runs/mine.txt"}},
-    ],
+    "callbacks": [None, [1]],
     "lr_schedulers": [None, [5]],
     "optimizer_states": [5, [], [{}], [{"state": 5, "param_groups": []}], [{"state": {0: 5}, "param_groups": []}]],
     "sgalign": [{"random_states": []}],
@@ -202,9 +193,6 @@ def test_a_run_resumes_only_with_all_states(data, tmp_path):
     run(module, data).save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = read_checkpoint(tmp_path / "a.ckpt")
     check_resumable(checkpoint)
-    for folder in ("/runs", "../runs", "./runs", "s3://mine/runs"):  # the best model may be one of an earlier folder
-        paths = {"best_model_path": "../old/best.ckpt", "kth_best_model_path": f"{folder}/a/b.ckpt"}
-        check_resumable(checkpoint | {"callbacks": {"x": {"dirpath": folder} | paths}})
     for name, values in WRONG_STATES.items():
         for value in values:
             with pytest.raises(
@@ -259,8 +247,14 @@ WRONG_FORMS = {
     "best_score must be a tensor": lambda it: callback(it, "EarlyStopping").update(best_score=torch.zeros(2)),
     "best_score must be": lambda it: callback(it, "EarlyStopping").update(best_score=torch.tensor(float("nan"))),
     "must be a dict with wait_count": lambda it: callback(it, "EarlyStopping").pop("best_score"),
-    "entry 'callbacks' must be": lambda it: callback(it, "ModelCheckpoint").update(best_k_models={"x.ckpt": "x"}),
-    "entry 'callbacks' must": lambda it: callback(it, "ModelCheckpoint").update(kth_value="x"),
+    "score of x.ckpt must be a tensor": lambda it: callback(it, "ModelCheckpoint").update(
+        best_k_models={"x.ckpt": "x"}
+    ),
+    "kth_value must be a tensor": lambda it: callback(it, "ModelCheckpoint").update(kth_value="x"),
+    "best_model_score must be a tensor": lambda it: callback(it, "ModelCheckpoint").update(best_model_score=0.5),
+    "paths of .ckpt files": lambda it: callback(it, "ModelCheckpoint").update(
+        best_k_models={"x.txt": torch.tensor(1.0)}
+    ),
 }
 
 
@@ -322,6 +316,51 @@ def test_states_of_the_optimizer_fit_their_weights(wrong, data, tmp_path):
         run(MotifsModule(**SMALL_MOTIFS), data, tmp_path / "b.ckpt", epochs=2)
 
 
+PATHS = "best_model_path", "last_model_path", "kth_best_model_path"
+
+
+class Torch(ModelCheckpoint):
+    FILE_EXTENSION = ".pt"
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder", "path", "is_safe"),
+    [
+        (ModelCheckpoint, "/runs", "/runs/best.ckpt", True),
+        (ModelCheckpoint, "/runs", "../old/best.ckpt", True),  # of an earlier folder
+        (ModelCheckpoint, "/a/../runs", "/a/../runs/best.ckpt", True),
+        (ModelCheckpoint, "/runs/1", "/a/../runs/0/best.ckpt", True),  # Lightning leaves it alone
+        (ModelCheckpoint, "../runs", "../runs/best.ckpt", True),
+        (ModelCheckpoint, "s3://mine/runs", "s3://mine/runs/best.ckpt", True),
+        (Torch, "/runs", "/runs/best.pt", True),
+        (ModelCheckpoint, "/runs", "/runs/../mine.ckpt", False),
+        (ModelCheckpoint, "../runs", "../runs/../mine.ckpt", False),
+        (ModelCheckpoint, "/runs", "s3://mine/mine.ckpt", False),
+        (ModelCheckpoint, "s3://mine/runs", "s3://mine/runs/../mine.ckpt", False),
+        (ModelCheckpoint, "/runs", "/runs/mine.txt", False),
+        (ModelCheckpoint, "/runs", 5, False),
+    ],
+)
+def test_a_resumed_run_deletes_no_other_files(kind, folder, path, is_safe):
+    """Lightning deletes the old model when a better one replaces it."""
+    callback = kind()
+    callback.dirpath = folder
+    trainer = SimpleNamespace(checkpoint_callbacks=[callback], early_stopping_callbacks=[])
+    for state in ({"best_k_models": {path: torch.tensor(0.5)}}, *({name: path} for name in PATHS)):
+        checkpoint = {"callbacks": {callback.state_key: callback.state_dict() | state}}
+        with nullcontext() if is_safe else pytest.raises(InputError, match="ckpt_path must"):
+            check_callbacks(checkpoint, trainer)
+
+
+def test_states_of_other_callbacks_can_have_any_form(data, tmp_path):
+    class Own(Callback):
+        def state_dict(self):
+            return {"best_model_path": "x.pt", "current_score": 0.5, "dirpath": ["a"], "best_k_models": 5}
+
+    run(MotifsModule(**SMALL_MOTIFS), data, callbacks=[Own()]).save_checkpoint(tmp_path / "a.ckpt")
+    assert run(MotifsModule(**SMALL_MOTIFS), data, tmp_path / "a.ckpt", 2, callbacks=[Own()]).global_step == 6
+
+
 def test_the_scaler_of_mixed_precision_has_the_form_of_the_runs_own(stopped):
     checkpoint, fit = stopped
     run = fit()
@@ -336,6 +375,15 @@ def test_the_scaler_of_mixed_precision_has_the_form_of_the_runs_own(stopped):
         check_states(checkpoint | saved, trainer)
     with pytest.raises(InputError, match="Scaler.scale must be a number above or equal to 0, got 'x'"):
         check_states(checkpoint | {Scaler.__qualname__: {"scale": "x"}}, trainer)
+
+
+def test_other_entries_of_a_schedule_are_ignored(stopped, tmp_path):
+    """torch would put them in the place of methods."""
+    checkpoint, fit = copy.deepcopy(stopped[0]), stopped[1]
+    for state in checkpoint["lr_schedulers"]:
+        state |= {"step": 5, "get_lr": 5, "optimizer": 5}
+    torch.save(checkpoint, tmp_path / "b.ckpt")
+    assert fit(tmp_path / "b.ckpt", epochs=2).global_step == 6
 
 
 def test_a_schedule_that_has_fallen_to_zero_is_refused():
@@ -361,19 +409,26 @@ def nine_steps(folder, ckpt_path=None, interrupt=None, **limits):
     Args:
         folder: folder of the checkpoints: after each step, after each epoch, the last and the interrupted one.
         ckpt_path: checkpoint to resume from.
-        interrupt: epoch and batch of a validation that is interrupted.
+        interrupt: name of the hook in which the run is interrupted, and what it has read until then.
         limits: options of the trainer, and `epochs`.
     """
     data, read = SceneGraphData(batch_size=2), []
     data.train, data.validation = data.train[:6], data.validation[:4]
 
     class Reader(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            self.stop("epoch")
+
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             read.append((trainer.current_epoch, trainer.global_step, *batch.image_ids))
+            self.stop("step")
 
         def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, *_):
             read.append((trainer.current_epoch, "validation", *batch.image_ids))
-            if (trainer.current_epoch, batch_idx) == interrupt:
+            self.stop("validation")
+
+        def stop(self, hook):
+            if (hook, len(read)) == interrupt:
                 raise KeyboardInterrupt
 
     every = {"save_top_k": -1, "auto_insert_metric_name": False, "enable_version_counter": False}
@@ -411,12 +466,18 @@ def test_a_run_resumed_after_any_step_or_epoch_equals_an_uninterrupted_one(limit
         assert resumed == read[-left:] and are_equal(last, found), name
 
 
+# The moment of an interruption, and the number of batches that the resumed run must not read again.
+INTERRUPTIONS = {("step", 7): 6, ("step", 8): 7, ("validation", 9): 8, ("validation", 10): 8, ("epoch", 5): 5}
+
+
+@pytest.mark.parametrize("interrupt", INTERRUPTIONS, ids=str)
 @LIMITS
-def test_a_validation_that_was_interrupted_is_repeated(limits, tmp_path):
+def test_a_run_continues_where_it_was_interrupted(limits, interrupt, tmp_path):
+    """A step is repeated, and a validation from its first batch on."""
     read, last = nine_steps(tmp_path / "whole", **limits)
-    assert nine_steps(tmp_path, interrupt=(1, 1), **limits)[0] == read[:10]
+    assert nine_steps(tmp_path, interrupt=interrupt, **limits)[0] == read[: interrupt[1]]
     resumed, found = nine_steps(tmp_path / "resumed", tmp_path / "interrupted.ckpt", **limits)
-    assert resumed == read[8:] and are_equal(last, found)
+    assert resumed == read[INTERRUPTIONS[interrupt] :] and are_equal(last, found)
 
 
 @pytest.mark.parametrize("epochs", [3, -1])

@@ -382,15 +382,19 @@ class TrainingLoader(DataLoader[GraphBatch]):
         if not isinstance(self.sampler, RepeatSampler):  # Lightning's own sampler, for overfit_batches
             return {}
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-        batches = 0 if progress.is_last_batch else progress.current.processed
-        epoch = self.sampler.epoch + progress.is_last_batch
-        return {"epoch": epoch, "batches": batches, "images": self.batch_size * self.sampler.num_replicas}
+        epochs: Any = self.trainer.fit_loop.epoch_progress
+        batches, epoch = progress.current.processed, epochs.current.started - 1
+        if progress.is_last_batch and batches == progress.current.ready:  # not if the last step was interrupted
+            batches, epoch = 0, epoch + 1
+        return {"epoch": max(epoch, 0), "batches": batches, "images": self.batch_size * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume from the position in a result of `state_dict`."""
         if not state or not isinstance(self.sampler, RepeatSampler):
             return
         check_form(state, {"epoch": 0, "batches": 0, "images": 0}, "combined_loader[0]")
+        if state["batches"] > len(self):
+            raise InputError(f"ckpt_path must have a position of at most {len(self)} batches, got {state['batches']}")
         if state["batches"] and state["images"] != (images := self.batch_size * self.sampler.num_replicas):
             raise InputError(
                 f"batch_size times the number of processes must still be {state['images']} to resume in the "

@@ -39,6 +39,7 @@ class MotifsModule(PairModule):
     class_rows: ClassVar[ClassRows] = OF_MOTIFS
     network: Motifs
     vision: Vision
+    has_new_figures = False  # True if a validation has ended and no epoch since
 
     def __init__(self, **options: Any) -> None:
         super().__init__(MotifsOptions(**options))
@@ -173,13 +174,19 @@ class MotifsModule(PairModule):
         ]
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
 
+    def on_validation_end(self) -> None:
+        self.has_new_figures = True
+
     def on_train_epoch_end(self) -> None:
         """Update the schedule that waits for a plateau, before the epoch's checkpoints are written.
 
-        Lightning would update it afterwards, and a resumed run would skip the update.
+        Lightning would update it afterwards, and a resumed run would skip the update. It would also count the figures
+        of an earlier validation again.
         """
-        if not self.trainer.is_last_batch:  # max_steps has ended the run, which may be extended
+        # If max_steps ends an epoch before its last batch, a longer run may complete it.
+        if not self.has_new_figures or not self.trainer.is_last_batch:
             return
+        self.has_new_figures = False
         value = self.trainer.callback_metrics.get(PLATEAU)
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau) and value is not None:

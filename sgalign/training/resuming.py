@@ -62,6 +62,8 @@ def continue_epoch(checkpoint: Mapping[str, Any]) -> None:
     loop = checkpoint["loops"]["fit_loop"]
     epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
     validated = loop["epoch_loop.val_loop.batch_progress"]
+    for progress in (epochs["total"], epochs["current"]):
+        progress["ready"] = progress["started"]  # an epoch that was about to start begins anew
     if not batches["is_last_batch"]:
         for progress in (epochs["total"], epochs["current"]):
             if 0 < progress["started"] == progress["processed"]:

@@ -7,7 +7,6 @@ deletes files.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -37,44 +36,6 @@ def _completed_steps(loops: Any) -> int | None:
         return None
 
 
-def _are_callbacks(callbacks: Any) -> bool:
-    """Return True if these are states by callback.
-
-    The scores in them must be tensors of one number, and `_is_safe` must hold for the paths of their models.
-    """
-    if not isinstance(callbacks, dict) or not _are_dicts(list(callbacks.values())):
-        return False
-    for state in callbacks.values():
-        names = [state.get(name) for name in ("kth_best_model_path", "last_model_path", "best_model_path")]
-        best, folder = state.get("best_k_models", {}), state.get("dirpath")
-        if not isinstance(best, dict) or not all(isinstance(path, str | None) for path in (folder, *names, *best)):
-            return False
-        scores = [state.get(name) for name in ("best_model_score", "current_score", "kth_value")]
-        scores = [score for score in scores if score is not None] + list(best.values())
-        if not all(isinstance(score, Tensor) and not score.dim() for score in scores):
-            return False
-        if not all(_is_safe(path, folder) for path in filter(None, (*names, *best))):
-            return False
-    return True
-
-
-def _is_safe(path: str, folder: str | None) -> bool:
-    """Return True if Lightning cannot delete a file outside of the folder through this path.
-
-    Lightning deletes a model of the folder when a better one replaces it. It takes `folder/../other.ckpt` for a model
-    of the folder. It also deletes models with an address such as `s3://`. It leaves other paths alone.
-
-    Args:
-        path: the path of the model.
-        folder: the folder of the models.
-    """
-    inside = folder is not None and path.startswith(folder + os.sep)
-    parts = list(Path(path.removeprefix(f"{folder}{os.sep}")).parts)
-    while not inside and parts[:1] == [".."]:
-        del parts[0]
-    return path.endswith(".ckpt") and ".." not in parts and (inside or "://" not in path)
-
-
 def _are_optimizers(states: Any) -> bool:
     return (
         bool(states)
@@ -94,7 +55,7 @@ RESUMED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "epoch": ("a whole number", lambda epoch: type(epoch) is int),
     "global_step": ("a whole number", lambda step: type(step) is int),
     "loops": ("the states of Lightning's loops", lambda loops: _completed_steps(loops) is not None),
-    "callbacks": ("states by callback, with scores and paths of models that stay in their folder", _are_callbacks),
+    "callbacks": ("states by callback", lambda states: isinstance(states, dict)),
     "lr_schedulers": ("a list of states", _are_dicts),
     "optimizer_states": ("a list of states", _are_optimizers),
     "sgalign": ("a dict whose random_states are not empty", lambda ours: bool(ours["random_states"])),
@@ -157,8 +118,9 @@ def check_form(saved: Any, own: Any, name: str) -> None:
         for place, value in enumerate(own if fits else ()):
             check_form(saved[place], value, f"{name}[{place}]")
     elif isinstance(own, Tensor):
-        form = f"a tensor of shape {list(own.shape)} without NaN"
-        fits = isinstance(saved, Tensor) and saved.shape == own.shape and not saved.isnan().any()
+        form = "a tensor of one number that is not NaN"
+        is_number = isinstance(saved, Tensor) and saved.numel() == 1 and saved.is_floating_point()
+        fits = is_number and not saved.isnan().any()
     elif type(own) is float:
         form = f"a number{' above or equal to 0' if own >= 0 else ''}"
         is_number = _is_whole(saved) or (type(saved) is float and (math.isfinite(saved) or saved == own))
@@ -180,18 +142,59 @@ def _is_count(value: Any) -> bool:
 
 
 def check_callbacks(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> None:
-    """Raise InputError unless the states of Lightning's callbacks have the form of the run's own states.
+    """Raise InputError unless the states of Lightning's callbacks fit the trainer's callbacks.
+
+    They must have the form of the callbacks' own states, and must name no file that Lightning could delete wrongly.
 
     Args:
         checkpoint: a checkpoint that `check_resumable` has accepted.
         trainer: the trainer of the run.
     """
     for callback in [*trainer.checkpoint_callbacks, *trainer.early_stopping_callbacks]:
-        # States of subclasses may have any form.
-        if type(callback) in (ModelCheckpoint, EarlyStopping) and callback.state_key in checkpoint["callbacks"]:
-            # A trainer that has trained before has other models.
+        if (key := callback.state_key) not in checkpoint["callbacks"]:
+            continue
+        state = checkpoint["callbacks"][key]
+        if type(callback) in (ModelCheckpoint, EarlyStopping):  # states of subclasses may have another form
+            # The models do not count, because a trainer that has trained before has others.
             own = {name: {} if name == "best_k_models" else value for name, value in callback.state_dict().items()}
-            check_form(checkpoint["callbacks"][callback.state_key], own, callback.state_key)
+            check_form(state, own, key)
+        if isinstance(callback, ModelCheckpoint):
+            _check_models(state, callback)
+
+
+def _check_models(state: Any, callback: ModelCheckpoint) -> None:
+    """Raise InputError unless the models in the state of a callback have scores, and `_is_safe` holds for them."""
+    check_form(state, {"best_k_models": {}}, callback.state_key)
+    scores = {f"score of {path}": score for path, score in state["best_k_models"].items()}
+    scores |= {name: state.get(name) for name in ("best_model_score", "current_score", "kth_value")}
+    for name, score in scores.items():
+        check_form(score, None if score is None else torch.tensor(0.0), f"{callback.state_key}.{name}")
+    names = ("kth_best_model_path", "last_model_path", "best_model_path")
+    for path in [*filter(None, (state.get(name) for name in names)), *state["best_k_models"]]:
+        if not isinstance(path, str) or not _is_safe(path, callback):
+            raise InputError(
+                f"ckpt_path must have paths of {callback.FILE_EXTENSION} files that do not leave {callback.dirpath} "
+                f"by .. and are not on another machine, got {shown(path)}"
+            )
+
+
+def _is_safe(path: str, callback: ModelCheckpoint) -> bool:
+    """Return True if Lightning cannot delete another file than a model of the callback's folder through this path.
+
+    When a better model replaces this one, Lightning deletes it if it is in the folder or has an address such as
+    `s3://`. It takes `folder/../other.ckpt` for a model of the folder.
+
+    Args:
+        path: the path of the model in the checkpoint.
+        callback: the callback of the run that resumes.
+    """
+    folder = str(callback.dirpath)
+    if "://" in path:
+        inside, rest = path.startswith(f"{folder}/"), path.removeprefix(folder).split("/")
+        return inside and ".." not in rest and path.endswith(callback.FILE_EXTENSION)
+    whole, own = Path(path).absolute(), Path(folder).absolute()
+    climbs = own in whole.parents and ".." in whole.relative_to(own).parts
+    return not climbs and path.endswith(callback.FILE_EXTENSION)
 
 
 def check_states(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> None:
@@ -213,6 +216,9 @@ def check_states(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> None:
             f"{len(checkpoint['lr_schedulers'])}"
         )
     check_form(checkpoint["lr_schedulers"], schedules, "lr_schedulers")
+    for saved, own in zip(checkpoint["lr_schedulers"], schedules, strict=True):
+        for name in saved.keys() - own.keys():  # torch would put them in the place of methods
+            del saved[name]
     loop = checkpoint["loops"]["fit_loop"]
     check_form(loop, trainer.fit_loop.state_dict(), "fit_loop")
     check_form(loop["state_dict"].get("combined_loader", [{}]), [{}], "combined_loader")
@@ -265,7 +271,7 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], step: int) -> 
                 raise InputError(f"ckpt_path must have no states of other weights, got one of weight {weight!r}")
             for name in STATES.get(type(optimizer), ()):
                 value, shape = state.get(name), torch.Size() if name == "step" else weight.shape
-                if not isinstance(value, Tensor) or value.shape != shape:
+                if not isinstance(value, Tensor) or value.shape != shape or value.layout != torch.strided:
                     raise InputError(
                         f"ckpt_path must have, for each weight of shape {list(weight.shape)}, the optimizer's {name} "
                         f"of shape {list(shape)}, got {shown(value)}"
