@@ -947,9 +947,15 @@ BREAKS = {
     ),
     "plateau of an epoch that max_steps has ended": Break(
         "sgalign/training/motifs.py",
-        "if not self.has_new_figures or not self.trainer.is_last_batch:",
-        "if False:",
+        "if self.new_figure is None or not self.trainer.is_last_batch:",
+        "if self.new_figure is None:",
         "tests/test_resuming.py -k extended",
+    ),
+    "figure of the last validation": Break(
+        "sgalign/training/motifs.py",
+        'self.new_figure = checkpoint["sgalign"].get("plateau_figure")',
+        "self.new_figure = None",
+        "tests/test_resuming.py -k plateau_counts",
     ),
     "patience of a resumed run": Break(
         "sgalign/training/base.py",

@@ -466,6 +466,18 @@ def test_a_run_resumed_after_any_step_or_epoch_equals_an_uninterrupted_one(limit
         assert resumed == read[-left:] and are_equal(last, found), name
 
 
+def test_the_plateau_counts_a_validation_after_which_the_checkpoint_was_written(tmp_path):
+    """If not every epoch ends with a validation, Lightning writes checkpoints before the end of the epoch."""
+    read, last = nine_steps(tmp_path / "whole", check_val_every_n_epoch=2)
+    resumed, found = nine_steps(tmp_path / "resumed", tmp_path / "whole" / "epoch1.ckpt", check_val_every_n_epoch=2)
+    assert resumed == read[-3:] and last["plateau"].tolist() == [0, 1] and are_equal(last, found)
+    checkpoint = torch.load(tmp_path / "whole" / "epoch1.ckpt", weights_only=True)
+    checkpoint["sgalign"]["plateau_figure"] = "x"
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match="so plateau_figure must be a tensor of one number"):
+        nine_steps(tmp_path / "x", tmp_path / "x.ckpt")
+
+
 # The moment of an interruption, and the number of batches that the resumed run must not read again.
 INTERRUPTIONS = {("step", 7): 6, ("step", 8): 7, ("validation", 9): 8, ("validation", 10): 8, ("epoch", 5): 5}
 

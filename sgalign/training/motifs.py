@@ -17,6 +17,7 @@ from sgalign.models import Motifs, Prediction
 from sgalign.training.longtail import RelationLoss
 from sgalign.training.options import MotifsOptions
 from sgalign.training.pairs import PairModule
+from sgalign.training.saved_states import check_form
 from sgalign.training.schedules import adam, warmup
 from sgalign.training.starting import OF_MOTIFS, ClassRows
 from sgalign.training.vision import CachedVision, Vision, make_vision
@@ -39,7 +40,7 @@ class MotifsModule(PairModule):
     class_rows: ClassVar[ClassRows] = OF_MOTIFS
     network: Motifs
     vision: Vision
-    has_new_figures = False  # True if a validation has ended and no epoch since
+    new_figure: Tensor | None = None  # PLATEAU of the last validation, until an epoch has ended
 
     def __init__(self, **options: Any) -> None:
         super().__init__(MotifsOptions(**options))
@@ -104,11 +105,18 @@ class MotifsModule(PairModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        # Callbacks save at the end of a validation before `on_validation_end`.
+        ends_validation = self._trainer is not None and self.trainer.validating
+        figure = self.trainer.callback_metrics.get(PLATEAU) if ends_validation else self.new_figure
+        checkpoint["sgalign"]["plateau_figure"] = figure
         if isinstance(self.vision, CachedVision):
             checkpoint["sgalign"]["features"] = self.vision.source
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self.new_figure = checkpoint["sgalign"].get("plateau_figure")
+        if self.new_figure is not None:
+            check_form(self.new_figure, torch.tensor(0.0), "plateau_figure")
         if isinstance(self.vision, CachedVision):
             self.vision.read_from(checkpoint["sgalign"].get("features"))
 
@@ -175,7 +183,7 @@ class MotifsModule(PairModule):
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
 
     def on_validation_end(self) -> None:
-        self.has_new_figures = True
+        self.new_figure = self.trainer.callback_metrics.get(PLATEAU)
 
     def on_train_epoch_end(self) -> None:
         """Update the schedule that waits for a plateau, before the epoch's checkpoints are written.
@@ -184,13 +192,12 @@ class MotifsModule(PairModule):
         of an earlier validation again.
         """
         # If max_steps ends an epoch before its last batch, a longer run may complete it.
-        if not self.has_new_figures or not self.trainer.is_last_batch:
+        if self.new_figure is None or not self.trainer.is_last_batch:
             return
-        self.has_new_figures = False
-        value = self.trainer.callback_metrics.get(PLATEAU)
         for config in self.trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ReduceLROnPlateau) and value is not None:
-                config.scheduler.step(value)
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step(self.new_figure)
+        self.new_figure = None
 
     def configure_optimizers(self) -> Any:
         options, optimizer = self.options, self.make_optimizer()
