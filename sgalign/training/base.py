@@ -145,7 +145,8 @@ class SavedModule(pl.LightningModule):
         if self.processes > 1:
             check_same_step(self.loaded_step if self.trainer.ckpt_path else -1, self.trainer)
         self.given = GivenOptions(self.trainer.optimizers, self._schedules)
-        (resumed, self.resumed), self.max_steps = (self.resumed, None), -1
+        resumed, self.resumed = self.resumed, None
+        self.max_steps = -1
         if resumed is not None and self.trainer.ckpt_path:
             check_states(resumed, self.trainer)
             continue_epoch(resumed)
