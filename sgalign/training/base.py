@@ -151,8 +151,7 @@ class SavedModule(pl.LightningModule):
             check_states(resumed, self.trainer)
             continue_epoch(resumed)
             # With max_steps, Lightning would end a complete epoch once more, and leave out the data of the next one.
-            loop = self.trainer.fit_loop.epoch_loop
-            if self.loaded_step < loop.max_steps:
+            if self.loaded_step < (loop := self.trainer.fit_loop.epoch_loop).max_steps:
                 self.max_steps, loop.max_steps = loop.max_steps, -1
         if not self.trainer.ckpt_path:
             self.run_seed = torch.initial_seed()
