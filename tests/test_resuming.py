@@ -25,6 +25,7 @@ from sgalign.training import (
     SceneGraphData,
     SGTRModule,
     base,
+    saved_states,
 )
 from sgalign.training.checkpoints import check_ours, read_checkpoint
 from sgalign.training.resuming import GivenOptions, check_fixed, differing
@@ -377,13 +378,16 @@ def test_the_scaler_of_mixed_precision_has_the_form_of_the_runs_own(stopped):
         check_states(checkpoint | {Scaler.__qualname__: {"scale": "x"}}, trainer)
 
 
-def test_other_entries_of_a_schedule_are_ignored(stopped, tmp_path):
+def test_other_entries_of_a_schedule_are_named_and_not_used(stopped, tmp_path, monkeypatch):
     """torch would put them in the place of methods."""
+    lines = []
+    monkeypatch.setattr(saved_states, "rank_zero_info", lines.append)
     checkpoint, fit = copy.deepcopy(stopped[0]), stopped[1]
     for state in checkpoint["lr_schedulers"]:
         state |= {"step": 5, "get_lr": 5, "optimizer": 5}
     torch.save(checkpoint, tmp_path / "b.ckpt")
     assert fit(tmp_path / "b.ckpt", epochs=2).global_step == 6
+    assert len(lines) == 6 and "'get_lr' of a learning rate schedule in the checkpoint is not used" in lines
 
 
 def test_a_schedule_that_has_fallen_to_zero_is_refused():

@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sgalign.errors import InputError, shown
@@ -217,7 +218,8 @@ def check_states(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> None:
         )
     check_form(checkpoint["lr_schedulers"], schedules, "lr_schedulers")
     for saved, own in zip(checkpoint["lr_schedulers"], schedules, strict=True):
-        for name in saved.keys() - own.keys():  # torch would put them in the place of methods
+        for name in saved.keys() - own.keys():  # torch would put it in the place of a method
+            rank_zero_info(f"{shown(name)} of a learning rate schedule in the checkpoint is not used")
             del saved[name]
     loop = checkpoint["loops"]["fit_loop"]
     check_form(loop, trainer.fit_loop.state_dict(), "fit_loop")
