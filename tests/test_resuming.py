@@ -251,6 +251,12 @@ WRONG_FORMS = {
     "score of x.ckpt must be a tensor": lambda it: callback(it, "ModelCheckpoint").update(
         best_k_models={"x.ckpt": "x"}
     ),
+    "score of y.ckpt must be a tensor": lambda it: callback(it, "ModelCheckpoint").update(
+        best_k_models={"y.ckpt": None}
+    ),
+    "kth_best_model_path that is one of": lambda it: callback(it, "ModelCheckpoint").update(
+        kth_best_model_path="x.ckpt"
+    ),
     "kth_value must be a tensor": lambda it: callback(it, "ModelCheckpoint").update(kth_value="x"),
     "best_model_score must be a tensor": lambda it: callback(it, "ModelCheckpoint").update(best_model_score=0.5),
     "paths of .ckpt files": lambda it: callback(it, "ModelCheckpoint").update(
@@ -347,7 +353,8 @@ def test_a_resumed_run_deletes_no_other_files(kind, folder, path, is_safe):
     callback = kind()
     callback.dirpath = folder
     trainer = SimpleNamespace(checkpoint_callbacks=[callback], early_stopping_callbacks=[])
-    for state in ({"best_k_models": {path: torch.tensor(0.5)}}, *({name: path} for name in PATHS)):
+    best = {"best_k_models": {path: torch.tensor(0.5)}, "kth_best_model_path": path}
+    for state in (best, *({name: path} for name in PATHS)):
         checkpoint = {"callbacks": {callback.state_key: callback.state_dict() | state}}
         with nullcontext() if is_safe else pytest.raises(InputError, match="ckpt_path must"):
             check_callbacks(checkpoint, trainer)

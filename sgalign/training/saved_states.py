@@ -166,17 +166,27 @@ def check_callbacks(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> None:
 def _check_models(state: Any, callback: ModelCheckpoint) -> None:
     """Raise InputError unless the models in the state of a callback have scores, and `_is_safe` holds for them."""
     check_form(state, {"best_k_models": {}}, callback.state_key)
-    scores = {f"score of {path}": score for path, score in state["best_k_models"].items()}
-    scores |= {name: state.get(name) for name in ("best_model_score", "current_score", "kth_value")}
+    models = state["best_k_models"]
+    scores = {f"score of {path}": score for path, score in models.items()}
+    names = ("best_model_score", "current_score", "kth_value")
+    scores |= {name: state[name] for name in names if state.get(name) is not None}
     for name, score in scores.items():
-        check_form(score, None if score is None else torch.tensor(0.0), f"{callback.state_key}.{name}")
-    names = ("kth_best_model_path", "last_model_path", "best_model_path")
-    for path in [*filter(None, (state.get(name) for name in names)), *state["best_k_models"]]:
+        check_form(score, torch.tensor(0.0), f"{callback.state_key}.{name}")
+    paths = ("kth_best_model_path", "last_model_path", "best_model_path")
+    for path in [*filter(None, (state.get(name) for name in paths)), *models]:
         if not isinstance(path, str) or not _is_safe(path, callback):
             raise InputError(
                 f"ckpt_path must have paths of {callback.FILE_EXTENSION} files that do not leave {callback.dirpath} "
                 f"by .. and are not on another machine, got {shown(path)}"
             )
+    worst = state.get("kth_best_model_path")
+    if (
+        0 < callback.save_top_k <= len(models) and worst not in models
+    ):  # Lightning compares the next model with this one
+        raise InputError(
+            f"ckpt_path must have a kth_best_model_path that is one of {callback.state_key}.best_k_models, got "
+            f"{shown(worst)}"
+        )
 
 
 def _is_safe(path: str, callback: ModelCheckpoint) -> bool:
