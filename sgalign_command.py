@@ -4,8 +4,10 @@ It lies outside the package because importing the package imports torch, and Ope
 loaded.
 """
 
+import atexit
 import io
 import os
+import signal
 import sys
 
 WAIT_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # each decides how the threads of GNU's OpenMP wait
@@ -25,7 +27,10 @@ def shorten_spinning() -> bool:
 
 
 def main() -> int:
-    """Run the command line and return its exit code. It is 130 after Ctrl-C."""
+    """Run the command line and return its exit code. It is 130 after Ctrl-C.
+
+    When the command has ended, Ctrl-C ends the process without a traceback.
+    """
     shorten_spinning()
     # The name of a file may have bytes or characters that the terminal's encoding lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -44,6 +49,11 @@ def main() -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python writes at its end
             return 141
         raise  # of another pipe
-    except KeyboardInterrupt:
-        print("sgalign: interrupted", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        print("sgalign: interrupted", file=sys.stderr)  # Lightning makes a SystemExit of a KeyboardInterrupt
         return 130
+    finally:
+        # Exit functions run in reverse order, so this one runs before those of torch, which take half a second.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -40,6 +41,28 @@ def test_names_of_files_that_are_no_text_can_be_printed(tmp_path):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     run(["-c", COMMAND, "make-dataset", str(folder), "--sizes", "1", "1", "1", "--no-images"])
     assert r"caf\udce9" in run(["-c", COMMAND, "check", str(folder), "--json", str(tmp_path / "report.json")]).stdout
+
+
+def test_ctrl_c_after_the_command_ends_the_process_without_a_traceback():
+    interrupt = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        run(["-c", f"{interrupt}; {COMMAND}", "--version"])
+    assert error.value.returncode == -signal.SIGINT and "Traceback" not in error.value.stderr
+
+
+def test_lightnings_end_after_ctrl_c_has_the_code_of_ctrl_c(monkeypatch, capsys):
+    def interrupted():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr("sgalign.commands.main.main", interrupted)
+    assert sgalign_command.main() == 130
+    assert capsys.readouterr().err == "sgalign: interrupted\n"
+    monkeypatch.setattr("sgalign.commands.main.main", lambda: sys.exit(2))
+    with pytest.raises(SystemExit, match="2"):
+        sgalign_command.main()
 
 
 def test_a_program_that_runs_the_module_does_not_start_again(tmp_path):

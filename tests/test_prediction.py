@@ -18,6 +18,7 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 pytest.importorskip("torchvision")
 pytest.importorskip("lightning")
@@ -271,6 +272,19 @@ def test_a_stopped_run_says_how_far_it_came_and_keeps_everything(number, command
     (part,) = (tmp_path / "p.h5.parts").glob("*.h5")
     with h5py.File(part) as file:
         assert done[: len(file)] == sorted(file) and len(done) - len(file) in (0, 1) and len(done) < 2006
+
+
+def test_ctrl_c_takes_effect_when_the_workers_have_started(command, monkeypatch, capsys):
+    begin, started = DataLoader.__iter__, []
+
+    def interrupted(loader):
+        signal.raise_signal(signal.SIGINT)
+        started.append(begin(loader))
+        return started[0]
+
+    monkeypatch.setattr(DataLoader, "__iter__", interrupted)
+    assert cli.main([*command, "--workers", "1"]) == 130 and started
+    assert "stopped after 0 of" in capsys.readouterr().err
 
 
 def test_after_a_kill_the_same_command_predicts_only_what_is_missing(command, tmp_path, monkeypatch):

@@ -272,7 +272,7 @@ def test_a_run_resumed_within_an_epoch_needs_the_same_batch_size(scenes, tmp_pat
     fit(MotifsModule(**SMALL), scenes, limit_train_batches=3, callbacks=[save], enable_checkpointing=True)
     data = SceneGraphData(batch_size=8)
     data.train, data.validation = scenes.train, scenes.validation
-    with pytest.raises(ValueError, match="batch_size times the number of processes must still be 16 .* got 8"):
+    with pytest.raises(ValueError, match="batch_size times the number of processes must be 16 as in ckpt_path.* got 8"):
         trainer().fit(MotifsModule(**SMALL), data, ckpt_path=tmp_path / "middle.ckpt")
 
 

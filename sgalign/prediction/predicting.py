@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from sgalign.data import Detections, GraphBatch, SceneGraph, collate, collate_detected, load_image
 from sgalign.data.workers import collate_and_share
 from sgalign.errors import InputError
+from sgalign.files import uninterrupted
 from sgalign.prediction.image_paths import ImageFile
 from sgalign.training import RelationModule
 
@@ -87,12 +88,18 @@ def predict_images(
 def _ended_with_workers(loader: DataLoader) -> Iterator[_Loaded]:
     """Yield the batches of a loader, and let its workers end if it raises an error."""
     try:
-        yield from loader
+        yield from _start(loader)
     except Exception as error:
         # torch ends the workers when it deletes the loader's iterator, which the frames of a worker's error refer to.
         # Python would end them with SIGTERM, which they ignore, and wait for them forever.
         traceback.clear_frames(error.__traceback__)
         raise
+
+
+def _start(loader: DataLoader) -> Iterator[_Loaded]:
+    """Start the workers. Ctrl-C takes effect afterwards, because Python would lose it in a fork, or a worker end."""
+    with uninterrupted():
+        return iter(loader)
 
 
 def _stay_silent(worker: int) -> None:

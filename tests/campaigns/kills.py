@@ -1,9 +1,10 @@
 """Kill commands at random moments, run them again to the end, and compare the files with those of undisturbed runs.
 
-A third of the kills comes at a random time, a third before a random operation on files, and a third when a file reaches
-a random size. A kill by size ends the process that writes. Half of the other kills end all processes of a command, the
-rest only the main one or a worker. A command is killed up to three times before the run that goes to the end. Its files
-must then equal those of an undisturbed run, no other file may be left, and all processes must have ended.
+A quarter of the kills comes at a random time, a quarter before a random operation on files, and a quarter when a file
+reaches a random size. A kill by size ends the process that writes. Half of the others end all processes of a command,
+the rest only the main one or a worker. The last quarter is Ctrl-C at a random time, after which the command must end by
+itself without a traceback. A command is killed up to three times before the run that goes to the end. Its files must
+then equal those of an undisturbed run, no other file may be left, and all processes must have ended.
 
     python tests/campaigns/kills.py --kills 50 --seed 1 predict evaluate
 """
@@ -29,7 +30,7 @@ from typing import Any
 
 import small_runs
 
-KINDS = ("time", "operation", "size")
+KINDS = ("time", "operation", "size", "Ctrl-C")
 VICTIMS = ("group", "group", "main", "worker")  # the group is the command with its workers, but without those of ablate
 MOST = 3  # kills before a run that goes to the end
 ORPHANS = 20.0  # seconds that worker processes may live after the end
@@ -118,12 +119,11 @@ class Campaign:
         victim = self.random.choice(VICTIMS)
         at = self.random.randint(1, self.total)
         size = int(self.size ** self.random.random())
-        moment = self.random.uniform(0, self.seconds) if kind == "time" else small_runs.LIMIT
+        moment = self.random.uniform(0, self.seconds) if kind in ("time", "Ctrl-C") else small_runs.LIMIT
         disturb = {
-            "time": lambda: None,
             "operation": lambda: self.operations.arm(at, kill_group if victim == "group" else kill_itself),
             "size": lambda: limit_size(size),
-        }[kind]
+        }.get(kind, lambda: None)
         pid = small_runs.start(self.name, self.inputs, folder, disturb)
         end = time.monotonic() + moment
         while time.monotonic() < end:
@@ -131,6 +131,8 @@ class Campaign:
             if done:
                 return status != 0
             time.sleep(0.002)
+        if kind == "Ctrl-C":
+            return self.interrupt(pid, folder)
         if kind != "time":
             self.failures.append(f"{kind} {at} {size}: did not end within {small_runs.LIMIT} s")
         workers = _children(pid) if victim == "worker" else []
@@ -141,6 +143,21 @@ class Campaign:
         (os.kill if alone else os.killpg)(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         return True
+
+    def interrupt(self, pid: int, folder: Path) -> bool:
+        """Interrupt the command as Ctrl-C in a terminal does. Return False if it ended well before."""
+        log = folder / small_runs.LOG
+        before = len(log.read_text()) if log.exists() else 0
+        while os.getpgid(pid) != pid:  # a process that has just started has no group yet
+            time.sleep(0.002)
+        os.killpg(pid, signal.SIGINT)
+        code = small_runs.wait(pid)
+        if code is None:
+            self.failures.append(f"did not end within {small_runs.LIMIT} s after Ctrl-C")
+        elif "Traceback" in log.read_text()[before:]:
+            shutil.copy(log, kept := self.out / f"{folder.name} Ctrl-C.txt")
+            self.failures.append(f"printed a traceback after Ctrl-C, see {kept.name}")
+        return code != 0
 
     def run(self, kills: int) -> None:
         """Kill the command this often, and check the files after each run that goes to the end."""
