@@ -34,8 +34,9 @@ from sgalign.prediction import find_images  # noqa: E402
 from sgalign.studies import page, report  # noqa: E402
 from sgalign.studies.execute import latest_checkpoint  # noqa: E402
 from sgalign.studies.study import read_study  # noqa: E402
-from sgalign.training import load_module  # noqa: E402
+from sgalign.training import SGTRModule, load_module  # noqa: E402
 from sgalign.training.checkpoints import WholeCheckpointIO  # noqa: E402
+from sgalign.training.detr import make_detector  # noqa: E402
 
 MEMORY = 1 << 30  # bytes that a reader may take beyond the imports
 SECONDS = 20  # for one file, on a busy machine
@@ -139,6 +140,24 @@ def doubled(path):
     torch.save(content, path)
 
 
+RESNET = {"backbone_config": {"model_type": "resnet", "out_features": ["stage4"]}}
+
+
+def sgtr(options, **config):
+    """A checkpoint with 1000 weights, whose options or DETR may name more."""
+
+    def write(path):
+        saved = {"module": "SGTRModule", "object_names": NAMES, "predicate_names": NAMES, "run_seed": 0}
+        saved |= {
+            "random_states": [torch.zeros(1, dtype=torch.uint8)],
+            "detector": {"config": json.dumps(RESNET | config)},
+        }
+        weights = {f"detector.{number}": torch.zeros(1) for number in range(1000)}
+        torch.save({"state_dict": weights, "hyper_parameters": options, "sgalign": saved}, path)
+
+    return write
+
+
 def gigabyte(path):
     with path.open("wb") as file:
         file.write(b"[1")
@@ -167,6 +186,13 @@ BOMBS = {
     "disks.pt": (several_disks, lambda path: Predictions(path, ANNOTATIONS), "is not one or is cut short"),
     "expanded.ckpt": (expanded, lambda path: read_tensors(path, "checkpoint"), "with fewer stored numbers"),
     "doubled.pt": (doubled, lambda path: Predictions(path, ANNOTATIONS), "must have predictions and groundtruths"),
+    "layers.ckpt": (sgtr({"layers": 10**7}), load_module, "all weights that its options name"),
+    "depth.ckpt": (sgtr({}, encoder_layers=10**7), load_module, "all weights that its options name"),
+    "detr.ckpt": (
+        sgtr({}, decoder_layers=10**7),
+        lambda path: make_detector(SGTRModule(detector_weights=str(path)).options, 2, NAMES, {}),
+        "all weights that its options name",
+    ),
     "gigabyte.json": (gigabyte, read_json, "too little memory is free|is not JSON"),
     "levels.json": (yaml("[" * 10**6), read_json, "is not JSON"),
     "levels.jsonl": (yaml('{"a":' * 10**6 + "\n"), lambda path: list(read_graph_lines(path)), "is damaged"),

@@ -26,6 +26,7 @@ from sgalign.training.checkpoints import (
     check_ours,
     check_same_weights,
     check_weights,
+    only_shapes,
     random_states,
     read_checkpoint,
     restore_random_states,
@@ -376,8 +377,7 @@ class SavedModule(pl.LightningModule):
         cls._check_kind(checkpoint)
         known = {field.name for field in dataclasses.fields(cls.options_type)}
         saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
-        # The options may name layers of any size. On the meta device, their shapes can be checked without memory.
-        with torch.device("meta"):
+        with only_shapes(checkpoint["state_dict"]):
             cls(**(saved | options)).on_load_checkpoint(checkpoint)
         module = cls(**(saved | options))
         module.on_load_checkpoint(checkpoint)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning import __version__ as lightning_version
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import get_total_norm
 
 from sgalign.errors import InputError, shown
@@ -89,6 +91,32 @@ def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
     if names := not_finite(weights):
         remedy = ". Lower learning_rate and resume from an earlier checkpoint" if step else ""
         raise InputError(f"weights must be finite, but at step {step} these are not finite: {some_of(names)}{remedy}")
+
+
+@contextmanager
+def only_shapes(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the layers that the block makes have shapes, but no memory. Raise InputError if they are far too many.
+
+    A checkpoint's options may name layers of any size and number. Their shapes can be compared before they need memory.
+
+    Args:
+        weights: the checkpoint's weights. The block may make ten times as many, because some layers are made twice, and
+            always 10,000. With too few weights, a later check names one that is missing.
+    """
+    made, most = 0, max(10 * len(weights), 10_000)
+
+    def count(module: torch.nn.Module, name: str, weight: torch.nn.Parameter | None) -> None:
+        nonlocal made
+        made += weight is not None and weight.is_meta
+        if made > most:
+            raise InputError(f"checkpoint must have all weights that its options name, but has only {len(weights)}")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        hook.remove()
 
 
 def check_same_weights(weights: Mapping[str, Tensor], of_model: Mapping[str, Tensor], model: str) -> None:

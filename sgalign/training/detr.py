@@ -22,7 +22,7 @@ from sgalign.models.entity_loss import EntityLoss, TrueObjects
 from sgalign.models.graph_assembly import Entities, assign
 from sgalign.training.augmentation import TrainingImages, annotations_of, augment
 from sgalign.training.base import SavedModule
-from sgalign.training.checkpoints import check_same_weights, read_checkpoint, some_of
+from sgalign.training.checkpoints import check_same_weights, only_shapes, read_checkpoint, some_of
 from sgalign.training.detection import DetectionModule
 from sgalign.training.options import DetrOptions
 from sgalign.training.pretrained import is_pretrained
@@ -320,8 +320,7 @@ def _of_checkpoint(
     def of_no_class(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in state.items() if layer_of(name, OF_DETR) is None}
 
-    # The config may name layers of any size. On the meta device, their shapes can be checked without memory.
-    with torch.device("meta"):
+    with only_shapes(weights):
         check_same_weights(of_no_class(weights), of_no_class(build().state_dict()), "the DETR of its config")
     detector = build()
     weights, new = carry_classes(detector.state_dict(), weights, OF_DETR, ours, theirs)

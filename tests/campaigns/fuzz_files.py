@@ -502,8 +502,17 @@ def checkpoints(draw: Draw, folder: Path) -> None:
     check_module(path)
 
 
+def with_changed_config(draw: Draw, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint in which a fifth of the inputs has changed the config of DETR."""
+    if draw.ConsumeIntInRange(0, 4) < 4:
+        return checkpoint
+    detector = checkpoint["sgalign"]["detector"]
+    config = json.dumps(changed_json(draw, json.loads(detector["config"]), 2))
+    return checkpoint | {"sgalign": checkpoint["sgalign"] | {"detector": detector | {"config": config}}}
+
+
 def sgtr_checkpoints(draw: Draw, folder: Path) -> None:
-    save_tensors(draw, path := folder / "last.ckpt", sgtr())
+    save_tensors(draw, path := folder / "last.ckpt", with_changed_config(draw, sgtr()))
     check_module(path)
 
 
@@ -527,7 +536,7 @@ def detector_weights(draw: Draw, folder: Path) -> None:
 
 
 def detr_weights(draw: Draw, folder: Path) -> None:
-    save_tensors(draw, path := folder / "detr.ckpt", detr())
+    save_tensors(draw, path := folder / "detr.ckpt", with_changed_config(draw, detr()))
     module = SGTRModule(backbone="resnet10", dim=8, heads=2, ffn_dim=8, entity_layers=1, entity_queries=3,
                         encoder_layers=1, layers=1, queries=2, detector_weights=str(path))  # fmt: skip
     module._set_classes([BACKGROUND, "person", "cow"], PREDICATES, "the data")
