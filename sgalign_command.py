@@ -4,7 +4,6 @@ It lies outside the package because importing the package imports torch, and Ope
 loaded.
 """
 
-import atexit
 import io
 import os
 import signal
@@ -27,10 +26,17 @@ def shorten_spinning() -> bool:
 
 
 def main() -> int:
-    """Run the command line and return its exit code. It is 130 after Ctrl-C.
+    """Run the command line in a process that ends afterwards, and return the exit code of `run`."""
+    try:
+        return run()
+    finally:
+        # Python may need a second to end. If Ctrl-C ended the process then, Python would print a traceback.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    When the command has ended, Ctrl-C ends the process without a traceback.
-    """
+
+def run() -> int:
+    """Run the command line and return its exit code. It is 130 after Ctrl-C."""
     shorten_spinning()
     # The name of a file may have bytes or characters that the terminal's encoding lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -50,10 +56,8 @@ def main() -> int:
             return 141
         raise  # of another pipe
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):
+        # After Ctrl-C, Lightning raises SystemExit with the code 1.
+        if isinstance(end, SystemExit) and not (end.code == 1 and isinstance(end.__context__, KeyboardInterrupt)):
             raise
-        print("sgalign: interrupted", file=sys.stderr)  # Lightning makes a SystemExit of a KeyboardInterrupt
+        print("sgalign: interrupted", file=sys.stderr)
         return 130
-    finally:
-        # Exit functions run in reverse order, so this one runs before those of torch, which take half a second.
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -48,6 +48,8 @@ def test_ctrl_c_after_the_command_ends_the_process_without_a_traceback():
     with pytest.raises(subprocess.CalledProcessError) as error:
         run(["-c", f"{interrupt}; {COMMAND}", "--version"])
     assert error.value.returncode == -signal.SIGINT and "Traceback" not in error.value.stderr
+    ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # as a shell does for commands with &
+    run(["-c", f"{ignore}; {interrupt}; {COMMAND}", "--version"])
 
 
 def test_lightnings_end_after_ctrl_c_has_the_code_of_ctrl_c(monkeypatch, capsys):
@@ -58,11 +60,11 @@ def test_lightnings_end_after_ctrl_c_has_the_code_of_ctrl_c(monkeypatch, capsys)
             sys.exit(1)
 
     monkeypatch.setattr("sgalign.commands.main.main", interrupted)
-    assert sgalign_command.main() == 130
+    assert sgalign_command.run() == 130
     assert capsys.readouterr().err == "sgalign: interrupted\n"
     monkeypatch.setattr("sgalign.commands.main.main", lambda: sys.exit(2))
     with pytest.raises(SystemExit, match="2"):
-        sgalign_command.main()
+        sgalign_command.run()
 
 
 def test_a_program_that_runs_the_module_does_not_start_again(tmp_path):

@@ -182,4 +182,4 @@ def test_a_broken_pipe_that_is_not_the_output_is_not_hidden(monkeypatch, capsys)
 
     monkeypatch.setattr(main, "main", breaks)
     with pytest.raises(BrokenPipeError, match="of a worker"):
-        sgalign_command.main()
+        sgalign_command.run()

@@ -25,8 +25,8 @@ def printed(*command):
 
 
 def test_killed_commands_end_with_the_files_of_undisturbed_ones(tmp_path):
-    text = printed(CAMPAIGNS / "kills.py", "--kills", "3", "--out", tmp_path, "evaluate", "make-dataset")
-    assert text.count("| 1 time, 1 operation, 1 size |") == text.count("| none |") == 2, text
+    text = printed(CAMPAIGNS / "kills.py", "--kills", "4", "--out", tmp_path, "evaluate", "make-dataset")
+    assert text.count("| 1 time, 1 operation, 1 size, 1 Ctrl-C |") == text.count("| none |") == 2, text
 
 
 def test_commands_end_with_the_same_files_after_a_full_disk(tmp_path):

@@ -360,6 +360,16 @@ def test_a_resumed_run_deletes_no_other_files(kind, folder, path, is_safe):
             check_callbacks(checkpoint, trainer)
 
 
+def test_the_worst_model_is_one_of_the_best_unless_they_are_in_another_folder():
+    """Lightning would look for it after an epoch."""
+    callback = ModelCheckpoint("/runs", monitor="val/R@50", save_top_k=1)
+    trainer = SimpleNamespace(checkpoint_callbacks=[callback], early_stopping_callbacks=[])
+    state = callback.state_dict() | {"best_k_models": {"/runs/a.ckpt": torch.tensor(0.5)}}  # of a run with save_top_k 2
+    with pytest.raises(InputError, match="one of its 1 best_k_models, or save_top_k of .* above 1, got '' and 1"):
+        check_callbacks({"callbacks": {callback.state_key: state}}, trainer)
+    check_callbacks({"callbacks": {callback.state_key: state | {"dirpath": "/others"}}}, trainer)
+
+
 def test_states_of_other_callbacks_can_have_any_form(data, tmp_path):
     class Own(Callback):
         def state_dict(self):

@@ -25,6 +25,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "resnet50": {"depths": [3, 4, 6, 3]},
     "resnet101": {"depths": [3, 4, 23, 3]},
 }
+# Entries of a config that are not used. transformers would compare names with `num_labels`, or make as many of them.
+LABELS = "id2label", "label2id", "num_labels"
 
 
 register_with_transformers()  # `EntityDetector` uses attn_implementation="sgalign"
@@ -104,8 +106,10 @@ class EntityDetector(nn.Module):
                 read_config = json.loads(config)
                 if not isinstance(read_config, dict):
                     raise InputError(f"config must be a JSON object, got {shown(config)}")
-                for names in ("id2label", "label2id"):  # transformers would compare them with `num_labels`
-                    read_config.pop(names, None)
+                backbone_config = read_config.get("backbone_config")
+                for labelled in (read_config, backbone_config if isinstance(backbone_config, dict) else {}):
+                    for name in LABELS:
+                        labelled.pop(name, None)
                 sizes = DetrConfig.from_dict(read_config, num_labels=num_objects, **options)
             else:
                 stages: dict[str, Any] = {"hidden_sizes": [256, 512, 1024, 2048]} | BACKBONES[backbone]

@@ -97,7 +97,7 @@ def _ended_with_workers(loader: DataLoader) -> Iterator[_Loaded]:
 
 
 def _start(loader: DataLoader) -> Iterator[_Loaded]:
-    """Start the workers. Ctrl-C takes effect afterwards, because Python would lose it in a fork, or a worker end."""
+    """Start the workers, and let Ctrl-C take effect afterwards. In a fork, Python may lose it, or a worker may end."""
     with uninterrupted():
         return iter(loader)
 

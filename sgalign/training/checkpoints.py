@@ -14,8 +14,8 @@ from lightning import __version__ as lightning_version
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import get_total_norm
+from torch.overrides import TorchFunctionMode
 
 from sgalign.errors import InputError, shown
 from sgalign.files import read_tensors, written_whole
@@ -93,30 +93,34 @@ def check_weights(weights: Mapping[str, Tensor], step: int) -> None:
         raise InputError(f"weights must be finite, but at step {step} these are not finite: {some_of(names)}{remedy}")
 
 
+class _Counted(TorchFunctionMode):
+    """Count the tensors that this thread makes in a block. Raise InputError if there are too many."""
+
+    def __init__(self, most: int, error: str) -> None:
+        super().__init__()
+        self.made, self.most, self.error = 0, most, error
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made += func in (torch.empty, torch.ones, torch.zeros)  # every layer with weights calls one of these
+        if self.made > self.most:
+            raise InputError(self.error)
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def only_shapes(weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let the layers that the block makes have shapes, but no memory. Raise InputError if they are far too many.
+    """Make the layers of a block without memory. Raise InputError if they need far more weights than a checkpoint has.
 
     A checkpoint's options may name layers of any size and number. Their shapes can be compared before they need memory.
 
     Args:
-        weights: the checkpoint's weights. The block may make ten times as many, because some layers are made twice, and
-            always 10,000. With too few weights, a later check names one that is missing.
+        weights: the checkpoint's weights. The block may make ten times as many tensors, because it makes some layers
+            twice. It may always make 10,000. If the checkpoint lacks a few weights, a later check names one of them.
     """
-    made, most = 0, max(10 * len(weights), 10_000)
-
-    def count(module: torch.nn.Module, name: str, weight: torch.nn.Parameter | None) -> None:
-        nonlocal made
-        made += weight is not None and weight.is_meta
-        if made > most:
-            raise InputError(f"checkpoint must have all weights that its options name, but has only {len(weights)}")
-
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        hook.remove()
+    most = max(10 * len(weights), 10_000)
+    error = f"options, or DETR's config, must name at most {most} weights, because the checkpoint has {len(weights)}"
+    with torch.device("meta"), _Counted(most, error):
+        yield
 
 
 def check_same_weights(weights: Mapping[str, Tensor], of_model: Mapping[str, Tensor], model: str) -> None:

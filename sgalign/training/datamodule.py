@@ -397,8 +397,8 @@ class TrainingLoader(DataLoader[GraphBatch]):
             raise InputError(f"ckpt_path must have a position of at most {len(self)} batches, got {state['batches']}")
         if state["batches"] and state["images"] != (images := self.batch_size * self.sampler.num_replicas):
             raise InputError(
-                f"batch_size times the number of processes must be {state['images']} as in ckpt_path, because it was "
-                f"written in the middle of an epoch, got {images}"
+                f"batch_size times the number of processes must be {state['images']} as in ckpt_path, because "
+                f"ckpt_path was written in the middle of an epoch, got {images}"
             )
         self.sampler.done = state["epoch"], state["batches"] * self.batch_size
         self.sampler.set_epoch(state["epoch"])

@@ -179,13 +179,12 @@ def _check_models(state: Any, callback: ModelCheckpoint) -> None:
                 f"ckpt_path must have paths of {callback.FILE_EXTENSION} files that do not leave {callback.dirpath} "
                 f"by .. and are not on another machine, got {shown(path)}"
             )
-    worst = state.get("kth_best_model_path")
-    if (
-        0 < callback.save_top_k <= len(models) and worst not in models
-    ):  # Lightning compares the next model with this one
+    # Lightning compares the score of the next model with that of the worst one. In another folder, it forgets them.
+    worst, same = state.get("kth_best_model_path"), state.get("dirpath", callback.dirpath) == callback.dirpath
+    if same and 0 < callback.save_top_k <= len(models) and worst not in list(models):
         raise InputError(
-            f"ckpt_path must have a kth_best_model_path that is one of {callback.state_key}.best_k_models, got "
-            f"{shown(worst)}"
+            f"ckpt_path must have a kth_best_model_path that is one of its {len(models)} best_k_models, or save_top_k "
+            f"of {callback.state_key} must be above {len(models)}, got {shown(worst)} and {callback.save_top_k}"
         )
 
 

@@ -192,7 +192,7 @@ def call(arguments: Sequence[str], files: Sequence[Any]) -> Ended:
     sys.argv = [str(TESTS.parent / "sgalign_command.py"), *arguments]
     code, error = None, None
     try:
-        code = sgalign_command.main()
+        code = sgalign_command.run()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BaseException as raised:

@@ -503,7 +503,7 @@ def checkpoints(draw: Draw, folder: Path) -> None:
 
 
 def with_changed_config(draw: Draw, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint in which a fifth of the inputs has changed the config of DETR."""
+    """Return the checkpoint. For a fifth of the inputs, change DETR's config."""
     if draw.ConsumeIntInRange(0, 4) < 4:
         return checkpoint
     detector = checkpoint["sgalign"]["detector"]

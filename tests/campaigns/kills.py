@@ -1,10 +1,11 @@
 """Kill commands at random moments, run them again to the end, and compare the files with those of undisturbed runs.
 
 A quarter of the kills comes at a random time, a quarter before a random operation on files, and a quarter when a file
-reaches a random size. A kill by size ends the process that writes. Half of the others end all processes of a command,
-the rest only the main one or a worker. The last quarter is Ctrl-C at a random time, after which the command must end by
-itself without a traceback. A command is killed up to three times before the run that goes to the end. Its files must
-then equal those of an undisturbed run, no other file may be left, and all processes must have ended.
+reaches a random size. A kill by size ends the process that writes. Half of the kills by time and by operation end all
+processes of a command, the rest only the main one or a worker. The last quarter is Ctrl-C at a random time, after which
+the command must end by itself without a traceback. A command is killed up to three times before the run that goes to
+the end. Its files must then equal those of an undisturbed run, no other file may be left, and all processes must have
+ended.
 
     python tests/campaigns/kills.py --kills 50 --seed 1 predict evaluate
 """
@@ -121,9 +122,11 @@ class Campaign:
         size = int(self.size ** self.random.random())
         moment = self.random.uniform(0, self.seconds) if kind in ("time", "Ctrl-C") else small_runs.LIMIT
         disturb = {
+            "time": lambda: None,
             "operation": lambda: self.operations.arm(at, kill_group if victim == "group" else kill_itself),
             "size": lambda: limit_size(size),
-        }.get(kind, lambda: None)
+            "Ctrl-C": lambda: None,
+        }[kind]
         pid = small_runs.start(self.name, self.inputs, folder, disturb)
         end = time.monotonic() + moment
         while time.monotonic() < end:
@@ -152,12 +155,19 @@ class Campaign:
             time.sleep(0.002)
         os.killpg(pid, signal.SIGINT)
         code = small_runs.wait(pid)
+        text = log.read_text()[before:]
+        ended_well = code in (0, 128 + signal.SIGINT, -signal.SIGINT) or self.refused(text)
         if code is None:
             self.failures.append(f"did not end within {small_runs.LIMIT} s after Ctrl-C")
-        elif "Traceback" in log.read_text()[before:]:
+        elif "Traceback" in text or not ended_well:
             shutil.copy(log, kept := self.out / f"{folder.name} Ctrl-C.txt")
-            self.failures.append(f"printed a traceback after Ctrl-C, see {kept.name}")
+            self.failures.append(f"ended with {code} or a traceback after Ctrl-C, see {kept.name}")
         return code != 0
+
+    def refused(self, log: str) -> bool:
+        """Return True if the command has refused to replace the output of an earlier run."""
+        refuses = small_runs.COMMANDS[self.name].refuses
+        return refuses is not None and refuses in log
 
     def run(self, kills: int) -> None:
         """Kill the command this often, and check the files after each run that goes to the end."""
@@ -186,8 +196,7 @@ class Campaign:
         begin = time.monotonic()
         code = small_runs.wait(small_runs.start(self.name, self.inputs, folder))
         self.slowest = max(self.slowest, time.monotonic() - begin)
-        refuses = small_runs.COMMANDS[self.name].refuses
-        refused = refuses is not None and refuses in (folder / small_runs.LOG).read_text()
+        refused = self.refused((folder / small_runs.LOG).read_text())
         problems = [] if code == 0 or refused else [f"exit code {code}"]
         if orphans := _orphans():
             problems.append(f"{orphans} processes still live {ORPHANS:.0f} s after the end")
