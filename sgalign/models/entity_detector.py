@@ -25,7 +25,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "resnet50": {"depths": [3, 4, 6, 3]},
     "resnet101": {"depths": [3, 4, 23, 3]},
 }
-# Entries of a config that are not used. transformers would compare names with `num_labels`, or make as many of them.
+# Entries of a config that DETR does not need. transformers would make `num_labels` names, or refuse the given ones.
 LABELS = "id2label", "label2id", "num_labels"
 
 
