@@ -150,12 +150,12 @@ class Campaign:
     def interrupt(self, pid: int, folder: Path) -> bool:
         """Interrupt the command as Ctrl-C in a terminal does. Return False if it ended well before."""
         log = folder / small_runs.LOG
-        before = len(log.read_text()) if log.exists() else 0
+        before = log.stat().st_size if log.exists() else 0
         while os.getpgid(pid) != pid:  # a process that has just started has no group yet
             time.sleep(0.002)
         os.killpg(pid, signal.SIGINT)
         code = small_runs.wait(pid)
-        text = log.read_text()[before:]
+        text = log.read_bytes()[before:].decode(errors="replace")  # a kill may have cut a character short
         ended_well = code in (0, 128 + signal.SIGINT, -signal.SIGINT) or self.refused(text)
         if code is None:
             self.failures.append(f"did not end within {small_runs.LIMIT} s after Ctrl-C")
@@ -196,7 +196,7 @@ class Campaign:
         begin = time.monotonic()
         code = small_runs.wait(small_runs.start(self.name, self.inputs, folder))
         self.slowest = max(self.slowest, time.monotonic() - begin)
-        refused = self.refused((folder / small_runs.LOG).read_text())
+        refused = self.refused((folder / small_runs.LOG).read_text(errors="replace"))
         problems = [] if code == 0 or refused else [f"exit code {code}"]
         if orphans := _orphans():
             problems.append(f"{orphans} processes still live {ORPHANS:.0f} s after the end")
