@@ -164,7 +164,7 @@ def check_callbacks(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> None:
 
 
 def _check_models(state: Any, callback: ModelCheckpoint) -> None:
-    """Raise InputError unless the models in the state of a callback have scores, and `_is_safe` holds for them."""
+    """Raise InputError unless the models in a callback's state have scores and safe paths, and the worst is known."""
     check_form(state, {"best_k_models": {}}, callback.state_key)
     models = state["best_k_models"]
     scores = {f"score of {path}": score for path, score in models.items()}
