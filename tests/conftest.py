@@ -47,6 +47,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the fixtures are made
+def pytest_runtest_setup() -> None:
+    """Seed torch, so that the random numbers of a test do not depend on the tests that ran before it."""
+    torch.manual_seed(0)
+
+
 def pytest_runtest_logfinish() -> None:
     """End the run if the device was lost.
 

@@ -199,7 +199,7 @@ BOMBS = {
     "levels.jsonl": (yaml('{"a":' * 10**6 + "\n"), lambda path: list(read_graph_lines(path)), "is damaged"),
     "digits.json": (yaml("[" + "9" * 100_000 + "]"), lambda path: read_detections(path, NAMES), "is not JSON"),
     "aliases.yaml": (yaml(ALIASES), read_study, "more than 10,000 values"),
-    "merges.yaml": (yaml(MERGES), read_study, "merged keys|occurs twice"),
+    "merges.yaml": (yaml(MERGES), read_study, "merged keys|must have only the keys"),
     "digits.yaml": (yaml(f"seeds: 0x{'f' * 9999}\n{HEAD}x"), read_study, "whole number is larger"),
     "levels.yaml": (yaml("[" * 10_000), read_study, "must be a YAML file"),
     "grid.yaml": (
