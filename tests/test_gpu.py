@@ -1,21 +1,26 @@
-"""Tests that need a device: captured graphs, streams, several devices, and more elements than 32 bits can count.
+"""Tests that need a device: captured graphs, streams, several devices, the mirror, and more than 2^31 elements.
 
 `python -m benchmarks.gpu_report` runs these tests and the operations' tests. Without a GPU, these tests are skipped.
 """
 
+import copy
 import functools
 
 import pytest
 import torch
 from target import BACKEND, DEVICE
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from sgalign import (
+    RelationAlignment,
     dual_branch_attention,
     dual_branch_relation_logits,
     fused_masked_attention,
     random_attention_mask,
     relation_alignment_loss,
 )
+from sgalign.nn import replace_attention
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU and SGALIGN_TEST_BACKEND")
 SHAPE = (2, 3, 40, 300, 32)  # B, H, Lq, Lk, D
@@ -174,3 +179,47 @@ def test_autocast_computes_in_its_dtype():
     assert out.dtype == torch.bfloat16
     query, key, value = (tensor.bfloat16() for tensor in (query, key, value))
     assert torch.equal(out, fused_masked_attention(query, key, value, mask_ratio=0.4, mask_seed=1, backend=BACKEND))
+
+
+class Model(nn.Module):
+    """torch's decoder with our attention to the memory, and a head for predicates that has a mirror."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(64, 2, 96, dropout=0.0, batch_first=True)
+        self.decoder, self.head = nn.TransformerDecoder(layer, 2), nn.Linear(64, 7)
+        replace_attention(self.decoder, "multihead_attn")
+        self.align = RelationAlignment(mask_ratio=0.4, heads={"predicate": self.head})
+
+    def forward(self, queries, memory, checkpointed=False):
+        for layer in self.decoder.layers:
+            if checkpointed:
+                queries = checkpoint(layer, queries, memory, use_reentrant=False)
+            else:
+                queries = layer(queries, memory)
+        return queries
+
+    def step(self, queries, memory, checkpointed):
+        """Return the hidden states of both branches, the loss, and the gradients of all parameters and inputs."""
+        with self.align.mirror(self.decoder, step=3) as mirror:
+            hidden, mirrored = mirror.both(lambda x: self(x, memory, checkpointed), queries)
+        logits = self.head(hidden)
+        loss = logits.square().mean() + mirror.loss(predicate=(logits, self.align.heads["predicate"](mirrored)))
+        return [hidden, mirrored, loss, *torch.autograd.grad(loss, [queries, memory, *self.parameters()])]
+
+
+@pytest.mark.parametrize("variant", ["plain", "checkpointed", "compiled", "checkpointed and compiled"])
+def test_mirror_of_the_device_equals_the_mirror_of_the_cpu(variant):
+    if variant == "checkpointed and compiled" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 compiles checkpointed layers again up to its limit")
+    model = Model()
+    inputs = [torch.randn(2, length, 64, requires_grad=True) for length in (40, 300)]
+    expected = model.step(*inputs, checkpointed=False)
+    model = copy.deepcopy(model).to(DEVICE)
+    for layer in model.decoder.layers:
+        layer.multihead_attn.backend = BACKEND
+        if "compiled" in variant:
+            layer.compile(fullgraph=True)
+    inputs = [tensor.detach().to(DEVICE).requires_grad_() for tensor in inputs]
+    found = [result.cpu() for result in model.step(*inputs, checkpointed="checkpointed" in variant)]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
