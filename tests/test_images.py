@@ -19,7 +19,7 @@ pytest.importorskip("lightning")
 import lightning.pytorch as pl  # noqa: E402
 from torchvision.models import WeightsEnum  # noqa: E402
 from torchvision.models.detection import fasterrcnn_resnet50_fpn  # noqa: E402
-from torchvision.ops import FrozenBatchNorm2d, box_iou, roi_align  # noqa: E402
+from torchvision.ops import FrozenBatchNorm2d, box_iou, clip_boxes_to_image, roi_align  # noqa: E402
 from trainers import trainer_without_sanity_check  # noqa: E402
 
 from sgalign.commands.cache_features import cache_features  # noqa: E402
@@ -104,6 +104,25 @@ def test_detections_are_those_of_loops(detector, features, scenes, monkeypatch):
         torch.testing.assert_close(found.boxes, image_boxes[rows, found.labels] * scale)
         assert torch.equal(found.logits, image_logits[rows])
         torch.testing.assert_close(found.boxes_per_class, image_boxes[rows] * scale)
+
+
+def test_boxes_are_exact_in_bfloat16():
+    """Without offsets, proposals are anchors, and the box head returns the boxes that it was given."""
+    detector = Detector(CLASSES, backbone="resnet18", min_size=160, max_size=720, box_score_threshold=0.0).eval()
+    for layer in (detector.model.rpn.head.bbox_pred, detector.model.roi_heads.box_predictor.bbox_pred):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    boxes = torch.tensor([[3.3, 4.4, 555.5, 99.9], [600.1, 1.7, 701.3, 150.2]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = detector.features([torch.rand(3, 160, 720)])
+        (proposals,), _ = detector.model.rpn(features.images, features.levels)
+        _, decoded = detector._box_head(features, [boxes])
+        (found,) = detector.detect(features)
+    torch.testing.assert_close(decoded, boxes[:, None].expand_as(decoded))
+    anchors = detector.model.rpn.anchor_generator(features.images, list(features.levels.values()))[0]
+    anchors = {tuple(anchor) for anchor in clip_boxes_to_image(anchors, (160, 720)).tolist()}
+    assert len(proposals) > 100 and {tuple(proposal) for proposal in proposals.tolist()} <= anchors
+    assert len(found.boxes) and {found.boxes.dtype, found.scores.dtype, found.logits.dtype} == {torch.float32}
 
 
 def test_images_without_detections_give_empty_tensors(detector, features, monkeypatch):

@@ -498,6 +498,18 @@ def test_the_detector_reads_images_of_any_size_together():
     torch.testing.assert_close(both.boxes[-1], library.pred_boxes, rtol=1e-4, atol=1e-5)
 
 
+def test_boxes_and_positions_are_exact_in_bfloat16():
+    detector, net = small_detector().eval(), SGTR(OBJECTS, PREDICATES, dim=32, heads=4, ffn_dim=32, layers=2).eval()
+    images = [torch.rand(3, 400, 640)]
+    exact = detector(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = detector(images)
+        related = net(found)
+    for values in (found.boxes, related.boxes, related.vectors):
+        assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
+    torch.testing.assert_close(found.position.float(), exact.position, rtol=0, atol=0.003)
+
+
 def test_a_detector_is_made_from_the_weights_or_the_config_of_another(tmp_path):
     first = small_detector(num_queries=100)
     first.detr.save_pretrained(tmp_path / "detr")

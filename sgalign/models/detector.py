@@ -110,6 +110,8 @@ class Detector(nn.Module):
         head = TwoMLPHead(body.out_channels * 7**2, head_dim), FastRCNNPredictor(head_dim, num_classes)
         parts = {"box_roi_pool": pyramid_pool(7), "box_head": head[0], "box_predictor": head[1]}
         self.model = FasterRCNN(body, min_size=min_size, max_size=max_size, **parts)
+        for scores_and_boxes in (self.model.rpn.head, self.model.roi_heads.box_predictor):
+            scores_and_boxes.register_forward_hook(_in_float32)
         self.frozen = False
 
     def freeze(self) -> None:
@@ -292,6 +294,21 @@ class Detector(nn.Module):
         """
         targets = [{"boxes": b, "labels": of} for b, of in zip(boxes, labels, strict=True)]
         return self.model(list(images), targets)
+
+
+def _in_float32(head: nn.Module, inputs: Any, outputs: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Return the outputs of a head in float32, or in float64 if they are float64. They are tensors or lists of tensors.
+
+    torchvision computes boxes in the dtype of these outputs. In bfloat16, coordinates above 512 pixels would be
+    multiples of 4.
+    """
+
+    def converted(part: Any) -> Any:
+        if isinstance(part, list):
+            return [converted(level) for level in part]
+        return part.to(torch.promote_types(part.dtype, torch.float32))
+
+    return converted(outputs[0]), converted(outputs[1])
 
 
 def _without_epsilon(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -53,6 +53,14 @@ class DetectedEntities(NamedTuple):
         return self._replace(position=self.position.clone(), features=self.features.clone(), boxes=boxes)
 
 
+def exact_sigmoid(logits: Tensor) -> Tensor:
+    """Return the sigmoid of logits in float32, or in float64 for float64.
+
+    In bfloat16, a coordinate of a box would be off by up to 0.002 of the image.
+    """
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+
+
 class EntityDetector(nn.Module):
     """DETR, with the outputs that SGTR needs: encoder memory, decoder features, and the predictions of every layer.
 
@@ -202,14 +210,16 @@ class EntityDetector(nn.Module):
         batch, seen = self.batch(pixels, padded_size)
         sizes = {tuple(image.shape[1:]) for image in pixels}
         feature_map, seen = model.backbone(batch, seen)[-1]
-        position = model.position_embedding(feature_map.shape, feature_map.device, feature_map.dtype, mask=seen)
-        position, seen = position.flatten(2).mT, seen.flatten(1)
+        # Computed in bfloat16, the embedding would be off by up to 0.02.
+        exact = torch.promote_types(feature_map.dtype, torch.float32)
+        position = model.position_embedding(feature_map.shape, feature_map.device, exact, mask=seen)
+        position, seen = position.to(feature_map.dtype).flatten(2).mT, seen.flatten(1)
         # Images of one size have no padding. Comparing the shapes avoids a copy of `seen` to the host.
         mask = None if sizes == {tuple(batch.shape[2:])} else seen[:, None, None]
         memory = self._encode(model.input_projection(feature_map).flatten(2).mT, position, mask)
         features = self._decode(memory, position, mask)
         logits = self.detr.class_labels_classifier(features)
-        boxes = self.detr.bbox_predictor(features).sigmoid()
+        boxes = exact_sigmoid(self.detr.bbox_predictor(features))
         return DetectedEntities(memory, position, ~seen, features[-1], logits, boxes)
 
     def _encode(self, features: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:

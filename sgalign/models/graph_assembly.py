@@ -314,9 +314,10 @@ def relation_losses(
     weights = weight[layer_of]
 
     if focal:
-        target = torch.zeros_like(outputs.logits)
+        logits = outputs.logits.float()  # in bfloat16, the weights of easy negatives would be far off
+        target = torch.zeros_like(logits)
         target[(*where, predicates)] = 1
-        losses = sigmoid_focal_loss(outputs.logits, target, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")
+        losses = sigmoid_focal_loss(logits, target, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")
         predicate_loss = losses / relations
     else:
         target = torch.full((layers, images, queries), classes - 1, device=device)

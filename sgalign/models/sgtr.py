@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sgalign.models.entity_detector import DetectedEntities
+from sgalign.models.entity_detector import DetectedEntities, exact_sigmoid
 from sgalign.ops.attention import attention_weights, dual_branch_attention, fused_masked_attention
 
 
@@ -408,7 +408,7 @@ class SGTR(nn.Module):
     def _contents(self, entities: DetectedEntities) -> Tensor:
         """Return the initial contents of the queries, computed from the entities, `[3, B, Q, dim]`."""
         images = len(entities.features)
-        middles = sine_embedding(entities.boxes[-1][..., :2].detach(), self.dim)
+        middles = sine_embedding(entities.boxes[-1][..., :2].detach(), self.dim).to(entities.features.dtype)
         key, value = self.query_keys_values((entities.features + self.entity_position(middles))[None]).chunk(2, -1)
         memory = KeysValues(self.query_cross.split(key), self.query_cross.split(value))
         query = self.query_self(self.queries[:1]).expand(-1, images, -1, -1)
@@ -422,7 +422,7 @@ class SGTR(nn.Module):
         for number, layer in enumerate(self.entity_box):
             boxes = layer(boxes.relu() if number else boxes)
         return RelationOutputs(
-            predicate(states[0]), self.vector(states[0]).sigmoid(), entity_class(states[1:]), boxes.sigmoid()
+            predicate(states[0]), exact_sigmoid(self.vector(states[0])), entity_class(states[1:]), exact_sigmoid(boxes)
         )
 
 
