@@ -49,7 +49,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures are made
 def pytest_runtest_setup() -> None:
-    """Seed torch, so that the random numbers of a test do not depend on the tests that ran before it."""
+    """Seed torch before each test.
+
+    Without this, its random numbers would depend on the tests that ran before it. They still do if a fixture of the
+    module draws numbers or sets a seed.
+    """
     torch.manual_seed(0)
 
 

@@ -116,12 +116,15 @@ def test_boxes_are_exact_in_bfloat16():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         features = detector.features([torch.rand(3, 160, 720)])
         (proposals,), _ = detector.model.rpn(features.images, features.levels)
+        outputs = detector.model.rpn.head(list(features.levels.values()))
         _, decoded = detector._box_head(features, [boxes])
         (found,) = detector.detect(features)
     torch.testing.assert_close(decoded, boxes[:, None].expand_as(decoded))
-    anchors = detector.model.rpn.anchor_generator(features.images, list(features.levels.values()))[0]
+    levels = [level.float() for level in features.levels.values()]
+    anchors = detector.model.rpn.anchor_generator(features.images, levels)[0]
     anchors = {tuple(anchor) for anchor in clip_boxes_to_image(anchors, (160, 720)).tolist()}
     assert len(proposals) > 100 and {tuple(proposal) for proposal in proposals.tolist()} <= anchors
+    assert {output.dtype for part in outputs for output in part} == {torch.float32}
     assert len(found.boxes) and {found.boxes.dtype, found.scores.dtype, found.logits.dtype} == {torch.float32}
 
 
@@ -237,7 +240,7 @@ def test_trained_batch_norms_give_the_same_features_when_they_are_frozen(scenes,
 
 
 def test_torchvision_weights_are_used_with_an_epsilon_of_0(monkeypatch):
-    """The reference is the frozen normalization of torchvision's own detector, here with small variances."""
+    """The reference is torchvision's FrozenBatchNorm2d with an epsilon of 0. The variances are small."""
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
     for module in theirs.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

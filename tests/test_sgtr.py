@@ -510,6 +510,31 @@ def test_boxes_and_positions_are_exact_in_bfloat16():
     torch.testing.assert_close(found.position.float(), exact.position, rtol=0, atol=0.003)
 
 
+def test_a_network_in_bfloat16_reads_boxes_in_float32():
+    net, found = network(), entities()
+    expected = net(found).boxes
+    given = DetectedEntities(*(part.bfloat16() if part.is_floating_point() else part for part in found))
+    related = net.bfloat16()(given._replace(boxes=found.boxes.float()))
+    torch.testing.assert_close(related.boxes.double(), expected, rtol=0, atol=0.02)
+
+
+def test_losses_and_assembling_scores_are_exact_in_bfloat16():
+    predicted = outputs()
+    logits, class_logits = (predicted.logits - 6).bfloat16(), predicted.class_logits.bfloat16()
+    predicted = predicted._replace(logits=logits, class_logits=class_logits)
+    exact = predicted._replace(logits=logits.float(), class_logits=class_logits.float())
+    found = Entities.detected(entities().logits[-1], entities().boxes[-1])
+    sizes = torch.full((2, 2), 100.0)
+    truths = [annotation(3), annotation(0)]
+    matches = [[(torch.tensor([4, 1]), torch.tensor([0, 2])), (torch.tensor([], dtype=torch.int64),) * 2]] * 2
+    results = []
+    for given in (predicted, exact):
+        with torch.autocast("cpu", torch.bfloat16, enabled=given is predicted):
+            losses = [relation_losses(given, truths, matches, focal=f, relations=3.0) for f in (True, False)]
+            results.append([assembling_scores(given, found, sizes), *losses])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
 def test_a_detector_is_made_from_the_weights_or_the_config_of_another(tmp_path):
     first = small_detector(num_queries=100)
     first.detr.save_pretrained(tmp_path / "detr")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, ResNet50_Weights, ResNeXt101_32X8D_Weights
 from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -19,6 +20,7 @@ from torchvision.ops.poolers import initLevelMapper
 from sgalign.data.transfer import send
 from sgalign.errors import InputError, shown
 from sgalign.files import read_tensors
+from sgalign.models.precision import at_least_float32, widened
 
 BACKBONES = {
     "resnet18": ResNet18_Weights.IMAGENET1K_V1,
@@ -109,9 +111,11 @@ class Detector(nn.Module):
         body = resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=norm, trainable_layers=5)
         head = TwoMLPHead(body.out_channels * 7**2, head_dim), FastRCNNPredictor(head_dim, num_classes)
         parts = {"box_roi_pool": pyramid_pool(7), "box_head": head[0], "box_predictor": head[1]}
-        self.model = FasterRCNN(body, min_size=min_size, max_size=max_size, **parts)
-        for scores_and_boxes in (self.model.rpn.head, self.model.roi_heads.box_predictor):
-            scores_and_boxes.register_forward_hook(_in_float32)
+        self.model = FasterRCNN(body, min_size=min_size, max_size=max_size, rpn_anchor_generator=_Anchors(), **parts)
+        # torchvision computes scores and boxes in the dtype of these layers' outputs.
+        proposes, classifies = self.model.rpn.head, self.model.roi_heads.box_predictor
+        for layer in (proposes.cls_logits, proposes.bbox_pred, classifies.cls_score, classifies.bbox_pred):
+            layer.register_forward_hook(_widen)
         self.frozen = False
 
     def freeze(self) -> None:
@@ -296,19 +300,22 @@ class Detector(nn.Module):
         return self.model(list(images), targets)
 
 
-def _in_float32(head: nn.Module, inputs: Any, outputs: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Return the outputs of a head in float32, or in float64 if they are float64. They are tensors or lists of tensors.
+class _Anchors(AnchorGenerator):
+    """torchvision's default anchors, in float32 also if the feature maps are bfloat16.
 
-    torchvision computes boxes in the dtype of these outputs. In bfloat16, coordinates above 512 pixels would be
-    multiples of 4.
+    In bfloat16, coordinates above 512 pixels would be multiples of 4.
     """
 
-    def converted(part: Any) -> Any:
-        if isinstance(part, list):
-            return [converted(level) for level in part]
-        return part.to(torch.promote_types(part.dtype, torch.float32))
+    def __init__(self) -> None:
+        super().__init__(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
 
-    return converted(outputs[0]), converted(outputs[1])
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().set_cell_anchors(at_least_float32(dtype), device)
+
+
+def _widen(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Return a layer's output in float32, or as it is if it has float64."""
+    return widened(output)
 
 
 def _without_epsilon(state: dict[str, Tensor]) -> dict[str, Tensor]:

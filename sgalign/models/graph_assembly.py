@@ -15,6 +15,7 @@ from torch.nn import functional
 from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 
 from sgalign.data.transfer import send, to_host
+from sgalign.models.precision import widened
 from sgalign.models.sgtr import RelationOutputs
 
 # All numbers below are from SGTR's public code, Scarecrow0/SGTR at 03bdd65. Each is in its configuration for Visual
@@ -154,7 +155,10 @@ def assembling_scores(outputs: RelationOutputs, entities: Entities, sizes: Tenso
         The scores `[2, L, B, Q, N]`, as subject and as object.
     """
     probabilities = outputs.class_logits.float().softmax(-1)[..., :-1]
-    similarity = functional.normalize(probabilities, dim=-1) @ functional.normalize(entities.probabilities, dim=-1).mT
+    with torch.autocast(probabilities.device.type, enabled=False):  # otherwise, the product would be bfloat16
+        similarity = (
+            functional.normalize(probabilities, dim=-1) @ functional.normalize(entities.probabilities, dim=-1).mT
+        )
     overlap = pairwise_giou(outputs.boxes.float(), entities.boxes).clamp(min=0)
     middles = torch.stack(outputs.vectors.float().split(2, -1)) * sizes[:, None]
     distance = torch.cdist(middles, entities.boxes[..., :2] * sizes[:, None], p=1)
@@ -314,7 +318,7 @@ def relation_losses(
     weights = weight[layer_of]
 
     if focal:
-        logits = outputs.logits.float()  # in bfloat16, the weights of easy negatives would be far off
+        logits = widened(outputs.logits)  # in bfloat16, the loss of negatives at -6 would be off by 15 %
         target = torch.zeros_like(logits)
         target[(*where, predicates)] = 1
         losses = sigmoid_focal_loss(logits, target, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")
@@ -345,6 +349,7 @@ def cross_entropies(logits: Tensor, target: Tensor, weight: Tensor | None = None
         target: int64 `[L, ...]`.
         weight: `[K]`, weight of each class. If None, the last class has weight `NO_OBJECT_WEIGHT` and the others 1.
     """
+    logits = widened(logits)
     if weight is None:
         weight = logits.new_ones(logits.shape[-1])
         weight[-1] = NO_OBJECT_WEIGHT

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sgalign.models.entity_detector import DetectedEntities, exact_sigmoid
+from sgalign.models.entity_detector import DetectedEntities
+from sgalign.models.precision import widened
 from sgalign.ops.attention import attention_weights, dual_branch_attention, fused_masked_attention
 
 
@@ -422,7 +423,10 @@ class SGTR(nn.Module):
         for number, layer in enumerate(self.entity_box):
             boxes = layer(boxes.relu() if number else boxes)
         return RelationOutputs(
-            predicate(states[0]), exact_sigmoid(self.vector(states[0])), entity_class(states[1:]), exact_sigmoid(boxes)
+            predicate(states[0]),
+            widened(self.vector(states[0])).sigmoid(),
+            entity_class(states[1:]),
+            widened(boxes).sigmoid(),
         )
 
 
