@@ -839,13 +839,13 @@ BREAKS = {
     # ---- models, training and resuming
     "anchors in bfloat16": Break(
         "sgalign/models/detector.py",
-        "super().set_cell_anchors(at_least_float32(dtype), device)",
+        "super().set_cell_anchors(accumulated_dtype(dtype), device)",
         "super().set_cell_anchors(dtype, device)",
         "tests/test_images.py -k bfloat16",
     ),
     "coordinates in bfloat16": Break(
         "sgalign/models/precision.py",
-        "return tensor.to(at_least_float32(tensor.dtype))",
+        "return cast(tensor, accumulated_dtype(tensor.dtype))",
         "return tensor",
         "tests/test_sgtr.py -k bfloat16",
     ),

@@ -20,7 +20,8 @@ from torchvision.ops.poolers import initLevelMapper
 from sgalign.data.transfer import send
 from sgalign.errors import InputError, shown
 from sgalign.files import read_tensors
-from sgalign.models.precision import at_least_float32, widened
+from sgalign.models.precision import widened
+from sgalign.ops._operands import accumulated_dtype
 
 BACKBONES = {
     "resnet18": ResNet18_Weights.IMAGENET1K_V1,
@@ -111,7 +112,9 @@ class Detector(nn.Module):
         body = resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=norm, trainable_layers=5)
         head = TwoMLPHead(body.out_channels * 7**2, head_dim), FastRCNNPredictor(head_dim, num_classes)
         parts = {"box_roi_pool": pyramid_pool(7), "box_head": head[0], "box_predictor": head[1]}
-        self.model = FasterRCNN(body, min_size=min_size, max_size=max_size, rpn_anchor_generator=_Anchors(), **parts)
+        self.model = FasterRCNN(body, min_size=min_size, max_size=max_size, **parts)
+        default = self.model.rpn.anchor_generator
+        self.model.rpn.anchor_generator = _Anchors(default.sizes, default.aspect_ratios)
         # torchvision computes scores and boxes in the dtype of these layers' outputs.
         proposes, classifies = self.model.rpn.head, self.model.roi_heads.box_predictor
         for layer in (proposes.cls_logits, proposes.bbox_pred, classifies.cls_score, classifies.bbox_pred):
@@ -301,16 +304,13 @@ class Detector(nn.Module):
 
 
 class _Anchors(AnchorGenerator):
-    """torchvision's default anchors, in float32 also if the feature maps are bfloat16.
+    """Anchors that are in float32 even if the feature maps are in bfloat16.
 
     In bfloat16, coordinates above 512 pixels would be multiples of 4.
     """
 
-    def __init__(self) -> None:
-        super().__init__(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
-
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        super().set_cell_anchors(at_least_float32(dtype), device)
+        super().set_cell_anchors(accumulated_dtype(dtype), device)
 
 
 def _widen(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:

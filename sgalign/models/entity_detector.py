@@ -13,8 +13,9 @@ from torch.nn import functional
 from transformers import AutoBackbone, DetrConfig, DetrForObjectDetection, ResNetConfig
 
 from sgalign.errors import InputError, shown
-from sgalign.models.precision import at_least_float32, widened
+from sgalign.models.precision import widened
 from sgalign.nn import register_with_transformers
+from sgalign.ops._operands import accumulated_dtype
 
 # Mean and standard deviation of ImageNet's pixels, RGB in 0 to 1. The weights of `transformers` and torchvision were
 # trained on images normalized with these numbers.
@@ -204,7 +205,7 @@ class EntityDetector(nn.Module):
         sizes = {tuple(image.shape[1:]) for image in pixels}
         feature_map, seen = model.backbone(batch, seen)[-1]
         # Computed in bfloat16, the embedding would be off by up to 0.04 instead of 0.002.
-        dtype = at_least_float32(feature_map.dtype)
+        dtype = accumulated_dtype(feature_map.dtype)
         position = model.position_embedding(feature_map.shape, feature_map.device, dtype, mask=seen)
         position, seen = position.to(feature_map.dtype).flatten(2).mT, seen.flatten(1)
         # Images of one size have no padding. Comparing the shapes avoids a copy of `seen` to the host.

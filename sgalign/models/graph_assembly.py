@@ -17,6 +17,7 @@ from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 from sgalign.data.transfer import send, to_host
 from sgalign.models.precision import widened
 from sgalign.models.sgtr import RelationOutputs
+from sgalign.ops._operands import without_autocast
 
 # All numbers below are from SGTR's public code, Scarecrow0/SGTR at 03bdd65. Each is in its configuration for Visual
 # Genome (`config_vg_sgtr.py`, which overrides `cvpods/configs/rel_detr_config.py`) or in the function that is named
@@ -155,7 +156,7 @@ def assembling_scores(outputs: RelationOutputs, entities: Entities, sizes: Tenso
         The scores `[2, L, B, Q, N]`, as subject and as object.
     """
     probabilities = outputs.class_logits.float().softmax(-1)[..., :-1]
-    with torch.autocast(probabilities.device.type, enabled=False):  # otherwise, the product would be bfloat16
+    with without_autocast(probabilities.device):  # otherwise, the product would be bfloat16
         similarity = (
             functional.normalize(probabilities, dim=-1) @ functional.normalize(entities.probabilities, dim=-1).mT
         )
